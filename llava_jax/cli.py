@@ -1,0 +1,61 @@
+"""What every command shares: one-line errors, exit statuses and progress."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what, where, and the way out."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls `main` and exits: 0 on success, 1 on a `UserError` (printed in one line), 130 on Ctrl-C."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        status = 1
+    sys.exit(status or 0)
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """The progress bar of every long command (terminals only)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )
+
+
+def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
+    """Yields the items, with a progress bar on a terminal and a plain line every `every` seconds elsewhere."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with progress_bar(console) as bar:
+            yield from bar.track(iterable, total=total, description=description)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= every:
+            last = now
+            print(f"{description}: {done}/{total or '?'} after {now - start:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,119 @@
+"""CLIP vision transformer (Radford et al. 2021; Dosovitskiy et al. 2021), the visual encoder g of the paper.
+
+Axes: N pictures, S = 1 + patches tokens, D embed, C channels.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.models.attention import attention
+from llava_jax.models.config import VisionConfig
+from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, broadcast_last, remat, stack_layers
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), OpenAI's approximation of GELU; the published towers were trained with it."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+class ClipVision(nnx.Module):
+    """Pixels to hidden states of a chosen layer."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, p = config.hidden_size, config.patch_size
+        self.class_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (D,)))
+        self.patch_embedding = PatchEmbedding(p, D, rngs=rngs)
+        self.position_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (1 + config.num_patches, D)))
+        self.pre_layernorm = LayerNorm(D, config.layer_norm_eps)
+        self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
+        self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's own head: stored for export only
+
+    def __call__(self, pixels_NHWC: jax.Array, num_layers: int, remat_policy: str = "none") -> jax.Array:
+        """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
+        N = pixels_NHWC.shape[0]
+        patches_NPD = self.patch_embedding(pixels_NHWC)
+        x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
+        x_NSD += self.position_embedding[...].astype(x_NSD.dtype)[None]
+        x_NSD = self.pre_layernorm(x_NSD)
+        layers = self.layers
+        if num_layers < self.config.num_layers:
+            layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
+        step = remat(lambda x_NSD, layer: (layer(x_NSD), None), remat_policy)
+        with jax.named_scope("clip_layers"):
+            return jax.lax.scan(step, x_NSD, layers)[0]
+
+    def class_token(self, num_images: int, dtype: jnp.dtype) -> jax.Array:
+        token = self.class_embedding[...].astype(dtype)
+        return jnp.broadcast_to(token[None, None], (num_images, 1, token.shape[0]))
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its width: `kernel` [patch, patch, 3, D], no bias."""
+
+    def __init__(self, patch_size: int, features: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(WEIGHT_INIT(rngs.params(), (patch_size, patch_size, 3, features)))
+
+    def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
+        p, _, C, D = self.kernel.shape
+        N, H, W, _ = pixels_NHWC.shape
+        # As a matrix product over flattened patches: the same sum, and faster than a convolution everywhere.
+        patches = pixels_NHWC.reshape(N, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(N, (H // p) * (W // p), p * p * C)
+        return patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D)
+
+
+class ClipLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.layernorm1 = LayerNorm(D, config.layer_norm_eps)
+        self.attention = ClipAttention(config, rngs=rngs)
+        self.layernorm2 = LayerNorm(D, config.layer_norm_eps)
+        self.mlp = ClipMlp(config, rngs=rngs)
+
+    def __call__(self, x_NSD: jax.Array) -> jax.Array:
+        x_NSD += self.attention(self.layernorm1(x_NSD))
+        x_NSD += self.mlp(self.layernorm2(x_NSD))
+        return x_NSD
+
+
+class ClipAttention(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.k_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.v_proj = Linear(D, D, bias=True, rngs=rngs)
+        self.out_proj = Linear(D, D, bias=True, rngs=rngs)
+
+    def __call__(self, x_NSD: jax.Array) -> jax.Array:
+        N, S, D = x_NSD.shape
+        q, k, v = (
+            project(x_NSD).reshape(N, S, self.num_heads, D // self.num_heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(q, k, v).reshape(N, S, D))
+
+
+class ClipMlp(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        self.activation = config.hidden_act
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8[..., H, W, 3] -> float32, (x / 255 - mean) / std, on the device: pictures travel as bytes."""
+    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
+    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+    x = images.astype(jnp.float32)
+    return x * broadcast_last(scale, x) + broadcast_last(shift, x)

@@ -1,0 +1,106 @@
+"""Shapes of the model, and the published ones as presets."""
+
+import dataclasses
+from typing import Any
+
+# CLIP's own statistics of its training pictures, RGB in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision transformer (Radford et al. 2021, section 2.4). Lengths in pixels, patches are square."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"  # or "gelu"
+    projection_dim: int = 768  # of CLIP's own head, which LLaVA does not have; kept for export
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """LLaMA decoder (Touvron et al. 2023, section 2.2), with the grouped queries of LLaMA 2."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """The whole model, and how its pictures are prepared."""
+
+    vision: VisionConfig
+    text: TextConfig
+    projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
+    select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
+    select_feature: str = "patch"  # drops the class token; "cls_patch" keeps it
+    image_aspect: str = "pad"  # how a picture becomes a square: "square" (crop), "pad" or "resize"
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
+        if self.image_aspect not in ("square", "pad", "resize"):
+            raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
+        if not 0 <= self.vision_layers_used <= self.vision.num_layers:
+            raise ValueError(f"select_layer {self.select_layer} is not among {self.vision.num_layers} layers")
+
+    @property
+    def vision_layers_used(self) -> int:
+        """How many layers run before the selected features; later ones are stored, never computed."""
+        if self.select_layer >= 0:
+            return self.select_layer
+        return self.vision.num_layers + 1 + self.select_layer
+
+    @property
+    def image_tokens(self) -> int:
+        """P: positions a picture takes in the sequence."""
+        return self.vision.num_patches + (self.select_feature == "cls_patch")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
+        values = dict(values)
+        for key in ("image_mean", "image_std"):
+            if key in values:
+                values[key] = tuple(values[key])
+        return cls(**values | {"vision": VisionConfig(**values["vision"]), "text": TextConfig(**values["text"])})
+
+
+CLIP_L_14 = VisionConfig(1024, 4096, 24, 16, image_size=224, patch_size=14)
+CLIP_L_14_336 = dataclasses.replace(CLIP_L_14, image_size=336)
+LLAMA_7B = TextConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-6)
+LLAMA_13B = TextConfig(32000, 5120, 13824, 40, 40, 40, 128, rms_norm_eps=1e-6)
+LLAMA2_7B = dataclasses.replace(LLAMA_7B, rms_norm_eps=1e-5, max_position_embeddings=4096)
+LLAMA2_13B = dataclasses.replace(LLAMA_13B, rms_norm_eps=1e-5, max_position_embeddings=4096)
+
+PRESETS: dict[str, LlavaConfig] = {
+    # The paper: Vicuna v0 on LLaMA 1, one linear layer, 224 pixels.
+    "llava-v0-7b": LlavaConfig(CLIP_L_14, LLAMA_7B, "linear", image_aspect="square"),
+    "llava-v0-13b": LlavaConfig(CLIP_L_14, LLAMA_13B, "linear", image_aspect="square"),
+    # LLaVA-1.5: Vicuna v1.5 on LLaMA 2, two layers, 336 pixels.
+    "llava-v1.5-7b": LlavaConfig(CLIP_L_14_336, LLAMA2_7B, "mlp2x_gelu"),
+    "llava-v1.5-13b": LlavaConfig(CLIP_L_14_336, LLAMA2_13B, "mlp2x_gelu"),
+}

@@ -1,0 +1,88 @@
+"""The layers that the vision tower, the projector and the decoder share.
+
+Every layer computes in the type of its input and keeps its parameters in theirs, so that bfloat16
+compute with float32 master weights is a matter of the input alone. Norms compute in float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+WEIGHT_INIT = jax.nn.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with `kernel` [in, out] and, if asked for, `bias` [out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        kernel_init: Initializer = WEIGHT_INIT,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y += broadcast_last(self.bias[...].astype(x.dtype), y)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Ba et al. 2016, over the last axis."""
+
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        y = y * broadcast_last(self.scale[...], y) + broadcast_last(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Zhang & Sennrich 2019: no mean, no bias."""
+
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (y * broadcast_last(self.scale[...], y)).astype(x.dtype)
+
+
+def broadcast_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """`vector` [D] with the leading axes of `like` [..., D]: broadcasting is always spelled out."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose parameters have a leading layer axis, to be scanned over."""
+    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num_layers))
+
+
+# What the backward pass finds stored after a layer; everything else is computed again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """`function` with its activations rematerialised by the named policy (Chen et al. 2016)."""
+    return function if policy == "none" else jax.checkpoint(function, policy=REMAT_POLICIES[policy])

@@ -1,0 +1,165 @@
+"""LLaMA decoder (Touvron et al. 2023), the language model f of the paper.
+
+Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.models.attention import attention, causal_segment_mask
+from llava_jax.models.config import TextConfig
+from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, remat, stack_layers
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, [L, B, S, K, H]. Slot s of a row holds its token at position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Llama(nnx.Module):
+    """Embedded tokens to hidden states; `logits` turns these into scores of the next token."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stack_layers(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, remat_policy: str = "none"
+    ) -> jax.Array:
+        """Embedded tokens -> hidden states [B, T, D] after the last norm.
+
+        Positions (int32) restart in every segment; a token sees itself and what precedes it in its segment.
+        """
+        rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
+        step = remat(lambda x_BTD, layer: (layer(x_BTD, rotation, mask)[0], None), remat_policy)
+        with jax.named_scope("llama_layers"):
+            x_BTD, _ = jax.lax.scan(step, x_BTD, self.layers)
+        return self.norm(x_BTD)
+
+    def prefill(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """As calling, and the keys and values of the prompt with S = T."""
+        rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
+        x_BTD, (k, v) = jax.lax.scan(lambda x_BTD, layer: layer(x_BTD, rotation, mask), x_BTD, self.layers)
+        return self.norm(x_BTD), KVCache(k, v)
+
+    def decode(self, x_B1D: jax.Array, positions_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One more token a row, at `positions_B`: -> hidden [B, 1, D] and the cache with these slots filled."""
+        rotation = self.rotation(positions_B[:, None])
+        rows = jnp.arange(x_B1D.shape[0])
+        seen_B1S = jnp.arange(cache.k.shape[2])[None, None] <= positions_B[:, None, None]
+
+        def step(carry, indexed_layer):
+            x_B1D, cache = carry
+            index, layer = indexed_layer
+            q, k, v = layer.queries_keys_values(x_B1D, rotation)
+            cache = KVCache(
+                cache.k.at[index, rows, positions_B].set(k[:, 0].astype(cache.k.dtype)),
+                cache.v.at[index, rows, positions_B].set(v[:, 0].astype(cache.v.dtype)),
+            )
+            x_B1D = layer.attend_and_feed(x_B1D, q, cache.k[index], cache.v[index], seen_B1S)
+            return (x_B1D, cache), None
+
+        layers = (jnp.arange(self.config.num_layers), self.layers)
+        (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), layers)
+        return self.norm(x_B1D), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., V]."""
+        with jax.named_scope("logits"):
+            tied = self.config.tie_word_embeddings
+            kernel_DV = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
+            return jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines [B, T, 1, H/2] of the rotary embedding (Su et al. 2021), angles in float32."""
+        exponents = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x[i], x[i + H/2]) by their position's angles."""
+    cos, sin = rotation
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class Embedding(nnx.Module):
+    """`embedding` [V, D]. The table is gathered in its own type, so that its gradient adds up in it too."""
+
+    def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (vocab_size, features)))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+
+
+class LlamaLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = LlamaAttention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, x_BTD, rotation, mask_BTT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """-> the new x and this layer's rotated keys and values [B, T, K, H]."""
+        q, k, v = self.queries_keys_values(x_BTD, rotation)
+        return self.attend_and_feed(x_BTD, q, k, v, mask_BTT), (k, v)
+
+    def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.attention.project(self.input_layernorm(x_BTD), rotation)
+
+    def attend_and_feed(self, x_BTD, q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
+        attended_BTNH = attention(q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), mask_BTS)
+        x_BTD += self.attention.o_proj(attended_BTNH.reshape(*x_BTD.shape[:2], -1))
+        with jax.named_scope("mlp"):
+            x_BTD += self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD
+
+
+class LlamaAttention(nnx.Module):
+    """The projections of grouped-query attention (Ainslie et al. 2023): N query heads share K key/value heads."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        D, H = config.hidden_size, config.head_dim
+        self.head_dim = H
+        self.q_proj = Linear(D, config.num_heads * H, bias=False, rngs=rngs)
+        self.k_proj = Linear(D, config.num_kv_heads * H, bias=False, rngs=rngs)
+        self.v_proj = Linear(D, config.num_kv_heads * H, bias=False, rngs=rngs)
+        self.o_proj = Linear(config.num_heads * H, D, bias=False, rngs=rngs)
+
+    def project(self, x_BTD: jax.Array, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> q [B, T, N, H] and k, v [B, T, K, H]; queries and keys rotated."""
+        with jax.named_scope("qkv"):
+            q, k, v = (
+                project(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+                for project in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            return rotate(q, rotation), rotate(k, rotation), v
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, F, bias=False, rngs=rngs)
+        self.up_proj = Linear(D, F, bias=False, rngs=rngs)
+        self.down_proj = Linear(F, D, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

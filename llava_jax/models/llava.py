@@ -1,0 +1,136 @@
+"""LLaVA (Liu et al. 2023, section 4.1): H_v = W g(X_v) stands in the decoder's sequence beside the words.
+
+Outside the modules, parameters are one flat dict from dotted name to array (`llm.layers.mlp.up_proj.kernel`):
+freezing, sharding, optimizer groups and conversion are tables of patterns over these names. `build` makes the
+modules from such a dict, under `jax.jit` too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.models.clip import ClipVision, normalize
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llama import Llama
+from llava_jax.models.projector import Projector
+
+Params = dict[str, jax.Array]
+
+
+class Llava(nnx.Module):
+    """Vision tower, projector, decoder. `dtype` is that of the computation; logits and norms are float32."""
+
+    def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.projector = Projector(
+            config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs
+        )
+        self.llm = Llama(config.text, rngs=rngs)
+
+    def visual_features(self, images: jax.Array) -> jax.Array:
+        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
+
+        The tower is frozen in both stages: no gradient passes.
+        """
+        pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
+        hidden_NSD = self.vision(pixels, self.config.vision_layers_used)
+        if self.config.select_feature == "patch":
+            hidden_NSD = hidden_NSD[:, 1:]
+        return jax.lax.stop_gradient(hidden_NSD)
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""
+        leading = images.shape[:-3]
+        with jax.named_scope("vision"):
+            features_NPD = self.visual_features(images.reshape(-1, *images.shape[-3:]))
+        with jax.named_scope("projector"):
+            projected_NPD = self.projector(features_NPD)
+        return projected_NPD.reshape(*leading, *projected_NPD.shape[1:])
+
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        images_GIHWC: jax.Array | None = None,
+        image_feature_index_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """The decoder's input [B, T, D]: word embeddings, and where the index is not -1 visual features.
+
+        Rows come in G groups of B / G; the index (slot * P + patch) is local to the group's I image slots.
+        """
+        x_BTD = self.llm.embed_tokens(tokens_BT).astype(self.dtype)
+        if images_GIHWC is None:
+            return x_BTD
+        features_GIPD = self.encode_images(images_GIHWC)
+        return place_features(x_BTD, features_GIPD, image_feature_index_BT)
+
+    def __call__(self, batch: dict[str, jax.Array], remat_policy: str = "none") -> jax.Array:
+        """A batch of the training layout -> hidden states [B, T, D]."""
+        x_BTD = self.embed(batch["tokens"], batch["images"], batch["image_feature_index"])
+        return self.llm(x_BTD, batch["positions"], batch["segment_ids"], remat_policy)
+
+
+def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Array) -> jax.Array:
+    """Takes feature `index` of the row's group where it is not -1, and x elsewhere."""
+    B, T, D = x_BTD.shape
+    G = features_GIPD.shape[0]
+    # float32, since the gradient of a gather is a scatter-add that would round at every term.
+    features_GND = features_GIPD.reshape(G, -1, D).astype(jnp.float32)
+    index_GR = jnp.maximum(index_BT, 0).reshape(G, -1)  # negative indices would wrap
+    placed_GRD = jax.vmap(lambda features_ND, index_R: features_ND[index_R])(features_GND, index_GR)
+    placed_BTD = placed_GRD.reshape(B, T, D).astype(x_BTD.dtype)
+    return jnp.where((index_BT >= 0)[..., None], placed_BTD, x_BTD)
+
+
+@functools.cache
+def _abstract(config: LlavaConfig, dtype: str) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    module = nnx.eval_shape(lambda: Llava(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    return graphdef, {_dotted(path): value.get_value() for path, value in nnx.to_flat_state(state)}
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and (all the same) type of a model's parameters, without making any."""
+    shapes = _abstract(config, "float32")[1]
+    return {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in shapes.items()}
+
+
+def init_params(config: LlavaConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters."""
+    return module_params(Llava(config, rngs=nnx.Rngs(params=key)))
+
+
+def module_params(module: nnx.Module) -> Params:
+    """A module's parameters as a flat dict."""
+    return {_dotted(path): value.get_value() for path, value in nnx.to_flat_state(nnx.state(module))}
+
+
+def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
+    """The model with these parameters, computing in `dtype`.
+
+    Raises ValueError with all missing, unexpected and misshapen names.
+    """
+    graphdef, shapes = _abstract(config, jnp.dtype(dtype).name)
+    check_names(params, shapes)
+    state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
+    return nnx.merge(graphdef, state)
+
+
+def check_names(params: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError unless `params` has exactly these names and shapes."""
+    problems = [f"missing {name}" for name in shapes if name not in params]
+    problems += [f"unexpected {name}" for name in params if name not in shapes]
+    problems += [
+        f"{name} is {tuple(params[name].shape)}, not {shapes[name].shape}"
+        for name in shapes
+        if name in params and tuple(params[name].shape) != shapes[name].shape
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,65 @@
+"""Install llava_jax. The base install is CPU jax, without torch or TensorFlow."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "transformers>=5.0,<6",
+    "tensorflow-datasets>=4.9.10",
+    "ml-collections>=1.1",
+    "openai>=1.60",
+    "sentencepiece>=0.2",
+    "protobuf>=5",
+    "safetensors>=0.4",
+    "pillow>=10",
+    "rich>=13",
+    "tensorboardX>=2.6",
+    "absl-py>=2",
+    "etils[epath]>=1.9",
+    "numpy>=1.26",
+]
+
+EXTRAS = {
+    # Hardware. jax pins the matching libtpu and CUDA wheels itself.
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
+    # What only torch can read (GGUF through transformers).
+    "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
+    # The easy-vqa data set and what draws the loss curve.
+    "quickstart": ["easy-vqa>=1.0", "matplotlib>=3.8"],
+    # Compilers for machines that are not there: no device is touched.
+    "preflight-tpu": ["jax[tpu]>=0.10.2"],
+    "preflight-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2", "nvidia-cuda-nvcc-cu12>=12.6"],
+    "test": [
+        "torch==2.13.0",
+        "gguf>=0.10",
+        "accelerate>=1",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff==0.17.6",
+        "scikit-image>=0.24",
+        "jinja2>=3.1",
+    ],
+}
+EXTRAS["test"] += EXTRAS["quickstart"]
+
+setup(
+    name="llava_jax",
+    version="0.1.0",
+    description="LLaVA (Visual Instruction Tuning) for TPU pods and CUDA GPUs, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llava_jax", "llava_jax.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)
