@@ -1,0 +1,67 @@
+"""Every knob of a run, with what it means. Recipes start from here."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # What is trained: "pretrain" (stage 1: the projector) or "finetune" (stage 2: projector and language model).
+    config.stage = "pretrain"
+    # The checkpoint to start from: the output of `convert import`, or the workdir of an earlier stage.
+    config.init = ""
+    # The preset whose shapes the checkpoint must have ("" takes any): see llava_jax/models/config.py.
+    config.model = ""
+    # How conversations are written: see llava_jax/data/conversation.py.
+    config.template = "v1"
+    # Where a picture stands in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
+    config.image_position = "first"
+    # How pictures become squares: "square" (centre crop), "pad", "resize"; "" as in the checkpoint.
+    config.image_aspect = ""
+    # Orders the data and places random images.
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.json = ""  # LLaVA JSON or JSONL
+    config.data.images = ""  # the folder that its image names are relative to
+    config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
+    config.data.workers = 0  # reading processes; 0 reads in threads of the training process
+
+    # Positions of a row, images included: longer samples are truncated (never through an image).
+    config.max_length = 2048
+    # Rows of a step, over all devices. Unpacked, a row is a sample.
+    config.batch_rows = 128
+    # Rows that share image slots.
+    config.rows_per_group = 1
+    # Image slots of a group, and label slots (positions whose next token is learned); 0 plans the least that suffices.
+    config.image_slots = 0
+    config.label_slots = 0
+    # At most so many rows on a device at once: more are accumulated. 0 sets no limit.
+    config.max_rows_per_device = 0
+    # Devices by axis: batch and, under fsdp, parameters are split over data x fsdp. One may be -1: all that remain.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1})
+
+    config.epochs = 1
+    config.steps = 0  # overrides epochs unless 0
+    config.learning_rate = 2e-5
+    config.projector_learning_rate = 0.0  # 0 means learning_rate
+    config.warmup_ratio = 0.03  # of all steps, linear; then a cosine to 0
+    config.weight_decay = 0.0  # of matrices; never of biases and norms
+    config.beta1 = 0.9
+    config.beta2 = 0.999
+    config.epsilon = 1e-8
+    config.clip_norm = 0.0  # of the gradient of what is trained; 0 is off
+
+    # Types of computation and of frozen parameters: "float32", "bfloat16"; "" is bfloat16 on accelerators and, on
+    # CPU, float32 and the type of the checkpoint. Trained parameters and Adam's moments are float32.
+    config.compute_dtype = ""
+    config.frozen_dtype = ""
+    # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer.
+    config.remat = "full"
+
+    config.log_every = 1  # steps
+    config.eval_every = 0  # steps between validation losses; 0 only at the end. Needs data.holdout.
+    config.save_every = 500  # steps
+    config.keep = 2  # newest checkpoints
+
+    return config

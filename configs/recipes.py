@@ -1,0 +1,15 @@
+"""The argument of the published recipes, as in `configs/finetune.py:13b,v1.5`."""
+
+CHOICES = {"size": ("7b", "13b"), "recipe": ("v1.5", "v0")}
+
+
+def parse(arg: str | None) -> tuple[str, str]:
+    """`""`, `"13b"`, `"v0"`, `"13b,v0"` -> (size, recipe), by default 7b and v1.5."""
+    chosen = {kind: choices[0] for kind, choices in CHOICES.items()}
+    for word in filter(None, (arg or "").split(",")):
+        kinds = [kind for kind, choices in CHOICES.items() if word in choices]
+        if not kinds:
+            known = ", ".join(choice for choices in CHOICES.values() for choice in choices)
+            raise ValueError(f"{word!r} in {arg!r} is none of {known}")
+        chosen[kinds[0]] = word
+    return chosen["size"], chosen["recipe"]

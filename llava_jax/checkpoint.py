@@ -1,0 +1,307 @@
+"""Self-describing checkpoints.
+
+    D/                   what `convert import` writes: a whole model in the types of its source
+      llava.json           the description below
+      tokenizer/           the tokenizer's files
+      params/              Orbax
+    W/                   a training workdir
+      llava.json tokenizer/
+      checkpoints/STEP/    Orbax: `params` (the trained ones, float32), `optimizer`, and the description
+
+A checkpoint of training holds what was trained; the description says which directory each frozen parameter
+comes from, so that it is stored once and leaves bit-equal. Nothing is decided by the name of a path.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from llava_jax.cli import UserError
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, abstract_params, check_names
+
+DESCRIPTION = "llava.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where parameters that a checkpoint does not hold are found."""
+
+    path: str  # as it was when the run started
+    relative: str  # the same, from the directory of the checkpoint: survives moving both
+    id: str  # of that directory, so that one rewritten since is noticed
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """All that is needed to use the weights."""
+
+    model: LlavaConfig
+    template: str  # of conversations, see `data.conversation.TEMPLATES`
+    hf: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's JSON files, kept for export
+    sources: tuple[Source, ...] = ()
+    stage: str | None = None  # of the training that made it; None for an import
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    def to_json(self) -> dict[str, Any]:
+        # Through text, so that what is compared and what is read back have the same plain types.
+        return json.loads(json.dumps({"format": FORMAT} | dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> "Description":
+        values = dict(values)
+        if values.pop("format", None) != FORMAT:
+            raise UserError(f"{where}: not a llava_jax checkpoint of format {FORMAT}; import or train it again")
+        values["model"] = LlavaConfig.from_dict(values["model"])
+        values["sources"] = tuple(Source(**s | {"names": tuple(s["names"])}) for s in values["sources"])
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its weights not yet read. See `open_checkpoint`."""
+
+    root: epath.Path  # the import's directory or the workdir
+    weights: epath.Path  # the Orbax directory
+    name: str | None  # of the weights inside it (`params`), None where it is the whole
+    description: Description
+    tokenizer_dir: epath.Path
+    step: int | None = None
+
+    @property
+    def config(self) -> LlavaConfig:
+        return self.description.model
+
+    @property
+    def template(self) -> str:
+        return self.description.template
+
+    @functools.cached_property
+    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and types of the parameters held here, without those of the sources."""
+        if self.name is None:
+            metadata = ocp.metadata(self.weights).metadata
+        else:
+            metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
+
+    @functools.cached_property
+    def parts(self) -> list[tuple["Checkpoint", tuple[str, ...]]]:
+        """The checkpoints that together hold the whole model, each with the names to take from it."""
+        own = tuple(self.stored)
+        return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
+
+    def _open(self, source: Source) -> "Checkpoint":
+        for path in (self.root / source.relative, epath.Path(source.path)):
+            if path.exists():
+                found = open_checkpoint(path)
+                if found.description.id == source.id:
+                    return found
+        raise UserError(
+            f"{self.root}: its frozen parameters come from {source.path}, which is gone or was written anew since; "
+            "put the original back"
+        )
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and stored types of the whole model."""
+        return {name: part.stored[name] for part, names in self.parts for name in names}
+
+    def load(
+        self,
+        names: Iterable[str] | None = None,
+        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
+        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    ) -> Params:
+        """Reads the named parameters (all by default), each in `dtype(name, stored type)`.
+
+        Each is sharded as it is read, or lies on the first device.
+        """
+        if sharding is None:
+            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            sharding = functools.partial(_always, single)
+        whole = self.abstract()
+        shapes = abstract_params(self.config)
+        try:
+            check_names(whole, shapes)
+        except ValueError as error:
+            raise UserError(f"{self.weights}: does not hold this model: {error}") from None
+        wanted = set(shapes if names is None else names)
+        params: Params = {}
+        for part, held in self.parts:
+            here = wanted.intersection(held)
+            if here:
+                tree = {
+                    name: jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=sharding(name))
+                    if name in here
+                    else ...
+                    for name, leaf in part.stored.items()
+                }
+                params |= {name: value for name, value in part._read(tree).items() if name in here}
+        return {name: params[name] for name in shapes if name in wanted}
+
+    def _read(self, tree: dict[str, Any]) -> Params:
+        if self.name is None:
+            return ocp.load(self.weights, tree)
+        return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
+
+    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
+        """How a checkpoint in `directory` refers to these parameters: at the place that really holds each."""
+        wanted = set(names)
+        sources = []
+        for part, held in self.parts:
+            here = tuple(sorted(wanted.intersection(held)))
+            if not here:
+                continue
+            path = part.root if part.step is None else part.weights
+            absolute = os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
+            relative = absolute if "://" in absolute else os.path.relpath(absolute, os.path.abspath(directory))
+            sources.append(Source(absolute, relative, part.description.id, here))
+        return tuple(sources)
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Opens the output of `convert import`, a training workdir (its newest step) or one step's directory.
+
+    Raises UserError if it is none of these.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if (path / "params").exists() and (path / DESCRIPTION).exists():
+        return Checkpoint(path, path / "params", None, _read_description(path), path / "tokenizer")
+    if (path / "checkpoints").exists():
+        steps = finished_steps(path / "checkpoints")
+        if not steps:
+            raise UserError(f"{path}: a workdir without a finished checkpoint")
+        return _open_step(path / "checkpoints" / str(steps[-1]))
+    if path.name.isdecimal() and ocp.is_orbax_checkpoint(path):
+        return _open_step(path)
+    raise UserError(
+        f"{path}: neither the output of `convert import` (no {DESCRIPTION} and params/) nor a training workdir "
+        "(no checkpoints/) nor one step of it"
+    )
+
+
+def _open_step(path: epath.Path) -> Checkpoint:
+    metadata = ocp.checkpointables_metadata(path).custom_metadata
+    description = Description.from_json(metadata or {}, where=str(path))
+    root = path.parent.parent
+    return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+
+
+def _read_description(directory: epath.Path) -> Description:
+    file = directory / DESCRIPTION
+    try:
+        return Description.from_json(json.loads(file.read_text()), where=str(file))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
+
+
+def _always(value: Any, _name: str) -> Any:
+    return value
+
+
+def write_description(directory: epath.Path, description: Description) -> None:
+    (directory / DESCRIPTION).write_text(json.dumps(description.to_json(), indent=2) + "\n")
+
+
+def finished_steps(directory: epath.Path) -> list[int]:
+    """The steps with a complete checkpoint, oldest first."""
+    steps = (int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    return sorted(step for step in steps if ocp.is_orbax_checkpoint(directory / str(step)))
+
+
+def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if not file.is_dir():
+            file.copy(target / file.name, overwrite=True)
+
+
+def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
+    """Writes a whole model; nothing is left behind if it fails. Raises UserError if `directory` exists."""
+    directory = epath.Path(directory)
+    try:
+        check_names(params, abstract_params(description.model))
+    except ValueError as error:
+        raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
+    with new_directory(directory) as partial:
+        copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
+        ocp.save(partial / "params", {name: jnp.asarray(value) for name, value in params.items()})
+        write_description(partial, description)
+
+
+@contextlib.contextmanager
+def new_directory(directory: epath.Path):
+    """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: exists already; remove it or choose another output")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+class TrainingCheckpoints:
+    """The steps of a run: saved asynchronously, the newest `keep` of them kept."""
+
+    def __init__(self, workdir: epath.Path, description: Description, keep: int):
+        self.description = description
+        self.directory = workdir / "checkpoints"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        newest = self.checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, trainable: Params, optimizer: Any, *, wait: bool = False) -> None:
+        """Blocks until the arrays are copied to the host; with `wait`, until all is on disk."""
+        if self.latest == step:
+            self.checkpointer.wait()
+            return
+        self.checkpointer.save_checkpointables_async(
+            step, {"params": trainable, "optimizer": optimizer}, custom_metadata=self.description.to_json(), force=True
+        )
+        if wait:
+            self.checkpointer.wait()
+
+    def restore(self, step: int, trainable: Any, optimizer: Any) -> tuple[Params, Any]:
+        """Loads a step into trees of ShapeDtypeStructs (with shardings) or arrays of the same structure."""
+        self.checkpointer.wait()
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None)),
+            {"params": trainable, "optimizer": optimizer},
+        )
+        loaded = self.checkpointer.load_checkpointables(step, abstract)
+        return loaded["params"], loaded["optimizer"]
+
+    def close(self) -> None:
+        self.checkpointer.close()

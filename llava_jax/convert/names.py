@@ -1,0 +1,131 @@
+"""Hugging Face's parameter names and ours: one table, read forwards by import and backwards by export.
+
+The Hugging Face side holds leaf names, without what a layout puts in front of them (`vision_tower.vision_model.`,
+`model.language_model.`, ...). PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width]
+and one tensor a layer; ours are [in, out], [height, width, in, out] and stacked over layers (models/llava.py).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.models.projector import num_projector_layers
+
+# A transform is the permutation of axes from Hugging Face's tensor to ours.
+SAME = (0,)
+TABLE = (0, 1)  # embeddings stay [rows, features]
+TRANSPOSE = (1, 0)
+OIHW_TO_HWIO = (2, 3, 1, 0)
+
+
+class Entry(NamedTuple):
+    """One parameter of ours and where Hugging Face keeps it."""
+
+    name: str  # ours, dotted
+    hf: str  # leaf name, with `{layer}` where ours is stacked
+    transform: tuple[int, ...] = SAME
+    layers: int | None = None  # length of our leading axis, None where not stacked
+
+    def leaves(self) -> list[str]:
+        """The Hugging Face leaf names, in the order of our leading axis."""
+        if self.layers is None:
+            return [self.hf]
+        return [self.hf.format(layer=layer) for layer in range(self.layers)]
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each Hugging Face tensor, from the shape of ours."""
+        if self.layers is not None:
+            shape = shape[1:]
+        return tuple(shape[axis] for axis in np.argsort(self.transform))
+
+
+def vision_entries(config: VisionConfig) -> list[Entry]:
+    """Leaf names of `CLIPVisionModel`, as `encoder.layers.0.mlp.fc1.weight`."""
+    embeddings = [
+        Entry("vision.class_embedding", "embeddings.class_embedding"),
+        Entry("vision.patch_embedding.kernel", "embeddings.patch_embedding.weight", OIHW_TO_HWIO),
+        Entry("vision.position_embedding", "embeddings.position_embedding.weight", TABLE),
+    ]
+    ours, hf = "vision.layers", "encoder.layers.{layer}"
+    layers = [
+        *_norm(f"{ours}.layernorm1", f"{hf}.layer_norm1"),
+        *_norm(f"{ours}.layernorm2", f"{hf}.layer_norm2"),
+        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"]),
+        *_linears(f"{ours}.mlp", f"{hf}.mlp", ["fc1", "fc2"]),
+    ]
+    norms = [
+        *_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
+        *_norm("vision.post_layernorm", "post_layernorm"),
+    ]
+    return embeddings + _stacked(layers, config.num_layers) + norms
+
+
+def llm_entries(config: TextConfig) -> list[Entry]:
+    """Leaf names of `LlamaModel`, as `layers.0.mlp.up_proj.weight`: all but the head, which layouts keep elsewhere."""
+    ours, hf = "llm.layers", "layers.{layer}"
+    layers = [
+        Entry(f"{ours}.input_layernorm.scale", f"{hf}.input_layernorm.weight"),
+        Entry(f"{ours}.post_attention_layernorm.scale", f"{hf}.post_attention_layernorm.weight"),
+        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj", "o_proj"], bias=False),
+        *_linears(f"{ours}.mlp", f"{hf}.mlp", ["gate_proj", "up_proj", "down_proj"], bias=False),
+    ]
+    return [
+        Entry("llm.embed_tokens.embedding", "embed_tokens.weight", TABLE),
+        *_stacked(layers, config.num_layers),
+        Entry("llm.norm.scale", "norm.weight"),
+    ]
+
+
+def head_entries(config: TextConfig) -> list[Entry]:
+    """`lm_head.weight`; nothing where it is tied to the embeddings."""
+    return [] if config.tie_word_embeddings else [Entry("llm.lm_head.kernel", "lm_head.weight", TRANSPOSE)]
+
+
+def projector_entries(projector_type: str) -> list[Entry]:
+    """Leaf names of `LlavaMultiModalProjector`, `linear_1` up to `linear_N`."""
+    linears = [f"linear_{i}" for i in range(1, num_projector_layers(projector_type) + 1)]
+    return [entry for linear in linears for entry in _linear(f"projector.{linear}", linear)]
+
+
+def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Our parameter, from `get(leaf name)`; bit-equal in every type.
+
+    Raises ValueError where layers differ in type, since stacking them would convert some.
+    """
+    if entry.layers is None:
+        return np.ascontiguousarray(get(entry.hf).transpose(entry.transform))
+    stacked = None
+    for layer, leaf in enumerate(entry.leaves()):  # one layer at a time: a stack of 7B models is gigabytes
+        tensor = get(leaf).transpose(entry.transform)
+        if stacked is None:
+            stacked = np.empty((entry.layers, *tensor.shape), tensor.dtype)
+        if tensor.dtype != stacked.dtype:
+            raise ValueError(f"{leaf} is {tensor.dtype}, the layers before it are {stacked.dtype}")
+        stacked[layer] = tensor
+    return stacked
+
+
+def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The (leaf name, tensor) pairs of our parameter; the exact inverse of `to_ours`."""
+    back = np.argsort(entry.transform)
+    for leaf, tensor in zip(entry.leaves(), [array] if entry.layers is None else array, strict=True):
+        yield leaf, np.ascontiguousarray(tensor.transpose(back))
+
+
+def _stacked(entries: Iterable[Entry], layers: int) -> list[Entry]:
+    return [entry._replace(layers=layers) for entry in entries]
+
+
+def _norm(ours: str, hf: str) -> list[Entry]:
+    return [Entry(f"{ours}.scale", f"{hf}.weight"), Entry(f"{ours}.bias", f"{hf}.bias")]
+
+
+def _linear(ours: str, hf: str, bias: bool = True) -> list[Entry]:
+    entries = [Entry(f"{ours}.kernel", f"{hf}.weight", TRANSPOSE), Entry(f"{ours}.bias", f"{hf}.bias")]
+    return entries if bias else entries[:1]
+
+
+def _linears(ours: str, hf: str, names: Iterable[str], bias: bool = True) -> list[Entry]:
+    return [entry for name in names for entry in _linear(f"{ours}.{name}", f"{hf}.{name}", bias)]

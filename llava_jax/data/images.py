@@ -1,0 +1,171 @@
+"""Pictures: from a file to the uint8 square that the vision tower sees.
+
+`preprocess` is bit-equal to Hugging Face's CLIP image processor (its Pillow backend) up to its rescaling;
+rescaling and normalisation happen on the device, so a picture travels as one byte a channel.
+
+What a file means before that, where libraries differ:
+  transparency  is laid on white, as transformers 5 does (dropping alpha turns many logos black).
+  EXIF rotation is applied, as viewers and transformers' `load_image` do; the original LLaVA ignores the tag.
+  16-bit grey   is scaled to 8 bits, as Pillow scales 16-bit colour; Pillow's own conversion clips it to white.
+  animations    and files of several pages give their first frame.
+
+Nothing here changes global state, so any number of threads may read at once.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import ExifTags, Image
+
+from llava_jax.cli import UserError
+
+ASPECTS = ("square", "pad", "resize")
+
+# Decoders tried on a file. Not all that Pillow has: EPS alone would run Ghostscript on it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
+MAX_PIXELS = 2 * 89_478_485
+
+_BAND_ROWS = 1024  # rows padded and resized at a time
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(path: str | epath.Path) -> Image.Image:
+    """Reads a picture, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"picture {path}: {error.strerror or error}") from error
+    return decode_image(data, name=str(path))
+
+
+def decode_image(data: bytes, name: str = "from memory") -> Image.Image:
+    """Decodes an encoded picture (JPEG, PNG, WebP, ...) to upright RGB.
+
+    Raises:
+      UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_huge(*image.size)
+        image.load()
+        return to_rgb(_upright(image))
+    except UserError as error:
+        raise UserError(f"picture {name}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"picture {name} is refused: {error} Shrink it or remove it") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"picture {name} is none of {', '.join(FORMATS)}: convert it or remove it") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
+        raise UserError(f"picture {name} is damaged ({error}): replace it or remove it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB; one that is RGB already is returned as it is."""
+    if image.mode.startswith("I"):
+        image = _eight_bit(image)
+    if image.mode == "F":
+        raise UserError("floating-point pixels have no agreed range: save it with 8 bits a channel")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:
+    """One picture as the vision tower's input before rescaling.
+
+    Args:
+      image: any Pillow image.
+      size: height and width of the result in pixels.
+      aspect: `square`, the shorter edge resized to `size` and the centre cropped (CLIP's processor);
+        `pad`, first expanded to a square with the mean colour around it (LLaVA 1.5); `resize`, stretched.
+      mean: the normalisation's mean per channel in [0, 1]; `pad` uses the colour int(mean * 255).
+
+    Returns:
+      uint8[size, size, 3]
+
+    Raises:
+      UserError: unknown aspect, or a picture so thin that resizing it takes more than `MAX_PIXELS`.
+    """
+    image = to_rgb(image)
+    if aspect == "square":
+        image = _resize_and_crop(image, size)
+    elif aspect == "pad":
+        image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean))
+    elif aspect == "resize":
+        image = _resize(image, size, size)
+    else:
+        raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
+    return np.array(image)
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shorter edge to `size`, longer edge rounded down, then the centre `size` x `size`."""
+    width, height = image.size
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    image = _resize(image, width, height)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
+    """Expands to a square, the picture at floor((long - short) / 2), and resizes that to `size` x `size`.
+
+    The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never made. Pillow resizes rows first and
+    columns after, so bands of rows can be padded and resized one by one, and rows of a single colour stay as they
+    are: the result is bit-equal.
+    """
+    width, height = image.size
+    long = max(width, height)
+    left, top = (long - width) // 2, (long - height) // 2
+    _refuse_huge(size, long)
+    column = Image.new("RGB", (size, long), colour)
+    for start in range(0, height, _BAND_ROWS):
+        stop = min(start + _BAND_ROWS, height)
+        band = Image.new("RGB", (long, stop - start), colour)
+        band.paste(image.crop((0, start, width, stop)), (left, 0))
+        column.paste(_resize(band, size, band.height), (0, top + start))
+    return _resize(column, size, size)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _refuse_huge(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{width} x {height} pixels are more than {MAX_PIXELS}: crop it, shrink it or remove it")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey (modes I;16 and its byte orders, or I as older Pillows read it) as 8-bit grey."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation; a corrupt EXIF block says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except SyntaxError:  # what Pillow raises on a block that isn't EXIF at all
+        return image
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)

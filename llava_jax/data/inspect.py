@@ -1,0 +1,112 @@
+"""Shows what the model will see of a data set: its tokens, and which of them are learned. Reads no pictures."""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+
+from etils import epath
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.cli import run
+from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.sources import LlavaJson, Sample
+from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+
+EPILOG = """example:
+  python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
+"""
+LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
+
+
+def token_strings(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The vocabulary's name of every token, `<image>` for an image."""
+    is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
+    names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
+    return [next(names) if text else IMAGE_TOKEN for text in is_text]
+
+
+def view(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
+    text = Text()
+    for (is_image, learned), run_of_ids in itertools.groupby(
+        zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True),
+        key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX),
+    ):
+        ids = [token for token, _ in run_of_ids]
+        if is_image:
+            text.append(IMAGE_TOKEN * len(ids), IMAGE)
+        elif learned:
+            text.append(f"⟦{tokenizer.decode(ids)}⟧", LEARNED)
+        else:
+            text.append(tokenizer.decode(ids), MASKED)
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    template = get_template(args.template)
+    tokenizer = load_tokenizer(args.tokenizer)
+    encode = partial(
+        encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
+    )
+    encoded = ((sample, encode(sample)) for sample in itertools.islice(LlavaJson(args.json), args.limit))
+    if args.jsonl:
+        _write_jsonl(args.jsonl, encoded, tokenizer)
+    else:
+        _show(encoded, tokenizer)
+
+
+def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+    with nullcontext(sys.stdout) if out == "-" else epath.Path(out).open("w") as file:
+        for sample, encoded in samples:
+            line = {
+                "id": sample.id,
+                "input_ids": encoded.input_ids.tolist(),
+                "labels": encoded.labels.tolist(),
+                "tokens": token_strings(encoded, tokenizer),
+            }
+            print(json.dumps(line), file=file)
+
+
+def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for sample, encoded in samples:
+        learned = int((encoded.labels != IGNORE_INDEX).sum())
+        images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
+        title = f"{sample.id}: {len(encoded.input_ids) - images} tokens and {images} images, {learned} tokens learned"
+        console.rule(title, align="left")
+        console.print(view(encoded, tokenizer))
+
+
+def _limit(text: str) -> int:
+    limit = int(text)
+    if limit < 0:
+        raise argparse.ArgumentTypeError(f"{limit} is negative")
+    return limit
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.data.inspect",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
+    parser.add_argument("--template", required=True, help="conversation template, such as v1")
+    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
+    parser.add_argument("--seed", type=int, default=0, help="of image position random")
+    parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")
+    parser.add_argument("--jsonl", metavar="OUT", help="write one JSON object a sample to OUT (- for standard output)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

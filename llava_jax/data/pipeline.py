@@ -1,0 +1,220 @@
+"""From samples to batches: LLaVA JSON and an image folder, read by Grain.
+
+A batch is a dict of numpy arrays of static shape, B rows of T positions and G groups of I image slots:
+
+  tokens               int32[B, T]           0 under images and padding
+  labels               int32[B, T]           unshifted: position t predicts labels[t + 1] of its segment; -100 masked
+  positions            int32[B, T]           restart at 0 with each sample
+  segment_ids          int32[B, T]           1, 2, ... for the samples of a row; 0 is padding
+  images               uint8[G, I, H, W, 3]  slots shared by the rows of a group; zeros where unused
+  image_feature_index  int32[B, T]           slot in the group x P + patch; -1 for text
+
+Batch k is a pure function of the data, the seed and k (`Batches[k]`); `Batches.iterate` gives the same batches with
+threads or processes reading ahead.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from etils import epath
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.cli import UserError, track
+from llava_jax.data.conversation import Template
+from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.plan import Layout, Lengths, Order, groups_of
+from llava_jax.data.sources import Sample
+from llava_jax.data.tokenization import IGNORE_INDEX, Row, encode_sample, expand
+
+Batch = dict[str, np.ndarray]
+
+# What each of a row's arrays holds where no sample stands.
+PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
+
+READ_THREADS = min(16, 4 * (os.cpu_count() or 1))  # mostly waiting for storage or, without the GIL, in Pillow
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """sample -> the positions it takes of a row: rendered, tokenized, images expanded, truncated."""
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    image_tokens: int
+    max_length: int
+    image_position: str = "first"
+    seed: int = 0
+    im_start_end: bool = False
+
+    def __call__(self, sample: Sample) -> Row:
+        encoded = encode_sample(
+            sample,
+            self.template,
+            self.tokenizer,
+            image_position=self.image_position,
+            seed=self.seed,
+            im_start_end=self.im_start_end,
+        )
+        return expand(encoded, self.image_tokens, self.max_length)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """name -> uint8[size, size, 3], the picture of that name under `root` as the vision tower sees it."""
+
+    root: str
+    size: int
+    aspect: str
+    mean: tuple[float, ...]
+
+    def __call__(self, name: str) -> np.ndarray:
+        path = epath.Path(self.root) / name
+        return preprocess(load_image(path), self.size, self.aspect, self.mean)
+
+
+def measure(source: Sequence[Sample], encode: Callable[[Sample], Row], workers: int = 0) -> Lengths:
+    """Encodes the text of every sample once, so that all errors in it appear before step 0.
+
+    Raises:
+      UserError: the first sample that cannot be encoded or holds nothing to learn.
+    """
+    counts = grain.MapDataset.source(source).map(functools.partial(_count, encode))
+    counts = track(_read_ahead(counts, workers), "Measuring samples", total=len(source))
+    return Lengths(*np.array(list(counts), np.int32).reshape(-1, 3).T)
+
+
+def _count(encode: Callable[[Sample], Row], sample: Sample) -> tuple[int, int, int]:
+    """Positions, targets and images of one sample."""
+    row = encode(sample)
+    targets = np.count_nonzero(row.labels[1:] != IGNORE_INDEX)  # nothing predicts the first label
+    if targets == 0:
+        raise UserError(
+            f"sample {sample.id}: nothing to learn in the {len(row.tokens)} positions that are kept, "
+            "its answers are empty or cut off: raise the maximal length or remove the sample"
+        )
+    return len(row.tokens), targets, row.num_images
+
+
+def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
+    """Places samples, text and pictures, one after the other in one row.
+
+    Returns:
+      The row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3]; image indices count the row's own images.
+    """
+    row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
+    start, images = 0, []
+    for segment, (text, pictures) in enumerate(samples, start=1):
+        stop = start + len(text.tokens)
+        if stop > layout.max_length:
+            raise ValueError(f"the samples of a row take {stop} positions, it has {layout.max_length}")
+        index = text.image_feature_index
+        row["tokens"][start:stop] = text.tokens
+        row["labels"][start:stop] = text.labels
+        row["positions"][start:stop] = np.arange(stop - start)
+        row["segment_ids"][start:stop] = segment
+        row["image_feature_index"][start:stop] = _shift(index, len(images) * layout.image_tokens)
+        start = stop
+        images.extend(pictures)
+    shape = (len(images), layout.image_size, layout.image_size, 3)
+    return row | {"images": np.array(images, np.uint8).reshape(shape)}
+
+
+def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
+    """Stacks the rows of a batch and moves their images to the slots of their groups."""
+    batch = {name: np.stack([row[name] for row in rows]) for name in PADDING}
+    size = layout.image_size
+    batch["images"] = np.zeros((layout.groups, layout.image_slots, size, size, 3), np.uint8)
+    indices = groups_of(batch["image_feature_index"], layout.rows_per_group)
+    for slots, group, group_indices in zip(batch["images"], groups_of(rows, layout.rows_per_group), indices):
+        used = 0
+        for row, index in zip(group, group_indices):
+            stop = used + len(row["images"])
+            if stop > layout.image_slots:
+                raise ValueError(f"a group of rows holds {stop} or more images, it has {layout.image_slots} slots")
+            slots[used:stop] = row["images"]
+            index[:] = _shift(index, used * layout.image_tokens)
+            used = stop
+    return batch
+
+
+def _shift(image_feature_index: np.ndarray, offset: int) -> np.ndarray:
+    return np.where(image_feature_index < 0, -1, image_feature_index + offset)
+
+
+class Batches:
+    """The batches of a run by step: `batches[k]`, or read ahead, `batches.iterate(start, stop)`.
+
+    Args:
+      source: random access to the samples.
+      encode: the text of a sample, as `TextEncoder`.
+      read_image: a picture by name, as `ImageFolder`.
+      order: which samples stand in which row of which step.
+      layout: the shapes, planned for all steps that will be taken.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Sample],
+        encode: Callable[[Sample], Row],
+        read_image: Callable[[str], np.ndarray],
+        order: Order,
+        layout: Layout,
+    ):
+        self.source = source
+        self.encode = encode
+        self.read_image = read_image
+        self.order = order
+        self.layout = layout
+
+    def __getitem__(self, step: int) -> Batch:
+        return collate([self._row(samples) for samples in self.order.rows(step)], self.layout)
+
+    def ids(self, step: int) -> list[str]:
+        """The ids of the samples of a step, row by row."""
+        return [self.source[index].id for row in self.order.rows(step) for index in row]
+
+    def iterate(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
+        """The batches of steps start, ..., stop - 1, read ahead; to begin at any step costs nothing.
+
+        Args:
+          workers: processes that read; 0 reads with threads of this process.
+        """
+        per_batch = self.layout.batch_rows
+        numbers = grain.MapDataset.range(start * per_batch, stop * per_batch)
+        rows = _read_ahead(numbers.map(self._numbered_row), workers, buffer=2 * per_batch)
+        batches = iter(rows.batch(per_batch, batch_fn=functools.partial(collate, layout=self.layout)))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+    def _numbered_row(self, number: int) -> Batch:
+        step, row = divmod(number, self.layout.batch_rows)
+        return self._row(self.order.rows(step)[row])
+
+    def _row(self, indices: Sequence[int]) -> Batch:
+        return build_row([self._read(self.source[index]) for index in indices], self.layout)
+
+    def _read(self, sample: Sample) -> tuple[Row, list[np.ndarray]]:
+        text = self.encode(sample)
+        try:
+            return text, [self.read_image(name) for name in sample.images[: text.num_images]]
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from error
+
+
+def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> grain.IterDataset:
+    """The elements in order, made ahead by threads here or, with `workers`, in that many processes."""
+    threads = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(READ_THREADS, buffer))
+    elements = dataset.to_iter_dataset(threads)
+    if workers == 0:
+        return elements
+    # Rows travel through pipes: containers often have too little shared memory for pictures, and die of it.
+    pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    elements = grain.experimental.WithOptionsIterDataset(elements, pipes)
+    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=8))

@@ -1,0 +1,179 @@
+"""Which samples stand in the rows of step k, and what static sizes that takes.
+
+Everything here is a pure function of the number of samples, their lengths, the seed and the step: not of hosts,
+devices, workers, restarts or library versions. So a run resumes at any step without replaying the ones before, and
+the sizes that the compiled step needs are known before it starts.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.cli import UserError
+
+
+class Lengths(NamedTuple):
+    """What each of N samples takes of a batch, after expansion and truncation; int32[N] each."""
+
+    tokens: np.ndarray  # positions
+    targets: np.ndarray  # labels that the position before them predicts
+    images: np.ndarray  # pictures kept
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(count: int, *key: int | str) -> np.ndarray:
+    """A random order of `count` items that depends on `key` alone; int64[count], read-only.
+
+    Sorts raw Philox output keyed by SHA-256: NumPy guarantees that stream, but not the one of its shuffles.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    order = np.argsort(philox.random_raw(count), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses `held_out` of the samples for validation.
+
+    Returns:
+      The indices to train on and the held-out ones, disjoint and each in ascending order.
+    """
+    if num_samples < 1:
+        raise UserError("the data set has no samples")
+    if not 0 <= held_out < num_samples:
+        raise UserError(f"cannot hold out {held_out} of {num_samples} samples: at least one must be left to train on")
+    order = permutation(num_samples, "held out", seed)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows.
+
+    Attributes:
+      samples: int[N], indices of the samples to go through.
+      batch_rows: rows of a batch over all hosts.
+      seed: of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does.
+    """
+
+    samples: np.ndarray
+    batch_rows: int
+    seed: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.samples) / self.batch_rows)
+
+    def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The indices of the samples in each row of a step; no index for an empty row."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        batch = slice(step_in_epoch * self.batch_rows, (step_in_epoch + 1) * self.batch_rows)
+        if self.seed is not None:
+            batch = permutation(len(self.samples), "epoch", self.seed, epoch)[batch]
+        chosen = self.samples[batch].tolist()
+        return [(index,) for index in chosen] + [()] * (self.batch_rows - len(chosen))
+
+
+def total_steps(steps_per_epoch: int, epochs: float) -> int:
+    """Steps of a run; parts of an epoch round up."""
+    return math.ceil(steps_per_epoch * epochs)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static shapes of a batch.
+
+    Attributes:
+      batch_rows: B, rows of a batch.
+      rows_per_group: rows that share image slots; the B / rows_per_group groups are what is sharded and accumulated.
+      max_length: T, positions of a row.
+      image_slots: I, pictures a group can hold.
+      label_slots: K, positions with a target a group can hold.
+      image_tokens: P, positions an image takes.
+      image_size: height and width of a picture in pixels.
+    """
+
+    batch_rows: int
+    rows_per_group: int
+    max_length: int
+    image_slots: int
+    label_slots: int
+    image_tokens: int
+    image_size: int
+
+    @property
+    def groups(self) -> int:
+        return self.batch_rows // self.rows_per_group
+
+
+def groups_of(rows: Sequence, rows_per_group: int) -> Iterable[Sequence]:
+    """Cuts the rows of a batch into its groups."""
+    return (rows[start : start + rows_per_group] for start in range(0, len(rows), rows_per_group))
+
+
+def plan_layout(
+    schedules: Sequence[tuple[Order, int]],
+    lengths: Lengths,
+    *,
+    rows_per_group: int,
+    max_length: int,
+    image_tokens: int,
+    image_size: int,
+    image_slots: int = 0,
+    label_slots: int = 0,
+) -> Layout:
+    """Fits the shapes to every group of every step that will be taken.
+
+    Args:
+      schedules: orders and how many of their steps are taken (training, validation), all of the same `batch_rows`.
+      lengths: of all samples that the orders index.
+      image_slots, label_slots: 0 takes the least that suffices; else what the user wants.
+
+    Raises:
+      UserError: rows do not divide into groups, or wanted slots are too few (the error says how many are needed).
+    """
+    (batch_rows,) = {order.batch_rows for order, _ in schedules}
+    if rows_per_group < 1 or batch_rows % rows_per_group:
+        raise UserError(f"batch_rows={batch_rows} is no multiple of rows_per_group={rows_per_group}")
+    images, labels = _largest_groups(schedules, lengths, rows_per_group)
+    return Layout(
+        batch_rows=batch_rows,
+        rows_per_group=rows_per_group,
+        max_length=max_length,
+        image_slots=_choose_slots("image_slots", image_slots, images, rows_per_group),
+        label_slots=_choose_slots("label_slots", label_slots, labels, rows_per_group),
+        image_tokens=image_tokens,
+        image_size=image_size,
+    )
+
+
+def _largest_groups(
+    schedules: Sequence[tuple[Order, int]], lengths: Lengths, rows_per_group: int
+) -> tuple[int, int]:
+    """The most images and the most targets that any one group holds."""
+    images, targets = lengths.images.tolist(), lengths.targets.tolist()
+    most_images = most_targets = 0
+    for order, steps in schedules:
+        for step in range(steps):
+            for group in groups_of(order.rows(step), rows_per_group):
+                samples = [index for row in group for index in row]
+                most_images = max(most_images, sum(images[index] for index in samples))
+                most_targets = max(most_targets, sum(targets[index] for index in samples))
+    return most_images, most_targets
+
+
+def _choose_slots(name: str, wanted: int, needed: int, rows_per_group: int) -> int:
+    if wanted == 0:
+        return max(needed, 1)  # arrays stay non-empty where no sample has an image
+    if wanted < needed:
+        raise UserError(
+            f"{name}={wanted} is too few: a group of {rows_per_group} rows needs {needed}; "
+            f"set {name} to {needed} or to 0 (automatic), or lower rows_per_group"
+        )
+    return wanted

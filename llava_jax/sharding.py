@@ -1,0 +1,51 @@
+"""Devices as a mesh, and how parameters and batches lie on it.
+
+Batches are split over `data` x `fsdp`; parameters, and optimizer state with them, over `fsdp` (ZeRO-3).
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llava_jax.cli import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave."""
+    devices = jax.device_count()
+    sizes = dict(axes)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or fixed < 1 or (devices % fixed if free else devices != fixed):
+        raise UserError(f"config.mesh is {sizes}: does not make up {devices} devices; let one axis be -1")
+    for name in free:
+        sizes[name] = devices // fixed
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def param_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Splits the longest axis that `fsdp` divides; vectors and scalars are on every device."""
+    fsdp = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if len(shape) < 2 or not divisible:
+        return replicated(mesh)
+    longest = max(divisible, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, P(*[None] * longest, "fsdp"))

@@ -1,0 +1,81 @@
+"""Attention and its mask, against torch and against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_jax.models.attention import attention, causal_segment_mask
+
+B, T, N, H = 2, 7, 6, 8
+
+
+def random_qkv(kv_heads, keys=T):
+    rng = np.random.default_rng(0)
+    shapes = [(B, T, N, H), (B, keys, kv_heads, H), (B, keys, kv_heads, H)]
+    return [rng.normal(0, 2, shape).astype(np.float32) for shape in shapes]
+
+
+def torch_attention(q, k, v, mask=None):
+    q, k, v = (torch.from_numpy(x).transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else torch.from_numpy(np.asarray(mask))[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("keys", [T, 11])
+def test_equals_torch_without_a_mask(kv_heads, keys):
+    q, k, v = random_qkv(kv_heads, keys)
+    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v))), torch_attention(q, k, v), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_equals_torch_on_packed_rows(kv_heads):
+    q, k, v = random_qkv(kv_heads)
+    mask = causal_segment_mask(jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]]))
+    ours = attention(*map(jnp.asarray, (q, k, v)), mask)
+    np.testing.assert_allclose(ours, torch_attention(q, k, v, mask), rtol=0, atol=2e-6)
+
+
+def test_gradients_equal_torch():
+    q, k, v = random_qkv(kv_heads=2)
+    mask = causal_segment_mask(jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]]))
+    weights = np.random.default_rng(1).normal(size=(B, T, N, H)).astype(np.float32)
+
+    ours = jax.grad(lambda qkv: (attention(*qkv, mask) * weights).sum())([jnp.asarray(x) for x in (q, k, v)])
+
+    leaves = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in leaves), attn_mask=torch.from_numpy(np.asarray(mask))[:, None], enable_gqa=True
+    )
+    (out.transpose(1, 2) * torch.from_numpy(weights)).sum().backward()
+    for gradient, leaf in zip(ours, leaves, strict=True):
+        np.testing.assert_allclose(gradient, leaf.grad.numpy(), rtol=0, atol=1e-5)
+
+
+def test_softmax_is_computed_in_float32():
+    """Scores 256 and 257 are one number in bfloat16 (8 bits); their softmax is not 1/2."""
+    q = jnp.array([1.0, 1.0], jnp.bfloat16).reshape(1, 1, 1, 2) * 2**0.5
+    k = jnp.array([[256.0, 0.0], [256.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
+    v = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    weight = attention(q, k, v)[0, 0, 0, 0]
+    assert weight.dtype == jnp.bfloat16
+    assert abs(float(weight) - 1 / (1 + np.exp(-1))) < 0.02
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_mask_is_causal_within_a_segment(segments):
+    mask = np.asarray(causal_segment_mask(jnp.array([segments])))[0]
+    expected = [[key <= query and a == b for key, b in enumerate(segments)] for query, a in enumerate(segments)]
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_padding_attends_only_padding_and_is_attended_by_none():
+    mask = np.asarray(causal_segment_mask(jnp.array([[1, 1, 0, 0]])))[0]
+    assert not mask[2:, :2].any() and not mask[:2, 2:].any()
+    assert mask.any(axis=1).all()  # no query is left without a key, which would be NaN

@@ -1,0 +1,105 @@
+"""The table of parameter names covers both sides exactly and converts without touching a bit."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torch_reference as reference
+
+from llava_jax.convert.names import (
+    OIHW_TO_HWIO,
+    TRANSPOSE,
+    Entry,
+    head_entries,
+    llm_entries,
+    projector_entries,
+    to_hf,
+    to_ours,
+    vision_entries,
+)
+from llava_jax.models.llava import abstract_params
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
+
+
+def random_bits(shape, dtype, seed=0):
+    """Every bit pattern may occur, NaNs and denormals too."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return np.random.default_rng(seed).integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
+
+
+def all_entries(config):
+    return (
+        vision_entries(config.vision)
+        + projector_entries(config.projector_type)
+        + llm_entries(config.text)
+        + head_entries(config.text)
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu", "mlp3x_gelu"])
+def test_table_names_each_of_our_parameters_once(tied, projector_type):
+    text = dataclasses.replace(reference.TEXT, tie_word_embeddings=tied)
+    config = dataclasses.replace(reference.LLAVA, text=text, projector_type=projector_type)
+    names = [entry.name for entry in all_entries(config)]
+    assert len(names) == len(set(names))
+    assert set(names) == set(abstract_params(config))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(tied):
+    config = dataclasses.replace(
+        reference.LLAVA, text=dataclasses.replace(reference.TEXT, tie_word_embeddings=tied)
+    )
+    ours = abstract_params(config)
+    found = []
+    for prefix, entries in {
+        "model.vision_tower.": vision_entries(config.vision),
+        "model.multi_modal_projector.": projector_entries(config.projector_type),
+        "model.language_model.": llm_entries(config.text),
+        "": head_entries(config.text),
+    }.items():
+        found += [(prefix + leaf, entry.hf_shape(ours[entry.name].shape)) for entry in entries for leaf in entry.leaves()]
+    expected = {name: tuple(p.shape) for name, p in reference.llava(config).named_parameters()}
+    assert len(found) == len(expected)
+    assert dict(found) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entry", all_entries(reference.LLAVA), ids=lambda entry: entry.name)
+def test_round_trip_is_bit_equal(entry, dtype):
+    shape = entry.hf_shape(abstract_params(reference.LLAVA)[entry.name].shape)
+    source = {leaf: random_bits(shape, dtype, seed) for seed, leaf in enumerate(entry.leaves())}
+    back = dict(to_hf(entry, to_ours(entry, source.__getitem__)))
+    assert list(back) == list(source)
+    for leaf, tensor in back.items():
+        assert tensor.dtype == source[leaf].dtype
+        assert tensor.tobytes() == source[leaf].tobytes()
+
+
+def test_transforms_compute_what_torch_does():
+    kernel, x = torch.randn(5, 3, 2, 2), torch.randn(1, 3, 2, 2)
+    ours = to_ours(Entry("k", "k", OIHW_TO_HWIO), lambda _: kernel.numpy())
+    patch = x[0].permute(1, 2, 0).numpy()  # [height, width, channels]
+    expected = torch.nn.functional.conv2d(x, kernel).numpy()[0, :, 0, 0]
+    np.testing.assert_allclose(np.einsum("hwi,hwio->o", patch, ours), expected, rtol=1e-5, atol=1e-5)
+
+    weight, y = torch.randn(5, 3), torch.randn(3)
+    ours = to_ours(Entry("w", "w", TRANSPOSE), lambda _: weight.numpy())
+    np.testing.assert_allclose(y.numpy() @ ours, torch.nn.functional.linear(y, weight).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_different_types_are_an_error():
+    entry = Entry("w", "layers.{layer}.w", TRANSPOSE, layers=2)
+    tensors = {"layers.0.w": np.zeros((2, 3), np.float32), "layers.1.w": np.zeros((2, 3), np.float16)}
+    with pytest.raises(ValueError, match="layers.1.w is float16, the layers before it are float32"):
+        to_ours(entry, tensors.__getitem__)
+
+
+def test_a_stack_of_another_length_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        list(to_hf(Entry("w", "layers.{layer}.w", layers=3), np.zeros((2, 4))))

@@ -1,0 +1,245 @@
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import skimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava_jax.cli import UserError
+from llava_jax.data import images
+from llava_jax.data.images import decode_image, load_image, preprocess
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+PHOTOGRAPHS = os.path.join(os.path.dirname(skimage.__file__), "data")
+NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "camera.png")
+
+SIZES = st.integers(1, 90)
+
+
+def noise(width, height, bands=3, seed=0):
+    shape = (height, width, bands) if bands > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def hf_processor(size, aspect):
+    kind = LlavaImageProcessorPil if aspect == "pad" else CLIPImageProcessorPil
+    shape = {"height": size, "width": size} if aspect == "resize" else {"shortest_edge": size}
+    return kind(
+        size=shape,
+        crop_size={"height": size, "width": size},
+        do_center_crop=aspect != "resize",
+        do_pad=aspect == "pad",
+        do_rescale=False,
+        do_normalize=False,
+    )
+
+
+def hf(image, size, aspect):
+    pixels = np.asarray(hf_processor(size, aspect)(image)["pixel_values"][0])
+    return pixels.transpose(1, 2, 0)
+
+
+def expand_to_square(image, colour):
+    """As the original LLaVA pads, written down plainly."""
+    long = max(image.size)
+    square = Image.new("RGB", (long, long), colour)
+    square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+    return square
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("aspect", images.ASPECTS)
+@pytest.mark.parametrize("size", [224, 336, 97])
+def test_photographs_equal_hf(aspect, size):
+    for name in NAMES:
+        image = load_image(os.path.join(PHOTOGRAPHS, name))
+        pixels = preprocess(image, size, aspect, MEAN)
+        assert pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
+        np.testing.assert_array_equal(pixels, hf(image, size, aspect), err_msg=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(width=SIZES, height=SIZES, size=st.integers(1, 70), aspect=st.sampled_from(images.ASPECTS))
+def test_any_size_equals_hf(width, height, size, aspect):
+    image = noise(width, height)
+    np.testing.assert_array_equal(preprocess(image, size, aspect, MEAN), hf(image, size, aspect))
+
+
+@settings(max_examples=30, deadline=None)
+@given(width=SIZES, height=SIZES)
+def test_pad_is_expand_to_square(width, height):
+    image = noise(width, height)
+    square = expand_to_square(image, (122, 116, 104))
+    expected = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(preprocess(image, 32, "pad", MEAN), expected)
+    long = max(width, height)  # and without a resize, so that the offset itself is seen
+    np.testing.assert_array_equal(preprocess(image, long, "pad", MEAN), np.asarray(square))
+
+
+@pytest.mark.parametrize("shape", [(1500, 2501), (70, 3000), (3000, 70)])
+def test_bands_of_padding_meet_seamlessly(shape):
+    image = noise(*shape)
+    np.testing.assert_array_equal(preprocess(image, 64, "pad", MEAN), hf(image, 64, "pad"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_modes_equal_hf(mode):
+    image = noise(40, 30, bands=4).convert("RGB").convert(mode) if mode != "RGBA" else noise(40, 30, bands=4)
+    np.testing.assert_array_equal(preprocess(image, 16, "square", MEAN), hf(image, 16, "square"))
+
+
+@pytest.mark.parametrize(
+    "image, transparent",
+    [(noise(8, 8, bands=4), None), (noise(8, 8).convert("P"), 3), (noise(8, 8), (1, 2, 3)), (noise(8, 8, 1), 9)],
+    ids=["RGBA", "P", "RGB", "L"],
+)
+def test_transparency_is_laid_on_white(image, transparent):
+    data = encoded(image, **({} if transparent is None else {"transparency": transparent}))
+    ours = np.asarray(decode_image(data)).astype(int)
+    rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).astype(int)
+    opacity = rgba[..., 3:] / 255
+    np.testing.assert_allclose(ours, rgba[..., :3] * opacity + 255 * (1 - opacity), atol=1)
+    np.testing.assert_array_equal(preprocess(decode_image(data), 8, "square", MEAN), ours)
+
+
+def test_cmyk_jpeg():
+    data = encoded(noise(16, 16).convert("CMYK"), "JPEG")
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(format):
+    ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    pixels = np.asarray(decode_image(encoded(Image.fromarray(ramp), format)))
+    assert pixels.min() == 0 and pixels.max() == 255
+    np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(noise(12, 8), format, exif=exif, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    result = decode_image(data)
+    assert result.size == ((12, 8) if orientation < 5 else (8, 12))
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+
+
+def test_corrupt_exif_is_ignored():
+    data = encoded(noise(12, 8), exif=b"Exif\0\0garbage")
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(noise(12, 8)))
+
+
+def test_webp_and_animation():
+    frames = [noise(10, 10, seed=0), noise(10, 10, seed=1)]
+    data = encoded(frames[0], "WEBP", lossless=True, save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(frames[0]))
+
+
+def test_mpo_as_phones_write_it():
+    data = encoded(noise(16, 16), "MPO", save_all=True, append_images=[noise(16, 16, seed=1)])
+    expected = Image.open(io.BytesIO(encoded(noise(16, 16), "JPEG")))
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 501)])
+@pytest.mark.parametrize("aspect", images.ASPECTS)
+def test_thin_pictures_equal_hf(shape, aspect):
+    image = noise(*shape)
+    np.testing.assert_array_equal(preprocess(image, 56, aspect, MEAN), hf(image, 56, aspect))
+
+
+@pytest.mark.parametrize("shape", [(1, 600_000), (600_000, 1)])
+def test_needless_gigabytes_are_refused(shape):
+    with pytest.raises(UserError, match="pixels"):
+        preprocess(Image.new("RGB", shape), 336, "square", MEAN)
+
+
+def test_padding_a_long_screenshot_does_not_make_the_square(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 30 * 2000)  # the square would have 2000 x 2000
+    image = noise(20, 2000)
+    np.testing.assert_array_equal(preprocess(image, 16, "pad", MEAN), hf(image, 16, "pad"))
+
+
+def test_decompression_bomb_is_refused(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    with pytest.raises(UserError, match="bomb.png is refused.*bomb"):
+        load_image(path)
+
+
+def test_own_limit_holds_where_a_library_has_lifted_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(UserError, match="20000 x 20000"):
+        decode_image(encoded(Image.new("1", (20_000, 20_000))))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_files_are_refused(tmp_path, format):
+    path = tmp_path / f"short.{format.lower()}"
+    data = encoded(noise(50, 50), format)
+    for length in (0, 3, 20, len(data) // 2):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match="short"):
+            load_image(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
+def test_corrupt_bytes_decode_or_raise_a_user_error(data, format):
+    corrupt = bytearray(encoded(noise(20, 20), format))
+    for _ in range(data.draw(st.integers(1, 5))):
+        corrupt[data.draw(st.integers(0, len(corrupt) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        image = decode_image(bytes(corrupt), "x")
+    except UserError as error:
+        assert "picture x" in str(error)
+    else:
+        assert image.mode == "RGB"
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for name in ("page.png", "drawing.eps"):
+        with pytest.raises(UserError, match=f"{name} is none of JPEG"):
+            load_image(tmp_path / name)
+    with pytest.raises(UserError, match="missing.png: No such file"):
+        load_image(tmp_path / "missing.png")
+    with pytest.raises(UserError, match="directory"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_range_are_refused(dtype):
+    values = np.full((4, 4), 70_000, dtype)
+    with pytest.raises(UserError, match="picture x: .*8 bits"):
+        decode_image(encoded(Image.fromarray(values), "TIFF"), "x")
+
+
+def test_unknown_aspect_is_refused():
+    with pytest.raises(UserError, match="square, pad, resize"):
+        preprocess(noise(4, 4), 4, "stretch", MEAN)
+
+
+def test_threads_agree():
+    path = os.path.join(PHOTOGRAPHS, "chelsea.png")
+    expected = preprocess(load_image(path), 56, "pad", MEAN)
+    with ThreadPoolExecutor(8) as pool:
+        for pixels in pool.map(lambda _: preprocess(load_image(path), 56, "pad", MEAN), range(24)):
+            np.testing.assert_array_equal(pixels, expected)
