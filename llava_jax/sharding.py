@@ -42,10 +42,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Splits the longest axis that `fsdp` divides; vectors and scalars are on every device."""
-    fsdp = mesh.shape["fsdp"]
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if len(shape) < 2 or not divisible:
-        return replicated(mesh)
-    longest = max(divisible, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, P(*[None] * longest, "fsdp"))
+    """Splits one axis over `fsdp`; what cannot be split is on every device."""
+    axis = split_axis(shape, mesh.shape["fsdp"])
+    return replicated(mesh) if axis is None else NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+
+
+def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
+    """The longest axis of a matrix that divides into `parts`; None for vectors, scalars and where none divides."""
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    return max(divisible, key=lambda axis: shape[axis]) if len(shape) > 1 and divisible else None

@@ -52,9 +52,7 @@ def test_table_names_each_of_our_parameters_once(tied, projector_type):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(tied):
-    config = dataclasses.replace(
-        reference.LLAVA, text=dataclasses.replace(reference.TEXT, tie_word_embeddings=tied)
-    )
+    config = dataclasses.replace(reference.LLAVA, text=dataclasses.replace(reference.TEXT, tie_word_embeddings=tied))
     ours = abstract_params(config)
     found = []
     for prefix, entries in {
@@ -63,7 +61,9 @@ def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(tied):
         "model.language_model.": llm_entries(config.text),
         "": head_entries(config.text),
     }.items():
-        found += [(prefix + leaf, entry.hf_shape(ours[entry.name].shape)) for entry in entries for leaf in entry.leaves()]
+        found += [
+            (prefix + leaf, entry.hf_shape(ours[entry.name].shape)) for entry in entries for leaf in entry.leaves()
+        ]
     expected = {name: tuple(p.shape) for name, p in reference.llava(config).named_parameters()}
     assert len(found) == len(expected)
     assert dict(found) == expected

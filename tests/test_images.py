@@ -176,17 +176,22 @@ def test_padding_a_long_screenshot_does_not_make_the_square(monkeypatch):
     np.testing.assert_array_equal(preprocess(image, 16, "pad", MEAN), hf(image, 16, "pad"))
 
 
-def test_decompression_bomb_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def bomb():
+    return encoded(Image.new("1", (20_000, 20_000)), compress_level=1)
+
+
+def test_decompression_bomb_is_refused(tmp_path, bomb):
     path = tmp_path / "bomb.png"
-    Image.new("1", (20_000, 20_000)).save(path)
+    path.write_bytes(bomb)
     with pytest.raises(UserError, match="bomb.png is refused.*bomb"):
         load_image(path)
 
 
-def test_own_limit_holds_where_a_library_has_lifted_pillows(monkeypatch):
+def test_own_limit_holds_where_a_library_has_lifted_pillows(monkeypatch, bomb):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(UserError, match="20000 x 20000"):
-        decode_image(encoded(Image.new("1", (20_000, 20_000))))
+        decode_image(bomb)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -215,14 +220,18 @@ def test_corrupt_bytes_decode_or_raise_a_user_error(data, format):
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "page.png").write_text("<html>404</html>")
-    (tmp_path / "drawing.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    (tmp_path / "drawing.eps").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
     for name in ("page.png", "drawing.eps"):
-        with pytest.raises(UserError, match=f"{name} is none of JPEG"):
+        with pytest.raises(UserError, match=f"{name} is damaged or none of JPEG"):
             load_image(tmp_path / name)
     with pytest.raises(UserError, match="missing.png: No such file"):
         load_image(tmp_path / "missing.png")
     with pytest.raises(UserError, match="directory"):
         load_image(tmp_path)
+    with pytest.raises(UserError, match="null byte"):
+        load_image("a\0b.png")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])

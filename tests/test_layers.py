@@ -43,9 +43,7 @@ def test_rms_norm_equals_transformers(eps):
     norm.scale[...] = jnp.asarray(scale)
     reference = LlamaRMSNorm(D, eps)
     reference.weight.data = torch.from_numpy(scale)
-    np.testing.assert_allclose(
-        norm(jnp.asarray(x)), reference(torch.from_numpy(x)).detach().numpy(), rtol=0, atol=2e-6
-    )
+    np.testing.assert_allclose(norm(jnp.asarray(x)), reference(torch.from_numpy(x)).detach().numpy(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("make", [LayerNorm, RMSNorm])

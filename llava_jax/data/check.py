@@ -30,7 +30,8 @@ from llava_jax.data.sources import (
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_sample, load_tokenizer
 
 EPILOG = """example:
-  python -m llava_jax.data.check --json data.json --images images --tokenizer vicuna-7b-v1.5 --template v1 --max-length 2048
+  python -m llava_jax.data.check --json data.json --images images \\
+      --tokenizer vicuna-7b-v1.5 --template v1 --max-length 2048
 """
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>")
 

@@ -4,9 +4,9 @@ A template is a row of data: the strings that stand around the system prompt, th
 texts are those that published checkpoints were trained on. Where the published code answers from another text
 than it trains on, the text of training is rendered for both:
 
-* `v0` trains on `{system}\\n\\n### Human: q\\n### Assistant: a\\n### `; its demo asks `{system}###Human: q###Assistant:`.
-  The exchange on renewable energy that `v0`, unlike `llava_v0`, shows before the first question was never in a
-  training text and is left out, which makes the two names one template.
+* `v0` trains on `{system}\\n\\n### Human: q\\n### Assistant: a\\n### `; its demo asks
+  `{system}###Human: q###Assistant:`. The exchange on renewable energy that `v0`, unlike `llava_v0`, shows there
+  before the first question was never in a training text and is left out: the two names mean the same here.
 * The mmtag templates train on `<Image><image></Image>` inside the question; their demo makes it a turn of its own.
 
 An empty question or answer is rendered like any other; the published code takes it for an open turn.
@@ -107,7 +107,8 @@ _LLAVA_LLAMA_2 = Template(
 )
 _MPT = Template(
     name="mpt",
-    system="A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    system="A conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers.",
     head="<|im_start|>system\n{system}<|im_end|>",
     question=("<|im_start|>user\n", "<|im_end|>"),
     reply="<|im_start|>assistant\n",

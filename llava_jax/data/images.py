@@ -46,8 +46,8 @@ def load_image(path: str | epath.Path) -> Image.Image:
     """Reads a picture, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
     try:
         data = epath.Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"picture {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
+        raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
     return decode_image(data, name=str(path))
 
 
@@ -67,7 +67,9 @@ def decode_image(data: bytes, name: str = "from memory") -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"picture {name} is refused: {error} Shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"picture {name} is none of {', '.join(FORMATS)}: convert it or remove it") from error
+        raise UserError(
+            f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"
+        ) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
         raise UserError(f"picture {name} is damaged ({error}): replace it or remove it") from error
 

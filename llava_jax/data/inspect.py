@@ -5,15 +5,16 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TextIO
 
 from etils import epath
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import run
+from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
-    with nullcontext(sys.stdout) if out == "-" else epath.Path(out).open("w") as file:
+    with _output(out) as file:
         for sample, encoded in samples:
             line = {
                 "id": sample.id,
@@ -74,13 +75,22 @@ def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer:
             print(json.dumps(line), file=file)
 
 
+def _output(out: str) -> AbstractContextManager[TextIO]:
+    if out == "-":
+        return nullcontext(sys.stdout)
+    try:
+        return epath.Path(out).open("w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
 def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded in samples:
         learned = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
-        title = f"{sample.id}: {len(encoded.input_ids) - images} tokens and {images} images, {learned} tokens learned"
-        console.rule(title, align="left")
+        text = len(encoded.input_ids) - images
+        console.rule(Text(f"{sample.id}: text tokens {text}, learned {learned}; images {images}"), align="left")
         console.print(view(encoded, tokenizer))
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
+from absl import flags
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
@@ -214,6 +215,8 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> gra
     elements = dataset.to_iter_dataset(threads)
     if workers == 0:
         return elements
+    if not flags.FLAGS.is_parsed():  # Grain asks Abseil's flags, which only `main` parses
+        flags.FLAGS.mark_as_parsed()
     # Rows travel through pipes: containers often have too little shared memory for pictures, and die of it.
     pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     elements = grain.experimental.WithOptionsIterDataset(elements, pipes)

@@ -153,9 +153,7 @@ def plan_layout(
     )
 
 
-def _largest_groups(
-    schedules: Sequence[tuple[Order, int]], lengths: Lengths, rows_per_group: int
-) -> tuple[int, int]:
+def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, rows_per_group: int) -> tuple[int, int]:
     """The most images and the most targets that any one group holds."""
     images, targets = lengths.images.tolist(), lengths.targets.tolist()
     most_images = most_targets = 0

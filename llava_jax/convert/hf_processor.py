@@ -1,0 +1,117 @@
+"""Hugging Face's image processor and generation settings, and ours."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.convert.tensors import read_json
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
+
+Json = dict[str, Any]
+
+BICUBIC = 3  # Pillow's number
+_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
+# Fields of generation_config.json that mean something when sampling only; beside greedy decoding, which Vicuna's
+# has them with, save_pretrained refuses them.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+
+class ImageSettings(NamedTuple):
+    """How pictures are prepared."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    aspect: str | None  # None where the source does not say
+
+
+def read_image_settings(directory: Path, image_size: int) -> ImageSettings:
+    """From `preprocessor_config.json`, or `processor_config.json` where transformers 5 keeps it, or CLIP's own.
+
+    Raises UserError where pictures would be prepared in a way that is not known here, or not for `image_size`.
+    """
+    config, where = _find(directory)
+    if config is None:
+        return ImageSettings(CLIP_MEAN, CLIP_STD, None)
+    for field, value in _FIXED.items():
+        if config.get(field) not in (None, value):
+            raise UserError(f"{where}: {field} is {config[field]!r}; only {value!r} is supported")
+    if not math.isclose(config.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
+        raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
+    _check_size(config, image_size, where)
+    stretches = isinstance(config.get("size"), dict) and "shortest_edge" not in config["size"]
+    if stretches:
+        aspect = "resize"
+    elif config.get("do_center_crop") is False:
+        raise UserError(f"{where}: do_center_crop is false, but pictures have to become squares of {image_size} pixels")
+    else:
+        aspect = None if config.get("do_pad") is None else "pad" if config["do_pad"] else "square"
+    return ImageSettings(
+        tuple(config.get("image_mean") or CLIP_MEAN), tuple(config.get("image_std") or CLIP_STD), aspect
+    )
+
+
+def write_image_processor(config: LlavaConfig) -> Json:
+    """The `preprocessor_config.json` that prepares pictures as `data.images.preprocess` does."""
+    size = config.vision.image_size
+    square = {"height": size, "width": size}
+    return _FIXED | {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": config.image_aspect == "pad",
+        "size": square if config.image_aspect == "resize" else {"shortest_edge": size},
+        "do_center_crop": config.image_aspect != "resize",
+        "crop_size": square,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+
+
+def write_processor(config: LlavaConfig, image_token: str) -> Json:
+    """The `processor_config.json` that gives an image as many positions as it has features."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_token,
+        "num_additional_image_tokens": 1,  # the class token, which "default" subtracts again
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
+    }
+
+
+def write_generation(source: Json, special_ids: dict[str, int | None], end_ids: list[int]) -> Json:
+    """The `generation_config.json`: the source's, without what save_pretrained refuses.
+
+    Args:
+      source: that of the import; may be empty.
+      special_ids: ids by the names `bos_token_id`, `eos_token_id`, `pad_token_id`, for those that the source lacks.
+      end_ids: tokens that end an answer, which have to be among the `eos_token_id`.
+    """
+    values = {name: id for name, id in special_ids.items() if id is not None}
+    values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}
+    values.pop("transformers_version", None)
+    if not values.get("do_sample"):
+        values = {field: value for field, value in values.items() if field not in _SAMPLING}
+    known = values.get("eos_token_id", [])
+    known = known if isinstance(known, list) else [known]
+    ids = known + [id for id in end_ids if id not in known]
+    if ids:
+        values["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    return values
+
+
+def _find(directory: Path) -> tuple[Json | None, Path]:
+    nested = directory / "processor_config.json"
+    if nested.exists() and "image_processor" in (config := read_json(nested)):
+        return config["image_processor"], nested
+    plain = directory / "preprocessor_config.json"
+    return (read_json(plain) if plain.exists() else None), plain
+
+
+def _check_size(config: Json, image_size: int, where: Path) -> None:
+    for field in ("size", "crop_size"):
+        size = config.get(field)
+        lengths = set(size.values() if isinstance(size, dict) else [size]) - {None}
+        if lengths - {image_size}:
+            raise UserError(f"{where}: {field} is {size}, but the vision tower takes {image_size} pixels")

@@ -1,0 +1,139 @@
+"""Where the files of Hugging Face put each tensor: the names that versions of transformers gave them, normalised.
+
+A LLaVA of transformers has had four layouts, in memory and on disk:
+
+    versions                              decoder                  head                     tower
+    on disk up to 5.0; llava-hf           language_model.model.*   language_model.lm_head   vision_tower.vision_model.*
+    in memory 4.52 ... 5.5                model.language_model.*   lm_head                  model.vision_tower.vision_model.*
+    in memory from 5.6                    model.language_model.*   lm_head                  model.vision_tower.*
+    on disk, fresh from 5.23              language_model.model.*   language_model.lm_head   vision_tower.*
+
+The first alone is read by all versions, so exports have it. Any of them is imported, key by key.
+"""
+
+import collections
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, vision_entries
+from llava_jax.convert.tensors import Tensors
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import abstract_params
+
+# Patterns of whole names -> the part that the tensor belongs to; the group is its leaf name. The first that fits counts.
+Layout = dict[str, str]
+LLAVA: Layout = {
+    r"(?:language_model\.model|model\.language_model)\.(.+)": "llm",
+    r"(?:language_model\.)?(lm_head\.weight)": "head",
+    r"(?:model\.)?multi_modal_projector\.(.+)": "projector",
+    r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": "vision",
+}
+LLAMA: Layout = {r"(lm_head\.weight)": "head", r"(?:model\.)?(.+)": "llm"}
+CLIP: Layout = {r"(?:vision_model\.)?(.+)": "vision"}
+PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
+
+# What exports put before the leaf names.
+EXPORT_PREFIXES = {
+    "llm": "language_model.model.",
+    "head": "language_model.",
+    "projector": "multi_modal_projector.",
+    "vision": "vision_tower.vision_model.",
+}
+
+# Tensors that no model of ours has: constants that old versions stored, and what a whole CLIP has besides its tower.
+CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
+CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_scale")
+
+_DTYPES = ("F32", "BF16", "F16")  # of weights, in safetensors' words
+_ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential
+
+
+def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
+    """The table of names for each part of a model."""
+    return {
+        "vision": vision_entries(config.vision),
+        "projector": projector_entries(config.projector_type),
+        "llm": llm_entries(config.text),
+        "head": head_entries(config.text),
+    }
+
+
+TIED_HEAD = ("head", "lm_head.weight")  # may be stored beside the embeddings that it is equal to
+
+
+class Source:
+    """Tensors of some parts of a model, under their leaf names, whatever the layout of the files."""
+
+    def __init__(self, tensors: Tensors, layout: Layout, dropped: Iterable[str] = CONSTANTS):
+        self._tensors = tensors
+        self._names: dict[tuple[str, str], str] = {}  # (part, leaf) -> name in the files
+        self._problems = []
+        for name in tensors.names:
+            if any(re.fullmatch(pattern, name) for pattern in dropped):
+                continue
+            place = _place(name, layout)
+            if place is None:
+                self._problems.append(f"unexpected {name}")
+            elif place in self._names:
+                self._problems.append(f"{name} and {self._names[place]} are the same tensor")
+            else:
+                self._names[place] = name
+
+    def __contains__(self, place: tuple[str, str]) -> bool:
+        return place in self._names
+
+    def leaves(self, part: str) -> list[str]:
+        return [leaf for held, leaf in self._names if held == part]
+
+    def get(self, part: str, leaf: str) -> np.ndarray:
+        return self._tensors.get(self._names[part, leaf])
+
+    def problems(self, config: LlavaConfig, parts: Iterable[str]) -> list[str]:
+        """All that is missing, unexpected, misshapen or of no type that weights have, if this is to hold `parts`."""
+        shapes = abstract_params(config)
+        entries = entries_of(config)
+        expected = {
+            (part, leaf): entry.hf_shape(shapes[entry.name].shape)
+            for part in parts
+            for entry in entries[part]
+            for leaf in entry.leaves()
+        }
+        problems = list(self._problems)
+        problems += [f"missing {self._prefix(part)}{leaf}" for part, leaf in expected if (part, leaf) not in self]
+        for place, name in self._names.items():
+            if place in expected:
+                problems += self._tensor_problems(name, expected[place])
+            elif not (place == TIED_HEAD and config.text.tie_word_embeddings):
+                problems.append(f"unexpected {name}")
+        return problems
+
+    def _tensor_problems(self, name: str, expected: tuple[int, ...]) -> list[str]:
+        shape, dtype = self._tensors.shape(name), self._tensors.dtype(name)
+        misshapen = [f"{name} is {shape}, not {expected}"] if shape != expected else []
+        return misshapen + ([f"{name} is {dtype}, not {', '.join(_DTYPES)}"] if dtype not in _DTYPES else [])
+
+    def _prefix(self, part: str) -> str:
+        """What this source's layout puts before most leaf names of the part."""
+        found = collections.Counter(
+            name.removesuffix(leaf) for (held, leaf), name in self._names.items() if held == part
+        )
+        return found.most_common(1)[0][0] if found else ""
+
+
+def _place(name: str, layout: Layout) -> tuple[str, str] | None:
+    for pattern, part in layout.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            leaf = match[1]
+            return part, _linear_name(leaf) if part == "projector" else leaf
+    return None
+
+
+def _linear_name(leaf: str) -> str:
+    """`weight` -> `linear_1.weight`, `2.bias` -> `linear_2.bias`: every second module of the original is a GELU."""
+    match = _ORIGINAL_LINEAR.fullmatch(leaf)
+    if not match or int(match[1] or 0) % 2:
+        return leaf
+    return f"linear_{int(match[1] or 0) // 2 + 1}.{match[2]}"

@@ -1,0 +1,430 @@
+"""Training: the step, then the loop, top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from llava_jax import optim, sharding
+from llava_jax.checkpoint import (
+    Checkpoint,
+    Description,
+    TrainingCheckpoints,
+    copy_tokenizer,
+    open_checkpoint,
+    write_description,
+)
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import get_template
+from llava_jax.data.inspect import view
+from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, measure
+from llava_jax.data.plan import Layout, Order, plan_layout, split, total_steps
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer
+from llava_jax.loss import loss_sum, next_token_targets
+from llava_jax.metrics import MetricsWriter, Screen
+from llava_jax.models.config import PRESETS, LlavaConfig
+from llava_jax.models.llava import Params, build
+from llava_jax.workdir import claim
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array  # int32, steps done
+    trainable: Params  # float32
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What is compiled into a step."""
+
+    model: LlavaConfig
+    layout: Layout
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    accumulation: int = 1
+
+
+# --------------------------------------------------------------------------------------------------------- the step
+
+
+def batch_loss(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
+    """Sum of the losses of a (micro)batch's targets."""
+    model = build(settings.model, trainable | frozen, settings.dtype)
+    hidden_BTD = model(batch, settings.remat)
+    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
+    return loss_sum(model.llm, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots)
+
+
+def microbatches(batch: Batch, settings: StepSettings) -> Batch:
+    """Every array with a leading accumulation axis. Strided over groups, so that no row leaves its device."""
+
+    def cut(array: jax.Array) -> jax.Array:
+        A, rows = settings.accumulation, array.shape[0] // settings.layout.groups
+        array = array.reshape(settings.layout.groups // A, A, rows, *array.shape[1:]).swapaxes(0, 1)
+        return array.reshape(A, -1, *array.shape[3:])
+
+    return jax.tree.map(cut, batch)
+
+
+def loss_and_gradients(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+) -> tuple[jax.Array, Params]:
+    """The mean loss over all targets of the global batch and its gradients, whatever the accumulation."""
+    targets = next_token_targets(batch["labels"], batch["segment_ids"])
+    count = jnp.maximum(jnp.sum(targets != IGNORE_INDEX), 1)
+
+    def mean_loss(trainable: Params, batch: Batch) -> jax.Array:
+        return batch_loss(settings, trainable, frozen, batch) / count
+
+    if settings.accumulation == 1:
+        return jax.value_and_grad(mean_loss)(trainable, batch)
+
+    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(trainable, microbatch)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, microbatches(batch, settings))[0]
+
+
+def train_step(
+    settings: StepSettings,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step. Only what is trainable is differentiated, clipped, counted and updated."""
+    loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+
+def eval_step(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses and number of targets of a batch."""
+    targets = next_token_targets(batch["labels"], batch["segment_ids"])
+    return batch_loss(settings, trainable, frozen, batch), jnp.sum(targets != IGNORE_INDEX)
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
+    """Step 0, the optimizer's state sharded like the parameters from the moment it exists."""
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    shardings = jax.tree.map(lambda leaf: sharding.param_sharding(mesh, leaf.shape), shapes)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trainable, optimizer_state)
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains one stage; called again with the same configuration and workdir it resumes.
+
+    Raises UserError for what the user can mend, before the first step wherever possible.
+    """
+    directory = epath.Path(workdir)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+
+    # ---- What to start from
+    source = open_checkpoint(_required(config, "init"))
+    _check_preset(config.model, source)
+    model = dataclasses.replace(source.config, image_aspect=config.image_aspect or source.config.image_aspect)
+    trainable_names = optim.trainable_names(source.abstract(), config.stage)
+    frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
+
+    # ---- Data: every error in the text, the order and the shapes are known from here on
+    samples = LlavaJson(_required(config.data, "json", "data."))
+    encode = TextEncoder(
+        get_template(config.template),
+        load_tokenizer(source.tokenizer_dir),
+        model.image_tokens,
+        config.max_length,
+        config.image_position,
+        config.seed,
+    )
+    lengths = measure(samples, encode, config.data.workers)
+    training, held_out = split(len(samples), config.data.holdout, config.seed)
+    order = Order(training, config.batch_rows, config.seed)
+    validation = Order(held_out, config.batch_rows, None)
+    steps = config.steps or total_steps(order.steps_per_epoch, config.epochs)
+    layout = plan_layout(
+        [(order, steps), (validation, validation.steps_per_epoch)],
+        lengths,
+        rows_per_group=config.rows_per_group,
+        max_length=config.max_length,
+        image_tokens=model.image_tokens,
+        image_size=model.vision.image_size,
+        image_slots=config.image_slots,
+        label_slots=config.label_slots,
+    )
+    read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
+    batches = Batches(samples, encode, read_image, order, layout)
+    validation_batches = Batches(samples, encode, read_image, validation, layout)
+    settings = StepSettings(
+        model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh)
+    )
+
+    # ---- The workdir, and in it what makes its checkpoints self-describing
+    claim(directory, config, lengths)
+    description = _describe(directory, source, model, config, frozen_names)
+
+    # ---- Parameters and optimizer
+    optimizer = optim.make_optimizer(config, trainable_names, steps)
+    checkpoints = TrainingCheckpoints(directory, description, config.keep)
+    start = checkpoints.latest
+    held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
+    shapes = held.abstract()
+    place = lambda name: sharding.param_sharding(mesh, shapes[name].shape)  # noqa: E731
+    frozen = held.load(frozen_names, _frozen_dtype(config), place)
+    trainable = source.load(trainable_names, lambda name, stored: jnp.float32, place)
+    state = init_state(optimizer, trainable, mesh)
+    if start is None:
+        # A full disk or a wrong path fails now, not after a day.
+        checkpoints.save(0, state.trainable, state.optimizer, wait=True)
+    else:
+        restored = checkpoints.restore(start, state.trainable, state.optimizer)
+        state = TrainState(jax.device_put(jnp.int32(start), state.step.sharding), *restored)
+    start = start or 0
+    _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+    _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
+
+    # ---- The loop
+    step_fn = jax.jit(functools.partial(train_step, settings, optimizer), donate_argnums=0)
+    eval_fn = jax.jit(functools.partial(eval_step, settings))
+    put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
+    rates = optim.schedules(config, steps)
+    writer, screen = MetricsWriter(directory, start), Screen(start, steps)
+    began = clock = time.monotonic()
+
+    def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
+        """Waits for a step's metrics, checks and writes them."""
+        nonlocal clock
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved since "
+                f"step {checkpoints.latest}. The samples of this batch: {', '.join(batches.ids(step - 1))}"
+            )
+        seconds, clock = time.monotonic() - clock, time.monotonic()
+        values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
+        values |= {
+            "tokens_per_second": counts["tokens"] / seconds,
+            "images_per_second": counts["images"] / seconds,
+            "learned_share": counts["learned"] / max(counts["tokens"], 1),
+            "padding_share": 1 - counts["tokens"] / counts["positions"],
+            "seconds": seconds,
+        }
+        screen.show(step, values)
+        if step % config.log_every == 0 or step == steps:
+            writer.write(step, values)
+
+    def validate(step: int) -> None:
+        nonlocal clock
+        total, count = 0.0, 0
+        for batch in validation_batches.iterate(0, validation.steps_per_epoch, config.data.workers):
+            batch_total, batch_count = eval_fn(state.trainable, frozen, put(batch))
+            total, count = total + float(batch_total), count + int(batch_count)
+        writer.write(step, {"validation_loss": total / count})
+        screen.say(f"step {step}: validation loss {total / count:.4f}")
+        clock = time.monotonic()
+
+    with contextlib.ExitStack() as closing:
+        for closed in (checkpoints, writer, screen):
+            closing.callback(closed.close)
+        stop = closing.enter_context(catch_signals())
+        pending = None  # metrics are read one step late, so that the device never waits for the host
+        for step, batch in enumerate(batches.iterate(start, steps, config.data.workers), start + 1):
+            state, metrics = step_fn(state, frozen, put(batch))
+            if pending:
+                report(*pending)
+            pending = (step, metrics, count_tokens(batch, layout))
+            evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
+            save = step == steps or step % config.save_every == 0 or stop.signal is not None
+            if evaluate or save:
+                report(*pending)  # nothing is saved before its loss is known to be finite
+                pending = None
+            if evaluate:
+                validate(step)
+            if save:
+                checkpoints.save(step, state.trainable, state.optimizer, wait=stop.signal is not None or step == steps)
+            if stop.signal is not None and step < steps:
+                screen.say(f"stopped by {stop.signal.name} at step {step}, which is saved; the same command resumes")
+                sys.exit(128 + stop.signal)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------- parts of the set-up
+
+
+def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
+    if not config[key]:
+        raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
+    return config[key]
+
+
+def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
+    """The sizes of the preset must be those of the checkpoint; rows of the vocabulary may have been added."""
+    if not preset:
+        return
+    if preset not in PRESETS:
+        raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
+    free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect"}
+    differing = []
+    for part in ("vision", "text", None):
+        wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))
+        for field in dataclasses.fields(wanted):
+            a, b = getattr(wanted, field.name), getattr(found, field.name)
+            if a != b and field.name not in free and not dataclasses.is_dataclass(a):
+                differing.append(f"{field.name} {b}, not {a}")
+    if differing:
+        raise UserError(f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}")
+
+
+def _compute_dtype(config: ConfigDict) -> jnp.dtype:
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(config.compute_dtype or ("float32" if on_cpu else "bfloat16"))
+
+
+def _frozen_dtype(config: ConfigDict) -> Callable[[str, jnp.dtype], jnp.dtype]:
+    chosen = config.frozen_dtype or ("" if jax.default_backend() == "cpu" else "bfloat16")
+    return lambda name, stored: jnp.dtype(chosen) if chosen else stored
+
+
+def _accumulation(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
+    """Microbatches of a step: as few as `max_rows_per_device` allows."""
+    shards = sharding.batch_shards(mesh)
+    limit = config.max_rows_per_device or config.batch_rows
+    accumulation = math.ceil(config.batch_rows / (limit * shards))
+    if layout.groups % (shards * accumulation):
+        raise UserError(
+            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, no "
+            f"multiple of {shards} devices x {accumulation} accumulated microbatches; "
+            "change batch_rows, rows_per_group or max_rows_per_device"
+        )
+    return accumulation
+
+
+def _describe(
+    directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen_names: list[str]
+) -> Description:
+    """The description that a resumed run has already, or a new one."""
+    if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
+        with contextlib.suppress(UserError):
+            return open_checkpoint(directory).description
+    description = Description(
+        model=model,
+        template=config.template,
+        hf=source.description.hf,
+        sources=source.sources_of(frozen_names, directory),
+        stage=config.stage,
+    )
+    copy_tokenizer(source.tokenizer_dir, directory / "tokenizer")
+    write_description(directory, description)
+    return description
+
+
+def _introduce(
+    config: ConfigDict,
+    directory: epath.Path,
+    mesh: Mesh,
+    settings: StepSettings,
+    steps: int,
+    order: Order,
+    lengths: Any,
+    state: TrainState,
+    frozen: Params,
+    start: int,
+) -> None:
+    """Says what is about to happen."""
+    layout = settings.layout
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    device = jax.devices()[0]
+    mean = float(np.mean(lengths.tokens[order.samples]))
+    lines = [
+        f"stage      {config.stage} in {directory}, from {config.init}",
+        f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
+        f"frozen     {_summary(frozen)}",
+        f"devices    {jax.device_count()} x {device.device_kind} as {dict(mesh.shape)}, computing in {settings.dtype.name}",
+        f"data       {len(order.samples):,} samples to train on, {mean:.0f} tokens each (image tokens included)",
+        f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
+        f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
+        f"steps      {steps:,} of {order.steps_per_epoch:,} an epoch ({steps / order.steps_per_epoch:.2f} epochs)"
+        + (f", resuming after step {start:,}" if start else ""),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _summary(params: Params) -> str:
+    """Counts and bytes by part of the model."""
+    parts: dict[str, list[jax.Array]] = {}
+    for name, value in params.items():
+        parts.setdefault(name.split(".")[0], []).append(value)
+    counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in parts.items())
+    return f"{counted or 'nothing'} parameters, {sum(v.nbytes for v in params.values()) / 2**20:,.1f} MiB"
+
+
+def _show_first_sample(sample: Any, encode: TextEncoder) -> None:
+    """The first sample as the model sees it, what is learned marked."""
+    encoded = encode_sample(
+        sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
+    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"the first sample, {sample.id}; what is learned stands between ⟦ and ⟧:", markup=False)
+    console.print(view(encoded, encode.tokenizer))
+
+
+def count_tokens(batch: Batch, layout: Layout) -> dict[str, float]:
+    """Tokens (image tokens included), learned tokens, images and positions of a batch."""
+    index = batch["image_feature_index"]
+    return {
+        "tokens": int(np.count_nonzero(batch["segment_ids"])),
+        "learned": int(np.count_nonzero(batch["labels"] != IGNORE_INDEX)),
+        "images": int(np.count_nonzero((index >= 0) & (index % layout.image_tokens == 0))),
+        "positions": index.size,
+    }
+
+
+class StopRequest:
+    """Which signal asked the run to stop, if any."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Within, SIGTERM and SIGINT only leave a note, so that the step can end and be saved; a second one interrupts."""
+    request = StopRequest()
+
+    def note(number: int, frame: Any) -> None:
+        if request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

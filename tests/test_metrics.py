@@ -1,0 +1,32 @@
+"""What a run writes down survives a crash without doubling."""
+
+import json
+
+from etils import epath
+
+from llava_jax.metrics import MetricsWriter, Screen
+
+
+def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 4, "lo')
+    writer = MetricsWriter(epath.Path(tmp_path), 2)
+    writer.write(3, {"loss": 30.0})
+    writer.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
+    screen = Screen(0, 2)
+    metrics = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens_per_second": 1e4, "images_per_second": 3.0}
+    screen.show(1, metrics)
+    screen.show(2, metrics)
+    screen.close()
+    told = capsys.readouterr().err
+    assert "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s" in told

@@ -1,0 +1,310 @@
+import hashlib
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import get_template
+from llava_jax.data.images import preprocess
+from llava_jax.data.pipeline import Batches, ImageFolder, TextEncoder, build_row, collate, measure
+from llava_jax.data.plan import Layout, Order, plan_layout, split
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import Row
+
+P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01
+MEAN = (0.5, 0.25, 0.75)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["USER ASSISTANT what is the colour of it?"],
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def record(number, images):
+    """One sample: question and answer lengths differ from sample to sample."""
+    marks = "<image>\n" * len(images)
+    turns = [
+        {"from": "human", "value": f"{marks}what is {'it ' * (number % 5)}?"},
+        {"from": "gpt", "value": f"answer {number} {'yes ' * (number % 3)}"},
+    ]
+    return {"id": f"s{number}", "conversations": turns} | ({"image": images} if images else {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """23 samples with no, one or two pictures each, in any mix."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(23):
+        names = [f"{number}_{i}.png" for i in range(number % 3)]
+        for name in names:
+            width, height = random.integers(4, 20, 2)
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name)
+        records.append(record(number, names))
+    (root / "data.json").write_text(json.dumps(records))
+    return root
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    return TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    return LlavaJson(folder / "data.json")
+
+
+def read_images(folder):
+    return ImageFolder(str(folder), SIZE, "pad", MEAN)
+
+
+def make_batches(folder, source, encode, batch_rows=4, rows_per_group=2, epochs=2, seed=0):
+    order = Order(np.arange(len(source)), batch_rows, seed)
+    layout = plan_layout(
+        [(order, epochs * order.steps_per_epoch)],
+        measure(source, encode),
+        rows_per_group=rows_per_group,
+        max_length=LENGTH,
+        image_tokens=P,
+        image_size=SIZE,
+    )
+    return Batches(source, encode, read_images(folder), order, layout)
+
+
+@pytest.fixture(scope="module")
+def batches(folder, source, encode):
+    return make_batches(folder, source, encode)
+
+
+def digest(batch):
+    state = hashlib.sha256()
+    for name in sorted(batch):
+        state.update(f"{name} {batch[name].shape} {batch[name].dtype}".encode() + batch[name].tobytes())
+    return state.hexdigest()
+
+
+def parts(batch, rows_per_group):
+    """The samples of a batch, read back by what the model reads: (tokens, labels, pictures) each."""
+    for row in range(len(batch["tokens"])):
+        segments = batch["segment_ids"][row]
+        for segment in range(1, segments.max() + 1):
+            where = segments == segment
+            np.testing.assert_array_equal(batch["positions"][row, where], np.arange(where.sum()))
+            index = batch["image_feature_index"][row, where]
+            index = index[index >= 0]
+            slots = index[::P] // P
+            np.testing.assert_array_equal(index, (slots[:, None] * P + np.arange(P)).ravel())
+            pictures = batch["images"][row // rows_per_group, slots]
+            yield batch["tokens"][row, where], batch["labels"][row, where], pictures
+
+
+def check_sample(source, encode, folder, index, part):
+    tokens, labels, pictures = part
+    sample = source[index]
+    text = encode(sample)
+    np.testing.assert_array_equal(tokens, text.tokens)
+    np.testing.assert_array_equal(labels, text.labels)
+    expected = [preprocess(Image.open(folder / name), SIZE, "pad", MEAN) for name in sample.images]
+    assert len(pictures) == len(expected)
+    for picture, pixels in zip(pictures, expected):
+        np.testing.assert_array_equal(picture, pixels)
+
+
+def test_shapes_and_types(batches):
+    layout = batches.layout
+    assert layout.groups == 2 and layout.image_slots == 4
+    batch = batches[0]
+    for name in ("tokens", "labels", "positions", "segment_ids", "image_feature_index"):
+        assert batch[name].dtype == np.int32 and batch[name].shape == (4, LENGTH)
+    assert batch["images"].dtype == np.uint8 and batch["images"].shape == (2, 4, SIZE, SIZE, 3)
+
+
+def test_batches_hold_every_sample_once_an_epoch_as_planned(batches, source, encode, folder):
+    steps_per_epoch = batches.order.steps_per_epoch
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            indices = [index for row in batches.order.rows(step) for index in row]
+            found = list(parts(batches[step], 2))
+            assert len(found) == len(indices)
+            for index, part in zip(indices, found):
+                check_sample(source, encode, folder, index, part)
+            assert batches.ids(step) == [f"s{index}" for index in indices]
+            seen.extend(indices)
+        assert sorted(seen) == list(range(23))
+
+
+def test_empty_rows_and_unused_slots_are_neutral(batches):
+    batch = batches[batches.order.steps_per_epoch - 1]  # 23 samples: the last of six batches of four lacks one
+    empty = ~batch["segment_ids"].any(axis=1)
+    assert empty.tolist() == [False, False, False, True]
+    padding = batch["segment_ids"] == 0
+    for name, fill in {"tokens": 0, "labels": -100, "positions": 0, "image_feature_index": -1}.items():
+        assert (batch[name][padding] == fill).all()
+    for group, images in enumerate(batch["images"]):
+        index = batch["image_feature_index"][2 * group : 2 * group + 2]
+        used = index.max() // P + 1
+        assert images[:used].any(axis=(1, 2, 3)).all() and not images[used:].any()
+
+
+def test_text_only_data_keeps_the_program(tmp_path, encode):
+    (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(3, [])]))
+    batch = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 2, 2)[0]
+    assert batch["images"].shape == (1, 1, SIZE, SIZE, 3) and not batch["images"].any()
+    assert (batch["image_feature_index"] == -1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iteration_equals_random_access(batches, workers):
+    expected = [digest(batches[step]) for step in range(12)]
+    assert len(set(expected)) == 12
+    for start, stop in [(5, 12)] if workers else [(0, 12), (7, 9), (11, 12), (3, 3)]:  # processes take long to start
+        assert [digest(batch) for batch in batches.iterate(start, stop, workers)] == expected[start:stop]
+
+
+def test_iteration_can_be_left(batches):
+    before = threading.active_count()
+    iterator = batches.iterate(0, 10**9)  # beginning takes no time, however long the run
+    first = next(iterator)
+    iterator.close()
+    assert digest(first) == digest(batches[0])
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(SLOW)
+    assert threading.active_count() <= before
+
+
+def test_seed_changes_the_batches_and_nothing_else_does(folder, source, encode, batches):
+    again = make_batches(folder, LlavaJson(folder / "data.json"), encode)
+    other = make_batches(folder, source, encode, seed=1)
+    assert digest(again[3]) == digest(batches[3]) != digest(other[3])
+
+
+def test_held_out_samples_are_read_in_order(folder, source, encode):
+    train, valid = split(len(source), 5, seed=0)
+    order = Order(valid, 4, seed=None)
+    batches = make_batches(folder, source, encode)
+    held_out = Batches(source, encode, read_images(folder), order, batches.layout)
+    ids = [name for step in range(order.steps_per_epoch) for name in held_out.ids(step)]
+    assert ids == [f"s{index}" for index in valid]
+    assert not {f"s{index}" for index in train} & set(ids)
+    found = [part for batch in held_out.iterate(0, order.steps_per_epoch) for part in parts(batch, 2)]
+    for index, part in zip(valid, found, strict=True):
+        check_sample(source, encode, folder, index, part)
+
+
+def test_measure(source, encode):
+    lengths = measure(source, encode)
+    rows = [encode(sample) for sample in source]
+    assert lengths.tokens.tolist() == [len(row.tokens) for row in rows]
+    assert lengths.images.tolist() == [len(sample.images) for sample in source]
+    for row, targets in zip(rows, lengths.targets):
+        predicted = [t for t in range(len(row.labels) - 1) if row.labels[t + 1] != -100]
+        assert len(predicted) == targets > 0
+
+
+def test_first_label_is_no_target(source):
+    def encode(sample):
+        return Row(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
+
+    assert set(measure(source, encode).targets) == {1}
+
+
+def test_nothing_to_learn_is_an_error_naming_the_sample(source, tokenizer):
+    short = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=2 * P)
+    with pytest.raises(UserError, match="sample s.*nothing to learn"):
+        measure(source, short)
+
+
+@pytest.mark.parametrize(
+    "name, workers, message",
+    [
+        ("good.png", 0, None),
+        ("none.png", 0, "none.png: No such file"),
+        ("bad.png", 0, "bad.png is damaged"),
+        ("none.png", 1, "none.png: No such file"),  # an error crosses from the process that reads
+    ],
+)
+def test_missing_and_damaged_pictures_name_sample_and_file(tmp_path, encode, name, workers, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    (tmp_path / "data.json").write_text(json.dumps([record(3, [name])]))
+    batches = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 1, 1)
+    if message is None:
+        assert len(list(batches.iterate(0, 1, workers))) == 1
+        return
+    with pytest.raises(UserError) as caught:
+        list(batches.iterate(0, 1, workers))
+    assert str(caught.value).startswith(f"sample s3: picture {tmp_path}/{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_truncation_drops_are_not_read(tmp_path, tokenizer):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    turns = [("human", "<image>"), ("gpt", "yes " * 9), ("human", "<image>"), ("gpt", "no")]
+    turns = [{"from": role, "value": text} for role, text in turns]
+    sample = {"id": "x", "image": ["a.png", "never-read.png"], "conversations": turns}
+    (tmp_path / "data.json").write_text(json.dumps([sample]))
+    encode = TextEncoder(get_template("plain"), tokenizer, P, max_length=20, image_position="as_is")
+    batches = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 1, 1)
+    batch = batches[0]
+    assert batches.layout.image_slots == 1
+    assert (batch["image_feature_index"] >= 0).sum() == P
+    assert (batch["images"][0, 0] == [255, 0, 0]).all()
+
+
+def sample_row(length, images, token):
+    """A row of its own for one sample: its images first, then text of one token."""
+    index = np.concatenate([np.arange(images * P), np.full(length - images * P, -1)])
+    tokens = np.where(index < 0, token, 0)
+    return Row(tokens, np.where(index < 0, token, -100), index, images)
+
+
+def test_several_samples_in_a_row():
+    layout = Layout(2, 2, 24, image_slots=4, label_slots=48, image_tokens=P, image_size=1)
+
+    def picture(value):
+        return np.full((1, 1, 3), value, np.uint8)
+
+    first = build_row([(sample_row(6, 1, 5), [picture(1)]), (sample_row(3, 0, 6), [])], layout)
+    second = build_row(
+        [
+            (sample_row(2, 0, 7), []),
+            (sample_row(9, 2, 8), [picture(2), picture(3)]),
+            (sample_row(5, 1, 9), [picture(4)]),
+        ],
+        layout,
+    )
+    batch = collate([first, second], layout)
+    assert batch["segment_ids"][0].tolist() == [1] * 6 + [2] * 3 + [0] * 15
+    assert batch["segment_ids"][1].tolist() == [1] * 2 + [2] * 9 + [3] * 5 + [0] * 8
+    assert batch["positions"][1].tolist() == [*range(2), *range(9), *range(5), *[0] * 8]
+    found = [(set(tokens[tokens > 0]), pictures[:, 0, 0, 0].tolist()) for tokens, _, pictures in parts(batch, 2)]
+    assert found == [({5}, [1]), ({6}, []), ({7}, []), ({8}, [2, 3]), ({9}, [4])]
+
+
+def test_rows_and_groups_that_do_not_fit_are_errors():
+    layout = Layout(2, 2, 8, image_slots=1, label_slots=8, image_tokens=P, image_size=1)
+    pictures = np.zeros((1, 1, 1, 3), np.uint8)
+    with pytest.raises(ValueError, match="take 10 positions, it has 8"):
+        build_row([(sample_row(5, 0, 1), []), (sample_row(5, 0, 1), [])], layout)
+    row = build_row([(sample_row(5, 1, 1), pictures)], layout)
+    with pytest.raises(ValueError, match="1 slots"):
+        collate([row, row], layout)

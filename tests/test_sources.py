@@ -1,0 +1,104 @@
+"""LLaVA JSON and JSONL, and errors that say where."""
+
+import json
+
+import pytest
+
+from llava_jax.cli import UserError
+from llava_jax.data.sources import LlavaJson, Sample, find_faults
+
+QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
+ANSWER = {"from": "gpt", "value": "A cat.\u2028"}
+GOOD = [
+    {"id": "a", "image": "a.jpg", "conversations": [QUESTION, ANSWER]},
+    {"id": 7, "image": ["a.jpg", "b.jpg"], "conversations": [{"from": "user", "value": "<image> <image>"}, ANSWER]},
+    {"images": ["c.jpg"], "conversations": [QUESTION, {"from": "assistant", "value": ""}], "source": "x"},
+    {"id": None, "image": None, "conversations": [ANSWER, {"from": "human", "value": "hi"}, ANSWER]},
+]
+
+
+def write(path, records, jsonl):
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n\n".join(lines) + "\n" if jsonl else f"\n[{','.join(lines)}]", encoding="utf-8-sig")
+    return path
+
+
+def record(*turns, **fields):
+    return {"id": "x", "conversations": [{"from": role, "value": text} for role, text in turns], **fields}
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_samples(tmp_path, jsonl):
+    samples = LlavaJson(write(tmp_path / "data", GOOD, jsonl))
+    cat = ("assistant", "A cat.\u2028")
+    assert list(samples) == [
+        Sample("a", ("a.jpg",), (("user", "<image>\nWhat is it?"), cat)),
+        Sample("7", ("a.jpg", "b.jpg"), (("user", "<image> <image>"), cat)),
+        Sample("2", ("c.jpg",), (("user", "<image>\nWhat is it?"), ("assistant", ""))),
+        Sample("3", (), (("user", "hi"), cat)),
+    ]
+    assert len(samples) == 4 and samples[-1] == samples[3]
+
+
+FAULTS = [
+    ("structure", "is no object", 3),
+    ("structure", "`id`", record(("human", "q"), id=["x"])),
+    ("structure", "`image`", record(("human", "<image>"), image={"name": "a.jpg"})),
+    ("structure", "`image`", record(("human", "<image>"), images=["a.jpg", 3])),
+    ("structure", "`conversations`", {"id": "x", "image": "a.jpg"}),
+    ("structure", "`conversations`", record()),
+    ("structure", "turn 2 is no object", {"conversations": [QUESTION, "A cat."]}),
+    ("structure", "`value` of turn 1", record(("human", None))),
+    ("structure", "surrogate", record(("human", "\ud800"))),
+    ("role", 'turn 2 is from "bot"', record(("human", "q"), ("bot", "a"))),
+    ("order", "two turns of user", record(("human", "q"), ("human", "q"), ("gpt", "a"))),
+    ("order", "two turns of assistant", record(("gpt", "a"), ("gpt", "a"))),
+    ("marks", "1 <image> in the text, but 0 images", record(("human", "What does <image> mean?"), ("gpt", "a"))),
+    ("marks", "0 <image> in the text, but 1 images", record(("human", "q"), ("gpt", "a"), image="a.jpg")),
+    ("marks", "2 <image> in the text, but 1 images", record(("human", "<image>"), ("gpt", "<image>"), image="a.jpg")),
+    ("marks", "0 <image> in the text, but 1 images", record(("gpt", "<image>"), ("human", "q"), image="a.jpg")),
+]
+
+
+@pytest.mark.parametrize(("kind", "detail", "value"), FAULTS)
+def test_faults_name_file_place_and_id(tmp_path, kind, detail, value):
+    (fault,) = find_faults(value)
+    assert fault.kind == kind and detail in fault.detail
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(GOOD[0]) + "\n\n" + json.dumps(value))
+    with pytest.raises(UserError) as error:
+        LlavaJson(data)
+    ident = "x" if isinstance(value, dict) and value.get("id") == "x" else "1" if value == 3 else ""
+    assert str(error.value).startswith(f"{data}: line 3 (id {ident}") and detail in str(error.value)
+    data.write_text(json.dumps([GOOD[0], value]))
+    with pytest.raises(UserError, match="sample 1"):
+        LlavaJson(data)
+
+
+def test_all_faults_of_a_sample_are_told():
+    value = {"conversations": [{"from": "bot", "value": 1}, 2]}
+    assert [fault.kind for fault in find_faults(value)] == ["role", "structure", "structure"]
+    value = record(("human", "<image>"), ("human", "q"))
+    assert [fault.kind for fault in find_faults(value)] == ["order", "marks"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no samples"),
+        (b"[]", "holds no samples"),
+        (b"[1,", "is no JSON: Expecting value: line 1 column 4"),
+        (b'{"id": 1}\n{"id": \n', "line 1 .*`conversations`"),
+        (b"[\xff]", "is no UTF-8"),
+        (json.dumps(GOOD[0]).encode() + b"\n{", "line 2: is no JSON"),
+    ],
+)
+def test_files_that_are_no_data(tmp_path, content, message):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        LlavaJson(tmp_path / "data")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="data.json: no such file"):
+        LlavaJson(tmp_path / "data.json")

@@ -1,0 +1,438 @@
+"""The train step against torch, and the loop from start to resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import torch
+import torch_reference as reference
+import transformers
+
+from configs import common
+from llava_jax import optim, train
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.data.plan import Layout
+from llava_jax.models.llava import abstract_params
+from llava_jax.sharding import make_mesh
+
+# ------------------------------------------------------------------------------------------------- the step
+
+
+def make_config(stage: str = "finetune", **changes):
+    config = common.get_config()
+    config.stage = stage
+    config.remat = "none"
+    config.update(changes)
+    return config
+
+
+def random_batches(model, count: int, rows: int = 4, length: int = 40, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Rows of different lengths, each with a picture at a different place and a few learned tokens."""
+    rng = np.random.default_rng(seed)
+    size, P = model.vision.image_size, model.image_tokens
+    batches = []
+    for _ in range(count):
+        batch = {
+            "tokens": np.zeros((rows, length), np.int32),
+            "labels": np.full((rows, length), -100, np.int32),
+            "positions": np.zeros((rows, length), np.int32),
+            "segment_ids": np.zeros((rows, length), np.int32),
+            "images": rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8),
+            "image_feature_index": np.full((rows, length), -1, np.int32),
+        }
+        for row in range(rows):
+            used, start = rng.integers(length - 10, length + 1), rng.integers(1, 5)
+            batch["tokens"][row, :used] = rng.integers(1, model.text.vocab_size - 1, used)
+            batch["tokens"][row, start : start + P] = 0
+            batch["image_feature_index"][row, start : start + P] = np.arange(P)
+            batch["positions"][row, :used] = np.arange(used)
+            batch["segment_ids"][row, :used] = 1
+            learned = rng.integers(start + P + 1, used, 6)
+            batch["labels"][row, learned] = batch["tokens"][row, learned]
+        batches.append(batch)
+    return batches
+
+
+def settings_for(model, batch, **changes) -> train.StepSettings:
+    rows, length = batch["tokens"].shape
+    slots = batch["images"].shape[1]
+    groups = batch["images"].shape[0]
+    layout = Layout(rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size)
+    return train.StepSettings(model, layout, **changes)
+
+
+def split_params(params, stage):
+    names = optim.trainable_names(params, stage)
+    trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
+    return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
+
+
+def torch_losses(module, batches, model, config, steps: int) -> list[float]:
+    """Hugging Face's model, torch's AdamW, transformers' cosine schedule, token-weighted loss."""
+    module.requires_grad_(False)
+    module.model.multi_modal_projector.requires_grad_(True)
+    if config.stage == "finetune":
+        module.model.language_model.requires_grad_(True)
+        module.lm_head.requires_grad_(True)
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = []
+    for projector in (True, False):
+        for decayed in (True, False):
+            groups.append(
+                {
+                    "params": [
+                        p
+                        for name, p in named
+                        if ("multi_modal_projector" in name) == projector and (p.ndim > 1) == decayed
+                    ],
+                    "lr": config.projector_learning_rate if projector else config.learning_rate,
+                    "weight_decay": config.weight_decay if decayed else 0.0,
+                }
+            )
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), eps=1e-8)
+    warmup = int(np.ceil(steps * config.warmup_ratio))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
+    losses = []
+    for batch in batches:
+        input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
+        input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
+        pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
+        mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
+        logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
+        labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_([p for _, p in named], config.clip_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stage,clip", [("pretrain", 0.0), ("finetune", 1.0)])
+def test_fifty_steps_have_the_losses_of_torch(stage, clip):
+    model, steps = reference.LLAVA, 50
+    config = make_config(
+        stage,
+        learning_rate=1e-3,
+        projector_learning_rate=2e-3,
+        weight_decay=0.1,
+        clip_norm=clip,
+        warmup_ratio=0.1,
+    )
+    module = reference.llava(model)
+    params = reference.llava_params(module, model)
+    batches = random_batches(model, steps)
+    settings = settings_for(model, batches[0])
+    trainable, frozen = split_params(params, stage)
+    optimizer = optim.make_optimizer(config, trainable, steps)
+    state = train.init_state(optimizer, trainable, make_mesh({"data": 1, "fsdp": -1}))
+    step = jax.jit(lambda state, batch: train.train_step(settings, optimizer, state, frozen, batch))
+    ours = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        ours.append(float(metrics["loss"]))
+    theirs = torch_losses(module, batches, model, config, steps)
+    assert theirs[-1] < theirs[0] - 0.05, "the reference did not learn: equal losses would say little"
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_accumulated_gradients_are_those_of_the_large_batch(stage):
+    model = tiny.config()
+    (batch,) = random_batches(model, 1, rows=8)
+    batch["labels"][0] = -100  # microbatches weigh by their tokens, not equally
+    trainable, frozen = split_params(tiny.params(model), stage)
+    results = [
+        jax.jit(train.loss_and_gradients, static_argnums=0)(
+            settings_for(model, batch, accumulation=accumulation), trainable, frozen, batch
+        )
+        for accumulation in (1, 2, 4)
+    ]
+    for loss, gradients in results[1:]:
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-6)
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, results[0][1][name], atol=1e-6, err_msg=name)
+
+
+def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimizer_state_for_them():
+    model = tiny.config(
+        text=tiny.TextConfig(tiny.VOCAB, 64, 256, 4, 4, 4, 16), vision=tiny.VisionConfig(64, 256, 4, 4, 16, 8)
+    )
+    (batch,) = random_batches(model, 1, length=128)
+    settings = settings_for(model, batch)
+    flops, optimizer_bytes, names = {}, {}, {}
+    for stage in ("pretrain", "finetune"):
+        trainable, frozen = split_params(tiny.params(model), stage)
+        optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
+        state = train.init_state(optimizer, trainable, make_mesh({"data": 1, "fsdp": -1}))
+
+        def step(state, frozen, batch, optimizer=optimizer):
+            return train.train_step(settings, optimizer, state, frozen, batch)
+
+        compiled = jax.jit(step).lower(state, frozen, batch).compile()
+        flops[stage] = compiled.cost_analysis()["flops"]
+        optimizer_bytes[stage] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+        names[stage] = set(trainable)
+    # XLA counts the body of a scan once. Per token of a layer: forward 2N, activations 2N, weights 2N.
+    D, F = model.text.hidden_size, model.text.intermediate_size
+    weight_gradients = 2 * batch["tokens"].size * (4 * D * D + 3 * D * F)
+    assert flops["finetune"] - flops["pretrain"] >= weight_gradients
+    projector = sum(leaf.size for name, leaf in abstract_params(model).items() if name.startswith("projector."))
+    assert all(name.startswith("projector.") for name in names["pretrain"])
+    assert optimizer_bytes["pretrain"] <= 2 * 4 * projector + 64  # two moments, and counters
+
+
+def test_the_vision_tower_gets_no_gradient_in_either_stage():
+    assert {name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), "finetune")} == {
+        "projector",
+        "llm",
+    }
+
+
+def test_a_text_only_batch_leaves_the_projector_alone():
+    model = tiny.config()
+    (batch,) = random_batches(model, 1)
+    batch["image_feature_index"][:] = -1
+    trainable, frozen = split_params(tiny.params(model), "finetune")
+    _, gradients = jax.jit(train.loss_and_gradients, static_argnums=0)(
+        settings_for(model, batch), trainable, frozen, batch
+    )
+    for name, gradient in gradients.items():
+        if name.startswith("projector."):
+            np.testing.assert_array_equal(gradient, 0, err_msg=name)
+    assert float(optax.global_norm(gradients)) > 0
+
+
+def test_remat_changes_nothing():
+    model = tiny.config()
+    (batch,) = random_batches(model, 1)
+    trainable, frozen = split_params(tiny.params(model), "finetune")
+    results = [
+        jax.jit(train.loss_and_gradients, static_argnums=0)(
+            settings_for(model, batch, remat=remat), trainable, frozen, batch
+        )
+        for remat in ("none", "full")
+    ]
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    for name, gradient in results[0][1].items():
+        np.testing.assert_allclose(gradient, results[1][1][name], atol=1e-6, err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, str]:
+    """A checkpoint and a data set: config.init, config.data.json, config.data.images."""
+    directory = tmp_path_factory.mktemp("world")
+    model = tiny.checkpoint(directory)
+    file, images = tiny.data(directory)
+    return {"init": str(model), "json": str(file), "images": str(images)}
+
+
+def run_config(world, stage: str = "finetune", **changes):
+    config = make_config(stage, init=world["init"], max_length=64, batch_rows=4, steps=6, learning_rate=1e-3)
+    config.data.json, config.data.images = world["json"], world["images"]
+    config.update(changes)
+    return config.lock()
+
+
+def final(workdir) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in open_checkpoint(workdir).load().items()}
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train.train(run_config(world), str(workdir))
+    return workdir
+
+
+def assert_same_run(workdir: Path, other: Path) -> None:
+    expected = final(other)
+    for name, value in final(workdir).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert [(m["step"], m["loss"]) for m in metrics(workdir)] == [(m["step"], m["loss"]) for m in metrics(other)]
+
+
+def test_two_stages_learn_and_describe_themselves(world, tmp_path, capsys):
+    stage_1, stage_2 = tmp_path / "stage_1", tmp_path / "stage_2"
+    train.train(run_config(world, "pretrain", template="plain", learning_rate=1e-2), str(stage_1))
+    told = capsys.readouterr().err
+    assert "trainable  projector 3,936 parameters" in told and "frozen     llm 80,112, vision 32,096" in told
+    assert "⟦" in told and "step 6/6" in told
+    config = run_config(world, steps=12, init=str(stage_1), eval_every=6)
+    with config.unlocked():
+        config.data.holdout = 2
+    train.train(config, str(stage_2))
+    history = metrics(stage_2)
+    losses = [m["loss"] for m in history if "loss" in m]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert [m["step"] for m in history if "validation_loss" in m] == [6, 12]
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "images_per_second"} <= history[0].keys()
+    assert 0 < history[0]["learned_share"] < 1 and 0 < history[0]["padding_share"] < 1
+    assert list((stage_2 / "tensorboard").iterdir())
+
+    source, projector, both = open_checkpoint(world["init"]).load(), final(stage_1), final(stage_2)
+    for name, value in source.items():
+        part = name.split(".")[0]
+        assert np.array_equal(projector[name], value) == (part != "projector"), name
+        if part == "vision":
+            np.testing.assert_array_equal(both[name], value)
+    checkpoint = open_checkpoint(stage_2)
+    assert (checkpoint.template, checkpoint.description.stage, checkpoint.step) == ("v1", "finetune", 12)
+    # The frozen tower is referred to where it really is, not by way of stage 1.
+    assert [source.path for source in checkpoint.description.sources] == [world["init"]]
+
+
+def test_sigterm_saves_and_leaves_and_the_same_command_resumes_bit_equal(world, uninterrupted, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    count_tokens, calls = train.count_tokens, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count_tokens(*args)
+
+    monkeypatch.setattr(train, "count_tokens", interrupt)
+    with pytest.raises(SystemExit) as left:
+        train.train(run_config(world), str(workdir))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert open_checkpoint(workdir).step == 3
+    monkeypatch.undo()
+    train.train(run_config(world), str(workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    overrides = {
+        "init": world["init"],
+        "data.json": world["json"],
+        "data.images": world["images"],
+        "max_length": 64,
+        "batch_rows": 4,
+        "steps": 100_000,
+        "learning_rate": 1e-3,
+        "save_every": 2,
+        "remat": "none",
+        "stage": "finetune",
+    }
+    command = [sys.executable, "-m", "llava_jax.main", "--config=configs/common.py", f"--workdir={workdir}"]
+    process = subprocess.Popen(command + [f"--config.{key}={value}" for key, value in overrides.items()])
+    while process.poll() is None and not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    step = open_checkpoint(workdir).step
+    assert step >= 2
+    config = run_config(world, steps=100_000, save_every=2)
+    killed = final(workdir)
+    reference_run = tmp_path / "reference"
+    stop_at(step, config, reference_run)
+    for name, value in final(reference_run).items():
+        np.testing.assert_array_equal(killed[name], value, err_msg=name)
+    stop_at(step + 3, config, workdir)
+    stop_at(step + 3, config, reference_run)
+    assert_same_run(workdir, reference_run)
+
+
+def stop_at(step: int, config, workdir: Path) -> None:
+    """Runs until `step` is done, as if a signal came then."""
+    count_tokens = train.count_tokens
+    started = open_checkpoint(workdir).step if (workdir / "checkpoints").exists() else 0
+    calls = []
+
+    def interrupt(*args):
+        calls.append(1)
+        if started + len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count_tokens(*args)
+
+    train.count_tokens = interrupt
+    try:
+        with pytest.raises(SystemExit):
+            train.train(config, str(workdir))
+    finally:
+        train.count_tokens = count_tokens
+
+
+def test_a_finished_run_stays_as_it_is(world, uninterrupted):
+    before = final(uninterrupted)
+    train.train(run_config(world), str(uninterrupted))
+    for name, value in final(uninterrupted).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted):
+    with pytest.raises(UserError, match="learning_rate: 0.001 there, 0.002 now"):
+        train.train(run_config(world, learning_rate=2e-3), str(uninterrupted))
+    train.train(run_config(world, save_every=7, log_every=3), str(uninterrupted))  # changes no number
+
+
+def test_other_data_is_refused(world, uninterrupted):
+    samples = json.loads(Path(world["json"]).read_text())
+    samples[0]["conversations"][1]["value"] += " It is very much so."
+    original = Path(world["json"]).read_text()
+    try:
+        Path(world["json"]).write_text(json.dumps(samples))
+        with pytest.raises(UserError, match="not the data that"):
+            train.train(run_config(world), str(uninterrupted))
+    finally:
+        Path(world["json"]).write_text(original)
+
+
+def test_a_directory_of_something_else_is_refused(world, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not a training workdir"):
+        train.train(run_config(world), str(tmp_path))
+
+
+def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_path, monkeypatch):
+    def poisoned(settings, optimizer, state, frozen, batch):
+        state, values = train_step(settings, optimizer, state, frozen, batch)
+        return state, values | {"loss": jnp.where(state.step == 3, jnp.nan, values["loss"])}
+
+    train_step = train.train_step
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match=r"step 3: loss nan.*sample-\d+, sample-\d+"):
+        train.train(run_config(world, save_every=3), str(tmp_path / "run"))
+    assert open_checkpoint(tmp_path / "run").step == 0
+
+
+def test_a_path_that_cannot_be_written_fails_before_the_first_step(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, OSError)):
+        train.train(run_config(world), str(tmp_path / "file" / "run"))
+
+
+def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096"):
+        train.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))
+
+
+def test_rows_that_do_not_split_are_refused():
+    config = make_config(batch_rows=6, max_rows_per_device=2)
+    layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
+    with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
+        train._accumulation(config, layout, make_mesh({"data": 1, "fsdp": -1}))

@@ -1,0 +1,75 @@
+"""A tiny model, a tokenizer and a data set on disk, for tests of what uses them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llava_jax.checkpoint import Description, save_model
+from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.llava import Params, init_params
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "white": (250, 250, 250)}
+TEXT = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: ASSISTANT:",
+    "What colour is it? It is red. It is green. It is blue. It is white.",
+]
+VOCAB = 400
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that can write anything, with `<s>`, `</s>`, `<unk>` and `<pad>` as ids 0..3."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<unk>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet)
+    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def config(**changes) -> LlavaConfig:
+    vision = VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8)
+    text = TextConfig(VOCAB, 48, 96, 2, 4, 2, 12)
+    return LlavaConfig(**{"vision": vision, "text": text, "projector_type": "mlp2x_gelu"} | changes)
+
+
+def params(model: LlavaConfig, seed: int = 0) -> Params:
+    return init_params(model, jax.random.key(seed))
+
+
+def checkpoint(directory: Path, model: LlavaConfig | None = None, template: str = "v1") -> Path:
+    """Writes what `convert import` would: `directory`/model."""
+    model = model or config()
+    tokenizer().save_pretrained(directory / "hf_tokenizer")
+    save_model(directory / "model", params(model), Description(model, template), str(directory / "hf_tokenizer"))
+    return directory / "model"
+
+
+def data(directory: Path, samples: int = 12) -> tuple[Path, Path]:
+    """Pictures of one colour and questions about it: (JSON, image folder). Every fourth sample has no picture."""
+    images = directory / "images"
+    images.mkdir(parents=True)
+    lines = []
+    for i in range(samples):
+        name, colour = list(COLOURS.items())[i % len(COLOURS)]
+        Image.fromarray(np.full((20, 24, 3), colour, np.uint8)).save(images / f"{i}.png")
+        turns = [("human", "<image>\nWhat colour is it?"), ("gpt", f"It is {name}.")]
+        sample = {"id": f"sample-{i}", "image": f"{i}.png"}
+        if i % 4 == 3:
+            sample = {"id": f"sample-{i}"}
+            turns = [("human", f"Say {name}."), ("gpt", name)]
+        lines.append(sample | {"conversations": [{"from": role, "value": text} for role, text in turns]})
+    file = directory / "data.json"
+    file.write_text(json.dumps(lines))
+    return file, images
