@@ -245,11 +245,17 @@ def save_model(directory: str | os.PathLike, params: Params, description: Descri
         write_description(partial, description)
 
 
+def refuse_existing(directory: str | os.PathLike) -> None:
+    """Raises UserError unless `directory` is empty or not there."""
+    directory = epath.Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: exists already; remove it or choose another output")
+
+
 @contextlib.contextmanager
 def new_directory(directory: epath.Path):
     """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: exists already; remove it or choose another output")
+    refuse_existing(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:

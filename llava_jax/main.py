@@ -36,6 +36,8 @@ def parse_flags(argv: list[str]) -> None:
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in (CONFIG, WORKDIR) if flag.value is None]
+        if not missing:
+            CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise cli.UserError(_unknown_key(argv) or _last_line(error)) from None
     if len(remaining) > 1:

@@ -59,12 +59,6 @@ PUBLISHED = {
     "plain": "<image>a1\na2\n",
 }
 
-QWEN2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
@@ -132,15 +126,6 @@ def test_equals_the_published_chat_template(llama_tokenizer, name, jinja, pairs,
         messages, chat_template=jinja, tokenize=False, add_generation_prompt=opened
     )
     assert render(turns, get_template(name)).text == reference.removeprefix("<s>")
-
-
-@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be brief."])
-def test_chatml_equals_qwen2s_chat_template(llama_tokenizer, system):
-    messages = [{"role": role, "content": text} for role, text in TURNS]
-    if system == "Be brief.":
-        messages.insert(0, {"role": "system", "content": system})
-    reference = llama_tokenizer.apply_chat_template(messages, chat_template=QWEN2, tokenize=False)
-    assert render(TURNS, get_template("chatml"), system).text == reference
 
 
 def test_a_system_turn_comes_before_every_default():

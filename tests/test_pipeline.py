@@ -123,7 +123,7 @@ def check_sample(source, encode, folder, index, part):
     np.testing.assert_array_equal(labels, text.labels)
     expected = [preprocess(Image.open(folder / name), SIZE, "pad", MEAN) for name in sample.images]
     assert len(pictures) == len(expected)
-    for picture, pixels in zip(pictures, expected):
+    for picture, pixels in zip(pictures, expected, strict=True):
         np.testing.assert_array_equal(picture, pixels)
 
 
@@ -144,7 +144,7 @@ def test_batches_hold_every_sample_once_an_epoch_as_planned(batches, source, enc
             indices = [index for row in batches.order.rows(step) for index in row]
             found = list(parts(batches[step], 2))
             assert len(found) == len(indices)
-            for index, part in zip(indices, found):
+            for index, part in zip(indices, found, strict=True):
                 check_sample(source, encode, folder, index, part)
             assert batches.ids(step) == [f"s{index}" for index in indices]
             seen.extend(indices)
@@ -215,7 +215,7 @@ def test_measure(source, encode):
     rows = [encode(sample) for sample in source]
     assert lengths.tokens.tolist() == [len(row.tokens) for row in rows]
     assert lengths.images.tolist() == [len(sample.images) for sample in source]
-    for row, targets in zip(rows, lengths.targets):
+    for row, targets in zip(rows, lengths.targets, strict=True):
         predicted = [t for t in range(len(row.labels) - 1) if row.labels[t + 1] != -100]
         assert len(predicted) == targets > 0
 

@@ -95,7 +95,7 @@ def test_total_steps():
     epochs=st.integers(1, 3),
 )
 def test_automatic_slots_are_the_least_that_suffices(samples, groups, rows_per_group, epochs):
-    measured = lengths(*zip(*samples))
+    measured = lengths(*zip(*samples, strict=True))
     order = Order(np.arange(len(samples)), groups * rows_per_group, seed=0)
     steps = epochs * order.steps_per_epoch
     layout = plan([(order, steps)], measured, rows_per_group)
@@ -105,7 +105,7 @@ def test_automatic_slots_are_the_least_that_suffices(samples, groups, rows_per_g
         for group in range(groups):
             members = [i for row in rows[group * rows_per_group : (group + 1) * rows_per_group] for i in row]
             used.append((measured.targets[members].sum(), measured.images[members].sum()))
-    targets, images = zip(*used)
+    targets, images = zip(*used, strict=True)
     assert (layout.label_slots, layout.image_slots) == (max(targets), max(1, max(images)))
     assert layout.groups == groups
 

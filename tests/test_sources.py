@@ -100,5 +100,5 @@ def test_files_that_are_no_data(tmp_path, content, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="data.json: no such file"):
+    with pytest.raises(UserError, match="no such file"):
         LlavaJson(tmp_path / "data.json")

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import transformers
+from transformers import LlavaForConditionalGeneration
 
 from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -58,14 +59,14 @@ def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
 
 @torch.no_grad()
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fills every parameter so that each one matters: signals keep their size, biases and norms are far from 0 and 1."""
+    """Fills every parameter so that each one matters: signals keep their size, biases are not 0, norms not 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name or "layrnorm" in name:
             noise = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
         elif parameter.ndim > 1:
-            noise *= 1.5 / np.sqrt(np.prod(parameter.shape[1:]))
+            noise /= np.sqrt(np.prod(parameter.shape[1:]))
         parameter.copy_(noise)
     return module.eval()
 
@@ -78,8 +79,8 @@ def llama(config: TextConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
     return randomize(transformers.LlamaForCausalLM(torch_text_config(config)), seed)
 
 
-def llava(config: LlavaConfig, seed: int = 0) -> transformers.LlavaForConditionalGeneration:
-    return randomize(transformers.LlavaForConditionalGeneration(torch_llava_config(config)), seed)
+def llava(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
+    return randomize(LlavaForConditionalGeneration(torch_llava_config(config)), seed)
 
 
 def params_of(module: torch.nn.Module, entries: list[Entry], prefix: str = "") -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ _JINJA = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system = <<system>> -%}
     {%- set turns = messages[1:] -%}
-    {{- <<head>> ~ system ~ <<head end>> if system else <<bare head>> -}}
+    {{- <<head>> if system else <<bare head>> -}}
 {%- else -%}
     {%- set turns = messages -%}
     {{- <<default head>> -}}
@@ -47,19 +47,19 @@ def chat_template(template: Template, system: str, image_token: str = IMAGE_TOKE
       system: the system prompt where the messages bring none.
       image_token: what the processor's tokenizer calls an image.
     """
-    head, head_end = template.head.split("{system}") if "{system}" in template.head else (template.head, "")
     image = template.image.replace(IMAGE_TOKEN, image_token)
     clean = " | trim" if template.strip else ""
     content = f"flat(message['content']){clean} | replace({_quoted(IMAGE_TOKEN)}, {_quoted(image)})"
-    question = f"{_quoted(image)} * flat(message['content']).count({_quoted(IMAGE_TOKEN)})" if template.captions else content
+    question = (
+        f"{_quoted(image)} * flat(message['content']).count({_quoted(IMAGE_TOKEN)})" if template.captions else content
+    )
     values = {
         "image mark": _quoted(IMAGE_TOKEN),
         "system": f"flat(messages[0]['content']){clean}",
-        "head": _quoted(head),
-        "head end": _quoted(head_end),
+        "head": " ~ system ~ ".join(_quoted(part) for part in template.head.split("{system}")),
         "bare head": _quoted(template.bare_head),
         # Whole and not in parts: a ChatML template's system prompt is found again by looking for this text.
-        "default head": _quoted(head + system + head_end if system else template.bare_head),
+        "default head": _quoted(template.head.replace("{system}", system) if system else template.bare_head),
         "between": _quoted(template.between),
         "before": _quoted(template.question[0]),
         "question": f"({question})",

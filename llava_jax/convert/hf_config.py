@@ -74,7 +74,9 @@ def clip_vision_json(config: Json, where: str) -> Json:
 def read_text(config: Json, where: str) -> TextConfig:
     """The decoder of a `llama`. Raises UserError naming what is unsupported."""
     if config.get("model_type") != "llama":
-        raise UserError(f"{where}: model_type is {config.get('model_type')!r}; of language models only 'llama' is known")
+        raise UserError(
+            f"{where}: model_type is {config.get('model_type')!r}; of language models only 'llama' is known"
+        )
     return _text(config, where, tied=bool(config.get("tie_word_embeddings", False)))
 
 
@@ -226,7 +228,9 @@ def _rope_theta(config: Json, where: str) -> float:
         if rope.get("rope_theta") is not None:
             thetas[f"{field}.rope_theta"] = rope["rope_theta"]
     if len(set(thetas.values())) > 1:
-        raise UserError(f"{where}: contradicts itself: " + ", ".join(f"{key} is {value}" for key, value in thetas.items()))
+        raise UserError(
+            f"{where}: contradicts itself: " + ", ".join(f"{key} is {value}" for key, value in thetas.items())
+        )
     return float(next(iter(thetas.values()), 10000.0))
 
 

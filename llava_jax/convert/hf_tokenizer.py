@@ -6,8 +6,10 @@ has the rows of its source, bit for bit), `<image>` gets, in this order,
 
 * the id that it has, or that the source's `config.json` has for it;
 * the first row that no token uses: many vocabularies are padded to a round number;
-* the row of a byte that UTF-8 never contains (0xFF, ...), which no text can ever produce. Byte-level and
-  byte-fallback vocabularies, LLaMA's among them, have such rows, and they are of no other use.
+* the row of a byte that UTF-8 never contains (0xFF, ...), which no text can ever produce. Most byte-level and
+  byte-fallback vocabularies, LLaMA's among them, have such rows, and they are of no other use;
+* the row of a special token that conversations do not use, as SmolLM2's `<empty_output>`. Written out in a text, that
+  token is then read as any other text.
 """
 
 import json
@@ -23,7 +25,7 @@ from llava_jax.data.conversation import IMAGE_TOKEN
 Json = dict[str, Any]
 
 # What makes a directory's tokenizer; nothing else is copied from a source.
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -34,6 +36,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_ROLES = ("bos", "eos", "unk", "pad")
 _NOT_IN_UTF8 = (*range(0xFF, 0xF4, -1), 0xC1, 0xC0)
 
 
@@ -45,24 +48,35 @@ class ImageToken(NamedTuple):
     replaces: str | None = None  # the token that has the id until now, if that is to be another
 
 
-def choose_image_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int, index: int | None) -> ImageToken:
-    """The id and text of the image token, where the model has `vocab_size` rows.
+def choose_image_token(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, index: int | None = None, in_use: str = ""
+) -> ImageToken:
+    """The id and text of the image token.
 
-    `index` is the id that the source's `config.json` names, if any. Raises UserError where no row can be had.
+    Args:
+      tokenizer: that of the model.
+      vocab_size: rows of the model.
+      index: the id that the source's `config.json` names, if any.
+      in_use: text of conversations, whose special tokens are in use.
+
+    Raises:
+      UserError: no row can be had.
     """
     vocab = tokenizer.get_vocab()
     tokens = {id: token for token, id in vocab.items()}
     own = vocab.get(IMAGE_TOKEN)
     if index is not None:
         if own not in (None, index):
-            raise UserError(f"the source's image_token_index is {index}, but its tokenizer gives {IMAGE_TOKEN} id {own}")
+            raise UserError(
+                f"the source's image_token_index is {index}, but its tokenizer gives {IMAGE_TOKEN} id {own}"
+            )
         return ImageToken(index, tokens.get(index, IMAGE_TOKEN))
     if own is not None and own < vocab_size:
         return ImageToken(own, IMAGE_TOKEN)
     if own is None:
         if max(tokens) + 1 < vocab_size:
             return ImageToken(max(tokens) + 1, IMAGE_TOKEN)
-        for token in _unreachable(_read(tokenizer)):
+        for token in _unreachable(_read(tokenizer)) + _idle(tokenizer, in_use):
             if vocab[token] < vocab_size:
                 return ImageToken(vocab[token], IMAGE_TOKEN, replaces=token)
     raise UserError(
@@ -81,8 +95,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, image: ImageToken, direc
     if tokenizer.get_vocab().get(image.text) != image.id:
         _add(values, image)
     write_json(directory / "tokenizer.json", values)
-    special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
-    config = {name: token for name, token in special.items() if token is not None} | {
+    roles = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in _ROLES}
+    config = {name: token for name, token in roles.items() if token is not None} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -112,15 +126,23 @@ def _unreachable(values: Json) -> list[str]:
     return [token for token in bytes_ if token in model["vocab"] and token not in merged | added]
 
 
+def _idle(tokenizer: PreTrainedTokenizerBase, in_use: str) -> list[str]:
+    """The special tokens without a role, the last first."""
+    roles = {getattr(tokenizer, f"{role}_token") for role in _ROLES}
+    in_use += str(tokenizer.chat_template)
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    return [token for token in reversed(special) if token not in roles and token not in in_use]
+
+
 def _add(values: Json, image: ImageToken) -> None:
     vocab = values["model"]["vocab"]
     if not isinstance(vocab, dict):
         kind = values["model"]["type"]
         raise UserError(f"{IMAGE_TOKEN} cannot be added to a {kind} tokenizer: add it before the import")
-    # Tokens outside the vocabulary are numbered anew when read; inside it they keep their ids.
-    vocab |= {token["content"]: token["id"] for token in values["added_tokens"]}
-    vocab.pop(image.replaces, None)
-    vocab[image.text] = image.id
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    values["added_tokens"].append({"id": image.id, "content": image.text} | flags)
-    values["added_tokens"].sort(key=lambda token: token["id"])
+    added = [token for token in values["added_tokens"] if token["content"] != image.replaces]
+    added.append({"id": image.id, "content": image.text} | flags)
+    values["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    # Tokens outside the vocabulary are numbered anew when read; inside it they keep their ids.
+    vocab |= {token["content"]: token["id"] for token in added}
+    vocab.pop(image.replaces, None)

@@ -2,11 +2,11 @@
 
 A LLaVA of transformers has had four layouts, in memory and on disk:
 
-    versions                              decoder                  head                     tower
-    on disk up to 5.0; llava-hf           language_model.model.*   language_model.lm_head   vision_tower.vision_model.*
-    in memory 4.52 ... 5.5                model.language_model.*   lm_head                  model.vision_tower.vision_model.*
-    in memory from 5.6                    model.language_model.*   lm_head                  model.vision_tower.*
-    on disk, fresh from 5.23              language_model.model.*   language_model.lm_head   vision_tower.*
+    transformers               decoder                  head                     tower
+    on disk up to 5.0; the hub language_model.model.*   language_model.lm_head   vision_tower.vision_model.*
+    in memory 4.52 ... 5.5     model.language_model.*   lm_head                  model.vision_tower.vision_model.*
+    in memory from 5.6         model.language_model.*   lm_head                  model.vision_tower.*
+    on disk, fresh by 5.23     language_model.model.*   language_model.lm_head   vision_tower.*
 
 The first alone is read by all versions, so exports have it. Any of them is imported, key by key.
 """
@@ -22,7 +22,7 @@ from llava_jax.convert.tensors import Tensors
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import abstract_params
 
-# Patterns of whole names -> the part that the tensor belongs to; the group is its leaf name. The first that fits counts.
+# Patterns of whole names -> the part of the model; the group is the leaf name. The first pattern that fits counts.
 Layout = dict[str, str]
 LLAVA: Layout = {
     r"(?:language_model\.model|model\.language_model)\.(.+)": "llm",

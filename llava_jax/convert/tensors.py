@@ -23,7 +23,7 @@ class Tensors:
         self._files = {}
         for path in files:
             handle = _open(path)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 (it is no mapping)
                 if name in self._files:
                     raise UserError(f"{path}: holds {name}, as another file beside it does")
                 self._files[name] = handle

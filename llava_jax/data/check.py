@@ -84,7 +84,7 @@ def find_problems(
         if not faults:
             sample = parse_sample(record)
             samples.append(sample)
-            yield from _dropped_turn(sample, value)
+            yield from _order_problems(sample, value)
             yield from _text_problems(sample, special_tokens)
     yield from _picture_problems(samples, epath.Path(images))
     if lengths:
@@ -92,7 +92,7 @@ def find_problems(
             yield from _length_problems(sample, lengths)
 
 
-def _dropped_turn(sample: Sample, value: dict) -> Iterator[Problem]:
+def _order_problems(sample: Sample, value: dict) -> Iterator[Problem]:
     if ROLES[value["conversations"][0]["from"]] != "user":
         yield Problem("order", sample.id, "begins with an answer, which training drops")
     if len(sample.turns) % 2:
@@ -113,7 +113,7 @@ def _text_problems(sample: Sample, special_tokens: Iterable[str]) -> Iterator[Pr
 def _picture_problems(samples: list[Sample], folder: epath.Path) -> Iterator[Problem]:
     users = collections.defaultdict(list)
     for sample in samples:
-        for name in sample.images:
+        for name in dict.fromkeys(sample.images):
             users[name].append(sample.id)
     faults = _picture_faults([folder / name for name in users])
     for ids, fault in zip(users.values(), track(faults, "reading pictures", len(users)), strict=True):

@@ -130,10 +130,10 @@ def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
     batch = {name: np.stack([row[name] for row in rows]) for name in PADDING}
     size = layout.image_size
     batch["images"] = np.zeros((layout.groups, layout.image_slots, size, size, 3), np.uint8)
-    indices = groups_of(batch["image_feature_index"], layout.rows_per_group)
-    for slots, group, group_indices in zip(batch["images"], groups_of(rows, layout.rows_per_group), indices):
+    members = list(zip(rows, batch["image_feature_index"], strict=True))
+    for slots, group in zip(batch["images"], groups_of(members, layout.rows_per_group), strict=True):
         used = 0
-        for row, index in zip(group, group_indices):
+        for row, index in group:
             stop = used + len(row["images"])
             if stop > layout.image_slots:
                 raise ValueError(f"a group of rows holds {stop} or more images, it has {layout.image_slots} slots")

@@ -112,7 +112,7 @@ def encode_turns(
     if im_start_end:
         _require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
         template = with_im_start_end(template)
-    system = _default_system(str(tokenizer.chat_template)) if template.system is None else None
+    system = default_system(tokenizer) if template.system is None else None
     text, learned_spans = render(turns, template, system)
     return _encode(text, learned_spans, tokenizer)
 
@@ -174,6 +174,11 @@ def _overlap(offsets: np.ndarray, spans: list[tuple[int, int]], chunk_start: int
     first = np.searchsorted(span_ends, starts, side="right")  # the first span that ends after the token's start
     span_starts = np.append(span_starts, np.iinfo(np.int64).max)
     return span_starts[first] < ends
+
+
+def default_system(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The system prompt of templates that leave it to the tokenizer (`system` None)."""
+    return _default_system(str(tokenizer.chat_template))
 
 
 @functools.lru_cache

@@ -50,29 +50,44 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """As calling, and the keys and values of the prompt with S = T."""
         rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
-        x_BTD, (k, v) = jax.lax.scan(lambda x_BTD, layer: layer(x_BTD, rotation, mask), x_BTD, self.layers)
-        return self.norm(x_BTD), KVCache(k, v)
+        keys, values = [], []
+        for layer in self.each_layer():
+            x_BTD, (k, v) = layer(x_BTD, rotation, mask)
+            keys.append(k)
+            values.append(v)
+        return self.norm(x_BTD), KVCache(jnp.stack(keys), jnp.stack(values))
 
     def decode(self, x_B1D: jax.Array, positions_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One more token a row, at `positions_B`: -> hidden [B, 1, D] and the cache with these slots filled."""
         rotation = self.rotation(positions_B[:, None])
         rows = jnp.arange(x_B1D.shape[0])
         seen_B1S = jnp.arange(cache.k.shape[2])[None, None] <= positions_B[:, None, None]
-
-        def step(carry, indexed_layer):
-            x_B1D, cache = carry
-            index, layer = indexed_layer
+        for i, layer in enumerate(self.each_layer()):
             q, k, v = layer.queries_keys_values(x_B1D, rotation)
             cache = KVCache(
-                cache.k.at[index, rows, positions_B].set(k[:, 0].astype(cache.k.dtype)),
-                cache.v.at[index, rows, positions_B].set(v[:, 0].astype(cache.v.dtype)),
+                cache.k.at[i, rows, positions_B].set(k[:, 0].astype(cache.k.dtype)),
+                cache.v.at[i, rows, positions_B].set(v[:, 0].astype(cache.v.dtype)),
             )
-            x_B1D = layer.attend_and_feed(x_B1D, q, cache.k[index], cache.v[index], seen_B1S)
-            return (x_B1D, cache), None
-
-        layers = (jnp.arange(self.config.num_layers), self.layers)
-        (x_B1D, cache), _ = jax.lax.scan(step, (x_B1D, cache), layers)
+            x_B1D = layer.attend_and_feed(x_B1D, q, cache.k[i], cache.v[i], seen_B1S)
         return self.norm(x_B1D), cache
+
+    def unstack_layers(self) -> None:
+        """Makes `layers` a list, for answering: of a stack, the weights of each layer are copied before they are used.
+
+        One parameter after the other, so that little more than the model is ever in memory if nothing else holds it.
+        """
+        leaves, structure = jax.tree.flatten(self.layers)
+        del self.layers
+        by_layer = []
+        while leaves:
+            by_layer.append(list(leaves.pop(0)))
+        self.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))
+
+    def each_layer(self) -> list["LlamaLayer"]:
+        """The layers one by one, stacked or not."""
+        if isinstance(self.layers, nnx.List):
+            return list(self.layers)
+        return [jax.tree.map(lambda stacked, i=i: stacked[i], self.layers) for i in range(self.config.num_layers)]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""

@@ -104,7 +104,7 @@ def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict
 
 def init_params(config: LlavaConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters."""
-    return module_params(Llava(config, rngs=nnx.Rngs(params=key)))
+    return jax.jit(lambda key: module_params(Llava(config, rngs=nnx.Rngs(params=key))))(key)
 
 
 def module_params(module: nnx.Module) -> Params:

@@ -1,0 +1,250 @@
+"""One optimizer step of stage 2 beside `LlavaForConditionalGeneration` and torch's fused AdamW, on this machine.
+
+Both sides have the same random float32 weights and the same batches, and train projector and decoder. Each runs
+in a process of its own, so that its peak memory is its own; the steps alternate, so that other load hits both.
+The shape is SmolLM2-135M's with a CLIP ViT-B/16 tower; a row is a picture, a question and an answer, and only
+the answer is learned. The losses must agree at every step.
+"""
+
+import argparse
+import functools
+import hashlib
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.llava import abstract_params
+
+CONFIG = LlavaConfig(
+    VisionConfig(768, 3072, num_layers=12, num_heads=12, image_size=224, patch_size=16),
+    TextConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0, tie_word_embeddings=True),
+)
+TINY = LlavaConfig(
+    VisionConfig(64, 96, num_layers=3, num_heads=4, image_size=224, patch_size=16),
+    TextConfig(512, 48, 96, 2, 6, 2, 8, rope_theta=100000.0, tie_word_embeddings=True),
+)
+ROWS, QUESTION, ANSWER = 4, 80, 40
+LENGTH = CONFIG.image_tokens + QUESTION + ANSWER
+LEARNING_RATE, BETAS, EPSILON = 1e-4, (0.9, 0.999), 1e-8
+LOSS_TOLERANCE = 1e-4
+
+Step = Callable[[int], float]  # number of the step -> its loss
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exits with 1 where the losses disagree."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: JAX_PLATFORMS=cpu python benchmarks/train_step.py --steps 7",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=7, help="measured steps a side, after one to warm up")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
+    args = parser.parse_args(argv)
+
+    sides = {name: Side(start, args.tiny) for name, start in {"llava_jax": jax_step, "torch": torch_step}.items()}
+    tokens = ROWS * LENGTH
+    print(f"{ROWS} rows of {LENGTH} tokens, {ROWS * ANSWER} of them learned; {os.cpu_count()} cores; float32")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    worst = 0.0
+    for step in range(args.steps + 1):
+        results = {name: side.step(step) for name, side in sides.items()}
+        (ours, _), (theirs, _) = (results[name] for name in sides)
+        worst = max(worst, abs(ours - theirs))
+        for name, (_, elapsed) in results.items():
+            seconds[name].append(elapsed)
+        print(
+            f"step {step}{' (warm-up)' if step == 0 else ''}: "
+            + "; ".join(f"{name} loss {loss:.6f} in {elapsed:.2f} s" for name, (loss, elapsed) in results.items()),
+            flush=True,
+        )
+    speeds = {name: tokens / statistics.median(elapsed[1:]) for name, elapsed in seconds.items()}
+    for name, side in sides.items():
+        print(f"{name}: {speeds[name]:.0f} tokens/s (median), peak memory {side.stop() / 2**30:.2f} GiB")
+    print(f"llava_jax / torch: {speeds['llava_jax'] / speeds['torch']:.2f} x; losses differ by {worst:.1e} at most")
+    if not worst <= LOSS_TOLERANCE:
+        print(f"error: the losses differ by more than {LOSS_TOLERANCE}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Side:
+    """A process that takes steps when told to."""
+
+    def __init__(self, start: Callable[[LlavaConfig], Step], tiny: bool):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(start, tiny, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def step(self, number: int) -> tuple[float, float]:
+        """-> (loss, seconds)"""
+        self.connection.send(number)
+        return self.connection.recv()
+
+    def stop(self) -> int:
+        """Ends the process; -> its peak resident memory in bytes."""
+        self.connection.send(None)
+        peak = self.connection.recv()
+        self.process.join()
+        return peak
+
+
+def serve(start: Callable[[LlavaConfig], Step], tiny: bool, connection: Connection) -> None:
+    take_step = start(TINY if tiny else CONFIG)
+    while (number := connection.recv()) is not None:
+        before = time.perf_counter()
+        loss = take_step(number)
+        connection.send((loss, time.perf_counter() - before))
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+# ------------------------------------------------------------------------------------- the same input for both sides
+
+
+def entries(config: LlavaConfig) -> Iterator[tuple[str, Entry]]:
+    """Every parameter with the prefix of its names in `LlavaForConditionalGeneration`."""
+    parts = {
+        "model.vision_tower.": vision_entries(config.vision),
+        "model.multi_modal_projector.": projector_entries(config.projector_type),
+        "model.language_model.": llm_entries(config.text),
+        "": head_entries(config.text),
+    }
+    return ((prefix, entry) for prefix, part in parts.items() for entry in part)
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A function of its Hugging Face name: norms near one, all else small, as at the start of a training."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    noise = 0.02 * np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return noise + np.float32("norm" in name and name.endswith("weight"))
+
+
+def random_batch(step: int, config: LlavaConfig) -> dict[str, np.ndarray]:
+    """In each row a picture, a question and an answer; the layout of the training step."""
+    rng = np.random.default_rng(step)
+    shape, size, P = (ROWS, LENGTH), config.vision.image_size, config.image_tokens
+    tokens = rng.integers(0, config.text.vocab_size - 1, shape, np.int32)  # the last id is torch's `<image>`
+    tokens[:, :P] = 0
+    labels = np.where(np.arange(LENGTH) >= LENGTH - ANSWER, tokens, -100).astype(np.int32)
+    index = np.broadcast_to(np.where(np.arange(LENGTH) < P, np.arange(LENGTH), -1).astype(np.int32), shape)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+        "images": rng.integers(0, 256, (ROWS, 1, size, size, 3), np.uint8),
+        "image_feature_index": index,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the sides
+
+
+def jax_step(config: LlavaConfig) -> Step:
+    """`llava_jax.train.train_step`, as training runs it."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from llava_jax import optim
+    from llava_jax.data.plan import Layout
+    from llava_jax.train import StepSettings, TrainState, train_step
+
+    shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
+    trainable, frozen = {}, {}
+    for prefix, entry in entries(config):
+        hf_shape = entry.hf_shape(shapes[entry.name])
+        value = to_ours(entry, lambda leaf, prefix=prefix, shape=hf_shape: random_tensor(prefix + leaf, shape))
+        trains = optim.group_of(entry.name, "finetune") is not None
+        (trainable if trains else frozen)[entry.name] = jnp.array(value)
+
+    optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    layout = Layout(ROWS, 1, LENGTH, 1, ANSWER, config.image_tokens, config.vision.image_size)
+    step_fn = jax.jit(functools.partial(train_step, StepSettings(config, layout), optimizer), donate_argnums=0)
+
+    def take_step(number: int) -> float:
+        nonlocal state
+        state, metrics = step_fn(state, frozen, jax.device_put(random_batch(number, config)))
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        return loss
+
+    return take_step
+
+
+def torch_step(config: LlavaConfig) -> Step:
+    """The model of transformers with its default attention, and the fastest AdamW that torch has."""
+    import torch
+    import transformers
+
+    vision, text = config.vision, config.text
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+            ),
+            text_config=transformers.LlamaConfig(
+                vocab_size=text.vocab_size,
+                hidden_size=text.hidden_size,
+                intermediate_size=text.intermediate_size,
+                num_hidden_layers=text.num_layers,
+                num_attention_heads=text.num_heads,
+                num_key_value_heads=text.num_kv_heads,
+                head_dim=text.head_dim,
+                rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+                rms_norm_eps=text.rms_norm_eps,
+                tie_word_embeddings=text.tie_word_embeddings,
+            ),
+            image_token_id=text.vocab_size - 1,
+            tie_word_embeddings=text.tie_word_embeddings,
+        )
+    )
+    parameters = dict(model.named_parameters())
+    for prefix, entry in entries(config):
+        for leaf in entry.leaves():
+            parameter = parameters.pop(prefix + leaf)
+            parameter.data.copy_(torch.from_numpy(random_tensor(prefix + leaf, tuple(parameter.shape))))
+    assert not parameters, f"not set: {list(parameters)}"
+    model.model.vision_tower.requires_grad_(False)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0, fused=True)
+
+    def take_step(number: int) -> float:
+        batch = random_batch(number, config)
+        ids = np.where(batch["image_feature_index"] >= 0, text.vocab_size - 1, batch["tokens"])
+        pixels = ((batch["images"][:, 0] / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
+        output = model(
+            input_ids=torch.from_numpy(ids).long(),
+            pixel_values=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            attention_mask=torch.from_numpy(batch["segment_ids"]).long(),
+            labels=torch.from_numpy(batch["labels"]).long(),
+            use_cache=False,
+        )
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return output.loss.item()
+
+    return take_step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

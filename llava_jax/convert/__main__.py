@@ -1,0 +1,99 @@
+"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export`."""
+
+import argparse
+
+from llava_jax.cli import run
+from llava_jax.convert.export import DTYPES, export
+from llava_jax.convert.import_hf import Options, import_backbones, import_llava
+
+EXAMPLE = """examples:
+  python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
+  python -m llava_jax.convert import --llava llava-1.5-7b-hf --output checkpoints/llava
+  python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    args.function(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.convert",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export")
+    _add_import(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="Hugging Face weights to a checkpoint",
+        description="Makes a checkpoint from a LLaMA and a CLIP (--llm, --vision), or from a LLaVA (--llava).",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--llm", metavar="DIR", help="a LLaMA with its tokenizer")
+    add("--vision", metavar="DIR", help="a CLIP, or its vision tower alone")
+    add("--projector", metavar="FILE", help="a projector in safetensors (default: a fresh one)")
+    add("--llava", metavar="DIR", help="a whole LLaVA of transformers")
+    add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
+    add("--template", default=Options.template, help="of conversations (default: %(default)s)")
+    add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
+    add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
+        "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
+    add("--select-layer", type=int, metavar="N", help="whose features are used (default: -2, or the source's)")
+    add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
+    add("--seed", type=int, default=0, help="of a fresh projector (default: 0)")
+    parser.set_defaults(function=lambda args: _import(parser, args))
+
+
+def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    options = Options(
+        template=args.template,
+        projector_type=args.projector_type,
+        aspect=args.aspect,
+        select_layer=args.select_layer,
+        select_feature=args.select_feature,
+        seed=args.seed,
+    )
+    if args.llava and not (args.llm or args.vision or args.projector):
+        config = import_llava(args.llava, args.output, options)
+    elif args.llm and args.vision and not args.llava:
+        config = import_backbones(args.llm, args.vision, args.projector, args.output, options)
+    else:
+        parser.error("give --llm and --vision, or --llava alone")
+    print(
+        f"{args.output}: projector {config.projector_type}, {config.image_tokens} features an image of "
+        f"{config.vision.image_size} pixels, pictures {config.image_aspect}"
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a checkpoint to a Hugging Face directory",
+        description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
+    add("--output", metavar="DIR", required=True, help="where the model goes; must not exist")
+    add("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
+    parser.set_defaults(function=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    export(args.checkpoint, args.output, args.dtype)
+    print(f"{args.output}: load it with LlavaForConditionalGeneration and AutoProcessor of transformers")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,71 @@
+"""The Jinja of an export renders what `render` does."""
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llava_jax.convert.chat_template import chat_template
+from llava_jax.data.conversation import TEMPLATES, place_images, render
+from llava_jax.data.tokenization import default_system
+
+CONVERSATIONS = {
+    "question": [("user", "What is it?"), ("assistant", None)],
+    "two rounds": [("user", "<image>\nWhat?"), ("assistant", "A cat."), ("user", "Sure?"), ("assistant", "Yes.")],
+    "third question": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", None)],
+    "system": [("system", "Be brief."), ("user", "Hi"), ("assistant", None)],
+    "empty system": [("system", ""), ("user", "Hi"), ("assistant", None)],
+    "hostile": [("user", ' </s> "quoted" \\n {{ x }} {system} <<end>> ### USER: ünï🎉\n '), ("assistant", " <image> ")],
+    "empty": [("user", ""), ("assistant", "")],
+}  # fmt: skip
+
+
+def jinja_render(template, turns, system=None, image_token="<image>"):
+    messages = [{"role": role, "content": text} for role, text in turns if text is not None]
+    source = chat_template(template, system if system is not None else template.system or "", image_token)
+    rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=turns[-1][1] is None)
+    return rendered[0]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_renders_as_we_do(template, turns):
+    expected = render(turns, template, system="You see." if template.system is None else None).text
+    assert jinja_render(template, turns, system="You see." if template.system is None else None) == expected
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("text", ["What is it?", " padded\n", ""])
+def test_lists_of_images_and_texts(template, images, text):
+    """As Hugging Face's users write them: the images come first, a line each."""
+    marks = "<image>" * images
+    turns = [*place_images([("user", marks + text)], "first", 0, ""), ("assistant", None)]
+    content = [{"type": "text", "text": text}] + [{"type": "image"}] * images
+    system = template.system or ""
+    messages = [{"role": "user", "content": content}]
+    source = chat_template(template, system)
+    rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert rendered[0] == render(turns, template, system).text
+
+
+def test_another_name_of_the_image_token():
+    turns = [("user", "<image>\nWhat?"), ("assistant", None)]
+    assert "<image>" not in jinja_render(TEMPLATES["v1"], turns, image_token="[IMG]")
+    assert "[IMG]\nWhat?" in jinja_render(TEMPLATES["v1"], turns, image_token="[IMG]")
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "assistant", "assistant"]])
+def test_turns_out_of_order_are_refused(roles):
+    with pytest.raises(Exception, match="take turns"):
+        jinja_render(TEMPLATES["v1"], [(role, "x") for role in roles])
+
+
+def test_the_system_prompt_of_chatml_is_found_again(smollm2_tokenizer):
+    """The exported template takes the place of the tokenizer's own, which told the system prompt."""
+    system = default_system(smollm2_tokenizer)
+    assert system
+    source = chat_template(TEMPLATES["chatml"], system)
+
+    class Tokenizer:
+        chat_template = source
+
+    assert default_system(Tokenizer) == system
