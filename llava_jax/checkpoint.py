@@ -173,12 +173,17 @@ class Checkpoint:
         return tuple(sources)
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """The path, local or remote (`gs://`), from the root: Orbax takes no other."""
+    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+
+
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Opens the output of `convert import`, a training workdir (its newest step) or one step's directory.
 
     Raises UserError if it is none of these.
     """
-    path = epath.Path(path)
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if (path / "params").exists() and (path / DESCRIPTION).exists():
@@ -234,7 +239,7 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
 
 def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
     """Writes a whole model; nothing is left behind if it fails. Raises UserError if `directory` exists."""
-    directory = epath.Path(directory)
+    directory = absolute(directory)
     try:
         check_names(params, abstract_params(description.model))
     except ValueError as error:
@@ -274,7 +279,7 @@ class TrainingCheckpoints:
 
     def __init__(self, workdir: epath.Path, description: Description, keep: int):
         self.description = description
-        self.directory = workdir / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpointer = ocp.training.Checkpointer(
             self.directory,

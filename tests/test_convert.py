@@ -22,7 +22,7 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.tensors import ShardWriter, open_directory
-from llava_jax.data.conversation import place_images, render
+from llava_jax.data.conversation import get_template, place_images, render
 from llava_jax.data.images import preprocess
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
 from llava_jax.models.llava import abstract_params
@@ -192,7 +192,9 @@ def test_a_fresh_projector_is_a_function_of_the_seed(backbones, tmp_path):
     kernels = {}
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         convert("import", "--llm", backbones[0], "--vision", backbones[1], "--output", tmp_path / name, "--seed", seed)
-        kernels[name] = open_checkpoint(tmp_path / name).load(["projector.linear_2.kernel"])["projector.linear_2.kernel"]
+        kernels[name] = open_checkpoint(tmp_path / name).load(["projector.linear_2.kernel"])[
+            "projector.linear_2.kernel"
+        ]
     np.testing.assert_array_equal(kernels["a"], kernels["b"])
     assert not np.array_equal(kernels["a"], kernels["c"])
     bound = TEXT.hidden_size**-0.5
@@ -368,7 +370,7 @@ def test_flags_that_contradict_the_source_are_refused(flags, message, llava_dir,
         convert("import", "--llava", llava_dir, "--output", tmp_path / "out", *flags)
 
 
-def test_flags_that_make_no_sense(backbones, llava_dir, tmp_path, capsys):
+def test_flags_that_make_no_sense(backbones, llava_dir, tmp_path):
     for flags in (["--llm", backbones[0]], ["--llava", llava_dir, "--llm", backbones[0]], []):
         with pytest.raises(SystemExit):
             convert("import", *flags, "--output", tmp_path / "out")
@@ -406,6 +408,24 @@ def test_image_settings_come_from_the_source(settings, flags, aspect, llava_dir,
     assert config.image_aspect == aspect
     if settings is not None:
         assert (config.image_mean, config.image_std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+
+
+def test_a_bare_sentencepiece_model(backbones, llama_dir, tmp_path):
+    """LLaMA's 32,000 pieces leave no row for images; the row of a byte that no text has serves."""
+    llm = tmp_path / "llm"
+    reference.llama(dataclasses.replace(TEXT, vocab_size=32000)).save_pretrained(llm)
+    for file in llama_dir.iterdir():
+        shutil.copy(file, llm)
+    convert("import", "--llm", llm, "--vision", backbones[1], "--output", tmp_path / "out")
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    assert load(tmp_path / "hf").get_input_embeddings().num_embeddings == 32000
+    processor, ours = AutoProcessor.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "out/tokenizer")
+    assert processor.image_token_id == ours.convert_tokens_to_ids("<0xFF>")
+    turns = [("user", "What is it?"), ("assistant", "A cat."), ("user", "Sure?"), ("assistant", None)]
+    ids = encode_turns(turns, get_template("v1"), ours).input_ids
+    text = render(turns, get_template("v1")).text
+    assert processor(text=text)["input_ids"][0] == ids.tolist()
+    assert ids[0] == ours.bos_token_id
 
 
 # Export
@@ -486,8 +506,6 @@ def test_the_processor_sees_what_we_see(template, aspect, backbones, tmp_path):
     content = [{"type": "image"}, {"type": "text", "text": "What is the colour of the shape?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     turns = [*place_images([("user", "<image>" + content[1]["text"])], "first", 0, ""), ("assistant", None)]
-    from llava_jax.data.conversation import get_template
-
     template = get_template(template)
     assert text == render(turns, template).text
 

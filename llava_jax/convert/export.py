@@ -7,10 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.checkpoint import Checkpoint, new_directory, open_checkpoint
+from llava_jax.checkpoint import Checkpoint, absolute, new_directory, open_checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template
@@ -39,7 +38,7 @@ def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
         )
     if "://" in os.fspath(output):
         raise UserError(f"{output}: exports are written to a local disk only; copy it from there")
-    with new_directory(epath.Path(output)) as partial:
+    with new_directory(absolute(output)) as partial:
         directory = Path(partial)
         _write_settings(checkpoint, directory, dtype)
         writer = ShardWriter(directory)

@@ -52,6 +52,7 @@ class LlavaSource(NamedTuple):
     text: TextConfig
     select_layer: int
     select_feature: str
+    image_token_index: int  # marks positions of images
     linear_projector: bool  # no activation between the two layers of the projector
 
 
@@ -101,6 +102,7 @@ def read_llava(config: Json, where: str) -> LlavaSource:
         text=_text(text, f"{where}, text_config", tied=_is_tied(config, text)),
         select_layer=_get(config, "vision_feature_layer", -2, where),
         select_feature=_SELECT_FEATURE[strategy],
+        image_token_index=_get(config, "image_token_index", _get(config, "image_token_id", 32000, where), where),
         linear_projector=activation == "linear",
     )
 

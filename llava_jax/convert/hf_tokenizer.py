@@ -56,7 +56,7 @@ def choose_image_token(
     Args:
       tokenizer: that of the model.
       vocab_size: rows of the model.
-      index: the id that the source's `config.json` names, if any.
+      index: the id that the source's `config.json` names, if any; one without a row is of no use.
       in_use: text of conversations, whose special tokens are in use.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_image_token(
     vocab = tokenizer.get_vocab()
     tokens = {id: token for token, id in vocab.items()}
     own = vocab.get(IMAGE_TOKEN)
-    if index is not None:
+    if index is not None and index < vocab_size:
         if own not in (None, index):
             raise UserError(
                 f"the source's image_token_index is {index}, but its tokenizer gives {IMAGE_TOKEN} id {own}"
@@ -92,7 +92,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, image: ImageToken, direc
     `LlamaTokenizer`, while `PreTrainedTokenizerFast` does what tokenizer.json says.
     """
     values = _read(tokenizer)
-    if tokenizer.get_vocab().get(image.text) != image.id:
+    if image.text == IMAGE_TOKEN and IMAGE_TOKEN not in tokenizer.get_added_vocab():
         _add(values, image)
     write_json(directory / "tokenizer.json", values)
     roles = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in _ROLES}
@@ -146,3 +146,4 @@ def _add(values: Json, image: ImageToken) -> None:
     # Tokens outside the vocabulary are numbered anew when read; inside it they keep their ids.
     vocab |= {token["content"]: token["id"] for token in added}
     vocab.pop(image.replaces, None)
+    vocab[image.text] = image.id

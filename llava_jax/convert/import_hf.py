@@ -5,6 +5,7 @@ types and bits, and every key has to be accounted for.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -28,7 +30,7 @@ from llava_jax.convert.names import to_ours
 from llava_jax.convert.tensors import Tensors, open_directory, read_json
 from llava_jax.data.conversation import Template, get_template
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, module_params
 from llava_jax.models.projector import Projector, num_projector_layers
 
@@ -137,7 +139,10 @@ def _find_llava(directory: Path, options: Options) -> Found:
             )
         config = dataclasses.replace(config, projector_type="linear")
     _refuse_contradiction(where, "--projector-type", options.projector_type, config.projector_type)
-    hf = {"config": source_json, "generation_config": _read_if_there(directory / "generation_config.json")}
+    hf = {
+        "config": source_json | {"image_token_index": found.image_token_index},
+        "generation_config": _read_if_there(directory / "generation_config.json"),
+    }
     parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)
     return Found(config, parts, hf, tokenizer_dir=directory)
 
@@ -157,11 +162,11 @@ def _read(found: Found, seed: int) -> Params:
     entries = [(part, entry) for part in found.sources for entry in parts[part]]
     params = {}
     for part, entry in track(entries, "reading weights"):
-        source = found.sources[part]
         try:
-            params[entry.name] = to_ours(entry, lambda leaf, part=part, source=source: source.get(part, leaf))
+            tensor = to_ours(entry, functools.partial(found.sources[part].get, part))
         except ValueError as error:
             raise UserError(f"layers of different types: {error}; save the model in one type") from None
+        params[entry.name] = jnp.asarray(tensor)  # at once, so that there are never two of a whole model
     return params if "projector" in found.sources else params | fresh_projector(found.config, seed)
 
 
@@ -172,7 +177,7 @@ def fresh_projector(config: LlavaConfig, seed: int) -> Params:
     return {f"projector.{name}": value for name, value in module_params(projector).items()}
 
 
-def _config(**fields: VisionConfig | TextConfig | Any) -> LlavaConfig:
+def _config(**fields: Any) -> LlavaConfig:
     try:
         num_projector_layers(fields["projector_type"])
         return LlavaConfig(**fields)
