@@ -1,0 +1,11 @@
+"""LLaVA (Visual Instruction Tuning, Liu et al. 2023) in JAX."""
+
+import glob
+import os
+import sys
+
+# libtpu and the CUDA plugin may be installed only to compile for machines that are elsewhere. Where Linux has no
+# device of theirs, JAX would look for one all the same, complain at length and take the CPU in the end.
+_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _DEVICES):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")

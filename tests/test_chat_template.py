@@ -10,7 +10,7 @@ from llava_jax.data.tokenization import default_system
 CONVERSATIONS = {
     "question": [("user", "What is it?"), ("assistant", None)],
     "two rounds": [("user", "<image>\nWhat?"), ("assistant", "A cat."), ("user", "Sure?"), ("assistant", "Yes.")],
-    "third question": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", None)],
+    "third": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", None)],
     "system": [("system", "Be brief."), ("user", "Hi"), ("assistant", None)],
     "empty system": [("system", ""), ("user", "Hi"), ("assistant", None)],
     "hostile": [("user", ' </s> "quoted" \\n {{ x }} {system} <<end>> ### USER: ünï🎉\n '), ("assistant", " <image> ")],

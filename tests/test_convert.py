@@ -18,7 +18,7 @@ from test_llava import logits as our_logits
 from test_llava import make_batch, random_images, torch_logits
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoint import TrainingCheckpoints, absolute, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.tensors import ShardWriter, open_directory
@@ -99,7 +99,7 @@ def convert(*arguments) -> None:
     main([str(argument) for argument in arguments])
 
 
-def check_logits(model, directory: Path, tolerance: float = 1e-5) -> None:
+def check_logits(model, directory: Path) -> None:
     """The checkpoint in `directory` computes what `model` does."""
     checkpoint = open_checkpoint(directory)
     config = checkpoint.config
@@ -107,7 +107,7 @@ def check_logits(model, directory: Path, tolerance: float = 1e-5) -> None:
     ours = np.asarray(our_logits(config, checkpoint.load(), batch))
     theirs = torch_logits(model, batch, config)
     real = batch["segment_ids"] > 0
-    np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=1e-5)
 
 
 def load(directory: Path) -> LlavaForConditionalGeneration:
@@ -460,6 +460,29 @@ def test_round_trip_is_bit_equal_in_mixed_types(llava_dir, copy_of, tmp_path):
         assert (config["image_token_index"], config["text_config"]["vocab_size"]) == (3, len(TOKENIZER))
         assert (config["ignore_index"], config["pad_token_id"], config["torch_dtype"]) == (-100, 2, "float32")
         assert load_tokenizer(source).get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_a_training_run_gives_what_it_trained_and_its_source_the_rest(llava_dir, tmp_path):
+    source = tmp_path / "source"
+    convert("import", "--llava", llava_dir, "--output", source)
+    imported = open_checkpoint(source)
+    trained = {name: value + 0.01 for name, value in imported.load().items() if name.startswith("projector.")}
+    workdir = absolute(tmp_path / "run")
+    frozen = set(imported.abstract()) - set(trained)
+    description = dataclasses.replace(
+        imported.description, sources=imported.sources_of(frozen, workdir), stage="pretrain"
+    )
+    checkpoints = TrainingCheckpoints(workdir, description, keep=1)
+    checkpoints.save(7, trained, {"count": jnp.zeros(())}, wait=True)
+    checkpoints.close()
+    shutil.copytree(source / "tokenizer", workdir / "tokenizer")
+
+    convert("export", "--checkpoint", workdir, "--output", tmp_path / "hf")
+    exported, expected = tensors_of(tmp_path / "hf"), rename(tensors_of(llava_dir), LAYOUTS["L1"])
+    for name, tensor in exported.items():
+        added = 0.01 if name.startswith("multi_modal_projector") else 0
+        np.testing.assert_array_equal(tensor, expected[name] + np.float32(added), err_msg=name)
+    check_logits(load(tmp_path / "hf"), workdir)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

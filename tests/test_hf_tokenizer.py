@@ -57,7 +57,9 @@ def test_a_tokenizer_with_an_image_token_stays_as_it_is(tmp_path):
 def test_the_id_of_the_source_is_kept():
     assert choose_image_token(byte_level(), 320, 310) == ImageToken(310, "<image>")
     assert choose_image_token(byte_level(specials=("<s>", "[IMG]")), 320, 1) == ImageToken(1, "[IMG]")
-    assert choose_image_token(byte_level(), 320, 32000) == ImageToken(300, "<image>")  # there is no such row
+    assert choose_image_token(byte_level(), 320, 32000) == ImageToken(
+        len(byte_level()), "<image>"
+    )  # there is no such row
     with pytest.raises(UserError, match="image_token_index is 5, but its tokenizer gives <image> id 1"):
         choose_image_token(byte_level(specials=("<s>", "<image>")), 320, 5)
 

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from llava_jax.convert.names import llm_entries, to_ours
 from llava_jax.models.attention import causal_segment_mask
 from llava_jax.models.config import LLAMA_7B, LLAMA_13B, TextConfig
-from llava_jax.models.llama import KVCache, Llama, LlamaLayer, rotate
+from llava_jax.models.llama import Llama, LlamaLayer, rotate
 
 CONFIG = reference.TEXT
 
@@ -199,17 +199,17 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch():
 
     segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
     logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)
-    assert cache.k.shape == (CONFIG.num_layers, 3, T, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, CONFIG.head_dim)]
     for row, length in enumerate(prompts):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
 
     # What stands in slots not yet reached must not matter.
-    unreached = (np.arange(T)[None] >= prompts[:, None])[None, :, :, None, None]
-    cache = KVCache(*(jnp.asarray(np.where(unreached, 1e6, stored)) for stored in cache))
+    unreached = (np.arange(T)[None] >= prompts[:, None])[:, None, :, None]
+    cache = jax.tree.map(lambda stored: jnp.asarray(np.where(unreached, 1e6, stored)), cache)
     for step in range(5):
         positions = prompts + step
         next_tokens = jnp.asarray(tokens[np.arange(3), positions][:, None])
-        decoded, cache = decode(model, next_tokens, jnp.asarray(positions), cache)
+        decoded, cache = decode(model, next_tokens, jnp.asarray(positions)[:, None], cache)
         np.testing.assert_allclose(decoded[:, 0], expected[np.arange(3), positions], rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,10 @@
-"""A checkpoint to a directory that `LlavaForConditionalGeneration` and `AutoProcessor` of transformers load."""
+"""A checkpoint to a directory that `LlavaForConditionalGeneration` and `AutoProcessor` of transformers load.
+
+The processor renders our text, and with byte-level tokenizers gives our ids. A SentencePiece tokenizer begins the text
+after an image with `▁` when that is tokenized by itself, as the published code does and ours; Hugging Face's
+processor, to which the image is a token inside one text, gives no `▁` there (unless the tokenizer is a `legacy` one).
+The model is the same: equal ids, equal logits.
+"""
 
 import os
 from collections.abc import Callable, Iterator

@@ -146,4 +146,3 @@ def _add(values: Json, image: ImageToken) -> None:
     # Tokens outside the vocabulary are numbered anew when read; inside it they keep their ids.
     vocab |= {token["content"]: token["id"] for token in added}
     vocab.pop(image.replaces, None)
-    vocab[image.text] = image.id

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.attention import attention, causal_segment_mask
+from llava_jax.models.attention import attention, cached_attention, causal_segment_mask
 from llava_jax.models.config import TextConfig
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, remat, stack_layers
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, [L, B, S, K, H]. Slot s of a row holds its token at position s."""
+    """Keys and values [B, K, S, H] of each layer. Slot s of a row holds its token at position s."""
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
 
 
 class Llama(nnx.Module):
@@ -52,29 +52,34 @@ class Llama(nnx.Module):
         rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
         keys, values = [], []
         for layer in self.each_layer():
-            x_BTD, (k, v) = layer(x_BTD, rotation, mask)
-            keys.append(k)
-            values.append(v)
-        return self.norm(x_BTD), KVCache(jnp.stack(keys), jnp.stack(values))
+            x_BTD, (k_BTKH, v_BTKH) = layer(x_BTD, rotation, mask)
+            keys.append(k_BTKH.swapaxes(1, 2))
+            values.append(v_BTKH.swapaxes(1, 2))
+        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
-    def decode(self, x_B1D: jax.Array, positions_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token a row, at `positions_B`: -> hidden [B, 1, D] and the cache with these slots filled."""
-        rotation = self.rotation(positions_B[:, None])
-        rows = jnp.arange(x_B1D.shape[0])
-        seen_B1S = jnp.arange(cache.k.shape[2])[None, None] <= positions_B[:, None, None]
-        for i, layer in enumerate(self.each_layer()):
-            q, k, v = layer.queries_keys_values(x_B1D, rotation)
-            cache = KVCache(
-                cache.k.at[i, rows, positions_B].set(k[:, 0].astype(cache.k.dtype)),
-                cache.v.at[i, rows, positions_B].set(v[:, 0].astype(cache.v.dtype)),
-            )
-            x_B1D = layer.attend_and_feed(x_B1D, q, cache.k[i], cache.v[i], seen_B1S)
-        return self.norm(x_B1D), cache
+    def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """T more tokens a row (one, as a rule): -> hidden [B, T, D] and the cache with their slots filled.
+
+        A token sees all slots up to its own; slots past the end of the cache are not written.
+        """
+        rotation = self.rotation(positions_BT)
+        rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+        seen_BTS = jnp.arange(cache.k[0].shape[2])[None, None] <= positions_BT[:, :, None]
+        keys, values = [], []
+        for layer, k_BKSH, v_BKSH in zip(self.each_layer(), *cache, strict=True):
+            q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
+            k_BKSH = k_BKSH.at[rows_B1, :, positions_BT].set(k_BTKH, mode="drop")
+            v_BKSH = v_BKSH.at[rows_B1, :, positions_BT].set(v_BTKH, mode="drop")
+            x_BTD = layer.feed(x_BTD, cached_attention(q_BTNH, k_BKSH, v_BKSH, seen_BTS))
+            keys.append(k_BKSH)
+            values.append(v_BKSH)
+        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
     def unstack_layers(self) -> None:
-        """Makes `layers` a list, for answering: of a stack, the weights of each layer are copied before they are used.
+        """Arranges the layers for decoding, which is bound by reading their weights: as a list, kernels [out, in].
 
-        One parameter after the other, so that little more than the model is ever in memory if nothing else holds it.
+        Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other,
+        so that little more than the model is ever in memory if nothing else holds it.
         """
         leaves, structure = jax.tree.flatten(self.layers)
         del self.layers
@@ -82,6 +87,9 @@ class Llama(nnx.Module):
         while leaves:
             by_layer.append(list(leaves.pop(0)))
         self.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))
+        for layer in self.layers:
+            transpose_kernels(layer.attention)
+            transpose_kernels(layer.mlp)
 
     def each_layer(self) -> list["LlamaLayer"]:
         """The layers one by one, stacked or not."""
@@ -133,13 +141,13 @@ class LlamaLayer(nnx.Module):
     def __call__(self, x_BTD, rotation, mask_BTT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """-> the new x and this layer's rotated keys and values [B, T, K, H]."""
         q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.attend_and_feed(x_BTD, q, k, v, mask_BTT), (k, v)
+        return self.feed(x_BTD, attention(q, k, v, mask_BTT)), (k, v)
 
     def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attention.project(self.input_layernorm(x_BTD), rotation)
 
-    def attend_and_feed(self, x_BTD, q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
-        attended_BTNH = attention(q_BTNH, k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype), mask_BTS)
+    def feed(self, x_BTD, attended_BTNH) -> jax.Array:
+        """What follows attention."""
         x_BTD += self.attention.o_proj(attended_BTNH.reshape(*x_BTD.shape[:2], -1))
         with jax.named_scope("mlp"):
             x_BTD += self.mlp(self.post_attention_layernorm(x_BTD))
@@ -165,6 +173,23 @@ class LlamaAttention(nnx.Module):
                 for project in (self.q_proj, self.k_proj, self.v_proj)
             )
             return rotate(q, rotation), rotate(k, rotation), v
+
+
+class RowLinear(nnx.Module):
+    """A `Linear` without bias whose `kernel` is [out, in]: times a single vector, CPUs read it a third faster."""
+
+    def __init__(self, linear: Linear):
+        self.kernel = nnx.Param(linear.kernel[...].T)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x)
+
+
+def transpose_kernels(module: nnx.Module) -> None:
+    """Makes every `Linear` of a module a `RowLinear`."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Linear):
+            setattr(module, name, RowLinear(value))
 
 
 class SwiGLU(nnx.Module):

@@ -1,0 +1,88 @@
+"""From generated token ids back to text, while they come."""
+
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"  # what tokenizers decode the first bytes of an unfinished character to
+
+
+class AnswerStream:
+    """The text of one answer, token by token.
+
+    `push` and `close` return what has become certain: never part of a character or of a stop string, nor white space
+    at either end of the answer. All that they return is the answer, however the tokens come.
+
+    Args:
+      tokenizer: SentencePiece or byte-level BPE.
+      stop_ids: tokens that end the answer.
+      stop_strings: text that ends it, wherever the borders of tokens are. None of either is part of the answer.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = (), stop_strings: Sequence[str] = ()
+    ):
+        self.finished = False
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._stop_strings = tuple(stop_strings)
+        self._ids: list[int] = []
+        self._window = self._decoded = 0  # ids[:decoded] are text already, ids[window:decoded] the last of them
+        self._held = ""  # text that may still turn out to be a stop string, or white space at the end
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """The next token; after the answer's end it changes nothing."""
+        if self.finished:
+            return ""
+        if token in self._stop_ids:
+            return self.close()
+        self._ids.append(token)
+        text = self._decode_window()
+        if not text or text.endswith(_INCOMPLETE):
+            return ""
+        self._window, self._decoded = self._decoded, len(self._ids)
+        return self._release(text)
+
+    def close(self) -> str:
+        """No more tokens: -> the rest. Bytes that begin a character and don't finish it are dropped."""
+        if self.finished:
+            return ""
+        released = self._release(self._decode_window().rstrip(_INCOMPLETE))
+        if not self.finished:
+            released += self._take(len(self._held.rstrip()))
+        self.finished = True
+        return released
+
+    def _decode_window(self) -> str:
+        """The text of the tokens not yet decoded, by decoding them after the few that came before.
+
+        Alone they would lack the space before a SentencePiece word.
+        """
+        known = self._decode(self._ids[self._window : self._decoded])
+        return self._decode(self._ids[self._window :])[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        stops = [self._held.find(stop) for stop in self._stop_strings if stop in self._held]
+        if stops:
+            self.finished = True
+            self._held = self._held[: min(stops)].rstrip()
+            return self._take(len(self._held))
+        certain = self._held[: len(self._held) - self._length_of_begun_stop()]
+        return self._take(len(certain.rstrip()))
+
+    def _length_of_begun_stop(self) -> int:
+        """How much of the end of the held text may be the beginning of a stop string."""
+        begun = (n for stop in self._stop_strings for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        return max(begun, default=0)
+
+    def _take(self, length: int) -> str:
+        taken, self._held = self._held[:length], self._held[length:]
+        if not self._begun:
+            taken = taken.lstrip()
+        self._begun = self._begun or bool(taken)
+        return taken

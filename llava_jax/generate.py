@@ -1,0 +1,244 @@
+"""Answers of a model to requests, in batches or streamed.
+
+An answer is a function of its request and of `Sampling` alone, to the rounding of sums: not of the rows beside it.
+The programs are in `decoding`: several tokens a dispatch, ended on the device at tokens that end answers; stop strings
+are looked for here, in the text, since they may lie across the borders of tokens.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax import decoding
+from llava_jax.checkpoint import Checkpoint
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings
+from llava_jax.data.detokenization import AnswerStream
+from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
+from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llama import KVCache
+from llava_jax.models.llava import Params, build
+
+STREAM_STEPS = 4  # tokens a dispatch where someone reads along
+HEADROOM = 128  # slots for the answer that a cache has at least when it is made or grows
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Turns (role, text) as `data.conversation.render` takes them, the last one the user's, and a picture for each
+    `<image>` in them, in their order. The same picture is best given as the same path or object."""
+
+    turns: Sequence[tuple[str, str]]
+    images: Sequence[Picture] = ()
+
+    def __str__(self) -> str:
+        question = " ".join(self.turns[-1][1].split()) if self.turns else ""
+        return repr(question if len(question) <= 40 else question[:37] + "...")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and how many at most. Temperature 0 always takes the likeliest one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # among the fewest likeliest tokens that have this probability together
+    seed: int = 0
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: it has to be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p is {self.top_p}: it has to be above 0 and at most 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens is {self.max_new_tokens}: it has to be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: it has to be 0 or more and below 2^32")
+
+
+GREEDY = Sampling()
+
+
+class Generator:
+    """A model that answers requests.
+
+    Args:
+      config, params: the model; its weights stay in the type that `params` have.
+      tokenizer: as `load_tokenizer` gives it.
+      template: the text around the turns.
+      dtype: of the computation and the cache.
+      end_ids: tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
+    """
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        params: Params,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        dtype: jnp.dtype = jnp.float32,
+        end_ids: Sequence[int] = (),
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template
+        self.stop_strings = stop_strings(template)
+        self.stop_ids = sorted({*_stop_ids(tokenizer, self.stop_strings), *end_ids})
+        model = build(config, params, dtype)
+        del params
+        model.llm.unstack_layers()
+        self._weights, self._structure = jax.tree.flatten(model)
+        self._prefill = self._compile(decoding.prefill, static_argnames="slots")
+        self._fork = self._compile(decoding.fork, static_argnames="slots")
+        self._decode = self._compile(decoding.decode, donate_argnames="cache")
+        self._widen = jax.jit(decoding.widen, static_argnames="slots")
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, template: Template | None = None, dtype: jnp.dtype | None = None
+    ) -> "Generator":
+        """Loads the weights in `dtype`, by default float32 on CPUs and bfloat16 elsewhere."""
+        if dtype is None:
+            dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        end_ids = checkpoint.description.hf.get("generation_config", {}).get("eos_token_id") or ()
+        return cls(
+            checkpoint.config,
+            checkpoint.load(dtype=lambda name, stored: dtype),
+            load_tokenizer(checkpoint.tokenizer_dir),
+            template or get_template(checkpoint.template),
+            dtype,
+            (end_ids,) if isinstance(end_ids, int) else end_ids,
+        )
+
+    def _compile(self, program: Callable, **options: Any) -> Callable:
+        """`program(model, ...)` compiled. Its weights are passed as a flat list: to flatten the modules at every
+        call would take longer than a token of a small model."""
+
+        def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
+            return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
+
+        return functools.partial(jax.jit(flat, **options), self._weights)
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
+        """The answers, computed `batch_rows` at a time.
+
+        Rows of a batch that begin with the same picture share its computation: keep such requests together.
+        Raises UserError for a request that is malformed or, with `max_new_tokens`, beyond the model's context.
+        """
+        answers: list[str] = []
+        for start in range(0, len(requests), batch_rows):
+            batch = requests[start : start + batch_rows]
+            prompts = [self._prompt(request, sampling.max_new_tokens) for request in batch]
+            pieces = list(self._pieces(prompts, sampling, decoding.MAX_STEPS))
+            answers += ["".join(parts) for parts in zip(*pieces, strict=True)]
+        return answers
+
+    def stream(self, request: Request, sampling: Sampling = GREEDY) -> Iterator[str]:
+        """The same answer in pieces, each as soon as it is certain. Raises as `answer` does."""
+        prompt = self._prompt(request, sampling.max_new_tokens)
+        for (piece,) in self._pieces([prompt], sampling, STREAM_STEPS):
+            if piece:
+                yield piece
+
+    def room(self, request: Request) -> int:
+        """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
+        return self.config.text.max_position_embeddings - len(self._encode(request).tokens)
+
+    def _encode(self, request: Request) -> Prompt:
+        encoded = encode_turns([*request.turns, ("assistant", None)], self.template, self.tokenizer)
+        marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
+        if marks != len(request.images):
+            raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
+        row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
+        return Prompt(row.tokens, row.image_feature_index, request.images)
+
+    def _prompt(self, request: Request, new_tokens: int) -> Prompt:
+        prompt = self._encode(request)
+        length, context = len(prompt.tokens), self.config.text.max_position_embeddings
+        if length + new_tokens > context:
+            raise UserError(
+                f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
+                f"model's context has {context}: shorten the conversation or lower max-new-tokens"
+            )
+        return prompt
+
+    def _read(self, picture: Picture) -> np.ndarray:
+        image = picture if isinstance(picture, Image.Image) else load_image(picture)
+        return preprocess(image, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
+
+    def _assemble(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        return assemble(prompts, self.config.image_tokens, self._read)
+
+    def _pieces(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
+        """Answers a batch; yields after every dispatch, of at most `max_steps` tokens, what is new of each answer."""
+        streams = [AnswerStream(self.tokenizer, self.stop_ids, self.stop_strings) for _ in prompts]
+        rows = bucket(len(prompts))
+        nucleus = _nucleus(sampling, prompts, rows) if sampling.temperature > 0 else None
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        slots = bucket(max(lengths) + min(sampling.max_new_tokens, HEADROOM))
+        first, cache = self._start(prompts, nucleus, slots)
+
+        tokens = np.asarray(first)[:, None]
+        positions = np.array(lengths + [0] * (rows - len(prompts)), np.int32)  # of the newest tokens
+        finished = np.arange(rows) >= len(prompts)
+        stop_ids = np.array(self.stop_ids, np.int32)
+        remaining = sampling.max_new_tokens
+        while True:
+            yield [_push_all(stream, row) for stream, row in zip(streams, tokens[: len(streams)], strict=True)]
+            remaining -= tokens.shape[1]
+            finished[: len(streams)] = [stream.finished for stream in streams]
+            if remaining == 0 or finished.all():
+                break
+            steps = min(remaining, max_steps)
+            needed = int(positions[~finished].max()) + steps
+            if needed > cache.k[0].shape[2]:
+                cache = self._widen(cache, slots=bucket(needed + HEADROOM))
+            written, cache = self._decode(
+                tokens[:, -1], positions, finished, stop_ids, cache=cache, nucleus=nucleus, steps=steps
+            )
+            tokens = np.asarray(written)[:, :steps]
+            positions += steps
+        yield [stream.close() for stream in streams]
+
+    def _start(
+        self, prompts: Sequence[Prompt], nucleus: decoding.Nucleus | None, slots: int
+    ) -> tuple[jax.Array, KVCache]:
+        """-> the first tokens of the answers, and the cache of the prompts."""
+        shared = share_beginnings(prompts)
+        if shared is None:
+            return self._prefill(self._assemble(prompts), nucleus, slots=slots)
+        _, cache = self._prefill(self._assemble(shared.beginnings), None, slots=0)
+        ends = self._assemble(shared.ends)
+        padding = [0] * (len(ends.lengths) - len(prompts))
+        starts = np.array([len(shared.beginnings[i].tokens) for i in shared.beginning_of] + padding, np.int32)
+        beginning_of = np.array([*shared.beginning_of, *padding], np.int32)
+        return self._fork(cache, beginning_of, starts, ends, nucleus, slots=slots)
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[int]:
+    """EOS, and the stop strings that are one token."""
+    encoded = [tokenizer.encode(stop, add_special_tokens=False) for stop in stops]
+    ids = {ids[0] for ids in encoded if len(ids) == 1} | {tokenizer.eos_token_id}
+    return ids - {None, tokenizer.unk_token_id}
+
+
+def _nucleus(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decoding.Nucleus:
+    """The keys depend on the prompts, or all rows of a batch would draw the same numbers."""
+    hashes = [zlib.crc32(prompt.tokens.tobytes()) for prompt in prompts] + [0] * (rows - len(prompts))
+    keys = decoding.row_keys(sampling.seed, np.array(hashes, np.uint32))
+    return decoding.Nucleus(np.float32(sampling.temperature), np.float32(sampling.top_p), keys)
+
+
+def _push_all(stream: AnswerStream, tokens: np.ndarray) -> str:
+    return "".join(stream.push(int(token)) for token in tokens)
