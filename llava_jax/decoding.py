@@ -47,7 +47,7 @@ def fork(
 ) -> tuple[jax.Array, KVCache]:
     """As `prefill`, of prompts whose first `starts_B` tokens are row `beginning_of_B` of another cache."""
     T = ends.tokens.shape[1]
-    cache = widen(jax.tree.map(lambda x_UKSH: x_UKSH[beginning_of_B], beginnings), slots=slots)
+    cache = widen(take_rows(beginnings, beginning_of_B, model.llm.config.num_kv_heads), slots=slots)
     positions_BT = starts_B[:, None] + jnp.arange(T)[None]
     hidden_BTD, cache = model.llm.decode(model.embed(ends.tokens), positions_BT, cache)
     return _first_token(model, hidden_BTD, ends.lengths, starts_B + ends.lengths, nucleus), cache
@@ -114,10 +114,13 @@ def row_keys(seed: int, numbers_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
 
 
+def take_rows(cache: KVCache, rows_B: jax.Array, num_kv_heads: int) -> KVCache:
+    """The cache with row `rows_B[b]` as its row b."""
+    rows_R = (rows_B[:, None] * num_kv_heads + jnp.arange(num_kv_heads)[None]).reshape(-1)
+    return jax.tree.map(lambda x_RSH: x_RSH[rows_R], cache)
+
+
 def widen(cache: KVCache, *, slots: int) -> KVCache:
     """The cache with room for `slots` tokens a row, if it has less."""
-
-    def pad(x_BKSH: jax.Array) -> jax.Array:
-        return jnp.pad(x_BKSH, [(0, 0), (0, 0), (0, max(slots - x_BKSH.shape[2], 0)), (0, 0)])
-
-    return jax.tree.map(pad, cache)
+    added = max(slots - cache.slots, 0)
+    return jax.tree.map(lambda x_RSH: jnp.pad(x_RSH, [(0, 0), (0, added), (0, 0)]), cache)

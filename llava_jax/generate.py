@@ -166,6 +166,8 @@ class Generator:
     def _prompt(self, request: Request, new_tokens: int) -> Prompt:
         prompt = self._encode(request)
         length, context = len(prompt.tokens), self.config.text.max_position_embeddings
+        if length == 0:
+            raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
         if length + new_tokens > context:
             raise UserError(
                 f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
@@ -202,7 +204,7 @@ class Generator:
                 break
             steps = min(remaining, max_steps)
             needed = int(positions[~finished].max()) + steps
-            if needed > cache.k[0].shape[2]:
+            if needed > cache.slots:
                 cache = self._widen(cache, slots=bucket(needed + HEADROOM))
             written, cache = self._decode(
                 tokens[:, -1], positions, finished, stop_ids, cache=cache, nucleus=nucleus, steps=steps

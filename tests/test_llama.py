@@ -199,12 +199,12 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch():
 
     segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
     logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)
-    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, CONFIG.head_dim)]
+    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3 * CONFIG.num_kv_heads, T, CONFIG.head_dim)]
     for row, length in enumerate(prompts):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
 
     # What stands in slots not yet reached must not matter.
-    unreached = (np.arange(T)[None] >= prompts[:, None])[:, None, :, None]
+    unreached = (np.arange(T)[None] >= np.repeat(prompts, CONFIG.num_kv_heads)[:, None])[..., None]
     cache = jax.tree.map(lambda stored: jnp.asarray(np.where(unreached, 1e6, stored)), cache)
     for step in range(5):
         positions = prompts + step

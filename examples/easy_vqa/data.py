@@ -101,7 +101,9 @@ def write(directory: Path, seed: int = 0) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     order = random.Random(seed)
     train = pictures("train")
-    captions = [(picture, [Question("Describe the image briefly.", text)]) for picture in train if (text := caption(picture))]
+    captions = [
+        (picture, [Question("Describe the image briefly.", text)]) for picture in train if (text := caption(picture))
+    ]
     shuffled = [(picture, order.sample(picture.questions, len(picture.questions))) for picture in train]
     single = [(picture, [question]) for picture in pictures("test") for question in picture.questions]
     for name, samples in (("captions", captions), ("conversations", shuffled), ("questions", single)):

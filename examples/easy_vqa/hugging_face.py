@@ -68,5 +68,3 @@ def _save_tensors(directory: Path, prefix: str, entries: list[Entry], params: Pa
         prefix + leaf: tensor for entry in entries for leaf, tensor in to_hf(entry, np.asarray(params[entry.name]))
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-

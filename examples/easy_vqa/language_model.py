@@ -1,12 +1,13 @@
 """A small LLaMA and its tokenizer, trained on the text of the training split: it never sees a picture.
 
 Like the language models that LLaVA starts from, it can follow a conversation before it can see: pictures are replaced
-by their captions, so it learns to read questions and to answer them from what stands before.
+by their captions, so it learns to repeat what it is told, to read questions and to answer them from what stands before.
 """
 
 import functools
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.easy_vqa.data import caption, pictures
 from examples.easy_vqa.hugging_face import save_llama
-from examples.easy_vqa.optimizer import muon, scale_by_fan_in
+from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.data.conversation import get_template, render
 from llava_jax.data.tokenization import encode_turns
 from llava_jax.loss import loss_sum, next_token_targets
@@ -28,35 +29,36 @@ from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Params, module_params
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
-VOCABULARY = 512  # 256 bytes, the special tokens and the words of the data set
-TEMPLATE = "v1"
-LENGTH = 192
-BATCH, EPOCHS, LEARNING_RATE = 25, 3, 3e-3
+VOCABULARY = 448  # 256 bytes, the special tokens and the words of the data set
+CHAT, PLAIN = get_template("v1"), get_template("plain")
+LENGTH = 128
+BATCH, EPOCHS, LEARNING_RATE = 28, 3, 3e-3
 
 
 def train(directory: Path, seed: int = 0) -> None:
     """Trains tokenizer and model and writes them to `directory` as Hugging Face has them."""
-    conversations = describe_and_ask(random.Random(seed))
-    tokenizer = train_tokenizer([render(turns, get_template(TEMPLATE)).text for turns in conversations])
+    taught = list(lessons(random.Random(seed)))
+    tokenizer = train_tokenizer([render(turns, CHAT).text for _, turns in taught])
     config = TextConfig(
-        len(tokenizer), 128, 384, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, tie_word_embeddings=True
+        len(tokenizer), 128, 256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, tie_word_embeddings=True
     )
-    tokens, segments = tokenize(conversations, tokenizer)
+    data = tokenize(taught, tokenizer)
     params = scale_by_fan_in(module_params(Llama(config, rngs=nnx.Rngs(seed))))
-    steps = len(tokens) // BATCH
+    steps = len(taught) // BATCH
     optimizer = muon(params, LEARNING_RATE, EPOCHS * steps)
     state = (params, optimizer.init(params))
     shuffle, began = np.random.default_rng(seed), time.monotonic()
     for epoch in range(EPOCHS):
-        chosen = shuffle.permutation(len(tokens))[: steps * BATCH].reshape(steps, BATCH)
-        state, loss = run_epoch(config, optimizer, state, (tokens[chosen], segments[chosen]))
-        print(f"language model: epoch {epoch + 1}/{EPOCHS}, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
+        chosen = shuffle.permutation(len(taught))[: steps * BATCH].reshape(steps, BATCH)
+        state, loss = run_epoch(config, optimizer, state, tuple(part[chosen] for part in data))
+        print(
+            f"language model: epoch {epoch + 1}/{EPOCHS}, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True
+        )
     save_llama(directory, config, {f"llm.{name}": value for name, value in state[0].items()}, tokenizer)
 
 
-def describe_and_ask(order: random.Random) -> list[list[tuple[str, str]]]:
-    """One conversation a picture of the training split whose caption is known; it begins with the caption."""
-    conversations = []
+def lessons(order: random.Random) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """(caption, conversation) for each picture of the training split whose caption is known."""
     for picture in pictures("train"):
         description = caption(picture)
         if description:
@@ -64,8 +66,7 @@ def describe_and_ask(order: random.Random) -> list[list[tuple[str, str]]]:
             for question in order.sample(picture.questions, len(picture.questions)):
                 turns += [("user", question.text), ("assistant", question.answer)]
             turns[0] = ("user", f"{description}\n{turns[0][1]}")
-            conversations.append(turns)
-    return conversations
+            yield description, turns
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -86,26 +87,30 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def tokenize(
-    conversations: list[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32[N, LENGTH], cut or padded, and segment ids (0 is padding)."""
-    tokens = np.zeros((len(conversations), LENGTH), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, turns in enumerate(conversations):
-        ids = encode_turns(turns, get_template(TEMPLATE), tokenizer).input_ids[:LENGTH]
-        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-    return tokens, segments
+    taught: list[tuple[str, list[tuple[str, str]]]], tokenizer: PreTrainedTokenizerFast
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, positions and segment ids, int32[N, LENGTH]: a caption to repeat, then a conversation, cut to fit."""
+    tokens, positions, segments = np.zeros((3, len(taught), LENGTH), np.int32)
+    for row, (description, turns) in enumerate(taught):
+        repeated = encode_turns([("user", ""), ("assistant", f"{description} {description}")], PLAIN, tokenizer)
+        parts = [repeated.input_ids, encode_turns(turns, CHAT, tokenizer).input_ids]
+        for array, values in (
+            (tokens, parts),
+            (positions, [np.arange(len(part)) for part in parts]),
+            (segments, [np.full(len(part), i) for i, part in enumerate(parts, 1)]),
+        ):
+            joined = np.concatenate(values)[:LENGTH]
+            array[row, : len(joined)] = joined
+    return tokens, positions, segments
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def run_epoch(config: TextConfig, optimizer: optax.GradientTransformation, state: tuple, data: tuple) -> tuple:
     """All steps of an epoch; -> the new state and the mean loss."""
-    graph = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[0]
 
-    def mean_loss(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def mean_loss(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         """Of every next token, questions included: it is a language model."""
-        llm = nnx.merge(graph, nnx.from_flat_state([(tuple(n.split(".")), nnx.Param(v)) for n, v in params.items()]))
-        positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], tokens.shape)
+        llm = with_params(lambda: Llama(config, rngs=nnx.Rngs(0)), params)
         hidden = llm(llm.embed_tokens(tokens), positions, segments)
         targets = next_token_targets(jnp.where(segments > 0, tokens, -100), segments)
         return loss_sum(llm, hidden, targets, 1, tokens.size) / jnp.sum(targets >= 0)

@@ -1,7 +1,10 @@
-"""Muon (Jordan et al. 2024) for the matrices of stacked layers, Adam for the rest: few steps make good backbones."""
+"""How the backbones are trained: Muon (Jordan et al. 2024) for stacked matrices, Adam for the rest; few steps suffice."""
+
+from collections.abc import Callable
 
 import jax
 import optax
+from flax import nnx
 
 from llava_jax.models.llava import Params
 
@@ -11,9 +14,7 @@ MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,
 def muon(params: Params, learning_rate: float, steps: int) -> optax.GradientTransformation:
     """For a flat dict of parameters; warm-up over a tenth of the steps, then a cosine to 0."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
-    dimensions = {
-        name: MATRIX if ".layers." in f".{name}" and name.endswith("kernel") else None for name in params
-    }
+    dimensions = {name: MATRIX if ".layers." in f".{name}" and name.endswith("kernel") else None for name in params}
     rule = optax.contrib.muon(
         schedule,
         weight_decay=0.05,
@@ -36,3 +37,10 @@ def scale_by_fan_in(params: Params) -> Params:
         return value * (residual / (0.02 * fan_in**0.5))
 
     return {name: scaled(name, value) for name, value in params.items()}
+
+
+def with_params(make: Callable[[], nnx.Module], params: Params) -> nnx.Module:
+    """The module that `make()` makes, with its parameters from a flat dict that may hold others too."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    flat = [(path, nnx.Param(params[".".join(map(str, path))])) for path, _ in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -19,6 +19,7 @@ from PIL import Image
 
 from examples.easy_vqa.data import COLOURS, IMAGES, SHAPES, Picture, facts, pictures
 from examples.easy_vqa.hugging_face import save_clip
+from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from llava_jax.models.llava import Params, module_params
@@ -37,7 +38,7 @@ def train(directory: Path, seed: int = 0) -> None:
     boxes = np.array([bounding_box(image) for image in images], np.int32)
     params = init(jax.random.key(seed))
     steps = len(images) // BATCH
-    optimizer = make_optimizer(params, EPOCHS * steps)
+    optimizer = muon(params, LEARNING_RATE, EPOCHS * steps)
     state = (params, optimizer.init(params))
     shuffle, began = np.random.default_rng(seed), time.monotonic()
     for epoch in range(EPOCHS):
@@ -47,14 +48,17 @@ def train(directory: Path, seed: int = 0) -> None:
         data = (images[chosen], labels[chosen], boxes[chosen], keys)
         state, loss = run_epoch(optimizer, window * CONFIG.patch_size, state, data)
         print(f"tower: epoch {epoch + 1}/{EPOCHS}, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
-    save_clip(directory, CONFIG, {f"vision.{name}": value for name, value in state[0]["tower"].items()})
+    save_clip(directory, CONFIG, {f"vision.{name}": value for name, value in state[0].items()})
 
 
 def read(examples: list[Picture]) -> tuple[np.ndarray, np.ndarray]:
     """uint8[N, 64, 64, 3] and int32[N, 2]: shape and colour, UNKNOWN where the questions do not tell."""
     images = np.stack([np.asarray(Image.open(IMAGES / example.name).convert("RGB")) for example in examples])
     labels = [
-        [values.index(fact) if fact else UNKNOWN for fact, values in zip(facts(example), (SHAPES, COLOURS), strict=True)]
+        [
+            values.index(fact) if fact else UNKNOWN
+            for fact, values in zip(facts(example), (SHAPES, COLOURS), strict=True)
+        ]
         for example in examples
     ]
     return images, np.array(labels, np.int32)
@@ -68,38 +72,11 @@ def bounding_box(image: np.ndarray) -> tuple[int, int, int, int]:
     return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
-def init(key: jax.Array) -> dict[str, Params]:
-    """The tower, with weights of variance 1 / fan-in as training from scratch wants them, and a linear probe."""
-    tower = module_params(ClipVision(CONFIG, rngs=nnx.Rngs(params=key)))
-    for name, value in tower.items():
-        if name.endswith("kernel"):
-            fan_in = np.prod(value.shape[:-1]) if name.startswith("patch_embedding") else value.shape[-2]
-            scale = 0.5 if name.endswith(("out_proj.kernel", "fc2.kernel")) else 1.0
-            tower[name] = value * (scale / (0.02 * np.sqrt(fan_in)))
+def init(key: jax.Array) -> Params:
+    """The tower and a linear probe of its patch features."""
     outputs = len(SHAPES) + len(COLOURS)
-    probe = {"kernel": jnp.zeros((CONFIG.hidden_size, outputs)), "bias": jnp.zeros(outputs)}
-    return {"tower": tower, "probe": probe}
-
-
-def make_optimizer(params: dict[str, Params], steps: int) -> optax.GradientTransformation:
-    """Muon for the stacked matrices of the layers, Adam for the rest."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    dimensions = {
-        "tower": {
-            name: matrix if name.startswith("layers.") and name.endswith("kernel") else None for name in params["tower"]
-        },
-        "probe": dict.fromkeys(params["probe"]),
-    }
-    muon = optax.contrib.muon(
-        schedule,
-        weight_decay=0.05,
-        adam_weight_decay=0.05,
-        adam_b2=0.99,
-        muon_weight_dimension_numbers=lambda params: dimensions,
-        consistent_rms=0.2,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+    probe = {"probe.kernel": jnp.zeros((CONFIG.hidden_size, outputs)), "probe.bias": jnp.zeros(outputs)}
+    return scale_by_fan_in(module_params(ClipVision(CONFIG, rngs=nnx.Rngs(params=key)))) | probe
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -121,23 +98,22 @@ def probe_loss(params, images, labels, boxes, key, size: int) -> jax.Array:
     """Mean cross-entropy of shape and colour, told from every patch by a linear probe."""
     crop_key, place_key = jax.random.split(key)
     images = crop(images, boxes, crop_key, size)
-    features = patch_features(params["tower"], images, place_key)
-    logits = features @ params["probe"]["kernel"] + params["probe"]["bias"][None, None]
+    features = patch_features(params, images, place_key)
+    logits = features @ params["probe.kernel"] + params["probe.bias"][None, None]
     parts = zip(jnp.split(logits, [len(SHAPES)], axis=-1), labels.T, strict=True)
     return sum(cross_entropy(part, label) for part, label in parts)
 
 
-def patch_features(tower: Params, images: jax.Array, key: jax.Array) -> jax.Array:
+def patch_features(params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
     """Normalised features [N, patches, D] of the selected layer, the window standing anywhere in the picture."""
-    graph = nnx.split(nnx.eval_shape(lambda: ClipVision(CONFIG, rngs=nnx.Rngs(0))))[0]
     side, width = CONFIG.image_size // CONFIG.patch_size, images.shape[1] // CONFIG.patch_size
     D = CONFIG.hidden_size
-    table = tower["position_embedding"]
+    table = params["position_embedding"]
     top, left = jax.random.randint(key, (2,), 0, side - width + 1)
     window = jax.lax.dynamic_slice(table[1:].reshape(side, side, D), (top, left, 0), (width, width, D))
-    tower = tower | {"position_embedding": jnp.concatenate([table[:1], window.reshape(-1, D)])}
-    model = nnx.merge(graph, nnx.from_flat_state([(tuple(n.split(".")), nnx.Param(v)) for n, v in tower.items()]))
-    features = model(normalize(images, CLIP_MEAN, CLIP_STD), LAYERS)[:, 1:]
+    params = params | {"position_embedding": jnp.concatenate([table[:1], window.reshape(-1, D)])}
+    tower = with_params(lambda: ClipVision(CONFIG, rngs=nnx.Rngs(0)), params)
+    features = tower(normalize(images, CLIP_MEAN, CLIP_STD), LAYERS)[:, 1:]
     return features * jax.lax.rsqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
 
 

@@ -14,14 +14,17 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)
 
 
-def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`attention` to keys and values that lie by heads, as in a cache: they are read where they are."""
+def cached_attention(q_BTNH: jax.Array, k_RSH: jax.Array, v_RSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attention` to the keys and values of a cache, R = B K; they are read where they are, without a copy."""
     with jax.named_scope("attention"):
-        (B, T, N, H), K = q_BTNH.shape, k_BKSH.shape[1]
-        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-        scores_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-        weights_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
-        return jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH).reshape(B, T, N, H)
+        (B, T, N, H), (R, S, _) = q_BTNH.shape, k_RSH.shape
+        K = R // B
+        q_RQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(R, -1, H)
+        scores_RQS = jnp.einsum("RQH,RSH->RQS", q_RQH, k_RSH, preferred_element_type=jnp.float32) * H**-0.5
+        mask_RQS = jnp.broadcast_to(mask_BTS[:, None, None], (B, K, N // K, T, S)).reshape(scores_RQS.shape)
+        weights_RQS = jax.nn.softmax(jnp.where(mask_RQS, scores_RQS, -jnp.inf), axis=-1).astype(v_RSH.dtype)
+        attended_RQH = jnp.einsum("RQS,RSH->RQH", weights_RQS, v_RSH)
+        return attended_RQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def causal_segment_mask(segment_ids_BT: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """LLaMA decoder (Touvron et al. 2023), the language model f of the paper.
 
-Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, L layers.
+Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, R = B K.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,17 @@ from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, remat, stack_l
 
 
 class KVCache(NamedTuple):
-    """Keys and values [B, K, S, H] of each layer. Slot s of a row holds its token at position s."""
+    """Keys and values of each layer, [R, S, H] with R = B K: slot s of a row's head is the token at position s.
+
+    Were B and K apart, XLA's CPU backend would copy the cache at every token.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+
+    @property
+    def slots(self) -> int:
+        return self.k[0].shape[1]
 
 
 class Llama(nnx.Module):
@@ -53,26 +60,25 @@ class Llama(nnx.Module):
         keys, values = [], []
         for layer in self.each_layer():
             x_BTD, (k_BTKH, v_BTKH) = layer(x_BTD, rotation, mask)
-            keys.append(k_BTKH.swapaxes(1, 2))
-            values.append(v_BTKH.swapaxes(1, 2))
+            keys.append(by_head(k_BTKH))
+            values.append(by_head(v_BTKH))
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
     def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """T more tokens a row (one, as a rule): -> hidden [B, T, D] and the cache with their slots filled.
 
-        A token sees all slots up to its own; slots past the end of the cache are not written.
+        A token sees all slots up to its own. What lies past the end of the cache is written to its last slot.
         """
         rotation = self.rotation(positions_BT)
-        rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-        seen_BTS = jnp.arange(cache.k[0].shape[2])[None, None] <= positions_BT[:, :, None]
+        seen_BTS = jnp.arange(cache.slots)[None, None] <= positions_BT[:, :, None]
+        slots_RT = jnp.repeat(positions_BT, self.config.num_kv_heads, axis=0)
+        heads_R1 = jnp.arange(len(slots_RT))[:, None]
         keys, values = [], []
-        for layer, k_BKSH, v_BKSH in zip(self.each_layer(), *cache, strict=True):
+        for layer, k_RSH, v_RSH in zip(self.each_layer(), *cache, strict=True):
             q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
-            k_BKSH = k_BKSH.at[rows_B1, :, positions_BT].set(k_BTKH, mode="drop")
-            v_BKSH = v_BKSH.at[rows_B1, :, positions_BT].set(v_BTKH, mode="drop")
-            x_BTD = layer.feed(x_BTD, cached_attention(q_BTNH, k_BKSH, v_BKSH, seen_BTS))
-            keys.append(k_BKSH)
-            values.append(v_BKSH)
+            keys.append(k_RSH.at[heads_R1, slots_RT].set(by_head(k_BTKH), mode="clip"))
+            values.append(v_RSH.at[heads_R1, slots_RT].set(by_head(v_BTKH), mode="clip"))
+            x_BTD = layer.feed(x_BTD, cached_attention(q_BTNH, keys[-1], values[-1], seen_BTS))
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
     def unstack_layers(self) -> None:
@@ -117,6 +123,12 @@ def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
     cos, sin = rotation
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def by_head(x_BTKH: jax.Array) -> jax.Array:
+    """-> [B K, T, H]"""
+    B, T, K, H = x_BTKH.shape
+    return x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
 
 
 class Embedding(nnx.Module):

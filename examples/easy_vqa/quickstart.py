@@ -1,0 +1,121 @@
+"""LLaVA from nothing on two cores: backbones, import, both stages, evaluation, export, one answered question.
+
+Only the backbones are special to this example. All else are the commands for models of any size, printed as they run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from examples.easy_vqa.data import IMAGES
+from llava_jax.cli import UserError, run
+
+ROOT = Path("runs/quickstart")
+QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"
+
+
+def main() -> None:
+    began = time.monotonic()
+    shutil.rmtree(ROOT, ignore_errors=True)
+    ROOT.mkdir(parents=True)
+    seconds = {}
+
+    def step(name: str, *arguments: str) -> str:
+        start = time.monotonic()
+        output = command(*arguments)
+        seconds[name] = round(time.monotonic() - start, 1)
+        return output
+
+    python = ("examples.easy_vqa.backbones", "--output")
+    step("data and backbones", *python, f"{ROOT}")
+    step(
+        "import",
+        *("llava_jax.convert", "import", "--llm", f"{ROOT}/llama", "--vision", f"{ROOT}/clip"),
+        *("--output", f"{ROOT}/import", "--aspect", "square"),
+    )
+    for stage, init, data in (("pretrain", "import", "captions"), ("finetune", "pretrain", "conversations")):
+        step(
+            stage,
+            *("llava_jax.main", f"--config=configs/quickstart.py:{stage}", f"--workdir={ROOT}/{stage}"),
+            *(f"--config.init={ROOT}/{init}", f"--config.data.json={ROOT}/data/{data}.json"),
+            f"--config.data.images={IMAGES}",
+        )
+    score = step(
+        "evaluate",
+        *("examples.easy_vqa.evaluate", "--checkpoint", f"{ROOT}/finetune"),
+        *("--questions", f"{ROOT}/data/questions.json", "--output", f"{ROOT}/answers.jsonl"),
+    )
+    step("export", *("llava_jax.convert", "export", "--checkpoint", f"{ROOT}/finetune", "--output", f"{ROOT}/export"))
+    chat = ("llava_jax.chat", "--checkpoint", f"{ROOT}/finetune", "--image", f"{PICTURE}")
+    answer = step("one answer", *chat, "--prompt", QUESTION).strip()
+    draw_losses(ROOT / "loss.png")
+
+    seconds["total"] = round(time.monotonic() - began, 1)
+    summary = json.loads(score) | {
+        "seconds": seconds,
+        "checkpoint": f"{ROOT}/finetune",
+        "export": f"{ROOT}/export",
+        "loss_curve": f"{ROOT}/loss.png",
+        "question": {"image": str(PICTURE), "question": QUESTION, "answer": answer},
+    }
+    (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(report(summary, chat))
+
+
+def command(module: str, *arguments: str) -> str:
+    """Runs `python -m module arguments`, shows its messages and returns its standard output."""
+    print("\n$ python -m " + " ".join([module, *arguments]), flush=True)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "compiled")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        raise UserError(f"{module} ended with status {done.returncode}; its message stands above")
+    return done.stdout
+
+
+def draw_losses(file: Path) -> None:
+    """The training losses of both stages, one beside the other."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, stage in zip(axes, ("pretrain", "finetune"), strict=True):
+        lines = [json.loads(line) for line in (ROOT / stage / "metrics.jsonl").read_text().splitlines()]
+        for name in ("loss", "validation_loss"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(
+                *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 20 else None
+            )
+        axis.set(title=stage, xlabel="step", yscale="log")
+        axis.legend()
+    figure.savefig(file, dpi=120)
+
+
+def report(summary: dict, chat: tuple[str, ...]) -> str:
+    minutes = summary["seconds"]["total"] / 60
+    kinds = "\n".join(f"  {name:20}  {value:7.2%}" for name, value in summary["accuracy_by_type"].items())
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items() if name != "total")
+    asked = summary["question"]
+    return f"""
+{summary["accuracy"]:.2%} of {summary["questions"]:,} test questions answered right, after {minutes:.1f} minutes
+{kinds}
+{asked["question"]} ({asked["image"].removeprefix(str(IMAGES) + "/")}): {asked["answer"]}
+time: {times}
+loss curve: {summary["loss_curve"]}; everything as numbers: {ROOT}/summary.json
+
+Go on:
+  {sys.executable} -m {" ".join(chat)}
+  python -c "import transformers; print(transformers.LlavaForConditionalGeneration.from_pretrained('{summary["export"]}'))"
+"""
+
+
+if __name__ == "__main__":
+    run(main)
