@@ -1,4 +1,4 @@
-"""Stage 2, visual instruction tuning: projector and language model. `--config=configs/finetune.py[:7b|13b][,v0|v1.5]`."""
+"""Stage 2, visual instruction tuning: projector and LLM. `--config=configs/finetune.py[:7b|13b][,v0|v1.5]`."""
 
 from ml_collections import ConfigDict
 

@@ -36,9 +36,7 @@ def compact(targets_GR: jax.Array, label_slots: int) -> tuple[jax.Array, jax.Arr
     return jax.vmap(compact_group)(targets_GR)
 
 
-def loss_sum(
-    llm: Llama, hidden_BTD: jax.Array, targets_BT: jax.Array, num_groups: int, label_slots: int
-) -> jax.Array:
+def loss_sum(llm: Llama, hidden_BTD: jax.Array, targets_BT: jax.Array, num_groups: int, label_slots: int) -> jax.Array:
     """Sum of the cross-entropies of all targets, float32.
 
     Most positions are images, questions and padding: the vocabulary projection is computed only where there is a

@@ -118,9 +118,7 @@ def train_step(
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
 
-def eval_step(
-    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
+def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of the losses and number of targets of a batch."""
     targets = next_token_targets(batch["labels"], batch["segment_ids"])
     return batch_loss(settings, trainable, frozen, batch), jnp.sum(targets != IGNORE_INDEX)
@@ -180,9 +178,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
     batches = Batches(samples, encode, read_image, order, layout)
     validation_batches = Batches(samples, encode, read_image, validation, layout)
-    settings = StepSettings(
-        model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh)
-    )
+    settings = StepSettings(model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh))
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
     claim(directory, config, lengths)
@@ -365,7 +361,8 @@ def _introduce(
         f"stage      {config.stage} in {directory}, from {config.init}",
         f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
         f"frozen     {_summary(frozen)}",
-        f"devices    {jax.device_count()} x {device.device_kind} as {dict(mesh.shape)}, computing in {settings.dtype.name}",
+        f"devices    {jax.device_count()} x {device.device_kind} as {dict(mesh.shape)}, "
+        f"computing in {settings.dtype.name}",
         f"data       {len(order.samples):,} samples to train on, {mean:.0f} tokens each (image tokens included)",
         f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
         f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",

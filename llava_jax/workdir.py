@@ -52,5 +52,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fingerprint(lengths: Lengths) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths)).hexdigest()
-
-

@@ -29,7 +29,8 @@ def tower(config, params):
     paths = [tuple(name.split(".")) for name in params]
     assert set(paths) == {path for path, _ in nnx.to_flat_state(state)}
     return nnx.merge(
-        graphdef, nnx.from_flat_state([(p, nnx.Param(jnp.asarray(v))) for p, v in zip(paths, params.values())])
+        graphdef,
+        nnx.from_flat_state([(p, nnx.Param(jnp.asarray(v))) for p, v in zip(paths, params.values(), strict=True)]),
     )
 
 

@@ -38,7 +38,10 @@ def test_a_bare_recipe_is_7b_v1_5():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--config=configs/finetune.py", "--config.learing_rate=1"], "no key 'learing_rate'; the nearest is 'learning_"),
+        (
+            ["--config=configs/finetune.py", "--config.learing_rate=1"],
+            "no key 'learing_rate'; the nearest is 'learning_",
+        ),
         (["--config=configs/finetune.py", "--config.data.jsn=a"], "no key 'data.jsn'; the nearest is 'data.json'"),
         (["--config=configs/finetune.py", "--config.steps=many"], "config.steps=many"),
         (["--config=configs/finetune.py:14b"], "'14b' in '14b' is none of"),

@@ -28,9 +28,7 @@ def test_the_schedule_is_that_of_transformers(steps, ratio):
 
 def test_each_stage_trains_its_parts():
     names = abstract_params(tiny.config())
-    parts = {
-        stage: {name.split(".")[0] for name in optim.trainable_names(names, stage)} for stage in optim.STAGES
-    }
+    parts = {stage: {name.split(".")[0] for name in optim.trainable_names(names, stage)} for stage in optim.STAGES}
     assert parts == {"pretrain": {"projector"}, "finetune": {"projector", "llm"}}
     with pytest.raises(UserError, match="'stage_3', not one of pretrain, finetune"):
         optim.trainable_names(names, "stage_3")
@@ -60,7 +58,7 @@ def test_clipping_is_by_the_norm_of_all_that_is_trained():
     optimizer, params = make(clip_norm=1.0, beta1=0.0)
     gradients = {name: jnp.full_like(value, 3.0) for name, value in params.items()}
     _, state = optimizer.update(gradients, optimizer.init(params), params)
-    squares = [leaf for leaf in optax.tree_utils.tree_get_all_with_path(state, "nu")]
+    squares = optax.tree_utils.tree_get_all_with_path(state, "nu")
     total = sum(
         float(jnp.sum(value)) for _, moments in squares for value in moments.values() if isinstance(value, jnp.ndarray)
     )

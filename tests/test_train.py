@@ -68,7 +68,9 @@ def settings_for(model, batch, **changes) -> train.StepSettings:
     rows, length = batch["tokens"].shape
     slots = batch["images"].shape[1]
     groups = batch["images"].shape[0]
-    layout = Layout(rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size)
+    layout = Layout(
+        rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size
+    )
     return train.StepSettings(model, layout, **changes)
 
 

@@ -1,4 +1,4 @@
-"""Makes what LLaVA starts from: the data as LLaVA JSON, a vision tower and a language model in Hugging Face's format."""
+"""Makes what LLaVA starts from: the data as LLaVA JSON, a tower and a language model in Hugging Face's format."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How the backbones are trained: Muon (Jordan et al. 2024) for stacked matrices, Adam for the rest; few steps suffice."""
+"""How the backbones are trained: Muon (Jordan et al. 2024) for stacked matrices, Adam for the rest."""
 
 from collections.abc import Callable
 

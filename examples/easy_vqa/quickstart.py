@@ -113,7 +113,7 @@ loss curve: {summary["loss_curve"]}; everything as numbers: {ROOT}/summary.json
 
 Go on:
   {sys.executable} -m {" ".join(chat)}
-  python -c "import transformers; print(transformers.LlavaForConditionalGeneration.from_pretrained('{summary["export"]}'))"
+  transformers.LlavaForConditionalGeneration.from_pretrained("{summary["export"]}")  # with torch installed
 """
 
 

@@ -26,9 +26,7 @@ class Llava(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.vision = ClipVision(config.vision, rngs=rngs)
-        self.projector = Projector(
-            config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs
-        )
+        self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.llm = Llama(config.text, rngs=rngs)
 
     def visual_features(self, images: jax.Array) -> jax.Array:

@@ -27,7 +27,9 @@ class Projector(nnx.Module):
         for i in range(1, self.num_layers + 1):
             fan_in = in_features if i == 1 else features
             init = torch_uniform(fan_in)
-            setattr(self, f"linear_{i}", Linear(fan_in, features, bias=True, rngs=rngs, kernel_init=init, bias_init=init))
+            setattr(
+                self, f"linear_{i}", Linear(fan_in, features, bias=True, rngs=rngs, kernel_init=init, bias_init=init)
+            )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.linear_1(x)
