@@ -47,6 +47,10 @@ EXTRAS = {
         "ruff==0.17.6",
         "scikit-image>=0.24",
         "jinja2>=3.1",
+        # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
+        "jsonschema>=4",
+        "pydantic-extra-types>=2",
+        "pycountry>=24",
     ],
 }
 EXTRAS["test"] += EXTRAS["quickstart"]

@@ -105,7 +105,8 @@ def keep_nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
     probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, descending_BV, jnp.inf), axis=-1, keepdims=True)
+    inside_BV = (before_BV < top_p) | (top_p >= 1)  # rounded sums reach 1 too early
+    least_B1 = jnp.min(jnp.where(inside_BV, descending_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 

@@ -1,13 +1,15 @@
 """Text out of tokens as they come, against decoding all of them at once."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llava_jax.data.detokenization import AnswerStream
 
 WILD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ufffd\x00"), max_size=30)
-WORDS = st.lists(st.sampled_from(["red", " blue", "日本", "🦙", "é", "\n", "  ", "#", "##", "###", "end", "."]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(["red", " blue", "日本", "🦙", "é", "\n", "  ", "#", "##", "###", "end", "."]), max_size=12
+)
 each_tokenizer = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -19,8 +21,10 @@ def pieces_of(stream: AnswerStream, ids: list[int]) -> list[str]:
 @given(text=WILD | WORDS.map("".join))
 def test_pieces_make_the_decoded_text_without_the_white_space_around_it(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
+    decoded = tokenizer.decode(ids)
+    assume("\ufffd" not in decoded)  # SmolLM2 lacks some bytes
     pieces = pieces_of(AnswerStream(tokenizer), ids)
-    assert "".join(pieces) == tokenizer.decode(ids).strip()
+    assert "".join(pieces) == decoded.strip()
     assert "\ufffd" not in "".join(pieces)
 
 
