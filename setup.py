@@ -51,6 +51,7 @@ EXTRAS = {
         "jsonschema>=4",
         "pydantic-extra-types>=2",
         "pycountry>=24",
+        "tiktoken>=0.7",
     ],
 }
 EXTRAS["test"] += EXTRAS["quickstart"]
