@@ -8,30 +8,16 @@ the answer is learned. The losses must agree at every step.
 
 import argparse
 import functools
-import hashlib
-import multiprocessing
 import os
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 
 import numpy as np
+from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
-from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 
-CONFIG = LlavaConfig(
-    VisionConfig(768, 3072, num_layers=12, num_heads=12, image_size=224, patch_size=16),
-    TextConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0, tie_word_embeddings=True),
-)
-TINY = LlavaConfig(
-    VisionConfig(64, 96, num_layers=3, num_heads=4, image_size=224, patch_size=16),
-    TextConfig(512, 48, 96, 2, 6, 2, 8, rope_theta=100000.0, tie_word_embeddings=True),
-)
 ROWS, QUESTION, ANSWER = 4, 80, 40
 LENGTH = CONFIG.image_tokens + QUESTION + ANSWER
 LEARNING_RATE, BETAS, EPSILON = 1e-4, (0.9, 0.999), 1e-8
@@ -51,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
     args = parser.parse_args(argv)
 
-    sides = {name: Side(start, args.tiny) for name, start in {"llava_jax": jax_step, "torch": torch_step}.items()}
+    config = TINY if args.tiny else CONFIG
+    sides = {name: Side(start, config) for name, start in {"llava_jax": jax_step, "torch": torch_step}.items()}
     tokens = ROWS * LENGTH
     print(f"{ROWS} rows of {LENGTH} tokens, {ROWS * ANSWER} of them learned; {os.cpu_count()} cores; float32")
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     worst = 0.0
     for step in range(args.steps + 1):
-        results = {name: side.step(step) for name, side in sides.items()}
+        results = {name: side.call(step) for name, side in sides.items()}
         (ours, _), (theirs, _) = (results[name] for name in sides)
         worst = max(worst, abs(ours - theirs))
         for name, (_, elapsed) in results.items():
@@ -75,59 +62,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the losses differ by more than {LOSS_TOLERANCE}", file=sys.stderr)
         return 1
     return 0
-
-
-class Side:
-    """A process that takes steps when told to."""
-
-    def __init__(self, start: Callable[[LlavaConfig], Step], tiny: bool):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(start, tiny, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def step(self, number: int) -> tuple[float, float]:
-        """-> (loss, seconds)"""
-        self.connection.send(number)
-        return self.connection.recv()
-
-    def stop(self) -> int:
-        """Ends the process; -> its peak resident memory in bytes."""
-        self.connection.send(None)
-        peak = self.connection.recv()
-        self.process.join()
-        return peak
-
-
-def serve(start: Callable[[LlavaConfig], Step], tiny: bool, connection: Connection) -> None:
-    take_step = start(TINY if tiny else CONFIG)
-    while (number := connection.recv()) is not None:
-        before = time.perf_counter()
-        loss = take_step(number)
-        connection.send((loss, time.perf_counter() - before))
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-# ------------------------------------------------------------------------------------- the same input for both sides
-
-
-def entries(config: LlavaConfig) -> Iterator[tuple[str, Entry]]:
-    """Every parameter with the prefix of its names in `LlavaForConditionalGeneration`."""
-    parts = {
-        "model.vision_tower.": vision_entries(config.vision),
-        "model.multi_modal_projector.": projector_entries(config.projector_type),
-        "model.language_model.": llm_entries(config.text),
-        "": head_entries(config.text),
-    }
-    return ((prefix, entry) for prefix, part in parts.items() for entry in part)
-
-
-def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A function of its Hugging Face name: norms near one, all else small, as at the start of a training."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    noise = 0.02 * np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return noise + np.float32("norm" in name and name.endswith("weight"))
 
 
 def random_batch(step: int, config: LlavaConfig) -> dict[str, np.ndarray]:
@@ -161,13 +95,10 @@ def jax_step(config: LlavaConfig) -> Step:
     from llava_jax.data.plan import Layout
     from llava_jax.train import StepSettings, TrainState, train_step
 
-    shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     trainable, frozen = {}, {}
-    for prefix, entry in entries(config):
-        hf_shape = entry.hf_shape(shapes[entry.name])
-        value = to_ours(entry, lambda leaf, prefix=prefix, shape=hf_shape: random_tensor(prefix + leaf, shape))
-        trains = optim.group_of(entry.name, "finetune") is not None
-        (trainable if trains else frozen)[entry.name] = jnp.array(value)
+    for name, value in our_parameters(config):
+        trains = optim.group_of(name, "finetune") is not None
+        (trainable if trains else frozen)[name] = jnp.array(value)
 
     optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
@@ -187,41 +118,8 @@ def jax_step(config: LlavaConfig) -> Step:
 def torch_step(config: LlavaConfig) -> Step:
     """The model of transformers with its default attention, and the fastest AdamW that torch has."""
     import torch
-    import transformers
 
-    vision, text = config.vision, config.text
-    model = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(
-                hidden_size=vision.hidden_size,
-                intermediate_size=vision.intermediate_size,
-                num_hidden_layers=vision.num_layers,
-                num_attention_heads=vision.num_heads,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-            ),
-            text_config=transformers.LlamaConfig(
-                vocab_size=text.vocab_size,
-                hidden_size=text.hidden_size,
-                intermediate_size=text.intermediate_size,
-                num_hidden_layers=text.num_layers,
-                num_attention_heads=text.num_heads,
-                num_key_value_heads=text.num_kv_heads,
-                head_dim=text.head_dim,
-                rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-                rms_norm_eps=text.rms_norm_eps,
-                tie_word_embeddings=text.tie_word_embeddings,
-            ),
-            image_token_id=text.vocab_size - 1,
-            tie_word_embeddings=text.tie_word_embeddings,
-        )
-    )
-    parameters = dict(model.named_parameters())
-    for prefix, entry in entries(config):
-        for leaf in entry.leaves():
-            parameter = parameters.pop(prefix + leaf)
-            parameter.data.copy_(torch.from_numpy(random_tensor(prefix + leaf, tuple(parameter.shape))))
-    assert not parameters, f"not set: {list(parameters)}"
+    model = torch_model(config)
     model.model.vision_tower.requires_grad_(False)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -229,7 +127,7 @@ def torch_step(config: LlavaConfig) -> Step:
 
     def take_step(number: int) -> float:
         batch = random_batch(number, config)
-        ids = np.where(batch["image_feature_index"] >= 0, text.vocab_size - 1, batch["tokens"])
+        ids = np.where(batch["image_feature_index"] >= 0, config.text.vocab_size - 1, batch["tokens"])
         pixels = ((batch["images"][:, 0] / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
         output = model(
             input_ids=torch.from_numpy(ids).long(),

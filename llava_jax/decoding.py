@@ -3,7 +3,9 @@
 Axes: B rows, T tokens, S cache slots, D embed, V vocabulary, K key/value heads, H head width.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,27 @@ from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava
 
 MAX_STEPS = 32  # tokens of a row that one call of `decode` can write
+
+
+class Decoder:
+    """The programs below, compiled for a model, whose layers it rearranges (`Llama.unstack_layers`)."""
+
+    def __init__(self, model: Llava):
+        model.llm.unstack_layers()
+        self._weights, self._structure = jax.tree.flatten(model)
+        self.prefill = self._compile(prefill, static_argnames="slots")
+        self.fork = self._compile(fork, static_argnames="slots")
+        self.decode = self._compile(decode, donate_argnames="cache")
+        self.widen = jax.jit(widen, static_argnames="slots")
+
+    def _compile(self, program: Callable, **options: Any) -> Callable:
+        """`program(model, ...)` without its first argument. The weights are passed as a flat list, since flattening
+        the modules at every call would take longer than a token of a small model."""
+
+        def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
+            return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
+
+        return functools.partial(jax.jit(flat, **options), self._weights)
 
 
 class Nucleus(NamedTuple):

@@ -6,11 +6,9 @@ are looked for here, in the text, since they may lie across the borders of token
 """
 
 import dataclasses
-import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +24,8 @@ from llava_jax.data.detokenization import AnswerStream
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
-from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
-from llava_jax.models.llava import Params, build
+from llava_jax.models.llava import Llava, build
 
 STREAM_STEPS = 4  # tokens a dispatch where someone reads along
 HEADROOM = 128  # slots for the answer that a cache has at least when it is made or grows
@@ -74,35 +71,25 @@ class Generator:
     """A model that answers requests.
 
     Args:
-      config, params: the model; its weights stay in the type that `params` have.
+      model: as `build` gives it; its layers are rearranged for decoding.
       tokenizer: as `load_tokenizer` gives it.
       template: the text around the turns.
-      dtype: of the computation and the cache.
       end_ids: tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
     """
 
     def __init__(
         self,
-        config: LlavaConfig,
-        params: Params,
+        model: Llava,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
-        dtype: jnp.dtype = jnp.float32,
         end_ids: Sequence[int] = (),
     ):
-        self.config = config
+        self.config = model.config
         self.tokenizer = tokenizer
         self.template = template
         self.stop_strings = stop_strings(template)
         self.stop_ids = sorted({*_stop_ids(tokenizer, self.stop_strings), *end_ids})
-        model = build(config, params, dtype)
-        del params
-        model.llm.unstack_layers()
-        self._weights, self._structure = jax.tree.flatten(model)
-        self._prefill = self._compile(decoding.prefill, static_argnames="slots")
-        self._fork = self._compile(decoding.fork, static_argnames="slots")
-        self._decode = self._compile(decoding.decode, donate_argnames="cache")
-        self._widen = jax.jit(decoding.widen, static_argnames="slots")
+        self.decoder = decoding.Decoder(model)
 
     @classmethod
     def from_checkpoint(
@@ -113,22 +100,11 @@ class Generator:
             dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         end_ids = checkpoint.description.hf.get("generation_config", {}).get("eos_token_id") or ()
         return cls(
-            checkpoint.config,
-            checkpoint.load(dtype=lambda name, stored: dtype),
+            build(checkpoint.config, checkpoint.load(dtype=lambda name, stored: dtype), dtype),
             load_tokenizer(checkpoint.tokenizer_dir),
             template or get_template(checkpoint.template),
-            dtype,
             (end_ids,) if isinstance(end_ids, int) else end_ids,
         )
-
-    def _compile(self, program: Callable, **options: Any) -> Callable:
-        """`program(model, ...)` compiled. Its weights are passed as a flat list: to flatten the modules at every
-        call would take longer than a token of a small model."""
-
-        def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
-            return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
-
-        return functools.partial(jax.jit(flat, **options), self._weights)
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
         """The answers, computed `batch_rows` at a time.
@@ -205,8 +181,8 @@ class Generator:
             steps = min(remaining, max_steps)
             needed = int(positions[~finished].max()) + steps
             if needed > cache.slots:
-                cache = self._widen(cache, slots=bucket(needed + HEADROOM))
-            written, cache = self._decode(
+                cache = self.decoder.widen(cache, slots=bucket(needed + HEADROOM))
+            written, cache = self.decoder.decode(
                 tokens[:, -1], positions, finished, stop_ids, cache=cache, nucleus=nucleus, steps=steps
             )
             tokens = np.asarray(written)[:, :steps]
@@ -219,13 +195,13 @@ class Generator:
         """-> the first tokens of the answers, and the cache of the prompts."""
         shared = share_beginnings(prompts)
         if shared is None:
-            return self._prefill(self._assemble(prompts), nucleus, slots=slots)
-        _, cache = self._prefill(self._assemble(shared.beginnings), None, slots=0)
+            return self.decoder.prefill(self._assemble(prompts), nucleus, slots=slots)
+        _, cache = self.decoder.prefill(self._assemble(shared.beginnings), None, slots=0)
         ends = self._assemble(shared.ends)
         padding = [0] * (len(ends.lengths) - len(prompts))
         starts = np.array([len(shared.beginnings[i].tokens) for i in shared.beginning_of] + padding, np.int32)
         beginning_of = np.array([*shared.beginning_of, *padding], np.int32)
-        return self._fork(cache, beginning_of, starts, ends, nucleus, slots=slots)
+        return self.decoder.fork(cache, beginning_of, starts, ends, nucleus, slots=slots)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[int]:

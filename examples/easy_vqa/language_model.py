@@ -1,7 +1,9 @@
 """A small LLaMA and its tokenizer, trained on the text of the training split: it never sees a picture.
 
-Like the language models that LLaVA starts from, it can follow a conversation before it can see: pictures are replaced
-by their captions, so it learns to repeat what it is told, to read questions and to answer them from what stands before.
+Like the language models that LLaVA starts from, it can hold a conversation before it can see, and only answers are
+learned. Captions take the place of pictures: it learns to repeat what it is told, to read questions and to answer them
+from what stands before. Lessons are short, one question each: with all questions of a picture in one conversation it
+would rather combine earlier answers than compare the question with the caption.
 """
 
 import functools
@@ -9,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,52 +24,61 @@ from transformers import PreTrainedTokenizerFast
 from examples.easy_vqa.data import caption, pictures
 from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
-from llava_jax.data.conversation import get_template, render
-from llava_jax.data.tokenization import encode_turns
-from llava_jax.loss import loss_sum, next_token_targets
+from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, render
+from llava_jax.data.tokenization import IGNORE_INDEX, encode_turns
+from llava_jax.loss import cross_entropy_sum
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Params, module_params
 
-SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<image>"]
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", IMAGE_TOKEN]
 VOCABULARY = 448  # 256 bytes, the special tokens and the words of the data set
 CHAT, PLAIN = get_template("v1"), get_template("plain")
-LENGTH = 128
-BATCH, EPOCHS, LEARNING_RATE = 28, 3, 3e-3
+MOST_COPIES = 8  # of a caption that takes the place of a picture: a picture tells the same at every patch
+LENGTH = 52  # tokens; no lesson is longer
+BATCH, STEPS, LEARNING_RATE = 64, 350, 5e-3
+STEPS_A_CALL = 50
 
 
 def train(directory: Path, seed: int = 0) -> None:
     """Trains tokenizer and model and writes them to `directory` as Hugging Face has them."""
-    taught = list(lessons(random.Random(seed)))
-    tokenizer = train_tokenizer([render(turns, CHAT).text for _, turns in taught])
+    order = random.Random(seed)
+    taught = order.sample(list(lessons(order)), STEPS * BATCH)
+    tokenizer = train_tokenizer([render(lesson.turns, CHAT).text for lesson in taught])
     config = TextConfig(
         len(tokenizer), 128, 256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, tie_word_embeddings=True
     )
-    data = tokenize(taught, tokenizer)
     params = scale_by_fan_in(module_params(Llama(config, rngs=nnx.Rngs(seed))))
-    steps = len(taught) // BATCH
-    optimizer = muon(params, LEARNING_RATE, EPOCHS * steps)
+    optimizer = muon(params, LEARNING_RATE, STEPS)
     state = (params, optimizer.init(params))
-    shuffle, began = np.random.default_rng(seed), time.monotonic()
-    for epoch in range(EPOCHS):
-        chosen = shuffle.permutation(len(taught))[: steps * BATCH].reshape(steps, BATCH)
-        state, loss = run_epoch(config, optimizer, state, tuple(part[chosen] for part in data))
-        print(
-            f"language model: epoch {epoch + 1}/{EPOCHS}, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True
-        )
+    data = tokenize(taught, tokenizer)
+    began = time.monotonic()
+    for start in range(0, STEPS, STEPS_A_CALL):
+        stop = start + STEPS_A_CALL
+        state, loss = run_steps(config, optimizer, state, tuple(part[start:stop] for part in data))
+        print(f"language model: step {stop}/{STEPS}, loss {loss:.4f}, {time.monotonic() - began:.0f} s", flush=True)
     save_llama(directory, config, {f"llm.{name}": value for name, value in state[0].items()}, tokenizer)
 
 
-def lessons(order: random.Random) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(caption, conversation) for each picture of the training split whose caption is known."""
+class Lesson(NamedTuple):
+    turns: list[tuple[str, str]]
+    template: Template
+
+
+def lessons(order: random.Random) -> Iterator[Lesson]:
+    """What can be learned from the pictures of the training split whose caption is known."""
     for picture in pictures("train"):
         description = caption(picture)
-        if description:
-            turns = []
-            for question in order.sample(picture.questions, len(picture.questions)):
-                turns += [("user", question.text), ("assistant", question.answer)]
-            turns[0] = ("user", f"{description}\n{turns[0][1]}")
-            yield description, turns
+        if not description:
+            continue
+        seen = " ".join([description] * order.randint(1, MOST_COPIES))
+        yield Lesson([("user", ""), ("assistant", f"{seen}\n{description}")], PLAIN)
+        for question in picture.questions:
+            if order.random() < 0.5:  # without the system prompt, which is longer than all else
+                seen, system = " ".join([description] * order.randint(1, MOST_COPIES)), [("system", "")]
+            else:
+                seen, system = description, []
+            yield Lesson([*system, ("user", f"{seen}\n{question.text}"), ("assistant", question.answer)], CHAT)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -83,37 +95,31 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     names = dict(zip(("bos_token", "eos_token", "unk_token", "pad_token"), SPECIAL, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=["<image>"], **names)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=[IMAGE_TOKEN], **names)
 
 
-def tokenize(
-    taught: list[tuple[str, list[tuple[str, str]]]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, positions and segment ids, int32[N, LENGTH]: a caption to repeat, then a conversation, cut to fit."""
-    tokens, positions, segments = np.zeros((3, len(taught), LENGTH), np.int32)
-    for row, (description, turns) in enumerate(taught):
-        repeated = encode_turns([("user", ""), ("assistant", f"{description} {description}")], PLAIN, tokenizer)
-        parts = [repeated.input_ids, encode_turns(turns, CHAT, tokenizer).input_ids]
-        for array, values in (
-            (tokens, parts),
-            (positions, [np.arange(len(part)) for part in parts]),
-            (segments, [np.full(len(part), i) for i, part in enumerate(parts, 1)]),
-        ):
-            joined = np.concatenate(values)[:LENGTH]
-            array[row, : len(joined)] = joined
-    return tokens, positions, segments
+def tokenize(taught: list[Lesson], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and the tokens to predict next, int32[STEPS, BATCH, LENGTH] both."""
+    tokens = np.zeros((len(taught), LENGTH), np.int32)
+    labels = np.full_like(tokens, IGNORE_INDEX)
+    for row, lesson in enumerate(taught):
+        encoded = encode_turns(lesson.turns, lesson.template, tokenizer)
+        tokens[row, : len(encoded.input_ids)] = encoded.input_ids
+        labels[row, : len(encoded.labels)] = encoded.labels
+    targets = np.roll(labels, -1, axis=1)
+    return tokens.reshape(STEPS, BATCH, LENGTH), targets.reshape(STEPS, BATCH, LENGTH)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def run_epoch(config: TextConfig, optimizer: optax.GradientTransformation, state: tuple, data: tuple) -> tuple:
-    """All steps of an epoch; -> the new state and the mean loss."""
+def run_steps(config: TextConfig, optimizer: optax.GradientTransformation, state: tuple, data: tuple) -> tuple:
+    """A step for each batch; -> the new state and the mean loss."""
 
-    def mean_loss(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        """Of every next token, questions included: it is a language model."""
+    def mean_loss(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
         llm = with_params(lambda: Llama(config, rngs=nnx.Rngs(0)), params)
-        hidden = llm(llm.embed_tokens(tokens), positions, segments)
-        targets = next_token_targets(jnp.where(segments > 0, tokens, -100), segments)
-        return loss_sum(llm, hidden, targets, 1, tokens.size) / jnp.sum(targets >= 0)
+        positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], tokens_BT.shape)
+        # Padding follows what is learned, and a token sees only what precedes it: one segment will do.
+        hidden_BTD = llm(llm.embed_tokens(tokens_BT), positions_BT, jnp.ones_like(tokens_BT))
+        return cross_entropy_sum(llm, hidden_BTD, targets_BT) / jnp.sum(targets_BT != IGNORE_INDEX)
 
     def step(state: tuple, batch: tuple) -> tuple:
         params, moments = state

@@ -1,0 +1,181 @@
+"""Greedy decoding beside `LlavaForConditionalGeneration.generate`, on this machine.
+
+Both sides have the same random float32 weights and the same prompts, a picture and a question; each runs in a process
+of its own, and the runs alternate, so that other load hits both. The prompt's own computation is not counted. The ids
+must be equal. What a machine can decode at most is its memory bandwidth over the bytes that every token has to read:
+the bandwidth is measured between the runs, by reading a large buffer from all cores.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from peers import CONFIG, TINY, Side, our_parameters, torch_model
+
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.llava import abstract_params
+
+QUESTION, ANSWER = 80, 65  # tokens; the first one of the answer belongs to the prompt
+BUFFER = 2**28  # bytes
+SCALE = 0.1  # of the weights; with those of the start of a training, a model repeats its last token
+
+
+class Run(NamedTuple):
+    """What a side generated, and the time that took from the first token on."""
+
+    ids: np.ndarray  # int[rows, ANSWER]
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exits with 1 where the ids differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: JAX_PLATFORMS=cpu python benchmarks/generate.py --rows 1 4 --runs 7",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="batch sizes")
+    parser.add_argument("--runs", type=int, default=7, help="measured runs a side, after one to warm up")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
+    args = parser.parse_args(argv)
+
+    config = TINY if args.tiny else CONFIG
+    sides = {name: Side(start, config) for name, start in {"llava_jax": jax_side, "torch": torch_side}.items()}
+    print(f"prompts of {config.image_tokens + QUESTION} tokens, {ANSWER} generated; {os.cpu_count()} cores; float32")
+    unequal = [rows for rows in args.rows if not compare(sides, rows, args.runs, config)]
+    for name, side in sides.items():
+        print(f"{name}: peak memory {side.stop() / 2**30:.2f} GiB")
+    if unequal:
+        print(f"error: the generated ids differ in batches of {unequal} rows", file=sys.stderr)
+    return 1 if unequal else 0
+
+
+def compare(sides: dict[str, Side], rows: int, runs: int, config: LlavaConfig) -> bool:
+    """Prints the speeds at a batch size; -> whether the ids are equal."""
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    bandwidths, equal = [], True
+    for run in range(runs + 1):
+        results = {name: side.call((rows, run))[0] for name, side in sides.items()}
+        ours, theirs = (result.ids for result in results.values())
+        equal &= np.array_equal(ours, theirs)
+        if run:
+            bandwidths.append(read_bandwidth())
+            for name, result in results.items():
+                speeds[name].append(rows * (ANSWER - 1) / result.seconds)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    bound = rows * max(bandwidths) / bytes_per_step(rows, config)
+    print(f"{rows} rows: ids {'equal' if equal else 'DIFFER'}; the last run's had {len(set(ours.flat))} different ones")
+    for name, values in speeds.items():
+        print(f"  {name}: {medians[name]:.1f} tokens/s (median), {max(values):.1f} (best)")
+    print(
+        f"  llava_jax / torch: {medians['llava_jax'] / medians['torch']:.2f} x; memory is read at "
+        f"{max(bandwidths) / 1e9:.1f} GB/s (best), {statistics.median(bandwidths) / 1e9:.1f} (median), "
+        f"so the best possible is {bound:.1f} tokens/s",
+        flush=True,
+    )
+    return equal
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all cores together read of a buffer larger than any cache."""
+    buffer = np.ones(BUFFER // 4, np.float32)
+    with ThreadPoolExecutor() as pool:
+        parts = np.array_split(buffer, os.cpu_count())
+        before = time.perf_counter()
+        list(pool.map(np.sum, parts))
+        return buffer.nbytes / (time.perf_counter() - before)
+
+
+def bytes_per_step(rows: int, config: LlavaConfig) -> int:
+    """What a step of decoding has to read: the decoder's weights once, and the keys and values of every row."""
+    text = config.text
+    read = [
+        leaf.size
+        for name, leaf in abstract_params(config).items()
+        if name.startswith("llm.") and (text.tie_word_embeddings or "embed_tokens" not in name)
+    ]
+    positions = config.image_tokens + QUESTION + ANSWER // 2
+    cached = 2 * rows * positions * text.num_layers * text.num_kv_heads * text.head_dim
+    return 4 * (sum(read) + cached)
+
+
+def random_prompts(rows: int, run: int, config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
+    """-> ids of the questions, int32[rows, QUESTION], and a picture each, uint8[rows, H, W, 3]."""
+    rng, size = np.random.default_rng(run), config.vision.image_size
+    questions = rng.integers(0, config.text.vocab_size - 1, (rows, QUESTION), np.int32)
+    return questions, rng.integers(0, 256, (rows, size, size, 3), np.uint8)
+
+
+def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
+    """`llava_jax.decoding.Decoder`, driven as `llava_jax.generate.Generator` drives it."""
+    import jax.numpy as jnp
+
+    from llava_jax.data.prompts import PromptBatch, bucket
+    from llava_jax.decoding import MAX_STEPS, Decoder
+    from llava_jax.models.llava import build
+
+    decoder = Decoder(build(config, {name: jnp.array(value) for name, value in our_parameters(config, SCALE)}))
+    P = config.image_tokens
+    length = P + QUESTION
+
+    def generate(argument: tuple[int, int]) -> Run:
+        rows, _ = argument
+        questions, images = random_prompts(*argument, config)
+        tokens, index = np.zeros((rows, bucket(length)), np.int32), np.full((rows, bucket(length)), -1, np.int32)
+        tokens[:, P:length], index[:, :P] = questions, np.arange(rows * P).reshape(rows, P)
+        batch = PromptBatch(tokens, np.full(rows, length, np.int32), images[None], index)
+        first, cache = decoder.prefill(batch, None, slots=bucket(length + ANSWER))
+        ids = [np.asarray(first)[:, None]]
+        before = time.perf_counter()
+        for done in range(0, ANSWER - 1, MAX_STEPS):
+            steps = min(MAX_STEPS, ANSWER - 1 - done)
+            positions, nothing = np.full(rows, length + done, np.int32), np.zeros(rows, bool)
+            written, cache = decoder.decode(
+                ids[-1][:, -1], positions, nothing, np.array([-1]), cache=cache, nucleus=None, steps=steps
+            )
+            ids.append(np.asarray(written)[:, :steps])
+        return Run(np.concatenate(ids, axis=1), time.perf_counter() - before)
+
+    return generate
+
+
+def torch_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
+    """transformers' `generate` with its default cache and attention."""
+    import torch
+
+    model = torch_model(config, SCALE).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    def generate(argument: tuple[int, int]) -> Run:
+        questions, images = random_prompts(*argument, config)
+        marks = np.full((len(questions), config.image_tokens), config.text.vocab_size - 1)
+        pixels = ((images / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
+        ids = torch.from_numpy(np.concatenate([marks, questions], axis=1))
+        times = []
+
+        def note_time(ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+            max_new_tokens=ANSWER,
+            do_sample=False,
+            stopping_criteria=[note_time],
+        )
+        return Run(output[:, ids.shape[1] :].numpy(), times[-1] - times[0])
+
+    return generate
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The terminal: one prompt, a session over a pipe, commands and mistakes."""
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from llava_jax import chat
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.generate import Generator, Request, Sampling
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def generator(checkpoint) -> Generator:
+    return Generator.from_checkpoint(open_checkpoint(checkpoint))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "a picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture
+def session(checkpoint, generator, monkeypatch, capsys):
+    """Types lines into a session over a pipe; -> standard output and standard error."""
+    monkeypatch.setattr(Generator, "from_checkpoint", lambda *args: generator)
+
+    def type_in(*lines: str, args: tuple[str, ...] = ()) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        chat.main(["--checkpoint", str(checkpoint), "--max-new-tokens", "6", *args])
+        return capsys.readouterr()
+
+    return type_in
+
+
+def answer(generator: Generator, *turns: str, images=()) -> str:
+    roles = ["user", "assistant"] * len(turns)
+    return generator.answer([Request(list(zip(roles, turns, strict=False)), images)], Sampling(max_new_tokens=6))[0]
+
+
+def test_prompt_prints_the_greedy_answer_alone(checkpoint, generator, picture):
+    command = [sys.executable, "-m", "llava_jax.chat", "--checkpoint", checkpoint, "--image", picture]
+    command += ["--prompt", "What is it?", "--max-new-tokens", "6"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout == answer(generator, "<image>\nWhat is it?", images=[picture]) + "\n"
+    assert "Traceback" not in result.stderr
+
+
+def test_every_turn_sees_those_before_it(session, generator):
+    first = answer(generator, "Hello")
+    second = answer(generator, "Hello", first, "And then?")
+    out, err = session("Hello", "", "And then?", "/quit", "never read")
+    assert out == f"{first}\n{second}\n"
+    assert err == ""
+
+
+def test_pictures_go_to_the_next_message_and_stay(session, generator, picture):
+    first = answer(generator, "<image>\nIt?", images=[picture])
+    second = answer(generator, "<image>\nIt?", first, "Sure?", images=[picture])
+    third = answer(generator, "<image>\nIt?", first, "Sure?", second, "<image>\nAnd this?", images=[picture] * 2)
+    out, _ = session(f"/image {picture}", "It?", "Sure?", f"/image  {picture} ", "And this?")
+    assert out == f"{first}\n{second}\n{third}\n"
+    assert session("It?", args=("--image", str(picture)))[0] == f"{first}\n"
+
+
+def test_reset_forgets_turns_and_pictures(session, generator, picture):
+    hello = answer(generator, "Hello")
+    out, _ = session("Hello", f"/image {picture}", "/reset", "Hello")
+    assert out == f"{hello}\n{hello}\n"
+
+
+def test_mistakes_are_told_in_a_line_and_the_session_goes_on(session, generator):
+    out, err = session("/image nowhere.png", "/image", "/imagine", "word " * 3000, "Hello")
+    assert out == answer(generator, "Hello") + "\n"
+    lines = err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: ") for line in lines)
+    for line, what in zip(lines, ["nowhere.png", "/image FILE", "/imagine", "shorten the conversation"], strict=True):
+        assert what in line
+
+
+def test_help_is_shown_on_request(session):
+    out, err = session("/help")
+    assert out == ""
+    for command in ("/image", "/reset", "/quit"):
+        assert command in err
+
+
+def test_a_mark_typed_by_hand_is_no_picture(session, generator):
+    assert session("He<image>llo")[0] == answer(generator, "Hello") + "\n"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, generator, monkeypatch):
+    def interrupted(request, sampling):
+        yield "beginning"
+        raise KeyboardInterrupt
+
+    whole = generator.stream
+    answers = iter([interrupted, whole])
+    asked = []
+
+    def stream(request, sampling):
+        asked.append(request)
+        return next(answers)(request, sampling)
+
+    monkeypatch.setattr(generator, "stream", stream)
+    out, err = session("Hello", "Go on")
+    assert "[stopped]" in err
+    assert asked[1].turns == [("user", "Hello"), ("assistant", "beginning"), ("user", "Go on")]
+    assert out == f"beginning\n{answer(generator, 'Hello', 'beginning', 'Go on')}\n"
+
+
+def test_system_prompt_is_the_first_turn(session, generator):
+    turns = [("system", "Be brief."), ("user", "Hello")]
+    expected = generator.answer([Request(turns)], Sampling(max_new_tokens=6))[0]
+    assert session("/reset", "Hello", args=("--system", "Be brief."))[0] == f"{expected}\n"
+
+
+def test_sampling_follows_seed_and_temperature(session):
+    hot = ("--temperature", "5", "--top-p", "0.99")
+    first, other, again = (session("Hello", args=(*hot, "--seed", seed))[0] for seed in ("1", "2", "1"))
+    assert first == again != other
+
+
+def test_the_longest_answer_is_what_the_context_has_room_for(generator):
+    asked = []
+
+    class Recorder:
+        room = staticmethod(generator.room)
+
+        @staticmethod
+        def stream(request, sampling):
+            asked.append(sampling.max_new_tokens)
+            return iter(())
+
+    request = Request([("user", "word " * 400)])
+    assert 0 < generator.room(request) < 512
+    chat.Answerer(Recorder(), Sampling(), None).stream(request)
+    chat.Answerer(Recorder(), Sampling(), None).stream(Request([("user", "Hello")]))
+    assert asked == [generator.room(request), 512]
+
+
+def test_another_template_than_the_checkpoints_warns(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    chat.main(["--checkpoint", str(checkpoint), "--template", "chatml_direct"])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "warning: the checkpoint was made with template v1, not chatml_direct\n"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--template", "v11"], "v1"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--checkpoint", "nowhere"], "nowhere: no such checkpoint"),
+        (["--temperature", "-1"], "temperature"),
+        (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--prompt", "Hello", "--max-new-tokens", "5000"], "shorten"),
+    ],
+)
+def test_bad_arguments_are_errors_of_one_line(checkpoint, args, message):
+    with pytest.raises(UserError, match=message) as error:
+        chat.main(["--checkpoint", str(checkpoint), *args])
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_stage_one_describes_a_picture(tmp_path, picture, capsys):
+    plain = tiny.checkpoint(tmp_path, template="plain")
+    chat.main(["--checkpoint", str(plain), "--image", str(picture), "--prompt", "ignored", "--max-new-tokens", "4"])
+    expected = Generator.from_checkpoint(open_checkpoint(plain)).answer(
+        [Request([("user", "<image>")], [picture])], Sampling(max_new_tokens=4)
+    )
+    assert capsys.readouterr().out == f"{expected[0]}\n"
