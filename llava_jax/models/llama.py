@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.attention import attention, cached_attention, causal_segment_mask
+from llava_jax.models.attention import attention, attention_by_head, by_head, causal_segment_mask
 from llava_jax.models.config import TextConfig
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, remat, stack_layers
 
@@ -78,7 +78,7 @@ class Llama(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
             keys.append(k_RSH.at[heads_R1, slots_RT].set(by_head(k_BTKH), mode="clip"))
             values.append(v_RSH.at[heads_R1, slots_RT].set(by_head(v_BTKH), mode="clip"))
-            x_BTD = layer.feed(x_BTD, cached_attention(q_BTNH, keys[-1], values[-1], seen_BTS))
+            x_BTD = layer.feed(x_BTD, attention_by_head(q_BTNH, keys[-1], values[-1], seen_BTS))
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
     def unstack_layers(self) -> None:
@@ -123,12 +123,6 @@ def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
     cos, sin = rotation
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def by_head(x_BTKH: jax.Array) -> jax.Array:
-    """-> [B K, T, H]"""
-    B, T, K, H = x_BTKH.shape
-    return x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
 
 
 class Embedding(nnx.Module):
