@@ -1,4 +1,7 @@
-"""Attention behind one function. Axes: B batch, T queries, S keys, N heads, K key/value heads, H head width, R = B K."""
+"""Attention behind one function.
+
+Axes: B batch, T queries, S keys, N heads, K key/value heads, H head width, R = B K, Q = T N / K.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,8 @@ def attention_by_head(
 ) -> jax.Array:
     """`attention` to keys and values as a cache has them, R = B K: they are read where they are, without a copy.
 
-    Scores exist once, [R, Q, S] with the Q queries of a key/value head beside each other, and sums instead of scores are
-    divided: on CPUs `jax.nn.dot_product_attention`, which moves axes of the scores about, takes twice as long.
+    Scores exist once, the Q queries of a key/value head beside each other, and what is divided are the sums: on CPUs
+    `jax.nn.dot_product_attention`, which moves the axes of the scores about, takes twice as long.
     """
     with jax.named_scope("attention"):
         (B, T, N, H), (R, S, _) = q_BTNH.shape, k_RSH.shape
