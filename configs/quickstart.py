@@ -19,7 +19,7 @@ def get_config(stage: str) -> ConfigDict:
         config.template = "plain"
         config.max_length = 80
         config.batch_rows = 32
-        config.epochs = 1
+        config.epochs = 2
         config.learning_rate = 2e-3
     elif stage == "finetune":
         config.template = "v1"

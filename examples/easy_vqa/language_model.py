@@ -1,10 +1,10 @@
 """A small LLaMA and its tokenizer, trained on the text of the training split: it never sees a picture.
 
 Like the language models that LLaVA starts from, it can hold a conversation before it can see, and only answers are
-learned. Captions take the place of pictures: it learns to repeat what it is told, to read questions and to answer them
-from what stands before. Lessons have one question each: with all questions of a picture in one conversation it would
-rather combine earlier answers than compare the question with the caption. They start short, since to compare is found
-out much sooner where little else is to be looked at.
+learned. The words of captions take the place of pictures, up to as many as a picture has patches: it learns to repeat
+what it is told, to read questions and to answer them from what stands before. Lessons have one question each: with all
+questions of a picture in one conversation it would rather combine earlier answers than compare the question with what
+it sees. They start short, since to compare is found out much sooner where little else is to be looked at.
 """
 
 import functools
@@ -27,7 +27,7 @@ from examples.easy_vqa.data import Picture, caption, pictures
 from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, render
-from llava_jax.data.tokenization import IGNORE_INDEX, encode_turns
+from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_turns
 from llava_jax.loss import cross_entropy_sum
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
@@ -45,11 +45,11 @@ class Grade(NamedTuple):
 
     steps: int
     length: int  # tokens; no lesson is longer
-    most_copies: int  # of a caption that takes the place of a picture: a picture tells the same at every patch
+    most_words: int  # in the place of a picture
     systems: tuple[str | None, ...]  # one of these system prompts; None is the template's, longer than all else
 
 
-GRADES = (Grade(400, 24, 1, ("",)), Grade(150, 64, 12, ("", None)))
+GRADES = (Grade(300, 24, 2, ("",)), Grade(100, 112, 64, ("", None)))
 
 
 def train(directory: Path, seed: int = 0) -> None:
@@ -57,7 +57,7 @@ def train(directory: Path, seed: int = 0) -> None:
     order = random.Random(seed)
     known = [picture for picture in pictures("train") if caption(picture)]
     taught = [order.sample(list(lessons(known, grade, order)), grade.steps * BATCH) for grade in GRADES]
-    tokenizer = train_tokenizer([render(lesson.turns, CHAT).text for lesson in itertools.chain(*taught)])
+    tokenizer = train_tokenizer([render(lesson.turns, lesson.template).text for lesson in itertools.chain(*taught)])
     config = TextConfig(
         len(tokenizer), 128, 256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, tie_word_embeddings=True
     )
@@ -77,20 +77,25 @@ def train(directory: Path, seed: int = 0) -> None:
 class Lesson(NamedTuple):
     turns: list[tuple[str, str]]
     template: Template
+    picture: list[str]  # the words in its place
 
 
 def lessons(known: list[Picture], grade: Grade, order: random.Random) -> Iterator[Lesson]:
     """What can be learned from pictures whose caption is known."""
     for picture in known:
-        description = caption(picture)
-        seen = " ".join([description] * order.randint(1, grade.most_copies))
-        yield Lesson([("user", ""), ("assistant", f"{seen}\n{description}")], PLAIN)
+        words = caption(picture).split()[1:]
+        yield Lesson([("user", IMAGE_TOKEN), ("assistant", caption(picture))], PLAIN, repeat(words, grade, order))
         for question in picture.questions:
             system = order.choice(grade.systems)
-            copies = order.randint(1, grade.most_copies) if system is not None else 1
-            seen = " ".join([description] * copies)
-            turns = [("user", f"{seen}\n{question.text}"), ("assistant", question.answer)]
-            yield Lesson(turns if system is None else [("system", system), *turns], CHAT)
+            turns = [("user", f"{IMAGE_TOKEN}\n{question.text}"), ("assistant", question.answer)]
+            turns = turns if system is None else [("system", system), *turns]
+            yield Lesson(turns, CHAT, repeat(words, grade, order))
+
+
+def repeat(words: list[str], grade: Grade, order: random.Random) -> list[str]:
+    """The words again and again in any order, each at least once: so do the patches of a picture tell them."""
+    more = order.randint(0, grade.most_words - len(words))
+    return order.sample(words + order.choices(words, k=more), k=len(words) + more)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -116,8 +121,14 @@ def tokenize(taught: list[Lesson], length: int, tokenizer: PreTrainedTokenizerFa
     labels = np.full_like(tokens, IGNORE_INDEX)
     for row, lesson in enumerate(taught):
         encoded = encode_turns(lesson.turns, lesson.template, tokenizer)
-        tokens[row, : len(encoded.input_ids)] = encoded.input_ids
-        labels[row, : len(encoded.labels)] = encoded.labels
+        (mark,) = np.flatnonzero(encoded.input_ids == IMAGE_TOKEN_INDEX)
+        picture = tokenizer.encode("".join(f" {word}" for word in lesson.picture), add_special_tokens=False)
+        for array, part, filling in (
+            (tokens, encoded.input_ids, picture),
+            (labels, encoded.labels, [IGNORE_INDEX] * len(picture)),
+        ):
+            whole = [*part[:mark], *filling, *part[mark + 1 :]]
+            array[row, : len(whole)] = whole
     targets = np.roll(labels, -1, axis=1)
     return tokens.reshape(-1, BATCH, length), targets.reshape(-1, BATCH, length)
 
