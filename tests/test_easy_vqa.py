@@ -1,0 +1,147 @@
+"""The example behind the quickstart: its data, its lessons and its backbones as Hugging Face reads them."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from examples.easy_vqa import data, hugging_face, language_model, tower
+from examples.easy_vqa.data import Picture, Question, caption, facts, kind, pictures
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import IGNORE_INDEX
+from llava_jax.models.config import TextConfig
+from llava_jax.models.llama import Llama
+from llava_jax.models.llava import module_params
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("easy_vqa")
+    data.write(directory, seed=0)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("questions", "expected"),
+    [
+        ([("what shape is in the image?", "circle"), ("what is the color of the circle?", "red")], "a red circle"),
+        ([("what color is the triangle?", "blue")], "a blue triangle"),  # it takes the shape for granted
+        ([("is there a teal shape?", "yes"), ("is there not a circle?", "no")], "a teal circle"),
+        (
+            [("is there a circle?", "no"), ("is there not a triangle?", "yes"), ("what color?", "red")],
+            "a red rectangle",
+        ),
+        ([("is there a circle?", "no"), ("what color is the shape?", "red")], None),
+    ],
+)
+def test_captions_say_what_questions_and_answers_tell(questions, expected):
+    assert caption(Picture("", tuple(Question(*pair) for pair in questions))) == expected
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_facts_agree_with_every_open_answer(split):
+    asked = [(picture, question) for picture in pictures(split) for question in picture.questions]
+    opened = [(picture, question) for picture, question in asked if kind(question) in ("shape", "colour")]
+    assert len(opened) > len(asked) / 5
+    for picture, question in opened:
+        assert facts(picture)[kind(question) == "colour"] == question.answer
+
+
+def test_written_data_is_llava_json(written):
+    captions, conversations, questions = (
+        LlavaJson(written / f"{name}.json") for name in ("captions", "conversations", "questions")
+    )
+    assert (len(conversations), len(questions)) == (4000, 9673)
+    assert 3000 < len(captions) <= 4000
+    for samples, split in ((captions, "train"), (conversations, "train"), (questions, "test")):
+        assert len({sample.id for sample in samples}) == len(samples)
+        assert all(name.startswith(f"{split}/") and (data.IMAGES / name).exists() for s in samples for name in s.images)
+    assert sum(len(sample.turns) for sample in conversations) == 2 * sum(len(p.questions) for p in pictures("train"))
+
+
+def test_written_data_is_a_function_of_the_seed(written, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        data.write(tmp_path, seed)
+        again, first = (json.loads((d / "conversations.json").read_text()) for d in (tmp_path, written))
+        assert (again == first) is same
+
+
+def test_lessons_have_words_in_the_place_of_pictures_and_teach_answers_alone():
+    known = [picture for picture in pictures("train")[:40] if caption(picture)]
+    order = random.Random(0)
+    lessons = [lesson for grade in language_model.GRADES for lesson in language_model.lessons(known, grade, order)]
+    lessons = lessons[: len(lessons) // language_model.BATCH * language_model.BATCH]
+    tokenizer = language_model.train_tokenizer(
+        [language_model.render(lesson.turns, lesson.template).text for lesson in lessons]
+    )
+    length = max(grade.length for grade in language_model.GRADES)
+    tokens, targets = (part.reshape(-1, length) for part in language_model.tokenize(lessons, length, tokenizer))
+    for lesson, row, target in zip(lessons, tokens, targets, strict=True):
+        assert "<image>" not in tokenizer.decode(row)
+        assert " ".join(lesson.picture) in tokenizer.decode(row)
+        learned = tokenizer.decode(target[target != IGNORE_INDEX])
+        assert learned.strip().removesuffix("</s>") == lesson.turns[-1][1]
+
+
+def test_a_grade_holds_its_longest_lesson():
+    for grade in language_model.GRADES:
+        assert grade.steps % language_model.STEPS_A_CALL == 0
+        order = random.Random(1)
+        known = [picture for picture in pictures("train") if caption(picture)][:200]
+        lessons = list(language_model.lessons(known, grade, order))[: 8 * language_model.BATCH]
+        tokenizer = language_model.train_tokenizer(
+            [language_model.render(lesson.turns, lesson.template).text for lesson in lessons]
+        )
+        language_model.tokenize(lessons, grade.length, tokenizer)  # raises if one is longer
+
+
+def test_windows_hold_the_whole_shape():
+    examples = pictures("train")[:64]
+    images, _ = tower.read(examples)
+    boxes = np.array([tower.bounding_box(image) for image in images], np.int32)
+    size = tower.WINDOW * tower.CONFIG.patch_size
+    windows = np.asarray(tower.crop(jnp.asarray(images), jnp.asarray(boxes), jax.random.key(0), size))
+    assert windows.shape == (64, size, size, 3)
+    for window, box, image in zip(windows, boxes, images, strict=True):
+        if box[1] - box[0] < size and box[3] - box[2] < size:
+            top, bottom, left, right = tower.bounding_box(np.pad(window, [(1, 1), (1, 1), (0, 0)], mode="edge"))
+            assert (bottom - top, right - left) == (box[1] - box[0], box[3] - box[2]), image.shape
+
+
+def test_saved_tower_is_what_transformers_loads(tmp_path):
+    params = tower.init(jax.random.key(0))
+    hugging_face.save_clip(tmp_path, tower.CONFIG, {f"vision.{name}": value for name, value in params.items()})
+    reference, info = transformers.CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
+    images, _ = tower.read(pictures("test")[:2])
+    pixels = processor(list(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = reference(pixels, output_hidden_states=True).hidden_states[tower.LAYERS].numpy()
+    model = tower.with_params(lambda: tower.ClipVision(tower.CONFIG, rngs=nnx.Rngs(0)), params)
+    ours = model(jnp.asarray(pixels.numpy().transpose(0, 2, 3, 1)), tower.LAYERS)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_saved_language_model_is_what_transformers_loads(tmp_path):
+    tokenizer = language_model.train_tokenizer(["is there a red circle? yes", "what shape? triangle"])
+    config = TextConfig(
+        len(tokenizer), 32, 64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, tie_word_embeddings=True
+    )
+    llm = Llama(config, rngs=nnx.Rngs(0))
+    params = {f"llm.{name}": value for name, value in module_params(llm).items()}
+    hugging_face.save_llama(tmp_path, config, params, tokenizer)
+    reference, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = np.array([transformers.AutoTokenizer.from_pretrained(tmp_path)("is there a red triangle?")["input_ids"]])
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)).logits.numpy()
+    positions = jnp.arange(ids.shape[1])[None]
+    ours = llm.logits(llm(llm.embed_tokens(jnp.asarray(ids)), positions, jnp.ones_like(positions)))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
