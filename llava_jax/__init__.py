@@ -9,3 +9,6 @@ import sys
 _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _DEVICES):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Without torch, transformers says at every start that its models are missing; only its tokenizers are used here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

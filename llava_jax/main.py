@@ -8,6 +8,7 @@ The same command again resumes. configs/common.py explains every key.
 """
 
 import difflib
+import re
 import runpy
 import sys
 
@@ -75,7 +76,7 @@ def _paths(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)
+    return re.sub(r"^\w+Error: ", "", lines[-1]) if lines else repr(error)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Only the backbones are special to this example. All else are the commands for mo
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def main() -> None:
 
 def command(module: str, *arguments: str) -> str:
     """Runs `python -m module arguments`, shows its messages and returns its standard output."""
-    print("\n$ python -m " + " ".join([module, *arguments]), flush=True)
+    print(f"\n$ python -m {shlex.join([module, *arguments])}", flush=True)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "compiled")}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, env=environment
@@ -112,7 +113,7 @@ time: {times}
 loss curve: {summary["loss_curve"]}; everything as numbers: {ROOT}/summary.json
 
 Go on:
-  {sys.executable} -m {" ".join(chat)}
+  {sys.executable} -m {shlex.join(chat)}
   transformers.LlavaForConditionalGeneration.from_pretrained("{summary["export"]}")  # with torch installed
 """
 
