@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax import decoding
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings
+from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
 from llava_jax.data.detokenization import AnswerStream
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
@@ -86,7 +86,7 @@ class Generator:
     ):
         self.config = model.config
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = with_im_start_end(template, self.config.im_start_end)
         self.stop_strings = stop_strings(template)
         self.stop_ids = sorted({*_stop_ids(tokenizer, self.stop_strings), *end_ids})
         self.decoder = decoding.Decoder(model)

@@ -29,7 +29,7 @@ from llava_jax.checkpoint import (
     write_description,
 )
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
+from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
 from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Order, plan_layout, split, total_steps
@@ -147,13 +147,18 @@ def train(config: ConfigDict, workdir: str) -> None:
     source = open_checkpoint(_required(config, "init"))
     _check_preset(config.model, source)
     model = dataclasses.replace(source.config, image_aspect=config.image_aspect or source.config.image_aspect)
+    if model.im_start_end and config.stage == "pretrain":
+        raise UserError(
+            f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
+            "which is not supported: train stage 2, or start from a model without them"
+        )
     trainable_names = optim.trainable_names(source.abstract(), config.stage)
     frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
 
     # ---- Data: every error in the text, the order and the shapes are known from here on
     samples = LlavaJson(_required(config.data, "json", "data."))
     encode = TextEncoder(
-        get_template(config.template),
+        with_im_start_end(_template(config, source), model.im_start_end),
         load_tokenizer(source.tokenizer_dir),
         model.image_tokens,
         config.max_length,
@@ -285,7 +290,7 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
         return
     if preset not in PRESETS:
         raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
-    free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "projection_dim"}
+    free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
     differing = []
     for part in ("vision", "text", None):
         wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))
@@ -295,6 +300,13 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
                 differing.append(f"{f'{part}.' if part else ''}{field.name} {b}, not {a}")
     if differing:
         raise UserError(f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}")
+
+
+def _template(config: ConfigDict, source: Checkpoint) -> Template:
+    """The template of the run. A model that has learned conversations in another one is warned about."""
+    if source.description.stage == "finetune":
+        return choose_template(config.template, source.template)
+    return get_template(config.template)
 
 
 def _compute_dtype(config: ConfigDict) -> jnp.dtype:

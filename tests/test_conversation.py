@@ -135,8 +135,9 @@ def test_a_system_turn_comes_before_every_default():
 
 
 def test_im_start_end_stands_next_to_the_image():
-    text = render(TURNS, with_im_start_end(get_template("v1_mmtag"))).text
-    assert "USER: <Image><im_start><image><im_end></Image>\nq1" in text
+    template = get_template("v1_mmtag")
+    assert "USER: <Image><im_start><image><im_end></Image>\nq1" in render(TURNS, with_im_start_end(template, True)).text
+    assert with_im_start_end(template, False) is template
 
 
 def test_images_first():

@@ -18,6 +18,7 @@ from test_llava import logits as our_logits
 from test_llava import make_batch, random_images, torch_logits
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 
+from configs import common
 from llava_jax.checkpoint import TrainingCheckpoints, absolute, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
@@ -25,7 +26,9 @@ from llava_jax.convert.tensors import ShardWriter, open_directory
 from llava_jax.data.conversation import get_template, place_images, render
 from llava_jax.data.images import preprocess
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
+from llava_jax.generate import Generator, Request
 from llava_jax.models.llava import abstract_params
+from llava_jax.train import train
 
 TOKENIZER = byte_level(specials=("<s>", "</s>", "<pad>", "<image>"))
 TEXT = dataclasses.replace(reference.TEXT, vocab_size=len(TOKENIZER))
@@ -589,6 +592,42 @@ def test_large_models_are_sharded(llava_dir, tmp_path, monkeypatch):
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert not list(tmp_path.glob("hf/*.partial"))
     check_logits(load(tmp_path / "hf"), tmp_path / "out")
+
+
+def test_models_with_im_start_end_keep_their_two_tokens(llava_dir, copy_of, tmp_path):
+    spoilt = copy_of(llava_dir)
+    edit_json(spoilt / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(UserError, match="lacks: <im_start>, <im_end>"):
+        convert("import", "--llava", spoilt, "--output", tmp_path / "spoilt")
+
+    tokenizer = byte_level(specials=("<s>", "</s>", "<pad>", "<image>", "<im_start>", "<im_end>"))
+    source, imported, exported = tmp_path / "source", tmp_path / "imported", tmp_path / "exported"
+    model = save_llava(
+        dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, vocab_size=len(tokenizer))),
+        source,
+        mm_use_im_start_end=True,
+    )
+    tokenizer.save_pretrained(source)
+    convert("import", "--llava", source, "--output", imported)
+    check_logits(model, imported)
+
+    generator = Generator.from_checkpoint(open_checkpoint(imported))
+    ids = generator._encode(Request([("user", "<image>\nhi")], ["a.png"]))
+    under = np.flatnonzero(ids.image_feature_index >= 0)
+    around = ids.tokens[[under[0] - 1, under[-1] + 1]].tolist()
+    assert around == tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+
+    convert("export", "--checkpoint", imported, "--output", exported)
+    processor = AutoProcessor.from_pretrained(exported)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert "USER: <im_start><image><im_end>\nhi ASSISTANT:" in text
+    assert json.loads((exported / "config.json").read_text())["mm_use_im_start_end"] is True
+
+    config = common.get_config()
+    config.init = str(imported)
+    with pytest.raises(UserError, match="mm_use_im_start_end"):
+        train(config, str(tmp_path / "stage_1"))
 
 
 def test_the_checkpoint_holds_the_whole_model(llava_dir, tmp_path):

@@ -11,7 +11,7 @@ from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, get_template, render
+from llava_jax.data.conversation import TEMPLATES, get_template, render, with_im_start_end
 from llava_jax.data.sources import Sample
 from llava_jax.data.tokenization import (
     IGNORE_INDEX,
@@ -210,9 +210,9 @@ def test_nothing_to_learn_is_an_error_with_the_id(tokenizer):
 def test_im_start_end(bare_llama_dir):
     tokenizer = load_tokenizer(bare_llama_dir)
     with pytest.raises(UserError, match="lacks: <im_start>, <im_end>"):
-        encode_turns(TURNS, V1, tokenizer, im_start_end=True)
+        encode_turns(TURNS, with_im_start_end(V1, True), tokenizer)
     tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
-    encoded = encode_turns(TURNS, V1, tokenizer, im_start_end=True)
+    encoded = encode_turns(TURNS, with_im_start_end(V1, True), tokenizer)
     image = encoded.input_ids.tolist().index(IMAGE_TOKEN_INDEX)
     assert encoded.input_ids[image - 1 : image + 2].tolist() == [32000, IMAGE_TOKEN_INDEX, 32001]
     assert set(encoded.labels[image - 1 : image + 2]) == {IGNORE_INDEX}

@@ -428,6 +428,12 @@ def test_a_path_that_cannot_be_written_fails_before_the_first_step(world, tmp_pa
         train.train(run_config(world), str(tmp_path / "file" / "run"))
 
 
+def test_another_template_than_that_of_an_earlier_finetuning_warns(world, uninterrupted, tmp_path, capsys):
+    for template, warns in (("llava_v1", True), ("v1", False)):
+        train.train(run_config(world, init=str(uninterrupted), template=template, steps=1), str(tmp_path / template))
+        assert ("was made with template v1, not llava_v1" in capsys.readouterr().err) is warns
+
+
 def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096"):
         train.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))

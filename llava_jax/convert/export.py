@@ -23,7 +23,7 @@ from llava_jax.convert.hf_tokenizer import ImageToken, choose_image_token, write
 from llava_jax.convert.layouts import EXPORT_PREFIXES, entries_of
 from llava_jax.convert.names import to_hf
 from llava_jax.convert.tensors import ShardWriter, write_json
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings
+from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
 
@@ -70,7 +70,7 @@ def _write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) 
     """All but the weights."""
     config, hf = checkpoint.config, checkpoint.description.hf
     source = hf.get("config", {})
-    template = get_template(checkpoint.template)
+    template = with_im_start_end(get_template(checkpoint.template), config.im_start_end)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     image = image_token(tokenizer, config, template, source)
     special_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}

@@ -54,6 +54,7 @@ class LlavaSource(NamedTuple):
     select_feature: str
     image_token_index: int  # marks positions of images
     linear_projector: bool  # no activation between the two layers of the projector
+    im_start_end: bool
 
 
 def read_vision(config: Json, where: str) -> VisionConfig:
@@ -104,6 +105,7 @@ def read_llava(config: Json, where: str) -> LlavaSource:
         select_feature=_SELECT_FEATURE[strategy],
         image_token_index=_get(config, "image_token_index", _get(config, "image_token_id", 32000, where), where),
         linear_projector=activation == "linear",
+        im_start_end=_get(config, "mm_use_im_start_end", False, where),
     )
 
 

@@ -28,8 +28,8 @@ from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, PROJECTOR, TIED_HEAD, Source, entries_of
 from llava_jax.convert.names import to_ours
 from llava_jax.convert.tensors import Tensors, open_directory, read_json
-from llava_jax.data.conversation import Template, get_template
-from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template, with_im_start_end
+from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, module_params
 from llava_jax.models.projector import Projector, num_projector_layers
@@ -126,6 +126,7 @@ def _find_llava(directory: Path, options: Options) -> Found:
         projector_type="mlp2x_gelu",  # Hugging Face has no other
         select_layer=found.select_layer,
         select_feature=found.select_feature,
+        im_start_end=found.im_start_end,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
         image_mean=images.mean,
         image_std=images.std,
@@ -148,10 +149,10 @@ def _find_llava(directory: Path, options: Options) -> Found:
 
 
 def _save(found: Found, output: str, options: Options) -> LlavaConfig:
-    template = get_template(options.template)
+    template = with_im_start_end(get_template(options.template), found.config.im_start_end)
     with tempfile.TemporaryDirectory() as scratch:
         _copy_tokenizer_files(found.tokenizer_dir, Path(scratch))
-        _warn_about_tokenizer(found, template, Path(scratch))
+        _check_tokenizer(found, template, Path(scratch))
         description = Description(found.config, template.name, found.hf)
         save_model(output, _read(found, options.seed), description, scratch)
     return found.config
@@ -250,10 +251,12 @@ def _copy_tokenizer_files(source: Path, target: Path) -> None:
         raise UserError(f"{source}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
 
 
-def _warn_about_tokenizer(found: Found, template: Template, directory: Path) -> None:
+def _check_tokenizer(found: Found, template: Template, directory: Path) -> None:
     """Says now what would otherwise be found out after training."""
     rows = found.config.text.vocab_size
     tokenizer = load_tokenizer(directory)
+    if found.config.im_start_end:
+        require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         print(f"warning: the tokenizer has ids up to {largest}, the model only {rows} rows", file=sys.stderr)

@@ -185,8 +185,10 @@ def choose_template(requested: str | None, trained: str) -> Template:
     return chosen
 
 
-def with_im_start_end(template: Template) -> Template:
-    """The template for a model of `mm_use_im_start_end`, which saw every image between two tokens of its own."""
+def with_im_start_end(template: Template, used: bool) -> Template:
+    """The template for a model that saw every image between two tokens of its own, if they are `used`."""
+    if not used:
+        return template
     return replace(template, image=template.image.replace(IMAGE_TOKEN, IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN))
 
 

@@ -50,7 +50,6 @@ class TextEncoder:
     max_length: int
     image_position: str = "first"
     seed: int = 0
-    im_start_end: bool = False
 
     def __call__(self, sample: Sample) -> Row:
         encoded = encode_sample(
@@ -59,7 +58,6 @@ class TextEncoder:
             self.tokenizer,
             image_position=self.image_position,
             seed=self.seed,
-            im_start_end=self.im_start_end,
         )
         return expand(encoded, self.image_tokens, self.max_length)
 

@@ -23,7 +23,6 @@ from llava_jax.data.conversation import (
     Template,
     place_images,
     render,
-    with_im_start_end,
 )
 from llava_jax.data.sources import Sample
 
@@ -84,12 +83,11 @@ def encode_sample(
     *,
     image_position: str = "first",
     seed: int = 0,
-    im_start_end: bool = False,
 ) -> Encoded:
     """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn."""
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
-        encoded = encode_turns(turns, template, tokenizer, im_start_end=im_start_end)
+        encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from error
     if np.all(encoded.labels == IGNORE_INDEX):
@@ -101,17 +99,13 @@ def encode_turns(
     turns: Sequence[tuple[str, str | None]],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    im_start_end: bool = False,
 ) -> Encoded:
     """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer.
 
-    `im_start_end` puts every image between `<im_start>` and `<im_end>` (`mm_use_im_start_end`), which have to be in
-    the vocabulary.
+    Raises `UserError` where the template puts images between tokens that are not in the vocabulary.
     """
-    if im_start_end:
-        _require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
-        template = with_im_start_end(template)
+    if IM_START_TOKEN in template.image:
+        require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
     text, learned_spans = render(turns, template, system)
     return _encode(text, learned_spans, tokenizer)
@@ -191,7 +185,7 @@ def _default_system(chat_template: str) -> str:
     return match[1] if match else ""
 
 
-def _require_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> None:
+def require_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> None:
     missing = [token for token in tokens if token not in tokenizer.get_added_vocab()]
     if missing:
         raise UserError(f"mm_use_im_start_end needs tokens that the tokenizer lacks: {', '.join(missing)}")

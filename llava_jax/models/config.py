@@ -54,6 +54,7 @@ class LlavaConfig:
     select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
     select_feature: str = "patch"  # drops the class token; "cls_patch" keeps it
     image_aspect: str = "pad"  # how a picture becomes a square: "square" (crop), "pad" or "resize"
+    im_start_end: bool = False  # whether images stand between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
