@@ -25,6 +25,17 @@ def test_linear_equals_torch():
     np.testing.assert_allclose(linear(jnp.asarray(x)), expected, rtol=0, atol=1e-5)
 
 
+def test_linear_has_the_gradients_of_torch():
+    x, weight, bias, dy = random(3, 5, D), random(7, D, seed=1), random(7, seed=2), random(3, 5, 7, seed=3)
+    linear = Linear(D, 7, bias=True, rngs=nnx.Rngs(0))
+    linear.kernel[...], linear.bias[...] = jnp.asarray(weight.T), jnp.asarray(bias)
+    ours, dx = jax.grad(lambda linear, x: (linear(x) * dy).sum(), argnums=(0, 1))(linear, jnp.asarray(x))
+    leaves = [torch.from_numpy(value).requires_grad_() for value in (x, weight, bias)]
+    torch.nn.functional.linear(*leaves).backward(torch.from_numpy(dy))
+    for gradient, leaf in zip((dx, ours.kernel[...].T, ours.bias[...]), leaves, strict=True):
+        np.testing.assert_allclose(gradient, leaf.grad.numpy(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 def test_layer_norm_equals_torch(eps):
     x, scale, bias = random(3, 5, D, scale=4, offset=3), random(D, seed=1), random(D, seed=2)
