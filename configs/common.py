@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     # Devices by axis: batch and, under fsdp, parameters are split over data x fsdp. One may be -1: all that remain.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1})
 
-    config.epochs = 1
+    config.epochs = 1.0  # parts of one round up to whole steps
     config.steps = 0  # overrides epochs unless 0
     config.learning_rate = 2e-5
     config.projector_learning_rate = 0.0  # 0 means learning_rate

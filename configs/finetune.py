@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.image_position = "random"
         config.image_aspect = "square"
         config.batch_rows = 32
-        config.epochs = 3
+        config.epochs = 3.0
         config.clip_norm = 1.0
     else:  # mix 665K
         config.template = "v1"

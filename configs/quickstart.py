@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(stage: str) -> ConfigDict:
+def get_config(stage: str = "") -> ConfigDict:
     config = common.get_config()
     config.stage = stage
     config.image_aspect = "square"
@@ -19,14 +19,14 @@ def get_config(stage: str) -> ConfigDict:
         config.template = "plain"
         config.max_length = 80
         config.batch_rows = 32
-        config.epochs = 2
+        config.epochs = 2.0
         config.learning_rate = 2e-3
     elif stage == "finetune":
         config.template = "v1"
         config.max_length = 256
         config.batch_rows = 25
-        config.epochs = 2
+        config.epochs = 2.0
         config.learning_rate = 1e-3
     else:
-        raise ValueError(f"{stage!r} is neither pretrain nor finetune")
+        raise ValueError(f"{stage!r} is neither pretrain nor finetune: --config=configs/quickstart.py:pretrain")
     return config.lock()

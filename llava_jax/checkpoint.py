@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from llava_jax.models.llava import Params, abstract_params, check_names
 
 DESCRIPTION = "llava.json"
 FORMAT = 1
+DAMAGED = "cannot be read, it may be damaged: import it again, or delete this step to go on from the one before"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Description:
     template: str  # of conversations, see `data.conversation.TEMPLATES`
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's JSON files, kept for export
     sources: tuple[Source, ...] = ()
-    stage: str | None = None  # of the training that made it; None for an import
+    stage: str | None = None  # of the training that made it; None for one that has not been trained as a whole
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,11 +94,12 @@ class Checkpoint:
     @functools.cached_property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and types of the parameters held here, without those of the sources."""
-        if self.name is None:
-            metadata = ocp.metadata(self.weights).metadata
-        else:
-            metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
+        with _in_one_line(self.weights, DAMAGED):
+            if self.name is None:
+                metadata = ocp.metadata(self.weights).metadata
+            else:
+                metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
+            return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
 
     @functools.cached_property
     def parts(self) -> list[tuple["Checkpoint", tuple[str, ...]]]:
@@ -154,9 +156,10 @@ class Checkpoint:
         return {name: params[name] for name in shapes if name in wanted}
 
     def _read(self, tree: dict[str, Any]) -> Params:
-        if self.name is None:
-            return ocp.load(self.weights, tree)
-        return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
+        with _in_one_line(self.weights, DAMAGED):
+            if self.name is None:
+                return ocp.load(self.weights, tree)
+            return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
 
     def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
         """How a checkpoint in `directory` refers to these parameters: at the place that really holds each."""
@@ -171,6 +174,18 @@ class Checkpoint:
             relative = absolute if "://" in absolute else os.path.relpath(absolute, os.path.abspath(directory))
             sources.append(Source(absolute, relative, part.description.id, here))
         return tuple(sources)
+
+
+@contextlib.contextmanager
+def _in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise, of any class and over many lines, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = next(iter(str(error).splitlines()), "")[:200]
+        raise UserError(f"{path}: {problem} ({type(error).__name__}: {cause})") from error
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -202,8 +217,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _open_step(path: epath.Path) -> Checkpoint:
-    metadata = ocp.checkpointables_metadata(path).custom_metadata
-    description = Description.from_json(metadata or {}, where=str(path))
+    with _in_one_line(path, DAMAGED):
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        description = Description.from_json(metadata or {}, where=str(path))
     root = path.parent.parent
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
 
@@ -246,7 +262,8 @@ def save_model(directory: str | os.PathLike, params: Params, description: Descri
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        ocp.save(partial / "params", {name: jnp.asarray(value) for name, value in params.items()})
+        with _in_one_line(directory, "cannot be written"):
+            ocp.save(partial / "params", {name: jnp.asarray(value) for name, value in params.items()})
         write_description(partial, description)
 
 
@@ -295,14 +312,16 @@ class TrainingCheckpoints:
 
     def save(self, step: int, trainable: Params, optimizer: Any, *, wait: bool = False) -> None:
         """Blocks until the arrays are copied to the host; with `wait`, until all is on disk."""
-        if self.latest == step:
-            self.checkpointer.wait()
-            return
-        self.checkpointer.save_checkpointables_async(
-            step, {"params": trainable, "optimizer": optimizer}, custom_metadata=self.description.to_json(), force=True
-        )
-        if wait:
-            self.checkpointer.wait()
+        with _in_one_line(self.directory, "cannot be written"):
+            if self.latest == step:
+                self.checkpointer.wait()
+                return
+            state = {"params": trainable, "optimizer": optimizer}
+            self.checkpointer.save_checkpointables_async(
+                step, state, custom_metadata=self.description.to_json(), force=True
+            )
+            if wait:
+                self.checkpointer.wait()
 
     def restore(self, step: int, trainable: Any, optimizer: Any) -> tuple[Params, Any]:
         """Loads a step into trees of ShapeDtypeStructs (with shardings) or arrays of the same structure."""
@@ -311,7 +330,8 @@ class TrainingCheckpoints:
             lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None)),
             {"params": trainable, "optimizer": optimizer},
         )
-        loaded = self.checkpointer.load_checkpointables(step, abstract)
+        with _in_one_line(self.directory / str(step), DAMAGED):
+            loaded = self.checkpointer.load_checkpointables(step, abstract)
         return loaded["params"], loaded["optimizer"]
 
     def close(self) -> None:

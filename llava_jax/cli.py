@@ -1,5 +1,6 @@
 """What every command shares: one-line errors, exit statuses and progress."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,9 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits: 0 on success, 1 on a `UserError` (printed in one line), 130 on Ctrl-C."""
+    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
+    Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
     except UserError as error:
@@ -27,6 +30,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
+        status = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
         status = 1
     sys.exit(status or 0)
 

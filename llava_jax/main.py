@@ -49,7 +49,9 @@ def parse_flags(argv: list[str]) -> None:
 
 def _unknown_key(argv: list[str]) -> str | None:
     """If an override names a key that the config lacks, a sentence that names the nearest one."""
+    following = [*argv[1:], ""]
     files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    files += [value for argument, value in zip(argv, following, strict=True) if argument == "--config"]
     keys = [argument[len("--config.") :].split("=")[0] for argument in argv if argument.startswith("--config.")]
     if not files or not keys:
         return None

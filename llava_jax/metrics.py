@@ -55,7 +55,8 @@ class Screen:
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         text = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['images_per_second']:.1f} images/s"
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['images_per_second']:.1f} images/s  "
+            f"learned {metrics['learned_share']:.0%}  padding {metrics['padding_share']:.0%}"
         )
         if self.bar:
             self.bar.update(self.task, completed=step, description=text)

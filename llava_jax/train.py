@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from llava_jax import optim, sharding
+from llava_jax import knobs, optim, sharding
 from llava_jax.checkpoint import (
     Checkpoint,
     Description,
@@ -34,12 +34,12 @@ from llava_jax.data.inspect import view
 from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Order, plan_layout, split, total_steps
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer
+from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
 from llava_jax.loss import loss_sum, next_token_targets
 from llava_jax.metrics import MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import Params, build
-from llava_jax.workdir import claim
+from llava_jax.workdir import claim, fingerprint
 
 
 class TrainState(NamedTuple):
@@ -140,6 +140,7 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Raises UserError for what the user can mend, before the first step wherever possible.
     """
+    knobs.check(config)
     directory = epath.Path(workdir)
     mesh = sharding.make_mesh(config.mesh.to_dict())
 
@@ -166,6 +167,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.seed,
     )
     lengths = measure(samples, encode, config.data.workers)
+    if lengths.images.any() and not epath.Path(_required(config.data, "images", "data.")).is_dir():
+        raise UserError(f"{config.data.images}: no such folder of pictures (config.data.images)")
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(training, config.batch_rows, config.seed)
     validation = Order(held_out, config.batch_rows, None)
@@ -186,7 +189,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     settings = StepSettings(model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh))
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
-    claim(directory, config, lengths)
+    claim(directory, config, fingerprint(samples, lengths))
     description = _describe(directory, source, model, config, frozen_names)
 
     # ---- Parameters and optimizer
@@ -228,6 +231,8 @@ def train(config: ConfigDict, workdir: str) -> None:
             )
         seconds, clock = time.monotonic() - clock, time.monotonic()
         values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
+        if config.projector_learning_rate:
+            values["projector_learning_rate"] = float(rates["projector"](step - 1))
         values |= {
             "tokens_per_second": counts["tokens"] / seconds,
             "images_per_second": counts["images"] / seconds,
@@ -399,8 +404,12 @@ def _show_first_sample(sample: Any, encode: TextEncoder) -> None:
         sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"the first sample, {sample.id}; what is learned stands between ⟦ and ⟧:", markup=False)
-    console.print(view(encoded, encode.tokenizer))
+    kept = truncate(encoded, encode.image_tokens, encode.max_length)
+    cut = f", cut to {len(kept.input_ids)} of {len(encoded.input_ids)} tokens" * (
+        len(kept.input_ids) < len(encoded.input_ids)
+    )
+    console.print(f"the first sample, {sample.id}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
+    console.print(view(kept, encode.tokenizer))
 
 
 def count_tokens(batch: Batch, layout: Layout) -> dict[str, float]:

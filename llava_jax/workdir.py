@@ -2,45 +2,70 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from llava_jax.checkpoint import finished_steps
 from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths
+from llava_jax.data.sources import Sample
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = ("mesh", "data.workers", "max_rows_per_device", "remat", "log_every", "eval_every", "save_every", "keep")
 
 
-def claim(workdir: epath.Path, config: ConfigDict, lengths: Lengths) -> None:
+def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
     """Makes `workdir` this run's: writes `config.json` and `data.json`, or compares with those that are there.
 
-    Raises UserError naming the differing keys, or if the data is not the data that the run was started with.
+    `data` is the fingerprint of the data. What a run left that failed before its first step is overwritten. Raises
+    UserError naming the differing keys, or if the data is not the data that the run was started with.
     """
-    wanted = _flat(config.to_dict())
-    data = {"samples": len(lengths.tokens), "sha256": _fingerprint(lengths)}
-    if (workdir / "config.json").exists():
-        found = _flat(json.loads((workdir / "config.json").read_text()))
-        differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-        differing = [key for key in differing if not key.startswith(NEUTRAL)]
-        if differing:
-            changes = ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
-            raise UserError(f"{workdir} belongs to a run of another configuration ({changes}); choose another workdir")
-        if json.loads((workdir / "data.json").read_text()) != data:
-            raise UserError(
-                f"{config.data.json}: not the data that {workdir} was started with (other samples or lengths); "
-                "put it back or choose another workdir"
-            )
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir}: exists and is not a training workdir; choose another")
-    else:
+    files = {"data.json": dict(data), "config.json": config.to_dict()}
+    if not workdir.exists() or not any(workdir.iterdir()):
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "data.json").write_text(json.dumps(data) + "\n")
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    elif not any((workdir / name).exists() for name in files):
+        raise UserError(f"{workdir}: exists and is not a training workdir; choose another")
+    elif _has_steps(workdir):
+        _compare(workdir, config, dict(data))
+        return
+    elif (workdir / "checkpoints").exists():
+        (workdir / "checkpoints").rmtree()
+    for name, values in files.items():
+        partial = workdir / f"{name}.partial"
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.replace(workdir / name)
+
+
+def _has_steps(workdir: epath.Path) -> bool:
+    """Whether a step was ever done."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    logged = metrics.exists() and metrics.stat().length > 0
+    return logged or (checkpoints.exists() and any(finished_steps(checkpoints)))
+
+
+def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> None:
+    wanted, found = _flat(config.to_dict()), _flat(_read(workdir / "config.json"))
+    differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+    differing = [key for key in differing if not key.startswith(NEUTRAL)]
+    if differing:
+        changes = ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        raise UserError(f"{workdir} belongs to a run of another configuration ({changes}); choose another workdir")
+    if _read(workdir / "data.json") != data:
+        raise UserError(
+            f"{config.data.json}: not the data that {workdir} was started with (other samples or lengths); "
+            "put it back or choose another workdir"
+        )
+
+
+def _read(file: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({error}); choose another workdir") from None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,5 +75,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _fingerprint(lengths: Lengths) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths)).hexdigest()
+def fingerprint(samples: Iterable[Sample], lengths: Lengths) -> dict[str, Any]:
+    """What tells this data, as it is tokenized, from other data."""
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths))
+    for sample in samples:
+        digest.update(repr(sample).encode())
+    return {"samples": len(lengths.tokens), "sha256": digest.hexdigest()}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
 from llava_jax.data.check import main
@@ -92,7 +93,10 @@ def test_lengths_count_the_tokens_of_images(tmp_path, images, capsys, smollm2_di
 
 def test_special_tokens_are_the_tokenizers(tmp_path, images, capsys, smollm2_dir):
     records = [sample("a", "<image> <|im_end|>"), sample("b", "<image> <s>")]
-    assert check(tmp_path, images, records, "--tokenizer", smollm2_dir) == 1
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # which is no special token of a text
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert check(tmp_path, images, records, "--tokenizer", tmp_path / "tokenizer") == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert line == "special-token, a, warning: the text of a user holds <|im_end|>"
 

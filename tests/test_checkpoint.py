@@ -1,6 +1,8 @@
 """Checkpoints describe themselves and survive moves; what does not fit is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +117,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):
     (model_dir / "llava.json").write_text("{")
     with pytest.raises(UserError, match="damaged description"):
         open_checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "remove"])
+def test_a_damaged_checkpoint_is_an_error_of_one_line(spoil, tmp_path, model_dir):
+    damaged = Path(shutil.copytree(model_dir, tmp_path / "damaged"))
+    for file in (damaged / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10]) if spoil == "truncate" else file.unlink()
+    with pytest.raises(UserError, match="damaged") as raised:
+        open_checkpoint(damaged).load()
+    assert "\n" not in str(raised.value)

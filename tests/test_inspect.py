@@ -79,3 +79,15 @@ def test_bad_input(data, bare_llama_dir, tmp_path, capsys):
     data.write_text(json.dumps([{"id": "mute", "conversations": [{"from": "human", "value": "hi"}]}]))
     with pytest.raises(UserError, match="sample mute: nothing to learn"):
         main([*args, "v1"])
+
+
+def test_a_file_is_there_once_it_is_whole(data, tokenizer, tmp_path):
+    directory, out = tmp_path / "tokenizer", tmp_path / "out.jsonl"
+    tokenizer.save_pretrained(directory)
+    out.write_text("precious")
+    samples = json.loads(data.read_text())
+    samples[2]["conversations"] = samples[2]["conversations"][:1]  # nothing to learn
+    data.write_text(json.dumps(samples))
+    with pytest.raises(UserError, match="sample 2: nothing to learn"):
+        main(["--json", str(data), "--tokenizer", str(directory), "--template", "v1", "--jsonl", str(out)])
+    assert out.read_text() == "precious" and not list(tmp_path.glob("*.partial"))

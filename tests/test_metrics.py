@@ -25,8 +25,11 @@ def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
 def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
     screen = Screen(0, 2)
     metrics = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens_per_second": 1e4, "images_per_second": 3.0}
+    metrics |= {"learned_share": 0.123, "padding_share": 0.5}
     screen.show(1, metrics)
     screen.show(2, metrics)
     screen.close()
     told = capsys.readouterr().err
-    assert "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s" in told
+    assert (
+        "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s  learned 12%  padding 50%" in told
+    )

@@ -1,7 +1,9 @@
 """The train step against torch, and the loop from start to resume."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,11 @@ from configs import common
 from llava_jax import optim, train
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.data.conversation import get_template
+from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Layout
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.llava import abstract_params
 from llava_jax.sharding import make_mesh
 
@@ -402,6 +408,48 @@ def test_other_data_is_refused(world, uninterrupted):
             train.train(run_config(world), str(uninterrupted))
     finally:
         Path(world["json"]).write_text(original)
+
+
+def test_other_data_of_equal_lengths_is_refused(world, uninterrupted):
+    original = Path(world["json"]).read_text()
+    try:
+        Path(world["json"]).write_text(original.replace('"sample-0"', '"sample-X"'))
+        assert Path(world["json"]).read_text() != original
+        with pytest.raises(UserError, match="not the data that"):
+            train.train(run_config(world), str(uninterrupted))
+    finally:
+        Path(world["json"]).write_text(original)
+
+
+def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="no such folder of pictures"):
+        train.train(run_config({**world, "images": str(tmp_path / "nowhere")}), str(workdir))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"sample sample-\d+: .*empty"):
+        train.train(run_config({**world, "images": str(tmp_path / "empty")}), str(workdir))
+    train.train(run_config(world, steps=1), str(workdir))
+    assert open_checkpoint(workdir).step == 1
+
+
+def test_a_damaged_workdir_is_an_error_of_one_line(world, uninterrupted, tmp_path):
+    workdir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: damaged"):
+        train.train(run_config(world), str(workdir))
+
+
+def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
+    tokenizer = load_tokenizer(open_checkpoint(world["init"]).tokenizer_dir)
+    sample = LlavaJson(world["json"])[0]
+    whole = TextEncoder(get_template("v1"), tokenizer, image_tokens=4, max_length=64)
+    length = len(whole(sample).tokens)
+    train._show_first_sample(sample, dataclasses.replace(whole, max_length=length - 1))
+    told = capsys.readouterr().err
+    assert f"sample-0, cut to {length - 4} of {length - 3} tokens" in told and "⟦ It is red.⟧" in told
+    train._show_first_sample(sample, whole)
+    told = capsys.readouterr().err
+    assert "cut" not in told and "⟦ It is red.</s>⟧" in told
 
 
 def test_a_directory_of_something_else_is_refused(world, tmp_path):

@@ -153,7 +153,9 @@ def _save(found: Found, output: str, options: Options) -> LlavaConfig:
     with tempfile.TemporaryDirectory() as scratch:
         _copy_tokenizer_files(found.tokenizer_dir, Path(scratch))
         _check_tokenizer(found, template, Path(scratch))
-        description = Description(found.config, template.name, found.hf)
+        # A projector that comes with the rest has been trained with it: the model knows a template.
+        stage = "finetune" if found.sources.get("projector") is found.sources["llm"] else None
+        description = Description(found.config, template.name, found.hf, stage=stage)
         save_model(output, _read(found, options.seed), description, scratch)
     return found.config
 

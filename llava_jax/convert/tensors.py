@@ -80,6 +80,8 @@ def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError naming the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
@@ -125,7 +127,11 @@ class ShardWriter:
         write_json(self._directory / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
 
     def _flush(self) -> None:
-        save_file(self._pending, self._partial(len(self._shards)), metadata={"format": "pt"})
+        path = self._partial(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
         self._shards.append(list(self._pending))
         self._pending = {}
 

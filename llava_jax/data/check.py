@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, run, track
-from llava_jax.data.conversation import Template, get_template
+from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template
 from llava_jax.data.images import load_image
 from llava_jax.data.sources import (
     ROLES,
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     lengths, special_tokens = None, LLAMA_SPECIAL_TOKENS
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-        special_tokens = tokenizer.all_special_tokens
+        special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         if args.template:
             lengths = Lengths(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
     console = Console()

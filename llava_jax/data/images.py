@@ -80,6 +80,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bit(image)
     if image.mode == "F":
         raise UserError("floating-point pixels have no agreed range: save it with 8 bits a channel")
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by their alpha
+        image = image.convert(image.mode.upper())
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

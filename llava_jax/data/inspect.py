@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TextIO
 
@@ -75,13 +75,21 @@ def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer:
             print(json.dumps(line), file=file)
 
 
-def _output(out: str) -> AbstractContextManager[TextIO]:
+@contextmanager
+def _output(out: str) -> Iterator[TextIO]:
+    """Standard output for -, else a file that is there once it is whole."""
     if out == "-":
-        return nullcontext(sys.stdout)
+        yield sys.stdout
+        return
+    partial = epath.Path(f"{out}.partial")
     try:
-        return epath.Path(out).open("w")
+        with partial.open("w") as file:
+            yield file
+        partial.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:

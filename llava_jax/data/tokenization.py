@@ -117,10 +117,9 @@ def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
     An image that does not fit whole goes, and all after it: `num_images` tells how many are left. What is cut may
     hold every label.
     """
-    is_image = encoded.input_ids == IMAGE_TOKEN_INDEX
+    ids, labels = truncate(encoded, image_tokens, max_length)
+    is_image = ids == IMAGE_TOKEN_INDEX
     widths = np.where(is_image, image_tokens, 1)
-    kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
-    ids, labels, is_image, widths = encoded.input_ids[:kept], encoded.labels[:kept], is_image[:kept], widths[:kept]
     under_image = np.repeat(is_image, widths)
     num_images = int(is_image.sum())
     feature_index = np.full(under_image.shape, -1, np.int32)
@@ -131,6 +130,13 @@ def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
         image_feature_index=feature_index,
         num_images=num_images,
     )
+
+
+def truncate(encoded: Encoded, image_tokens: int, max_length: int) -> Encoded:
+    """What `expand` keeps."""
+    widths = np.where(encoded.input_ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
+    kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
+    return Encoded(encoded.input_ids[:kept], encoded.labels[:kept])
 
 
 def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:

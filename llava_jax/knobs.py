@@ -1,0 +1,58 @@
+"""What the values of a run's configuration may be; configs/common.py says what they mean."""
+
+import math
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.images import ASPECTS
+from llava_jax.models.layers import REMAT_POLICIES
+from llava_jax.optim import STAGES
+
+DTYPES = ("", "float32", "bfloat16")
+CHOICES = {
+    "stage": tuple(STAGES),
+    "image_position": IMAGE_POSITIONS,
+    "image_aspect": ("", *ASPECTS),
+    "compute_dtype": DTYPES,
+    "frozen_dtype": DTYPES,
+    "remat": tuple(REMAT_POLICIES),
+}
+AT_LEAST = {
+    1: ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep"),
+    0: (
+        *("data.holdout", "data.workers", "image_slots", "label_slots", "max_rows_per_device", "steps", "epochs"),
+        *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
+        *("warmup_ratio", "beta1", "beta2"),
+    ),
+}
+AT_MOST_1 = ("warmup_ratio",)
+BELOW_1 = ("beta1", "beta2")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError that lists every value that makes no sense."""
+    problems = list(_problems(config))
+    if problems:
+        raise UserError("; ".join(f"config.{problem}" for problem in problems))
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            yield f"{key} is {config[key]!r}, not one of {', '.join(repr(choice) for choice in choices)}"
+    for least, keys in AT_LEAST.items():
+        yield from (f"{key} is {_get(config, key)}: it has to be {least} or more" for key in keys
+                    if not least <= _get(config, key) < math.inf)  # fmt: skip
+    yield from (f"{key} is {config[key]}: it has to be 1 or less" for key in AT_MOST_1 if config[key] > 1)
+    yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
+    if not (config.steps or config.epochs):
+        yield f"epochs is {config.epochs}, and so is steps: there is nothing to train"
+
+
+def _get(config: ConfigDict, key: str) -> float:
+    for part in key.split("."):
+        config = config[part]
+    return config
