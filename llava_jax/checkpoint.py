@@ -16,8 +16,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -31,6 +33,9 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax.cli import UserError
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
+
+# Orbax logs a failure with a traceback in every thread that it passes; what it raises in the end is enough.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 DESCRIPTION = "llava.json"
 FORMAT = 1
@@ -184,7 +189,7 @@ def _in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = next(iter(str(error).splitlines()), "")[:200]
+        cause = next(iter(str(error).splitlines()), "")[:500]
         raise UserError(f"{path}: {problem} ({type(error).__name__}: {cause})") from error
 
 
@@ -287,8 +292,17 @@ def new_directory(directory: epath.Path):
             directory.rmdir()
         partial.rename(directory)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
+
+
+def _remove(directory: epath.Path) -> None:
+    """Removes a directory into which threads of Orbax may go on writing for a moment after a failure."""
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
 
 
 class TrainingCheckpoints:
