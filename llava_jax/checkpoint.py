@@ -297,12 +297,11 @@ def new_directory(directory: epath.Path):
 
 
 def _remove(directory: epath.Path) -> None:
-    """Removes a directory into which threads of Orbax may go on writing for a moment after a failure."""
-    for _ in range(20):
+    """Removes a directory, and for a second what threads of Orbax still write there after a failure."""
+    unfinished = any(directory.glob("*.orbax-checkpoint-tmp"))
+    for _ in range(10 if unfinished else 1):
         shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            return
-        time.sleep(0.1)
+        time.sleep(0.1 * unfinished)
 
 
 class TrainingCheckpoints:
