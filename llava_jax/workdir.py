@@ -27,7 +27,7 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
     files = {"data.json": dict(data), "config.json": config.to_dict()}
     if not workdir.exists() or not any(workdir.iterdir()):
         workdir.mkdir(parents=True, exist_ok=True)
-    elif not any((workdir / name).exists() for name in files):
+    elif not _is_workdir(workdir):
         raise UserError(f"{workdir}: exists and is not a training workdir; choose another")
     elif _has_steps(workdir):
         _compare(workdir, config, dict(data))
@@ -38,6 +38,16 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
         partial = workdir / f"{name}.partial"
         partial.write_text(json.dumps(values, indent=2) + "\n")
         partial.replace(workdir / name)
+
+
+def _is_workdir(workdir: epath.Path) -> bool:
+    """Whether a run made it, by `data.json`, the first file that it writes: many directories have a `config.json`."""
+    if [entry.name for entry in workdir.iterdir()] == ["data.json.partial"]:
+        return True
+    if not (workdir / "data.json").exists():
+        return False
+    data = _read(workdir / "data.json")
+    return isinstance(data, dict) and data.keys() == {"samples", "sha256"}
 
 
 def _has_steps(workdir: epath.Path) -> bool:

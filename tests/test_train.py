@@ -453,9 +453,13 @@ def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
 
 
 def test_a_directory_of_something_else_is_refused(world, tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="not a training workdir"):
-        train.train(run_config(world), str(tmp_path))
+    for name, text in (("thesis.tex", ""), ("config.json", '{"model_type": "llava"}'), ("data.json", "[]")):
+        directory = tmp_path / name.partition(".")[0]
+        directory.mkdir()
+        (directory / name).write_text(text)
+        with pytest.raises(UserError, match="not a training workdir"):
+            train.train(run_config(world), str(directory))
+        assert (directory / name).read_text() == text
 
 
 def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_path, monkeypatch):
