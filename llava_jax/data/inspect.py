@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import UserError, run
+from llava_jax.cli import UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -56,11 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
-    encoded = ((sample, encode(sample)) for sample in itertools.islice(LlavaJson(args.json), args.limit))
+    samples = list(itertools.islice(LlavaJson(args.json), args.limit))
     if args.jsonl:
+        encoded = ((sample, encode(sample)) for sample in track(samples, "encoding samples"))
         _write_jsonl(args.jsonl, encoded, tokenizer)
     else:
-        _show(encoded, tokenizer)
+        _show(((sample, encode(sample)) for sample in samples), tokenizer)
 
 
 def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
