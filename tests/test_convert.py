@@ -338,7 +338,7 @@ def no_tokenizer(directory):
         (only_bin, r"\.bin files"),
         (truncate, "not a whole safetensors file"),
         (without("model.safetensors"), "no weights"),
-        (without("config.json"), "config.json: not readable"),
+        (without("config.json"), "config.json: no such file"),
         (spoil_json("config.json", model_type="llava_next"), "model_type is 'llava_next'"),
         (spoil_json("config.json", projector_hidden_act="linear"), "linear_2 is not the identity"),
         (incomplete_index, "the shards lack lost.weight"),
