@@ -20,14 +20,12 @@ CHOICES = {
     "frozen_dtype": DTYPES,
     "remat": tuple(REMAT_POLICIES),
 }
-AT_LEAST = {
-    1: ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep"),
-    0: (
-        *("data.holdout", "data.workers", "image_slots", "label_slots", "max_rows_per_device", "steps", "epochs"),
-        *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
-        *("warmup_ratio", "beta1", "beta2"),
-    ),
-}
+AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep")
+AT_LEAST_0 = (
+    *("data.holdout", "data.workers", "image_slots", "label_slots", "max_rows_per_device", "steps", "epochs"),
+    *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
+    *("warmup_ratio", "beta1", "beta2"),
+)
 AT_MOST_1 = ("warmup_ratio",)
 BELOW_1 = ("beta1", "beta2")
 
@@ -43,9 +41,11 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             yield f"{key} is {config[key]!r}, not one of {', '.join(repr(choice) for choice in choices)}"
-    for least, keys in AT_LEAST.items():
-        yield from (f"{key} is {_get(config, key)}: it has to be {least} or more" for key in keys
-                    if not least <= _get(config, key) < math.inf)  # fmt: skip
+    for keys, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+        for key in keys:
+            value = _get(config, key)
+            if not least <= value < math.inf:
+                yield f"{key} is {value}: it has to be {least} or more"
     yield from (f"{key} is {config[key]}: it has to be 1 or less" for key in AT_MOST_1 if config[key] > 1)
     yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
     if not (config.steps or config.epochs):

@@ -405,9 +405,8 @@ def _show_first_sample(sample: Any, encode: TextEncoder) -> None:
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kept = truncate(encoded, encode.image_tokens, encode.max_length)
-    cut = f", cut to {len(kept.input_ids)} of {len(encoded.input_ids)} tokens" * (
-        len(kept.input_ids) < len(encoded.input_ids)
-    )
+    before, after = len(encoded.input_ids), len(kept.input_ids)
+    cut = f", cut to {after} of {before} tokens" if after < before else ""
     console.print(f"the first sample, {sample.id}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
     console.print(view(kept, encode.tokenizer))
 
