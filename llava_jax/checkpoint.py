@@ -35,7 +35,7 @@ from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 
 # Orbax logs a failure with a traceback in every thread that it passes; what it raises in the end is enough.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
 
 DESCRIPTION = "llava.json"
 FORMAT = 1
@@ -348,4 +348,5 @@ class TrainingCheckpoints:
         return loaded["params"], loaded["optimizer"]
 
     def close(self) -> None:
-        self.checkpointer.close()
+        with _in_one_line(self.directory, "cannot be written"):
+            self.checkpointer.close()

@@ -1,6 +1,7 @@
 """What the model will see, as files and on the screen."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -91,3 +92,14 @@ def test_a_file_is_there_once_it_is_whole(data, tokenizer, tmp_path):
     with pytest.raises(UserError, match="sample 2: nothing to learn"):
         main(["--json", str(data), "--tokenizer", str(directory), "--template", "v1", "--jsonl", str(out)])
     assert out.read_text() == "precious" and not list(tmp_path.glob("*.partial"))
+
+
+def test_devices_and_links_stay_what_they_are(data, tokenizer, tmp_path):
+    directory, target, link = tmp_path / "tokenizer", tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    tokenizer.save_pretrained(directory)
+    target.touch()
+    link.symlink_to(target)
+    for out in ("/dev/null", link):
+        main(["--json", str(data), "--tokenizer", str(directory), "--template", "v1", "--jsonl", str(out)])
+    assert link.is_symlink() and len(target.read_text().splitlines()) == 3
+    assert not Path("/dev/null").is_file()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TextIO
 
 from etils import epath
@@ -78,19 +79,23 @@ def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer:
 
 @contextmanager
 def _output(out: str) -> Iterator[TextIO]:
-    """Standard output for -, else a file that is there once it is whole."""
+    """Standard output for -, a device or a link as it is, else a file that is there once it is whole."""
     if out == "-":
         yield sys.stdout
         return
-    partial = epath.Path(f"{out}.partial")
+    local = Path(out)
+    in_place = local.is_symlink() or (local.exists() and not local.is_file())
+    written = epath.Path(out if in_place else f"{out}.partial")
     try:
-        with partial.open("w") as file:
+        with written.open("w") as file:
             yield file
-        partial.replace(out)
+        if not in_place:
+            written.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not in_place and written.exists():
+            written.unlink()
 
 
 def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
