@@ -118,6 +118,15 @@ def train_step(
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
 
+def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`train_step` to run or to compile ahead; `state` (arrays, or shapes with shardings) says where it lies."""
+    return jax.jit(
+        functools.partial(train_step, settings, optimizer),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        donate_argnums=0,
+    )
+
+
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of the losses and number of targets of a batch."""
     targets = next_token_targets(batch["labels"], batch["segment_ids"])
@@ -127,7 +136,7 @@ def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: 
 def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
     """Step 0, the optimizer's state sharded like the parameters from the moment it exists."""
     shapes = jax.eval_shape(optimizer.init, trainable)
-    shardings = jax.tree.map(lambda leaf: sharding.param_sharding(mesh, leaf.shape), shapes)
+    shardings = sharding.tree_shardings(mesh, shapes)
     optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trainable, optimizer_state)
 
@@ -186,7 +195,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
     batches = Batches(samples, encode, read_image, order, layout)
     validation_batches = Batches(samples, encode, read_image, validation, layout)
-    settings = StepSettings(model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh))
+    settings = step_settings(config, model, layout, mesh)
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
     claim(directory, config, fingerprint(samples, lengths))
@@ -198,8 +207,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     start = checkpoints.latest
     held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
     shapes = held.abstract()
-    place = lambda name: sharding.param_sharding(mesh, shapes[name].shape)  # noqa: E731
-    frozen = held.load(frozen_names, _frozen_dtype(config), place)
+    place = lambda name: sharding.param_sharding(mesh, name, shapes[name].shape)  # noqa: E731
+    frozen = held.load(frozen_names, frozen_dtype(config, jax.default_backend()), place)
     trainable = source.load(trainable_names, lambda name, stored: jnp.float32, place)
     state = init_state(optimizer, trainable, mesh)
     if start is None:
@@ -213,7 +222,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
 
     # ---- The loop
-    step_fn = jax.jit(functools.partial(train_step, settings, optimizer), donate_argnums=0)
+    step_fn = jit_step(settings, optimizer, state)
     eval_fn = jax.jit(functools.partial(eval_step, settings))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     rates = optim.schedules(config, steps)
@@ -283,6 +292,18 @@ def train(config: ConfigDict, workdir: str) -> None:
 # ------------------------------------------------------------------------------------------------- parts of the set-up
 
 
+def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
+    """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    return StepSettings(
+        model=model,
+        layout=layout,
+        dtype=jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16")),
+        remat=config.remat,
+        accumulation=_accumulation(config, layout, mesh),
+    )
+
+
 def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     if not config[key]:
         raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
@@ -314,13 +335,9 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     return get_template(config.template)
 
 
-def _compute_dtype(config: ConfigDict) -> jnp.dtype:
-    on_cpu = jax.default_backend() == "cpu"
-    return jnp.dtype(config.compute_dtype or ("float32" if on_cpu else "bfloat16"))
-
-
-def _frozen_dtype(config: ConfigDict) -> Callable[[str, jnp.dtype], jnp.dtype]:
-    chosen = config.frozen_dtype or ("" if jax.default_backend() == "cpu" else "bfloat16")
+def frozen_dtype(config: ConfigDict, platform: str) -> Callable[[str, jnp.dtype], jnp.dtype]:
+    """name, stored type -> the type in which a frozen parameter is held."""
+    chosen = config.frozen_dtype or ("" if platform == "cpu" else "bfloat16")
     return lambda name, stored: jnp.dtype(chosen) if chosen else stored
 
 
