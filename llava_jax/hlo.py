@@ -22,7 +22,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -91,6 +91,19 @@ class Collective:
         n = len(self.group)
         shares = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
         return self.payload * shares.get(self.kind, (n - 1) / n)
+
+    def crossing(self, host: Sequence[int]) -> float:
+        """Bytes that a device sends to other hosts each time, `host[d]` being that of device d: what has to, if the
+        devices of a host share the work."""
+        hosts = len({host[device] for device in self.group})
+        if hosts == 1:
+            return 0.0
+        away = (hosts - 1) / hosts
+        if self.kind == "collective-permute":
+            return self.payload
+        if self.kind == "all-to-all":
+            return self.payload * away
+        return self.payload * away * hosts / len(self.group) * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

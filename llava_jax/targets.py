@@ -103,7 +103,7 @@ def parse(name: str) -> Target:
     if kind not in TPUS and kind not in GPUS:
         raise UserError(f"--target {name!r}: no such machine; known are {EXAMPLES}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UserError(f"--target {name!r}: how many? for example {family(kind)[-1]}")
+        raise UserError(f"--target {name!r}: how many? for example {family(kind)[3]}")
     sizes = tuple(map(int, shape.split("x")))
     if kind in GPUS:
         hosts, gpus = (1, *sizes) if len(sizes) == 1 else sizes if len(sizes) == 2 else (0, 0)

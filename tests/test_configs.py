@@ -57,5 +57,5 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     for flag in ("config", "workdir"):
         main.flags.FLAGS[flag].value = None
     with pytest.raises(UserError) as error:
-        main.parse_flags(["main", *arguments])
+        main.parse_flags(["main", *arguments], (main.CONFIG, main.WORKDIR))
     assert message in str(error.value) and "\n" not in str(error.value)
