@@ -278,24 +278,29 @@ def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
 
 
 def ideal_wire(program: Program) -> float | None:
-    """Bytes that a device has to send in a step with parameters split over `fsdp`: every weight that is split
-    travels, in the type of computation, for the forward pass and for the backward pass of each microbatch, and its
-    gradient once; the tower has no backward pass. None where `tensor` splits the computation as well."""
-    n, copies = program.mesh.shape["fsdp"], program.mesh.shape.get("data", 1)
-    if program.mesh.shape.get("tensor", 1) > 1:
+    """Bytes that a device has to send in a step with parameters split over `fsdp`; None where `tensor` splits, too.
+
+    In each microbatch, what is split travels in the type of computation: weights for the forward and for the backward
+    pass, gradients once. The tower has no backward pass, and of the table of word embeddings only the rows that the
+    tokens name have to travel, if they are less.
+    """
+    sizes, accumulation = sharding.axis_sizes(program.mesh), program.settings.accumulation
+    n, copies = sizes["fsdp"], sizes["data"]
+    if sizes["tensor"] > 1:
         return None
     state, frozen, _ = program.arguments
+    looked_up = n * program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
     total = 0.0
     for name, leaf in (state.trainable | frozen).items():
-        trains = name in state.trainable
-        size = math.prod(leaf.shape) * program.settings.dtype.itemsize
+        trains, size = name in state.trainable, math.prod(leaf.shape)
         if leaf.sharding.is_fully_replicated:
             total += trains * 2 * (n * copies - 1) / (n * copies) * size
             continue
-        passes = 1 if name.startswith("vision.") else 2 + trains
-        total += passes * program.settings.accumulation * size * (n - 1) / n
+        table = name.endswith("embed_tokens.embedding")
+        passes = 1 if name.startswith("vision.") else (1 if table else 2) + trains
+        total += passes * accumulation * (min(size, looked_up) if table else size) * (n - 1) / n
         total += trains * 2 * (copies - 1) / copies * size / n
-    return total
+    return total * program.settings.dtype.itemsize
 
 
 def lower_bound(compiled: Compiled) -> dict[str, float]:
@@ -313,8 +318,9 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
     # State is read and written once, and whole weights are read in the forward and in the backward pass.
     state, frozen, _ = program.arguments
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.trainable, frozen)))
-    weights *= program.settings.dtype.itemsize * 2 * program.settings.accumulation / program.mesh.shape.get("tensor", 1)
-    seconds["memory"] = (compiled.moved + weights) / machine.bandwidth
+    passes = 2 * program.settings.accumulation / sharding.axis_sizes(program.mesh)["tensor"]
+    read = weights * program.settings.dtype.itemsize * passes
+    seconds["memory"] = (compiled.moved + read) / machine.bandwidth
     rate = program.target.send_rate
     seconds["network"] = account.wire / rate if rate else 0.0
     if program.target.platform == "gpu":

@@ -1,5 +1,5 @@
-"""Compiles the training step for machines that are elsewhere: does it fit, what does it compute and send, how fast can it
-be? `python -m llava_jax.preflight --config=F[:ARGS] --target=T[,T...] [--config.KEY=VALUE ...]`.
+"""Compiles the training step for machines that are elsewhere: does it fit, what does it compute and send, how fast can
+it be? `python -m llava_jax.preflight --config=F[:ARGS] --target=T[,T...] [--config.KEY=VALUE ...]`.
 
 example:
   python -m llava_jax.preflight --config=configs/finetune.py:7b --target=v5e:4x4
@@ -62,7 +62,7 @@ def preflight(argv: list[str] | None = None) -> int:
 
 def report(config: Any, name: str) -> dict[str, Any]:
     """Compiles and measures; every figure of the report, bytes, FLOPs and seconds, ready for JSON."""
-    from llava_jax import ahead, flops
+    from llava_jax import ahead, flops, sharding
 
     target = targets.parse(name)
     print(f"compiling for {name} ...", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ def report(config: Any, name: str) -> dict[str, Any]:
         "fits": memory.fits,
         "devices": program.mesh.size,
         "device_kind": program.mesh.devices.flat[0].device_kind,
-        "mesh": {axis: int(size) for axis, size in program.mesh.shape.items()},
+        "mesh": sharding.axis_sizes(program.mesh),
         "stage": config.stage,
         "model": config.model,
         "remat": settings.remat,
@@ -218,8 +218,8 @@ def _head(result: dict[str, Any]):
     yield f"{result['stage']} of {result['model'] or 'the checkpoint'} on {result['target']}"
     yield f"devices    {result['devices']} x {result['device_kind']}, {mesh}"
     yield (
-        f"step       {result['batch_rows']} rows of {result['max_length']} tokens: {result['rows_per_device']} at once on "
-        f"a device, {result['microbatches']} microbatches; {result['dtype']}, remat {result['remat']}; "
+        f"step       {result['batch_rows']} rows of {result['max_length']} tokens: {result['rows_per_device']} at once "
+        f"on a device, {result['microbatches']} microbatches; {result['dtype']}, remat {result['remat']}; "
         f"{result['image_slots']} image and {result['label_slots']} label slots a group"
     )
 
@@ -242,7 +242,7 @@ def _memory_lines(result: dict[str, Any]):
     else:
         over = f", {memory['needed'] - memory['available']:.2f} GiB too much" if memory["needed"] is not None else ""
         yield f"unfit      {result['reason']}{over}"
-        yield f"try        {' or '.join(result['remedies']) or 'a larger machine'}; --search=batch and --search=slice look"
+        yield f"try        {' or '.join(result['remedies']) or 'a larger machine'}; --search=batch|slice tries more"
 
 
 def _flops_lines(result: dict[str, Any]):
@@ -312,7 +312,7 @@ def table(results: list[dict[str, Any]]) -> str:
             line += f"{seconds['step']:>8.3f}{slowest:>10}{result['bound']['mfu']['full']:>7.1%}"
         lines.append(line)
     lines.append(
-        "rows: at once on a device; FLOPs: compiled to formula; ideal: sent to what parameters split over fsdp have to; "
+        "rows: at once on a device; FLOPs: compiled / formula; ideal: sent / what parameters split over fsdp take; "
         "step: at least so long"
     )
     for result in results:

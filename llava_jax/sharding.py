@@ -29,6 +29,11 @@ def make_mesh(axes: Mapping[str, int], devices: list | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def axis_sizes(mesh: Mesh) -> dict[str, int]:
+    """Sizes of data, fsdp and tensor."""
+    return {"data": mesh.shape["data"], "fsdp": mesh.shape["fsdp"], "tensor": 1}
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
