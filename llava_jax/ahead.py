@@ -1,20 +1,17 @@
-"""The training step, compiled for a machine that is elsewhere, and what that tells: memory, FLOPs, bytes, time.
+"""The training step, compiled for a machine that is elsewhere, and what the compiler says of it.
 
 Nothing here runs a step: parameters and batches are shapes.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,8 +30,6 @@ from llava_jax.train import StepSettings, TrainState, frozen_dtype, jit_step, st
 GPU_MARGIN = 2 * GiB
 # JAX's own default of XLA_PYTHON_CLIENT_MEM_FRACTION.
 MEMORY_FRACTION = 0.75
-# Custom calls that are attention: their FLOPs are not in the HLO.
-ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
 # Of a schedule's length only constants in the program depend.
 STEPS = 1000
 
@@ -178,9 +173,9 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> 
 def compile_program(program: Program, memory_fraction: float | None = None) -> Compiled:
     """Compiles it. `memory_fraction` is the share of a GPU's memory that JAX may take (its environment decides)."""
     began = time.monotonic()
-    available = _available(program.target, memory_fraction)
+    available = available_memory(program.target, memory_fraction)
     try:
-        with _nothing_cached(), targets.assumed_cudnn():
+        with targets.nothing_cached(), targets.assumed_cudnn():
             lowered = program.step.lower(*program.arguments)
             compiled = lowered.compile(compiler_options=targets.compile_options(program.target))
     except jax.errors.JaxRuntimeError as error:
@@ -205,18 +200,7 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
     return Compiled(program, memory, time.monotonic() - began, account, moved, reason)
 
 
-@contextlib.contextmanager
-def _nothing_cached() -> Iterator[None]:
-    """Programs for other machines are no use in the compilation cache of this one."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-
-
-def _available(target: Target, memory_fraction: float | None) -> float:
+def available_memory(target: Target, memory_fraction: float | None) -> float:
     """Bytes of a device that a program can use."""
     if target.platform == "tpu":
         return target.machine.memory
@@ -235,10 +219,15 @@ def _margin(program: Program, account: hlo.Account) -> float:
 
 def _memory(program: Program, needed: float | None, margin: float, available: float) -> Memory:
     state, frozen, batch = program.arguments
-    parameters = local_bytes(state.trainable) + local_bytes(frozen)
-    optimizer, rows = local_bytes(state.optimizer), local_bytes(batch)
+    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes(state.optimizer)
+    rows = local_bytes(batch)
     activations = None if needed is None else needed - margin - parameters - optimizer - rows
     return Memory(parameters, optimizer, rows, activations, margin, needed, available)
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of parameters and optimizer on each device: the least that any step takes."""
+    return local_bytes(program.arguments[:2])
 
 
 def local_bytes(tree: Any) -> int:
@@ -260,88 +249,3 @@ def _out_of_memory(message: str) -> tuple[str, float | None]:
 
 def _one_line(message: str) -> str:
     return next((" ".join(line.split()) for line in message.splitlines() if line.strip()), "no reason given")
-
-
-# ---------------------------------------------------------------------------------------------- what follows from it
-
-
-def step_parts(program: Program) -> dict[str, flops.Part]:
-    """FLOPs of the step by formula, see `flops.step_flops`."""
-    settings = program.settings
-    return flops.step_flops(settings.model, settings.layout, program.trainable, settings.remat)
-
-
-def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
-    """The parts of the formula that the HLO hides in kernels: attention, where any kernel is one."""
-    fused = any(name.startswith(ATTENTION_KERNELS) for name in account.kernels)
-    return ("llm attention", "clip attention") if fused else ()
-
-
-def ideal_wire(program: Program) -> float | None:
-    """Bytes that a device has to send in a step with parameters split over `fsdp`; None where `tensor` splits, too.
-
-    In each microbatch, what is split travels in the type of computation: weights for the forward and for the backward
-    pass, gradients once. The tower has no backward pass, and of the table of word embeddings only the rows that the
-    tokens name have to travel, if they are less.
-    """
-    sizes, accumulation = sharding.axis_sizes(program.mesh), program.settings.accumulation
-    n, copies = sizes["fsdp"], sizes["data"]
-    if sizes["tensor"] > 1:
-        return None
-    state, frozen, _ = program.arguments
-    looked_up = n * program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
-    total = 0.0
-    for name, leaf in (state.trainable | frozen).items():
-        trains, size = name in state.trainable, math.prod(leaf.shape)
-        if leaf.sharding.is_fully_replicated:
-            total += trains * 2 * (n * copies - 1) / (n * copies) * size
-            continue
-        table = name.endswith("embed_tokens.embedding")
-        passes = 1 if name.startswith("vision.") else (1 if table else 2) + trains
-        total += passes * accumulation * (min(size, looked_up) if table else size) * (n - 1) / n
-        total += trains * 2 * (copies - 1) / copies * size / n
-    return total * program.settings.dtype.itemsize
-
-
-def lower_bound(compiled: Compiled) -> dict[str, float]:
-    """Seconds that a step takes at least: `compute`, `memory`, `network` and, of these, the most as `step`.
-
-    What a machine cannot do at its peak is not in it, nor what cannot overlap: a bound, not a prediction.
-    """
-    program, account, machine = compiled.program, compiled.account, compiled.program.target.machine
-    kernels = sum(
-        (part.needed + part.recomputed) * (0.5 if name == "llm attention" else 1.0)
-        for name, part in step_parts(program).items()
-        if name in hidden_parts(account)
-    )
-    seconds = {"compute": (account.flops + kernels / program.mesh.size) / machine.flops}
-    # State is read and written once, and whole weights are read in the forward and in the backward pass.
-    state, frozen, _ = program.arguments
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.trainable, frozen)))
-    passes = 2 * program.settings.accumulation / sharding.axis_sizes(program.mesh)["tensor"]
-    read = weights * program.settings.dtype.itemsize * passes
-    seconds["memory"] = (compiled.moved + read) / machine.bandwidth
-    rate = program.target.send_rate
-    seconds["network"] = account.wire / rate if rate else 0.0
-    if program.target.platform == "gpu":
-        host = np.array([device.id // program.target.shape[1] for device in program.mesh.devices.flat])
-        crossing = sum(one.crossing(host) * one.times for one in account.collectives)
-        seconds["network"] = max(seconds["network"], crossing / machine.network)
-    return seconds | {"step": max(seconds.values())}
-
-
-def remedies(compiled: Compiled, candidates: Mapping[str, int]) -> list[str]:
-    """What might make a step fit, by arithmetic. `candidates`: larger machines and their devices."""
-    program, memory, found = compiled.program, compiled.memory, []
-    if program.rows > program.config.rows_per_group:
-        fewer = max(program.rows // 2 // program.config.rows_per_group, 1) * program.config.rows_per_group
-        found.append(f"--config.max_rows_per_device={fewer} (now {program.rows} rows at once)")
-    if program.config.remat == "none":
-        found.append("--config.remat=full")
-    if memory.needed is not None:
-        rest = max(memory.needed - memory.state, 0.0)
-        for name, devices in candidates.items():
-            if memory.state * program.mesh.size / devices + rest <= 0.95 * memory.available:
-                found.append(f"--target={name}")
-                break
-    return found

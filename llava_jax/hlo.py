@@ -144,6 +144,14 @@ class Account:
         """The part of `flops` that the compiler added to fit into memory, as far as it says so."""
         return sum(matmul.flops * matmul.times for matmul in self.matmuls if matmul.recomputed)
 
+    def recomputed_at(self, most: int = 3) -> dict[str, float]:
+        """Where in the JAX program that is, and how many FLOPs: the largest parts."""
+        places: collections.Counter[str] = collections.Counter()
+        for matmul in self.matmuls:
+            if matmul.recomputed:
+                places[matmul.op_name] += matmul.flops * matmul.times
+        return dict(places.most_common(most))
+
     @property
     def wire(self) -> float:
         return sum(collective.wire * collective.times for collective in self.collectives)

@@ -12,9 +12,9 @@ Targets are slices of TPU v4, v5e, v5p, v6e and 7x (`v5e:4x4`, `v5p:2x2x4`), GPU
 leaves slots to the data, every row has a picture and every position is learned. Exits with 3 if anything does not fit.
 """
 
-import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -45,9 +45,12 @@ def preflight(argv: list[str] | None = None) -> int:
         return 0
     main.parse_flags(argv, (main.CONFIG, TARGET))
     targets.prepare_environment()
+    from llava_jax import forecast  # only now: libtpu and JAX read the environment when they are loaded
+
+    find = {None: forecast.report, "batch": forecast.largest_batch, "slice": forecast.smallest_slice}[SEARCH.value]
     results = []
     for name in TARGET.value:
-        results.append(_search(name) if SEARCH.value else report(main.CONFIG.value, name))
+        results.append(find(main.CONFIG.value, name, MEMORY_FRACTION.value))
         if JSON.value:
             print(json.dumps(results[-1]), flush=True)
         elif len(TARGET.value) == 1:
@@ -55,146 +58,6 @@ def preflight(argv: list[str] | None = None) -> int:
     if not JSON.value and len(TARGET.value) > 1:
         print(table(results))
     return 0 if all(result["fits"] for result in results) else UNFIT
-
-
-# ---------------------------------------------------------------------------------------------------------- one target
-
-
-def report(config: Any, name: str) -> dict[str, Any]:
-    """Compiles and measures; every figure of the report, bytes, FLOPs and seconds, ready for JSON."""
-    from llava_jax import ahead, flops, sharding
-
-    target = targets.parse(name)
-    print(f"compiling for {name} ...", file=sys.stderr, flush=True)
-    program = ahead.build(config, target)
-    compiled = ahead.compile_program(program, MEMORY_FRACTION.value if MEMORY_FRACTION.present else None)
-    settings, memory = program.settings, compiled.memory
-    parts = ahead.step_parts(program)
-    result = {
-        "target": name,
-        "fits": memory.fits,
-        "devices": program.mesh.size,
-        "device_kind": program.mesh.devices.flat[0].device_kind,
-        "mesh": sharding.axis_sizes(program.mesh),
-        "stage": config.stage,
-        "model": config.model,
-        "remat": settings.remat,
-        "dtype": settings.dtype.name,
-        "batch_rows": settings.layout.batch_rows,
-        "rows_per_device": program.rows,
-        "microbatches": settings.accumulation,
-        "max_length": settings.layout.max_length,
-        "image_slots": settings.layout.image_slots,
-        "label_slots": settings.layout.label_slots,
-        "memory": dataclasses.asdict(memory),
-        "flops": {
-            "parts": {part: dataclasses.asdict(value) for part, value in parts.items()},
-            "model": {convention: flops.model_flops(parts, convention) for convention in flops.CONVENTIONS},
-        },
-        "compile_seconds": compiled.seconds,
-    }
-    if not memory.fits:
-        larger = {other: targets.parse(other).devices for other in target.larger}
-        result |= {"reason": compiled.reason, "remedies": ahead.remedies(compiled, larger)}
-    if compiled.account is not None:
-        result |= _measured(compiled, parts)
-    return result
-
-
-def _measured(compiled: Any, parts: dict[str, Any]) -> dict[str, Any]:
-    """What the compiled text says: FLOPs beside the formula, collectives, and the bound of the time."""
-    from llava_jax import ahead, flops
-
-    program, account = compiled.program, compiled.account
-    hidden = ahead.hidden_parts(account)
-    expected = flops.executed_flops(parts, without=hidden) / program.mesh.size
-    ideal = ahead.ideal_wire(program)
-    measured = {
-        "compiled": {
-            "flops": account.flops,
-            "formula": expected,
-            "ratio": account.flops / expected,
-            "recomputed": account.recomputed_flops,
-            "kernels": account.kernels,
-            "left_out": list(hidden),
-            "loops_of_unknown_length": list(account.unknown_loops),
-        },
-        "collectives": {
-            "kinds": account.by_kind(),
-            "wire": account.wire,
-            "ideal": ideal,
-            "ratio": account.wire / ideal if ideal else None,
-        },
-    }
-    machine = program.target.machine
-    if machine is None:
-        return measured
-    seconds = ahead.lower_bound(compiled)
-    tokens = program.settings.layout.batch_rows * program.settings.layout.max_length
-    peaks = {"flops": machine.flops, "memory": machine.bandwidth, "network": program.target.send_rate}
-    if program.target.platform == "gpu":
-        peaks["between_hosts"] = machine.network
-    return measured | {
-        "bound": {
-            "seconds": seconds,
-            "peaks": peaks,
-            "tokens_per_second_per_device": tokens / seconds["step"] / program.mesh.size,
-            "mfu": flops.mfu(parts, seconds["step"], program.mesh.size, machine.flops),
-        }
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- searches
-
-
-def _search(name: str) -> dict[str, Any]:
-    return (
-        largest_batch(main.CONFIG.value, name) if SEARCH.value == "batch" else smallest_slice(main.CONFIG.value, name)
-    )
-
-
-def largest_batch(config: Any, name: str) -> dict[str, Any]:
-    """The report of the most rows at once on a device that fit, `batch_rows` being rounded up to a multiple."""
-    tried: dict[int, dict[str, Any]] = {}
-
-    def fits(groups: int) -> bool:
-        tried[groups] = report(with_rows(config, name, groups * config.rows_per_group), name)
-        return tried[groups]["fits"]
-
-    good, bad = 0, 1
-    while bad <= config.batch_rows // config.rows_per_group and fits(bad):
-        good, bad = bad, bad * 2
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    rows = {groups * config.rows_per_group: result["fits"] for groups, result in sorted(tried.items())}
-    return tried[good or 1] | {"search": "batch", "tried": rows}
-
-
-def with_rows(config: Any, name: str, rows: int) -> Any:
-    """The configuration with so many rows on a device at once and, if need be, more rows in a step."""
-    from llava_jax import sharding
-
-    shards = sharding.batch_shards(sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name))))
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.max_rows_per_device = rows
-        changed.batch_rows = -(-config.batch_rows // (rows * shards)) * rows * shards
-    return changed
-
-
-def smallest_slice(config: Any, kind: str) -> dict[str, Any]:
-    """The report of the least machine of a kind that fits. Rows on a device at once are as the configuration says,
-    `batch_rows` being rounded up to a multiple; the largest where none fits."""
-    names = targets.family(kind.partition(":")[0])
-    tried: dict[str, bool] = {}
-    for name in names:
-        rows = max(config.max_rows_per_device, config.rows_per_group)
-        result = report(with_rows(config, name, rows), name)
-        tried[name] = result["fits"]
-        if result["fits"]:
-            break
-    return result | {"search": "slice", "tried": tried}
 
 
 # ----------------------------------------------------------------------------------------------------------- for people
@@ -213,7 +76,7 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _head(result: dict[str, Any]):
+def _head(result: dict[str, Any]) -> Iterator[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     yield f"{result['stage']} of {result['model'] or 'the checkpoint'} on {result['target']}"
     yield f"devices    {result['devices']} x {result['device_kind']}, {mesh}"
@@ -224,7 +87,7 @@ def _head(result: dict[str, Any]):
     )
 
 
-def _memory_lines(result: dict[str, Any]):
+def _memory_lines(result: dict[str, Any]) -> Iterator[str]:
     memory = {part: value / GiB if value is not None else None for part, value in result["memory"].items()}
     parts = [
         f"parameters {memory['parameters']:.2f}",
@@ -245,7 +108,7 @@ def _memory_lines(result: dict[str, Any]):
         yield f"try        {' or '.join(result['remedies']) or 'a larger machine'}; --search=batch|slice tries more"
 
 
-def _flops_lines(result: dict[str, Any]):
+def _flops_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{'FLOPs':<17}{'forward':>12}{'activations':>13}{'weights':>12}{'recomputed':>12}   of a step, by formula"
     for name, part in result["flops"]["parts"].items():
         yield (
@@ -257,13 +120,15 @@ def _flops_lines(result: dict[str, Any]):
     if "compiled" in result:
         compiled = result["compiled"]
         kernels = f", without the kernels' {' and '.join(compiled['left_out'])}" if compiled["left_out"] else ""
-        yield (
-            f"  compiled {compiled['flops']:.5g} a device, {compiled['ratio']:.4f} of the formula{kernels}"
-            + (f"; the compiler recomputes {compiled['recomputed']:.3g} unasked" if compiled["recomputed"] else "")
-        )
+        yield f"  compiled {compiled['flops']:.5g} a device, {compiled['ratio']:.4f} of the formula{kernels}"
+        if compiled["recomputed"]:
+            yield f"  the compiler recomputes {compiled['recomputed']:.3g} unasked, to save memory:"
+            yield from (f"    {flops:.3g} at {place}" for place, flops in compiled["recomputed_at"].items())
+        for loop in compiled["loops_of_unknown_length"]:
+            yield f"  {loop} runs a number of times that depends on data; counted once"
 
 
-def _collective_lines(result: dict[str, Any]):
+def _collective_lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{'collectives':<22}{'dtype':<7}{'count':>7}{'payload GiB':>13}{'sent GiB':>10}   of a device in a step"
     for row in result["collectives"]["kinds"]:
         payload, wire = row["payload"] / GiB, row["wire"] / GiB
@@ -274,7 +139,7 @@ def _collective_lines(result: dict[str, Any]):
     )
 
 
-def _bound_lines(result: dict[str, Any]):
+def _bound_lines(result: dict[str, Any]) -> Iterator[str]:
     bound = result["bound"]
     seconds, peaks = bound["seconds"], bound["peaks"]
     between = f" ({peaks['between_hosts'] / 1e9:.0f} GB/s between hosts)" if "between_hosts" in peaks else ""

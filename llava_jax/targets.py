@@ -240,3 +240,16 @@ def assumed_cudnn() -> Iterator[None]:
         yield
     finally:
         fused_attention_stablehlo.check_cudnn_version = original
+
+
+@contextlib.contextmanager
+def nothing_cached() -> Iterator[None]:
+    """Within, JAX's compilation cache is off: it can't read back programs for machines that are not there."""
+    import jax
+
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
