@@ -169,9 +169,9 @@ def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
 def ideal_wire(program: Program) -> float | None:
     """Bytes that a device has to send in a step with parameters split over `fsdp`; None where `tensor` splits, too.
 
-    In each microbatch, what is split travels in the type of computation: weights for the forward and for the backward
-    pass, gradients once. The tower has no backward pass, and of the table of word embeddings only the rows that the
-    tokens name have to travel, if they are less.
+    In each microbatch, what is split travels in the type of computation: the weights of the decoder's layers for the
+    forward and for the backward pass, others, which are kept or have no backward pass, once; and so do gradients. Of
+    the table of word embeddings only the rows that the tokens name have to travel, if they are less.
     """
     sizes, accumulation = sharding.axis_sizes(program.mesh), program.settings.accumulation
     n, copies = sizes["fsdp"], sizes["data"]
@@ -186,7 +186,7 @@ def ideal_wire(program: Program) -> float | None:
             total += trains * 2 * (n * copies - 1) / (n * copies) * size
             continue
         table = name.endswith("embed_tokens.embedding")
-        passes = 1 if name.startswith("vision.") else (1 if table else 2) + trains
+        passes = (2 if name.startswith("llm.layers.") else 1) + trains
         total += passes * accumulation * (min(size, looked_up) if table else size) * (n - 1) / n
         total += trains * 2 * (copies - 1) / copies * size / n
     return total * program.settings.dtype.itemsize

@@ -25,7 +25,7 @@ SMALL = LlavaConfig(
 )
 TARGETS = ["v5e:2x2", "h100:4"]
 # Target -> MiB of the peak of the small model's step, measured; regressions show here.
-PEAKS = {"v5e:2x2": 175, "h100:4": 300}
+PEAKS = {"v5e:2x2": 200, "h100:4": 240}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_memory(reports, name):
     parts = ("parameters", "optimizer", "batch", "activations", "margin")
     assert memory["needed"] == pytest.approx(sum(memory[part] for part in parts))
     peak = (memory["needed"] - memory["margin"]) / MiB
-    assert 0.5 * PEAKS[name] < peak <= PEAKS[name]
+    assert 0.8 * PEAKS[name] < peak <= PEAKS[name]
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -69,6 +69,15 @@ def test_flops_are_those_of_the_formula(reports, name):
     compiled = reports[name]["compiled"]
     assert compiled["ratio"] == pytest.approx(1, abs=0.01)
     assert compiled["recomputed"] == 0 and not compiled["loops_of_unknown_length"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_more_is_sent_than_has_to_be(reports, name):
+    """And no weights in float32."""
+    collectives = reports[name]["collectives"]
+    assert collectives["ratio"] == pytest.approx(1, abs=0.02)
+    float32 = [row["wire"] for row in collectives["kinds"] if row["dtype"] == "f32"]
+    assert sum(float32) < 0.01 * collectives["wire"]
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -117,11 +126,13 @@ def test_largest_batch(reports):
 
 
 def test_smallest_slice(monkeypatch):
-    """Two layers of 0.9e9 parameters each, 16 bytes a parameter or 12 without gradients: too much for one device."""
-    wide = dataclasses.replace(SMALL, text=TextConfig(4096, 8192, 28672, 2, 64, 64, 128))
+    """Two layers of 2.7e9 parameters each with two moments: 64 GB, of which an H100 does not have as many for JAX."""
+    wide = dataclasses.replace(SMALL, text=TextConfig(4096, 16384, 32768, 2, 128, 128, 128))
     monkeypatch.setitem(PRESETS, "small", wide)
-    result = forecast.smallest_slice(small_config(), "v5e")
-    assert result["tried"] == {"v5e:1x1": False, "v5e:2x2": True} and result["target"] == "v5e:2x2"
+    result = forecast.smallest_slice(small_config(), "h100")
+    *smaller, least = result["tried"]
+    assert smaller[0] == "h100:1" and not any(result["tried"][name] for name in smaller)
+    assert result["fits"] and result["target"] == least and result["tried"][least]
 
 
 def test_a_model_must_be_named():
