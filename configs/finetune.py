@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.recipes import parse
+from configs.recipes import MAX_ROWS_PER_DEVICE, parse
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -11,6 +11,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.get_config()
     config.stage = "finetune"
     config.model = f"llava-{recipe}-{size}"
+    config.max_rows_per_device = MAX_ROWS_PER_DEVICE[size]
     config.learning_rate = 2e-5
     config.save_every = 1000
     if recipe == "v0":  # LLaVA-Instruct 158K (paper, section 4.2 and appendix C)

@@ -1,5 +1,8 @@
 """The argument of the published recipes, as in `configs/finetune.py:13b,v1.5`."""
 
+# Rows at once on a device: with them 16 TPU v5e train 7B, and 8 H100 13B; `llava_jax.preflight --search=batch` finds
+# how many more fit elsewhere.
+MAX_ROWS_PER_DEVICE = {"7b": 4, "13b": 2}
 CHOICES = {"size": ("7b", "13b"), "recipe": ("v1.5", "v0")}
 
 

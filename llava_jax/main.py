@@ -11,6 +11,7 @@ import difflib
 import re
 import runpy
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -26,17 +27,17 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"}.intersection(argv):
         print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir")))
         return
-    parse_flags(argv)
+    parse_flags(argv, (CONFIG, WORKDIR))
     from llava_jax.train import train  # only now: importing JAX takes a second, and a typing error need not wait
 
     train(CONFIG.value, WORKDIR.value)
 
 
-def parse_flags(argv: list[str]) -> None:
-    """Sets `CONFIG` and `WORKDIR`; every mistake becomes one line."""
+def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
+    """Sets `CONFIG` and the other flags; every mistake becomes one line."""
     try:
         remaining = flags.FLAGS(argv)
-        missing = [f"--{flag.name}" for flag in (CONFIG, WORKDIR) if flag.value is None]
+        missing = [f"--{flag.name}" for flag in required if flag.value is None]
         if not missing:
             CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

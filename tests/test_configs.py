@@ -26,6 +26,7 @@ def test_hyperparameters_are_the_published_ones(recipe):
     assert tuple(config[key] for key in keys) == PUBLISHED[recipe]
     assert {key: config[key] for key in SHARED} == SHARED
     assert config.model in PRESETS and config.template in TEMPLATES and config.is_locked
+    assert 0 < config.max_rows_per_device <= 4
 
 
 def test_a_bare_recipe_is_7b_v1_5():
@@ -57,5 +58,5 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
     for flag in ("config", "workdir"):
         main.flags.FLAGS[flag].value = None
     with pytest.raises(UserError) as error:
-        main.parse_flags(["main", *arguments])
+        main.parse_flags(["main", *arguments], (main.CONFIG, main.WORKDIR))
     assert message in str(error.value) and "\n" not in str(error.value)

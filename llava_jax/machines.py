@@ -1,0 +1,185 @@
+"""What accelerators can do: memory, arithmetic, links. Each figure is of one JAX device, its source beside it.
+
+Sources: [docs] cloud.google.com/tpu/docs, the page of each version; [book] "How to Scale Your Model",
+jax-ml.github.io/scaling-book, table of TPU figures; [libtpu] the memory that its compiler says is available; [xla]
+the device descriptions of openxla/xla, xla/backends/gpu/target_config/specs; [nvidia] data sheets of the products and
+of the DGX systems that hold them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """One device of a TPU slice.
+
+    Attributes:
+      name: as targets have it; `topology` is libtpu's own name for it.
+      kind: `device_kind` of JAX.
+      memory: bytes of HBM that a program can use.
+      flops: peak bfloat16 FLOP/s.
+      bandwidth: bytes/s of HBM.
+      link: bytes/s of one ICI link in one direction.
+      axes: 2 for a grid, 3 for a cube.
+      wraps: an axis closes to a ring where its length is a multiple of this.
+      cores: devices of a chip.
+      options: what libtpu wants to know besides the topology.
+    """
+
+    name: str
+    topology: str
+    kind: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    axes: int
+    wraps: int
+    slices: tuple[str, ...]
+    cores: int = 1
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+      name, kind, flops, bandwidth: as of `Tpu`; dense bfloat16, without sparsity.
+      memory: bytes in all; JAX takes a fraction of them.
+      link: bytes/s to the other GPUs of the host, in one direction.
+      network: bytes/s to other hosts, in one direction: the share of one GPU.
+      capability, cores, fpus, shared_memory, l2_cache, clock: what XLA's compiler wants to know.
+    """
+
+    name: str
+    kind: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    capability: int
+    cores: int
+    fpus: int
+    shared_memory: int
+    l2_cache: int
+    clock: float
+
+
+GRID = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # [docs]
+CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # [docs]
+
+TPUS = {
+    tpu.name: tpu
+    for tpu in (
+        # memory [libtpu]; FLOP/s and bandwidth [docs]; links and wraparound [book].
+        Tpu(
+            "v4",
+            "v4",
+            "TPU v4",
+            memory=30.75 * GiB,
+            flops=275e12,
+            bandwidth=1228e9,
+            link=45e9,
+            axes=3,
+            wraps=4,
+            slices=CUBE,
+            options={"chip_config_name": "megacore"},  # both cores of a chip are one device, as on the machine
+        ),
+        Tpu("v5e", "v5e", "TPU v5 lite", 15.75 * GiB, 197e12, 819e9, 45e9, axes=2, wraps=16, slices=GRID),
+        Tpu("v5p", "v5p", "TPU v5", 95.74 * GiB, 459e12, 2765e9, 90e9, axes=3, wraps=4, slices=CUBE),
+        Tpu("v6e", "v6e", "TPU v6 lite", 31.25 * GiB, 918e12, 1640e9, 90e9, axes=2, wraps=16, slices=GRID),
+        # Two devices a chip: halves of 2307 TFLOP/s, 192 GB at 7380 GB/s, and of links of 100 GB/s each way [docs].
+        Tpu("7x", "tpu7x", "TPU7x", 94.75 * GiB, 1153.5e12, 3690e9, 50e9, axes=3, wraps=4, slices=CUBE, cores=2),
+    )
+}
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # memory, bandwidth and what the compiler wants [xla]; FLOP/s and NVLink [nvidia]; network of DGX A100, H100,
+        # H200 and B200: an adapter of 200, 400, 400 and 400 Gbit/s a GPU [nvidia].
+        Gpu(
+            "a100",
+            "NVIDIA A100-SXM4-80GB",
+            memory=85100068864,
+            flops=312e12,
+            bandwidth=2039.04e9,
+            link=300e9,
+            network=25e9,
+            capability=8,
+            cores=108,
+            fpus=64,
+            shared_memory=167936,
+            l2_cache=41943040,
+            clock=1.41,
+        ),
+        Gpu(
+            "h100",
+            "NVIDIA H100 80GB HBM3",
+            memory=84942979072,
+            flops=989.4e12,
+            bandwidth=3352.32e9,
+            link=450e9,
+            network=50e9,
+            capability=9,
+            cores=132,
+            fpus=128,
+            shared_memory=233472,
+            l2_cache=52428800,
+            clock=1.98,
+        ),
+        Gpu(
+            "h200",
+            "NVIDIA H200",
+            memory=151397597184,
+            flops=989.4e12,
+            bandwidth=4800e9,
+            link=450e9,
+            network=50e9,
+            capability=9,
+            cores=132,
+            fpus=128,
+            shared_memory=233472,
+            l2_cache=52428800,
+            clock=1.98,
+        ),
+        Gpu(
+            "b200",
+            "NVIDIA B200",
+            memory=191514411008,
+            flops=2250e12,
+            bandwidth=7672.32e9,
+            link=900e9,
+            network=50e9,
+            capability=10,
+            cores=148,
+            fpus=128,
+            shared_memory=233472,
+            l2_cache=132644864,
+            clock=1.965,
+        ),
+    )
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a JAX device, None for what the tables lack (CPUs)."""
+    machines = (*TPUS.values(), *GPUS.values())
+    return next((machine.flops for machine in machines if machine.kind == device_kind), None)
+
+
+def tpu_send_rate(tpu: Tpu, topology: str) -> float:
+    """Bytes/s that a device of a slice can send if all its links are busy, on average over the devices.
+
+    An axis of length d has d links each way if it closes to a ring, d - 1 else; a ring of 2 is one link.
+    """
+    links = 0.0
+    for length in map(int, topology.split("x")):
+        closed = length % tpu.wraps == 0
+        links += 2.0 if closed else 2 * (length - 1) / length
+    return links * tpu.link
