@@ -33,6 +33,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
+    # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
+    "wandb": ["wandb>=0.19"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set and what draws the loss curve.
@@ -59,7 +61,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"]
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"]
 
 setup(
     name="llava_jax",

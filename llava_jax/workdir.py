@@ -15,7 +15,10 @@ from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Sample
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
-NEUTRAL = ("mesh", "data.workers", "max_rows_per_device", "remat", "log_every", "eval_every", "save_every", "keep")
+NEUTRAL = (
+    *("mesh", "data.workers", "max_rows_per_device", "remat", "log_every", "eval_every", "save_every", "keep"),
+    *("profile.", "compilation_cache", "wandb."),
+)
 
 
 def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
