@@ -9,11 +9,11 @@ example, in a script (what is set already comes last, and so wins):
 
 A flag is here only if it changes the compiled training step: tests compile with every one of them. Left out, since the
 program of LLaVA-1.5-7B's step (16 chips or 8 GPUs, FSDP, jax 0.10.2) was the same with and without them, are those that
-other code bases set and that are the default by now:
+other code bases set:
   TPU  xla_tpu_enable_async_collective_fusion, ..._fuse_all_gather, ..._multiple_steps,
        xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather; and, which concern several slices only,
        xla_tpu_enable_data_parallel_all_reduce_opt, xla_tpu_data_parallel_opt_different_sized_ops
-  GPU  xla_gpu_enable_latency_hiding_scheduler
+  GPU  xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_reduce_scatter
 """
 
 import os
@@ -33,10 +33,8 @@ V6E = TPU | {
 }
 
 GPU = {
-    # A layer of a scan needs its weights gathered first. These gather those of the next layer, and scatter the
-    # gradients of the last one, while a layer computes.
+    # A layer of a scan needs its weights gathered first: those of the next one are gathered while a layer computes.
     "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
     # Two layers an iteration with two buffers, so that what is gathered ahead need not be copied.
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
