@@ -16,6 +16,8 @@ import pytest
 import tiny
 import yaml
 
+from configs import common
+from llava_jax import train
 from llava_jax.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +307,18 @@ def test_a_stopped_worker_has_saved(worker, tmp_path):
     assert worker("status").stdout == "interrupted\n"
     assert "stopped by SIGTERM at step" in worker("follow").stdout
     assert open_checkpoint(workdir).step > 0
+
+
+def test_the_log_has_the_lines_that_the_readme_shows(tmp_path, capsys):
+    blocks = re.findall(r"^```text\n(.*?)^```", (LAUNCH / "README.md").read_text(), re.M | re.S)
+    at_start, at_resume, at_end = ([re.escape(line).replace("…", ".+") for line in b.splitlines()] for b in blocks)
+    config = common.get_config()
+    config.update({"init": str(tiny.checkpoint(tmp_path)), "max_length": 64, "batch_rows": 4, "steps": 2})
+    config.data.json, config.data.images = map(str, tiny.data(tmp_path))
+    for expected in ([*at_start, *at_end], [*at_resume, *at_end]):
+        train.train(config, str(tmp_path / "run"))
+        log = capsys.readouterr().err.splitlines()
+        assert [line for line in expected if not any(re.fullmatch(line, logged) for logged in log)] == []
 
 
 # ------------------------------------------------------------------------------------------- the other launchers
