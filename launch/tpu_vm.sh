@@ -158,12 +158,15 @@ on() {
     --command="cd $REMOTE && $(quote "${@:2}")"
 }
 
+# Stops at the first command that fails, also where `set -e` is off because the caller asks for the status.
 setup() {
-  local archive=/tmp/llava_jax.tar.gz
-  "$DRY_RUN" || archive="$(mktemp)"
-  run tar -czf "$archive" -C "$ROOT" --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./run .
-  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:llava_jax.tar.gz" --project="$PROJECT" --zone="$ZONE" --worker=all
+  local archive=/tmp/llava_jax.tar.gz copied=0
+  "$DRY_RUN" || archive="$(mktemp)" || return
+  run tar -czf "$archive" -C "$ROOT" --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./run . &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$NAME:llava_jax.tar.gz" \
+      --project="$PROJECT" --zone="$ZONE" --worker=all || copied=$?
   run rm "$archive"
+  [ "$copied" -eq 0 ] || return "$copied"
   run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker=all \
     --command="mkdir -p $REMOTE && tar -xzf llava_jax.tar.gz -C $REMOTE && $REMOTE/launch/worker.sh setup tpu"
 }

@@ -214,6 +214,7 @@ case "$*" in
     cat state ;;
   *"queued-resources create"*) echo ACTIVE >state ;;
   *"queued-resources delete"*) rm state ;;
+  *"tpu-vm scp"*) exit "${SCP:-0}" ;;
   *"worker.sh follow"*)
     # The first life of the slice ends while it trains, and so does the connection; the second reaches the end.
     if [ "$(grep -c 'queued-resources create' calls)" -eq 1 ]; then
@@ -247,6 +248,16 @@ def test_a_training_that_failed_is_not_repeated(tmp_path):
     result, calls = train_on_a_slice_that_is_preempted_once(tmp_path, "failed")
     assert result.returncode == 1 and "error: the training failed" in result.stderr
     assert calls == ["create", "setup", "start", "delete", "create", "setup", "start"]
+
+
+def test_a_slice_that_cannot_be_set_up_is_not_trained_on_and_given_up_in_the_end(tmp_path):
+    command_that(tmp_path, "gcloud", f"cd {tmp_path}\n{GCLOUD}")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLAVA_POLL": "0", "OUTCOME": "none", "SCP": "1"}
+    name, *options = DRY_RUNS["tpu_vm"]
+    result = run("tpu_vm", name, "--restarts=1", *options, **variables)
+    assert result.returncode == 1 and "error: interrupted more than 1 times (--restarts)" in result.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("tpu-vm scp") == 2 and "tpu-vm ssh" not in calls
 
 
 def test_a_slice_that_cannot_be_asked_for_is_an_error(tmp_path):
