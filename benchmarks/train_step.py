@@ -94,6 +94,7 @@ def jax_step(config: LlavaConfig) -> Step:
 
     from llava_jax import optim
     from llava_jax.data.plan import Layout
+    from llava_jax.sharding import make_mesh
     from llava_jax.train import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
@@ -104,7 +105,8 @@ def jax_step(config: LlavaConfig) -> Step:
     optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     layout = Layout(ROWS, 1, LENGTH, 1, ANSWER, config.image_tokens, config.vision.image_size)
-    step_fn = jax.jit(functools.partial(train_step, StepSettings(config, layout), optimizer), donate_argnums=0)
+    settings = StepSettings(config, layout, make_mesh({"fsdp": -1}))
+    step_fn = jax.jit(functools.partial(train_step, settings, optimizer), donate_argnums=0)
 
     def take_step(number: int) -> float:
         nonlocal state

@@ -38,8 +38,9 @@ def get_config() -> ConfigDict:
     config.label_slots = 0
     # At most so many rows on a device at once: more are accumulated. 0 sets no limit.
     config.max_rows_per_device = 0
-    # Devices by axis: batch and, under fsdp, parameters are split over data x fsdp. One may be -1: all that remain.
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    # Devices by axis; one may be -1: all that remain. Rows are split over data x fsdp, parameters over fsdp x tensor:
+    # fsdp gathers a layer's parameters when it is computed, tensor splits the computation of each layer.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     config.epochs = 1.0  # parts of one round up to whole steps
     config.steps = 0  # overrides epochs unless 0
@@ -56,8 +57,11 @@ def get_config() -> ConfigDict:
     # CPU, float32 and the type of the checkpoint. Trained parameters and Adam's moments are float32.
     config.compute_dtype = ""
     config.frozen_dtype = ""
-    # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer.
+    # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer, "save_qkv" all but queries,
+    # keys and values; "offload" is "full" with what it keeps in the memory of the host.
     config.remat = "full"
+    # How attention is computed: "xla", "chunked", "splash" (TPU), "cudnn" (GPU); "" is the fastest that is right.
+    config.attention = ""
 
     config.log_every = 1  # steps
     config.eval_every = 0  # steps between validation losses; 0 only at the end. Needs data.holdout.

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.images import ASPECTS
-from llava_jax.models.layers import REMAT_POLICIES
+from llava_jax.models.attention import BACKENDS
+from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.optim import STAGES
 
 DTYPES = ("", "float32", "bfloat16")
@@ -20,6 +21,7 @@ CHOICES = {
     "compute_dtype": DTYPES,
     "frozen_dtype": DTYPES,
     "remat": tuple(REMAT_POLICIES),
+    "attention": ("", *BACKENDS),
 }
 AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
 AT_LEAST_0 = (

@@ -6,7 +6,7 @@ Axes: G groups, R positions of a group's rows, K label slots of a group, D embed
 import jax
 import jax.numpy as jnp
 
-from llava_jax.models.llama import Llama
+from llava_jax.models.llama import vocabulary_scores
 
 IGNORE_INDEX = -100
 # Slots of a group whose logits exist at a time: 512 x 32,000 float32 are 64 MB.
@@ -36,7 +36,9 @@ def compact(targets_GR: jax.Array, label_slots: int) -> tuple[jax.Array, jax.Arr
     return jax.vmap(compact_group)(targets_GR)
 
 
-def loss_sum(llm: Llama, hidden_BTD: jax.Array, targets_BT: jax.Array, num_groups: int, label_slots: int) -> jax.Array:
+def loss_sum(
+    head_DV: jax.Array, hidden_BTD: jax.Array, targets_BT: jax.Array, num_groups: int, label_slots: int
+) -> jax.Array:
     """Sum of the cross-entropies of all targets, float32.
 
     Most positions are images, questions and padding: the vocabulary projection is computed only where there is a
@@ -50,11 +52,11 @@ def loss_sum(llm: Llama, hidden_BTD: jax.Array, targets_BT: jax.Array, num_group
     hidden_GKD = hidden_GKD.astype(hidden_BTD.dtype)
     with jax.named_scope("loss"):
         if label_slots <= CHUNK:
-            return cross_entropy_sum(llm, hidden_GKD, target_GK)
-        return chunked_cross_entropy_sum(llm, hidden_GKD, target_GK)
+            return cross_entropy_sum(head_DV, hidden_GKD, target_GK)
+        return chunked_cross_entropy_sum(head_DV, hidden_GKD, target_GK)
 
 
-def chunked_cross_entropy_sum(llm: Llama, hidden_GKD: jax.Array, target_GK: jax.Array) -> jax.Array:
+def chunked_cross_entropy_sum(head_DV: jax.Array, hidden_GKD: jax.Array, target_GK: jax.Array) -> jax.Array:
     """The same in chunks of K, whose logits are computed again in the backward pass instead of kept."""
     G, K, D = hidden_GKD.shape
     padding = -K % CHUNK
@@ -64,13 +66,13 @@ def chunked_cross_entropy_sum(llm: Llama, hidden_GKD: jax.Array, target_GK: jax.
         hidden_GKD.reshape(G, -1, CHUNK, D).swapaxes(0, 1),
         target_GK.reshape(G, -1, CHUNK).swapaxes(0, 1),
     )
-    step = jax.checkpoint(lambda total, chunk: (total + cross_entropy_sum(llm, *chunk), None))
+    step = jax.checkpoint(lambda total, chunk: (total + cross_entropy_sum(head_DV, *chunk), None))
     return jax.lax.scan(step, jnp.float32(0), chunks)[0]
 
 
-def cross_entropy_sum(llm: Llama, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def cross_entropy_sum(head_DV: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """hidden [..., D], targets [...] -> the sum of -log softmax(logits)[target] where the target is not -100."""
-    logits = llm.logits(hidden)
+    logits = vocabulary_scores(hidden, head_DV)
     target = jnp.maximum(targets, 0)[..., None]
     log_likelihood = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     return -jnp.sum(jnp.where(targets == IGNORE_INDEX, 0.0, log_likelihood))

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -38,8 +39,10 @@ from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokeni
 from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
 from llava_jax.metrics import MetricsWriter, Screen
+from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import PRESETS, LlavaConfig
-from llava_jax.models.llava import Params, build
+from llava_jax.models.execution import Execution
+from llava_jax.models.llava import Params, abstract_params, build_from_pieces
 from llava_jax.profiling import Profile
 from llava_jax.workdir import claim, fingerprint
 
@@ -58,51 +61,95 @@ class StepSettings:
 
     model: LlavaConfig
     layout: Layout
+    mesh: Mesh
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+    packed: bool = True
     remat: str = "none"
     accumulation: int = 1
+
+    @functools.cached_property
+    def param_specs(self) -> dict[str, P]:
+        """How each parameter of the model is split."""
+        return {name: sharding.param_spec(self.mesh, name, v.shape) for name, v in abstract_params(self.model).items()}
+
+    def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
+        """The same of the named ones, without the axes that are the compiler's."""
+        return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
+
+    @property
+    def execution(self) -> Execution:
+        fsdp = sharding.Fsdp(self.param_specs, self.dtype) if sharding.axis_sizes(self.mesh)["fsdp"] > 1 else None
+        return Execution(self.attention, self.packed, self.remat, fsdp, self.mesh.shape["tensor"])
 
 
 # --------------------------------------------------------------------------------------------------------- the step
 
 
 def batch_loss(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
-    """Sum of the losses of a (micro)batch's targets."""
-    model = build(settings.model, trainable | frozen, settings.dtype)
-    hidden_BTD = model(batch, settings.remat)
+    """Sum of the losses of the targets in a device's rows of a (micro)batch, from its pieces of the parameters."""
+    model, execution = build_from_pieces(settings.model, trainable | frozen, settings.dtype), settings.execution
+    hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
-    return loss_sum(model.llm, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots)
+    head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
+    return loss_sum(head_DV, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots)
 
 
-def microbatches(batch: Batch, settings: StepSettings) -> Batch:
-    """Every array with a leading accumulation axis. Strided over groups, so that no row leaves its device."""
-
-    def cut(array: jax.Array) -> jax.Array:
-        A, rows = settings.accumulation, array.shape[0] // settings.layout.groups
-        array = array.reshape(settings.layout.groups // A, A, rows, *array.shape[1:]).swapaxes(0, 1)
-        return array.reshape(A, -1, *array.shape[3:])
-
-    return jax.tree.map(cut, batch)
+def count_targets(batch: Batch) -> jax.Array:
+    """Targets in all rows of all devices."""
+    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
+    return jax.lax.psum(jnp.sum(targets_BT != IGNORE_INDEX), sharding.BATCH_AXES)
 
 
 def loss_and_gradients(
     settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[jax.Array, Params]:
-    """The mean loss over all targets of the global batch and its gradients, whatever the accumulation."""
-    targets = next_token_targets(batch["labels"], batch["segment_ids"])
-    count = jnp.maximum(jnp.sum(targets != IGNORE_INDEX), 1)
+    """The mean loss over all targets of the batch and its gradients, whatever the devices and the accumulation."""
+    out_specs = (P(), settings.manual_specs(trainable))
+    return on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)(trainable, frozen, batch)
+
+
+def _loss_and_gradients(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+) -> tuple[jax.Array, Params]:
+    """What each device does for it, with its rows and its pieces of the parameters."""
+    count = jnp.maximum(count_targets(batch), 1)
 
     def mean_loss(trainable: Params, batch: Batch) -> jax.Array:
         return batch_loss(settings, trainable, frozen, batch) / count
 
     if settings.accumulation == 1:
-        return jax.value_and_grad(mean_loss)(trainable, batch)
+        loss, gradients = jax.value_and_grad(mean_loss)(trainable, batch)
+    else:
 
-    def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(trainable, microbatch)), None
+        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(trainable, microbatch)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(add, zero, microbatches(batch, settings))[0]
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
+        loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
+    # Each gradient so far is of the rows of one device or, where a weight was gathered, of those along `fsdp`.
+    summed = {
+        name: jax.lax.psum(
+            gradient, "data" if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES
+        )
+        for name, gradient in gradients.items()
+    }
+    return jax.lax.psum(loss, sharding.BATCH_AXES), summed
+
+
+def on_each_device(
+    function: Callable, settings: StepSettings, trainable: Params, frozen: Params, out_specs: Any
+) -> Callable:
+    """`function(settings, trainable, frozen, batch)` as every device runs it, on its pieces of these and its rows."""
+    return jax.shard_map(
+        functools.partial(function, settings),
+        mesh=settings.mesh,
+        in_specs=(settings.manual_specs(trainable), settings.manual_specs(frozen), P(sharding.BATCH_AXES)),
+        out_specs=out_specs,
+        axis_names=sharding.manual_axes(settings.mesh),
+        check_vma=False,  # kernels say nothing of it; `loss_and_gradients` sums what has to be summed itself
+    )
 
 
 def train_step(
@@ -120,16 +167,31 @@ def train_step(
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
 
+def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`train_step` to run or to compile ahead; `state` (arrays, or shapes with shardings) says where it lies."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole = sharding.replicated(settings.mesh)
+    return jax.jit(
+        functools.partial(train_step, settings, optimizer),
+        out_shardings=(shardings, {"loss": whole, "grad_norm": whole}),
+        donate_argnums=0,
+    )
+
+
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of the losses and number of targets of a batch."""
-    targets = next_token_targets(batch["labels"], batch["segment_ids"])
-    return batch_loss(settings, trainable, frozen, batch), jnp.sum(targets != IGNORE_INDEX)
+
+    def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss = jax.lax.psum(batch_loss(settings, trainable, frozen, batch), sharding.BATCH_AXES)
+        return loss, count_targets(batch)
+
+    return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)
 
 
 def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
     """Step 0, the optimizer's state sharded like the parameters from the moment it exists."""
     shapes = jax.eval_shape(optimizer.init, trainable)
-    shardings = jax.tree.map(lambda leaf: sharding.param_sharding(mesh, leaf.shape), shapes)
+    shardings = sharding.tree_shardings(mesh, shapes)
     optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trainable, optimizer_state)
 
@@ -190,7 +252,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
     batches = Batches(samples, encode, read_image, order, layout)
     validation_batches = Batches(samples, encode, read_image, validation, layout)
-    settings = StepSettings(model, layout, _compute_dtype(config), config.remat, _accumulation(config, layout, mesh))
+    settings = step_settings(config, model, layout, mesh)
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
     claim(directory, config, fingerprint(samples, lengths))
@@ -202,8 +264,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     start = checkpoints.latest
     held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
     shapes = held.abstract()
-    place = lambda name: sharding.param_sharding(mesh, shapes[name].shape)  # noqa: E731
-    frozen = held.load(frozen_names, _frozen_dtype(config), place)
+    sharding.check_replicated(mesh, shapes)
+    place = lambda name: sharding.param_sharding(mesh, name, shapes[name].shape)  # noqa: E731
+    frozen = held.load(frozen_names, frozen_dtype(config, jax.default_backend()), place)
     trainable = source.load(trainable_names, lambda name, stored: jnp.float32, place)
     state = init_state(optimizer, trainable, mesh)
     if start is None:
@@ -218,7 +281,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
 
     # ---- The loop
-    step_fn = jax.jit(functools.partial(train_step, settings, optimizer), donate_argnums=0)
+    step_fn = jit_step(settings, optimizer, state)
     eval_fn = jax.jit(functools.partial(eval_step, settings))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     rates = optim.schedules(config, steps)
@@ -303,6 +366,21 @@ def train(config: ConfigDict, workdir: str) -> None:
 # ------------------------------------------------------------------------------------------------- parts of the set-up
 
 
+def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
+    """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
+    platform, packed = mesh.devices.flat[0].platform, False
+    return StepSettings(
+        model=model,
+        layout=layout,
+        mesh=mesh,
+        dtype=jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16")),
+        attention=config.attention or choose_backend(platform, packed),
+        packed=packed,
+        remat=config.remat,
+        accumulation=_accumulation(config, layout, mesh),
+    )
+
+
 def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     if not config[key]:
         raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
@@ -334,13 +412,9 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     return get_template(config.template)
 
 
-def _compute_dtype(config: ConfigDict) -> jnp.dtype:
-    on_cpu = jax.default_backend() == "cpu"
-    return jnp.dtype(config.compute_dtype or ("float32" if on_cpu else "bfloat16"))
-
-
-def _frozen_dtype(config: ConfigDict) -> Callable[[str, jnp.dtype], jnp.dtype]:
-    chosen = config.frozen_dtype or ("" if jax.default_backend() == "cpu" else "bfloat16")
+def frozen_dtype(config: ConfigDict, platform: str) -> Callable[[str, jnp.dtype], jnp.dtype]:
+    """(name, stored type) -> the type in which a frozen parameter is loaded."""
+    chosen = config.frozen_dtype or ("" if platform == "cpu" else "bfloat16")
     return lambda name, stored: jnp.dtype(chosen) if chosen else stored
 
 
@@ -398,7 +472,7 @@ def _introduce(
         f"stage      {config.stage} in {directory}, from {config.init}",
         f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
         f"frozen     {_summary(frozen)}",
-        f"devices    {jax.device_count()} x {device.device_kind} as {dict(mesh.shape)}, "
+        f"devices    {jax.device_count()} x {device.device_kind} as {sharding.axis_sizes(mesh)}, "
         f"computing in {settings.dtype.name}",
         f"data       {len(order.samples):,} samples to train on, {mean:.0f} tokens each (image tokens included)",
         f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "

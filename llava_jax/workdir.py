@@ -16,8 +16,18 @@ from llava_jax.data.sources import Sample
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = (
-    *("mesh", "data.workers", "max_rows_per_device", "remat", "log_every", "eval_every", "save_every", "keep"),
-    *("profile.", "compilation_cache", "wandb."),
+    "mesh",
+    "data.workers",
+    "max_rows_per_device",
+    "remat",
+    "attention",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "profile.",
+    "compilation_cache",
+    "wandb.",
 )
 
 

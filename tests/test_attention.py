@@ -1,5 +1,7 @@
 """Attention and its mask, against torch and against the definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_jax.models.attention import attention, causal_segment_mask
+from llava_jax.models.attention import (
+    BACKENDS,
+    attention,
+    causal_segment_mask,
+    choose_backend,
+    dense_attention,
+    splash_attention,
+)
 
 B, T, N, H = 2, 7, 6, 8
 
@@ -30,14 +39,16 @@ def torch_attention(q, k, v, mask=None):
 @pytest.mark.parametrize("keys", [T, 11])
 def test_equals_torch_without_a_mask(kv_heads, keys):
     q, k, v = random_qkv(kv_heads, keys)
-    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v))), torch_attention(q, k, v), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        dense_attention(*map(jnp.asarray, (q, k, v))), torch_attention(q, k, v), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_equals_torch_on_packed_rows(kv_heads):
     q, k, v = random_qkv(kv_heads)
     mask = causal_segment_mask(jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]]))
-    ours = attention(*map(jnp.asarray, (q, k, v)), mask)
+    ours = dense_attention(*map(jnp.asarray, (q, k, v)), mask)
     np.testing.assert_allclose(ours, torch_attention(q, k, v, mask), rtol=0, atol=1e-5)
 
 
@@ -46,7 +57,7 @@ def test_gradients_equal_torch():
     mask = causal_segment_mask(jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]]))
     weights = np.random.default_rng(1).normal(size=(B, T, N, H)).astype(np.float32)
 
-    ours = jax.grad(lambda qkv: (attention(*qkv, mask) * weights).sum())([jnp.asarray(x) for x in (q, k, v)])
+    ours = jax.grad(lambda qkv: (dense_attention(*qkv, mask) * weights).sum())([jnp.asarray(x) for x in (q, k, v)])
 
     leaves = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -62,7 +73,7 @@ def test_softmax_is_computed_in_float32():
     q = jnp.array([1.0, 1.0], jnp.bfloat16).reshape(1, 1, 1, 2) * 2**0.5
     k = jnp.array([[256.0, 0.0], [256.0, 1.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     v = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 1, 1, 2), jnp.bfloat16)
-    weight = attention(q, k, v)[0, 0, 0, 0]
+    weight = dense_attention(q, k, v)[0, 0, 0, 0]
     assert weight.dtype == jnp.bfloat16
     assert abs(float(weight) - 1 / (1 + np.exp(-1))) < 0.02
 
@@ -78,3 +89,61 @@ def test_padding_attends_only_padding_and_is_attended_by_none():
     mask = np.asarray(causal_segment_mask(jnp.array([[1, 1, 0, 0]])))[0]
     assert not mask[2:, :2].any() and not mask[:2, 2:].any()
     assert mask.any(axis=1).all()  # no query is left without a key, which would be NaN
+
+
+LENGTH = 700  # several blocks and chunks, the last of them not full
+WIDTH = 64
+
+
+@functools.cache
+def packed_batch(kv_heads: int):
+    """q, k, v, segment ids with several samples a row and padding at the end, and weights of a loss."""
+    rng = np.random.default_rng(2)
+    q, k, v, weights = (
+        jnp.asarray(rng.normal(0, 1, (2, LENGTH, heads, WIDTH)), jnp.float32) for heads in (4, kv_heads, kv_heads, 4)
+    )
+    segments = np.zeros((2, LENGTH), np.int32)
+    segments[0, :690] = np.repeat([1, 2, 3], [17, 530, 143])
+    segments[1, :] = np.repeat([1, 2], [350, 350])
+    return q, k, v, jnp.asarray(segments), weights
+
+
+def interpreted_splash(q, k, v, segment_ids, packed):
+    return splash_attention(q, k, v, segment_ids, packed, interpret=True)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("xla", "cudnn")])
+def test_backends_equal_the_definition_on_packed_rows(backend, kv_heads, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "splash", interpreted_splash)
+    q, k, v, segments, weights = packed_batch(kv_heads)
+
+    def loss(qkv, backend):
+        return (attention(*qkv, segments, backend=backend) * weights).sum()
+
+    expected, expected_gradients = jax.value_and_grad(loss)((q, k, v), "xla")
+    value, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)((q, k, v), backend)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+def test_cudnn_refuses_packed_rows():
+    q, k, v, segments, _ = packed_batch(4)
+    with pytest.raises(ValueError, match="packed"):
+        attention(q, k, v, segments, backend="cudnn", packed=True)
+
+
+def test_the_backend_is_chosen_by_the_platform_and_never_one_that_would_mix_samples():
+    assert [choose_backend("cpu", packed) for packed in (False, True)] == ["xla", "xla"]
+    assert [choose_backend("tpu", packed) for packed in (False, True)] == ["splash", "splash"]
+    assert [choose_backend("gpu", packed) for packed in (False, True)] == ["cudnn", "chunked"]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "splash"])
+def test_a_vision_tower_has_577_tokens_and_heads_of_64(backend, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "splash", interpreted_splash)
+    q, k, v = (x[:, :577] for x in packed_batch(4)[:3])
+    np.testing.assert_allclose(
+        attention(q, k, v, backend=backend), attention(q, k, v, backend="xla"), rtol=0, atol=1e-5
+    )

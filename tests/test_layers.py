@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llava_jax.models.layers import LayerNorm, Linear, RMSNorm, remat, stack_layers
+from llava_jax.models.layers import LayerNorm, Linear, RMSNorm, stack_layers
 
 D = 48
 
@@ -78,24 +78,3 @@ def test_stacked_layers_are_initialised_apart():
     assert stack.kernel.shape == (3, D, D) and stack.bias.shape == (3, D)
     assert len({float(layer[0, 0]) for layer in stack.kernel[...]}) == 3
     np.testing.assert_allclose(np.std(np.asarray(stack.kernel[...]), axis=(1, 2)), 0.02, rtol=0.1)
-
-
-def test_remat_keeps_values_and_gradients_and_recomputes():
-    w, x = jnp.asarray(random(D, D)), jnp.asarray(random(2, D, seed=1))
-
-    def layer(w, x):
-        return jnp.tanh(jnp.tanh(x @ w) @ w).sum()
-
-    plain = jax.value_and_grad(remat(layer, "none"))(w, x)
-    full = jax.value_and_grad(remat(layer, "full"))(w, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, full)
-
-    def matmuls(policy):
-        return str(jax.make_jaxpr(jax.grad(remat(layer, policy)))(w, x)).count("dot_general")
-
-    assert matmuls("full") > matmuls("none")
-
-
-def test_unknown_remat_policy_is_an_error():
-    with pytest.raises(KeyError, match="half"):
-        remat(jnp.tanh, "half")

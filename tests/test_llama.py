@@ -112,11 +112,11 @@ def test_decoder_layer_equals_transformers():
     torch_layer = reference.randomize(LlamaDecoderLayer(torch_config, layer_idx=0))
     x = np.random.default_rng(0).normal(size=(2, 7, CONFIG.hidden_size)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]])
-    mask = causal_segment_mask(jnp.array([[1] * 7, [1] * 3 + [2] * 4]))
+    segments = jnp.array([[1] * 7, [1] * 3 + [2] * 4])
     with torch.no_grad():
         expected = torch_layer(
             torch.from_numpy(x),
-            attention_mask=torch.tensor(np.asarray(mask))[:, None],
+            attention_mask=torch.tensor(np.asarray(causal_segment_mask(segments)))[:, None],
             position_embeddings=LlamaRotaryEmbedding(torch_config)(torch.from_numpy(x), torch.from_numpy(positions)),
         ).numpy()
     assert expected.std() > 0.5
@@ -129,7 +129,7 @@ def test_decoder_layer_equals_transformers():
         parameter = getattr(operator.attrgetter(module)(layer), name)
         parameter[...] = jnp.asarray(to_ours(entry, tensors.__getitem__)[0])
     rotation = decoder_without_weights().rotation(jnp.asarray(positions))
-    ours = nnx.jit(lambda layer, *args: layer(*args)[0])(layer, jnp.asarray(x), rotation, mask)
+    ours = nnx.jit(lambda layer, *args: layer(*args)[0])(layer, jnp.asarray(x), rotation, segments)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 

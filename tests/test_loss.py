@@ -43,7 +43,7 @@ def test_compacted_loss_and_gradient_are_the_dense_ones(llm, groups, spare, chun
     hidden = jnp.asarray(rng.normal(size=(4, 16, 48)), jnp.float32)
     targets = random_targets(rng, 4, 16, 3)
     slots = 3 * 4 // groups + spare
-    ours = jax.value_and_grad(lambda h: loss.loss_sum(llm, h, targets, groups, slots))(hidden)
+    ours = jax.value_and_grad(lambda h: loss.loss_sum(llm.head(h)[0], h, targets, groups, slots))(hidden)
     theirs = jax.value_and_grad(lambda h: dense_loss(llm, h, targets))(hidden)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
@@ -73,7 +73,7 @@ def test_logits_exist_only_at_label_slots(llm):
     flops = {
         name: jax.jit(f).lower(hidden).compile().cost_analysis()["flops"]
         for name, f in {
-            "compacted": lambda h: loss.loss_sum(llm, h, targets, 4, 4),
+            "compacted": lambda h: loss.loss_sum(llm.head(h)[0], h, targets, 4, 4),
             "dense": lambda h: dense_loss(llm, h, targets),
         }.items()
     }

@@ -2,14 +2,23 @@
 
 import jax
 import pytest
+import tiny
+from jax.sharding import AbstractMesh
 
 from llava_jax import sharding
 from llava_jax.cli import UserError
+from llava_jax.models.config import PRESETS
+from llava_jax.models.llava import abstract_params
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {"data": data, "fsdp_x": fsdp, "tensor": tensor}
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 def test_one_axis_may_take_the_rest():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1})
-    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count()}
+    assert sharding.axis_sizes(mesh) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
     assert sharding.batch_shards(mesh) == jax.device_count()
     for axes in ({"data": -1, "fsdp": -1}, {"data": 3, "fsdp": 5}, {"data": 0, "fsdp": -1}):
         with pytest.raises(UserError, match="does not make up"):
@@ -17,7 +26,45 @@ def test_one_axis_may_take_the_rest():
 
 
 @pytest.mark.parametrize(
-    "shape,axis", [((32, 4096, 11008), 2), ((3, 6, 10), None), ((7, 8, 9), 1), ((4096,), None), ((), None)]
+    "axes,name,shape,expected",
+    [
+        ({"fsdp": 8}, "llm.layers.attention.q_proj.kernel", (2, 64, 32), (None, "fsdp", None)),
+        ({"fsdp": 4, "tensor": 2}, "llm.layers.attention.q_proj.kernel", (2, 64, 32), (None, "fsdp", "tensor")),
+        ({"fsdp": 8}, "llm.layers.mlp.down_proj.kernel", (2, 96, 64), (None, "fsdp", None)),
+        ({"fsdp": 4, "tensor": 2}, "llm.layers.mlp.down_proj.kernel", (2, 96, 64), (None, "tensor", "fsdp")),
+        ({"fsdp": 8}, "llm.layers.mlp.down_proj.kernel", (2, 97, 64), (None, None, "fsdp")),
+        ({"fsdp": 4, "tensor": 2}, "llm.lm_head.kernel", (64, 401), ("fsdp", None)),
+        ({"fsdp": 8}, "llm.layers.input_layernorm.scale", (2, 64), (None, None)),
+        ({"data": 8}, "llm.layers.attention.q_proj.kernel", (2, 64, 32), (None, None, None)),
+    ],
 )
-def test_the_longest_divisible_axis_is_split(shape, axis):
-    assert sharding.split_axis(shape, 4) == axis
+def test_a_parameter_is_split_as_the_tables_say(axes, name, shape, expected):
+    spec = sharding.param_spec(abstract_mesh(**axes), name, shape)
+    assert tuple("fsdp" if axis == sharding.FSDP_RINGS else axis for axis in spec) == expected
+
+
+def test_too_much_on_every_device_is_an_error():
+    shapes = abstract_params(tiny.config())
+    sharding.check_replicated(abstract_mesh(data=8), shapes)
+    with pytest.raises(UserError, match=r"on every device, most of them \S+embedding"):
+        sharding.check_replicated(abstract_mesh(fsdp=7), shapes)
+    for preset in PRESETS.values():
+        sharding.check_replicated(abstract_mesh(fsdp=256), abstract_params(preset))
+
+
+@pytest.mark.parametrize(
+    "shape,data,tensor,expected",
+    [
+        ((1, 8, 8, 1, 1), 1, 1, ([1] * 5, [1, 8, 8, 1, 1], [1] * 5)),
+        ((2, 4, 4, 1, 1), 2, 1, ([2, 1, 1, 1, 1], [1, 4, 4, 1, 1], [1] * 5)),
+        ((1, 4, 4, 1, 1), 2, 2, ([1, 2, 1, 1, 1], [1, 2, 2, 1, 1], [1, 1, 2, 1, 1])),
+        ((1, 2, 2, 4, 2), 1, 4, ([1] * 5, [1, 2, 2, 2, 1], [1, 1, 1, 2, 2])),
+    ],
+)
+def test_data_takes_the_outer_links_and_tensor_the_inner(shape, data, tensor, expected):
+    assert sharding.factor(shape, data, tensor) == expected
+
+
+def test_a_factor_that_no_axis_has_is_an_error():
+    with pytest.raises(UserError, match="a factor 3"):
+        sharding.factor((1, 4, 4, 1, 1), 3, 1)

@@ -29,6 +29,7 @@ from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import abstract_params
 from llava_jax.sharding import make_mesh
 
@@ -70,14 +71,14 @@ def random_batches(model, count: int, rows: int = 4, length: int = 40, seed: int
     return batches
 
 
-def settings_for(model, batch, **changes) -> train.StepSettings:
+def settings_for(model, batch, mesh=None, **changes) -> train.StepSettings:
     rows, length = batch["tokens"].shape
     slots = batch["images"].shape[1]
     groups = batch["images"].shape[0]
     layout = Layout(
         rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size
     )
-    return train.StepSettings(model, layout, **changes)
+    return train.StepSettings(model, layout, mesh or make_mesh({"fsdp": -1}), **changes)
 
 
 def split_params(params, stage):
@@ -148,7 +149,7 @@ def test_fifty_steps_have_the_losses_of_torch(stage, clip):
     settings = settings_for(model, batches[0])
     trainable, frozen = split_params(params, stage)
     optimizer = optim.make_optimizer(config, trainable, steps)
-    state = train.init_state(optimizer, trainable, make_mesh({"data": 1, "fsdp": -1}))
+    state = train.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
     step = jax.jit(lambda state, batch: train.train_step(settings, optimizer, state, frozen, batch))
     ours = []
     for batch in batches:
@@ -187,7 +188,7 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
     for stage in ("pretrain", "finetune"):
         trainable, frozen = split_params(tiny.params(model), stage)
         optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
-        state = train.init_state(optimizer, trainable, make_mesh({"data": 1, "fsdp": -1}))
+        state = train.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
 
         def step(state, frozen, batch, optimizer=optimizer):
             return train.train_step(settings, optimizer, state, frozen, batch)
@@ -234,7 +235,7 @@ def test_remat_changes_nothing():
         jax.jit(train.loss_and_gradients, static_argnums=0)(
             settings_for(model, batch, remat=remat), trainable, frozen, batch
         )
-        for remat in ("none", "full")
+        for remat in REMAT_POLICIES
     ]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     for name, gradient in results[0][1].items():
@@ -512,4 +513,4 @@ def test_rows_that_do_not_split_are_refused():
     config = make_config(batch_rows=6, max_rows_per_device=2)
     layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
-        train._accumulation(config, layout, make_mesh({"data": 1, "fsdp": -1}))
+        train._accumulation(config, layout, make_mesh({"fsdp": -1}))

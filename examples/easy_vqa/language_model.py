@@ -148,7 +148,7 @@ def run_steps(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         # Padding follows what is learned, and a token sees only what precedes it: one segment will do.
         hidden_BTD = llm(llm.embed_tokens(tokens_BT), positions_BT, jnp.ones_like(tokens_BT))
-        return cross_entropy_sum(llm, hidden_BTD, targets_BT) / jnp.sum(targets_BT != IGNORE_INDEX)
+        return cross_entropy_sum(llm.head(hidden_BTD)[0], hidden_BTD, targets_BT) / jnp.sum(targets_BT != IGNORE_INDEX)
 
     def step(state: tuple, batch: tuple) -> tuple:
         params, moments = state

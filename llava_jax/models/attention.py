@@ -1,44 +1,146 @@
-"""Attention behind one function.
+"""Attention behind one function, with a backend for each kind of machine.
 
 Axes: B batch, T queries, S keys, N heads, K key/value heads, H head width, R = B K, Q = T N / K.
 """
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+# Queries whose scores exist at a time in `chunked_attention`.
+CHUNK = 512
+# Splash works on blocks of at most so many queries and keys; TPUs have 128 lanes.
+SPLASH_BLOCK, LANES = 512, 128
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
+def attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    *,
+    backend: str = "xla",
+    packed: bool = True,
+) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], softmax in float32; K may divide N (grouped queries).
 
-    `mask_BTS` says which keys a query sees; a query must see at least one.
+    With segment ids (a decoder's) a token sees itself and what precedes it in its segment; without (a vision tower's)
+    all see all. `packed` says that rows may hold several segments; else each holds one and then padding, and what is
+    computed for padding is of no use to anyone. Raises ValueError where the backend cannot do that.
     """
+    with jax.named_scope("attention"):
+        return BACKENDS[backend](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed)
+
+
+def choose_backend(platform: str, packed: bool) -> str:
+    """The fastest backend that is right on a platform ("cpu", "tpu", "gpu")."""
+    if platform == "gpu":
+        return "chunked" if packed else "cudnn"
+    return {"cpu": "xla", "tpu": "splash"}[platform]
+
+
+def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS: jax.Array | None = None) -> jax.Array:
+    """Attention by its definition. `mask_BTS` says which keys a query sees; a query must see at least one."""
     return attention_by_head(q_BTNH, by_head(k_BSKH), by_head(v_BSKH), mask_BTS)
+
+
+def xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
+    mask_BTT = None if segment_ids_BT is None else causal_segment_mask(segment_ids_BT)
+    return dense_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT)
+
+
+def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
+    """Chunk by chunk of the queries, whose scores are computed again in the backward pass instead of kept."""
+    B, T, N, H = q_BTNH.shape
+    if segment_ids_BT is None or T <= CHUNK:
+        return xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed)
+    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT = (pad_axis(x, 1, CHUNK) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+    k_RSH, v_RSH = by_head(k_BTKH), by_head(v_BTKH)
+    positions_S = jnp.arange(k_RSH.shape[1])
+
+    @jax.checkpoint
+    def attend(chunk: tuple[jax.Array, ...]) -> jax.Array:
+        q_BCNH, segment_ids_BC, positions_C = chunk
+        same_BCS = segment_ids_BC[:, :, None] == segment_ids_BT[:, None, :]
+        causal_CS = positions_C[:, None] >= positions_S[None]
+        return attention_by_head(q_BCNH, k_RSH, v_RSH, same_BCS & causal_CS[None])
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return x.reshape(B, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    attended = jax.lax.map(attend, (chunks(q_BTNH), chunks(segment_ids_BT), positions_S.reshape(-1, CHUNK)))
+    return attended.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
+
+
+def splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, interpret: bool = False) -> jax.Array:
+    """JAX's Pallas kernel for TPUs: no scores in memory, blocks that the mask empties are skipped.
+
+    Sequences are padded to whole lanes in a segment of their own, heads with zeros.
+    """
+    (B, T, N, H), scale = q_BTNH.shape, q_BTNH.shape[-1] ** -0.5
+    segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    segments_BT = pad_axis(segments_BT, 1, LANES)
+    q_BNTH, k_BKTH, v_BKTH = (
+        pad_axis(pad_axis(x, 1, LANES), 3, LANES).swapaxes(1, 2) for x in (q_BTNH * scale, k_BTKH, v_BTKH)
+    )
+    kernel = _splash_kernel(segments_BT.shape[1], N, segment_ids_BT is not None, interpret)
+    attended_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
+    return attended_BNTH.swapaxes(1, 2)[:, :T, :, :H]
+
+
+def _splash_kernel(length: int, heads: int, causal: bool, interpret: bool) -> Callable:
+    mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
+    block = math.gcd(length, SPLASH_BLOCK)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    return splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+    )
+
+
+def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
+    """cuDNN's fused kernel for GPUs. It knows no segments: unpacked rows need none, since padding comes last."""
+    if packed and segment_ids_BT is not None:
+        raise ValueError("cuDNN's attention would see across the samples of packed rows: use the backend 'chunked'")
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=segment_ids_BT is not None, implementation="cudnn"
+    )
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_attention,
+    "chunked": chunked_attention,
+    "splash": splash_attention,
+    "cudnn": cudnn_attention,
+}
 
 
 def attention_by_head(
     q_BTNH: jax.Array, k_RSH: jax.Array, v_RSH: jax.Array, mask_BTS: jax.Array | None = None
 ) -> jax.Array:
-    """`attention` to keys and values as a cache has them, R = B K: they are read where they are, without a copy.
+    """`dense_attention` to keys and values as a cache has them, R = B K: they are read where they are, without a copy.
 
     Scores exist once, the Q queries of a key/value head beside each other, and what is divided are the sums: on CPUs
     `jax.nn.dot_product_attention`, which moves the axes of the scores about, takes twice as long.
     """
-    with jax.named_scope("attention"):
-        (B, T, N, H), (R, S, _) = q_BTNH.shape, k_RSH.shape
-        K = R // B
-        q_RQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(R, -1, H)
-        scores_RQS = jnp.einsum("RQH,RSH->RQS", q_RQH, k_RSH, preferred_element_type=jnp.float32) * H**-0.5
-        if mask_BTS is not None:
-            bias_BTS = jnp.where(mask_BTS, 0.0, -jnp.inf)  # added, since a gradient need not know what was added
-            scores_RQS += jnp.broadcast_to(bias_BTS[:, None, None], (B, K, N // K, T, S)).reshape(scores_RQS.shape)
-        largest_RQ1 = jax.lax.stop_gradient(jnp.max(scores_RQS, axis=-1, keepdims=True))
-        weights_RQS = jnp.exp(scores_RQS - largest_RQ1)
-        sums_RQ1 = jnp.sum(weights_RQS, axis=-1, keepdims=True)
-        attended_RQH = jnp.einsum(
-            "RQS,RSH->RQH", weights_RQS.astype(v_RSH.dtype), v_RSH, preferred_element_type=jnp.float32
-        )
-        attended_RQH = (attended_RQH / sums_RQ1).astype(v_RSH.dtype)
-        return attended_RQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    (B, T, N, H), (R, S, _) = q_BTNH.shape, k_RSH.shape
+    K = R // B
+    q_RQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(R, -1, H)
+    scores_RQS = jnp.einsum("RQH,RSH->RQS", q_RQH, k_RSH, preferred_element_type=jnp.float32) * H**-0.5
+    if mask_BTS is not None:
+        bias_BTS = jnp.where(mask_BTS, 0.0, -jnp.inf)  # added, since a gradient need not know what was added
+        scores_RQS += jnp.broadcast_to(bias_BTS[:, None, None], (B, K, N // K, T, S)).reshape(scores_RQS.shape)
+    largest_RQ1 = jax.lax.stop_gradient(jnp.max(scores_RQS, axis=-1, keepdims=True))
+    weights_RQS = jnp.exp(scores_RQS - largest_RQ1)
+    sums_RQ1 = jnp.sum(weights_RQS, axis=-1, keepdims=True)
+    attended_RQH = jnp.einsum(
+        "RQS,RSH->RQH", weights_RQS.astype(v_RSH.dtype), v_RSH, preferred_element_type=jnp.float32
+    )
+    attended_RQH = (attended_RQH / sums_RQ1).astype(v_RSH.dtype)
+    return attended_RQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def by_head(x_BTKH: jax.Array) -> jax.Array:
@@ -52,3 +154,10 @@ def causal_segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
     T = segment_ids_BT.shape[1]
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return same & jnp.tri(T, dtype=bool)[None]
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """`x` with zeros at the end of an axis, up to a multiple of a length."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)

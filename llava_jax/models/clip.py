@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.attention import attention
 from llava_jax.models.config import VisionConfig
-from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, broadcast_last, remat, stack_layers
+from llava_jax.models.execution import SINGLE, Execution
+from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, broadcast_last, stack_layers
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -33,19 +33,24 @@ class ClipVision(nnx.Module):
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
         self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's own head: stored for export only
 
-    def __call__(self, pixels_NHWC: jax.Array, num_layers: int, remat_policy: str = "none") -> jax.Array:
+    def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
         """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
         N = pixels_NHWC.shape[0]
-        patches_NPD = self.patch_embedding(pixels_NHWC)
+        patch_embedding = execution.whole("vision.patch_embedding", self.patch_embedding)
+        position_embedding = execution.whole("vision.position_embedding", self.position_embedding)
+        patches_NPD = patch_embedding(pixels_NHWC)
         x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
-        x_NSD += self.position_embedding[...].astype(x_NSD.dtype)[None]
+        x_NSD += position_embedding[...].astype(x_NSD.dtype)[None]
         x_NSD = self.pre_layernorm(x_NSD)
         layers = self.layers
         if num_layers < self.config.num_layers:
             layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
-        step = remat(lambda x_NSD, layer: (layer(x_NSD), None), remat_policy)
+
+        def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
+            return execution.whole("vision.layers", layer)(x_NSD, execution)
+
         with jax.named_scope("clip_layers"):
-            return jax.lax.scan(step, x_NSD, layers)[0]
+            return execution.scan_layers(step, x_NSD, layers)
 
     def class_token(self, num_images: int, dtype: jnp.dtype) -> jax.Array:
         token = self.class_embedding[...].astype(dtype)
@@ -77,8 +82,8 @@ class ClipLayer(nnx.Module):
         self.layernorm2 = LayerNorm(D, config.layer_norm_eps)
         self.mlp = ClipMlp(config, rngs=rngs)
 
-    def __call__(self, x_NSD: jax.Array) -> jax.Array:
-        x_NSD += self.attention(self.layernorm1(x_NSD))
+    def __call__(self, x_NSD: jax.Array, execution: Execution = SINGLE) -> jax.Array:
+        x_NSD += self.attention(self.layernorm1(x_NSD), execution)
         x_NSD += self.mlp(self.layernorm2(x_NSD))
         return x_NSD
 
@@ -92,13 +97,13 @@ class ClipAttention(nnx.Module):
         self.v_proj = Linear(D, D, bias=True, rngs=rngs)
         self.out_proj = Linear(D, D, bias=True, rngs=rngs)
 
-    def __call__(self, x_NSD: jax.Array) -> jax.Array:
+    def __call__(self, x_NSD: jax.Array, execution: Execution) -> jax.Array:
         N, S, D = x_NSD.shape
         q, k, v = (
             project(x_NSD).reshape(N, S, self.num_heads, D // self.num_heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v).reshape(N, S, D))
+        return self.out_proj(execution.attend(q, k, v).reshape(N, S, D))
 
 
 class ClipMlp(nnx.Module):

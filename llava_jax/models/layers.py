@@ -96,15 +96,3 @@ def broadcast_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """One module whose parameters have a leading layer axis, to be scanned over."""
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num_layers))
-
-
-# What the backward pass finds stored after a layer; everything else is computed again.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def remat(function: Callable, policy: str) -> Callable:
-    """`function` with its activations rematerialised by the named policy (Chen et al. 2016)."""
-    return function if policy == "none" else jax.checkpoint(function, policy=REMAT_POLICIES[policy])

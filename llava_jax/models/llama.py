@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import attention, attention_by_head, by_head, causal_segment_mask
+from llava_jax.models.attention import attention_by_head, by_head
 from llava_jax.models.config import TextConfig
-from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, remat, stack_layers
+from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
+from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, stack_layers
 
 
 class KVCache(NamedTuple):
@@ -40,26 +42,29 @@ class Llama(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, remat_policy: str = "none"
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, execution: Execution = SINGLE
     ) -> jax.Array:
         """Embedded tokens -> hidden states [B, T, D] after the last norm.
 
         Positions (int32) restart in every segment; a token sees itself and what precedes it in its segment.
         """
-        rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
-        step = remat(lambda x_BTD, layer: (layer(x_BTD, rotation, mask)[0], None), remat_policy)
+        rotation = self.rotation(positions_BT)
+
+        def step(x_BTD: jax.Array, layer: LlamaLayer) -> jax.Array:
+            layer = execution.whole("llm.layers", layer)
+            return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)[0]
+
         with jax.named_scope("llama_layers"):
-            x_BTD, _ = jax.lax.scan(step, x_BTD, self.layers)
-        return self.norm(x_BTD)
+            return self.norm(execution.scan_layers(step, x_BTD, self.layers))
 
     def prefill(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         """As calling, and the keys and values of the prompt with S = T."""
-        rotation, mask = self.rotation(positions_BT), causal_segment_mask(segment_ids_BT)
+        rotation = self.rotation(positions_BT)
         keys, values = [], []
         for layer in self.each_layer():
-            x_BTD, (k_BTKH, v_BTKH) = layer(x_BTD, rotation, mask)
+            x_BTD, (k_BTKH, v_BTKH) = layer(x_BTD, rotation, segment_ids_BT)
             keys.append(by_head(k_BTKH))
             values.append(by_head(v_BTKH))
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
@@ -103,12 +108,18 @@ class Llama(nnx.Module):
             return list(self.layers)
         return [jax.tree.map(lambda stacked, i=i: stacked[i], self.layers) for i in range(self.config.num_layers)]
 
+    def head(self, hidden: jax.Array, execution: Execution = SINGLE) -> tuple[jax.Array, jax.Array]:
+        """The vocabulary projection [D, V], whole as soon as `hidden`, which is returned too, needs it."""
+        if self.config.tie_word_embeddings:
+            embed_tokens, hidden = execution.whole_after("llm.embed_tokens", self.embed_tokens, hidden)
+            return embed_tokens.embedding[...].T, hidden
+        lm_head, hidden = execution.whole_after("llm.lm_head", self.lm_head, hidden)
+        return lm_head.kernel[...], hidden
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""
-        with jax.named_scope("logits"):
-            tied = self.config.tie_word_embeddings
-            kernel_DV = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
-            return jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel_DV, hidden = self.head(hidden)
+        return vocabulary_scores(hidden, kernel_DV)
 
     def rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [B, T, 1, H/2] of the rotary embedding (Su et al. 2021), angles in float32."""
@@ -116,6 +127,12 @@ class Llama(nnx.Module):
         frequencies = 1.0 / self.config.rope_theta**exponents
         angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
+
+
+def vocabulary_scores(hidden: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    """[..., D] -> float32[..., V]."""
+    with jax.named_scope("logits"):
+        return jnp.matmul(hidden, kernel_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -126,7 +143,7 @@ def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
 
 
 class Embedding(nnx.Module):
-    """`embedding` [V, D]. The table is gathered in its own type, so that its gradient adds up in it too."""
+    """`embedding` [V, D]. Rows are taken in the table's own type, so that its gradient adds up in it too."""
 
     def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (vocab_size, features)))
@@ -144,10 +161,12 @@ class LlamaLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x_BTD, rotation, mask_BTT) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(
+        self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """-> the new x and this layer's rotated keys and values [B, T, K, H]."""
         q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.feed(x_BTD, attention(q, k, v, mask_BTT)), (k, v)
+        return self.feed(x_BTD, execution.attend(q, k, v, segment_ids_BT)), (k, v)
 
     def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attention.project(self.input_layernorm(x_BTD), rotation)
@@ -178,7 +197,7 @@ class LlamaAttention(nnx.Module):
                 project(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
                 for project in (self.q_proj, self.k_proj, self.v_proj)
             )
-            return rotate(q, rotation), rotate(k, rotation), v
+            return tuple(checkpoint_name(x, QKV) for x in (rotate(q, rotation), rotate(k, rotation), v))
 
 
 class RowLinear(nnx.Module):

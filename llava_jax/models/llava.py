@@ -13,6 +13,7 @@ from flax import nnx
 
 from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.llama import Llama
 from llava_jax.models.projector import Projector
 
@@ -29,24 +30,24 @@ class Llava(nnx.Module):
         self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.llm = Llama(config.text, rngs=rngs)
 
-    def visual_features(self, images: jax.Array) -> jax.Array:
+    def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
 
         The tower is frozen in both stages: no gradient passes.
         """
         pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
-        hidden_NSD = self.vision(pixels, self.config.vision_layers_used)
+        hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
         if self.config.select_feature == "patch":
             hidden_NSD = hidden_NSD[:, 1:]
         return jax.lax.stop_gradient(hidden_NSD)
 
-    def encode_images(self, images: jax.Array) -> jax.Array:
+    def encode_images(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""
         leading = images.shape[:-3]
         with jax.named_scope("vision"):
-            features_NPD = self.visual_features(images.reshape(-1, *images.shape[-3:]))
+            features_NPD = self.visual_features(images.reshape(-1, *images.shape[-3:]), execution)
         with jax.named_scope("projector"):
-            projected_NPD = self.projector(features_NPD)
+            projected_NPD = execution.whole("projector", self.projector)(features_NPD)
         return projected_NPD.reshape(*leading, *projected_NPD.shape[1:])
 
     def embed(
@@ -54,21 +55,22 @@ class Llava(nnx.Module):
         tokens_BT: jax.Array,
         images_GIHWC: jax.Array | None = None,
         image_feature_index_BT: jax.Array | None = None,
+        execution: Execution = SINGLE,
     ) -> jax.Array:
         """The decoder's input [B, T, D]: word embeddings, and where the index is not -1 visual features.
 
         Rows come in G groups of B / G; the index (slot * P + patch) is local to the group's I image slots.
         """
-        x_BTD = self.llm.embed_tokens(tokens_BT).astype(self.dtype)
-        if images_GIHWC is None:
+        x_BTD = execution.lookup("llm.embed_tokens.embedding", self.llm.embed_tokens, tokens_BT).astype(self.dtype)
+        if images_GIHWC is None or images_GIHWC.shape[1] == 0:  # no pictures at all: no time for them either
             return x_BTD
-        features_GIPD = self.encode_images(images_GIHWC)
+        features_GIPD = self.encode_images(images_GIHWC, execution)
         return place_features(x_BTD, features_GIPD, image_feature_index_BT)
 
-    def __call__(self, batch: dict[str, jax.Array], remat_policy: str = "none") -> jax.Array:
+    def __call__(self, batch: dict[str, jax.Array], execution: Execution = SINGLE) -> jax.Array:
         """A batch of the training layout -> hidden states [B, T, D]."""
-        x_BTD = self.embed(batch["tokens"], batch["images"], batch["image_feature_index"])
-        return self.llm(x_BTD, batch["positions"], batch["segment_ids"], remat_policy)
+        x_BTD = self.embed(batch["tokens"], batch["images"], batch["image_feature_index"], execution)
+        return self.llm(x_BTD, batch["positions"], batch["segment_ids"], execution)
 
 
 def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Array) -> jax.Array:
@@ -115,8 +117,13 @@ def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -
 
     Raises ValueError with all missing, unexpected and misshapen names.
     """
+    check_names(params, _abstract(config, jnp.dtype(dtype).name)[1])
+    return build_from_pieces(config, params, dtype)
+
+
+def build_from_pieces(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
+    """The same from the pieces of parameters that a device has, whatever their shapes."""
     graphdef, shapes = _abstract(config, jnp.dtype(dtype).name)
-    check_names(params, shapes)
     state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
     return nnx.merge(graphdef, state)
 

@@ -1,0 +1,91 @@
+"""How a forward pass is carried out on a machine. What it computes does not depend on it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from llava_jax.models.attention import attention
+from llava_jax.sharding import Fsdp
+
+# Names of activations that policies refer to.
+LAYER_INPUT, QKV = "layer_input", "qkv"
+
+
+def everything_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive is not jax.lax.all_gather_p
+
+
+# What the backward pass finds stored after a layer; everything else is computed again (Chen et al. 2016).
+REMAT_POLICIES: dict[str, Callable] = {
+    "none": everything_but_gathered_weights,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_qkv": jax.checkpoint_policies.save_only_these_names(QKV),
+    # As `full`, but the inputs of the layers, which it keeps, wait in the memory of the host.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Attributes:
+    attention: backend, see `models.attention`.
+    packed: whether rows may hold several samples.
+    remat: what a layer keeps for the backward pass, see `REMAT_POLICIES`.
+    fsdp: how pieces of parameters become whole; None where every device has all.
+    tensor: over how many devices the heads are split.
+    """
+
+    attention: str = "xla"
+    packed: bool = True
+    remat: str = "none"
+    fsdp: Fsdp | None = None
+    tensor: int = 1
+
+    def whole(self, prefix: str, module: Any) -> Any:
+        """A module (`prefix` is its name), its weights gathered from the devices that hold their pieces."""
+        return module if self.fsdp is None else self.fsdp.whole(prefix, module)
+
+    def whole_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        """As `whole`, but not before `x` is computed, and with its gradient split before that of `x` is used.
+
+        The largest weights would else be in memory beside the layers' activations.
+        """
+        if self.fsdp is None:
+            return module, x
+        module, x = jax.lax.optimization_barrier((module, x))
+        return self.whole(prefix, module), x
+
+    def lookup(self, name: str, embedding: Any, tokens_BT: jax.Array) -> jax.Array:
+        """`embedding(tokens)`, whoever holds the table (`name`)."""
+        return embedding(tokens_BT) if self.fsdp is None else self.fsdp.lookup(name, embedding, tokens_BT)
+
+    def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT=None) -> jax.Array:
+        """`models.attention.attention`, each device its heads."""
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+            return attention(q, k, v, segment_ids, backend=self.attention, packed=self.packed)
+
+        if self.tensor == 1 or k_BTKH.shape[2] % self.tensor:
+            return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        heads = P(None, None, "tensor")
+        sharded = jax.shard_map(
+            local, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False
+        )
+        return sharded(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    def scan_layers(self, step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
+        """x = step(x, layer) for each of the stacked layers, keeping of each what the policy says."""
+        if self.remat != "none" or self.fsdp is not None:
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
+
+
+SINGLE = Execution()

@@ -1,0 +1,129 @@
+"""Every mesh trains the same model. Run by tests/test_meshes.py with eight fake devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_train import make_config, random_batches, settings_for
+
+from llava_jax import optim, sharding, train
+from llava_jax.checkpoint import Description, TrainingCheckpoints
+from llava_jax.models.config import TextConfig, VisionConfig
+
+STEPS = 10
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
+MODEL = tiny.config(
+    vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8), text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8)
+)
+
+
+def mesh_of(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
+
+
+def on(mesh, params):
+    return {name: jax.device_put(v, sharding.param_sharding(mesh, name, v.shape)) for name, v in params.items()}
+
+
+def start(stage: str, mesh, model, config):
+    """Optimizer, state and frozen parameters on a mesh."""
+    params = tiny.params(model)
+    names = optim.trainable_names(params, stage)
+    optimizer = optim.make_optimizer(config, names, STEPS)
+    trainable = on(mesh, {name: params[name] for name in names})
+    frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
+    return optimizer, train.init_state(optimizer, trainable, mesh), frozen
+
+
+def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
+    """(gradients of the first step, losses, weights) as numpy."""
+    config = make_config(stage, learning_rate=1e-2, weight_decay=0.1)
+    optimizer, state, frozen = start(stage, mesh, model, config)
+    (batch,) = random_batches(model, 1, rows=16)
+    settings = settings_for(model, batch, mesh=mesh, **changes)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step = train.jit_step(settings, optimizer, state)
+    losses = []
+    for number in range(STEPS):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+        if number == 0:  # Adam's first moment is (1 - beta1) of it
+            gradients = {name: moment / (1 - config.beta1) for name, moment in first_moments(state.optimizer).items()}
+    return gradients, losses, jax.device_get(state.trainable)
+
+
+def first_moments(optimizer_state) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(optimizer_state)
+    is_moment = jax.tree_util.GetAttrKey("mu")
+    return {path[-1].key: jax.device_get(leaf) for path, leaf in leaves if is_moment in path}
+
+
+@functools.cache
+def one_device(stage: str):
+    return train_ten_steps(stage, mesh_of((1, 1, 1)))
+
+
+def assert_agrees(run, reference) -> None:
+    (gradients, losses, weights), (expected_gradients, expected_losses, expected_weights) = run, reference
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert expected_losses[-1] < 0.99 * expected_losses[0], "nothing was learned: equal losses would say little"
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
+    for name, expected in expected_gradients.items():
+        np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-5 * largest, err_msg=name)
+    off = sum(np.sum((weights[name] - expected) ** 2) for name, expected in expected_weights.items())
+    norm = sum(np.sum(expected**2) for expected in expected_weights.values())
+    assert (off / norm) ** 0.5 < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_every_mesh_trains_as_one_device_does(sizes, stage):
+    assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
+
+
+@pytest.mark.parametrize("remat", ["full", "save_qkv"])
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_rematerialised_accumulated_and_chunked(sizes, remat):
+    changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
+    assert_agrees(train_ten_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
+
+
+def test_rings_of_a_torus(monkeypatch):
+    monkeypatch.setattr(sharding, "position", lambda device: (0, device.id // 4, device.id // 2 % 2, device.id % 2, 0))
+    mesh = mesh_of((2, 4, 1))
+    assert [mesh.shape[axis] for axis in mesh.axis_names] == [2, 1, 1, 2, 2, 1, 1]
+    assert_agrees(train_ten_steps("finetune", mesh), one_device("finetune"))
+
+
+def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
+    description = Description(MODEL, "v1", stage="finetune")
+    config = make_config("finetune")
+    states = [start("finetune", mesh_of(sizes), MODEL, config)[1] for sizes in ((1, 8, 1), (2, 2, 2))]
+    saved, other = states
+    saved = saved._replace(trainable=jax.tree.map(lambda x: x + 1, saved.trainable))
+    checkpoints = TrainingCheckpoints(tmp_path, description, keep=1)
+    checkpoints.save(3, saved.trainable, saved.optimizer, wait=True)
+    trainable, optimizer = checkpoints.restore(3, other.trainable, other.optimizer)
+    checkpoints.close()
+    for restored, like, value in zip(
+        *(
+            jax.tree.leaves((s.trainable, s.optimizer))
+            for s in (other._replace(trainable=trainable, optimizer=optimizer), other, saved)
+        ),
+        strict=True,
+    ):
+        assert restored.sharding == like.sharding
+        np.testing.assert_array_equal(restored, value)
+
+
+def test_no_device_holds_more_than_its_part():
+    for sizes in MESHES[1:]:
+        _, state, frozen = start("finetune", mesh_of(sizes), MODEL, make_config("finetune"))
+        parts = mesh_of(sizes).size // sizes[0]
+        for params in (state.trainable, frozen, state.optimizer):
+            held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+            whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            assert held < whole / parts * 1.3  # the vectors of so small a model are a good part of it
