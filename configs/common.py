@@ -68,4 +68,12 @@ def get_config() -> ConfigDict:
     config.save_every = 500  # steps
     config.keep = 2  # newest checkpoints
 
+    # Where compiled programs are kept for the next start: a directory or gs://..., shared by runs; "" keeps none.
+    config.compilation_cache = ""
+    # A trace of so many steps from this one on, under profile/ in the workdir (tensorboard --logdir); 0 steps is off.
+    config.profile = ConfigDict({"start": 10, "steps": 0})
+    # Weights & Biases beside TensorBoard, off without a project: pip install 'llava_jax[wandb]'. A name of "" is the
+    # workdir's.
+    config.wandb = ConfigDict({"project": "", "entity": "", "name": ""})
+
     return config

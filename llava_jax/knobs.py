@@ -1,5 +1,6 @@
 """What the values of a run's configuration may be; configs/common.py says what they mean."""
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -22,10 +23,11 @@ CHOICES = {
     "remat": tuple(REMAT_POLICIES),
     "attention": ("", *BACKENDS),
 }
-AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep")
+AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
 AT_LEAST_0 = (
     *("data.holdout", "data.workers", "image_slots", "label_slots", "max_rows_per_device", "steps", "epochs"),
     *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
+    "profile.steps",
     *("warmup_ratio", "beta1", "beta2"),
 )
 AT_MOST_1 = ("warmup_ratio",)
@@ -52,6 +54,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
     if not (config.steps or config.epochs):
         yield f"epochs is {config.epochs}, and so is steps: there is nothing to train"
+    if config.wandb.project and not importlib.util.find_spec("wandb"):
+        yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
 def _get(config: ConfigDict, key: str) -> float:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from llava_jax import knobs, optim, sharding
+from llava_jax import compilation_cache, knobs, optim, sharding, tracking
 from llava_jax.checkpoint import (
     Checkpoint,
     Description,
@@ -36,12 +36,14 @@ from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, me
 from llava_jax.data.plan import Layout, Order, plan_layout, split, total_steps
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
+from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
 from llava_jax.metrics import MetricsWriter, Screen
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.execution import Execution
 from llava_jax.models.llava import Params, abstract_params, build_from_pieces
+from llava_jax.profiling import Profile
 from llava_jax.workdir import claim, fingerprint
 
 
@@ -202,7 +204,9 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     Raises UserError for what the user can mend, before the first step wherever possible.
     """
+    goodput = Goodput()
     knobs.check(config)
+    compilation_cache.use(config.compilation_cache)
     directory = epath.Path(workdir)
     mesh = sharding.make_mesh(config.mesh.to_dict())
 
@@ -267,7 +271,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     state = init_state(optimizer, trainable, mesh)
     if start is None:
         # A full disk or a wrong path fails now, not after a day.
-        checkpoints.save(0, state.trainable, state.optimizer, wait=True)
+        with goodput.measure("checkpoint"):
+            checkpoints.save(0, state.trainable, state.optimizer, wait=True)
     else:
         restored = checkpoints.restore(start, state.trainable, state.optimizer)
         state = TrainState(jax.device_put(jnp.int32(start), state.step.sharding), *restored)
@@ -280,7 +285,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     eval_fn = jax.jit(functools.partial(eval_step, settings))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     rates = optim.schedules(config, steps)
-    writer, screen = MetricsWriter(directory, start), Screen(start, steps)
+    writer = MetricsWriter(directory, start, tracking.start(config, directory))
+    screen, profile = Screen(start, steps), Profile(directory, config.profile.start, config.profile.steps)
+    goodput.open(directory, start)
     began = clock = time.monotonic()
 
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
@@ -303,6 +310,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             "padding_share": 1 - counts["tokens"] / counts["positions"],
             "seconds": seconds,
         }
+        goodput.done(step)
+        if profile.done(step):
+            with goodput.measure("profile"):
+                profile.close()
         screen.show(step, values)
         if step % config.log_every == 0 or step == steps:
             writer.write(step, values)
@@ -318,12 +329,16 @@ def train(config: ConfigDict, workdir: str) -> None:
         clock = time.monotonic()
 
     with contextlib.ExitStack() as closing:
-        for closed in (checkpoints, writer, screen):
+        closing.callback(goodput.write)
+        for closed in (checkpoints, writer, screen, profile):
             closing.callback(closed.close)
+        closing.enter_context(goodput.measure("step"))
         stop = closing.enter_context(catch_signals())
         pending = None  # metrics are read one step late, so that the device never waits for the host
-        for step, batch in enumerate(batches.iterate(start, steps, config.data.workers), start + 1):
-            state, metrics = step_fn(state, frozen, put(batch))
+        read_ahead = goodput.waiting("data", batches.iterate(start, steps, config.data.workers))
+        for step, batch in enumerate(read_ahead, start + 1):
+            with profile.step(step), goodput.measure("compile" if step == start + 1 else "step"):
+                state, metrics = step_fn(state, frozen, put(batch))
             if pending:
                 report(*pending)
             pending = (step, metrics, count_tokens(batch, layout))
@@ -333,14 +348,19 @@ def train(config: ConfigDict, workdir: str) -> None:
                 report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
             if evaluate:
-                validate(step)
+                with goodput.measure("evaluation"):
+                    validate(step)
             if save:
-                checkpoints.save(step, state.trainable, state.optimizer, wait=stop.signal is not None or step == steps)
+                wait = stop.signal is not None or step == steps
+                with goodput.measure("checkpoint"):
+                    checkpoints.save(step, state.trainable, state.optimizer, wait=wait)
+                goodput.write()
             if stop.signal is not None and step < steps:
                 screen.say(f"stopped by {stop.signal.name} at step {step}, which is saved; the same command resumes")
                 sys.exit(128 + stop.signal)
     minutes = (time.monotonic() - began) / 60
     print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+    print(goodput.summary(), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up

@@ -25,6 +25,9 @@ NEUTRAL = (
     "eval_every",
     "save_every",
     "keep",
+    "profile.",
+    "compilation_cache",
+    "wandb.",
 )
 
 

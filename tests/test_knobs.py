@@ -22,8 +22,22 @@ def test_recipes_pass(config):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, 0) for key in ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep")),
-        *((key, -1) for key in ("steps", "eval_every", "image_slots", "max_rows_per_device", "data.workers")),
+        *(
+            (key, 0)
+            for key in (
+                "max_length",
+                "batch_rows",
+                "rows_per_group",
+                "log_every",
+                "save_every",
+                "keep",
+                "profile.start",
+            )
+        ),
+        *(
+            (key, -1)
+            for key in ("steps", "eval_every", "image_slots", "max_rows_per_device", "data.workers", "profile.steps")
+        ),
         *((key, -0.1) for key in ("epochs", "learning_rate", "warmup_ratio", "clip_norm", "beta1")),
         *(("learning_rate", value) for value in (float("nan"), float("inf"))),
         *(

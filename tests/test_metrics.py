@@ -2,9 +2,10 @@
 
 import json
 
+import pytest
 from etils import epath
 
-from llava_jax.metrics import MetricsWriter, Screen
+from llava_jax.metrics import MetricsWriter, Screen, utilization
 
 
 def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
@@ -33,3 +34,13 @@ def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
     assert (
         "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s  learned 12%  padding 50%" in told
     )
+
+
+def test_mfu_is_shown_in_both_conventions(capsys):
+    used = utilization({"full": 3e15, "causal": 2e15}, seconds=2.0, peak=4e15)
+    assert used == pytest.approx({"mfu_full": 0.375, "mfu_causal": 0.25})
+    assert utilization({"full": 3e15, "causal": 2e15}, seconds=2.0, peak=None) == {}
+    shown = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "learned_share")
+    screen = Screen(0, 1)
+    screen.show(1, dict.fromkeys((*shown, "padding_share"), 0.5) | used)
+    assert capsys.readouterr().err.endswith("padding 50%  MFU 37.5% (causal 25.0%)\n")

@@ -21,7 +21,7 @@ import torch_reference as reference
 import transformers
 
 from configs import common
-from llava_jax import optim, train
+from llava_jax import goodput, optim, train
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import get_template
@@ -393,10 +393,27 @@ def test_a_finished_run_stays_as_it_is(world, uninterrupted):
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted):
+def test_a_run_accounts_for_its_time_and_writes_a_profile(world, tmp_path, capsys):
+    config = run_config(world)
+    with config.unlocked():
+        config.profile = {"start": 2, "steps": 2}
+        config.data.holdout = 2
+    stop_at(3, config, tmp_path / "run")
+    train.train(config, str(tmp_path / "run"))
+    account = json.loads((tmp_path / "run" / "goodput.json").read_text())
+    assert (account["starts"], account["step"], account["steps_done"], account["steps_repeated"]) == (2, 6, 6, 0)
+    assert all(account["seconds"][kind] > 0 for kind in goodput.KINDS)
+    assert "in 2 starts: " in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "profile" / "plugins" / "profile").iterdir())) == 1
+
+
+def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted, tmp_path):
     with pytest.raises(UserError, match="learning_rate: 0.001 there, 0.002 now"):
         train.train(run_config(world, learning_rate=2e-3), str(uninterrupted))
-    train.train(run_config(world, save_every=7, log_every=3), str(uninterrupted))  # changes no number
+    neutral = run_config(world, save_every=7, log_every=3, compilation_cache=str(tmp_path / "cache"))
+    with neutral.unlocked():
+        neutral.profile.steps = 1
+    train.train(neutral, str(uninterrupted))  # changes no number
 
 
 def test_other_data_is_refused(world, uninterrupted):

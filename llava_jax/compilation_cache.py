@@ -1,0 +1,19 @@
+"""Compiled programs on disk or in a bucket, so that a restart need not compile them again."""
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def use(path: str) -> None:
+    """Reads and writes compiled programs under `path`, which may be remote and shared; "" leaves JAX as it is set.
+
+    JAX keys them by program, compiler version, flags and devices, and with several processes writes from process 0.
+    What it would find there is run: nobody else may be able to write to it.
+    """
+    if not path:
+        return
+    compilation_cache.reset_cache()  # it may have decided before that there is none
+    compilation_cache.set_cache_dir(path)
+    if "://" in path:
+        # XLA's own cache of tuned GPU kernels lies inside by default, and knows only local directories.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -1,0 +1,38 @@
+"""A trace of a few steps, for TensorBoard's or XProf's profile page: `profile/` in the workdir."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+
+class Profile:
+    """Traces `steps` steps (none if 0), the first of which is step `start`; every process writes its own file.
+
+    The trace ends when the metrics of its last step have been read, so that no step waits for another.
+    """
+
+    def __init__(self, workdir: epath.Path, start: int, steps: int):
+        self.directory = workdir / "profile"
+        self.window = range(start, start + steps)
+        self.running = False
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Within, the step is dispatched; the trace begins before the first one of the window."""
+        if step in self.window and not self.running:
+            jax.profiler.start_trace(str(self.directory))
+            self.running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def done(self, step: int) -> bool:
+        """Whether the trace ends with this step, whose metrics have been read; `close` then writes it."""
+        return self.running and step >= self.window[-1]
+
+    def close(self) -> None:
+        """Writes the trace, if one is running."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
