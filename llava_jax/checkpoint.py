@@ -207,7 +207,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if (path / "params").exists() and (path / DESCRIPTION).exists():
-        return Checkpoint(path, path / "params", None, _read_description(path), path / "tokenizer")
+        return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
     if (path / "checkpoints").exists():
         steps = finished_steps(path / "checkpoints")
         if not steps:
@@ -229,7 +229,7 @@ def _open_step(path: epath.Path) -> Checkpoint:
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
 
 
-def _read_description(directory: epath.Path) -> Description:
+def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
         return Description.from_json(json.loads(file.read_text()), where=str(file))
