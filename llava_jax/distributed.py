@@ -29,6 +29,8 @@ LEAVING_SECONDS = 30  # how long the first to finish waits for the last
 BARRIER_SECONDS = 24 * 3600  # whoever does not come fails or dies, which ends the wait
 FAILURES = "llava_jax/failures"  # in the store: process id -> its last words
 
+_leaving = threading.Event()  # this process knows already that it ends
+
 
 class LeaveTogether(SystemExit):
     """Raised by all processes, which have agreed to exit with this status."""
@@ -49,8 +51,8 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     if not jax.distributed.is_initialized():
         yield
         return
-    leaving = threading.Event()
-    threading.Thread(target=_watch, args=(leaving,), daemon=True).start()
+    _leaving.clear()
+    threading.Thread(target=_watch, daemon=True).start()
     try:
         yield
     except LeaveTogether:
@@ -58,7 +60,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     except BaseException as error:
         _leave(error)
     finally:
-        leaving.set()
+        _leaving.set()
         jax.distributed.shutdown()
 
 
@@ -126,21 +128,24 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
         )
     # Its handler would take SIGTERM from ours, which do the same for SIGINT.
     jax.config.update("jax_enable_preemption_service", False)
+    where = f"the processes did not all meet at {coordinator or 'the coordinator'}"
+    advice = "is each of them started, and can it reach that address?"
+    too_late = threading.Timer(seconds, _exit, (1, f"error: {where} within {seconds} s: {advice}"))
+    too_late.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             local_device_ids=_local_devices(),
-            initialization_timeout=seconds,
+            initialization_timeout=seconds + 60,  # JAX would end it, too, but with a stack trace of C++
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVING_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the processes did not all meet at {coordinator or 'the coordinator'} within {seconds} s: is each of "
-            f"them started, and may they reach that port? ({_first_line(error)})"
-        ) from None
+        raise UserError(f"{where}: {_first_line(error)}; {advice}") from None
+    finally:
+        too_late.cancel()
 
 
 def _has_company() -> bool:
@@ -167,14 +172,14 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _watch(leaving: threading.Event) -> None:
+def _watch() -> None:
     """Ends this process when another has failed or the coordinator, which lives in process 0, is gone."""
-    while not leaving.wait(1.0):
+    while not _leaving.wait(1.0):
         try:
             failure = _others_failure()
         except jax.errors.JaxRuntimeError as error:
             failure = f"the coordinator, process 0, is gone ({_first_line(error)})"
-        if failure and not leaving.is_set():
+        if failure and not _leaving.is_set():
             _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
 
 
@@ -185,6 +190,7 @@ def _others_failure() -> str | None:
 
 def _leave(error: BaseException) -> NoReturn:
     """Exits, at once: an orderly exit would wait for the others, who wait for this process."""
+    _leaving.set()
     if isinstance(error, jax.errors.JaxRuntimeError):
         # Most likely a collective that lost its partner, whose own words say more.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
