@@ -4,34 +4,64 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from llava_jax.cli import progress_bar
+from llava_jax.remote import is_remote, new_local, upload
+
+UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard. What an interrupted run wrote beyond `start_step` is dropped."""
+    """Appends to `metrics.jsonl` and TensorBoard. What an interrupted run wrote beyond `start_step` is dropped.
+
+    Object stores cannot append, so logs for a remote workdir are written locally and copied there every
+    `UPLOAD_SECONDS`, in the background, and on `flush` and `close`.
+    """
 
     def __init__(self, workdir: epath.Path, start_step: int):
-        self.file = workdir / "metrics.jsonl"
-        if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if _step(line) <= start_step]
-            self.file.write_text("".join(line + "\n" for line in kept))
-        self.lines = self.file.open("a")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self.workdir = workdir
+        self.local = new_local() if is_remote(workdir) else workdir
+        self.uploads = ThreadPoolExecutor(max_workers=1) if is_remote(workdir) else None
+        self.last_upload = time.monotonic()
+        found, file = workdir / "metrics.jsonl", self.local / "metrics.jsonl"
+        if found.exists():
+            kept = [line for line in found.read_text().splitlines() if _step(line) <= start_step]
+            file.write_text("".join(line + "\n" for line in kept))
+        self.lines = file.open("a")
+        self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self.lines.write(json.dumps({"step": step} | dict(metrics)) + "\n")
         self.lines.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
+        if time.monotonic() - self.last_upload > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Begins to copy to a remote workdir what is there by now."""
+        if self.uploads:
+            self.board.flush()
+            self.last_upload = time.monotonic()
+            self.uploads.submit(self._upload)
+
+    def _upload(self) -> None:
+        try:
+            upload(self.local, self.workdir)
+        except Exception as error:  # of whichever client; the next upload brings what this one did not
+            print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.lines.close()
         self.board.close()
+        if self.uploads:
+            self.uploads.shutdown(wait=True)
+            upload(self.local, self.workdir)
 
 
 def _step(line: str) -> float:

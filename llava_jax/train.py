@@ -295,6 +295,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 validate(step)
             if save:
                 checkpoints.save(step, state.trainable, state.optimizer, wait=bool(stop) or step == steps)
+                if first:
+                    writer.flush()
             if stop and step < steps:
                 name = signal.Signals(stop).name
                 if first:

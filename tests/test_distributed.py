@@ -139,7 +139,9 @@ def test_when_one_is_killed_the_other_leaves(run, tmp_path, victim):
     assert pair.processes[1 - victim].wait(WITHIN) != 0
     assert time.monotonic() - killed < WITHIN
     told = pair.told(1 - victim)
-    assert "lost another process" in told or "the coordinator, process 0, is gone" in told or "another task died" in told
+    assert (
+        "lost another process" in told or "the coordinator, process 0, is gone" in told or "another task died" in told
+    )
 
 
 def test_a_host_that_falls_silent_is_missed(run, tmp_path):
