@@ -29,6 +29,8 @@ EXTRAS = {
     # Hardware. jax pins the matching libtpu and CUDA wheels itself.
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    # What reads and writes gs:// paths, for etils.epath and Orbax.
+    "gcs": ["gcsfs>=2026.8", "google-cloud-storage>=3"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
@@ -54,7 +56,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"]
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["gcs"]
 
 setup(
     name="llava_jax",

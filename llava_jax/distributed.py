@@ -83,7 +83,7 @@ def barrier(name: str) -> None:
 
 def gather(name: str, value: np.ndarray) -> list[np.ndarray]:
     """Everybody's array, of any size each, in the order of the processes."""
-    if not jax.distributed.is_initialized():
+    if jax.process_count() == 1:
         return [value]
     barrier(name)  # collectives wait less patiently than barriers
     gathered = multihost_utils.process_allgather
@@ -149,9 +149,9 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
 
 
 def _has_company() -> bool:
-    """Whether SLURM started several tasks, or this is a TPU VM, whose pod JAX asks about itself."""
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        return True
+    """Whether `srun` started several tasks, or this is a TPU VM, whose pod JAX asks about itself."""
+    if "SLURM_STEP_NODELIST" in os.environ:
+        return int(os.environ.get("SLURM_NTASKS", 1)) > 1
     tpu_is_used = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
     return tpu_is_used and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 

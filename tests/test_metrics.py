@@ -4,6 +4,7 @@ import json
 
 from etils import epath
 
+from llava_jax import metrics
 from llava_jax.metrics import MetricsWriter, Screen
 
 
@@ -33,3 +34,30 @@ def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
     assert (
         "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s  learned 12%  padding 50%" in told
     )
+
+
+def test_logs_of_a_remote_workdir_are_staged_and_a_failing_upload_only_warns(tmp_path, monkeypatch, capsys):
+    """The workdir stands for a bucket here; tests/test_remote.py has a real one."""
+    workdir = tmp_path / "bucket"
+    (workdir / "tensorboard").mkdir(parents=True)
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 9.0}\n')
+    monkeypatch.setattr(metrics, "is_remote", lambda path: path == workdir)
+    writer = MetricsWriter(epath.Path(workdir), 1)
+    writer.write(2, {"loss": 2.0})
+    assert "9.0" in (workdir / "metrics.jsonl").read_text(), "nothing is written there before the first upload"
+
+    def fails(source, target):
+        raise OSError("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(metrics, "upload", fails)
+        writer.flush()
+        writer.uploads.submit(bool).result()  # uploads go one after the other: that one is over
+    assert "logs cannot be uploaded now: no network" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0)
+    writer.write(3, {"loss": 3.0})
+    writer.uploads.submit(bool).result()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    writer.close()
+    assert list((workdir / "tensorboard").iterdir())

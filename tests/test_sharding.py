@@ -1,6 +1,7 @@
-"""Mesh shapes and where parameters lie."""
+"""Mesh shapes and where parameters and batches lie."""
 
 import jax
+import numpy as np
 import pytest
 
 from llava_jax import sharding
@@ -21,3 +22,14 @@ def test_one_axis_may_take_the_rest():
 )
 def test_the_longest_divisible_axis_is_split(shape, axis):
     assert sharding.split_axis(shape, 4) == axis
+
+
+def test_a_batch_made_of_pieces_is_the_batch():
+    """With several processes: tests/test_distributed.py."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1})
+    groups = 4 * jax.device_count()
+    assert sharding.local_groups(mesh, groups) == tuple(range(groups))
+    batch = {"tokens": np.arange(groups * 3 * 5).reshape(groups * 3, 5), "images": np.arange(groups * 2).reshape(-1, 2)}
+    for name, array in sharding.put_batch(mesh, groups, batch).items():
+        assert array.sharding == sharding.batch_sharding(mesh)
+        np.testing.assert_array_equal(array, batch[name])

@@ -89,7 +89,8 @@ def measure(
     """
     chosen = grain.MapDataset.range(first, len(source), stride)
     counts = _read_ahead(chosen.map(functools.partial(_count, source, encode)), workers)
-    counts = track(counts, "Measuring samples", total=len(chosen))
+    if first == 0:
+        counts = track(counts, "Measuring samples", total=len(chosen))
     return Lengths(*np.array(list(counts), np.int32).reshape(-1, 3).T)
 
 
