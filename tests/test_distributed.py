@@ -134,15 +134,31 @@ def test_two_processes_are_one_run_whoever_is_signalled_and_whoever_goes_on(run,
 
 
 def test_when_one_is_killed_the_other_leaves(run, tmp_path):
-    """Process 0, since with it the coordinator goes."""
-    pair = run(tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0})
+    """Process 0, since with it the coordinator goes. Nor do the reading processes stay."""
+    pair = run(tmp_path / "run", processes=2, devices=2, steps=3000, **{"data.holdout": 0, "data.workers": 1})
     pair.wait_for(lambda: len(pair.metrics()) >= 2)
+    readers = [reader for process in pair.processes for reader in children(process.pid)]
+    assert len(readers) >= 2
     pair.processes[0].kill()
     assert pair.processes[1].wait(WITHIN) != 0
+    end = time.monotonic() + WITHIN
+    while any(map(is_running, readers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     told = pair.told(1)
     assert (
         "the coordinator, process 0, is gone" in told or "lost another process" in told or "another task died" in told
     )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is not a zombie."""
+    file = Path(f"/proc/{pid}/stat")
+    return file.exists() and file.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_a_host_that_falls_silent_is_missed(run, tmp_path):

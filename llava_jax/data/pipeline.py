@@ -14,8 +14,10 @@ threads or processes reading ahead.
 """
 
 import functools
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -232,4 +234,15 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> gra
     # Rows travel through pipes: containers often have too little shared memory for pictures, and die of it.
     pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     elements = grain.experimental.WithOptionsIterDataset(elements, pipes)
-    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=8))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=8)
+    return elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
+
+
+def _end_with_parent(_worker: int, _workers: int) -> None:
+    """A worker of a process that is killed would wait for ever for someone to take its rows."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
