@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -93,22 +93,25 @@ def gather(name: str, value: np.ndarray) -> list[np.ndarray]:
     return [array[:size] for array, size in zip(gathered(padded), sizes, strict=True)]
 
 
-class Votes:
-    """One number a process that travels with a batch: the step's maximum of them is known to all at the same step.
+def votes(mesh: Mesh, number: int) -> jax.Array:
+    """Everybody's number on everybody's devices; what `with_votes` takes."""
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), everywhere, lambda _: np.array([number], np.int32))
 
-    So hosts agree on the step at which to stop, whichever of them was signalled, at no communication of its own.
+
+def with_votes(step: Callable[..., tuple[Any, dict[str, jax.Array]]]) -> Callable[..., tuple[Any, dict]]:
+    """A step that takes `votes` as well, and whose metrics hold the highest of them as `vote`.
+
+    So hosts agree on the step at which to stop, whichever of them was signalled, without a message of its own: all read
+    the same metrics of the same step.
     """
 
-    def __init__(self, mesh: Mesh):
-        self.sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self.count = mesh.size
+    def step_with_votes(*arguments: Any) -> tuple[Any, dict[str, jax.Array]]:
+        *arguments, numbers = arguments
+        state, metrics = step(*arguments)
+        return state, metrics | {"vote": jnp.max(numbers)}
 
-    def __call__(self, number: int) -> jax.Array:
-        return jax.make_array_from_callback((self.count,), self.sharding, lambda _: np.array([number], np.int32))
-
-    @staticmethod
-    def highest(votes: jax.Array) -> jax.Array:
-        return jnp.max(votes)
+    return step_with_votes
 
 
 # ------------------------------------------------------------------------------------------------------------ joining

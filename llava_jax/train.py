@@ -222,14 +222,10 @@ def train(config: ConfigDict, workdir: str) -> None:
         _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
 
     # ---- The loop
-    def step_and_vote(state: TrainState, frozen: Params, batch: Batch, votes: jax.Array) -> tuple[TrainState, Any]:
-        state, metrics = train_step(settings, optimizer, state, frozen, batch)
-        return state, metrics | {"stop": distributed.Votes.highest(votes)}
-
-    step_fn = jax.jit(step_and_vote, donate_argnums=0)
+    step_fn = functools.partial(train_step, settings, optimizer)
+    step_fn = jax.jit(distributed.with_votes(step_fn), donate_argnums=0)
     eval_fn = jax.jit(functools.partial(eval_step, settings))
     put = functools.partial(sharding.put_batch, mesh, layout.groups)
-    vote = distributed.Votes(mesh)
     rates = optim.schedules(config, steps)
     writer, screen = (MetricsWriter(directory, start), Screen(start, steps)) if first else (None, None)
     began = clock = time.monotonic()
@@ -238,7 +234,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         """Waits for a step's metrics, checks and writes them. Returns the signal that the processes agreed on, or 0."""
         nonlocal clock
         values = {name: float(value) for name, value in metrics.items()}
-        agreed = int(values.pop("stop"))
+        agreed = int(values.pop("vote"))
         if not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved since "
@@ -282,7 +278,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         alone = jax.process_count() == 1
         pending = None  # metrics are read one step late, so that the device never waits for the host
         for step, batch in enumerate(batches.iterate(start, steps, config.data.workers), start + 1):
-            state, metrics = step_fn(state, frozen, put(batch), vote(request.signal or 0))
+            state, metrics = step_fn(state, frozen, put(batch), distributed.votes(mesh, request.signal or 0))
             agreed = report(*pending) if pending else 0
             pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
             stop = (request.signal or 0) if alone else agreed

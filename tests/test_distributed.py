@@ -20,7 +20,7 @@ from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 
-STEPS = 100
+STEPS, SAVED = 60, 40
 WITHIN = 60.0  # seconds from the end of one process to the end of the other
 
 
@@ -38,7 +38,7 @@ class Run:
     def __init__(self, world: dict[str, str], workdir: Path, processes: int, devices: int, flags=(), **changes):
         self.workdir = workdir
         config = world | {"stage": "finetune", "max_length": 64, "batch_rows": 8, "steps": STEPS}
-        config |= {"learning_rate": 1e-3, "data.holdout": 4, "eval_every": 30, "save_every": 30, "keep": 9} | changes
+        config |= {"learning_rate": 1e-3, "data.holdout": 4, "eval_every": 30, "save_every": 20, "keep": 9} | changes
         command = [sys.executable, "-m", "llava_jax.main", "--config=configs/common.py", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in config.items()]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
@@ -103,13 +103,17 @@ def assert_equal_runs(run: Run, other: Run) -> None:
         np.testing.assert_allclose(value, expected[name], atol=2e-4, err_msg=name)
 
 
-def test_two_processes_are_one_run_whoever_is_signalled_and_whoever_goes_on(run, tmp_path):
-    whole = run(tmp_path / "whole", processes=1, devices=4)
-    assert whole.wait() == [0], whole.told()
-    losses = whole.metrics()
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Run:
+    """One process with all four devices, uninterrupted."""
+    run = Run(world, tmp_path_factory.mktemp("whole") / "run", processes=1, devices=4)
+    assert run.wait() == [0], run.told()
+    losses = run.metrics()
     assert len(losses) == STEPS and losses[STEPS] < losses[1] - 0.5
+    return run
 
-    # A signal to one of two, and the other knows.
+
+def test_a_signal_to_one_of_two_saves_and_stops_both_and_one_process_goes_on(run, whole, tmp_path):
     split = run(tmp_path / "split", processes=2, devices=2)
     split.wait_for(lambda: len(split.metrics()) >= 3)
     split.processes[1].send_signal(signal.SIGTERM)
@@ -118,19 +122,20 @@ def test_two_processes_are_one_run_whoever_is_signalled_and_whoever_goes_on(run,
     assert 3 <= saved < STEPS and max(split.metrics()) == saved
     assert "stopped by SIGTERM" in split.told(0)
     assert "loss" not in split.told(1) and "stage" not in split.told(1), "process 0 alone speaks"
-
-    # Saved by two, resumed by one.
     resumed = run(split.workdir, processes=1, devices=4)
     assert resumed.wait() == [0], resumed.told()
+    assert f"resuming after step {saved}" in resumed.told()
     assert_equal_runs(resumed, whole)
 
-    # Saved by one, resumed by two, which now accumulate.
-    workdir = Path(shutil.copytree(whole.workdir, tmp_path / "reverse"))
+
+def test_what_one_process_saved_two_go_on_with(run, whole, tmp_path):
+    """Where one had the rows of a step at once, these accumulate."""
+    workdir = Path(shutil.copytree(whole.workdir, tmp_path / "run"))
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    reverse = run(workdir, processes=2, devices=2, max_rows_per_device=1)
-    assert reverse.wait() == [0, 0], reverse.told()
-    assert "2 microbatches" in reverse.told(0) and "resuming after step 90" in reverse.told(0)
-    assert_equal_runs(reverse, whole)
+    pair = run(workdir, processes=2, devices=2, max_rows_per_device=1)
+    assert pair.wait() == [0, 0], pair.told()
+    assert "2 microbatches" in pair.told(0) and f"resuming after step {SAVED}" in pair.told(0)
+    assert_equal_runs(pair, whole)
 
 
 def test_when_one_is_killed_the_other_leaves(run, tmp_path):
