@@ -28,6 +28,8 @@ HEARTBEAT_SECONDS = 30  # JAX's 100 would leave the others waiting for longer th
 LEAVING_SECONDS = 30  # how long the first to finish waits for the last
 BARRIER_SECONDS = 24 * 3600  # whoever does not come fails or dies, which ends the wait
 FAILURES = "llava_jax/failures"  # in the store: process id -> its last words
+# What a collective or the coordinator's client raises that lost its partner.
+LOST = re.compile(r"gloo|nccl|connection|closed|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|heartbeat", re.IGNORECASE)
 
 _leaving = threading.Event()  # this process knows already that it ends
 
@@ -56,12 +58,11 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     try:
         yield
     except LeaveTogether:
+        _part()
         raise
     except BaseException as error:
         _leave(error)
-    finally:
-        _leaving.set()
-        jax.distributed.shutdown()
+    _part()
 
 
 def leave_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
@@ -145,7 +146,9 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVING_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
+        if coordinator is None and not _is_slurm() and not isinstance(error, RuntimeError):
+            return  # a TPU that knows of no pod, as inside a container
         raise UserError(f"{where}: {_first_line(error)}; {advice}") from None
     finally:
         too_late.cancel()
@@ -153,10 +156,15 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
 
 def _has_company() -> bool:
     """Whether `srun` started several tasks, or this is a TPU VM, whose pod JAX asks about itself."""
-    if "SLURM_STEP_NODELIST" in os.environ:
+    if _is_slurm():
         return int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    tpu_is_used = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    tpu_is_used = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
     return tpu_is_used and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _is_slurm() -> bool:
+    """Whether `srun` started this; the script of `sbatch` alone is one process."""
+    return "SLURM_STEP_NODELIST" in os.environ
 
 
 def _local_devices() -> list[int] | None:
@@ -191,11 +199,21 @@ def _others_failure() -> str | None:
     return next((f"process {key.rsplit('/', 1)[1]}: {said}" for key, said in failures), None)
 
 
+def _part() -> None:
+    """The end of all, together, however long the last takes to upload its logs."""
+    try:
+        barrier("end")
+    except jax.errors.JaxRuntimeError as error:
+        _leave(error)
+    _leaving.set()
+    jax.distributed.shutdown()
+
+
 def _leave(error: BaseException) -> NoReturn:
     """Exits, at once: an orderly exit would wait for the others, who wait for this process."""
     _leaving.set()
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        # Most likely a collective that lost its partner, whose own words say more.
+    if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+        # The other's own words say more.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             for _ in range(20):
                 if failure := _others_failure():

@@ -283,19 +283,19 @@ def train(config: ConfigDict, workdir: str) -> None:
             pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
             stop = (request.signal or 0) if alone else agreed
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
-            save = step == steps or step % config.save_every == 0 or stop
-            if evaluate or save:
+            save = step == steps or step % config.save_every == 0
+            if evaluate or save or stop:
                 stop = report(*pending) or stop  # nothing is saved before its loss is known to be finite
                 pending = None
             if evaluate:
                 validate(step)
-            if save:
+            if save or stop:
                 checkpoints.save(step, state.trainable, state.optimizer, wait=bool(stop) or step == steps)
                 if first:
                     writer.flush()
             if stop and step < steps:
-                name = signal.Signals(stop).name
                 if first:
+                    name = signal.Signals(stop).name
                     screen.say(f"stopped by {name} at step {step}, which is saved; the same command resumes")
                 raise distributed.LeaveTogether(128 + stop)
     minutes = (time.monotonic() - began) / 60

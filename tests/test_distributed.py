@@ -214,6 +214,18 @@ def test_one_process_alone_joins_nobody():
         np.testing.assert_array_equal(mine, np.arange(3))
 
 
+def test_a_tpu_that_knows_of_no_pod_is_one_process(monkeypatch):
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(distributed, "_has_company", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with distributed.joined(None, None, None, seconds=60):
+        assert jax.process_count() == 1
+    with pytest.raises(UserError, match="did not all meet at here:1: coordinator_address"):
+        distributed._initialize("here:1", 2, 0, 60)
+
+
 @pytest.mark.parametrize(
     ("environment", "company", "devices"),
     [
