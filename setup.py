@@ -25,13 +25,14 @@ BASE = [
     "numpy>=1.26",
 ]
 
-# Paths that begin with gs://, without which the hosts of a pod share no workdir.
-GCS = ["etils[epath-gcs]>=1.9"]
+# Paths that begin with gs://, without which the hosts of a pod share no workdir: for etils.epath and Orbax.
+GCS = ["gcsfs>=2026.8", "google-cloud-storage>=3"]
 
 EXTRAS = {
     # Hardware. jax pins the matching libtpu and CUDA wheels itself.
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
+    "gcs": GCS,
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
@@ -61,7 +62,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"]
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"] + GCS
 
 setup(
     name="llava_jax",

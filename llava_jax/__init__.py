@@ -12,3 +12,6 @@ if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _DEVICE
 
 # Without torch, transformers says at every start that its models are missing; only its tokenizers are used here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+# What another host has just written to gs:// has to be seen: gcsfs would answer from what it listed before.
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')

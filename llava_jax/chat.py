@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from etils import epath
 from PIL import Image
 
 from llava_jax.checkpoint import open_checkpoint
@@ -115,7 +115,7 @@ def _obey(line: str, conversation: Conversation) -> bool:
         case "/reset":
             conversation.reset()
         case "/image" if argument.strip():
-            conversation.waiting.append(load_image(Path(argument.strip()).expanduser()))
+            conversation.waiting.append(load_image(epath.Path(argument.strip()).expanduser()))
         case "/image":
             raise UserError("/image needs a file: /image FILE")
         case _:

@@ -18,7 +18,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax.cli import UserError
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.remote import is_remote
 
 # Orbax logs a failure with a traceback in every thread that it passes; what it raises in the end is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
@@ -175,9 +175,11 @@ class Checkpoint:
             if not here:
                 continue
             path = part.root if part.step is None else part.weights
-            absolute = os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
-            relative = absolute if "://" in absolute else os.path.relpath(absolute, os.path.abspath(directory))
-            sources.append(Source(absolute, relative, part.description.id, here))
+            place = os.fspath(absolute(path))
+            # Between a bucket and a disk, or two buckets, there is no relative path.
+            related = not (is_remote(path) or is_remote(directory))
+            relative = os.path.relpath(place, os.path.abspath(directory)) if related else place
+            sources.append(Source(place, relative, part.description.id, here))
         return tuple(sources)
 
 
@@ -195,7 +197,7 @@ def _in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """The path, local or remote (`gs://`), from the root: Orbax takes no other."""
-    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -207,7 +209,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
     if (path / "params").exists() and (path / DESCRIPTION).exists():
-        return Checkpoint(path, path / "params", None, _read_description(path), path / "tokenizer")
+        return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
     if (path / "checkpoints").exists():
         steps = finished_steps(path / "checkpoints")
         if not steps:
@@ -229,7 +231,7 @@ def _open_step(path: epath.Path) -> Checkpoint:
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
 
 
-def _read_description(directory: epath.Path) -> Description:
+def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
         return Description.from_json(json.loads(file.read_text()), where=str(file))
@@ -255,7 +257,7 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_dir():
-            file.copy(target / file.name, overwrite=True)
+            (target / file.name).write_bytes(file.read_bytes())  # from a disk to a bucket as well
 
 
 def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
@@ -280,17 +282,20 @@ def refuse_existing(directory: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(directory: epath.Path):
-    """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error."""
+def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
+    """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error.
+
+    Object stores have no directories to rename: a remote one is filled in its place. So write last what makes it valid.
+    """
     refuse_existing(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    partial = directory if is_remote(directory) else directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=is_remote(directory))
         yield partial
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        if partial != directory:
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
     except BaseException:
         _remove(partial)
         raise
@@ -300,7 +305,8 @@ def _remove(directory: epath.Path) -> None:
     """Removes a directory, and for a second what threads of Orbax still write there after a failure."""
     unfinished = any(directory.glob("*.orbax-checkpoint-tmp"))
     for _ in range(10 if unfinished else 1):
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.rmtree()
         time.sleep(0.1 * unfinished)
 
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
@@ -22,20 +23,31 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        status = 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
-        status = 1
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        status, _ = report(error)
     sys.exit(status or 0)
+
+
+def report(error: BaseException) -> tuple[int, str]:
+    """Prints what ends a command, in one line unless it is a bug. Returns the exit status and that line."""
+    match error:
+        case SystemExit():
+            return (error.code if isinstance(error.code, int) else 1), f"left with status {error.code}"
+        case KeyboardInterrupt():
+            status, message = 130, "interrupted"
+        case BrokenPipeError():  # the reader of our output left, as `| head` does
+            sys.stderr.close()
+            return 1, "the reader of its output left"
+        case UserError():
+            status, message = 1, f"error: {' '.join(str(error).split())}"
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            status, message = 1, f"error: {where}{' '.join((error.strerror or str(error)).split())}"
+        case _:
+            traceback.print_exception(error)
+            return 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(message, file=sys.stderr)
+    return status, message.removeprefix("error: ")
 
 
 def progress_bar(console: Console | None = None) -> Progress:

@@ -4,7 +4,8 @@ example:
   python -m llava_jax.main --config=configs/finetune.py:13b,v1.5 --workdir=runs/finetune \\
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
-The same command again resumes. configs/common.py explains every key.
+The same command again resumes. configs/common.py explains every key. On several hosts the same command runs on each:
+on TPU pods and under SLURM as it is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """
 
 import difflib
@@ -20,6 +21,10 @@ from llava_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe in configs/, with its argument after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and logs go; a run found there is resumed.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes meet.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all have met.", lower_bound=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,9 +33,11 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir")))
         return
     parse_flags(argv, (CONFIG, WORKDIR))
-    from llava_jax.train import train  # only now: importing JAX takes a second, and a typing error need not wait
+    from llava_jax import distributed  # only now: importing JAX takes a second, and a typing error need not wait
+    from llava_jax.train import train
 
-    train(CONFIG.value, WORKDIR.value)
+    with distributed.joined(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value):
+        train(CONFIG.value, WORKDIR.value)
 
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -11,21 +12,30 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from llava_jax.cli import progress_bar
+from llava_jax.remote import is_remote, new_local, upload
+
+UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`, TensorBoard and `tracker`, a `wandb.Run` or None.
 
-    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is).
+    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is). Object stores cannot
+    append, so logs for a remote workdir are written locally and copied there every `UPLOAD_SECONDS`, in the background,
+    and on `flush` and `close`.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int, tracker: Any | None = None):
-        self.file = workdir / "metrics.jsonl"
-        if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if _step(line) <= start_step]
-            self.file.write_text("".join(line + "\n" for line in kept))
-        self.lines = self.file.open("a")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self.workdir = workdir
+        self.local = new_local() if is_remote(workdir) else workdir
+        self.uploads = ThreadPoolExecutor(max_workers=1) if is_remote(workdir) else None
+        self.last_upload = time.monotonic()
+        found, file = workdir / "metrics.jsonl", self.local / "metrics.jsonl"
+        if found.exists():
+            kept = [line for line in found.read_text().splitlines() if _step(line) <= start_step]
+            file.write_text("".join(line + "\n" for line in kept))
+        self.lines = file.open("a")
+        self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
         self.tracker = tracker
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -35,12 +45,30 @@ class MetricsWriter:
             self.board.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(dict(metrics), step=step)
+        if time.monotonic() - self.last_upload > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Begins to copy to a remote workdir what is there by now."""
+        if self.uploads:
+            self.board.flush()
+            self.last_upload = time.monotonic()
+            self.uploads.submit(self._upload)
+
+    def _upload(self) -> None:
+        try:
+            upload(self.local, self.workdir)
+        except Exception as error:  # of whichever client; the next upload brings what this one did not
+            print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.lines.close()
         self.board.close()
         if self.tracker:
             self.tracker.finish()
+        if self.uploads:
+            self.uploads.shutdown(wait=True)
+            upload(self.local, self.workdir)
 
 
 def _step(line: str) -> float:
@@ -48,17 +76,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")  # cut off by a crash in the middle of a line
-
-
-def utilization(step_flops: Mapping[str, float], seconds: float, peak: float | None) -> dict[str, float]:
-    """MFU, the share of the devices' peak that a step's model FLOPs make up: {"mfu_full": 0.45, "mfu_causal": 0.4}.
-
-    Args:
-      step_flops: FLOPs of a step by convention: "full" counts attention over all pairs of positions, "causal" half.
-      seconds: of the step.
-      peak: FLOP/s of all devices together; None where it is not known, as on CPU: then there is no MFU.
-    """
-    return {f"mfu_{name}": flops / seconds / peak for name, flops in step_flops.items()} if peak else {}
 
 
 class Screen:

@@ -140,6 +140,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def local_groups(mesh: Mesh, groups: int) -> tuple[int, ...]:
+    """Which of a batch's groups the devices of this process take, ascending."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((groups,)).values()
+    return tuple(sorted({group for (piece,) in slices for group in range(*piece.indices(groups))}))
+
+
+def put_batch(mesh: Mesh, groups: int, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch of `groups` groups on the devices of all processes, from arrays with this process's `local_groups`."""
+    held = local_groups(mesh, groups)
+    first = {group: position for position, group in enumerate(held)}
+
+    def put(array: np.ndarray) -> jax.Array:
+        rows = array.shape[0] // len(held)  # of a group
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(groups * rows)
+            begin = first[start // rows] * rows
+            return array[begin : begin + stop - start]
+
+        return jax.make_array_from_callback((groups * rows, *array.shape[1:]), batch_sharding(mesh), piece)
+
+    return {name: put(array) for name, array in batch.items()}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

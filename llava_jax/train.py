@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,24 +20,27 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from llava_jax import compilation_cache, knobs, optim, sharding, tracking
+from llava_jax import compilation_cache, distributed, flops, knobs, optim, sharding, tracking
 from llava_jax.checkpoint import (
+    DESCRIPTION,
     Checkpoint,
     Description,
     TrainingCheckpoints,
     copy_tokenizer,
     open_checkpoint,
+    read_description,
     write_description,
 )
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
 from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, measure
-from llava_jax.data.plan import Layout, Order, plan_layout, split, total_steps
+from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split, total_steps
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
 from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
+from llava_jax.machines import peak_flops
 from llava_jax.metrics import MetricsWriter, Screen
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import PRESETS, LlavaConfig
@@ -232,7 +235,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.image_position,
         config.seed,
     )
-    lengths = measure(samples, encode, config.data.workers)
+    lengths = _measure_together(samples, encode, config.data.workers)
     if lengths.images.any() and not epath.Path(_required(config.data, "images", "data.")).is_dir():
         raise UserError(f"{config.data.images}: no such folder of pictures (config.data.images)")
     training, held_out = split(len(samples), config.data.holdout, config.seed)
@@ -250,18 +253,24 @@ def train(config: ConfigDict, workdir: str) -> None:
         label_slots=config.label_slots,
     )
     read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
-    batches = Batches(samples, encode, read_image, order, layout)
-    validation_batches = Batches(samples, encode, read_image, validation, layout)
     settings = step_settings(config, model, layout, mesh)
+    groups = sharding.local_groups(mesh, layout.groups)  # each process reads what its own devices take
+    batches = Batches(samples, encode, read_image, order, layout, groups)
+    validation_batches = Batches(samples, encode, read_image, validation, layout, groups)
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
-    claim(directory, config, fingerprint(samples, lengths))
-    description = _describe(directory, source, model, config, frozen_names)
+    first = distributed.is_first()  # writes all that is written once
+    if first:
+        claim(directory, config, fingerprint(samples, lengths))
+        description = _describe(directory, source, model, config, frozen_names)
+    distributed.barrier("workdir")
+    if not first:
+        description = _read_shared_description(directory)
 
     # ---- Parameters and optimizer
     optimizer = optim.make_optimizer(config, trainable_names, steps)
     checkpoints = TrainingCheckpoints(directory, description, config.keep)
-    start = checkpoints.latest
+    start = _common_start(directory, checkpoints.latest)
     held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
     shapes = held.abstract()
     sharding.check_replicated(mesh, shapes)
@@ -277,17 +286,22 @@ def train(config: ConfigDict, workdir: str) -> None:
         restored = checkpoints.restore(start, state.trainable, state.optimizer)
         state = TrainState(jax.device_put(jnp.int32(start), state.step.sharding), *restored)
     start = start or 0
-    _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
-    _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
+    if first:
+        _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+        _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
 
     # ---- The loop
     step_fn = jit_step(settings, optimizer, state)
     eval_fn = jax.jit(functools.partial(eval_step, settings))
-    put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
+    put = functools.partial(sharding.put_batch, mesh, layout.groups)
     rates = optim.schedules(config, steps)
-    writer = MetricsWriter(directory, start, tracking.start(config, directory))
-    screen, profile = Screen(start, steps), Profile(directory, config.profile.start, config.profile.steps)
+    profile = Profile(directory, config.profile.start, config.profile.steps)
     goodput.open(directory, start)
+    signals = distributed.Ballot(mesh)
+    peak = peak_flops(jax.devices()[0].device_kind)  # None on CPUs
+    step_flops = flops.step_flops(model, layout, flops.trainable_parts(trainable_names), config.remat)
+    if first:
+        writer, screen = MetricsWriter(directory, start, tracking.start(config, directory)), Screen(start, steps)
     began = clock = time.monotonic()
 
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
@@ -299,6 +313,12 @@ def train(config: ConfigDict, workdir: str) -> None:
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved since "
                 f"step {checkpoints.latest}. The samples of this batch: {', '.join(batches.ids(step - 1))}"
             )
+        goodput.done(step)
+        if profile.done(step):
+            with goodput.measure("profile"):
+                profile.close()
+        if not first:
+            return
         seconds, clock = time.monotonic() - clock, time.monotonic()
         values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
         if config.projector_learning_rate:
@@ -310,10 +330,9 @@ def train(config: ConfigDict, workdir: str) -> None:
             "padding_share": 1 - counts["tokens"] / counts["positions"],
             "seconds": seconds,
         }
-        goodput.done(step)
-        if profile.done(step):
-            with goodput.measure("profile"):
-                profile.close()
+        if peak:
+            mfu = flops.mfu(step_flops, seconds, jax.device_count(), peak)
+            values |= {f"mfu_{convention}": value for convention, value in mfu.items()}
         screen.show(step, values)
         if step % config.log_every == 0 or step == steps:
             writer.write(step, values)
@@ -324,43 +343,51 @@ def train(config: ConfigDict, workdir: str) -> None:
         for batch in validation_batches.iterate(0, validation.steps_per_epoch, config.data.workers):
             batch_total, batch_count = eval_fn(state.trainable, frozen, put(batch))
             total, count = total + float(batch_total), count + int(batch_count)
-        writer.write(step, {"validation_loss": total / count})
-        screen.say(f"step {step}: validation loss {total / count:.4f}")
+        if first:
+            writer.write(step, {"validation_loss": total / count})
+            screen.say(f"step {step}: validation loss {total / count:.4f}")
         clock = time.monotonic()
 
     with contextlib.ExitStack() as closing:
         closing.callback(goodput.write)
-        for closed in (checkpoints, writer, screen, profile):
+        closing.callback(checkpoints.close)
+        closing.push(distributed.leave_on_error)  # closing checkpoints waits for all
+        for closed in (writer, screen, profile) if first else (profile,):
             closing.callback(closed.close)
         closing.enter_context(goodput.measure("step"))
-        stop = closing.enter_context(catch_signals())
+        request = closing.enter_context(catch_signals())
         pending = None  # metrics are read one step late, so that the device never waits for the host
         read_ahead = goodput.waiting("data", batches.iterate(start, steps, config.data.workers))
         for step, batch in enumerate(read_ahead, start + 1):
             with profile.step(step), goodput.measure("compile" if step == start + 1 else "step"):
                 state, metrics = step_fn(state, frozen, put(batch))
+            stop = signals.exchange(request.signal or 0)
             if pending:
                 report(*pending)
-            pending = (step, metrics, count_tokens(batch, layout))
+            pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
-            save = step == steps or step % config.save_every == 0 or stop.signal is not None
-            if evaluate or save:
+            save = step == steps or step % config.save_every == 0
+            if evaluate or save or stop:
                 report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
             if evaluate:
                 with goodput.measure("evaluation"):
                     validate(step)
-            if save:
-                wait = stop.signal is not None or step == steps
+            if save or stop:
                 with goodput.measure("checkpoint"):
-                    checkpoints.save(step, state.trainable, state.optimizer, wait=wait)
+                    checkpoints.save(step, state.trainable, state.optimizer, wait=bool(stop) or step == steps)
                 goodput.write()
-            if stop.signal is not None and step < steps:
-                screen.say(f"stopped by {stop.signal.name} at step {step}, which is saved; the same command resumes")
-                sys.exit(128 + stop.signal)
+                if first:
+                    writer.flush()
+            if stop and step < steps:
+                if first:
+                    name = signal.Signals(stop).name
+                    screen.say(f"stopped by {name} at step {step}, which is saved; the same command resumes")
+                raise distributed.LeaveTogether(128 + stop)
     minutes = (time.monotonic() - began) / 60
-    print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
-    print(goodput.summary(), file=sys.stderr)
+    if first:
+        print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+        print(goodput.summary(), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
@@ -385,6 +412,37 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     if not config[key]:
         raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
     return config[key]
+
+
+def _measure_together(samples: LlavaJson, encode: TextEncoder, workers: int) -> Lengths:
+    """Every process measures its share of the samples; all get the lengths of all."""
+    count = jax.process_count()
+    share = measure(samples, encode, workers, first=jax.process_index(), stride=count)
+    lengths = np.zeros((len(samples), len(Lengths._fields)), np.int32)
+    for process, values in enumerate(distributed.gather("lengths", np.stack(share, axis=1))):
+        lengths[process::count] = values
+    return Lengths(*np.ascontiguousarray(lengths.T))
+
+
+def _read_shared_description(directory: epath.Path) -> Description:
+    """What process 0 has just written."""
+    if not (directory / DESCRIPTION).exists():
+        raise UserError(
+            f"{directory}: what process 0 wrote there cannot be seen by process {jax.process_index()}: the workdir has "
+            "to be on a file system that all hosts share, such as gs:// or NFS"
+        )
+    return read_description(directory)
+
+
+def _common_start(directory: epath.Path, latest: int | None) -> int | None:
+    """The step to go on from, None without one. Raises UserError where the processes see different checkpoints."""
+    seen = {int(step[0]) for step in distributed.gather("start", np.array([-1 if latest is None else latest]))}
+    if len(seen) > 1:
+        raise UserError(
+            f"{directory}: the processes see different checkpoints there (steps {sorted(seen)}): the workdir has to be "
+            "on a file system that all hosts share, such as gs:// or NFS"
+        )
+    return latest
 
 
 def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
@@ -505,14 +563,14 @@ def _show_first_sample(sample: Any, encode: TextEncoder) -> None:
     console.print(view(kept, encode.tokenizer))
 
 
-def count_tokens(batch: Batch, layout: Layout) -> dict[str, float]:
-    """Tokens (image tokens included), learned tokens, images and positions of a batch."""
-    index = batch["image_feature_index"]
+def count_tokens(lengths: Lengths, rows: Sequence[tuple[int, ...]], layout: Layout) -> dict[str, float]:
+    """Tokens (image tokens included), learned tokens, images and positions of a batch, over all processes."""
+    samples = [index for row in rows for index in row]
     return {
-        "tokens": int(np.count_nonzero(batch["segment_ids"])),
-        "learned": int(np.count_nonzero(batch["labels"] != IGNORE_INDEX)),
-        "images": int(np.count_nonzero((index >= 0) & (index % layout.image_tokens == 0))),
-        "positions": index.size,
+        "tokens": int(lengths.tokens[samples].sum()),
+        "learned": int(lengths.targets[samples].sum()),
+        "images": int(lengths.images[samples].sum()),
+        "positions": layout.batch_rows * layout.max_length,
     }
 
 

@@ -2,10 +2,10 @@
 
 import json
 
-import pytest
 from etils import epath
 
-from llava_jax.metrics import MetricsWriter, Screen, utilization
+from llava_jax import metrics
+from llava_jax.metrics import MetricsWriter, Screen
 
 
 def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
@@ -37,10 +37,35 @@ def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
 
 
 def test_mfu_is_shown_in_both_conventions(capsys):
-    used = utilization({"full": 3e15, "causal": 2e15}, seconds=2.0, peak=4e15)
-    assert used == pytest.approx({"mfu_full": 0.375, "mfu_causal": 0.25})
-    assert utilization({"full": 3e15, "causal": 2e15}, seconds=2.0, peak=None) == {}
+    used = {"mfu_full": 0.375, "mfu_causal": 0.25}
     shown = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "learned_share")
     screen = Screen(0, 1)
     screen.show(1, dict.fromkeys((*shown, "padding_share"), 0.5) | used)
     assert capsys.readouterr().err.endswith("padding 50%  MFU 37.5% (causal 25.0%)\n")
+
+
+def test_logs_of_a_remote_workdir_are_staged_and_a_failing_upload_only_warns(tmp_path, monkeypatch, capsys):
+    """The workdir stands for a bucket here; tests/test_remote.py has a real one."""
+    workdir = tmp_path / "bucket"
+    (workdir / "tensorboard").mkdir(parents=True)
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 9.0}\n')
+    monkeypatch.setattr(metrics, "is_remote", lambda path: path == workdir)
+    writer = MetricsWriter(epath.Path(workdir), 1)
+    writer.write(2, {"loss": 2.0})
+    assert "9.0" in (workdir / "metrics.jsonl").read_text(), "nothing is written there before the first upload"
+
+    def fails(source, target):
+        raise OSError("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(metrics, "upload", fails)
+        writer.flush()
+        writer.uploads.submit(bool).result()  # uploads go one after the other: that one is over
+    assert "logs cannot be uploaded now: no network" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0)
+    writer.write(3, {"loss": 3.0})
+    writer.uploads.submit(bool).result()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    writer.close()
+    assert list((workdir / "tensorboard").iterdir())

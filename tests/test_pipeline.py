@@ -191,6 +191,26 @@ def test_iteration_can_be_left(batches):
     assert threading.active_count() <= before
 
 
+def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(folder, source, encode):
+    whole = make_batches(folder, source, encode, batch_rows=8)
+    read, images = [], read_images(folder)
+
+    def read_image(name):
+        read.append(name)
+        return images(name)
+
+    groups, rows = (1, 3), [2, 3, 6, 7]
+    share = Batches(source, encode, read_image, whole.order, whole.layout, groups)
+    for step, batch in enumerate(share.iterate(0, 3)):
+        for name, array in batch.items():
+            expected = whole[step][name][list(groups) if name == "images" else rows]
+            np.testing.assert_array_equal(array, expected, err_msg=name)
+        assert digest(share[step]) == digest(batch)
+    taken = [whole.order.rows(step)[row] for step in range(3) for row in rows]
+    names = {name for samples in taken for index in samples for name in source[index].images}
+    assert read and set(read) <= names
+
+
 def test_seed_changes_the_batches_and_nothing_else_does(folder, source, encode, batches):
     again = make_batches(folder, LlavaJson(folder / "data.json"), encode)
     other = make_batches(folder, source, encode, seed=1)
@@ -208,6 +228,13 @@ def test_held_out_samples_are_read_in_order(folder, source, encode):
     found = [part for batch in held_out.iterate(0, order.steps_per_epoch) for part in parts(batch, 2)]
     for index, part in zip(valid, found, strict=True):
         check_sample(source, encode, folder, index, part)
+
+
+def test_shares_of_the_measuring_are_the_whole(source, encode):
+    whole = measure(source, encode)
+    for first in range(3):
+        for part, expected in zip(measure(source, encode, first=first, stride=3), whole, strict=True):
+            np.testing.assert_array_equal(part, expected[first::3])
 
 
 def test_measure(source, encode):

@@ -1,6 +1,7 @@
-"""Mesh shapes and where parameters lie."""
+"""Mesh shapes and where parameters and batches lie."""
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from jax.sharding import AbstractMesh
@@ -68,3 +69,14 @@ def test_data_takes_the_outer_links_and_tensor_the_inner(shape, data, tensor, ex
 def test_a_factor_that_no_axis_has_is_an_error():
     with pytest.raises(UserError, match="a factor 3"):
         sharding.factor((1, 4, 4, 1, 1), 3, 1)
+
+
+def test_a_batch_made_of_pieces_is_the_batch():
+    """With several processes: tests/test_distributed.py."""
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1})
+    groups = 4 * jax.device_count()
+    assert sharding.local_groups(mesh, groups) == tuple(range(groups))
+    batch = {"tokens": np.arange(groups * 3 * 5).reshape(groups * 3, 5), "images": np.arange(groups * 2).reshape(-1, 2)}
+    for name, array in sharding.put_batch(mesh, groups, batch).items():
+        assert array.sharding == sharding.batch_sharding(mesh)
+        np.testing.assert_array_equal(array, batch[name])

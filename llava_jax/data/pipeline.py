@@ -14,8 +14,10 @@ threads or processes reading ahead.
 """
 
 import functools
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,19 +78,27 @@ class ImageFolder:
         return preprocess(load_image(path), self.size, self.aspect, self.mean)
 
 
-def measure(source: Sequence[Sample], encode: Callable[[Sample], Row], workers: int = 0) -> Lengths:
-    """Encodes the text of every sample once, so that all errors in it appear before step 0.
+def measure(
+    source: Sequence[Sample], encode: Callable[[Sample], Row], workers: int = 0, first: int = 0, stride: int = 1
+) -> Lengths:
+    """Encodes the text of samples once, so that all errors in it appear before step 0.
+
+    Args:
+      first, stride: samples first, first + stride, ... are measured, by default all.
 
     Raises:
       UserError: the first sample that cannot be encoded or holds nothing to learn.
     """
-    counts = grain.MapDataset.source(source).map(functools.partial(_count, encode))
-    counts = track(_read_ahead(counts, workers), "Measuring samples", total=len(source))
+    chosen = grain.MapDataset.range(first, len(source), stride)
+    counts = _read_ahead(chosen.map(functools.partial(_count, source, encode)), workers)
+    if first == 0:
+        counts = track(counts, "Measuring samples", total=len(chosen))
     return Lengths(*np.array(list(counts), np.int32).reshape(-1, 3).T)
 
 
-def _count(encode: Callable[[Sample], Row], sample: Sample) -> tuple[int, int, int]:
+def _count(source: Sequence[Sample], encode: Callable[[Sample], Row], index: int) -> tuple[int, int, int]:
     """Positions, targets and images of one sample."""
+    sample = source[index]
     row = encode(sample)
     targets = np.count_nonzero(row.labels[1:] != IGNORE_INDEX)  # nothing predicts the first label
     if targets == 0:
@@ -124,10 +134,10 @@ def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layou
 
 
 def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
-    """Stacks the rows of a batch and moves their images to the slots of their groups."""
+    """Stacks the rows of whole groups and moves their images to the slots of these."""
     batch = {name: np.stack([row[name] for row in rows]) for name in PADDING}
-    size = layout.image_size
-    batch["images"] = np.zeros((layout.groups, layout.image_slots, size, size, 3), np.uint8)
+    groups, size = len(rows) // layout.rows_per_group, layout.image_size
+    batch["images"] = np.zeros((groups, layout.image_slots, size, size, 3), np.uint8)
     members = list(zip(rows, batch["image_feature_index"], strict=True))
     for slots, group in zip(batch["images"], groups_of(members, layout.rows_per_group), strict=True):
         used = 0
@@ -154,6 +164,7 @@ class Batches:
       read_image: a picture by name, as `ImageFolder`.
       order: which samples stand in which row of which step.
       layout: the shapes, planned for all steps that will be taken.
+      groups: those of each batch that are read, ascending; by default all. The others belong to other processes.
     """
 
     def __init__(
@@ -163,15 +174,20 @@ class Batches:
         read_image: Callable[[str], np.ndarray],
         order: Order,
         layout: Layout,
+        groups: Sequence[int] | None = None,
     ):
         self.source = source
         self.encode = encode
         self.read_image = read_image
         self.order = order
         self.layout = layout
+        per_group = layout.rows_per_group
+        chosen = range(layout.groups) if groups is None else groups
+        self.rows = [row for group in chosen for row in range(group * per_group, (group + 1) * per_group)]
 
     def __getitem__(self, step: int) -> Batch:
-        return collate([self._row(samples) for samples in self.order.rows(step)], self.layout)
+        rows = self.order.rows(step)
+        return collate([self._row(rows[row]) for row in self.rows], self.layout)
 
     def ids(self, step: int) -> list[str]:
         """The ids of the samples of a step, row by row."""
@@ -183,7 +199,7 @@ class Batches:
         Args:
           workers: processes that read; 0 reads with threads of this process.
         """
-        per_batch = self.layout.batch_rows
+        per_batch = len(self.rows)
         numbers = grain.MapDataset.range(start * per_batch, stop * per_batch)
         rows = _read_ahead(numbers.map(self._numbered_row), workers, buffer=2 * per_batch)
         batches = iter(rows.batch(per_batch, batch_fn=functools.partial(collate, layout=self.layout)))
@@ -193,8 +209,8 @@ class Batches:
             batches.close()
 
     def _numbered_row(self, number: int) -> Batch:
-        step, row = divmod(number, self.layout.batch_rows)
-        return self._row(self.order.rows(step)[row])
+        step, row = divmod(number, len(self.rows))
+        return self._row(self.order.rows(step)[self.rows[row]])
 
     def _row(self, indices: Sequence[int]) -> Batch:
         return build_row([self._read(self.source[index]) for index in indices], self.layout)
@@ -218,4 +234,15 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> gra
     # Rows travel through pipes: containers often have too little shared memory for pictures, and die of it.
     pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     elements = grain.experimental.WithOptionsIterDataset(elements, pipes)
-    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=8))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=8)
+    return elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
+
+
+def _end_with_parent(_worker: int, _workers: int) -> None:
+    """A worker of a process that is killed would wait for ever for someone to take its rows."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
@@ -25,6 +26,7 @@ from llava_jax.data.conversation import (
     render,
 )
 from llava_jax.data.sources import Sample
+from llava_jax.remote import local
 
 IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
 IGNORE_INDEX = -100  # a label that is not learned
@@ -46,18 +48,18 @@ class Row(NamedTuple):
     num_images: int
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """The fast tokenizer of an HF directory, a bare `tokenizer.model` of LLaMA included.
 
     transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
     holds. It also forgets `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept.
-    Raises `UserError` where there is no tokenizer, or none that knows character offsets.
+    The directory may be remote (`gs://`). Raises `UserError` where there is no tokenizer, or none that knows character
+    offsets.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
+    if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
     try:
-        tokenizer = _load(directory)
+        tokenizer = _load(local(directory))
     except Exception as error:  # the tokenizers library raises no other class for a broken file
         raise UserError(f"{directory}: holds no tokenizer that transformers reads: {error}") from error
     if not tokenizer.is_fast:

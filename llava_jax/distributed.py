@@ -1,0 +1,243 @@
+"""Several processes, on one host or many, as one run: how they meet, agree to stop, and leave.
+
+No process may be left waiting for another. Whoever fails says so in the key-value store of JAX's coordinator and exits
+at once; the others look there every second and exit with its message. Whoever dies in silence is missed by the
+coordinator after `HEARTBEAT_SECONDS`, and JAX then ends the others. Without other processes nothing here does anything.
+"""
+
+import contextlib
+import glob
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.cli import UserError, report
+
+HEARTBEAT_SECONDS = 30  # JAX's 100 would leave the others waiting for longer than a minute
+LEAVING_SECONDS = 30  # how long the first to finish waits for the last
+BARRIER_SECONDS = 24 * 3600  # whoever does not come fails or dies, which ends the wait
+FAILURES = "llava_jax/failures"  # in the store: process id -> its last words
+# What a collective or the coordinator's client raises that lost its partner.
+LOST = re.compile(r"gloo|nccl|connection|closed|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|heartbeat", re.IGNORECASE)
+
+_leaving = threading.Event()  # this process knows already that it ends
+
+
+class LeaveTogether(SystemExit):
+    """Raised by all processes, which have agreed to exit with this status."""
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int) -> Iterator[None]:
+    """Within, the processes are one. They join by the arguments, or by what SLURM or a TPU pod says, or there is one.
+
+    Has to be entered before JAX looks for devices. An error that leaves it ends all processes.
+
+    Args:
+      coordinator: host and port where process 0 listens, the same for all.
+      num_processes, process_id: how many there are, and which one this is.
+      seconds: how long to wait for the others.
+    """
+    _initialize(coordinator, num_processes, process_id, seconds)
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    _leaving.clear()
+    threading.Thread(target=_watch, daemon=True).start()
+    try:
+        yield
+    except LeaveTogether:
+        _part()
+        raise
+    except BaseException as error:
+        _leave(error)
+    _part()
+
+
+def leave_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
+    """For `ExitStack.push`: after an error this process exits here, and nothing that waits for others is closed."""
+    if error is not None and jax.distributed.is_initialized() and not isinstance(error, LeaveTogether):
+        _leave(error)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here. `name` may be used once."""
+    if jax.distributed.is_initialized():
+        _client().wait_at_barrier(f"llava_jax/{name}", timeout_in_ms=BARRIER_SECONDS * 1000)
+
+
+def gather(name: str, value: np.ndarray) -> list[np.ndarray]:
+    """Everybody's array, of any size each, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    barrier(name)  # collectives wait less patiently than barriers
+    gathered = multihost_utils.process_allgather
+    sizes = gathered(np.array(value.shape[0])).reshape(-1)
+    padded = np.zeros((max(sizes), *value.shape[1:]), value.dtype)
+    padded[: len(value)] = value
+    return [array[:size] for array, size in zip(gathered(padded), sizes, strict=True)]
+
+
+class Ballot:
+    """Everybody's numbers, of which all read the highest a step later, so that nobody waits.
+
+    So hosts agree on the step at which to stop, whichever of them was signalled.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.result: jax.Array | int = 0
+
+    def exchange(self, number: int) -> int:
+        """Takes this process's number; returns the highest of a step ago or, if there is but one process, this one."""
+        if jax.process_count() == 1:
+            return number
+        known = int(self.result)
+        size = self.everywhere.mesh.size
+        numbers = jax.make_array_from_callback((size,), self.everywhere, lambda _: np.array([number], np.int32))
+        self.result = self.highest(numbers)
+        return known
+
+
+# ------------------------------------------------------------------------------------------------------------ joining
+
+
+def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int) -> None:
+    given = (coordinator, num_processes, process_id)
+    if given == (None, None, None):
+        if not _has_company():
+            return
+    elif None in given:
+        raise UserError("--coordinator, --num_processes and --process_id belong together: give all three or none")
+    elif not re.fullmatch(r".+:\d+", coordinator) or not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
+            "the first is HOST:PORT, the last counts from 0 to one below the number of processes"
+        )
+    # Its handler would take SIGTERM from ours, which do the same for SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    where = f"the processes did not all meet at {coordinator or 'the coordinator'}"
+    advice = "is each of them started, and can it reach that address?"
+    too_late = threading.Timer(seconds, _exit, (1, f"error: {where} within {seconds} s: {advice}"))
+    too_late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=_local_devices(),
+            initialization_timeout=seconds + 60,  # JAX would end it, too, but with a stack trace of C++
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVING_SECONDS,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        if coordinator is None and not _is_slurm() and not isinstance(error, RuntimeError):
+            return  # a TPU that knows of no pod, as inside a container
+        raise UserError(f"{where}: {_first_line(error)}; {advice}") from None
+    finally:
+        too_late.cancel()
+
+
+def _has_company() -> bool:
+    """Whether `srun` started several tasks, or this is a TPU VM, whose pod JAX asks about itself."""
+    if _is_slurm():
+        return int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    tpu_is_used = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+    return tpu_is_used and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _is_slurm() -> bool:
+    """Whether `srun` started this; the script of `sbatch` alone is one process."""
+    return "SLURM_STEP_NODELIST" in os.environ
+
+
+def _local_devices() -> list[int] | None:
+    """JAX gives a SLURM task one GPU of its node; a task that is alone there takes all."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 1(x4)
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if re.fullmatch(r"1(\(x\d+\))?", tasks) and gpus.isdecimal() else None
+
+
+# ------------------------------------------------------------------------------------------------------------ leaving
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX shows it nowhere else; Orbax takes it from here, too
+
+    return distributed.global_state.client
+
+
+def _watch() -> None:
+    """Ends this process when another has failed or the coordinator, which lives in process 0, is gone."""
+    while not _leaving.wait(1.0):
+        try:
+            failure = _others_failure()
+        except jax.errors.JaxRuntimeError as error:
+            failure = f"the coordinator, process 0, is gone ({_first_line(error)})"
+        if failure and not _leaving.is_set():
+            _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+
+
+def _others_failure() -> str | None:
+    failures = sorted(_client().key_value_dir_get(FAILURES))
+    return next((f"process {key.rsplit('/', 1)[1]}: {said}" for key, said in failures), None)
+
+
+def _part() -> None:
+    """The end of all, together, however long the last takes to upload its logs."""
+    try:
+        barrier("end")
+    except jax.errors.JaxRuntimeError as error:
+        _leave(error)
+    _leaving.set()
+    jax.distributed.shutdown()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Exits, at once: an orderly exit would wait for the others, who wait for this process."""
+    _leaving.set()
+    if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+        # The other's own words say more.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            for _ in range(20):
+                if failure := _others_failure():
+                    _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+                time.sleep(0.1)
+        error = UserError(f"lost another process, or the connection to it ({_first_line(error)})")
+    status, message = report(error)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{FAILURES}/{jax.process_index()}", message)
+        if is_first():
+            time.sleep(3.0)  # the coordinator lives here: the others shall hear of it
+    _exit(status)
+
+
+def _exit(status: int, message: str | None = None) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,105 @@
+"""Object stores: copies in, copies out, and whole runs whose every path is on one.
+
+The store is a fake, its clients are the real ones: gcsfs under etils.epath, TensorStore under Orbax.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from fake_gcs import FakeGcs
+from test_distributed import free_port
+
+from llava_jax import remote
+
+ROOT = Path(__file__).parents[1]
+
+WRITE_MODEL = """
+import sys, tiny
+from llava_jax.checkpoint import Description, save_model
+model = tiny.config()
+save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
+"""
+
+
+@pytest.fixture
+def store() -> Iterator[FakeGcs]:
+    with FakeGcs() as fake:
+        yield fake
+
+
+def start(store: FakeGcs, cwd: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
+    """A process for which `gs://` is the store. In `cwd` a path taken for a local one leaves its trace."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | store.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, env=environment, cwd=cwd, stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    told = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(told)
+    return "\n".join(told)
+
+
+def metrics(store: FakeGcs) -> dict[int, float]:
+    lines = map(json.loads, store.read("bucket", "run/metrics.jsonl").decode().splitlines())
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    finish(start(store, cwd, "-c", WRITE_MODEL, "gs://bucket/model", str(tmp_path / "tokenizer")))
+    file, images = tiny.data(tmp_path)
+    for source in (file, *images.iterdir()):
+        store.put("bucket", f"data/{source.relative_to(tmp_path).as_posix()}", source.read_bytes())
+
+    command = ["-m", "llava_jax.main", f"--config={ROOT}/configs/common.py", "--workdir=gs://bucket/run"]
+    config = {"init": "gs://bucket/model", "data.json": "gs://bucket/data/data.json", "max_length": 64, "steps": 6}
+    config |= {"data.images": "gs://bucket/data/images", "batch_rows": 4, "save_every": 2, "stage": "finetune"}
+    command += [f"--config.{key}={value}" for key, value in config.items()]
+    meet = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    finish(*(start(store, cwd, *command, *meet, f"--process_id={i}") for i in range(2)))
+
+    names = store.names("bucket")
+    written = {"/".join(name.split("/")[1:3]) for name in names if name.startswith("run/")}
+    assert {"config.json", "data.json", "llava.json", "metrics.jsonl", "tokenizer/tokenizer.json"} <= written
+    assert {name for name in written if name.startswith("checkpoints/")} == {"checkpoints/4", "checkpoints/6"}
+    assert len([name for name in written if name.startswith("tensorboard/")]) == 1
+    losses = metrics(store)
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+
+    # As if it had been lost after step 4: one process goes on from what two saved.
+    for name in names:
+        if name.startswith("run/checkpoints/6/"):
+            del store.objects["bucket", name]
+    told = finish(start(store, cwd, *command, devices=4))
+    assert "resuming after step 4" in told
+    resumed = metrics(store)
+    assert list(resumed) == list(losses)
+    np.testing.assert_allclose(list(resumed.values()), list(losses.values()), rtol=1e-5)
+
+    assert not list(cwd.iterdir()), "a remote path was taken for a local one"
+    assert not [name for name in store.names("bucket") if "partial" in name or "orbax-checkpoint-tmp" in name]
+
+
+def test_a_local_directory_is_itself_and_logs_are_copied_with_their_directories(tmp_path):
+    assert remote.local(tmp_path) == tmp_path and not remote.is_remote(tmp_path)
+    assert remote.is_remote("gs://bucket/run")
+    source, target = tmp_path / "source", tmp_path / "target"
+    for directory in (source / "tensorboard", target / "tensorboard"):
+        directory.mkdir(parents=True)
+    (source / "metrics.jsonl").write_text("new")
+    (source / "tensorboard" / "events").write_text("events")
+    (target / "metrics.jsonl").write_text("old")
+    remote.upload(source, target)
+    assert (target / "metrics.jsonl").read_text() == "new" and (target / "tensorboard" / "events").exists()
