@@ -106,7 +106,8 @@ def _measured(compiled: Compiled, parts: dict[str, flops.Part]) -> dict[str, Any
 
 
 def largest_batch(config: ConfigDict, name: str, memory_fraction: float | None = None) -> dict[str, Any]:
-    """The report of the most rows at once on a device that fit, `batch_rows` being rounded up to a multiple."""
+    """The report of the most rows at once on a device that fit, `batch_rows` being rounded up to a multiple of all
+    devices'; of the least where none do."""
     tried: dict[int, dict[str, Any]] = {}
 
     def fits(groups: int) -> bool:
@@ -114,7 +115,7 @@ def largest_batch(config: ConfigDict, name: str, memory_fraction: float | None =
         return tried[groups]["fits"]
 
     good, bad = 0, 1
-    while bad <= config.batch_rows // config.rows_per_group and fits(bad):
+    while fits(bad):
         good, bad = bad, bad * 2
     while bad - good > 1:
         middle = (good + bad) // 2
