@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     # Rows that share image slots.
     config.rows_per_group = 1
     # Image slots of a group, and label slots (positions whose next token is learned); 0 plans the least that suffices.
+    # Data without pictures needs no image slots: -1 says so where there is no data to plan from, as in preflight.
     config.image_slots = 0
     config.label_slots = 0
     # At most so many rows on a device at once: more are accumulated. 0 sets no limit.

@@ -130,7 +130,7 @@ def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
         batch_rows=config.batch_rows,
         rows_per_group=config.rows_per_group,
         max_length=config.max_length,
-        image_slots=config.image_slots or config.rows_per_group,
+        image_slots=max(config.image_slots or config.rows_per_group, 0),
         label_slots=config.label_slots or config.rows_per_group * config.max_length,
         image_tokens=model.image_tokens,
         image_size=model.vision.image_size,

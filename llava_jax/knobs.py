@@ -25,7 +25,7 @@ CHOICES = {
 }
 AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
 AT_LEAST_0 = (
-    *("data.holdout", "data.workers", "image_slots", "label_slots", "max_rows_per_device", "steps", "epochs"),
+    *("data.holdout", "data.workers", "label_slots", "max_rows_per_device", "steps", "epochs"),
     *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
     "profile.steps",
     *("warmup_ratio", "beta1", "beta2"),
@@ -45,7 +45,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     for key, choices in CHOICES.items():
         if config[key] not in choices:
             yield f"{key} is {config[key]!r}, not one of {', '.join(repr(choice) for choice in choices)}"
-    for keys, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+    for keys, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0), (("image_slots",), -1)):
         for key in keys:
             value = _get(config, key)
             if not least <= value < math.inf:

@@ -133,7 +133,7 @@ def plan_layout(
     Args:
       schedules: orders and how many of their steps are taken (training, validation), all of the same `batch_rows`.
       lengths: of all samples that the orders index.
-      image_slots, label_slots: 0 takes the least that suffices; else what the user wants.
+      image_slots, label_slots: 0 takes the least that suffices, -1 none; else what the user wants.
 
     Raises:
       UserError: rows do not divide into groups, or wanted slots are too few (the error says how many are needed).
@@ -147,7 +147,7 @@ def plan_layout(
         rows_per_group=rows_per_group,
         max_length=max_length,
         image_slots=_choose_slots("image_slots", image_slots, images, rows_per_group),
-        label_slots=_choose_slots("label_slots", label_slots, labels, rows_per_group),
+        label_slots=_choose_slots("label_slots", label_slots, max(labels, 1), rows_per_group),
         image_tokens=image_tokens,
         image_size=image_size,
     )
@@ -168,7 +168,8 @@ def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, ro
 
 def _choose_slots(name: str, wanted: int, needed: int, rows_per_group: int) -> int:
     if wanted == 0:
-        return max(needed, 1)  # arrays stay non-empty where no sample has an image
+        return needed
+    wanted = max(wanted, 0)  # -1 asks for none
     if wanted < needed:
         raise UserError(
             f"{name}={wanted} is too few: a group of {rows_per_group} rows needs {needed}; "
