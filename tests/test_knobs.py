@@ -57,5 +57,5 @@ def test_nonsense_is_refused_by_name(key, value):
 def test_all_problems_are_listed():
     config = common.get_config()
     config.keep, config.remat = 0, "half"
-    with pytest.raises(UserError, match=r"remat is 'half', not one of 'none', 'full'; config.keep is 0"):
+    with pytest.raises(UserError, match=r"remat is 'half', not one of 'none', .*; config.keep is 0"):
         knobs.check(config)
