@@ -7,10 +7,11 @@ example, in a script (what is set already comes last, and so wins):
   eval "$(python -m llava_jax.xla_flags v6e)"
   python -m llava_jax.main ...
 
-A flag is here only if it changes the compiled training step: tests compile with every one of them. They do not change
-its peak memory: LLaVA-1.5-7B, stage 2, 2048 tokens a row, FSDP, jax 0.10.2 has 8.81 GiB with and without on v6e:4x4
-(one row a device) and 22.75 GiB on eight H100 (four). How much faster they make a step was not measured. Left out,
-since that program is the same with and without them on v5e:4x4 and H100, are these, which other code bases set:
+A flag is here only if it changes the compiled training step: tests compile with every one of them. Peak memory of
+LLaVA-1.5-7B, stage 2, 2048 tokens a row, pure FSDP, jax 0.10.2, without and with them: 8.21 and 8.21 GiB a device on
+v6e:4x4 (one row a device), 17.42 and 18.18 GiB on eight H100 (four rows). How much faster they make a step was not
+measured. Left out, since that program is the same with and without them on v5e:4x4 and eight H100, are these, which
+other code bases set:
   TPU  xla_tpu_enable_async_collective_fusion, ..._fuse_all_gather, ..._multiple_steps,
        xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather; and, which concern several slices only,
        xla_tpu_enable_data_parallel_all_reduce_opt, xla_tpu_data_parallel_opt_different_sized_ops
