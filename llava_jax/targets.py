@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_jax import xla_flags
 from llava_jax.cli import UserError
 from llava_jax.machines import GPUS, TPUS, Gpu, Tpu, tpu_send_rate
 
@@ -139,11 +140,14 @@ def devices(target: Target) -> list:
 
 
 def compile_options(target: Target) -> dict[str, Any]:
-    """What the compiler must know besides the program."""
-    if target.platform != "gpu":
+    """What the compiler must know besides the program: the flags that launchers set, too."""
+    if target.platform == "cpu":
         return {}
+    if target.platform == "tpu":
+        return xla_flags.compiler_options(target.machine.name)
     # Tuning means running, and there is nothing to run on.
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(cuda_toolkit())}
+    away = {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(cuda_toolkit())}
+    return xla_flags.compiler_options("gpu") | away
 
 
 def _tpu_devices(target: Target) -> list:

@@ -1,7 +1,7 @@
 """The flags of XLA and libtpu by platform, and what else a process on it has to start with. All of them are here.
 
 usage:
-  python -m llava_jax.xla_flags {tpu,v4,v5e,v5p,v6e,gpu,cpu}
+  python -m llava_jax.xla_flags {tpu,v4,v5e,v5p,v6e,7x,gpu,cpu}
 
 example, in a script (what is set already comes last, and so wins):
   eval "$(python -m llava_jax.xla_flags v6e)"
@@ -51,7 +51,7 @@ class Platform(NamedTuple):
 
 
 PLATFORMS = {
-    **dict.fromkeys(("tpu", "v4", "v5e", "v5p"), Platform("LIBTPU_INIT_ARGS", TPU)),
+    **dict.fromkeys(("tpu", "v4", "v5e", "v5p", "7x"), Platform("LIBTPU_INIT_ARGS", TPU)),
     "v6e": Platform("LIBTPU_INIT_ARGS", V6E),
     # JAX takes three quarters of a GPU's memory unless told otherwise; NCCL, cuBLAS and cuDNN need some of the rest.
     "gpu": Platform("XLA_FLAGS", GPU, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}),

@@ -164,10 +164,10 @@ def test_empty_rows_and_unused_slots_are_neutral(batches):
         assert images[:used].any(axis=(1, 2, 3)).all() and not images[used:].any()
 
 
-def test_text_only_data_keeps_the_program(tmp_path, encode):
+def test_data_without_pictures_needs_no_slots(tmp_path, encode):
     (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(3, [])]))
     batch = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 2, 2)[0]
-    assert batch["images"].shape == (1, 1, SIZE, SIZE, 3) and not batch["images"].any()
+    assert batch["images"].shape == (1, 0, SIZE, SIZE, 3)
     assert (batch["image_feature_index"] == -1).all()
 
 
