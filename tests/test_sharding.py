@@ -1,10 +1,12 @@
 """Mesh shapes and where parameters and batches lie."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
 from llava_jax import sharding
 from llava_jax.cli import UserError
@@ -51,6 +53,22 @@ def test_too_much_on_every_device_is_an_error():
         sharding.check_replicated(abstract_mesh(fsdp=7), shapes)
     for preset in PRESETS.values():
         sharding.check_replicated(abstract_mesh(fsdp=256), abstract_params(preset))
+
+
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 16}, {"fsdp": 256}, {"data": 2, "fsdp": 32}, {"fsdp": 8, "tensor": 4}], ids=str
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_device_holds_its_part_of_a_published_model(preset, axes):
+    mesh, shapes = abstract_mesh(**axes), abstract_params(PRESETS[preset])
+    sizes = {
+        n: NamedSharding(mesh, sharding.param_spec(mesh, n, v.shape)).shard_shape(v.shape) for n, v in shapes.items()
+    }
+    held, whole = (
+        sum(math.prod(shape) for shape in all_shapes)
+        for all_shapes in (sizes.values(), [v.shape for v in shapes.values()])
+    )
+    assert held * axes["fsdp"] * axes.get("tensor", 1) < 1.05 * whole
 
 
 @pytest.mark.parametrize(
