@@ -1,0 +1,171 @@
+"""Writes docs/machines.md: what `llava_jax.preflight` says of the published recipes on many machines.
+
+    python benchmarks/machines.py > docs/machines.md
+
+Takes three quarters of an hour on two cores. Every row is one run of preflight with the arguments that the table names.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+GiB = 2**30
+
+# Peak GiB a device of MaxText 0.2.5 (jax 0.12.0.1, libtpu 0.0.50.1), compiled for the same machines by
+#   python -m maxtext.trainers.pre_train.train_compile CONFIG model_name=llama2-7b attention=flash scan_layers=true \
+#     remat_policy=full max_target_length=2048 compile_topology=v5e-16 per_device_batch_size=1 ...
+# with its defaults: bfloat16 computation, float32 weights, gradients and moments, AdamW, pure FSDP.
+MAXTEXT = {
+    ("v5e:4x4", 1): 8.12,
+    ("v5e:4x4", 4): 11.30,
+    ("v5e:8x8", 1): 3.19,
+    ("v5e:8x8", 4): 5.40,
+    ("v5p:2x2x2", 1): 15.19,
+    ("v5p:2x2x2", 4): 18.22,
+    ("v6e:4x4", 1): 8.11,
+    ("v6e:4x4", 4): 11.08,
+}
+# A plain step of 150 lines with cuDNN attention and automatic FSDP, jax 0.10.2.
+PLAIN_GPU = {("h100:8", 1): 13.82, ("h100:8", 4): 16.51, ("h100:8", 8): 20.10}
+
+RECIPES = {
+    ("finetune", "7b"): ("v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "a100:8"),
+    ("finetune", "13b"): ("v4:2x4x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8", "a100:8"),
+    ("pretrain", "7b"): ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x2", "h100:1", "a100:1"),
+    ("pretrain", "13b"): ("v4:2x2x1", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:2", "a100:2"),
+}
+POLICIES = ("full", "save_qkv", "offload", "none")
+POLICY_TARGETS = ("v5e:4x4", "v5p:2x2x4", "h100:8")
+
+INTRODUCTION = """\
+# Machines
+
+Made by `python benchmarks/machines.py > docs/machines.md`. No accelerator was at hand: all of this is what the
+compilers of TPUs (libtpu) and GPUs (the CUDA plugin of JAX) say of the training step, compiled ahead of time on a
+machine with two cores. Nothing here was run on the machines it names; the times are lower bounds from their data
+sheets, not measurements. jax {jax}, libtpu {libtpu}.
+
+GiB are per device. *Needed* is the peak that the compiler reports, on GPUs with a margin of 2 GiB and more for what it
+does not count; *available* is what libtpu lets a program use, or three quarters of a GPU's memory, JAX's default.
+*Sent* is what a device sends in a step, and its ratio to what parameters split over all devices have to send. *Step* is
+at least so long: the most of compute, memory and network at their peaks. A row has 2048 positions; every row has a
+picture, and every position is learned, which is the worst case.
+"""
+
+
+def preflight(recipe: str, target: str, **changes: Any) -> dict[str, Any]:
+    """One run of the command, its JSON."""
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "llava_jax.preflight",
+        f"--config=configs/{recipe}",
+        f"--target={target}",
+        "--json",
+    ]
+    print(" ".join(command[1:] + overrides), file=sys.stderr, flush=True)
+    run = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    if run.returncode not in (0, 3):
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout)
+
+
+def devices_of(target: str) -> int:
+    sizes = target.partition(":")[2].split("x")
+    product = 1
+    for size in sizes:
+        product *= int(size)
+    return product
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def gib(value: float | None) -> str:
+    return "?" if value is None else f"{value / GiB:.2f}"
+
+
+def text_only(peers: dict[tuple[str, int], float]) -> str:
+    """The decoder alone, at the shapes at which peers were compiled."""
+    rows = []
+    for (target, per_device), peer in peers.items():
+        result = preflight(
+            "finetune.py:7b",
+            target,
+            image_slots=-1,
+            max_rows_per_device=per_device,
+            batch_rows=per_device * devices_of(target),
+        )
+        memory, collectives = result["memory"], result["collectives"]
+        peak = memory["needed"] - memory["margin"]
+        rows.append(
+            [target, str(per_device), gib(peak), f"{peer:.2f}", f"{peak / GiB / peer:.2f}"]
+            + [gib(collectives["wire"]), f"{collectives['ratio']:.2f}", f"{result['compiled']['ratio']:.4f}"]
+        )
+    return table(["target", "rows", "peak", "peer", "ratio", "sent", "of ideal", "FLOPs of formula"], rows)
+
+
+def recipe_row(result: dict[str, Any]) -> list[str]:
+    memory = result["memory"]
+    row = [result["target"], str(result["devices"]), f"{result['rows_per_device']} x {result['microbatches']}"]
+    row += [gib(memory["needed"]), gib(memory["available"]), "yes" if result["fits"] else "**no**"]
+    if "compiled" not in result:
+        return row + ["", "", ""]
+    bound = result["bound"]["seconds"]
+    slowest = max(("compute", "memory", "network"), key=bound.get)
+    collectives = result["collectives"]
+    ratio = f" ({collectives['ratio']:.2f})" if collectives["ratio"] else ""
+    return row + [f"{gib(collectives['wire'])}{ratio}", f"{bound['step']:.2f}", slowest]
+
+
+def main() -> None:
+    import importlib.metadata
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    print(INTRODUCTION.format(jax=importlib.metadata.version("jax"), libtpu=importlib.metadata.version("libtpu")))
+    header = [
+        "target",
+        "devices",
+        "rows x microbatches",
+        "needed",
+        "available",
+        "fits",
+        "sent (of ideal)",
+        "step s",
+        "by",
+    ]
+    for (recipe, size), names in RECIPES.items():
+        stage = {"pretrain": "Stage 1", "finetune": "Stage 2"}[recipe]
+        print(f"## {stage}, LLaVA-1.5 {size.upper()}: `--config=configs/{recipe}.py:{size}`\n")
+        print(table(header, (recipe_row(preflight(f"{recipe}.py:{size}", name)) for name in names)), flush=True)
+    print("## Memory by remat policy: stage 2, 7B, `--config.remat=...`\n")
+    results = [[preflight("finetune.py:7b", name, remat=policy) for policy in POLICIES] for name in POLICY_TARGETS]
+    rows = (
+        [
+            r["target"],
+            r["remat"],
+            gib(r["memory"]["needed"]),
+            "yes" if r["fits"] else "**no**",
+            f"{r['flops']['parts']['llm']['recomputed']:.3g}",
+        ]
+        for line in results
+        for r in line
+    )
+    print(table(["target", "remat", "needed", "fits", "recomputed FLOPs of a step"], rows), flush=True)
+    print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
+    print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS ")
+    print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
+    print(text_only(MAXTEXT), flush=True)
+    print("## Against a plain step on GPUs: the same, cuDNN attention\n")
+    print(text_only(PLAIN_GPU), flush=True)
+
+
+if __name__ == "__main__":
+    main()
