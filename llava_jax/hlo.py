@@ -258,7 +258,7 @@ def parse(text: str) -> Module:
             if header:
                 current = module.computations[header[2]] = Computation(header[2], {})
                 module.entry = header[2] if header[1] else module.entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif line.startswith("  ") and (match := re.match(r"  (ROOT )?%?([\w.\-]+) = ", line)):
             instruction = _instruction(match[2], line[match.end() :])
