@@ -6,6 +6,7 @@ Takes half an hour on two cores. Every row is one run of preflight with the argu
 kept in runs/machines.jsonl, so that what is interrupted goes on where it was. Remove that file after changing the step.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -42,6 +43,7 @@ RECIPES = {
 }
 POLICIES = ("full", "save_qkv", "offload", "none")
 POLICY_TARGETS = ("v5e:4x4", "h100:8")
+RECIPE_HEADER = "target|devices|rows x microbatches|needed|available|fits|sent (of ideal)|step s|bound by".split("|")
 
 INTRODUCTION = """\
 # Machines
@@ -143,25 +145,18 @@ def recipe_row(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    import importlib.metadata
-
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     print(INTRODUCTION.format(jax=importlib.metadata.version("jax"), libtpu=importlib.metadata.version("libtpu")))
-    header = [
-        "target",
-        "devices",
-        "rows x microbatches",
-        "needed",
-        "available",
-        "fits",
-        "sent (of ideal)",
-        "step s",
-        "by",
-    ]
+    print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
+    print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS ")
+    print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
+    print(text_only(MAXTEXT), flush=True)
+    print("## Against a plain step on GPUs: the same, cuDNN attention\n")
+    print(text_only(PLAIN_GPU), flush=True)
     for (recipe, size), names in RECIPES.items():
         stage = {"pretrain": "Stage 1", "finetune": "Stage 2"}[recipe]
         print(f"## {stage}, LLaVA-1.5 {size.upper()}: `--config=configs/{recipe}.py:{size}`\n")
-        print(table(header, (recipe_row(preflight(f"{recipe}.py:{size}", name)) for name in names)), flush=True)
+        print(table(RECIPE_HEADER, (recipe_row(preflight(f"{recipe}.py:{size}", name)) for name in names)), flush=True)
     print("## Memory by remat policy: stage 2, 7B, `--config.remat=...`\n")
     results = [[with_policy(name, policy) for policy in POLICIES] for name in POLICY_TARGETS]
     rows = (
@@ -176,12 +171,6 @@ def main() -> None:
         for r in line
     )
     print(table(["target", "remat", "needed", "fits", "recomputed FLOPs of a step"], rows), flush=True)
-    print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
-    print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS ")
-    print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
-    print(text_only(MAXTEXT), flush=True)
-    print("## Against a plain step on GPUs: the same, cuDNN attention\n")
-    print(text_only(PLAIN_GPU), flush=True)
 
 
 if __name__ == "__main__":
