@@ -43,7 +43,17 @@ RECIPES = {
 }
 POLICIES = ("full", "save_qkv", "offload", "none")
 POLICY_TARGETS = ("v5e:4x4", "h100:8")
-RECIPE_HEADER = "target|devices|rows x microbatches|needed|available|fits|sent (of ideal)|step s|bound by".split("|")
+RECIPE_HEADER = [
+    "target",
+    "devices",
+    "rows x microbatches",
+    "needed",
+    "available",
+    "fits",
+    "sent (of ideal)",
+    "step s",
+    "bound by",
+]
 
 INTRODUCTION = """\
 # Machines
