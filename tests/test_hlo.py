@@ -200,6 +200,13 @@ def test_loops_without_a_known_length_are_counted_out():
     assert unknown.unknown_loops == ("loop",) and unknown.flops == 2 * 4 * 4 * 6
 
 
+def test_computations_of_other_threads_end_where_they_end():
+    """A v5p has sparse cores, whose computations name their thread after the closing brace."""
+    body, rest = LOOP.split("}\n\n%condition", 1)
+    account = hlo.account(f'{body}}}, execution_thread="sparsecore"\n\n%condition{rest}')
+    assert account == hlo.account(LOOP)
+
+
 @pytest.mark.parametrize(
     "groups,members",
     [
