@@ -368,10 +368,10 @@ def train(config: ConfigDict, workdir: str) -> None:
         for step, batch in enumerate(read_ahead, start + 1):
             with profile.step(step), goodput.measure("compile" if step == start + 1 else "step"):
                 state, metrics = step_fn(state, frozen, put(batch))
-            stop = signals.exchange(request.signal or 0)
             if pending:
                 report(*pending)
             pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
+            stop = signals.exchange(request.signal or 0)
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
             save = step == steps or step % config.save_every == 0
             if evaluate or save or stop:

@@ -84,8 +84,7 @@ def test_every_mesh_trains_as_one_device_does(sizes, stage):
     assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
 
 
-@pytest.mark.parametrize("remat", ["full", "save_qkv"])
-@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 4, 2)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("sizes,remat", [((2, 4, 1), "full"), ((1, 4, 2), "save_qkv")])
 def test_rematerialised_accumulated_and_chunked(sizes, remat):
     changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
     assert_agrees(train_ten_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
@@ -119,11 +118,11 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         np.testing.assert_array_equal(restored, value)
 
 
-def test_no_device_holds_more_than_its_part():
+def test_a_device_holds_its_part_of_every_matrix_and_of_its_moments():
     for sizes in MESHES[1:]:
         _, state, frozen = start("finetune", mesh_of(sizes), MODEL, make_config("finetune"))
-        parts = mesh_of(sizes).size // sizes[0]
-        for params in (state.trainable, frozen, state.optimizer):
-            held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-            whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-            assert held < whole / parts * 1.6  # the vectors of so small a model are a good part of it
+        for tree in (state.trainable, frozen, state.optimizer):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                if str(path[-1]).endswith(("kernel']", "embed_tokens.embedding']", "position_embedding']")):
+                    held = leaf.addressable_shards[0].data.size
+                    assert held in (leaf.size // sizes[1], leaf.size // sizes[1] // sizes[2]), path

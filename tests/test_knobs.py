@@ -34,10 +34,8 @@ def test_recipes_pass(config):
                 "profile.start",
             )
         ),
-        *(
-            (key, -1)
-            for key in ("steps", "eval_every", "image_slots", "max_rows_per_device", "data.workers", "profile.steps")
-        ),
+        *((key, -1) for key in ("steps", "eval_every", "max_rows_per_device", "data.workers", "profile.steps")),
+        ("image_slots", -2),
         *((key, -0.1) for key in ("epochs", "learning_rate", "warmup_ratio", "clip_norm", "beta1")),
         *(("learning_rate", value) for value in (float("nan"), float("inf"))),
         *(

@@ -122,5 +122,5 @@ def test_a_shell_can_evaluate_it(platform):
 
 
 def test_an_unknown_platform_is_refused():
-    with pytest.raises(UserError, match="'abacus' is no platform: give one of tpu, v4, v5e, v5p, v6e, gpu, cpu"):
+    with pytest.raises(UserError, match="'abacus' is no platform: give one of tpu, v4, v5e, v5p, 7x, v6e, gpu, cpu"):
         xla_flags.find("abacus")
