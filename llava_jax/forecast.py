@@ -223,10 +223,11 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
 def remedies(compiled: Compiled, candidates: Mapping[str, int]) -> list[str]:
     """What might make a step fit, by arithmetic. `candidates`: larger machines and their devices."""
     program, memory, found = compiled.program, compiled.memory, []
-    if program.rows > program.config.rows_per_group:
+    state_fits = memory.state < memory.available  # else smaller activations would not help
+    if state_fits and program.rows > program.config.rows_per_group:
         fewer = max(program.rows // 2 // program.config.rows_per_group, 1) * program.config.rows_per_group
         found.append(f"--config.max_rows_per_device={fewer} (now {program.rows} rows at once)")
-    if program.config.remat == "none":
+    if state_fits and program.config.remat == "none":
         found.append("--config.remat=full")
     if memory.needed is not None:
         rest = max(memory.needed - memory.state, 0.0)
