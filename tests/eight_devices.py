@@ -11,6 +11,7 @@ from test_train import make_config, random_batches, settings_for
 from llava_jax import optim, sharding, train
 from llava_jax.checkpoint import Description, TrainingCheckpoints
 from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.models.execution import REMAT_POLICIES
 
 STEPS = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
@@ -126,3 +127,16 @@ def test_a_device_holds_its_part_of_every_matrix_and_of_its_moments():
                 if str(path[-1]).endswith(("kernel']", "embed_tokens.embedding']", "position_embedding']")):
                     held = leaf.addressable_shards[0].data.size
                     assert held in (leaf.size // sizes[1], leaf.size // sizes[1] // sizes[2]), path
+
+
+def test_no_policy_keeps_gathered_weights():
+    """Kept, they would be the whole model on every device: each is gathered again for the backward pass."""
+    mesh = mesh_of((1, 8, 1))
+    _, state, frozen = start("finetune", mesh, MODEL, make_config("finetune"))
+    (batch,) = random_batches(MODEL, 1, rows=16)
+    gathers = {}
+    for remat in REMAT_POLICIES:
+        settings = settings_for(MODEL, batch, mesh=mesh, remat=remat)
+        jaxpr = jax.make_jaxpr(train.loss_and_gradients, static_argnums=0)(settings, state.trainable, frozen, batch)
+        gathers[remat] = str(jaxpr).count(" all_gather[")
+    assert len(set(gathers.values())) == 1, gathers

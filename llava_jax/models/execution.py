@@ -14,8 +14,10 @@ from llava_jax.sharding import Fsdp
 LAYER_INPUT, QKV = "layer_input", "qkv"
 
 
-def everything_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive is not jax.lax.all_gather_p
+def everything_but_gathered_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Whether a result is kept: all but what is, or is made by, an all-gather, which would be the whole model."""
+    inside = parameters["call_jaxpr"].eqns if "call_jaxpr" in parameters else ()
+    return jax.lax.all_gather_p not in (primitive, *(equation.primitive for equation in inside))
 
 
 # What the backward pass finds stored after a layer; everything else is computed again (Chen et al. 2016).
