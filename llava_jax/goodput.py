@@ -6,6 +6,7 @@ what the loop waits for the device; what the device does while the host reads da
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -76,8 +77,11 @@ class Goodput:
         if self.file is None or jax.process_index() != 0:
             return
         partial = self.file.with_name("goodput.json.partial")
-        partial.write_text(json.dumps(self.account(), indent=2) + "\n")
-        partial.replace(self.file)
+        try:
+            partial.write_text(json.dumps(self.account(), indent=2) + "\n")
+            partial.replace(self.file)
+        except Exception as error:  # of whichever client; it is no part of the training
+            print(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
 
     def account(self) -> dict:
         """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""

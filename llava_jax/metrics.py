@@ -68,7 +68,7 @@ class MetricsWriter:
             self.tracker.finish()
         if self.uploads:
             self.uploads.shutdown(wait=True)
-            upload(self.local, self.workdir)
+            self._upload()
 
 
 def _step(line: str) -> float:

@@ -1,10 +1,13 @@
 """A trace of a few steps, for TensorBoard's or XProf's profile page: `profile/` in the workdir."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import jax
 from etils import epath
+
+from llava_jax.remote import is_remote, new_local, upload
 
 
 class Profile:
@@ -14,7 +17,8 @@ class Profile:
     """
 
     def __init__(self, workdir: epath.Path, start: int, steps: int):
-        self.directory = workdir / "profile"
+        self.target = workdir / "profile"
+        self.directory = new_local() if is_remote(workdir) else self.target
         self.window = range(start, start + steps)
         self.running = False
 
@@ -35,4 +39,9 @@ class Profile:
         """Writes the trace, if one is running."""
         if self.running:
             self.running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+                if self.directory != self.target:
+                    upload(self.directory, self.target)
+            except Exception as error:  # of the profiler or whichever client; it is no part of the training
+                print(f"warning: {self.target}: the trace cannot be written: {error}", file=sys.stderr)

@@ -267,6 +267,12 @@ class Fsdp:
         return spec.index(FSDP_RINGS) if FSDP_RINGS in spec else None
 
 
+def sum_over(axes: Iterable[str], x: jax.Array) -> jax.Array:
+    """`jax.lax.psum`, not over axes of one device: what they leave keeps compilers from splitting over `tensor`."""
+    axes = [axis for axis in axes if jax.lax.axis_size(axis) > 1]
+    return jax.lax.psum(x, axes) if axes else x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def whole_weight(weight: jax.Array, gradient: jax.Array | None, axis: int) -> jax.Array:
     """The whole of which each device along the rings has a piece, gathered ring by ring."""

@@ -101,7 +101,7 @@ def batch_loss(settings: StepSettings, trainable: Params, frozen: Params, batch:
 def count_targets(batch: Batch) -> jax.Array:
     """Targets in all rows of all devices."""
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
-    return jax.lax.psum(jnp.sum(targets_BT != IGNORE_INDEX), sharding.BATCH_AXES)
+    return sharding.sum_over(sharding.BATCH_AXES, jnp.sum(targets_BT != IGNORE_INDEX))
 
 
 def loss_and_gradients(
@@ -136,16 +136,17 @@ def _loss_and_gradients(
             return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(places, microbatch)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        microbatches = jax.tree.map(lambda x: x.reshape(settings.accumulation, -1, *x.shape[1:]), batch)
+        A = settings.accumulation
+        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
         loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
     # Each gradient so far is of the rows of one device or, where a weight was gathered, of those along `fsdp`.
     summed = {
-        name: jax.lax.psum(
-            gradient, "data" if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES
+        name: sharding.sum_over(
+            ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES, gradient
         )
         for name, gradient in gradients.items()
     }
-    return jax.lax.psum(loss, sharding.BATCH_AXES), summed
+    return sharding.sum_over(sharding.BATCH_AXES, loss), summed
 
 
 def on_each_device(
@@ -192,7 +193,7 @@ def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: 
     """Sum of the losses and number of targets of a batch."""
 
     def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss = jax.lax.psum(batch_loss(settings, trainable, frozen, batch), sharding.BATCH_AXES)
+        loss = sharding.sum_over(sharding.BATCH_AXES, batch_loss(settings, trainable, frozen, batch))
         return loss, count_targets(batch)
 
     return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)
@@ -373,19 +374,20 @@ def train(config: ConfigDict, workdir: str) -> None:
             pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
             stop = signals.exchange(request.signal or 0)
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
+            evaluate = evaluate and (not stop or step == steps)  # who is told to leave has no time for it
             save = step == steps or step % config.save_every == 0
             if evaluate or save or stop:
                 report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
-            if evaluate:
-                with goodput.measure("evaluation"):
-                    validate(step)
             if save or stop:
                 with goodput.measure("checkpoint"):
                     checkpoints.save(step, state.trainable, state.optimizer, wait=bool(stop) or step == steps)
                 goodput.write()
                 if first:
                     writer.flush()
+            if evaluate:
+                with goodput.measure("evaluation"):
+                    validate(step)
             if stop and step < steps:
                 if first:
                     name = signal.Signals(stop).name
@@ -403,12 +405,15 @@ def train(config: ConfigDict, workdir: str) -> None:
 def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
     """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
     platform, packed = mesh.devices.flat[0].platform, False
+    dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    if config.attention == "cudnn" and dtype != jnp.bfloat16:
+        raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
     return StepSettings(
         model=model,
         layout=layout,
         mesh=mesh,
-        dtype=jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16")),
-        attention=config.attention or choose_backend(platform, packed),
+        dtype=dtype,
+        attention=config.attention or choose_backend(platform, packed, dtype),
         packed=packed,
         remat=config.remat,
         accumulation=_accumulation(config, layout, mesh),

@@ -14,7 +14,7 @@ from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 
 STEPS = 10
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
 MODEL = tiny.config(
     vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8), text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8)
 )
@@ -89,6 +89,21 @@ def test_every_mesh_trains_as_one_device_does(sizes, stage):
 def test_rematerialised_accumulated_and_chunked(sizes, remat):
     changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
     assert_agrees(train_ten_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
+
+
+def test_rows_without_pictures_are_accumulated_too():
+    mesh = mesh_of((1, 2, 1))
+    _, state, frozen = start("finetune", mesh, MODEL, make_config("finetune"))
+    (batch,) = random_batches(MODEL, 1, rows=8)
+    batch["image_feature_index"][:] = -1
+    batch["images"] = batch["images"][:, :0]
+    losses = [
+        jax.jit(train.loss_and_gradients, static_argnums=0)(
+            settings_for(MODEL, batch, mesh=mesh, accumulation=accumulation), state.trainable, frozen, batch
+        )[0]
+        for accumulation in (1, 2)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
 def test_rings_of_a_torus(monkeypatch):

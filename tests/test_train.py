@@ -366,6 +366,25 @@ def test_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):
     assert_same_run(workdir, reference_run)
 
 
+def test_a_signal_to_the_whole_group_leaves_the_readers_to_the_run(world, tmp_path):
+    """As terminals and launchers send it."""
+    workdir = tmp_path / "run"
+    config = run_config(world, steps=100_000)
+    overrides = {"max_length": 64, "batch_rows": 4, "steps": 100_000, "data.workers": 1, "stage": "finetune"}
+    overrides |= {"init": config.init, "data.json": config.data.json, "data.images": config.data.images}
+    command = [sys.executable, "-m", "llava_jax.main", "--config=configs/common.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in overrides.items()]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "stopped by SIGTERM" in told and "Traceback" not in told
+    assert open_checkpoint(workdir).step >= 1
+
+
 def stop_at(step: int, config, workdir: Path) -> None:
     """Runs until `step` is done, as if a signal came then."""
     count_tokens = train.count_tokens

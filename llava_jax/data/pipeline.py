@@ -16,6 +16,7 @@ threads or processes reading ahead.
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +240,12 @@ def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> gra
 
 
 def _end_with_parent(_worker: int, _workers: int) -> None:
-    """A worker of a process that is killed would wait for ever for someone to take its rows."""
+    """A worker of a process that is killed would wait for ever for someone to take its rows.
+
+    Signals to all processes of a group are the parent's: it saves, for which it may need another batch.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

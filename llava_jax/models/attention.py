@@ -35,10 +35,10 @@ def attention(
         return BACKENDS[backend](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed)
 
 
-def choose_backend(platform: str, packed: bool) -> str:
-    """The fastest backend that is right on a platform ("cpu", "tpu", "gpu")."""
+def choose_backend(platform: str, packed: bool, dtype: jnp.dtype = jnp.bfloat16) -> str:
+    """The fastest backend that is right on a platform ("cpu", "tpu", "gpu"); cuDNN's is for 16 bits alone."""
     if platform == "gpu":
-        return "chunked" if packed else "cudnn"
+        return "chunked" if packed or dtype == jnp.float32 else "cudnn"
     return {"cpu": "xla", "tpu": "splash"}[platform]
 
 

@@ -75,9 +75,10 @@ class Execution:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
             return attention(q, k, v, segment_ids, backend=self.attention, packed=self.packed)
 
-        if self.tensor == 1 or k_BTKH.shape[2] % self.tensor:
+        if self.tensor == 1:
             return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        heads = P(None, None, "tensor")
+        # Kernels cannot be split by compilers: heads that do not divide are computed by all.
+        heads = P() if k_BTKH.shape[2] % self.tensor else P(None, None, "tensor")
         sharded = jax.shard_map(
             local, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False
         )
