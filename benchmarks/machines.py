@@ -2,7 +2,7 @@
 
     python benchmarks/machines.py > docs/machines.md
 
-Takes half an hour on two cores. Every row is one run of preflight with the arguments that the table names; results are
+Takes an hour on two cores. Every row is one run of preflight with the arguments that the table names; results are
 kept in runs/machines.jsonl, so that what is interrupted goes on where it was. Remove that file after changing the step.
 """
 
@@ -158,7 +158,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     print(INTRODUCTION.format(jax=importlib.metadata.version("jax"), libtpu=importlib.metadata.version("libtpu")))
     print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
-    print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS ")
+    print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS")
     print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
     print(text_only(MAXTEXT), flush=True)
     print("## Against a plain step on GPUs: the same, cuDNN attention\n")
