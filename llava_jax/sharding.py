@@ -67,7 +67,8 @@ def make_mesh(axes: Mapping[str, int], devices: Iterable[jax.Device] | None = No
     sizes = {axis: axes.get(axis, 1) for axis in AXES}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or fixed < 1 or (len(devices) % fixed if free else len(devices) != fixed):
+    senseless = any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1
+    if senseless or (len(devices) % fixed if free else len(devices) != fixed):
         raise UserError(
             f"config.mesh is {dict(axes)}: does not make up {len(devices)} devices; let one of {', '.join(AXES)} be -1"
         )

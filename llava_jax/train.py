@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -282,7 +282,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
     shapes = held.abstract()
     sharding.check_replicated(mesh, shapes)
-    place = lambda name: sharding.param_sharding(mesh, name, shapes[name].shape)  # noqa: E731
+
+    def place(name: str) -> NamedSharding:
+        return sharding.param_sharding(mesh, name, shapes[name].shape)
+
     frozen = held.load(frozen_names, frozen_dtype(config, jax.default_backend()), place)
     trainable = source.load(trainable_names, lambda name, stored: jnp.float32, place)
     state = init_state(optimizer, trainable, mesh)
@@ -404,7 +407,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
     """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
-    platform, packed = mesh.devices.flat[0].platform, False
+    platform = mesh.devices.flat[0].platform
+    packed = False  # `Order` puts one sample in a row
     dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
     if config.attention == "cudnn" and dtype != jnp.bfloat16:
         raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")

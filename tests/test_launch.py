@@ -366,8 +366,12 @@ def test_slurm_submits_one_process_a_gpu():
     assert {"--requeue", "--signal=TERM@300", "--partition=h100"} <= set(submitted)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
-def test_a_slurm_job_that_was_stopped_after_saving_queues_again(tmp_path, status, requeued):
+@pytest.mark.parametrize(
+    ("status", "state", "requeued"),
+    [(0, "RUNNING", False), (1, "RUNNING", False), (143, "RUNNING", True), (143, "COMPLETING", False)],
+)
+def test_a_slurm_job_that_was_stopped_after_saving_queues_again(tmp_path, status, state, requeued):
+    command_that(tmp_path, "squeue", f"echo {state}")
     command_that(tmp_path, "srun", f'echo "srun $*"; exit {status}')
     command_that(tmp_path, "scontrol", 'echo "scontrol $*"')
     job = run("slurm_job", *TRAINING, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="17")

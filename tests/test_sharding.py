@@ -23,7 +23,7 @@ def test_one_axis_may_take_the_rest():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1})
     assert sharding.axis_sizes(mesh) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
     assert sharding.batch_shards(mesh) == jax.device_count()
-    for axes in ({"data": -1, "fsdp": -1}, {"data": 3, "fsdp": 5}, {"data": 0, "fsdp": -1}):
+    for axes in ({"data": -1, "fsdp": -1}, {"data": 3, "fsdp": 5}, {"data": 0, "fsdp": -1}, {"data": -2, "fsdp": -2}):
         with pytest.raises(UserError, match="does not make up"):
             sharding.make_mesh(axes)
 
