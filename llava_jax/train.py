@@ -34,9 +34,9 @@ from llava_jax.checkpoint import (
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
-from llava_jax.data.pipeline import Batch, Batches, ImageFolder, TextEncoder, measure
+from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split, total_steps
-from llava_jax.data.sources import LlavaJson
+from llava_jax.data.sources import LlavaJson, Source
 from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
 from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
@@ -234,7 +234,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
 
     # ---- Data: every error in the text, the order and the shapes are known from here on
-    samples = LlavaJson(_required(config.data, "json", "data."))
+    samples = LlavaJson(_required(config.data, "json", "data."), config.data.images)
     encode = TextEncoder(
         with_im_start_end(_template(config, source), model.im_start_end),
         load_tokenizer(source.tokenizer_dir),
@@ -260,11 +260,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         image_slots=config.image_slots,
         label_slots=config.label_slots,
     )
-    read_image = ImageFolder(config.data.images, layout.image_size, model.image_aspect, model.image_mean)
+    decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
     settings = step_settings(config, model, layout, mesh)
     groups = sharding.local_groups(mesh, layout.groups)  # each process reads what its own devices take
-    batches = Batches(samples, encode, read_image, order, layout, groups)
-    validation_batches = Batches(samples, encode, read_image, validation, layout, groups)
+    batches = Batches(samples, encode, decode, order, layout, groups)
+    validation_batches = Batches(samples, encode, decode, validation, layout, groups)
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
     first = distributed.is_first()  # writes all that is written once
@@ -430,7 +430,7 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     return config[key]
 
 
-def _measure_together(samples: LlavaJson, encode: TextEncoder, workers: int) -> Lengths:
+def _measure_together(samples: Source, encode: TextEncoder, workers: int) -> Lengths:
     """Every process measures its share of the samples; all get the lengths of all."""
     count = jax.process_count()
     share = measure(samples, encode, workers, first=jax.process_index(), stride=count)

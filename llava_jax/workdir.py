@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from llava_jax.checkpoint import finished_steps
 from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths
-from llava_jax.data.sources import Sample
+from llava_jax.data.sources import Source
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = (
@@ -98,9 +98,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fingerprint(samples: Iterable[Sample], lengths: Lengths) -> dict[str, Any]:
+def fingerprint(source: Source, lengths: Lengths) -> dict[str, Any]:
     """What tells this data, as it is tokenized, from other data."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths))
-    for sample in samples:
-        digest.update(repr(sample).encode())
+    digest.update(source.digest.encode())
     return {"samples": len(lengths.tokens), "sha256": digest.hexdigest()}

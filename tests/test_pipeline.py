@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import get_template
 from llava_jax.data.images import preprocess
-from llava_jax.data.pipeline import Batches, ImageFolder, TextEncoder, build_row, collate, measure
+from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, build_row, collate, measure
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import Row
 
 P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01
 MEAN = (0.5, 0.25, 0.75)
+DECODE = ImageDecoder(SIZE, "pad", MEAN)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +69,10 @@ def encode(tokenizer):
 
 @pytest.fixture(scope="module")
 def source(folder):
-    return LlavaJson(folder / "data.json")
+    return LlavaJson(folder / "data.json", folder)
 
 
-def read_images(folder):
-    return ImageFolder(str(folder), SIZE, "pad", MEAN)
-
-
-def make_batches(folder, source, encode, batch_rows=4, rows_per_group=2, epochs=2, seed=0):
+def make_batches(source, encode, batch_rows=4, rows_per_group=2, epochs=2, seed=0):
     order = Order(np.arange(len(source)), batch_rows, seed)
     layout = plan_layout(
         [(order, epochs * order.steps_per_epoch)],
@@ -85,12 +82,12 @@ def make_batches(folder, source, encode, batch_rows=4, rows_per_group=2, epochs=
         image_tokens=P,
         image_size=SIZE,
     )
-    return Batches(source, encode, read_images(folder), order, layout)
+    return Batches(source, encode, DECODE, order, layout)
 
 
 @pytest.fixture(scope="module")
-def batches(folder, source, encode):
-    return make_batches(folder, source, encode)
+def batches(source, encode):
+    return make_batches(source, encode)
 
 
 def digest(batch):
@@ -166,7 +163,7 @@ def test_empty_rows_and_unused_slots_are_neutral(batches):
 
 def test_data_without_pictures_needs_no_slots(tmp_path, encode):
     (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(3, [])]))
-    batch = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 2, 2)[0]
+    batch = make_batches(LlavaJson(tmp_path / "data.json", tmp_path), encode, 2, 2)[0]
     assert batch["images"].shape == (1, 0, SIZE, SIZE, 3)
     assert (batch["image_feature_index"] == -1).all()
 
@@ -192,15 +189,15 @@ def test_iteration_can_be_left(batches):
 
 
 def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(folder, source, encode):
-    whole = make_batches(folder, source, encode, batch_rows=8)
-    read, images = [], read_images(folder)
+    whole = make_batches(source, encode, batch_rows=8)
+    read = []
 
-    def read_image(name):
+    def decode(data, name):
         read.append(name)
-        return images(name)
+        return DECODE(data, name)
 
     groups, rows = (1, 3), [2, 3, 6, 7]
-    share = Batches(source, encode, read_image, whole.order, whole.layout, groups)
+    share = Batches(source, encode, decode, whole.order, whole.layout, groups)
     for step, batch in enumerate(share.iterate(0, 3)):
         for name, array in batch.items():
             expected = whole[step][name][list(groups) if name == "images" else rows]
@@ -212,16 +209,16 @@ def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(
 
 
 def test_seed_changes_the_batches_and_nothing_else_does(folder, source, encode, batches):
-    again = make_batches(folder, LlavaJson(folder / "data.json"), encode)
-    other = make_batches(folder, source, encode, seed=1)
+    again = make_batches(LlavaJson(folder / "data.json", folder), encode)
+    other = make_batches(source, encode, seed=1)
     assert digest(again[3]) == digest(batches[3]) != digest(other[3])
 
 
 def test_held_out_samples_are_read_in_order(folder, source, encode):
     train, valid = split(len(source), 5, seed=0)
     order = Order(valid, 4, seed=None)
-    batches = make_batches(folder, source, encode)
-    held_out = Batches(source, encode, read_images(folder), order, batches.layout)
+    batches = make_batches(source, encode)
+    held_out = Batches(source, encode, DECODE, order, batches.layout)
     ids = [name for step in range(order.steps_per_epoch) for name in held_out.ids(step)]
     assert ids == [f"s{index}" for index in valid]
     assert not {f"s{index}" for index in train} & set(ids)
@@ -264,22 +261,22 @@ def test_nothing_to_learn_is_an_error_naming_the_sample(source, tokenizer):
     "name, workers, message",
     [
         ("good.png", 0, None),
-        ("none.png", 0, "none.png: No such file"),
+        ("none.png", 0, "{folder}/none.png: No such file"),
         ("bad.png", 0, "bad.png is damaged"),
-        ("none.png", 1, "none.png: No such file"),  # an error crosses from the process that reads
+        ("none.png", 1, "{folder}/none.png: No such file"),  # an error crosses from the process that reads
     ],
 )
 def test_missing_and_damaged_pictures_name_sample_and_file(tmp_path, encode, name, workers, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
     (tmp_path / "data.json").write_text(json.dumps([record(3, [name])]))
-    batches = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 1, 1)
+    batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path), encode, 1, 1)
     if message is None:
         assert len(list(batches.iterate(0, 1, workers))) == 1
         return
     with pytest.raises(UserError) as caught:
         list(batches.iterate(0, 1, workers))
-    assert str(caught.value).startswith(f"sample s3: picture {tmp_path}/{message}")
+    assert str(caught.value).startswith(f"sample s3: picture {message.format(folder=tmp_path)}")
     assert "\n" not in str(caught.value)
 
 
@@ -290,7 +287,7 @@ def test_images_that_truncation_drops_are_not_read(tmp_path, tokenizer):
     sample = {"id": "x", "image": ["a.png", "never-read.png"], "conversations": turns}
     (tmp_path / "data.json").write_text(json.dumps([sample]))
     encode = TextEncoder(get_template("plain"), tokenizer, P, max_length=20, image_position="as_is")
-    batches = make_batches(tmp_path, LlavaJson(tmp_path / "data.json"), encode, 1, 1)
+    batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path), encode, 1, 1)
     batch = batches[0]
     assert batches.layout.image_slots == 1
     assert (batch["image_feature_index"] >= 0).sum() == P

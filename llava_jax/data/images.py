@@ -44,11 +44,15 @@ _UPRIGHT = {
 
 def load_image(path: str | epath.Path) -> Image.Image:
     """Reads a picture, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
+    return decode_image(read_picture(path), name=str(path))
+
+
+def read_picture(path: str | epath.Path) -> bytes:
+    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file."""
     try:
-        data = epath.Path(path).read_bytes()
+        return epath.Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
-    return decode_image(data, name=str(path))
 
 
 def decode_image(data: bytes, name: str = "from memory") -> Image.Image:

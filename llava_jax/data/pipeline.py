@@ -1,4 +1,4 @@
-"""From samples to batches: LLaVA JSON and an image folder, read by Grain.
+"""From the samples of a source to batches, read by Grain.
 
 A batch is a dict of numpy arrays of static shape, B rows of T positions and G groups of I image slots:
 
@@ -25,14 +25,13 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 from absl import flags
-from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import Template
-from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Lengths, Order, groups_of
-from llava_jax.data.sources import Sample
+from llava_jax.data.sources import Sample, Source
 from llava_jax.data.tokenization import IGNORE_INDEX, Row, encode_sample, expand
 
 Batch = dict[str, np.ndarray]
@@ -66,21 +65,19 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """name -> uint8[size, size, 3], the picture of that name under `root` as the vision tower sees it."""
+class ImageDecoder:
+    """(encoded picture, its name) -> uint8[size, size, 3], as the vision tower sees it."""
 
-    root: str
     size: int
     aspect: str
     mean: tuple[float, ...]
 
-    def __call__(self, name: str) -> np.ndarray:
-        path = epath.Path(self.root) / name
-        return preprocess(load_image(path), self.size, self.aspect, self.mean)
+    def __call__(self, data: bytes, name: str) -> np.ndarray:
+        return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
 
 
 def measure(
-    source: Sequence[Sample], encode: Callable[[Sample], Row], workers: int = 0, first: int = 0, stride: int = 1
+    source: Source, encode: Callable[[Sample], Row], workers: int = 0, first: int = 0, stride: int = 1
 ) -> Lengths:
     """Encodes the text of samples once, so that all errors in it appear before step 0.
 
@@ -97,7 +94,7 @@ def measure(
     return Lengths(*np.array(list(counts), np.int32).reshape(-1, 3).T)
 
 
-def _count(source: Sequence[Sample], encode: Callable[[Sample], Row], index: int) -> tuple[int, int, int]:
+def _count(source: Source, encode: Callable[[Sample], Row], index: int) -> tuple[int, int, int]:
     """Positions, targets and images of one sample."""
     sample = source[index]
     row = encode(sample)
@@ -160,9 +157,9 @@ class Batches:
     """The batches of a run by step: `batches[k]`, or read ahead, `batches.iterate(start, stop)`.
 
     Args:
-      source: random access to the samples.
+      source: the samples and their pictures.
       encode: the text of a sample, as `TextEncoder`.
-      read_image: a picture by name, as `ImageFolder`.
+      decode: an encoded picture and its name to pixels, as `ImageDecoder`.
       order: which samples stand in which row of which step.
       layout: the shapes, planned for all steps that will be taken.
       groups: those of each batch that are read, ascending; by default all. The others belong to other processes.
@@ -170,16 +167,16 @@ class Batches:
 
     def __init__(
         self,
-        source: Sequence[Sample],
+        source: Source,
         encode: Callable[[Sample], Row],
-        read_image: Callable[[str], np.ndarray],
+        decode: Callable[[bytes, str], np.ndarray],
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
     ):
         self.source = source
         self.encode = encode
-        self.read_image = read_image
+        self.decode = decode
         self.order = order
         self.layout = layout
         per_group = layout.rows_per_group
@@ -214,12 +211,14 @@ class Batches:
         return self._row(self.order.rows(step)[self.rows[row]])
 
     def _row(self, indices: Sequence[int]) -> Batch:
-        return build_row([self._read(self.source[index]) for index in indices], self.layout)
+        return build_row([self._read(index) for index in indices], self.layout)
 
-    def _read(self, sample: Sample) -> tuple[Row, list[np.ndarray]]:
+    def _read(self, index: int) -> tuple[Row, list[np.ndarray]]:
+        sample = self.source[index]
         text = self.encode(sample)
+        pictures = self.source.read_pictures(index, text.num_images)
         try:
-            return text, [self.read_image(name) for name in sample.images[: text.num_images]]
+            return text, [self.decode(data, name) for data, name in zip(pictures, sample.images, strict=False)]
         except UserError as error:
             raise UserError(f"sample {sample.id}: {error}") from error
 

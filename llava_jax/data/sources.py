@@ -1,19 +1,23 @@
-"""Data in LLaVA's JSON format: a JSON array of samples, or JSONL with one a line.
+"""Where samples come from: the interface of a source, and LLaVA's JSON format with an image folder.
+
+The format is a JSON array of samples, or JSONL with one a line.
 
 A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
 {"from": "gpt", "value": "A cat."}]}`. `image` may be a list (or be called `images`) or be absent; `id` may be a
 number or be absent, and is then the index.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.images import read_picture
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -25,6 +29,24 @@ class Sample:
     id: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]  # (role, text): 'user' and 'assistant' in turn, the user first
+
+
+class Source(Protocol):
+    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read.
+
+    Attributes:
+      digest: of all samples in their order, whatever holds them: `digest_of`.
+    """
+
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def read_pictures(self, index: int, count: int) -> list[bytes]:
+        """The first `count` pictures of a sample as they are stored. Raises `UserError` naming picture and sample."""
+        ...
 
 
 class Record(NamedTuple):
@@ -43,11 +65,16 @@ class Fault(NamedTuple):
 
 
 class LlavaJson(Sequence[Sample]):
-    """The samples of a file, all checked when it is opened. Raises `UserError` with file, line or index, and id."""
+    """The samples of a file, their pictures in folder `images` (not needed where none is read): a `Source`.
 
-    def __init__(self, path: epath.PathLike):
+    All are checked when it is opened. Raises `UserError` with file, line or index, and id.
+    """
+
+    def __init__(self, path: epath.PathLike, images: epath.PathLike = ""):
         self.path = path
+        self.images = images
         self._samples = [parse_sample(record) for record in read_records(path)]
+        self.digest = digest_of(self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -55,8 +82,23 @@ class LlavaJson(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self._samples[index]
 
+    def read_pictures(self, index: int, count: int) -> list[bytes]:
+        sample = self[index]
+        try:
+            return [read_picture(epath.Path(self.images) / name) for name in sample.images[:count]]
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from error
+
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"
+
+
+def digest_of(samples: Iterable[Sample]) -> str:
+    """What tells these samples, their image names and their order from others."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr(sample).encode())
+    return digest.hexdigest()
 
 
 def read_records(path: epath.PathLike) -> list[Record]:
