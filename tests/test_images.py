@@ -76,6 +76,36 @@ def test_any_size_equals_hf(width, height, size, aspect):
     np.testing.assert_array_equal(preprocess(image, size, aspect, MEAN), hf(image, size, aspect))
 
 
+def resize_then_crop(image, size):
+    """As CLIP's processor makes a square, written down plainly."""
+    short = min(image.size)
+    width, height = (int(size * edge / short) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(ratio=st.tuples(st.integers(1, 16), st.integers(1, 16)), scale=st.integers(1, 50), size=st.integers(1, 128))
+def test_what_the_crop_throws_away_leaves_no_trace(ratio, scale, size):
+    image = noise(ratio[0] * scale, ratio[1] * scale)
+    np.testing.assert_array_equal(preprocess(image, size, "square", MEAN), resize_then_crop(image, size))
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (480, 640), (640, 427), (500, 333), (2, 199), (3, 303), (4, 404)])
+def test_typical_and_thin_shapes_are_resized_then_cropped(shape):
+    image = noise(*shape)
+    np.testing.assert_array_equal(preprocess(image, 56, "square", MEAN), resize_then_crop(image, 56))
+
+
+def test_the_crop_is_resized_alone_where_pixels_meet(monkeypatch):
+    part = images._part_that_resizes_alone.__wrapped__
+    assert part(640, 448, 336) == (80, 560, 56, 392)
+    assert part(640, 503, 336) == (0, 640, 0, 503)  # 640 and 503 share no divisor
+    monkeypatch.setattr(np, "array_equal", lambda a, b: False)  # a Pillow whose weights differ
+    assert part(640, 448, 336) == (0, 640, 0, 448)
+
+
 @settings(max_examples=30, deadline=None)
 @given(width=SIZES, height=SIZES)
 def test_pad_is_expand_to_square(width, height):

@@ -12,8 +12,11 @@ What a file means before that, where libraries differ:
 Nothing here changes global state, so any number of threads may read at once.
 """
 
+import functools
 import io
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -122,13 +125,53 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shorter edge to `size`, longer edge rounded down, then the centre `size` x `size`."""
+    """Shorter edge to `size`, longer edge rounded down, then the centre `size` x `size`.
+
+    What the crop throws away is made only where Pillow would round differently without it. Pillow resizes rows first
+    and columns after, so columns can go between the two.
+    """
     width, height = image.size
-    short = min(width, height)
-    width, height = int(size * width / short), int(size * height / short)
-    image = _resize(image, width, height)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    short, long = sorted(image.size)
+    resized = int(size * long / short)
+    _refuse_huge(*((resized, height) if width > height else (size, resized)))
+    part = _part_that_resizes_alone(long, resized, size)
+    first = (resized - size) // 2 - part.start
+    if width > height:
+        box = (part.first, 0, part.last, height)
+        image = image.resize((part.stop - part.start, height), Image.Resampling.BICUBIC, box)
+        return _resize(image.crop((first, 0, first + size, height)), size, size)
+    box = (0, part.first, width, part.last)
+    image = image.resize((size, part.stop - part.start), Image.Resampling.BICUBIC, box)
+    return image.crop((0, first, size, first + size))
+
+
+class _Part(NamedTuple):
+    """Pixels first, ..., last - 1 of an axis, from which pixels start, ..., stop - 1 of the resized axis are made."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
+    """The smallest known part of an axis that Pillow resizes by itself as it does within the whole, to the last bit.
+
+    Holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so only whole pixels will do, and
+    weights the pixels in 22 bits: whether these are the same shows where it resizes single pixels of that value.
+    """
+    step = resized // math.gcd(length, resized)  # each `step` resized pixels take a whole number of pixels
+    left = (resized - size) // 2
+    start, stop = left // step * step, -(-(left + size) // step) * step
+    whole, part = _Part(0, length, 0, resized), _Part(start * length // resized, stop * length // resized, start, stop)
+    if part == whole or resized >= 100 * size:  # columns come first where a picture is a hundred times as tall as wide
+        return whole
+    window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than any is made from
+    ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
+    together = ones.resize((resized, window), Image.Resampling.BICUBIC)
+    alone = ones.resize((stop - start, window), Image.Resampling.BICUBIC, (part.first, 0, part.last, window))
+    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else whole
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
@@ -145,9 +188,11 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int])
     column = Image.new("RGB", (size, long), colour)
     for start in range(0, height, _BAND_ROWS):
         stop = min(start + _BAND_ROWS, height)
-        band = Image.new("RGB", (long, stop - start), colour)
-        band.paste(image.crop((0, start, width, stop)), (left, 0))
-        column.paste(_resize(band, size, band.height), (0, top + start))
+        band = image if stop - start == height else image.crop((0, start, width, stop))
+        if left:
+            band, rows = Image.new("RGB", (long, stop - start), colour), band
+            band.paste(rows, (left, 0))
+        column.paste(_resize(band, size, stop - start), (0, top + start))
     return _resize(column, size, size)
 
 
