@@ -9,6 +9,7 @@ BASE = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "tensorstore>=0.1.86",
     "grain>=0.2.18",
     "transformers>=5.0,<6",
     "tensorflow-datasets>=4.9.10",

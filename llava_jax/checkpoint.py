@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -127,6 +128,27 @@ class Checkpoint:
         """Names, shapes and stored types of the whole model."""
         return {name: part.stored[name] for part, names in self.parts for name in names}
 
+    def check(self) -> None:
+        """Raises UserError unless names and shapes are those of the model."""
+        try:
+            check_names(self.abstract(), abstract_params(self.config))
+        except ValueError as error:
+            raise UserError(f"{self.weights}: does not hold this model: {error}") from None
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """One parameter as it is stored, or one layer of a stacked one, of which nothing else is read."""
+        part = next(part for part, names in self.parts if name in names)
+        with _in_one_line(part.weights, DAMAGED):
+            array = part._array(name)
+            return np.asarray((array if layer is None else array[layer]).read().result())
+
+    def _array(self, name: str) -> tensorstore.TensorStore:
+        """The file of a parameter, as Orbax lays it out; it reads whole arrays only."""
+        directory = self.weights / (self.name or "state")
+        base = f"{directory}/" if is_remote(directory) else {"driver": "file", "path": f"{directory}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+
     def load(
         self,
         names: Iterable[str] | None = None,
@@ -140,12 +162,8 @@ class Checkpoint:
         if sharding is None:
             single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             sharding = functools.partial(_always, single)
-        whole = self.abstract()
+        self.check()
         shapes = abstract_params(self.config)
-        try:
-            check_names(whole, shapes)
-        except ValueError as error:
-            raise UserError(f"{self.weights}: does not hold this model: {error}") from None
         wanted = set(shapes if names is None else names)
         params: Params = {}
         for part, held in self.parts:
@@ -269,9 +287,17 @@ def save_model(directory: str | os.PathLike, params: Params, description: Descri
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        with _in_one_line(directory, "cannot be written"):
+        with _in_one_line(directory, "cannot be written"), _layer_by_layer():
             ocp.save(partial / "params", {name: jnp.asarray(value) for name, value in params.items()})
         write_description(partial, description)
+
+
+def _layer_by_layer() -> ocp.Context:
+    """Stores stacked layers each for itself, so that one can be read without the others."""
+    options = ocp.options.ArrayOptions.Saving
+    by_layer = options.StorageOptions(shard_axes=(0,))
+    saving = options(scoped_storage_options_creator=lambda path, value: by_layer if ".layers." in str(path) else None)
+    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
@@ -322,6 +348,7 @@ class TrainingCheckpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
+            context=_layer_by_layer(),
         )
 
     @property

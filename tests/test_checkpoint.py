@@ -69,6 +69,17 @@ def test_steps_are_kept_and_restored_and_refer_to_what_they_do_not_hold(tmp_path
             np.testing.assert_array_equal(value, trainable.get(name, source[name]))
 
 
+def test_a_layer_is_read_alone(tmp_path, model_dir):
+    checkpoints, workdir, *_ = trained(tmp_path, model_dir, steps=(1,))
+    checkpoints.close()
+    checkpoint = open_checkpoint(workdir)
+    for name, value in checkpoint.load().items():
+        np.testing.assert_array_equal(checkpoint.read(name), value)
+        if ".layers." in name:
+            np.testing.assert_array_equal(checkpoint.read(name, 1), value[1])
+    assert open_checkpoint(model_dir)._array("llm.layers.mlp.up_proj.kernel").chunk_layout.read_chunk.shape[0] == 1
+
+
 def test_names_and_places_of_directories_do_not_matter(tmp_path):
     (tmp_path / "here").mkdir()
     checkpoints, *_ = trained(tmp_path / "here", tiny.checkpoint(tmp_path / "here"))
