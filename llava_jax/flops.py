@@ -71,10 +71,9 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
         "llm attention": _decoder_attention(text, layout.max_length, remat) * rows,
     }
     slots = layout.label_slots
-    chunked = slots > LABEL_CHUNK
+    slots += -slots % min(slots, LABEL_CHUNK)  # whole chunks
     logits = 2.0 * text.hidden_size * text.vocab_size
-    head = Part(logits, logits, logits * ("llm" in trainable), logits * chunked)
-    parts["logits"] = head * (layout.groups * (slots + (-slots % LABEL_CHUNK if chunked else 0)))
+    parts["logits"] = Part(logits, logits, logits * ("llm" in trainable)) * (layout.groups * slots)
     return parts
 
 

@@ -3,6 +3,9 @@
 Axes: G groups, R positions of a group's rows, K label slots of a group, D embed, V vocabulary.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -37,42 +40,83 @@ def compact(targets_GR: jax.Array, label_slots: int) -> tuple[jax.Array, jax.Arr
 
 
 def loss_sum(
-    head_DV: jax.Array, hidden_BTD: jax.Array, targets_BT: jax.Array, num_groups: int, label_slots: int
+    head_DV: jax.Array,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    num_groups: int,
+    label_slots: int,
+    weight: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Sum of the cross-entropies of all targets, float32.
+    """Sum of the cross-entropies of all targets, each times `weight`, float32.
 
     Most positions are images, questions and padding: the vocabulary projection is computed only where there is a
-    target, and for at most `CHUNK` of a group's slots at a time.
+    target.
     """
     G, D = num_groups, hidden_BTD.shape[-1]
     position_GK, target_GK = compact(targets_BT.reshape(G, -1), label_slots)
     # float32, since the gradient of a gather is a scatter-add that would round at every term.
     hidden_GRD = hidden_BTD.reshape(G, -1, D).astype(jnp.float32)
     hidden_GKD = jax.vmap(lambda hidden_RD, position_K: hidden_RD[position_K])(hidden_GRD, position_GK)
-    hidden_GKD = hidden_GKD.astype(hidden_BTD.dtype)
     with jax.named_scope("loss"):
-        if label_slots <= CHUNK:
-            return cross_entropy_sum(head_DV, hidden_GKD, target_GK)
-        return chunked_cross_entropy_sum(head_DV, hidden_GKD, target_GK)
+        return cross_entropy(head_DV, hidden_GKD.astype(hidden_BTD.dtype), target_GK, jnp.float32(weight))
 
 
-def chunked_cross_entropy_sum(head_DV: jax.Array, hidden_GKD: jax.Array, target_GK: jax.Array) -> jax.Array:
-    """The same in chunks of K, whose logits are computed again in the backward pass instead of kept."""
-    G, K, D = hidden_GKD.shape
-    padding = -K % CHUNK
-    hidden_GKD = jnp.pad(hidden_GKD, ((0, 0), (0, padding), (0, 0)))
-    target_GK = jnp.pad(target_GK, ((0, 0), (0, padding)), constant_values=IGNORE_INDEX)
-    chunks = (
-        hidden_GKD.reshape(G, -1, CHUNK, D).swapaxes(0, 1),
-        target_GK.reshape(G, -1, CHUNK).swapaxes(0, 1),
-    )
-    step = jax.checkpoint(lambda total, chunk: (total + cross_entropy_sum(head_DV, *chunk), None))
-    return jax.lax.scan(step, jnp.float32(0), chunks)[0]
+@jax.custom_vjp
+def cross_entropy(head_DV: jax.Array, hidden_GKD: jax.Array, target_GK: jax.Array, weight: jax.Array) -> jax.Array:
+    """`weight` times the sum of -log softmax(logits)[target] where the target is not -100.
+
+    Logits exist for at most `CHUNK` of a group's slots at a time, once: the gradients are taken with the loss, instead
+    of keeping the logits, or the whole head to compute them again, until the backward pass.
+    """
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + chunk_loss(head_DV, *chunk, weight), None
+
+    return jax.lax.scan(add, jnp.float32(0), _chunks(hidden_GKD, target_GK))[0]
 
 
-def cross_entropy_sum(head_DV: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """hidden [..., D], targets [...] -> the sum of -log softmax(logits)[target] where the target is not -100."""
-    logits = vocabulary_scores(hidden, head_DV)
-    target = jnp.maximum(targets, 0)[..., None]
+def chunk_loss(head_DV: jax.Array, hidden_GCD: jax.Array, target_GC: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same of one chunk."""
+    logits = vocabulary_scores(hidden_GCD, head_DV)
+    target = jnp.maximum(target_GC, 0)[..., None]
     log_likelihood = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-    return -jnp.sum(jnp.where(targets == IGNORE_INDEX, 0.0, log_likelihood))
+    return -weight * jnp.sum(jnp.where(target_GC == IGNORE_INDEX, 0.0, log_likelihood))
+
+
+def _forward(head: Any, hidden: Any, target: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    """The loss, and its gradients with respect to the head, if that is trained, and to `hidden`."""
+    head_DV, hidden_GKD, trained = head.value, hidden.value, head.perturbed
+
+    def add(carry: tuple, chunk: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
+        total, d_head_DV = carry
+        hidden_GCD, target_GC = chunk
+        loss = functools.partial(chunk_loss, target_GC=target_GC, weight=weight.value)
+        if trained:
+            value, (d_chunk_DV, d_hidden_GCD) = jax.value_and_grad(loss, argnums=(0, 1))(head_DV, hidden_GCD)
+            d_head_DV += d_chunk_DV
+        else:
+            value, d_hidden_GCD = jax.value_and_grad(loss, argnums=1)(head_DV, hidden_GCD)
+        return (total + value, d_head_DV), d_hidden_GCD
+
+    start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32) if trained else None)
+    (total, d_head_DV), d_hidden = jax.lax.scan(add, start, _chunks(hidden_GKD, target.value))
+    G, K, D = hidden_GKD.shape
+    d_hidden_GKD = d_hidden.swapaxes(0, 1).reshape(G, -1, D)[:, :K]
+    return total, (d_head_DV.astype(head_DV.dtype) if trained else None, d_hidden_GKD)
+
+
+def _backward(gradients: tuple[jax.Array | None, jax.Array], d_loss: jax.Array) -> tuple:
+    d_head_DV, d_hidden_GKD = jax.tree.map(lambda gradient: (d_loss * gradient).astype(gradient.dtype), gradients)
+    return d_head_DV, d_hidden_GKD, None, None
+
+
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _chunks(hidden_GKD: jax.Array, target_GK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[K / C, G, C, D] and [K / C, G, C] with C = `CHUNK` at most, the last chunk filled up with no targets."""
+    G, K, D = hidden_GKD.shape
+    C = min(K, CHUNK)
+    hidden_GKD = jnp.pad(hidden_GKD, ((0, 0), (0, -K % C), (0, 0)))
+    target_GK = jnp.pad(target_GK, ((0, 0), (0, -K % C)), constant_values=IGNORE_INDEX)
+    return hidden_GKD.reshape(G, -1, C, D).swapaxes(0, 1), target_GK.reshape(G, -1, C).swapaxes(0, 1)

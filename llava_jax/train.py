@@ -89,13 +89,16 @@ class StepSettings:
 # --------------------------------------------------------------------------------------------------------- the step
 
 
-def batch_loss(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> jax.Array:
-    """Sum of the losses of the targets in a device's rows of a (micro)batch, from its pieces of the parameters."""
+def batch_loss(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch, weight: jax.Array | float = 1.0
+) -> jax.Array:
+    """Sum of the losses of the targets, each times `weight`, in a device's rows of a (micro)batch, from its pieces of
+    the parameters."""
     model, execution = build_from_pieces(settings.model, trainable | frozen, settings.dtype), settings.execution
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
-    return loss_sum(head_DV, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots)
+    return loss_sum(head_DV, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots, weight)
 
 
 def count_targets(batch: Batch) -> jax.Array:
@@ -118,14 +121,14 @@ def _loss_and_gradients(
     settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[jax.Array, Params]:
     """What each device does for it, with its rows and its pieces of the parameters."""
-    count = jnp.maximum(count_targets(batch), 1)
+    weight = 1 / jnp.maximum(count_targets(batch), 1)
     fsdp = settings.execution.fsdp
     gathered = {name for name in trainable if fsdp and fsdp.gathered(name)}
 
     def mean_loss(places: Params, batch: Batch) -> jax.Array:
         """`places`: in whose place gradients are taken, see `sharding.Piece`."""
         pieces = {name: sharding.Piece(trainable[name], places[name]) for name in gathered}
-        return batch_loss(settings, places | pieces, frozen, batch) / count
+        return batch_loss(settings, places | pieces, frozen, batch, weight)
 
     places = {name: jnp.zeros_like(w, settings.dtype) if name in gathered else w for name, w in trainable.items()}
     if settings.accumulation == 1:

@@ -18,7 +18,7 @@ BOTH = frozenset({"projector", "llm"})
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("remat,label_slots", [("none", 48), ("full", 1200)])  # 1200 are computed in chunks
+@pytest.mark.parametrize("remat,label_slots", [("none", 48), ("full", 1200)])  # 1200 are in chunks
 def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", tiny.config())
     config = common.get_config()

@@ -18,9 +18,9 @@ def llm():
     return build(model, tiny.params(model)).llm
 
 
-def dense_loss(llm, hidden, targets):
+def dense_loss(head, hidden, targets):
     """Mean-free cross-entropy over every position, masked at the end."""
-    logits = llm.logits(hidden)
+    logits = hidden @ head
     likelihood = jax.nn.log_softmax(logits)[
         jnp.arange(targets.shape[0])[:, None], jnp.arange(targets.shape[1])[None], jnp.maximum(targets, 0)
     ]
@@ -43,10 +43,19 @@ def test_compacted_loss_and_gradient_are_the_dense_ones(llm, groups, spare, chun
     hidden = jnp.asarray(rng.normal(size=(4, 16, 48)), jnp.float32)
     targets = random_targets(rng, 4, 16, 3)
     slots = 3 * 4 // groups + spare
-    ours = jax.value_and_grad(lambda h: loss.loss_sum(llm.head(h)[0], h, targets, groups, slots))(hidden)
-    theirs = jax.value_and_grad(lambda h: dense_loss(llm, h, targets))(hidden)
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
-    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
+    head = llm.head(hidden)[0]
+
+    def our_loss(hidden, head):
+        return 3 * loss.loss_sum(head, hidden, targets, groups, slots, weight=0.5)
+
+    def their_loss(hidden, head):
+        return 1.5 * dense_loss(head, hidden, targets)
+
+    for arguments in (0, 1, (0, 1)):  # with a frozen head, with frozen layers, with neither
+        ours = jax.value_and_grad(our_loss, arguments)(hidden, head)
+        theirs = jax.value_and_grad(their_loss, arguments)(hidden, head)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), ours, theirs)
+    np.testing.assert_allclose(our_loss(hidden, head), their_loss(hidden, head), rtol=1e-6)
 
 
 @given(st.lists(st.integers(-1, 50), min_size=1, max_size=30), st.integers(0, 10))
@@ -74,7 +83,21 @@ def test_logits_exist_only_at_label_slots(llm):
         name: jax.jit(f).lower(hidden).compile().cost_analysis()["flops"]
         for name, f in {
             "compacted": lambda h: loss.loss_sum(llm.head(h)[0], h, targets, 4, 4),
-            "dense": lambda h: dense_loss(llm, h, targets),
+            "dense": lambda h: dense_loss(llm.head(h)[0], h, targets),
         }.items()
     }
     assert flops["compacted"] < flops["dense"] / 10
+
+
+def test_a_frozen_head_has_no_gradient_and_logits_are_computed_once(llm, monkeypatch):
+    """Products of hidden x head, in chunks of 4 of 16 slots: forward, d hidden and, if it is trained, d head."""
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    targets = random_targets(np.random.default_rng(0), 4, 64, 4)
+    hidden = jnp.ones((4, 64, 48))
+    head = llm.head(hidden)[0]
+
+    def products(arguments):
+        gradients = jax.grad(lambda h, w: loss.loss_sum(w, h, targets, 1, 16), arguments)
+        return str(jax.make_jaxpr(gradients)(hidden, head)).count("dot_general")
+
+    assert (products(0), products((0, 1))) == (2, 3)

@@ -28,7 +28,7 @@ from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_turns
-from llava_jax.loss import cross_entropy_sum
+from llava_jax.loss import cross_entropy
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Params, module_params
@@ -148,7 +148,8 @@ def run_steps(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         # Padding follows what is learned, and a token sees only what precedes it: one segment will do.
         hidden_BTD = llm(llm.embed_tokens(tokens_BT), positions_BT, jnp.ones_like(tokens_BT))
-        return cross_entropy_sum(llm.head(hidden_BTD)[0], hidden_BTD, targets_BT) / jnp.sum(targets_BT != IGNORE_INDEX)
+        weight = 1 / jnp.sum(targets_BT != IGNORE_INDEX)
+        return cross_entropy(llm.head(hidden_BTD)[0], hidden_BTD, targets_BT, weight)
 
     def step(state: tuple, batch: tuple) -> tuple:
         params, moments = state
