@@ -64,8 +64,8 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
     parts = {
-        "clip": _clip(model.vision, model.vision_layers_used) * images,
-        "clip attention": _clip_attention(model.vision, model.vision_layers_used) * images,
+        "vision": _vision(model.vision, model.vision_layers_used) * images,
+        "vision attention": _vision_attention(model.vision, model.vision_layers_used) * images,
         "projector": _projector(model, "projector" in trainable) * (images * layout.image_tokens),
         "llm": _decoder(text, "llm" in trainable, remat) * (rows * layout.max_length),
         "llm attention": _decoder_attention(text, layout.max_length, remat) * rows,
@@ -96,17 +96,17 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
 # ----------------------------------------------------------------------------------------- one picture, token, row
 
 
-def _clip(vision: VisionConfig, layers: int) -> Part:
+def _vision(vision: VisionConfig, layers: int) -> Part:
     """One picture: the patches, then projections and MLP of each layer."""
-    D, P, S = vision.hidden_size, vision.num_patches, vision.num_patches + 1
+    D, P, S = vision.hidden_size, vision.num_patches, vision.num_tokens
     patches = 2.0 * P * 3 * vision.patch_size**2 * D
     layer = 2.0 * S * (4 * D * D + 2 * D * vision.intermediate_size)
     return Part(forward=patches + layers * layer)
 
 
-def _clip_attention(vision: VisionConfig, layers: int) -> Part:
+def _vision_attention(vision: VisionConfig, layers: int) -> Part:
     """One picture: scores and weighted values, 2 S S D each."""
-    return Part(forward=layers * 4.0 * (vision.num_patches + 1) ** 2 * vision.hidden_size)
+    return Part(forward=layers * 4.0 * vision.num_tokens**2 * vision.hidden_size)
 
 
 def _projector(model: LlavaConfig, trainable: bool) -> Part:

@@ -164,7 +164,7 @@ def step_parts(program: Program) -> dict[str, flops.Part]:
 def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
     """The parts of the formula that the HLO hides in kernels: attention, where any kernel is one."""
     fused = any(name.startswith(ATTENTION_KERNELS) for name in account.kernels)
-    return ("llm attention", "clip attention") if fused else ()
+    return ("llm attention", "vision attention") if fused else ()
 
 
 def ideal_wire(program: Program) -> float | None:

@@ -109,10 +109,10 @@ def _memory_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _flops_lines(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{'FLOPs':<17}{'forward':>12}{'activations':>13}{'weights':>12}{'recomputed':>12}   of a step, by formula"
+    yield f"{'FLOPs':<19}{'forward':>12}{'activations':>13}{'weights':>12}{'recomputed':>12}   of a step, by formula"
     for name, part in result["flops"]["parts"].items():
         yield (
-            f"  {name:<15}{part['forward']:>12.3g}{part['activations']:>13.3g}{part['weights']:>12.3g}"
+            f"  {name:<17}{part['forward']:>12.3g}{part['activations']:>13.3g}{part['weights']:>12.3g}"
             f"{part['recomputed']:>12.3g}"
         )
     full, causal = (result["flops"]["model"][convention] for convention in ("full", "causal"))

@@ -85,6 +85,15 @@ def test_mask_is_causal_within_a_segment(segments):
     np.testing.assert_array_equal(mask, expected)
 
 
+@given(st.lists(st.integers(1, 2), min_size=9, max_size=9), st.integers(1, 10))
+def test_a_window_holds_so_many_tokens(segments, window):
+    mask = np.asarray(causal_segment_mask(jnp.array([segments]), window))[0]
+    expected = [
+        [0 <= query - key < window and a == b for key, b in enumerate(segments)] for query, a in enumerate(segments)
+    ]
+    np.testing.assert_array_equal(mask, expected)
+
+
 def test_padding_attends_only_padding_and_is_attended_by_none():
     mask = np.asarray(causal_segment_mask(jnp.array([[1, 1, 0, 0]])))[0]
     assert not mask[2:, :2].any() and not mask[:2, 2:].any()
@@ -108,18 +117,18 @@ def packed_batch(kv_heads: int):
     return q, k, v, jnp.asarray(segments), weights
 
 
-def interpreted_splash(q, k, v, segment_ids, packed):
-    return splash_attention(q, k, v, segment_ids, packed, interpret=True)
+def interpreted_splash(*args):
+    return splash_attention(*args, interpret=True)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (4, None), (2, 90)])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("xla", "cudnn")])
-def test_backends_equal_the_definition_on_packed_rows(backend, kv_heads, monkeypatch):
+def test_backends_equal_the_definition_on_packed_rows(backend, kv_heads, window, monkeypatch):
     monkeypatch.setitem(BACKENDS, "splash", interpreted_splash)
     q, k, v, segments, weights = packed_batch(kv_heads)
 
     def loss(qkv, backend):
-        return (attention(*qkv, segments, backend=backend) * weights).sum()
+        return (attention(*qkv, segments, window, backend=backend) * weights).sum()
 
     expected, expected_gradients = jax.value_and_grad(loss)((q, k, v), "xla")
     value, gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)((q, k, v), backend)
@@ -132,6 +141,17 @@ def test_cudnn_refuses_packed_rows():
     q, k, v, segments, _ = packed_batch(4)
     with pytest.raises(ValueError, match="packed"):
         attention(q, k, v, segments, backend="cudnn", packed=True)
+
+
+def test_cudnn_is_given_the_window_that_is_meant(monkeypatch):
+    """Of the arguments, by the definition that JAX has of them; the kernel itself needs a GPU."""
+    by_definition = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **kw: by_definition(*args, **kw))
+    q, k, v = packed_batch(2)[:3]
+    one_segment = jnp.ones((2, LENGTH), jnp.int32)
+    for window in (None, 90):
+        ours = attention(q, k, v, one_segment, window, backend="cudnn", packed=False)
+        np.testing.assert_allclose(ours, attention(q, k, v, one_segment, window), rtol=0, atol=1e-5)
 
 
 def test_the_backend_is_chosen_by_the_platform_and_never_one_that_would_mix_samples():

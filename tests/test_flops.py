@@ -48,14 +48,14 @@ def test_seven_billion_parameters_take_six_flops_each_and_token():
 
 def test_the_tower_runs_forward_only_and_not_its_last_layer():
     shapes = abstract_params(MODEL)
-    part = flops.step_flops(MODEL, ROW, BOTH, "full")["clip"]
+    part = flops.step_flops(MODEL, ROW, BOTH, "full")["vision"]
     used = sum(value.size for name, value in shapes.items() if name.startswith("vision.layers") and value.ndim == 3)
     used *= MODEL.vision_layers_used / MODEL.vision.num_layers
     patches = shapes["vision.patch_embedding.kernel"].size
     assert part.forward == pytest.approx(2 * 577 * used + 2 * 576 * patches)
     assert part.activations == part.weights == part.recomputed == 0
     empty = flops.step_flops(MODEL, dataclasses.replace(ROW, image_slots=0), BOTH, "full")
-    assert empty["clip"].forward == empty["projector"].needed == 0
+    assert empty["vision"].forward == empty["projector"].needed == 0
 
 
 def test_utilisation_by_convention():

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from llava_jax.convert.names import llm_entries, to_ours
 from llava_jax.models.attention import causal_segment_mask
-from llava_jax.models.config import LLAMA_7B, LLAMA_13B, TextConfig
-from llava_jax.models.llama import Llama, LlamaLayer, rotate
+from llava_jax.models.config import LLAMA_7B, LLAMA_13B, RopeScaling, TextConfig
+from llava_jax.models.llama import Llama, LlamaLayer, rotary_frequencies, rotate
 
 CONFIG = reference.TEXT
 
@@ -79,12 +79,40 @@ def test_logits_equal_transformers(kv_heads, tied):
     np.testing.assert_allclose(our_logits(model, tokens), torch_logits(torch_model, tokens), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rope_theta", [10000.0, 50000.0, 1e6])
-def test_long_prompt_equals_transformers(rope_theta):
-    torch_model, model = pair(dataclasses.replace(CONFIG, rope_theta=rope_theta))
+LONG = reference.TEXTS | {
+    "theta 1e4": dataclasses.replace(CONFIG, rope_theta=1e4),
+    "theta 1e6": dataclasses.replace(CONFIG, rope_theta=1e6),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_500_tokens_of_every_family_equal_transformers(name):
+    torch_model, model = pair(LONG[name])
     tokens = random_tokens(1, 500)
-    # Torch's frequencies are one unit of float32 off for these thetas: 3e-5 rad at position 500.
+    # Torch's frequencies are one unit of float32 off for some thetas: 3e-5 rad at position 500.
     np.testing.assert_allclose(our_logits(model, tokens), torch_logits(torch_model, tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "mistral", "qwen2"])
+def test_what_tells_a_family_apart_matters(name):
+    """So that the test above would notice its absence."""
+    config, tokens = reference.TEXTS[name], random_tokens(1, 500)
+    params = reference.llama_params(reference.llama(config), config)
+    plain = {name: value for name, value in params.items() if name[-4:] != "bias"}
+    changes = our_logits(decoder(params, config), tokens) - our_logits(decoder(plain), tokens)
+    assert np.abs(changes).max() > 0.1
+
+
+def test_rotary_frequencies_equal_those_of_llama_3_1():
+    """Of the published sizes, where all three of its cases occur."""
+    config = dataclasses.replace(
+        CONFIG, head_dim=128, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    )
+    expected = LlamaRotaryEmbedding(reference.torch_text_config(config)).inv_freq.numpy()
+    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio = np.asarray(rotary_frequencies(config) / plain)
+    assert (ratio == 1).sum() > 20 and np.isclose(ratio, 1 / 8).sum() > 20 and len(np.unique(ratio.round(3))) > 5
+    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=2e-6)
 
 
 def test_theta_and_norm_epsilon_matter():
@@ -191,11 +219,18 @@ def decode(model, tokens, positions, cache):
     return model.logits(hidden), cache
 
 
-def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch():
-    _, model = pair()
+@pytest.mark.parametrize(
+    ("config", "unstacked"),
+    [(CONFIG, False), (dataclasses.replace(CONFIG, sliding_window=5), False), (reference.TEXTS["qwen2"], True)],
+    ids=["plain", "window", "unstacked with biases"],
+)
+def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, unstacked):
+    _, model = pair(config)
     T, prompts = 14, np.array([9, 4, 1])  # row lengths of the prompts; five tokens are decoded after each
     tokens = random_tokens(3, T)
     expected = our_logits(model, tokens)
+    if unstacked:
+        model.unstack_layers()
 
     segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
     logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)

@@ -1,12 +1,14 @@
 """Small random models of transformers (torch, CPU, float32) and the same parameters as our flat dict."""
 
+import dataclasses
+
 import numpy as np
 import torch
 import transformers
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
-from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 
 # Few of everything, and no two widths alike where the architecture lets them differ.
 VISION = VisionConfig(32, 56, num_layers=4, num_heads=4, image_size=24, patch_size=8)
@@ -14,34 +16,67 @@ TEXT = TextConfig(97, 48, 80, num_layers=3, num_heads=6, num_kv_heads=2, head_di
 LLAVA = LlavaConfig(VISION, TEXT)
 
 
-def torch_vision_config(config: VisionConfig) -> transformers.CLIPVisionConfig:
-    return transformers.CLIPVisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        layer_norm_eps=config.layer_norm_eps,
-        hidden_act=config.hidden_act,
-        projection_dim=config.projection_dim,
-    )
+# Decoders with what tells the families apart, and a tower of each kind.
+TEXTS = {
+    "llama": TEXT,
+    "linear": dataclasses.replace(TEXT, rope_scaling=RopeScaling("linear", 4.0)),
+    # So that of four frequencies the first is kept, the second is between, the others are divided.
+    "llama3": dataclasses.replace(TEXT, rope_scaling=RopeScaling("llama3", 8.0, 512, 1.0, 8.0)),
+    "tied": dataclasses.replace(TEXT, tie_word_embeddings=True, num_heads=3, num_kv_heads=1, head_dim=16),
+    "mistral": dataclasses.replace(TEXT, sliding_window=48),
+    "qwen2": dataclasses.replace(TEXT, qkv_bias=True, rms_norm_eps=1e-6),
+}
+SIGLIP = dataclasses.replace(
+    VISION, image_size=30, num_heads=2, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", kind="siglip"
+)
 
 
-def torch_text_config(config: TextConfig) -> transformers.LlamaConfig:
-    return transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=config.max_position_embeddings,
-    )
+def torch_vision_config(config: VisionConfig) -> transformers.PreTrainedConfig:
+    fields = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_act": config.hidden_act,
+    }
+    if config.kind == "siglip":
+        return transformers.SiglipVisionConfig(**fields, vision_use_head=False)
+    return transformers.CLIPVisionConfig(**fields, projection_dim=config.projection_dim)
+
+
+def torch_text_config(config: TextConfig) -> transformers.PreTrainedConfig:
+    scaling = config.rope_scaling
+    rope = {"rope_type": "default"}
+    if scaling:
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling and scaling.kind == "llama3":
+        rope |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+        rope["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    fields = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+    if config.qkv_bias:
+        return transformers.Qwen2Config(**fields)
+    if config.sliding_window:
+        return transformers.MistralConfig(**fields, sliding_window=config.sliding_window)
+    return transformers.LlamaConfig(**fields)
+
+
+def drops_class_token(config: LlavaConfig) -> bool:
+    return config.vision.kind == "clip" and config.select_feature == "patch"
 
 
 def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
@@ -51,9 +86,47 @@ def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
         text_config=torch_text_config(config.text),
         image_token_id=config.text.vocab_size - 1,
         vision_feature_layer=config.select_layer,
-        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[config.select_feature],
+        vision_feature_select_strategy="default" if drops_class_token(config) else "full",
         image_seq_length=config.image_tokens,
         tie_word_embeddings=config.text.tie_word_embeddings,
+    )
+
+
+def text_config_of(hf: transformers.PreTrainedConfig) -> TextConfig:
+    """What transformers reads, as ours."""
+    rope = dict(hf.rope_parameters)
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    return TextConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        rope_theta=theta,
+        rms_norm_eps=hf.rms_norm_eps,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        max_position_embeddings=hf.max_position_embeddings,
+        rope_scaling=None if kind == "default" else RopeScaling(kind, **rope),
+        qkv_bias=hf.model_type == "qwen2",
+        sliding_window=getattr(hf, "sliding_window", None),
+    )
+
+
+def vision_config_of(hf: transformers.PreTrainedConfig) -> VisionConfig:
+    clip = hf.model_type == "clip_vision_model"
+    return VisionConfig(
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        image_size=hf.image_size,
+        patch_size=hf.patch_size,
+        layer_norm_eps=hf.layer_norm_eps,
+        hidden_act=hf.hidden_act,
+        projection_dim=hf.projection_dim if clip else VisionConfig.projection_dim,
+        kind="clip" if clip else "siglip",
     )
 
 
@@ -71,12 +144,14 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-def clip(config: VisionConfig, seed: int = 0) -> transformers.CLIPVisionModel:
-    return randomize(transformers.CLIPVisionModel(torch_vision_config(config)), seed)
+def clip(config: VisionConfig, seed: int = 0) -> transformers.PreTrainedModel:
+    """A tower of either kind."""
+    return randomize(transformers.AutoModel.from_config(torch_vision_config(config)), seed)
 
 
-def llama(config: TextConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
-    return randomize(transformers.LlamaForCausalLM(torch_text_config(config)), seed)
+def llama(config: TextConfig, seed: int = 0) -> transformers.PreTrainedModel:
+    """A decoder of any family."""
+    return randomize(transformers.AutoModelForCausalLM.from_config(torch_text_config(config)), seed)
 
 
 def llava(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.convert.hf_config import select_strategy
 from llava_jax.convert.tensors import read_json
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, LlavaConfig, VisionConfig
 
 Json = dict[str, Any]
 
@@ -25,29 +26,39 @@ class ImageSettings(NamedTuple):
     aspect: str | None  # None where the source does not say
 
 
-def read_image_settings(directory: Path, image_size: int) -> ImageSettings:
-    """From `preprocessor_config.json`, or `processor_config.json` where transformers 5 keeps it, or CLIP's own.
+# Of the published towers.
+_DEFAULTS = {
+    "clip": ImageSettings(CLIP_MEAN, CLIP_STD, None),
+    "siglip": ImageSettings(SIGLIP_MEAN, SIGLIP_STD, "resize"),
+}
 
-    Raises UserError where pictures would be prepared in a way that is not known here, or not for `image_size`.
+
+def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
+    """From `preprocessor_config.json`, or `processor_config.json` where transformers 5 keeps it, or the tower's own.
+
+    Raises UserError where pictures would be prepared in a way that is not known here, or not for the tower.
     """
     config, where = _find(directory)
+    default = _DEFAULTS[vision.kind]
     if config is None:
-        return ImageSettings(CLIP_MEAN, CLIP_STD, None)
+        return default
     for field, value in _FIXED.items():
         if config.get(field) not in (None, value):
             raise UserError(f"{where}: {field} is {config[field]!r}; only {value!r} is supported")
     if not math.isclose(config.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
         raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
-    _check_size(config, image_size, where)
+    _check_size(config, vision.image_size, where)
     stretches = isinstance(config.get("size"), dict) and "shortest_edge" not in config["size"]
     if stretches:
         aspect = "resize"
     elif config.get("do_center_crop") is False:
-        raise UserError(f"{where}: do_center_crop is false, but pictures have to become squares of {image_size} pixels")
+        raise UserError(
+            f"{where}: do_center_crop is false, but pictures have to become squares of {vision.image_size} pixels"
+        )
     else:
         aspect = None if config.get("do_pad") is None else "pad" if config["do_pad"] else "square"
     return ImageSettings(
-        tuple(config.get("image_mean") or CLIP_MEAN), tuple(config.get("image_std") or CLIP_STD), aspect
+        tuple(config.get("image_mean") or default.mean), tuple(config.get("image_std") or default.std), aspect
     )
 
 
@@ -74,9 +85,9 @@ def write_processor(config: LlavaConfig, image_token: str) -> Json:
     return {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
-        "num_additional_image_tokens": 1,  # the class token, which "default" subtracts again
+        "num_additional_image_tokens": int(config.vision.class_token),  # which "default" subtracts again
         "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
+        "vision_feature_select_strategy": select_strategy(config),
     }
 
 

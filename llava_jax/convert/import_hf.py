@@ -24,8 +24,20 @@ from llava_jax.cli import UserError, track
 from llava_jax.convert import hf_config
 from llava_jax.convert.export import image_token
 from llava_jax.convert.hf_processor import read_image_settings
+from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
-from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, PROJECTOR, TIED_HEAD, Source, entries_of
+from llava_jax.convert.layouts import (
+    CLIP,
+    CLIP_REST,
+    CONSTANTS,
+    LLAMA,
+    LLAVA,
+    POOLING,
+    PROJECTOR,
+    TIED_HEAD,
+    Source,
+    entries_of,
+)
 from llava_jax.convert.names import to_ours
 from llava_jax.convert.tensors import Tensors, open_directory, read_json
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template, with_im_start_end
@@ -77,15 +89,15 @@ def import_llava(directory: str, output: str, options: Options) -> LlavaConfig:
 def _find_backbones(llm: Path, vision: Path, projector: Path | None, options: Options) -> Found:
     text_json = read_json(llm / "config.json")
     vision_json = read_json(vision / "config.json")
+    text = read_text(text_json, str(llm / "config.json"))
+    tower = hf_config.read_vision(vision_json, str(vision / "config.json"))
     sources = {
         "llm": Source(open_directory(llm), LLAMA),
-        "vision": Source(open_directory(vision), CLIP, dropped=CONSTANTS + CLIP_REST),
+        "vision": Source(open_directory(vision), CLIP, dropped=CONSTANTS + CLIP_REST + POOLING[tower.kind]),
     }
     if projector:
         sources["projector"] = Source(_open_projector(projector), PROJECTOR)
-    text = hf_config.read_text(text_json, str(llm / "config.json"))
-    tower = hf_config.read_vision(vision_json, str(vision / "config.json"))
-    images = read_image_settings(vision, tower.image_size)
+    images = read_image_settings(vision, tower)
     config = _config(
         vision=tower,
         text=text,
@@ -106,7 +118,7 @@ def _find_backbones(llm: Path, vision: Path, projector: Path | None, options: Op
     if projector and _ends_in_identity(sources["projector"], config):
         config = dataclasses.replace(config, projector_type="linear")
     hf = {
-        "config": {"text_config": text_json, "vision_config": hf_config.clip_vision_json(vision_json, str(vision))},
+        "config": {"text_config": text_json, "vision_config": hf_config.tower_json(vision_json, str(vision))},
         "generation_config": _read_if_there(llm / "generation_config.json"),
     }
     return Found(config, sources | {"head": sources["llm"]}, hf, tokenizer_dir=llm)
@@ -115,9 +127,9 @@ def _find_backbones(llm: Path, vision: Path, projector: Path | None, options: Op
 def _find_llava(directory: Path, options: Options) -> Found:
     where = str(directory / "config.json")
     source_json = read_json(directory / "config.json")
-    source = Source(open_directory(directory), LLAVA)
     found = hf_config.read_llava(source_json, where)
-    images = read_image_settings(directory, found.vision.image_size)
+    source = Source(open_directory(directory), LLAVA, dropped=CONSTANTS + POOLING[found.vision.kind])
+    images = read_image_settings(directory, found.vision)
     _refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     _refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
     config = _config(

@@ -42,9 +42,11 @@ EXPORT_PREFIXES = {
     "vision": "vision_tower.vision_model.",
 }
 
-# Tensors that no model of ours has: constants that old versions stored, and what a whole CLIP has besides its tower.
+# Tensors that no model of ours has: constants that old versions stored, what a whole CLIP or SigLIP has besides its
+# tower, and what a tower of a kind has besides features.
 CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
-CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_scale")
+CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_(?:scale|bias)")
+POOLING = {"clip": (), "siglip": (r"(?:.+\.)?head\..+",)}
 
 _DTYPES = ("F32", "BF16", "F16")  # of weights, in safetensors' words
 _ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential

@@ -42,12 +42,18 @@ class Entry(NamedTuple):
 
 
 def vision_entries(config: VisionConfig) -> list[Entry]:
-    """Leaf names of `CLIPVisionModel`, as `encoder.layers.0.mlp.fc1.weight`."""
+    """Leaf names of `CLIPVisionModel` and `SiglipVisionModel`, as `encoder.layers.0.mlp.fc1.weight`."""
     embeddings = [
-        Entry("vision.class_embedding", "embeddings.class_embedding"),
         Entry("vision.patch_embedding.kernel", "embeddings.patch_embedding.weight", OIHW_TO_HWIO),
         Entry("vision.position_embedding", "embeddings.position_embedding.weight", TABLE),
     ]
+    of_one_kind = {
+        "clip": [
+            Entry("vision.class_embedding", "embeddings.class_embedding"),
+            *_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
+        ],
+        "siglip": [Entry("vision.patch_embedding.bias", "embeddings.patch_embedding.bias")],
+    }
     ours, hf = "vision.layers", "encoder.layers.{layer}"
     layers = [
         *_norm(f"{ours}.layernorm1", f"{hf}.layer_norm1"),
@@ -55,20 +61,21 @@ def vision_entries(config: VisionConfig) -> list[Entry]:
         *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"]),
         *_linears(f"{ours}.mlp", f"{hf}.mlp", ["fc1", "fc2"]),
     ]
-    norms = [
-        *_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
-        *_norm("vision.post_layernorm", "post_layernorm"),
-    ]
-    return embeddings + _stacked(layers, config.num_layers) + norms
+    last = _norm("vision.post_layernorm", "post_layernorm")
+    return embeddings + of_one_kind[config.kind] + _stacked(layers, config.num_layers) + last
 
 
 def llm_entries(config: TextConfig) -> list[Entry]:
-    """Leaf names of `LlamaModel`, as `layers.0.mlp.up_proj.weight`: all but the head, which layouts keep elsewhere."""
+    """Leaf names of `LlamaModel`, `MistralModel` and `Qwen2Model`, as `layers.0.mlp.up_proj.weight`.
+
+    All but the head, which layouts keep elsewhere.
+    """
     ours, hf = "llm.layers", "layers.{layer}"
     layers = [
         Entry(f"{ours}.input_layernorm.scale", f"{hf}.input_layernorm.weight"),
         Entry(f"{ours}.post_attention_layernorm.scale", f"{hf}.post_attention_layernorm.weight"),
-        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj", "o_proj"], bias=False),
+        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj"], bias=config.qkv_bias),
+        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["o_proj"], bias=False),
         *_linears(f"{ours}.mlp", f"{hf}.mlp", ["gate_proj", "up_proj", "down_proj"], bias=False),
     ]
     return [

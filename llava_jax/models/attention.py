@@ -21,6 +21,7 @@ def attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array | None = None,
+    window: int | None = None,
     *,
     backend: str = "xla",
     packed: bool = True,
@@ -28,11 +29,14 @@ def attention(
     """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], softmax in float32; K may divide N (grouped queries).
 
     With segment ids (a decoder's) a token sees itself and what precedes it in its segment; without (a vision tower's)
-    all see all. `packed` says that rows may hold several segments; else each holds one and then padding, and what is
-    computed for padding is of no use to anyone. Raises ValueError where the backend cannot do that.
+    all see all. `window` limits what a decoder's token sees to so many tokens, itself the last. `packed` says that rows
+    may hold several segments; else each holds one and then padding, and what is computed for padding is of no use to
+    anyone. Raises ValueError where the backend cannot do that.
     """
+    if window is not None and window >= q_BTNH.shape[1]:
+        window = None
     with jax.named_scope("attention"):
-        return BACKENDS[backend](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed)
+        return BACKENDS[backend](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed, window)
 
 
 def choose_backend(platform: str, packed: bool, dtype: jnp.dtype = jnp.bfloat16) -> str:
@@ -47,16 +51,16 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS: jax.Array | None = None) -
     return attention_by_head(q_BTNH, by_head(k_BSKH), by_head(v_BSKH), mask_BTS)
 
 
-def xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
-    mask_BTT = None if segment_ids_BT is None else causal_segment_mask(segment_ids_BT)
+def xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None) -> jax.Array:
+    mask_BTT = None if segment_ids_BT is None else causal_segment_mask(segment_ids_BT, window)
     return dense_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT)
 
 
-def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
+def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None) -> jax.Array:
     """Chunk by chunk of the queries, whose scores are computed again in the backward pass instead of kept."""
     B, T, N, H = q_BTNH.shape
     if segment_ids_BT is None or T <= CHUNK:
-        return xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed)
+        return xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed, window)
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BT = (pad_axis(x, 1, CHUNK) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
     k_RSH, v_RSH = by_head(k_BTKH), by_head(v_BTKH)
     positions_S = jnp.arange(k_RSH.shape[1])
@@ -65,8 +69,8 @@ def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> j
     def attend(chunk: tuple[jax.Array, ...]) -> jax.Array:
         q_BCNH, segment_ids_BC, positions_C = chunk
         same_BCS = segment_ids_BC[:, :, None] == segment_ids_BT[:, None, :]
-        causal_CS = positions_C[:, None] >= positions_S[None]
-        return attention_by_head(q_BCNH, k_RSH, v_RSH, same_BCS & causal_CS[None])
+        seen_CS = within_window(positions_C[:, None] - positions_S[None], window)
+        return attention_by_head(q_BCNH, k_RSH, v_RSH, same_BCS & seen_CS[None])
 
     def chunks(x: jax.Array) -> jax.Array:
         return x.reshape(B, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
@@ -75,7 +79,9 @@ def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> j
     return attended.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
 
 
-def splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, interpret: bool = False) -> jax.Array:
+def splash_attention(
+    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None, interpret: bool = False
+) -> jax.Array:
     """JAX's Pallas kernel for TPUs: no scores in memory, blocks that the mask empties are skipped.
 
     Sequences are padded to whole lanes in a segment of their own, heads with zeros.
@@ -86,13 +92,17 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, inter
     q_BNTH, k_BKTH, v_BKTH = (
         pad_axis(pad_axis(x, 1, LANES), 3, LANES).swapaxes(1, 2) for x in (q_BTNH * scale, k_BTKH, v_BTKH)
     )
-    kernel = _splash_kernel(segments_BT.shape[1], N, segment_ids_BT is not None, interpret)
+    kernel = _splash_kernel(segments_BT.shape[1], N, segment_ids_BT is not None, window, interpret)
     attended_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
     return attended_BNTH.swapaxes(1, 2)[:, :T, :, :H]
 
 
-def _splash_kernel(length: int, heads: int, causal: bool, interpret: bool) -> Callable:
-    mask = (splash.CausalMask if causal else splash.FullMask)((length, length))
+def _splash_kernel(length: int, heads: int, causal: bool, window: int | None, interpret: bool) -> Callable:
+    shape = (length, length)
+    if window is not None:
+        mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    else:
+        mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
     block = math.gcd(length, SPLASH_BLOCK)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
@@ -101,12 +111,17 @@ def _splash_kernel(length: int, heads: int, causal: bool, interpret: bool) -> Ca
     )
 
 
-def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool) -> jax.Array:
+def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None) -> jax.Array:
     """cuDNN's fused kernel for GPUs. It knows no segments: unpacked rows need none, since padding comes last."""
     if packed and segment_ids_BT is not None:
         raise ValueError("cuDNN's attention would see across the samples of packed rows: use the backend 'chunked'")
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, is_causal=segment_ids_BT is not None, implementation="cudnn"
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        is_causal=segment_ids_BT is not None,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
     )
 
 
@@ -149,11 +164,16 @@ def by_head(x_BTKH: jax.Array) -> jax.Array:
     return x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
 
 
-def causal_segment_mask(segment_ids_BT: jax.Array) -> jax.Array:
+def causal_segment_mask(segment_ids_BT: jax.Array, window: int | None = None) -> jax.Array:
     """bool[B, T, T]: a token sees itself and what precedes it in its own segment (padding is segment 0)."""
-    T = segment_ids_BT.shape[1]
+    positions = jnp.arange(segment_ids_BT.shape[1])
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return same & jnp.tri(T, dtype=bool)[None]
+    return same & within_window(positions[:, None] - positions[None], window)[None]
+
+
+def within_window(before: jax.Array, window: int | None) -> jax.Array:
+    """Whether a decoder's token sees the one so many positions before it: at most itself and `window` - 1 others."""
+    return before >= 0 if window is None else (before >= 0) & (before < window)
 
 
 def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:

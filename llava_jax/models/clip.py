@@ -9,7 +9,7 @@ from flax import nnx
 
 from llava_jax.models.config import VisionConfig
 from llava_jax.models.execution import SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, broadcast_last, stack_layers
+from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, broadcast_last, stack_layers
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -17,7 +17,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class ClipVision(nnx.Module):
@@ -27,7 +31,7 @@ class ClipVision(nnx.Module):
         self.config = config
         D, p = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (D,)))
-        self.patch_embedding = PatchEmbedding(p, D, rngs=rngs)
+        self.patch_embedding = PatchEmbedding(p, D, bias=False, rngs=rngs)
         self.position_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (1 + config.num_patches, D)))
         self.pre_layernorm = LayerNorm(D, config.layer_norm_eps)
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
@@ -41,16 +45,7 @@ class ClipVision(nnx.Module):
         patches_NPD = patch_embedding(pixels_NHWC)
         x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
         x_NSD += position_embedding[...].astype(x_NSD.dtype)[None]
-        x_NSD = self.pre_layernorm(x_NSD)
-        layers = self.layers
-        if num_layers < self.config.num_layers:
-            layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
-
-        def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
-            return execution.whole("vision.layers", layer)(x_NSD, execution)
-
-        with jax.named_scope("clip_layers"):
-            return execution.scan_layers(step, x_NSD, layers)
+        return run_layers(self.layers, self.pre_layernorm(x_NSD), num_layers, execution)
 
     def class_token(self, num_images: int, dtype: jnp.dtype) -> jax.Array:
         token = self.class_embedding[...].astype(dtype)
@@ -58,18 +53,31 @@ class ClipVision(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its width: `kernel` [patch, patch, 3, D], no bias."""
+    """A convolution whose stride is its width: `kernel` [patch, patch, 3, D] and, if asked for, `bias` [D]."""
 
-    def __init__(self, patch_size: int, features: int, *, rngs: nnx.Rngs):
+    def __init__(self, patch_size: int, features: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(WEIGHT_INIT(rngs.params(), (patch_size, patch_size, 3, features)))
+        self.bias = nnx.Param(jnp.zeros(features)) if bias else None
 
     def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
         p, _, C, D = self.kernel.shape
-        N, H, W, _ = pixels_NHWC.shape
+        N, rows, columns = pixels_NHWC.shape[0], pixels_NHWC.shape[1] // p, pixels_NHWC.shape[2] // p
         # As a matrix product over flattened patches: the same sum, and faster than a convolution everywhere.
-        patches = pixels_NHWC.reshape(N, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(N, (H // p) * (W // p), p * p * C)
-        return patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D)
+        patches = pixels_NHWC[:, : rows * p, : columns * p].reshape(N, rows, p, columns, p, C)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows * columns, p * p * C)
+        return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
+
+
+def run_layers(layers: "ClipLayer", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
+    """x after the first `num_layers` of the stacked layers of a tower."""
+    if num_layers < jax.tree.leaves(layers)[0].shape[0]:
+        layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
+
+    def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
+        return execution.whole("vision.layers", layer)(x_NSD, execution)
+
+    with jax.named_scope("vision_layers"):
+        return execution.scan_layers(step, x_NSD, layers)
 
 
 class ClipLayer(nnx.Module):

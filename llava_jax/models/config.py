@@ -6,11 +6,16 @@ from typing import Any
 # CLIP's own statistics of its training pictures, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's pixels are in -1..1.
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision transformer (Radford et al. 2021, section 2.4). Lengths in pixels, patches are square."""
+    """Vision transformer of CLIP (Radford et al. 2021, section 2.4) or SigLIP (Zhai et al. 2023).
+
+    Lengths are in pixels, patches are square; what is left of a picture beside whole patches is not looked at.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -19,17 +24,49 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
-    hidden_act: str = "quick_gelu"  # or "gelu"
+    hidden_act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"
     projection_dim: int = 768  # of CLIP's own head, which LLaVA does not have; kept for export
+    kind: str = "clip"  # or "siglip", which has no class token and no norm before the layers
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("clip", "siglip"):
+            raise ValueError(f"kind is {self.kind!r}, not 'clip' or 'siglip'")
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def class_token(self) -> bool:
+        """Whether a token that is no patch comes first."""
+        return self.kind == "clip"
+
+    @property
+    def num_tokens(self) -> int:
+        """S: what the layers compute with."""
+        return self.num_patches + self.class_token
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary embedding turns slower, for a context longer than that of pretraining."""
+
+    kind: str  # "linear": all frequencies alike; "llama3": those of long waves only (Dubey et al. 2024, LLaMA 3.1)
+    factor: float
+    # Of "llama3": the context of pretraining, in which a wave of so many turns or fewer is slowed down by the whole
+    # factor, and one of so many or more not at all.
+    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"kind is {self.kind!r}, not 'linear' or 'llama3'")
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """LLaMA decoder (Touvron et al. 2023, section 2.2), with the grouped queries of LLaMA 2."""
+    """LLaMA decoder (Touvron et al. 2023, section 2.2), and what its relatives Mistral and Qwen2 have besides."""
 
     vocab_size: int
     hidden_size: int
@@ -42,6 +79,14 @@ class TextConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False  # of the projections to queries, keys and values, as Qwen2 has it
+    sliding_window: int | None = None  # how many tokens, itself included, a token sees, as in Mistral v0.1
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TextConfig":
+        scaling = values.get("rope_scaling")
+        return cls(**values | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +97,7 @@ class LlavaConfig:
     text: TextConfig
     projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
     select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
-    select_feature: str = "patch"  # drops the class token; "cls_patch" keeps it
+    select_feature: str = "patch"  # drops the class token, if there is one; "cls_patch" keeps it
     image_aspect: str = "pad"  # how a picture becomes a square: "square" (crop), "pad" or "resize"
     im_start_end: bool = False  # whether images stand between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -61,6 +106,8 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
+        if self.select_feature == "cls_patch" and not self.vision.class_token:
+            raise ValueError("select_feature is 'cls_patch', but the vision tower has no class token")
         if self.image_aspect not in ("square", "pad", "resize"):
             raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
         if not 0 <= self.vision_layers_used <= self.vision.num_layers:
@@ -87,7 +134,8 @@ class LlavaConfig:
         for key in ("image_mean", "image_std"):
             if key in values:
                 values[key] = tuple(values[key])
-        return cls(**values | {"vision": VisionConfig(**values["vision"]), "text": TextConfig(**values["text"])})
+        parts = {"vision": VisionConfig(**values["vision"]), "text": TextConfig.from_dict(values["text"])}
+        return cls(**values | parts)
 
 
 CLIP_L_14 = VisionConfig(1024, 4096, 24, 16, image_size=224, patch_size=14)

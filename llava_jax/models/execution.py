@@ -69,11 +69,18 @@ class Execution:
         """`embedding(tokens)`, whoever holds the table (`name`)."""
         return embedding(tokens_BT) if self.fsdp is None else self.fsdp.lookup(name, embedding, tokens_BT)
 
-    def attend(self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT=None) -> jax.Array:
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        window: int | None = None,
+    ) -> jax.Array:
         """`models.attention.attention`, each device its heads."""
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-            return attention(q, k, v, segment_ids, backend=self.attention, packed=self.packed)
+            return attention(q, k, v, segment_ids, window, backend=self.attention, packed=self.packed)
 
         if self.tensor == 1:
             return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -31,10 +31,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.kernel[...].astype(x.dtype))
-        if self.bias is not None:
-            y += broadcast_last(self.bias[...].astype(x.dtype), y)
-        return y
+        return add_bias(project(x, self.kernel[...].astype(x.dtype)), self.bias)
+
+
+def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + broadcast_last(bias[...].astype(y.dtype), y)
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""LLaMA decoder (Touvron et al. 2023), the language model f of the paper.
+"""LLaMA decoder (Touvron et al. 2023) and its relatives, the language model f of the paper.
 
 Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, R = B K.
 """
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import attention_by_head, by_head
+from llava_jax.models.attention import attention_by_head, by_head, within_window
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, stack_layers
+from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers
 
 
 class KVCache(NamedTuple):
@@ -75,7 +75,8 @@ class Llama(nnx.Module):
         A token sees all slots up to its own. What lies past the end of the cache is written to its last slot.
         """
         rotation = self.rotation(positions_BT)
-        seen_BTS = jnp.arange(cache.slots)[None, None] <= positions_BT[:, :, None]
+        before_BTS = positions_BT[:, :, None] - jnp.arange(cache.slots)[None, None]
+        seen_BTS = within_window(before_BTS, self.config.sliding_window)
         slots_RT = jnp.repeat(positions_BT, self.config.num_kv_heads, axis=0)
         heads_R1 = jnp.arange(len(slots_RT))[:, None]
         keys, values = [], []
@@ -123,10 +124,22 @@ class Llama(nnx.Module):
 
     def rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [B, T, 1, H/2] of the rotary embedding (Su et al. 2021), angles in float32."""
-        exponents = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
-        frequencies = 1.0 / self.config.rope_theta**exponents
-        angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
+        angles = positions.astype(jnp.float32)[..., None, None] * rotary_frequencies(self.config)[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_frequencies(config: TextConfig) -> jax.Array:
+    """Radians a position, float32[H/2]."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
 def vocabulary_scores(hidden: jax.Array, kernel_DV: jax.Array) -> jax.Array:
@@ -166,7 +179,7 @@ class LlamaLayer(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """-> the new x and this layer's rotated keys and values [B, T, K, H]."""
         q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.feed(x_BTD, execution.attend(q, k, v, segment_ids_BT)), (k, v)
+        return self.feed(x_BTD, execution.attend(q, k, v, segment_ids_BT, self.attention.window)), (k, v)
 
     def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attention.project(self.input_layernorm(x_BTD), rotation)
@@ -184,10 +197,10 @@ class LlamaAttention(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         D, H = config.hidden_size, config.head_dim
-        self.head_dim = H
-        self.q_proj = Linear(D, config.num_heads * H, bias=False, rngs=rngs)
-        self.k_proj = Linear(D, config.num_kv_heads * H, bias=False, rngs=rngs)
-        self.v_proj = Linear(D, config.num_kv_heads * H, bias=False, rngs=rngs)
+        self.head_dim, self.window = H, config.sliding_window
+        self.q_proj = Linear(D, config.num_heads * H, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = Linear(D, config.num_kv_heads * H, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = Linear(D, config.num_kv_heads * H, bias=config.qkv_bias, rngs=rngs)
         self.o_proj = Linear(config.num_heads * H, D, bias=False, rngs=rngs)
 
     def project(self, x_BTD: jax.Array, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -201,13 +214,14 @@ class LlamaAttention(nnx.Module):
 
 
 class RowLinear(nnx.Module):
-    """A `Linear` without bias whose `kernel` is [out, in]: times a single vector, CPUs read it a third faster."""
+    """A `Linear` whose `kernel` is [out, in]: times a single vector, CPUs read it a third faster."""
 
     def __init__(self, linear: Linear):
         self.kernel = nnx.Param(linear.kernel[...].T)
+        self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x)
+        return add_bias(jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x), self.bias)
 
 
 def transpose_kernels(module: nnx.Module) -> None:

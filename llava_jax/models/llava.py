@@ -16,8 +16,11 @@ from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.llama import Llama
 from llava_jax.models.projector import Projector
+from llava_jax.models.siglip import SiglipVision
 
 Params = dict[str, jax.Array]
+
+TOWERS = {"clip": ClipVision, "siglip": SiglipVision}
 
 
 class Llava(nnx.Module):
@@ -26,7 +29,7 @@ class Llava(nnx.Module):
     def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.vision = TOWERS[config.vision.kind](config.vision, rngs=rngs)
         self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.llm = Llama(config.text, rngs=rngs)
 
@@ -37,7 +40,7 @@ class Llava(nnx.Module):
         """
         pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
         hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
-        if self.config.select_feature == "patch":
+        if self.config.vision.class_token and self.config.select_feature == "patch":
             hidden_NSD = hidden_NSD[:, 1:]
         return jax.lax.stop_gradient(hidden_NSD)
 
