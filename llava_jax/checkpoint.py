@@ -26,17 +26,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array
 from llava_jax.cli import UserError
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
 
-# Orbax logs a failure with a traceback in every thread that it passes; what it raises in the end is enough.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+# Orbax logs a failure with a traceback in every thread that it passes, and warns of what is meant; what it raises in
+# the end is enough.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.WARNING)
 
 DESCRIPTION = "llava.json"
 FORMAT = 1
@@ -136,18 +137,11 @@ class Checkpoint:
             raise UserError(f"{self.weights}: does not hold this model: {error}") from None
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter as it is stored, or one layer of a stacked one, of which nothing else is read."""
+        """One parameter as it is stored, or one layer of a stacked one, of which nothing else is kept in memory."""
         part = next(part for part, names in self.parts if name in names)
         with _in_one_line(part.weights, DAMAGED):
-            array = part._array(name)
+            array = open_array(part.weights / (part.name or TREE), name)
             return np.asarray((array if layer is None else array[layer]).read().result())
-
-    def _array(self, name: str) -> tensorstore.TensorStore:
-        """The file of a parameter, as Orbax lays it out; it reads whole arrays only."""
-        directory = self.weights / (self.name or "state")
-        base = f"{directory}/" if is_remote(directory) else {"driver": "file", "path": f"{directory}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
 
     def load(
         self,
@@ -278,26 +272,35 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
             (target / file.name).write_bytes(file.read_bytes())  # from a disk to a bucket as well
 
 
+Piece = tuple[str, int | None, np.ndarray]  # a parameter, a layer of it or None for the whole, values
+
+
 def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
     """Writes a whole model; nothing is left behind if it fails. Raises UserError if `directory` exists."""
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+    pieces = ((name, None, np.asarray(value)) for name, value in params.items())
+    write_model(directory, shapes, pieces, description, tokenizer_dir)
+
+
+def write_model(
+    directory: str | os.PathLike,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    pieces: Iterable[Piece],
+    description: Description,
+    tokenizer_dir: str,
+) -> None:
+    """The same from pieces that make up parameters of these shapes and types, each written when it comes."""
     directory = absolute(directory)
     try:
-        check_names(params, abstract_params(description.model))
+        check_names(shapes, abstract_params(description.model))
     except ValueError as error:
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        with _in_one_line(directory, "cannot be written"), _layer_by_layer():
-            ocp.save(partial / "params", {name: jnp.asarray(value) for name, value in params.items()})
+        with _in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
+            for name, layer, values in pieces:
+                writer.write(name, layer, values)
         write_description(partial, description)
-
-
-def _layer_by_layer() -> ocp.Context:
-    """Stores stacked layers each for itself, so that one can be read without the others."""
-    options = ocp.options.ArrayOptions.Saving
-    by_layer = options.StorageOptions(shard_axes=(0,))
-    saving = options(scoped_storage_options_creator=lambda path, value: by_layer if ".layers." in str(path) else None)
-    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
@@ -348,7 +351,7 @@ class TrainingCheckpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
-            context=_layer_by_layer(),
+            context=layer_by_layer(),
         )
 
     @property

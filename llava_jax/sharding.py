@@ -173,6 +173,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
+def fsdp_axis(name: str, ndim: int) -> int | None:
+    """Which axis of a parameter `fsdp` splits where there is no `tensor`; None of the vectors."""
+    logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
+    axes = (ndim - len(logical) + i for i, axis in enumerate(logical) if "fsdp" in RULES[axis])
+    return next(axes, None)
+
+
 def param_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     """The mesh axes of each axis of a parameter."""
     logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())

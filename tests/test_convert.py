@@ -306,7 +306,14 @@ def spoil_json(name, **fields):
     return lambda directory: edit_json(directory / name, **fields)
 
 
-def only_bin(directory):
+def mixed_layers(directory):
+    def change(tensors):
+        tensors["language_model.model.layers.1.mlp.up_proj.weight"] = np.zeros((80, 48), np.float16)
+
+    edit(directory, change)
+
+
+def no_torch_file(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
@@ -335,7 +342,8 @@ def no_tokenizer(directory):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (only_bin, r"\.bin files"),
+        (no_torch_file, r"pytorch_model.bin: not a whole file of torch.save \(it is no zip\)"),
+        (mixed_layers, "layers of different types: .* is F32, layers.1.mlp.up_proj.weight is F16"),
         (truncate, "not a whole safetensors file"),
         (without("model.safetensors"), "no weights"),
         (without("config.json"), "config.json: no such file"),

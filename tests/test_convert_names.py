@@ -93,13 +93,6 @@ def test_transforms_compute_what_torch_does():
     np.testing.assert_allclose(y.numpy() @ ours, torch.nn.functional.linear(y, weight).numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_layers_of_different_types_are_an_error():
-    entry = Entry("w", "layers.{layer}.w", TRANSPOSE, layers=2)
-    tensors = {"layers.0.w": np.zeros((2, 3), np.float32), "layers.1.w": np.zeros((2, 3), np.float16)}
-    with pytest.raises(ValueError, match="layers.1.w is float16, the layers before it are float32"):
-        to_ours(entry, tensors.__getitem__)
-
-
 def test_a_stack_of_another_length_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         list(to_hf(Entry("w", "layers.{layer}.w", layers=3), np.zeros((2, 4))))

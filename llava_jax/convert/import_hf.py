@@ -11,15 +11,16 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llava_jax.checkpoint import Description, refuse_existing, save_model
+from llava_jax.array_store import is_layered
+from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
 from llava_jax.cli import UserError, track
 from llava_jax.convert import hf_config
 from llava_jax.convert.export import image_token
@@ -38,12 +39,12 @@ from llava_jax.convert.layouts import (
     Source,
     entries_of,
 )
-from llava_jax.convert.names import to_ours
-from llava_jax.convert.tensors import Tensors, open_directory, read_json
+from llava_jax.convert.names import pieces
+from llava_jax.convert.tensors import open_directory, open_files, read_json
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, module_params
+from llava_jax.models.llava import Params, abstract_params, module_params
 from llava_jax.models.projector import Projector, num_projector_layers
 
 
@@ -96,7 +97,7 @@ def _find_backbones(llm: Path, vision: Path, projector: Path | None, options: Op
         "vision": Source(open_directory(vision), CLIP, dropped=CONSTANTS + CLIP_REST + POOLING[tower.kind]),
     }
     if projector:
-        sources["projector"] = Source(_open_projector(projector), PROJECTOR)
+        sources["projector"] = Source(open_files([projector]), PROJECTOR)
     images = read_image_settings(vision, tower)
     config = _config(
         vision=tower,
@@ -168,21 +169,29 @@ def _save(found: Found, output: str, options: Options) -> LlavaConfig:
         # A projector that comes with the rest has been trained with it: the model knows a template.
         stage = "finetune" if found.sources.get("projector") is found.sources["llm"] else None
         description = Description(found.config, template.name, found.hf, stage=stage)
-        save_model(output, _read(found, options.seed), description, scratch)
+        write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
 
 
-def _read(found: Found, seed: int) -> Params:
+def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Piece]]:
+    """Shapes and types of all parameters, and their values, read piece by piece."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts[part]]
-    params = {}
-    for part, entry in track(entries, "reading weights"):
-        try:
-            tensor = to_ours(entry, functools.partial(found.sources[part].get, part))
-        except ValueError as error:
-            raise UserError(f"layers of different types: {error}; save the model in one type") from None
-        params[entry.name] = jnp.asarray(tensor)  # at once, so that there are never two of a whole model
-    return params if "projector" in found.sources else params | fresh_projector(found.config, seed)
+    fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
+    wanted = abstract_params(found.config)
+    shapes = {
+        entry.name: found.sources[part].abstract(part, entry, wanted[entry.name].shape) for part, entry in entries
+    } | {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in fresh.items()}
+
+    def read() -> Iterator[Piece]:
+        for part, entry in entries:
+            for layer, values in pieces(entry, functools.partial(found.sources[part].get, part)):
+                yield entry.name, layer, values
+        for name, value in fresh.items():
+            yield name, None, np.asarray(value)
+
+    total = sum(array.shape[0] if is_layered(name, len(array.shape)) else 1 for name, array in shapes.items())
+    return shapes, track(read(), "converting weights", total)
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> Params:
@@ -198,12 +207,6 @@ def _config(**fields: Any) -> LlavaConfig:
         return LlavaConfig(**fields)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _open_projector(file: Path) -> Tensors:
-    if file.suffix == ".bin":
-        raise UserError(f"{file}: a .bin file, which only torch reads; save its tensors as safetensors")
-    return Tensors([file])
 
 
 def _projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:

@@ -15,8 +15,11 @@ import collections
 import re
 from collections.abc import Iterable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.cli import UserError
 from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, vision_entries
 from llava_jax.convert.tensors import Tensors
 from llava_jax.models.config import LlavaConfig
@@ -48,7 +51,7 @@ CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
 CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_(?:scale|bias)")
 POOLING = {"clip": (), "siglip": (r"(?:.+\.)?head\..+",)}
 
-_DTYPES = ("F32", "BF16", "F16")  # of weights, in safetensors' words
+_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # of weights, from safetensors' words
 _ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential
 
 
@@ -91,6 +94,17 @@ class Source:
 
     def get(self, part: str, leaf: str) -> np.ndarray:
         return self._tensors.get(self._names[part, leaf])
+
+    def abstract(self, part: str, entry: Entry, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Our parameter of that shape in the type of its tensors.
+
+        Raises UserError where these differ, since stacking them would convert some.
+        """
+        dtypes = {self._tensors.dtype(self._names[part, leaf]): leaf for leaf in entry.leaves()}
+        if len(dtypes) > 1:
+            kinds = ", ".join(f"{leaf} is {dtype}" for dtype, leaf in dtypes.items())
+            raise UserError(f"layers of different types: {kinds}; save the model in one type")
+        return jax.ShapeDtypeStruct(shape, _DTYPES[next(iter(dtypes))])
 
     def problems(self, config: LlavaConfig, parts: Iterable[str]) -> list[str]:
         """All that is missing, unexpected, misshapen or of no type that weights have, if this is to hold `parts`."""

@@ -97,28 +97,43 @@ def projector_entries(projector_type: str) -> list[Entry]:
 
 
 def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Our parameter, from `get(leaf name)`; bit-equal in every type.
+    """Our parameter, from `get(leaf name)`; bit-equal in every type. Its layers are of one type."""
+    found = list(pieces(entry, get))
+    return found[0][1] if found[0][0] is None else np.stack([values for _, values in found])
 
-    Raises ValueError where layers differ in type, since stacking them would convert some.
+
+def pieces(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
+    """The same as (layer, values), one at a time.
+
+    Matrices of layers come with the layer's number, since a stack of them is gigabytes. All else is whole, with None.
     """
     if entry.layers is None:
-        return np.ascontiguousarray(get(entry.hf).transpose(entry.transform))
-    stacked = None
-    for layer, leaf in enumerate(entry.leaves()):  # one layer at a time: a stack of 7B models is gigabytes
-        tensor = get(leaf).transpose(entry.transform)
-        if stacked is None:
-            stacked = np.empty((entry.layers, *tensor.shape), tensor.dtype)
-        if tensor.dtype != stacked.dtype:
-            raise ValueError(f"{leaf} is {tensor.dtype}, the layers before it are {stacked.dtype}")
-        stacked[layer] = tensor
-    return stacked
+        yield None, _permuted(get(entry.hf), entry.transform)
+    elif len(entry.transform) == 1:
+        yield None, np.stack([get(leaf) for leaf in entry.leaves()])
+    else:
+        for layer, leaf in enumerate(entry.leaves()):
+            yield layer, _permuted(get(leaf), entry.transform)
 
 
 def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The (leaf name, tensor) pairs of our parameter; the exact inverse of `to_ours`."""
+    """The (leaf name, tensor) pairs of our parameter; the inverse of `to_ours`."""
     back = np.argsort(entry.transform)
     for leaf, tensor in zip(entry.leaves(), [array] if entry.layers is None else array, strict=True):
-        yield leaf, np.ascontiguousarray(tensor.transpose(back))
+        yield leaf, _permuted(tensor, back)
+
+
+def _permuted(tensor: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+    """The transposed array, in memory of its own order."""
+    axes = tuple(axes)
+    if axes != TRANSPOSE:
+        return np.ascontiguousarray(tensor.transpose(axes))
+    # numpy alone takes seven times as long: it reads a cache line for each number. And it moves integers faster.
+    bits = np.ascontiguousarray(tensor).view(f"u{tensor.itemsize}")
+    transposed = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), 16):
+        transposed[:, start : start + 16] = bits[start : start + 16].T
+    return transposed.view(tensor.dtype)
 
 
 def _stacked(entries: Iterable[Entry], layers: int) -> list[Entry]:

@@ -1,7 +1,9 @@
-"""Safetensors files: a source's tensors by name, read when asked for, and the shards of an export."""
+"""A source's tensors by name, read when asked for, and the shards of an export."""
 
+import functools
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy and so safetensors learn bfloat16 from it)
@@ -10,37 +12,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llava_jax.cli import UserError
+from llava_jax.convert.stored_tensor import StoredTensor
+from llava_jax.convert.torch_files import open_torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# The files of a directory's weights and their indices, of which the first that is there counts.
+LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Tensors:
-    """The tensors of safetensors files as numpy arrays, in the types they are stored in."""
+    """The tensors of a source by name, in the types they are stored in."""
 
-    def __init__(self, files: list[Path]):
-        self._files = {}
-        for path in files:
-            handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118 (it is no mapping)
-                if name in self._files:
-                    raise UserError(f"{path}: holds {name}, as another file beside it does")
-                self._files[name] = handle
+    def __init__(self, held: Mapping[str, StoredTensor]):
+        self._held = dict(held)
 
     @property
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._held)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._held[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._held[name].shape
 
     def dtype(self, name: str) -> str:
-        """As safetensors calls it: `F32`, `BF16`, ..."""
-        return self._files[name].get_slice(name).get_dtype()
+        return self._held[name].dtype
 
     def get(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._held[name].read()
 
 
 def open_directory(directory: Path) -> Tensors:
@@ -48,32 +53,61 @@ def open_directory(directory: Path) -> Tensors:
 
     Raises UserError where there are none, or where an index and its shards differ.
     """
-    if (directory / WEIGHTS).exists():
-        return Tensors([directory / WEIGHTS])
-    if (directory / INDEX).exists():
-        return _open_shards(directory)
-    if any(directory.glob("*.bin")):
-        raise UserError(
-            f"{directory}: its weights are .bin files, which only torch reads; save it as safetensors with "
-            "transformers' save_pretrained"
-        )
-    raise UserError(f"{directory}: no weights, neither {WEIGHTS} nor {INDEX}")
+    for weights, index in LAYOUTS:
+        if (directory / weights).exists():
+            return open_files([directory / weights])
+        if (directory / index).exists():
+            return _open_shards(directory / index)
+    known = ", ".join(name for pair in LAYOUTS for name in pair)
+    raise UserError(f"{directory}: no weights ({known})")
 
 
-def _open_shards(directory: Path) -> Tensors:
-    weight_map = read_json(directory / INDEX).get("weight_map", {})
-    tensors = Tensors([directory / file for file in sorted(set(weight_map.values()))])
-    missing = sorted(set(weight_map) - set(tensors.names))
-    if missing:
-        raise UserError(f"{directory / INDEX}: the shards lack {', '.join(missing)}; download them again")
-    return tensors
+def open_files(files: Iterable[Path]) -> Tensors:
+    """The tensors of all these files, of which no two may have the same name."""
+    held: dict[str, StoredTensor] = {}
+    for path in files:
+        found = open_torch(path) if path.suffix in (".bin", ".pt", ".pth") else open_safetensors(path)
+        twice = sorted(set(held) & set(found))
+        if twice:
+            raise UserError(f"{path}: holds {', '.join(twice[:3])}, as another file beside it does")
+        held |= found
+    return Tensors(held)
 
 
-def _open(path: Path):
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Raises UserError where the file is not whole."""
     try:
-        return safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return {
+                name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), functools.partial(_read, path, name))
+                for name, part in slices.items()
+            }
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; download it again") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    # Opened anew for each tensor: a file that stays mapped into memory stays there, in the end all of it.
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(name)
+
+
+def _open_shards(index: Path) -> Tensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: no weight_map; download it again")
+    files = sorted(set(weight_map.values()))
+    lost = [file for file in files if not (index.parent / file).exists()]
+    if lost:
+        raise UserError(f"{index}: names {', '.join(lost)}, which is not beside it; download it again")
+    tensors = open_files(index.parent / file for file in files)
+    missing = sorted(set(weight_map) - set(tensors.names))
+    if missing:
+        raise UserError(f"{index}: the shards lack {', '.join(missing)}; download them again")
+    return tensors
 
 
 def read_json(path: Path) -> dict:
