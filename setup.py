@@ -13,6 +13,7 @@ BASE = [
     "grain>=0.2.18",
     "transformers>=5.0,<6",
     "tensorflow-datasets>=4.9.10",
+    "array-record>=0.8.3",
     "ml-collections>=1.1",
     "openai>=1.60",
     "sentencepiece>=0.2",
@@ -37,6 +38,8 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
+    # Building data sets on many machines. It wants an older protobuf than the rest would take.
+    "beam": ["apache-beam>=2.65"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set and what draws the loss curve.

@@ -1,0 +1,241 @@
+"""Turns LLaVA JSON and a folder of images into shards of ArrayRecord, which TFDS and training read.
+
+Pictures are stored as they are, byte for byte. Interrupted anywhere, the same command goes on with the next shard and
+ends with the same bytes. OUTPUT (and the rest) may be on an object store (gs://...).
+"""
+
+import argparse
+import collections
+import io
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from llava_jax.cli import UserError, run, track
+from llava_jax.data.builder import LlavaBuilder
+from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
+from llava_jax.data.sources import LlavaJson
+
+EPILOG = """example:
+  python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
+      --output mix665k --dataset mix665k
+"""
+SHARD_BYTES = 256 * 2**20
+STAT_THREADS = 64  # mostly waiting
+STATS_AT_ONCE = 1000
+
+
+def build(
+    source: LlavaJson,
+    images: str,
+    output: str,
+    *,
+    shards: int = 0,
+    workers: int = 0,
+    decode: bool = True,
+    published: Published | None = None,
+    beam: tfds.download.DownloadConfig | None = None,
+) -> None:
+    """Builds, or goes on building, a data set.
+
+    Args:
+      shards: how many files; 0 makes them of about `SHARD_BYTES`.
+      workers: threads; 0 is one a core.
+      decode: whether to decode all pictures, to find damaged ones.
+      published: the data set that `source` has to be.
+      beam: what runs it on Apache Beam.
+
+    Raises:
+      UserError: pictures are missing or damaged, the source isn't `published`, or `output` holds something else.
+    """
+    directory = epath.Path(output)
+    manifest = _read_manifest(directory, source.digest, shards)
+    if manifest is None:
+        manifest = _begin(directory, source, epath.Path(images), shards, published)
+    planned = _shards(manifest, output, images, decode)
+    builder = LlavaBuilder(planned, published.name if published else "custom", workers)
+    builder.download_and_prepare(download_config=beam)
+    if builder.bad_pictures:
+        _refuse(builder.bad_pictures)
+
+
+def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str, Any] | None:
+    """What an earlier start has planned, None without one."""
+    file = directory / MANIFEST
+    if not file.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory}: exists and holds no built data set; choose another")
+        return None
+    manifest = json.loads(file.read_text())
+    if manifest["digest"] != digest:
+        raise UserError(f"{directory}: is built from other samples; remove it or choose another")
+    if shards not in (0, manifest["shards"]):
+        raise UserError(f"{directory}: has {manifest['shards']} shards, not {shards}; remove it or choose another")
+    for leftover in directory.glob("*.partial"):
+        leftover.unlink(missing_ok=True)
+    return manifest
+
+
+def _begin(
+    directory: epath.Path, source: LlavaJson, images: epath.Path, shards: int, published: Published | None
+) -> dict[str, Any]:
+    """Looks for all pictures, writes the texts and then the manifest: from here on it can be resumed."""
+    uses: collections.Counter[str] = collections.Counter()
+    text_only = 0
+    for sample in track(source, "reading samples"):
+        uses.update(sample.images)
+        text_only += not sample.images
+    if published:
+        problems = [*folder_problems(published, images), *count_problems(published, len(source), text_only)]
+        if problems:
+            raise UserError(f"this is not {published.name} as published: {'; '.join(problems)}")
+    sizes = _sizes(images, list(uses))
+    if missing := [name for name, size in sizes.items() if size is None]:
+        raise UserError(
+            f"{'; '.join(explain_missing(images, missing))}. Put them there, or let llava_jax.data.check --fix write "
+            "the samples that are whole, and build from these"
+        )
+    total = sum(sizes[name] * count for name, count in uses.items())
+    manifest = {
+        "digest": source.digest,
+        "samples": len(source),
+        "samples_without_images": text_only,
+        "images": uses.total(),
+        "shards": min(shards or max(1, -(-total // SHARD_BYTES)), len(source)),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_texts(directory, source)
+    with scratch_file(directory / MANIFEST) as file:
+        Path(file).write_text(json.dumps(manifest, indent=2) + "\n")
+        put(file, directory / MANIFEST)
+    return manifest
+
+
+def _sizes(images: epath.Path, names: Sequence[str]) -> dict[str, int | None]:
+    """Bytes of each picture, None where there is none."""
+
+    def sizes(start: int) -> list[int | None]:
+        return [_size(images / name) for name in names[start : start + STATS_AT_ONCE]]
+
+    starts = range(0, len(names), STATS_AT_ONCE)
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        found = track(pool.map(sizes, starts), f"looking for pictures, {STATS_AT_ONCE} at once", len(starts))
+        return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
+
+
+def _size(path: epath.Path) -> int | None:
+    try:
+        return path.stat().length
+    except (OSError, ValueError):  # ValueError where the name holds a null byte
+        return None
+
+
+def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
+    with scratch_file(directory / TEXT) as texts, scratch_file(directory / OFFSETS) as offsets:
+        ends = [0]
+        with open(texts, "wb") as file:
+            for sample in track(source, "writing texts"):
+                file.write(line_of(sample))
+                ends.append(file.tell())
+        with open(offsets, "wb") as file:
+            np.save(file, np.array(ends, np.int64))
+        put(texts, directory / TEXT)
+        put(offsets, directory / OFFSETS)
+
+
+def _shards(manifest: dict[str, Any], output: str, images: str, decode: bool) -> list[Shard]:
+    """The shards of a manifest, of as many samples each."""
+    with (epath.Path(output) / OFFSETS).open("rb") as file:
+        offsets = np.load(io.BytesIO(file.read()))
+    count = manifest["shards"]
+    bounds = [len(offsets[:-1]) * index // count for index in range(count + 1)]
+    return [
+        Shard(output, images, index, count, int(offsets[start]), int(offsets[stop]), stop - start, decode)
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def _refuse(bad: list[BadPicture]) -> NoReturn:
+    for ident, detail in sorted(bad):
+        print(f"bad-image, {ident}, {detail}")
+    raise UserError(
+        f"{len(bad)} pictures cannot be read (listed above); the other shards are kept: replace the pictures and run "
+        "the same command, or let llava_jax.data.check --fix write the samples that are whole, and build from these"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    if not epath.Path(args.images).is_dir():
+        raise UserError(f"{args.images}: no such folder of pictures")
+    build(
+        LlavaJson(args.json),
+        args.images,
+        args.output.rstrip("/"),
+        shards=args.shards,
+        workers=args.workers,
+        decode=not args.no_decode,
+        published=next((known for known in PUBLISHED if known.name == args.dataset), None),
+        beam=_beam_config(args.beam) if args.beam else None,
+    )
+    print(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
+
+
+def _beam_config(options: str) -> tfds.download.DownloadConfig:
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("--beam needs Apache Beam: pip install 'llava_jax[beam]'") from None
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions([f"--{word}" for word in options.split(",")]))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.data.build",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    parser.add_argument(
+        "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
+    )
+    parser.add_argument(
+        "--dataset", choices=[known.name for known in PUBLISHED], help="check that this is what was published"
+    )
+    parser.add_argument(
+        "--shards", type=_count, default=0, metavar="N", help="default: one for each 256 MiB of pictures"
+    )
+    parser.add_argument("--workers", type=_count, default=0, metavar="N", help="threads (default: one a core)")
+    parser.add_argument(
+        "--no-decode",
+        action="store_true",
+        help="trust pictures: do not decode them to find damaged ones (data.check did)",
+    )
+    parser.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="write on Apache Beam: its options, as runner=DataflowRunner,project=P,region=R",
+    )
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count
+
+
+if __name__ == "__main__":
+    run(main)

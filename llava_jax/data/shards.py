@@ -1,0 +1,200 @@
+"""The files of a built data set: its texts in one, its samples with their pictures in shards of ArrayRecord.
+
+    metadata.json        what it is built from, counts of samples and images; written first
+    text.jsonl           the samples, one a line, as LLaVA JSON
+    text_offsets.npy     int64[N + 1]: where in it each line begins, and its end
+    llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and pictures, the bytes of their files
+    dataset_info.json, features.json               what makes it a TFDS data set; written last
+
+Texts stand apart, beside in the records, since they are a hundredth of the data: training measures and plans all
+samples before the first step, which must not read the pictures. Records hold them too, for those who read the shards
+with `tfds.data_source` alone. `text.jsonl` is plain LLaVA JSON, so all tools for that take it.
+
+A shard is a function of its samples' lines and pictures. It is written elsewhere and put in its place when it is
+whole, so the shards that are there are good, whoever wrote them, and however the others were interrupted.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from llava_jax.cli import UserError
+from llava_jax.data.images import decode_image, read_picture
+from llava_jax.data.sources import Sample, image_names, turns_of
+from llava_jax.remote import is_remote
+
+MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
+SHARD_NAME = "llava-train.array_record-{index:05}-of-{count:05}"  # as TFDS names them
+
+# One record a group: random access. Pictures are compressed already.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "id": tfds.features.Text(),
+        "conversations": tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()}),
+        "image_names": tfds.features.Sequence(tfds.features.Text()),
+        "num_images": tfds.features.Scalar(np.int32),
+        "images": tfds.features.Sequence(tfds.features.Image(doc="The bytes of the file: JPEG, PNG, ...")),
+    }
+)
+_SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
+
+
+class BadPicture(NamedTuple):
+    """A sample, and why a picture of it cannot be read."""
+
+    id: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to write; it travels to other machines.
+
+    Attributes:
+      output: the directory of the data set, local or remote.
+      images: the folder that image names are relative to.
+      index, count: of this shard and of all.
+      begin, end: the bytes of `text.jsonl` that hold its samples.
+      samples: how many these are.
+      decode: whether to find pictures that cannot be decoded.
+    """
+
+    output: str
+    images: str
+    index: int
+    count: int
+    begin: int
+    end: int
+    samples: int
+    decode: bool = True
+
+    @property
+    def path(self) -> epath.Path:
+        return epath.Path(self.output) / SHARD_NAME.format(index=self.index, count=self.count)
+
+
+def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
+    """Writes a shard unless it is there whole.
+
+    Args:
+      stopped: asked before each sample; where true, `InterruptedError` ends it.
+
+    Returns:
+      The pictures that cannot be read: with any the shard is not written.
+    """
+    bad: list[BadPicture] = []
+    if is_whole(shard):
+        return bad
+    with scratch_file(shard.path) as file:
+        writer = ArrayRecordWriter(file, WRITER_OPTIONS)
+        for sample in read_samples(shard):
+            if stopped():
+                raise InterruptedError
+            pictures = [_read_picture(shard, name) for name in sample.images]
+            faults = [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
+            bad += faults
+            if not bad:
+                writer.write(serialize(sample, pictures))
+        writer.close()
+        if not bad:
+            put(file, shard.path)
+    return bad
+
+
+def is_whole(shard: Shard) -> bool:
+    """Whether a shard is there with all its records, as its footer has it, which is written last."""
+    if is_remote(shard.path):
+        return shard.path.exists()  # object stores know no half-written objects
+    return shard.path.exists() and ArrayRecordReader(os.fspath(shard.path)).num_records() == shard.samples
+
+
+def read_samples(shard: Shard) -> Iterator[Sample]:
+    """The samples of a shard, from its part of `text.jsonl`."""
+    with (epath.Path(shard.output) / TEXT).open("rb") as file:
+        file.seek(shard.begin)
+        lines = file.read(shard.end - shard.begin).splitlines()
+    return map(sample_of_line, lines)
+
+
+def sample_of_line(line: bytes) -> Sample:
+    """What `line_of` wrote."""
+    value = json.loads(line)
+    return Sample(value["id"], image_names(value), turns_of(value))
+
+
+def line_of(sample: Sample) -> bytes:
+    """A sample as a line of `text.jsonl`."""
+    value: dict = {"id": sample.id}
+    if sample.images:
+        value["image"] = sample.images
+    value["conversations"] = conversation_of(sample)
+    return json.dumps(value).encode() + b"\n"
+
+
+def conversation_of(sample: Sample) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[role], "value": text} for role, text in sample.turns]
+
+
+def serialize(sample: Sample, pictures: list[bytes]) -> bytes:
+    """The record of a sample: a tf.Example of `FEATURES`."""
+    example = {
+        "id": _utf8(sample.id),
+        "conversations": conversation_of(sample),
+        "image_names": [_utf8(name) for name in sample.images],
+        "num_images": len(sample.images),
+        "images": pictures,
+    }
+    # Maps are written in any order otherwise, and shards would differ from one process to the next.
+    return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
+
+
+def _read_picture(shard: Shard, name: str) -> bytes | UserError:
+    try:
+        data = read_picture(epath.Path(shard.images) / name)
+        if shard.decode:
+            decode_image(data, name=f"{shard.images}/{name}")
+    except UserError as error:
+        return error
+    return data
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def scratch_file(path: epath.Path) -> Iterator[str]:
+    """A local file to write what is to be put at `path`; it is gone afterwards."""
+    directory = tempfile.gettempdir() if is_remote(path) else os.fspath(path.parent)
+    file = os.path.join(directory, f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)
+
+
+def put(file: str, path: epath.Path) -> None:
+    """Moves a local file to `path`, at once, after it has reached the disk."""
+    with open(file, "rb") as written:
+        if is_remote(path):
+            with path.open("wb") as target:
+                shutil.copyfileobj(written, target, 16 * 2**20)
+        else:
+            os.fsync(written)
+            os.replace(file, path)

@@ -1,0 +1,207 @@
+"""Built data sets: the same bytes whatever interrupts, and errors before and after."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from llava_jax.cli import UserError
+from llava_jax.data import build, published, shards
+from llava_jax.data.sources import LlavaJson, Sample
+
+FORMATS = {"a.jpg": "JPEG", "folder/b.png": "PNG", "c.jpg": "GIF", "d.webp": "WEBP"}  # c, as OCR-VQA names them
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, Path]:
+    """Eight samples in which each picture is used twice, once together with another, and two without."""
+    root = tmp_path_factory.mktemp("data")
+    images = root / "images"
+    for i, (name, kind) in enumerate(FORMATS.items()):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + i, 20), (200, 60 * i, 30)).save(images / name, kind)
+    names = list(FORMATS)
+    pictures = [names[:1], [], names[1:3], names[2:3], [], names[3:], names[:2], names[3:]]
+    records = []
+    for i, used in enumerate(pictures):
+        turns = [("human", "<image>\n" * len(used) + f"What is {i}? \u00e4\u2028"), ("gpt", f"It is {i}.")]
+        record = {"conversations": [{"from": role, "value": text} for role, text in turns], "source": "lost"}
+        records.append(record | ({"image": used} if used else {}) | ({"id": f"s{i}"} if i else {}))
+    (root / "data.json").write_text(json.dumps(records))
+    return root / "data.json", images
+
+
+def run(data: tuple[Path, Path], output: Path, *options: object) -> Path:
+    json_file, images = data
+    build.main(["--json", str(json_file), "--images", str(images), "--output", str(output), *map(str, options)])
+    return output
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def built(data, tmp_path_factory) -> Path:
+    return run(data, tmp_path_factory.mktemp("built") / "set", "--shards", 4)
+
+
+def test_records_hold_texts_and_the_very_bytes_of_the_files(data, built):
+    source, images = LlavaJson(data[0]), data[1]
+    records = tfds.builder_from_directory(str(built)).as_data_source(
+        "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    assert len(records) == len(source) == 8
+    for sample, record in zip(source, records, strict=True):
+        feature = tf_example_pb2.Example.FromString(record).features.feature
+        assert list(feature["images"].bytes_list.value) == [(images / name).read_bytes() for name in sample.images]
+        assert [name.decode() for name in feature["image_names"].bytes_list.value] == list(sample.images)
+        assert feature["id"].bytes_list.value[0].decode() == sample.id
+        assert list(feature["num_images"].int64_list.value) == [len(sample.images)]
+        texts = [text.decode() for text in feature["conversations/value"].bytes_list.value]
+        assert texts == [text for _, text in sample.turns]
+    assert "tensorflow" not in sys.modules
+
+
+def test_others_read_it_with_tfds_alone_and_its_texts_as_json(data, built):
+    builder = tfds.builder_from_directory(str(built))
+    assert builder.info.splits["train"].shard_lengths == [2, 2, 2, 2] and builder.info.full_name == "llava/custom/1.0.0"
+    example = builder.as_data_source("train")[2]
+    for name, pixels in zip(("folder/b.png", "c.jpg"), example["images"], strict=True):
+        assert pixels.shape == (20, 30 + list(FORMATS).index(name), 3)
+    texts = LlavaJson(built / "text.jsonl")
+    assert list(texts) == list(LlavaJson(data[0])) and texts.digest == LlavaJson(data[0]).digest
+    metadata = json.loads((built / "metadata.json").read_text())
+    assert (metadata["samples"], metadata["samples_without_images"], metadata["images"]) == (8, 2, 8)
+
+
+def test_killed_in_a_shard_it_goes_on_and_ends_with_the_same_bytes(data, built, tmp_path):
+    """The process is killed for good where it waits for a picture: a pipe that nobody writes to."""
+    images = shutil.copytree(data[1], tmp_path / "images")
+    (images / "d.webp").unlink()
+    os.mkfifo(images / "d.webp")  # of samples 5 and 7: shards 2 and 3
+    output = tmp_path / "set"
+    options = ["--json", data[0], "--images", images, "--output", output, "--shards", 4, "--workers", 1]
+    process = subprocess.Popen([sys.executable, "-m", "llava_jax.data.build", *map(str, options)])
+    whole = [output / shards.SHARD_NAME.format(index=i, count=4) for i in range(2)]
+    deadline = time.monotonic() + 60
+    while not (whole[1].exists() and list(output.glob("*.partial"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(output.glob("*.partial")) and not (output / "dataset_info.json").exists()
+    (images / "d.webp").unlink()
+    shutil.copy(data[1] / "d.webp", images)
+    before = [file.stat().st_mtime_ns for file in whole]
+    run((data[0], images), output, "--workers", 2)
+    assert contents(output) == contents(built)
+    assert [file.stat().st_mtime_ns for file in whole] == before, "whole shards were written again"
+
+
+def test_shards_that_lost_their_end_are_written_again(data, built, tmp_path):
+    output = shutil.copytree(built, tmp_path / "set")
+    (output / "dataset_info.json").unlink()
+    cut = output / shards.SHARD_NAME.format(index=1, count=4)
+    os.truncate(cut, cut.stat().st_size // 2)
+    (output / shards.SHARD_NAME.format(index=2, count=4)).unlink()
+    assert contents(run(data, output)) == contents(built)
+
+
+def test_missing_pictures_are_told_by_folder_before_anything_is_written(data, tmp_path):
+    images = shutil.copytree(data[1], tmp_path / "images")
+    (images / "folder" / "b.png").rename(images / "folder" / "b.gif")
+    (images / "a.jpg").unlink()
+    with pytest.raises(
+        UserError, match=r"1 pictures missing in \S+images, such as a.jpg; .*1 of the first 1 are there"
+    ):
+        run((data[0], images), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(UserError, match="no such folder"):
+        run((data[0], tmp_path / "nowhere"), tmp_path / "set")
+
+
+def test_damaged_pictures_are_all_told_and_cost_their_shards_alone(data, built, tmp_path, capsys):
+    images = shutil.copytree(data[1], tmp_path / "images")
+    picture = (images / "d.webp").read_bytes()
+    (images / "d.webp").write_bytes(picture[: len(picture) // 2])
+    output = tmp_path / "set"
+    with pytest.raises(UserError, match="^2 pictures cannot be read"):
+        run((data[0], images), output, "--shards", 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["bad-image", " s5"], ["bad-image", " s7"]]
+    assert str(images / "d.webp") in lines[0]
+    assert len(list(output.glob("*array_record*"))) == 2 and not (output / "dataset_info.json").exists()
+    (images / "d.webp").write_bytes(picture)
+    assert contents(run((data[0], images), output)) == contents(built)
+
+
+def test_who_trusts_the_pictures_need_not_decode_them(data, tmp_path):
+    images = shutil.copytree(data[1], tmp_path / "images")
+    (images / "a.jpg").write_bytes(b"no picture")
+    run((data[0], images), tmp_path / "set", "--no-decode")
+
+
+def test_an_output_of_something_else_is_refused(data, built, tmp_path):
+    with pytest.raises(UserError, match="has 4 shards, not 2"):
+        run(data, built, "--shards", 2)
+    other = tiny.data(tmp_path)
+    with pytest.raises(UserError, match="built from other samples"):
+        run(other, built)
+    with pytest.raises(UserError, match="exists and holds no built data set"):
+        run(data, data[1])
+
+
+def test_shards_have_a_size(data, tmp_path, monkeypatch):
+    total = sum((data[1] / name).stat().st_size for sample in LlavaJson(data[0]) for name in sample.images)
+    monkeypatch.setattr(build, "SHARD_BYTES", -(-total // 3))
+    names = contents(run(data, tmp_path / "set"))
+    assert sum("-of-00003" in name for name in names) == 3
+    assert sum("-of-00008" in name for name in contents(run(data, tmp_path / "most", "--shards", 100))) == 8
+
+
+def test_published_sets_are_checked(data, tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match="coco/train2017 is missing.*ocr_vqa/images is missing.*8 samples where .*665,298"
+    ):
+        run(data, tmp_path / "set", "--dataset", "mix665k")
+    assert not (tmp_path / "set").exists()
+    mix = next(known for known in published.PUBLISHED if known.name == "mix665k")
+    small = dataclasses.replace(mix, samples=8, text_only=3, folders={"folder": "b"})
+    assert list(published.count_problems(small, 8, 2)) == [
+        "2 samples without a picture where llava_v1_5_mix665k.json has 3"
+    ]
+    monkeypatch.setattr(build, "PUBLISHED", [dataclasses.replace(small, text_only=2)])
+    output = run(data, tmp_path / "set", "--dataset", "mix665k")
+    assert tfds.builder_from_directory(str(output)).info.full_name == "llava/mix665k/1.0.0"
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+samples = st.builds(
+    Sample, st.text(), st.lists(st.text(), max_size=3).map(tuple), st.lists(texts, min_size=1, max_size=4).map(
+        lambda values: tuple(zip(("user", "assistant", "user", "assistant"), values, strict=False))
+    )
+)  # fmt: skip
+
+
+@given(samples)
+def test_any_sample_survives(sample):
+    line = shards.line_of(sample)
+    assert line.count(b"\n") == 1 and shards.sample_of_line(line) == sample
+    record = tf_example_pb2.Example.FromString(shards.serialize(sample, [b"x"] * len(sample.images)))
+    values = record.features.feature["conversations/value"].bytes_list.value
+    assert [value.decode() for value in values] == [text for _, text in sample.turns]
+    assert len(record.features.feature["images"].bytes_list.value) == len(sample.images)
