@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.json = ""  # LLaVA JSON or JSONL
     config.data.images = ""  # the folder that its image names are relative to
+    config.data.built = ""  # in place of both: a data set that `llava_jax.data.build` made
+    # In place of all three: several sets, each with a weight, the times that an epoch goes through it (1 by default):
+    # ({"json": "a.json", "images": "a"}, {"built": "b", "weight": 0.5}).
+    config.data.mixture = ()
     config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
     config.data.workers = 0  # reading processes; 0 reads in threads of the training process
 

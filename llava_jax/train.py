@@ -34,9 +34,10 @@ from llava_jax.checkpoint import (
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
+from llava_jax.data.mixture import check_folders, open_data, visits
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split, total_steps
-from llava_jax.data.sources import LlavaJson, Source
+from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
 from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
@@ -237,7 +238,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
 
     # ---- Data: every error in the text, the order and the shapes are known from here on
-    samples = LlavaJson(_required(config.data, "json", "data."), config.data.images)
+    samples = open_data(config.data)
     encode = TextEncoder(
         with_im_start_end(_template(config, source), model.im_start_end),
         load_tokenizer(source.tokenizer_dir),
@@ -247,10 +248,9 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.seed,
     )
     lengths = _measure_together(samples, encode, config.data.workers)
-    if lengths.images.any() and not epath.Path(_required(config.data, "images", "data.")).is_dir():
-        raise UserError(f"{config.data.images}: no such folder of pictures (config.data.images)")
+    check_folders(samples, lengths)
     training, held_out = split(len(samples), config.data.holdout, config.seed)
-    order = Order(training, config.batch_rows, config.seed)
+    order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
     validation = Order(held_out, config.batch_rows, None)
     steps = config.steps or total_steps(order.steps_per_epoch, config.epochs)
     layout = plan_layout(
@@ -545,14 +545,14 @@ def _introduce(
     layout = settings.layout
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
     device = jax.devices()[0]
-    mean = float(np.mean(lengths.tokens[order.samples]))
+    mean = float(np.mean(lengths.tokens[order.visited(0)]))
     lines = [
         f"stage      {config.stage} in {directory}, from {config.init}",
         f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
         f"frozen     {_summary(frozen)}",
         f"devices    {jax.device_count()} x {device.device_kind} as {sharding.axis_sizes(mesh)}, "
         f"computing in {settings.dtype.name}",
-        f"data       {len(order.samples):,} samples to train on, {mean:.0f} tokens each (image tokens included)",
+        f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)",
         f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
         f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
         f"steps      {steps:,} of {order.steps_per_epoch:,} an epoch ({steps / order.steps_per_epoch:.2f} epochs)"

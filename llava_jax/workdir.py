@@ -71,7 +71,8 @@ def _has_steps(workdir: epath.Path) -> bool:
 
 
 def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> None:
-    wanted, found = _flat(config.to_dict()), _flat(_read(workdir / "config.json"))
+    wanted = _flat(json.loads(json.dumps(config.to_dict())))  # as the file has it: a list for a tuple
+    found = _flat(_read(workdir / "config.json"))
     differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
     differing = [key for key in differing if not key.startswith(NEUTRAL)]
     if differing:
@@ -79,8 +80,8 @@ def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> N
         raise UserError(f"{workdir} belongs to a run of another configuration ({changes}); choose another workdir")
     if _read(workdir / "data.json") != data:
         raise UserError(
-            f"{config.data.json}: not the data that {workdir} was started with (other samples or lengths); "
-            "put it back or choose another workdir"
+            f"{config.data.json or config.data.built or 'config.data.mixture'}: not the data that {workdir} was "
+            "started with (other samples or lengths); put it back or choose another workdir"
         )
 
 

@@ -24,6 +24,7 @@ from configs import common
 from llava_jax import goodput, optim, train
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.data import build
 from llava_jax.data.conversation import get_template
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Layout
@@ -456,6 +457,29 @@ def test_other_data_of_equal_lengths_is_refused(world, uninterrupted):
             train.train(run_config(world), str(uninterrupted))
     finally:
         Path(world["json"]).write_text(original)
+
+
+def test_built_shards_train_as_the_json_does_and_a_mixture_resumes(world, uninterrupted, tmp_path):
+    built = str(tmp_path / "built")
+    build.main(["--json", world["json"], "--images", world["images"], "--output", built, "--shards", "2"])
+    config = run_config({**world, "json": "", "images": ""})
+    with config.unlocked():
+        config.data.built = built
+    train.train(config, str(tmp_path / "run"))
+    assert_same_run(tmp_path / "run", uninterrupted)
+    with config.unlocked():
+        config.data.built = ""
+        config.data.mixture = ({"json": world["json"], "images": world["images"]}, {"built": built, "weight": 0.5})
+        config.save_every = 3
+    train.train(config, str(tmp_path / "mixture"))
+    shutil.copytree(tmp_path / "mixture", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "6")
+    train.train(config, str(tmp_path / "resumed"))
+    assert_same_run(tmp_path / "resumed", tmp_path / "mixture")
+    with config.unlocked():
+        config.data.mixture = config.data.mixture[:1]
+    with pytest.raises(UserError, match="data.mixture: "):
+        train.train(config, str(tmp_path / "mixture"))
 
 
 def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):

@@ -53,16 +53,53 @@ def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 @dataclass(frozen=True, eq=False)
+class Visits:
+    """Which samples an epoch goes through where sets have weights.
+
+    A set of n samples and weight w is visited round(w x n) times an epoch: floor(w) times as a whole, and for the rest
+    in part. The parts follow each other round and round through one order of the set that the seed chooses. So in each
+    epoch, and in all epochs so far, two samples of a set are visited equally often, or one of them once more.
+
+    Attributes:
+      sets: int[n] each, indices of samples.
+      weights: of the sets.
+      seed: of the orders.
+    """
+
+    sets: tuple[np.ndarray, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(round(len(chosen) * weight) for chosen, weight in zip(self.sets, self.weights, strict=True))
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """int[len(self)], set by set."""
+        return _visited(self, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _visited(visits: Visits, epoch: int) -> np.ndarray:
+    visited = []
+    for number, (chosen, weight) in enumerate(zip(visits.sets, visits.weights, strict=True)):
+        passes, rest = divmod(round(len(chosen) * weight), max(len(chosen), 1))
+        part = np.arange(epoch * rest, (epoch + 1) * rest) % max(len(chosen), 1)
+        visited += [chosen] * passes
+        visited.append(chosen[permutation(len(chosen), "part", visits.seed, number)[part]])
+    return np.concatenate(visited)
+
+
+@dataclass(frozen=True, eq=False)
 class Order:
     """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows.
 
     Attributes:
-      samples: int[N], indices of the samples to go through.
+      samples: int[N], indices of the samples to go through, or those of each epoch.
       batch_rows: rows of a batch over all hosts.
       seed: of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does.
     """
 
-    samples: np.ndarray
+    samples: np.ndarray | Visits
     batch_rows: int
     seed: int | None
 
@@ -70,13 +107,17 @@ class Order:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.samples) / self.batch_rows)
 
+    def visited(self, epoch: int) -> np.ndarray:
+        """The indices of an epoch's samples, before they are shuffled."""
+        return self.samples.epoch(epoch) if isinstance(self.samples, Visits) else self.samples
+
     def rows(self, step: int) -> list[tuple[int, ...]]:
         """The indices of the samples in each row of a step; no index for an empty row."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         batch = slice(step_in_epoch * self.batch_rows, (step_in_epoch + 1) * self.batch_rows)
         if self.seed is not None:
             batch = permutation(len(self.samples), "epoch", self.seed, epoch)[batch]
-        chosen = self.samples[batch].tolist()
+        chosen = self.visited(epoch)[batch].tolist()
         return [(index,) for index in chosen] + [()] * (self.batch_rows - len(chosen))
 
 

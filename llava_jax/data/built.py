@@ -1,0 +1,86 @@
+"""A data set that `llava_jax.data.build` made, as a source of samples: see `llava_jax/data/shards.py` for its files.
+
+Neither the texts nor the indices of the shards are held in memory, so a process needs the same for any number of
+samples.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
+
+from llava_jax.cli import UserError
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, sample_of_line
+from llava_jax.data.sources import Sample
+from llava_jax.remote import is_remote
+
+# Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.
+READER_OPTIONS = {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}
+
+
+class Built(Sequence[Sample]):
+    """The samples of a built data set, a `Source`. Raises `UserError` for what is none, or isn't finished."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = os.fspath(path)
+        directory = epath.Path(path)
+        if not (directory / "dataset_info.json").exists():
+            left = "is not finished: run the same build again" if (directory / MANIFEST).exists() else "is none"
+            raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
+        self.digest = json.loads((directory / MANIFEST).read_text())["digest"]
+        instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
+        names = [directory / TEXT, directory / OFFSETS, *(shard.filename for shard in instructions)]
+        self._text, self._offsets, *shards = local_files(names)
+        instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]
+        self._records = grain.sources.ArrayRecordDataSource(instructions, READER_OPTIONS)
+        self._open()
+
+    def _open(self) -> None:
+        self._file = os.open(self._text, os.O_RDONLY)  # for as long as the process runs
+        self._lines = np.load(self._offsets, mmap_mode="r")
+        if len(self._lines) - 1 != len(self._records):
+            raise UserError(f"{self.path}: {len(self._lines) - 1} texts, {len(self._records)} records: build it again")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        start, stop = self._lines[index : index + 2].tolist()
+        return sample_of_line(os.pread(self._file, stop - start, start))
+
+    def read_pictures(self, index: int, count: int) -> list[bytes]:
+        if not count:
+            return []
+        try:
+            example = tf_example_pb2.Example.FromString(self._records[range(len(self))[index]])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"sample {self[index].id}: its record in {self.path} is damaged ({error}): remove that shard and "
+                "dataset_info.json, and run the same build again"
+            ) from error
+        return list(example.features.feature["images"].bytes_list.value[:count])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_file", "_lines")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"Built({self.path!r})"
+
+
+def local_files(paths: Sequence[epath.PathLike]) -> list[str]:
+    """The files themselves."""
+    if any(is_remote(path) for path in paths):
+        raise UserError(f"{paths[0]}: copy the data set to this machine")
+    return [os.fspath(path) for path in paths]

@@ -1,0 +1,121 @@
+"""The data of a run: LLaVA JSON and a folder, a built set, or several of these, each with a weight.
+
+A mixture is a source like any other, its sets one after the other. What the weights mean is for `plan.Visits`.
+"""
+
+import bisect
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from llava_jax.cli import UserError
+from llava_jax.data.built import Built
+from llava_jax.data.plan import Lengths, Visits
+from llava_jax.data.sources import LlavaJson, Sample, Source
+
+KEYS = {"json", "images", "built", "weight"}
+
+
+class Mixture(Sequence[Sample]):
+    """The samples of several sources one after the other: a `Source`.
+
+    Attributes:
+      sources, weights: as many each.
+      starts: where each source begins, and where the last ends.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        self.sources = tuple(sources)
+        self.weights = tuple(weights)
+        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]
+        self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        source, index = self._find(index)
+        return source[index]
+
+    def read_pictures(self, index: int, count: int) -> list[bytes]:
+        source, index = self._find(index)
+        return source.read_pictures(index, count)
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.sources[number], index - self.starts[number]
+
+
+def open_data(data: ConfigDict) -> Source:
+    """The source that `config.data` names. Raises `UserError` where it names none, or more than one."""
+    single = {key: data[key] for key in ("json", "images", "built") if data[key]}
+    if not data.mixture:
+        return _open("config.data", single)
+    if single:
+        raise UserError(
+            f"config.data.mixture stands beside {_names(single)}: set either, or name that in the mixture too"
+        )
+    entries = [(f"config.data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)]
+    for name, entry in entries:
+        if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
+            raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
+    weights = [_weight(name, entry.get("weight", 1.0)) for name, entry in entries]
+    return Mixture([_open(name, entry) for name, entry in entries], weights)
+
+
+def _open(name: str, given: Mapping[str, Any]) -> Source:
+    if bool(given.get("json")) == bool(given.get("built")):
+        said = "names both" if given.get("json") else "names no data: set"
+        raise UserError(f"{name} {said} json (with images) {'and' if given.get('json') else 'or'} built")
+    if given.get("built"):
+        if given.get("images"):
+            raise UserError(f"{name}.images is set, but {given['built']} holds its own pictures")
+        return Built(given["built"])
+    return LlavaJson(given["json"], given.get("images", ""))
+
+
+def _weight(name: str, weight: Any) -> float:
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
+    return float(weight)
+
+
+def _names(single: Mapping[str, Any]) -> str:
+    return " and ".join(f"config.data.{key}" for key in single)
+
+
+def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:
+    """What `plan.Order` goes through each epoch of the samples chosen to train on, ascending indices."""
+    if not isinstance(source, Mixture):
+        return chosen
+    bounds = np.searchsorted(chosen, source.starts)
+    parts = [chosen[start:stop] for start, stop in itertools.pairwise(bounds)]
+    for part, weight, data in zip(parts, source.weights, source.sources, strict=True):
+        if not round(len(part) * weight):
+            raise UserError(f"{data}: weight {weight} of {len(part)} samples is less than one an epoch: raise it")
+    return Visits(tuple(parts), source.weights, seed)
+
+
+def check_folders(source: Source, lengths: Lengths) -> None:
+    """Raises `UserError` where there are samples with pictures but no folder of these."""
+    for part, images in _parts(source, lengths.images):
+        if isinstance(part, LlavaJson) and images.any():
+            if not part.images:
+                raise UserError(f"{part.path} has samples with pictures: give their folder (--config.data.images=...)")
+            if not epath.Path(part.images).is_dir():
+                raise UserError(f"{part.images}: no such folder of pictures (of {part.path})")
+
+
+def _parts(source: Source, values: np.ndarray) -> Iterator[tuple[Source, np.ndarray]]:
+    if isinstance(source, Mixture):
+        for part, start, stop in zip(source.sources, source.starts, source.starts[1:], strict=False):
+            yield part, values[start:stop]
+    else:
+        yield source, values

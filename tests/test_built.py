@@ -1,0 +1,78 @@
+"""Built data sets as a source: what LLaVA JSON and a folder give, wherever it is read."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from llava_jax.cli import UserError
+from llava_jax.data import build
+from llava_jax.data.built import Built
+from llava_jax.data.conversation import get_template
+from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.plan import Order, plan_layout
+from llava_jax.data.sources import LlavaJson, Source
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, Path]:
+    return tiny.data(tmp_path_factory.mktemp("data"), 11)
+
+
+@pytest.fixture(scope="module")
+def built(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("built") / "set"
+    build.main(["--json", str(data[0]), "--images", str(data[1]), "--output", str(output), "--shards", "3"])
+    return output
+
+
+def test_it_is_the_json_and_the_folder_that_it_is_made_of(data, built):
+    source, folder = Built(built), LlavaJson(*data)
+    for made in (source, pickle.loads(pickle.dumps(source))):
+        assert list(made) == list(folder) and made[-1] == folder[10] and made.digest == folder.digest
+        for index, sample in enumerate(folder):
+            for count in range(len(sample.images) + 1):
+                assert made.read_pictures(index, count) == folder.read_pictures(index, count)
+    with pytest.raises(IndexError):
+        source[11]
+    assert len(pickle.dumps(source)) < 2000, "what travels to workers must not grow with the samples"
+
+
+def batches(source: Source) -> Batches:
+    encode = TextEncoder(get_template("v1"), tiny.tokenizer(), image_tokens=4, max_length=96)
+    order = Order(np.arange(len(source)), 4, 0)
+    sizes = {"rows_per_group": 2, "max_length": 96, "image_tokens": 4, "image_size": 16}
+    layout = plan_layout([(order, 6)], measure(source, encode), **sizes)
+    return Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_its_batches_are_those_of_the_json_with_and_without_workers(data, built, workers):
+    expected = batches(LlavaJson(*data))
+    for step, batch in enumerate(batches(Built(built)).iterate(0, 6, workers)):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, expected[step][name], err_msg=name)
+
+
+def test_what_is_none_or_not_finished_or_damaged_is_told(built, tmp_path):
+    with pytest.raises(UserError, match="is none .a data set that llava_jax.data.build makes"):
+        Built(tmp_path)
+    broken = Path(shutil.copytree(built, tmp_path / "broken"))
+    shard = next(broken.glob("*00001-of-00003"))
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 1  # in its first record
+    shard.write_bytes(content)
+    source = Built(broken)
+    index = next(i for i in range(3, 11) if source[i].images)
+    with pytest.raises(UserError, match=f"sample {source[index].id}: its record in {broken} is damaged"):
+        for index in range(3, 7):
+            source.read_pictures(index, 1)
+    metadata = json.loads((broken / "metadata.json").read_text())
+    assert metadata["samples"] == 11
+    (broken / "dataset_info.json").unlink()
+    with pytest.raises(UserError, match="is not finished: run the same build again"):
+        Built(broken)
