@@ -1,4 +1,4 @@
-"""The vision tower against transformers."""
+"""The vision towers, CLIP's and SigLIP's, against transformers."""
 
 import dataclasses
 
@@ -11,11 +11,30 @@ import torch_reference as reference
 import transformers
 from flax import nnx
 
-from llava_jax.models.clip import ClipVision, normalize
-from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD
-from llava_jax.models.llava import build
+from llava_jax.models.clip import normalize
+from llava_jax.models.config import (
+    CLIP_L_14,
+    CLIP_L_14_336,
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    VisionConfig,
+)
+from llava_jax.models.llava import TOWERS, build
 
-CONFIG = reference.VISION
+CONFIG, SIGLIP = reference.VISION, reference.SIGLIP
+
+# Published towers and how many parameters they have, SigLIP's without their pooling head.
+GELU_TANH = {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "kind": "siglip"}
+PUBLISHED = {
+    "clip-vit-base-patch32": (VisionConfig(768, 3072, 12, 12, 224, 32, projection_dim=512), 87_456_000),
+    "clip-vit-base-patch16": (VisionConfig(768, 3072, 12, 12, 224, 16, projection_dim=512), 85_799_424),
+    "clip-vit-large-patch14": (CLIP_L_14, 303_179_776),
+    "clip-vit-large-patch14-336": (CLIP_L_14_336, 303_507_456),
+    "siglip-base-patch16-224": (VisionConfig(768, 3072, 12, 12, 224, 16, **GELU_TANH), 85_797_120),
+    "siglip-so400m-patch14-384": (VisionConfig(1152, 4304, 27, 16, 384, 14, **GELU_TANH), 412_987_248),
+}
 
 
 def random_pixels(config=CONFIG, num_images=3):
@@ -25,7 +44,7 @@ def random_pixels(config=CONFIG, num_images=3):
 
 
 def tower(config, params):
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: ClipVision(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
     paths = [tuple(name.split(".")) for name in params]
     assert set(paths) == {path for path, _ in nnx.to_flat_state(state)}
     return nnx.merge(
@@ -42,9 +61,10 @@ def torch_hidden_states(model, pixels_NHWC):
         return model(torch.from_numpy(pixels_NHWC.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states
 
 
-@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
-def test_every_hidden_state_equals_transformers(hidden_act):
-    config = dataclasses.replace(CONFIG, hidden_act=hidden_act)
+@pytest.mark.parametrize(
+    "config", [CONFIG, dataclasses.replace(CONFIG, hidden_act="gelu"), SIGLIP], ids=["quick_gelu", "gelu", "siglip"]
+)
+def test_every_hidden_state_equals_transformers(config):
     torch_model = reference.clip(config)
     ours = tower(config, reference.part(reference.clip_params(torch_model, config), "vision."))
     expected = torch_hidden_states(torch_model, random_pixels(config))
@@ -53,6 +73,17 @@ def test_every_hidden_state_equals_transformers(hidden_act):
         assert states.std() > 0.5
         actual = features(ours, jnp.asarray(random_pixels(config)), num_layers)
         np.testing.assert_allclose(actual, states.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_equal_transformers(name):
+    """Two layers of each: the widths, heads and pictures are the true ones."""
+    config = dataclasses.replace(PUBLISHED[name][0], num_layers=2)
+    torch_model, pixels = reference.clip(config), random_pixels(config, num_images=1)
+    ours = tower(config, reference.part(reference.clip_params(torch_model, config), "vision."))
+    expected = torch_hidden_states(torch_model, pixels)[-1].numpy()
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(features(ours, jnp.asarray(pixels), 2), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("select_feature", ["patch", "cls_patch"])
@@ -71,18 +102,36 @@ def test_selected_features_equal_those_of_hugging_face(select_layer, select_feat
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_layers_past_the_selected_one_are_never_computed():
+def test_siglips_features_equal_those_of_hugging_face():
+    config = dataclasses.replace(
+        reference.LLAVA, vision=SIGLIP, select_layer=-1, image_mean=SIGLIP_MEAN, image_std=SIGLIP_STD
+    )
+    torch_model = reference.llava(config)
+    images = np.random.default_rng(1).integers(0, 256, (2, 30, 30, 3), np.uint8)
+    pixels = (images / 127.5 - 1).astype(np.float32)
+    expected = torch_hidden_states(torch_model.model.vision_tower, pixels)[-1].numpy()
+    model = build(config, reference.llava_params(torch_model, config))
+    actual = nnx.jit(lambda model, images: model.visual_features(images))(model, jnp.asarray(images))
+    assert actual.shape == (2, config.image_tokens, SIGLIP.hidden_size) == (2, 9, 32)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cls_patch.*no class token"):
+        dataclasses.replace(config, select_feature="cls_patch")
+
+
+@pytest.mark.parametrize("config", [CONFIG, SIGLIP], ids=["clip", "siglip"])
+def test_layers_past_the_selected_one_are_never_computed(config):
     """Their parameters may hold NaN, and the loop over layers ends before them."""
-    params = reference.part(reference.clip_params(reference.clip(CONFIG), CONFIG), "vision.")
-    used = CONFIG.num_layers - 1
-    expected = features(tower(CONFIG, params), jnp.asarray(random_pixels()), used)
+    params = reference.part(reference.clip_params(reference.clip(config), config), "vision.")
+    used = config.num_layers - 1
+    pixels = jnp.asarray(random_pixels(config))
+    expected = features(tower(config, params), pixels, used)
     for name in params:
         if name.startswith("layers."):
             params[name][used:] = np.nan
-    np.testing.assert_array_equal(features(tower(CONFIG, params), jnp.asarray(random_pixels()), used), expected)
+    np.testing.assert_array_equal(features(tower(config, params), pixels, used), expected)
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: ClipVision(CONFIG, rngs=nnx.Rngs(0))))
-    jaxpr = jax.make_jaxpr(lambda state, pixels: nnx.merge(graphdef, state)(pixels, used))(state, random_pixels())
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
+    jaxpr = jax.make_jaxpr(lambda state, pixels: nnx.merge(graphdef, state)(pixels, used))(state, pixels)
     assert [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] == [used]
 
 
@@ -100,9 +149,10 @@ def test_black_and_white_are_the_ends_of_the_scale():
     np.testing.assert_allclose(ends[0, 0], [[-1, -1, 0], [1, 3, 10]], atol=1e-6)
 
 
-@pytest.mark.parametrize("config, count", [(CLIP_L_14, 303_179_776), (CLIP_L_14_336, 303_507_456)])
-def test_full_size_towers_have_the_published_parameters(config, count):
-    state = nnx.state(nnx.eval_shape(lambda: ClipVision(config, rngs=nnx.Rngs(0))))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_size_towers_have_the_published_parameters(name):
+    config, count = PUBLISHED[name]
+    state = nnx.state(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count
     torch_config = reference.torch_vision_config(config)
-    assert reference.num_parameters(lambda: transformers.CLIPVisionModel(torch_config)) == count
+    assert reference.num_parameters(lambda: transformers.AutoModel.from_config(torch_config)) == count

@@ -40,19 +40,26 @@ def all_entries(config):
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
+KINDS = {
+    "plain": reference.LLAVA,
+    "tied": dataclasses.replace(reference.LLAVA, text=reference.TEXTS["tied"]),
+    "qwen2": dataclasses.replace(reference.LLAVA, text=reference.TEXTS["qwen2"]),
+    "siglip": dataclasses.replace(reference.LLAVA, vision=reference.SIGLIP),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("projector_type", ["linear", "mlp2x_gelu", "mlp3x_gelu"])
-def test_table_names_each_of_our_parameters_once(tied, projector_type):
-    text = dataclasses.replace(reference.TEXT, tie_word_embeddings=tied)
-    config = dataclasses.replace(reference.LLAVA, text=text, projector_type=projector_type)
+def test_table_names_each_of_our_parameters_once(kind, projector_type):
+    config = dataclasses.replace(KINDS[kind], projector_type=projector_type)
     names = [entry.name for entry in all_entries(config)]
     assert len(names) == len(set(names))
     assert set(names) == set(abstract_params(config))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(tied):
-    config = dataclasses.replace(reference.LLAVA, text=dataclasses.replace(reference.TEXT, tie_word_embeddings=tied))
+@pytest.mark.parametrize("kind", KINDS)
+def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(kind):
+    config = KINDS[kind]
     ours = abstract_params(config)
     found = []
     for prefix, entries in {

@@ -281,9 +281,22 @@ def test_logits_are_float32_from_bfloat16_states():
     np.testing.assert_allclose(logits, hidden.astype(jnp.float32) @ kernel, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("config, count", [(LLAMA_7B, 6_738_415_616), (LLAMA_13B, 13_015_864_320)])
-def test_full_size_decoders_have_the_published_parameters(config, count):
+# Published decoders and how many parameters they have.
+PUBLISHED = {
+    "llama-7b": (LLAMA_7B, 6_738_415_616),
+    "llama-13b": (LLAMA_13B, 13_015_864_320),
+    "Llama-3.1-8B": (TextConfig(128256, 4096, 14336, 32, 32, 8, 128), 8_030_261_248),
+    "Mistral-7B-v0.1": (TextConfig(32000, 4096, 14336, 32, 32, 8, 128, sliding_window=4096), 7_241_732_096),
+    "Qwen2-7B": (TextConfig(152064, 3584, 18944, 28, 28, 4, 128, qkv_bias=True), 7_615_616_512),
+    "SmolLM2-135M": (TextConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True), 134_515_008),
+    "TinyLlama-1.1B": (TextConfig(32000, 2048, 5632, 22, 32, 4, 64), 1_100_048_384),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_size_decoders_have_the_published_parameters(name):
+    config, count = PUBLISHED[name]
     state = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count
     torch_config = reference.torch_text_config(config)
-    assert reference.num_parameters(lambda: transformers.LlamaForCausalLM(torch_config)) == count
+    assert reference.num_parameters(lambda: transformers.AutoModelForCausalLM.from_config(torch_config)) == count

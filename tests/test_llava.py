@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch_reference as reference
 
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, PRESETS, LlavaConfig
+from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import abstract_params, build, init_params, place_features
 
 CONFIG = reference.LLAVA
@@ -22,8 +22,7 @@ VARIANTS = {
 }
 
 
-def random_images(*leading: int, seed: int = 0) -> np.ndarray:
-    size = CONFIG.vision.image_size
+def random_images(*leading: int, seed: int = 0, size: int = CONFIG.vision.image_size) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*leading, size, size, 3), np.uint8)
 
 
@@ -76,7 +75,7 @@ def torch_logits(model, batch: dict[str, np.ndarray], config: LlavaConfig) -> np
     used = image.sum(axis=1) // config.image_tokens
     pictures = [slots[:n] for slots, n in zip(batch["images"], used, strict=True) if n]
     if pictures:
-        pixels = ((np.concatenate(pictures) / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
+        pixels = ((np.concatenate(pictures) / 255 - config.image_mean) / config.image_std).astype(np.float32)
         inputs["pixel_values"] = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     return model(**inputs).logits.numpy()
 
