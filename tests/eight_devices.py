@@ -16,7 +16,8 @@ from llava_jax.models.execution import REMAT_POLICIES
 STEPS = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
 MODEL = tiny.config(
-    vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8), text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8)
+    vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8),
+    text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8, qkv_bias=True),
 )
 
 

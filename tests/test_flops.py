@@ -9,7 +9,7 @@ import tiny
 from configs import common
 from llava_jax import ahead, flops, targets
 from llava_jax.data.plan import Layout
-from llava_jax.models.config import PRESETS
+from llava_jax.models.config import PRESETS, VisionConfig
 from llava_jax.models.llava import abstract_params
 
 MODEL = PRESETS["llava-v1.5-7b"]

@@ -23,7 +23,7 @@ TEXTS = {
     # So that of four frequencies the first is kept, the second is between, the others are divided.
     "llama3": dataclasses.replace(TEXT, rope_scaling=RopeScaling("llama3", 8.0, 512, 1.0, 8.0)),
     "tied": dataclasses.replace(TEXT, tie_word_embeddings=True, num_heads=3, num_kv_heads=1, head_dim=16),
-    "mistral": dataclasses.replace(TEXT, sliding_window=48),
+    "mistral": dataclasses.replace(TEXT, sliding_window=16),
     "qwen2": dataclasses.replace(TEXT, qkv_bias=True, rms_norm_eps=1e-6),
 }
 SIGLIP = dataclasses.replace(
