@@ -14,7 +14,7 @@ from test_convert import convert, load
 from test_hf_tokenizer import byte_level
 from test_llava import logits, make_batch, random_images, torch_logits
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.generate import Generator, Request, Sampling
@@ -101,6 +101,32 @@ def test_there_and_back(name, tmp_path):
     np.testing.assert_array_equal(torch_logits(exported, batch, config), expected)
 
     check_answer(Generator.from_checkpoint(checkpoint), exported, AutoProcessor.from_pretrained(tmp_path / "hf"))
+
+
+def test_backbones_of_other_families(tmp_path):
+    """A Qwen2, and a whole SigLIP, of which the tower without its pooling head is taken."""
+    family = FAMILIES["qwen2 and siglip"]
+    tokenizer = tokenizer_of(family)
+    text = dataclasses.replace(family.text, vocab_size=len(tokenizer))
+    llm = reference.llama(text)
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    tower = reference.torch_vision_config(family.vision).to_dict() | {"vision_use_head": True}
+    words = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    siglip = reference.randomize(SiglipModel(SiglipConfig(text_config=words, vision_config=tower)))
+    siglip.save_pretrained(tmp_path / "siglip")
+
+    flags = ["--llm", tmp_path / "llm", "--vision", tmp_path / "siglip", "--template", "chatml"]
+    convert("import", *flags, "--output", tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert (checkpoint.config.text, checkpoint.config.vision) == (text, family.vision)
+    assert (checkpoint.config.image_mean, checkpoint.config.select_layer) == (SIGLIP_MEAN, -2)
+    params = checkpoint.load()
+    expected = reference.clip_params(siglip, family.vision, "vision_model.") | reference.llama_params(llm, text)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    load(tmp_path / "hf")
 
 
 def check_answer(generator: Generator, model, processor) -> None:

@@ -17,10 +17,14 @@ ROW = Layout(1, 1, 2048, 1, 2048, MODEL.image_tokens, MODEL.vision.image_size)
 BOTH = frozenset({"projector", "llm"})
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
+MODELS = {"pretrain": tiny.config(vision=SIGLIP), "finetune": tiny.config()}
+
+
+@pytest.mark.parametrize("stage", MODELS)
 @pytest.mark.parametrize("remat,label_slots", [("none", 48), ("full", 1200)])  # 1200 are in chunks
 def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", tiny.config())
+    monkeypatch.setitem(PRESETS, "tiny", MODELS[stage])
     config = common.get_config()
     config.update(stage=stage, model="tiny", remat=remat, max_length=640, batch_rows=4, rows_per_group=2)
     config.update(max_rows_per_device=2, label_slots=label_slots, image_slots=3)

@@ -34,13 +34,14 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "import",
         help="Hugging Face weights to a checkpoint",
-        description="Makes a checkpoint from a LLaMA and a CLIP (--llm, --vision), or from a LLaVA (--llava).",
+        description="Makes a checkpoint from a language model and a vision tower (--llm, --vision), or from a LLaVA "
+        "(--llava). docs/models.md lists the families.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--llm", metavar="DIR", help="a LLaMA with its tokenizer")
-    add("--vision", metavar="DIR", help="a CLIP, or its vision tower alone")
+    add("--llm", metavar="DIR", help="a LLaMA, Mistral or Qwen2 with its tokenizer")
+    add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower alone")
     add("--projector", metavar="FILE", help="a projector in safetensors (default: a fresh one)")
     add("--llava", metavar="DIR", help="a whole LLaVA of transformers")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")

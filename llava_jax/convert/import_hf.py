@@ -1,4 +1,4 @@
-"""Hugging Face weights to a checkpoint: a CLIP and a LLaMA, or a LLaVA.
+"""Hugging Face weights to a checkpoint: a vision tower and a language model, or a LLaVA.
 
 What a directory holds is decided by its `config.json` and its tensors alone, never by its name. Tensors keep their
 types and bits, and every key has to be accounted for.
@@ -71,7 +71,7 @@ class Found:
 
 
 def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
-    """Joins a LLaMA and a CLIP by a projector from a safetensors file, or by a fresh one.
+    """Joins a language model and a vision tower by a projector from a safetensors file, or by a fresh one.
 
     Raises UserError that lists all missing, unexpected and misshapen keys.
     """
