@@ -36,7 +36,7 @@ from llava_jax.data.conversation import Template, choose_template, get_template,
 from llava_jax.data.inspect import view
 from llava_jax.data.mixture import check_folders, open_data, visits
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
-from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split, total_steps
+from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
 from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
 from llava_jax.goodput import Goodput
@@ -252,9 +252,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
     validation = Order(held_out, config.batch_rows, None)
-    steps = config.steps or total_steps(order.steps_per_epoch, config.epochs)
+    steps = config.steps or order.steps(config.epochs)
     layout = plan_layout(
-        [(order, steps), (validation, validation.steps_per_epoch)],
+        [(order, steps), (validation, validation.epoch_steps(0))],
         lengths,
         rows_per_group=config.rows_per_group,
         max_length=config.max_length,
@@ -354,7 +354,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     def validate(step: int) -> None:
         nonlocal clock
         total, count = 0.0, 0
-        for batch in validation_batches.iterate(0, validation.steps_per_epoch, config.data.workers):
+        for batch in validation_batches.iterate(0, validation.epoch_steps(0), config.data.workers):
             batch_total, batch_count = eval_fn(state.trainable, frozen, put(batch))
             total, count = total + float(batch_total), count + int(batch_count)
         if first:
@@ -555,7 +555,7 @@ def _introduce(
         f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)",
         f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
         f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
-        f"steps      {steps:,} of {order.steps_per_epoch:,} an epoch ({steps / order.steps_per_epoch:.2f} epochs)"
+        f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
         + (f", resuming after step {start:,}" if start else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

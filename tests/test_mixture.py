@@ -83,7 +83,7 @@ def test_parts_depend_on_seed_and_epoch_alone():
 def test_steps_of_a_mixture_are_random_access():
     mixture = Visits((np.arange(10), np.arange(10, 14)), (0.7, 2.0), 5)
     order = Order(mixture, 4, 5)
-    assert order.steps_per_epoch == 4  # 7 + 8 samples
+    assert order.epoch_steps(0) == 4  # 7 + 8 samples
     seen = [[index for row in order.rows(step) for index in row] for step in range(12)]
     for epoch in range(3):
         visited = [index for step in seen[4 * epoch : 4 * epoch + 4] for index in step]

@@ -75,7 +75,7 @@ def source(folder):
 def make_batches(source, encode, batch_rows=4, rows_per_group=2, epochs=2, seed=0):
     order = Order(np.arange(len(source)), batch_rows, seed)
     layout = plan_layout(
-        [(order, epochs * order.steps_per_epoch)],
+        [(order, epochs * order.epoch_steps(0))],
         measure(source, encode),
         rows_per_group=rows_per_group,
         max_length=LENGTH,
@@ -134,7 +134,7 @@ def test_shapes_and_types(batches):
 
 
 def test_batches_hold_every_sample_once_an_epoch_as_planned(batches, source, encode, folder):
-    steps_per_epoch = batches.order.steps_per_epoch
+    steps_per_epoch = batches.order.epoch_steps(0)
     for epoch in range(2):
         seen = []
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
@@ -149,7 +149,7 @@ def test_batches_hold_every_sample_once_an_epoch_as_planned(batches, source, enc
 
 
 def test_empty_rows_and_unused_slots_are_neutral(batches):
-    batch = batches[batches.order.steps_per_epoch - 1]  # 23 samples: the last of six batches of four lacks one
+    batch = batches[batches.order.epoch_steps(0) - 1]  # 23 samples: the last of six batches of four lacks one
     empty = ~batch["segment_ids"].any(axis=1)
     assert empty.tolist() == [False, False, False, True]
     padding = batch["segment_ids"] == 0
@@ -219,10 +219,10 @@ def test_held_out_samples_are_read_in_order(folder, source, encode):
     order = Order(valid, 4, seed=None)
     batches = make_batches(source, encode)
     held_out = Batches(source, encode, DECODE, order, batches.layout)
-    ids = [name for step in range(order.steps_per_epoch) for name in held_out.ids(step)]
+    ids = [name for step in range(order.epoch_steps(0)) for name in held_out.ids(step)]
     assert ids == [f"s{index}" for index in valid]
     assert not {f"s{index}" for index in train} & set(ids)
-    found = [part for batch in held_out.iterate(0, order.steps_per_epoch) for part in parts(batch, 2)]
+    found = [part for batch in held_out.iterate(0, order.epoch_steps(0)) for part in parts(batch, 2)]
     for index, part in zip(valid, found, strict=True):
         check_sample(source, encode, folder, index, part)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
-from llava_jax.data.plan import Lengths, Order, permutation, plan_layout, split, total_steps
+from llava_jax.data.plan import Lengths, Order, permutation, plan_layout, split
 
 GOLDEN = [6, 3, 4, 2, 1, 7, 5, 0]
 SHAPES = {"max_length": 16, "image_tokens": 4, "image_size": 8}
@@ -69,7 +69,7 @@ def test_split_of_nothing_is_refused():
 def test_every_sample_once_an_epoch(count, batch_rows, seed):
     order = Order(np.arange(count) * 3, batch_rows, seed)
     for epoch in range(3):
-        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        steps = range(epoch * order.epoch_steps(0), (epoch + 1) * order.epoch_steps(0))
         rows = [row for step in steps for row in order.rows(step)]
         assert len(rows) == len(steps) * batch_rows
         indices = [index for row in rows for index in row]
@@ -83,9 +83,9 @@ def test_epochs_are_shuffled_and_validation_is_not():
     assert orders[None][0] == orders[None][1] == [(i,) for i in range(50)]
 
 
-def test_total_steps():
-    assert total_steps(10, 3) == 30
-    assert total_steps(10, 0.25) == 3
+def test_steps_of_parts_of_an_epoch():
+    order = Order(np.arange(20), 2, 0)
+    assert (order.steps(3), order.steps(0.25), order.steps(1.01)) == (30, 3, 11)
 
 
 @given(
@@ -97,7 +97,7 @@ def test_total_steps():
 def test_automatic_slots_are_the_least_that_suffices(samples, groups, rows_per_group, epochs):
     measured = lengths(*zip(*samples, strict=True))
     order = Order(np.arange(len(samples)), groups * rows_per_group, seed=0)
-    steps = epochs * order.steps_per_epoch
+    steps = epochs * order.epoch_steps(0)
     layout = plan([(order, steps)], measured, rows_per_group)
     used = []
     for step in range(steps):

@@ -52,6 +52,25 @@ def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.nd
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+class Rows(NamedTuple):
+    """Rows one after the other: row r holds `samples[starts[r] : starts[r + 1]]`."""
+
+    samples: np.ndarray  # int[N]
+    starts: np.ndarray  # int[R + 1]
+
+    @property
+    def count(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, number: int) -> tuple[int, ...]:
+        """The samples of a row, none in one that is empty or beyond the last."""
+        return tuple(self.samples[slice(*self.starts[number : number + 2])].tolist()) if number < self.count else ()
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """int64[R], the sums over the samples of each row."""
+        return np.diff(np.concatenate([[0], np.cumsum(values[self.samples], dtype=np.int64)])[self.starts])
+
+
 @dataclass(frozen=True, eq=False)
 class Visits:
     """Which samples an epoch goes through where sets have weights.
@@ -104,26 +123,41 @@ class Order:
     seed: int | None
 
     @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.samples) / self.batch_rows)
+    def indices(self) -> np.ndarray:
+        """All that any epoch may visit."""
+        return np.concatenate(self.samples.sets) if isinstance(self.samples, Visits) else self.samples
 
     def visited(self, epoch: int) -> np.ndarray:
         """The indices of an epoch's samples, before they are shuffled."""
         return self.samples.epoch(epoch) if isinstance(self.samples, Visits) else self.samples
 
+    def visits(self, epoch: int, part: slice = slice(None)) -> np.ndarray:
+        """The same in the order in which they come, or part of them."""
+        if self.seed is not None:
+            part = permutation(len(self.samples), "epoch", self.seed, epoch)[part]
+        return self.visited(epoch)[part]
+
+    def epoch_rows(self, epoch: int) -> Rows:
+        """The rows of an epoch, without those that fill up the last batch."""
+        return Rows(self.visits(epoch), np.arange(len(self.samples) + 1))
+
+    def epoch_steps(self, epoch: int) -> int:
+        return math.ceil(len(self.samples) / self.batch_rows)
+
+    def find(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and its number there."""
+        return divmod(step, self.epoch_steps(0))
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs; parts of one round up."""
+        return math.ceil(self.epoch_steps(0) * epochs)
+
     def rows(self, step: int) -> list[tuple[int, ...]]:
         """The indices of the samples in each row of a step; no index for an empty row."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        batch = slice(step_in_epoch * self.batch_rows, (step_in_epoch + 1) * self.batch_rows)
-        if self.seed is not None:
-            batch = permutation(len(self.samples), "epoch", self.seed, epoch)[batch]
-        chosen = self.visited(epoch)[batch].tolist()
+        epoch, step_in_epoch = self.find(step)
+        first = step_in_epoch * self.batch_rows
+        chosen = self.visits(epoch, slice(first, first + self.batch_rows)).tolist()
         return [(index,) for index in chosen] + [()] * (self.batch_rows - len(chosen))
-
-
-def total_steps(steps_per_epoch: int, epochs: float) -> int:
-    """Steps of a run; parts of an epoch round up."""
-    return math.ceil(steps_per_epoch * epochs)
 
 
 @dataclass(frozen=True)
@@ -196,15 +230,16 @@ def plan_layout(
 
 def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, rows_per_group: int) -> tuple[int, int]:
     """The most images and the most targets that any one group holds."""
-    images, targets = lengths.images.tolist(), lengths.targets.tolist()
-    most_images = most_targets = 0
+    most = np.zeros(2, np.int64)
     for order, steps in schedules:
-        for step in range(steps):
-            for group in groups_of(order.rows(step), rows_per_group):
-                samples = [index for row in group for index in row]
-                most_images = max(most_images, sum(images[index] for index in samples))
-                most_targets = max(most_targets, sum(targets[index] for index in samples))
-    return most_images, most_targets
+        last, rest = order.find(max(steps - 1, 0))
+        for epoch in range(last + 1 if steps else 0):
+            rows = order.epoch_rows(epoch)
+            taken = (rest + 1) * order.batch_rows if epoch == last else rows.count
+            sums = np.stack([rows.sums(lengths.images), rows.sums(lengths.targets)])[:, :taken]
+            whole = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
+            most = np.maximum(most, whole.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
+    return int(most[0]), int(most[1])
 
 
 def _choose_slots(name: str, wanted: int, needed: int, rows_per_group: int) -> int:
