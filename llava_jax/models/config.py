@@ -53,8 +53,8 @@ class RopeScaling:
 
     kind: str  # "linear": all frequencies alike; "llama3": those of long waves only (Dubey et al. 2024, LLaMA 3.1)
     factor: float
-    # Of "llama3": the context of pretraining, in which a wave of so many turns or fewer is slowed down by the whole
-    # factor, and one of so many or more not at all.
+    # Of "llama3": what turns at most `low_freq_factor` times in the context of pretraining turns slower by the whole
+    # factor, what turns `high_freq_factor` times or more is left as it is, what is between is in between.
     original_max_position_embeddings: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
