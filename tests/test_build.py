@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,19 @@ def test_who_trusts_the_pictures_need_not_decode_them(data, tmp_path):
     images = shutil.copytree(data[1], tmp_path / "images")
     (images / "a.jpg").write_bytes(b"no picture")
     run((data[0], images), tmp_path / "set", "--no-decode")
+
+
+def test_a_full_disk_is_an_error_of_one_line_that_leaves_nothing(data, tmp_path):
+    output = run(data, tmp_path / "set", "--shards", 2)
+    shard = build._shards({"shards": 1}, str(output), str(data[1]), decode=True)[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="a shard cannot be written: .*File too large"):
+            shards.write_shard(shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(output.glob("*.partial")) and not shard.path.exists()
 
 
 def test_an_output_of_something_else_is_refused(data, built, tmp_path):

@@ -97,7 +97,9 @@ def _begin(
     if published:
         problems = [*folder_problems(published, images), *count_problems(published, len(source), text_only)]
         if problems:
-            raise UserError(f"this is not {published.name} as published: {'; '.join(problems)}")
+            raise UserError(
+                f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
+            )
     sizes = _sizes(images, list(uses))
     if missing := [name for name, size in sizes.items() if size is None]:
         raise UserError(
@@ -115,7 +117,7 @@ def _begin(
     directory.mkdir(parents=True, exist_ok=True)
     _write_texts(directory, source)
     with scratch_file(directory / MANIFEST) as file:
-        Path(file).write_text(json.dumps(manifest, indent=2) + "\n")
+        Path(file).write_text(json.dumps(manifest))  # as TFDS writes it
         put(file, directory / MANIFEST)
     return manifest
 
@@ -211,7 +213,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
     )
     parser.add_argument(
-        "--dataset", choices=[known.name for known in PUBLISHED], help="check that this is what was published"
+        "--dataset", choices=[known.name for known in PUBLISHED], help="check that it is all of what was published"
     )
     parser.add_argument(
         "--shards", type=_count, default=0, metavar="N", help="default: one for each 256 MiB of pictures"

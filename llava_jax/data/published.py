@@ -109,10 +109,11 @@ def explain_missing(images: epath.Path, missing: Iterable[str]) -> Iterator[str]
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
         told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}"
-        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in names[:1000])
+        looked = names[:100]
+        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)
         if renamed:
             told += (
-                f"; {renamed:,} of the first {len(names[:1000]):,} are there with another extension: rename them to "
+                f"; {renamed} of the first {len(looked)} are there with another extension: rename them to "
                 "what the data calls them (the content of a file decides what it is, not its name)"
             )
         yield told

@@ -100,16 +100,14 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
     if is_whole(shard):
         return bad
     with scratch_file(shard.path) as file:
-        writer = ArrayRecordWriter(file, WRITER_OPTIONS)
-        for sample in read_samples(shard):
-            if stopped():
-                raise InterruptedError
-            pictures = [_read_picture(shard, name) for name in sample.images]
-            faults = [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
-            bad += faults
-            if not bad:
-                writer.write(serialize(sample, pictures))
-        writer.close()
+        with _record_writer(file) as writer:
+            for sample in read_samples(shard):
+                if stopped():
+                    raise InterruptedError
+                pictures = [_read_picture(shard, name) for name in sample.images]
+                bad += [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
+                if not bad:
+                    writer.write(serialize(sample, pictures))
         if not bad:
             put(file, shard.path)
     return bad
@@ -161,6 +159,17 @@ def serialize(sample: Sample, pictures: list[bytes]) -> bytes:
     }
     # Maps are written in any order otherwise, and shards would differ from one process to the next.
     return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
+    """Raises `UserError` where the disk is full."""
+    try:
+        writer = ArrayRecordWriter(file, WRITER_OPTIONS)
+        yield writer
+        writer.close()
+    except RuntimeError as error:
+        raise UserError(f"a shard cannot be written: {error}") from error
 
 
 def _read_picture(shard: Shard, name: str) -> bytes | UserError:
