@@ -184,6 +184,8 @@ def test_shards_have_a_size(data, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SHARD_BYTES", -(-total // 3))
     names = contents(run(data, tmp_path / "set"))
     assert sum("-of-00003" in name for name in names) == 3
+    monkeypatch.setattr(build, "MOST_SHARDS", 2)
+    assert sum("-of-00002" in name for name in contents(run(data, tmp_path / "fewer"))) == 2
     assert sum("-of-00008" in name for name in contents(run(data, tmp_path / "most", "--shards", 100))) == 8
 
 

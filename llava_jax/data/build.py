@@ -30,6 +30,7 @@ EPILOG = """example:
       --output mix665k --dataset mix665k
 """
 SHARD_BYTES = 256 * 2**20
+MOST_SHARDS = 512  # unless more are asked for: each is an open file of every process that reads them
 STAT_THREADS = 64  # mostly waiting
 STATS_AT_ONCE = 1000
 
@@ -48,7 +49,7 @@ def build(
     """Builds, or goes on building, a data set.
 
     Args:
-      shards: how many files; 0 makes them of about `SHARD_BYTES`.
+      shards: how many files; 0 makes them of about `SHARD_BYTES`, but no more than `MOST_SHARDS`.
       workers: threads; 0 is one a core.
       decode: whether to decode all pictures, to find damaged ones.
       published: the data set that `source` has to be.
@@ -106,13 +107,13 @@ def _begin(
             f"{'; '.join(explain_missing(images, missing))}. Put them there, or let llava_jax.data.check --fix write "
             "the samples that are whole, and build from these"
         )
-    total = sum(sizes[name] * count for name, count in uses.items())
+    size = sum(sizes[name] * count for name, count in uses.items())
     manifest = {
         "digest": source.digest,
         "samples": len(source),
         "samples_without_images": text_only,
         "images": uses.total(),
-        "shards": min(shards or max(1, -(-total // SHARD_BYTES)), len(source)),
+        "shards": min(shards or min(-(-size // SHARD_BYTES) or 1, MOST_SHARDS), len(source)),
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write_texts(directory, source)
@@ -216,7 +217,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset", choices=[known.name for known in PUBLISHED], help="check that it is all of what was published"
     )
     parser.add_argument(
-        "--shards", type=_count, default=0, metavar="N", help="default: one for each 256 MiB of pictures"
+        "--shards", type=_count, default=0, metavar="N", help="default: one for each 256 MiB of pictures, at most 512"
     )
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="threads (default: one a core)")
     parser.add_argument(
