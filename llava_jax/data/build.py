@@ -1,7 +1,7 @@
 """Turns LLaVA JSON and a folder of images into shards of ArrayRecord, which TFDS and training read.
 
 Pictures are stored as they are, byte for byte. Interrupted anywhere, the same command goes on with the next shard and
-ends with the same bytes. OUTPUT (and the rest) may be on an object store (gs://...).
+ends with the same bytes. All paths may be on an object store (gs://...).
 """
 
 import argparse
