@@ -107,7 +107,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
       mean: the normalisation's mean per channel in [0, 1]; `pad` uses the colour int(mean * 255).
 
     Returns:
-      uint8[size, size, 3]
+      uint8[size, size, 3], read-only
 
     Raises:
       UserError: unknown aspect, or a picture so thin that resizing it takes more than `MAX_PIXELS`.
@@ -121,7 +121,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
         image = _resize(image, size, size)
     else:
         raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
-    return np.array(image)
+    return np.asarray(image)
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
