@@ -17,13 +17,13 @@ whole, so the shards that are there are good, whoever wrote them, and however th
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -199,11 +199,11 @@ def scratch_file(path: epath.Path) -> Iterator[str]:
 
 
 def put(file: str, path: epath.Path) -> None:
-    """Moves a local file to `path`, at once, after it has reached the disk."""
-    with open(file, "rb") as written:
-        if is_remote(path):
-            with path.open("wb") as target:
-                shutil.copyfileobj(written, target, 16 * 2**20)
-        else:
+    """Moves a local file to `path`: at once, and after it has reached the disk."""
+    if is_remote(path):
+        files, name = fsspec.url_to_fs(os.fspath(path))
+        files.put_file(file, name)  # unlike a remote file that is closed too early, nothing is there until all is
+    else:
+        with open(file, "rb") as written:
             os.fsync(written)
-            os.replace(file, path)
+        os.replace(file, path)
