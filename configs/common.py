@@ -31,13 +31,18 @@ def get_config() -> ConfigDict:
     config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
     config.data.workers = 0  # reading processes; 0 reads in threads of the training process
 
-    # Positions of a row, images included: longer samples are truncated (never through an image).
+    # Positions of a sample, images included: longer ones are truncated (never through an image).
     config.max_length = 2048
+    # Several samples a row, none of which sees another (docs/packing.md): a step is of more than batch_rows samples.
+    config.pack = False
+    # Positions of a packed row; 0 is max_length.
+    config.row_length = 0
     # Rows of a step, over all devices. Unpacked, a row is a sample.
     config.batch_rows = 128
     # Rows that share image slots.
     config.rows_per_group = 1
-    # Image slots of a group, and label slots (positions whose next token is learned); 0 plans the least that suffices.
+    # Image slots of a group, and label slots (positions whose next token is learned); 0 plans the least that suffices
+    # or, of image slots of packed rows, those with which least is left empty.
     # Data without pictures needs no image slots: -1 says so where there is no data to plan from, as in preflight.
     config.image_slots = 0
     config.label_slots = 0

@@ -124,14 +124,16 @@ def _model(config: ConfigDict) -> LlavaConfig:
 
 
 def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
-    """The largest batch that a configuration admits; slots that data would decide are one picture a row, and every
-    position."""
+    """The largest batch that a configuration admits; slots that data would decide are one picture a row (of packed rows
+    as many as have room), and every position."""
+    length = knobs.row_length(config)
+    pictures = max(length // model.image_tokens, 1) if config.pack else 1
     return Layout(
         batch_rows=config.batch_rows,
         rows_per_group=config.rows_per_group,
-        max_length=config.max_length,
-        image_slots=max(config.image_slots or config.rows_per_group, 0),
-        label_slots=config.label_slots or config.rows_per_group * config.max_length,
+        max_length=length,
+        image_slots=max(config.image_slots or config.rows_per_group * pictures, 0),
+        label_slots=config.label_slots or config.rows_per_group * length,
         image_tokens=model.image_tokens,
         image_size=model.vision.image_size,
     )

@@ -25,7 +25,7 @@ CHOICES = {
 }
 AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
 AT_LEAST_0 = (
-    *("data.holdout", "data.workers", "label_slots", "max_rows_per_device", "steps", "epochs"),
+    *("data.holdout", "data.workers", "row_length", "label_slots", "max_rows_per_device", "steps", "epochs"),
     *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
     "profile.steps",
     *("warmup_ratio", "beta1", "beta2"),
@@ -41,6 +41,11 @@ def check(config: ConfigDict) -> None:
         raise UserError("; ".join(f"config.{problem}" for problem in problems))
 
 
+def row_length(config: ConfigDict) -> int:
+    """Positions of a row."""
+    return config.row_length or config.max_length
+
+
 def _problems(config: ConfigDict) -> Iterator[str]:
     for key, choices in CHOICES.items():
         if config[key] not in choices:
@@ -54,6 +59,10 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
     if not (config.steps or config.epochs):
         yield f"epochs is {config.epochs}, and so is steps: there is nothing to train"
+    if config.row_length and not config.pack:
+        yield f"row_length is {config.row_length}, which is for packed rows: set pack, or max_length instead"
+    elif config.row_length and config.row_length < config.max_length:
+        yield f"row_length is {config.row_length}: samples of up to max_length={config.max_length} have to fit"
     if config.wandb.project and not importlib.util.find_spec("wandb"):
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 

@@ -9,7 +9,8 @@ example:
 
 Targets are slices of TPU v4, v5e, v5p, v6e and 7x (`v5e:4x4`, `v5p:2x2x4`), GPUs a100, h100, h200 and b200 (`h100:8`,
 `h100:2x8` for two hosts) and `cpu`; none of them has to be there. It takes no weights and no data: where a recipe
-leaves slots to the data, every row has a picture and every position is learned. Exits with 3 if anything does not fit.
+leaves slots to the data, every row has a picture (packed rows as many as have room) and every position is learned.
+Exits with 3 if anything does not fit.
 """
 
 import json

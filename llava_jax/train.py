@@ -35,6 +35,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
 from llava_jax.data.mixture import check_folders, open_data, visits
+from llava_jax.data.packing import PackedOrder, Room, fill, pack_orders
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
 from llava_jax.data.sources import Source
@@ -252,12 +253,15 @@ def train(config: ConfigDict, workdir: str) -> None:
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
     validation = Order(held_out, config.batch_rows, None)
+    if config.pack:
+        room = Room(knobs.row_length(config), config.rows_per_group, config.image_slots)
+        order, validation = pack_orders([order, validation], lengths, room, samples)
     steps = config.steps or order.steps(config.epochs)
     layout = plan_layout(
         [(order, steps), (validation, validation.epoch_steps(0))],
         lengths,
         rows_per_group=config.rows_per_group,
-        max_length=config.max_length,
+        max_length=knobs.row_length(config),
         image_tokens=model.image_tokens,
         image_size=model.vision.image_size,
         image_slots=config.image_slots,
@@ -302,7 +306,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     start = start or 0
     if first:
         _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
-        _show_first_sample(samples[batches.order.rows(0)[0][0]], encode)
+        _show_first_sample(samples[next(index for row in order.rows(0) for index in row)], encode)
 
     # ---- The loop
     step_fn = jit_step(settings, optimizer, state)
@@ -411,8 +415,12 @@ def train(config: ConfigDict, workdir: str) -> None:
 def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
     """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
     platform = mesh.devices.flat[0].platform
-    packed = False  # `Order` puts one sample in a row
+    packed = config.pack
     dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    if config.attention == "cudnn" and packed:
+        raise UserError(
+            "config.attention=cudnn sees across the samples of packed rows: set attention=chunked, or no pack"
+        )
     if config.attention == "cudnn" and dtype != jnp.bfloat16:
         raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
     return StepSettings(
@@ -558,7 +566,17 @@ def _introduce(
         f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
         + (f", resuming after step {start:,}" if start else ""),
     ]
+    if isinstance(order, PackedOrder):
+        lines.insert(-1, _packing_line(order))
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _packing_line(order: PackedOrder) -> str:
+    full = fill(order)
+    return (
+        f"packing    {full.samples_a_row:.2f} samples a row, {full.samples_a_row * order.batch_rows:.0f} a step; "
+        f"used are {full.tokens:.1%} of positions, {full.images:.1%} of image and {full.labels:.1%} of label slots"
+    )
 
 
 def _summary(params: Params) -> str:

@@ -52,6 +52,14 @@ def test_nonsense_is_refused_by_name(key, value):
         knobs.check(config)
 
 
+@pytest.mark.parametrize(("pack", "length", "message"), [(False, 4096, "set pack"), (True, 1024, "have to fit")])
+def test_longer_rows_are_for_packing(pack, length, message):
+    config = common.get_config()
+    config.pack, config.row_length = pack, length
+    with pytest.raises(UserError, match=f"config.row_length is {length}.*{message}"):
+        knobs.check(config)
+
+
 def test_all_problems_are_listed():
     config = common.get_config()
     config.keep, config.remat = 0, "half"

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from configs import common
-from llava_jax import forecast, preflight, targets
+from llava_jax import ahead, forecast, preflight, targets
 from llava_jax.cli import UserError
 from llava_jax.machines import GiB
 from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
@@ -99,6 +99,15 @@ def test_the_first_stage_holds_no_optimizer_for_what_is_frozen():
     trained = 2 * 4 * (256 * 1024 + 1024 * 1024) / 4
     assert report["memory"]["optimizer"] == pytest.approx(trained, rel=0.05)
     assert report["compiled"]["ratio"] == pytest.approx(1, abs=0.01)
+
+
+def test_packed_rows_may_be_longer_and_hold_as_many_pictures_as_have_room():
+    model = PRESETS["small"]
+    assert model.image_tokens == 16
+    layout = ahead.worst_layout(small_config(pack=True, row_length=1000, rows_per_group=4), model)
+    assert (layout.max_length, layout.image_slots, layout.label_slots) == (1000, 4 * 62, 4000)
+    layout = ahead.worst_layout(small_config(pack=True, rows_per_group=4, image_slots=19, label_slots=500), model)
+    assert (layout.max_length, layout.image_slots, layout.label_slots) == (256, 19, 500)
 
 
 def test_libtpu_says_what_does_not_fit():

@@ -1,8 +1,10 @@
 """The train step against torch, and the loop from start to resume."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,8 +28,9 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
 from llava_jax.data.conversation import get_template
-from llava_jax.data.pipeline import TextEncoder
-from llava_jax.data.plan import Layout
+from llava_jax.data.packing import PackedOrder, Room
+from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.execution import REMAT_POLICIES
@@ -243,6 +246,42 @@ def test_remat_changes_nothing():
         np.testing.assert_allclose(gradient, results[1][1][name], atol=1e-6, err_msg=name)
 
 
+def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path):
+    """Of each sample, and of all: pictures in several samples of a row, and several rows in a group."""
+    model, params = tiny.config(), tiny.params(tiny.config())
+    source = LlavaJson(*tiny.data(tmp_path))
+    encode = TextEncoder(get_template("v1"), tiny.tokenizer(), model.image_tokens, 96)
+    lengths = measure(source, encode)
+    length, rows = int(3.3 * lengths.tokens.max()), len(source)
+    unpacked = Order(np.arange(rows), rows, 0)
+    packed = PackedOrder(np.arange(rows), 4, 0, lengths=lengths, room=Room(length, 2, 5))
+    trainable, frozen = split_params(params, "finetune")
+    found = []
+    for order, group, row_length in ((unpacked, 3, 96), (packed, 2, length)):
+        assert order.epoch_steps(0) == 1
+        shapes = {"max_length": row_length, "image_tokens": model.image_tokens, "image_size": 16}
+        layout = plan_layout([(order, 1)], lengths, rows_per_group=group, **shapes)
+        batch = Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
+        settings = train.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+        loss, gradients = jax.jit(functools.partial(train.loss_and_gradients, settings))(trainable, frozen, batch)
+        eval_fn = jax.jit(functools.partial(train.eval_step, settings))
+        losses = {}
+        for row, samples in enumerate(order.rows(0)):
+            for segment, index in enumerate(samples, 1):
+                here = (batch["segment_ids"] == segment) & (np.arange(len(batch["tokens"])) == row)[:, None]
+                alone = batch | {"labels": np.where(here, batch["labels"], -100)}
+                losses[index] = [float(value) for value in eval_fn(trainable, frozen, alone)]
+        found.append((loss, gradients, losses))
+    assert max(map(len, packed.rows(0))) >= 3 and packed.epoch_rows(0).sums(lengths.images).max() >= 2
+    (loss, gradients, losses), (packed_loss, packed_gradients, packed_losses) = found
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
+    for index in range(rows):
+        np.testing.assert_allclose(packed_losses[index], losses[index], rtol=1e-5, err_msg=str(index))
+    for name, gradient in gradients.items():
+        largest = np.abs(gradient).max()
+        np.testing.assert_allclose(packed_gradients[name], gradient, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
+
+
 # ------------------------------------------------------------------------------------------------- the loop
 
 
@@ -332,6 +371,23 @@ def test_sigterm_saves_and_leaves_and_the_same_command_resumes_bit_equal(world, 
     monkeypatch.undo()
     train.train(run_config(world), str(workdir))
     assert_same_run(workdir, uninterrupted)
+
+
+def test_a_packed_run_reports_its_plan_and_resumes_bit_equal(world, tmp_path, capsys):
+    """Stopped in its second epoch, and started again with readers in processes."""
+    changes = {"pack": True, "row_length": 200, "rows_per_group": 2, "batch_rows": 2, "steps": 0, "epochs": 2.0}
+    changes["data"] = {"holdout": 2}
+    workdir, whole = tmp_path / "run", tmp_path / "whole"
+    train.train(run_config(world, **changes), str(whole))
+    told = capsys.readouterr().err
+    assert re.search(r"packing +[3-9]\.\d+ samples a row, \d+ a step; used are \d+\.\d% of positions", told), told
+    steps = len(metrics(whole))
+    assert f"{steps} steps done" in told and 2 <= steps < 12
+    stop_at(steps - 1, run_config(world, **changes), workdir)
+    config = run_config(world, **changes).copy_and_resolve_references()
+    config.data.workers = 1
+    train.train(config.lock(), str(workdir))
+    assert_same_run(workdir, whole)
 
 
 def test_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):
@@ -557,3 +613,12 @@ def test_rows_that_do_not_split_are_refused():
     layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
         train._accumulation(config, layout, make_mesh({"fsdp": -1}))
+
+
+def test_packed_rows_have_an_attention_that_knows_segments():
+    layout = Layout(4, 1, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
+    mesh = make_mesh({"fsdp": 1, "data": 1, "tensor": 1})
+    assert train.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
+    assert not train.step_settings(make_config(), tiny.config(), layout, mesh).packed
+    with pytest.raises(UserError, match="cudnn sees across the samples of packed rows"):
+        train.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)

@@ -11,13 +11,15 @@ Then the groups are shuffled. Samples of equal tokens and images are interchange
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths, Order, Rows, permutation
+from llava_jax.data.sources import Sample
 
 # A row is drawn while more than so many mean lengths of it are free: the last two samples are chosen, not drawn.
 DRAW = 2.5
@@ -117,6 +119,24 @@ def fill(order: PackedOrder, epoch: int = 0) -> Fill:
         labels=int(targets.sum()) / (groups * max(int(targets.max()), 1)),
         label_slots=int(targets.max()),
     )
+
+
+def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: Sequence[Sample]) -> list[PackedOrder]:
+    """Packs all into the same room, whose image slots are chosen for the first of them where they are 0.
+
+    Raises:
+      UserError: a sample of `source` that has more images than a group slots.
+    """
+    indices = np.concatenate([order.indices for order in orders])
+    richest = int(indices[np.argmax(lengths.images[indices])])
+    least, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
+    if room.image_slots == 0:
+        slots = max(
+            image_slot_plans(orders[0], lengths, room.row_length, room.rows_per_group)[0].room.image_slots, least
+        )
+    if least > slots:
+        raise UserError(f"sample {source[richest].id}: has {least} images, more than image_slots={slots} of a group")
+    return [pack_order(order, lengths, room.row_length, room.rows_per_group, slots) for order in orders]
 
 
 def pack_order(order: Order, lengths: Lengths, row_length: int, rows_per_group: int, image_slots: int) -> PackedOrder:

@@ -232,8 +232,10 @@ def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, ro
     """The most images and the most targets that any one group holds."""
     most = np.zeros(2, np.int64)
     for order, steps in schedules:
-        last, rest = order.find(max(steps - 1, 0))
-        for epoch in range(last + 1 if steps else 0):
+        if not steps:
+            continue
+        last, rest = order.find(steps - 1)
+        for epoch in range(last + 1):
             rows = order.epoch_rows(epoch)
             taken = (rest + 1) * order.batch_rows if epoch == last else rows.count
             sums = np.stack([rows.sums(lengths.images), rows.sums(lengths.targets)])[:, :taken]
