@@ -21,13 +21,13 @@ may be fewer than samples, whose names then repeat.
 import argparse
 import json
 import os
+import pydoc_data.topics
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pydoc_data.topics
 from PIL import Image, ImageOps
 
 from llava_jax.cli import track
