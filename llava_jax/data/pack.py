@@ -1,0 +1,187 @@
+"""How full packed rows and their groups' image slots would be, and which sizes to choose, before training with
+`config.pack`. Reads texts alone, no pictures."""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from etils import epath
+
+from llava_jax.cli import UserError, run, track
+from llava_jax.data.built import Built
+from llava_jax.data.conversation import get_template
+from llava_jax.data.packing import fill, image_slot_plans, pack_order
+from llava_jax.data.pipeline import TextEncoder, measure
+from llava_jax.data.plan import Lengths, Order
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import load_tokenizer
+
+EPILOG = """example:
+  python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
+      --row-length 2048,4096,8192 --rows-per-group 4,8
+
+Of each row length and rows per group, the numbers of image slots that may be best are planned for one epoch; * marks
+the best of them, by the product of the used shares of positions and of image slots. Suggested are the shortest rows and
+smallest groups that use 97 % of positions and 95 % of image slots or, where none do, the best of all.
+"""
+ENOUGH = (0.97, 0.95)  # of positions and of image slots
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A line of the report; shares are of 1."""
+
+    row_length: int
+    rows_per_group: int
+    image_slots: int
+    label_slots: int  # that a group needs at most
+    samples_a_row: float
+    rows: int
+    positions_used: float
+    image_slots_used: float
+    label_slots_used: float
+    seconds: float  # that all plans of this row length and group took
+    best: bool  # of those
+
+
+def plans(lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None) -> list[Plan]:
+    """Plans of an epoch with one row length and group, the best first; with `image_slots` only that one."""
+    began = time.process_time()
+    order = Order(np.arange(len(lengths.tokens)), rows_per_group, seed)
+    if image_slots is None:
+        packed = image_slot_plans(order, lengths, row_length, rows_per_group)
+    else:
+        packed = [pack_order(order, lengths, row_length, rows_per_group, image_slots)]
+    seconds = time.process_time() - began
+    return [
+        Plan(
+            row_length=row_length,
+            rows_per_group=rows_per_group,
+            image_slots=plan.room.image_slots,
+            label_slots=(full := fill(plan)).label_slots,
+            samples_a_row=round(full.samples_a_row, 3),
+            rows=full.rows,
+            positions_used=round(full.tokens, 4),
+            image_slots_used=round(full.images, 4),
+            label_slots_used=round(full.labels, 4),
+            seconds=round(seconds, 2),
+            best=plan is packed[0],
+        )
+        for plan in packed
+    ]
+
+
+def suggested(plans: list[Plan]) -> Plan:
+    """The shortest rows and smallest groups that are full enough, else the fullest."""
+    best = [plan for plan in plans if plan.best]
+    enough = [p for p in best if p.positions_used >= ENOUGH[0] and p.image_slots_used >= ENOUGH[1]]
+    if enough:
+        return min(enough, key=lambda plan: (plan.row_length, plan.rows_per_group))
+    return max(best, key=lambda plan: plan.positions_used * plan.image_slots_used)
+
+
+def flags(plan: Plan, samples_a_step: int) -> str:
+    """What to give `llava_jax.main` for it."""
+    groups = max(round(samples_a_step / plan.samples_a_row / plan.rows_per_group), 1)
+    values = {
+        "pack": True,
+        "row_length": plan.row_length,
+        "rows_per_group": plan.rows_per_group,
+        "image_slots": plan.image_slots or -1,
+        "batch_rows": groups * plan.rows_per_group,
+    }
+    return " ".join(f"--config.{key}={value}" for key, value in values.items())
+
+
+def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[str]:
+    """The report for people."""
+    count, images = len(lengths.tokens), lengths.images
+    yield (
+        f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them learned) and "
+        f"{images.mean():.2f} images; {np.mean(images == 0):.1%} without"
+    )
+    longest = max(plan.row_length for plan in plans)
+    unpacked = lengths.tokens.mean() / lengths.tokens.max()
+    yield f"unpacked, rows as long as the longest sample ({lengths.tokens.max()}) would be full to {unpacked:.1%}"
+    yield (
+        f"{'row':>{len(str(longest)) + 1}}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
+        f"{'positions used':>16}{'image slots used':>18}{'label slots used':>18}{'seconds':>9}"
+    )
+    for plan in plans:
+        yield (
+            f"{plan.row_length:>{len(str(longest)) + 1}}{plan.rows_per_group:>7}{plan.image_slots:>12}"
+            f"{'*' if plan.best else ' '}{plan.label_slots:>13}{plan.samples_a_row:>15.2f}{plan.positions_used:>16.1%}"
+            f"{plan.image_slots_used:>18.1%}{plan.label_slots_used:>18.1%}{plan.seconds:>9.1f}"
+        )
+    chosen = suggested(plans)
+    step = flags(chosen, samples_a_step)
+    rows = int(step.rpartition("=")[2])
+    yield f"suggested  {step}"
+    yield f"           {rows * chosen.samples_a_row:.0f} samples a step, {-(-chosen.rows // rows):,} steps an epoch"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    source = Built(args.built) if args.built else LlavaJson(args.json)
+    encode = TextEncoder(
+        get_template(args.template), load_tokenizer(args.tokenizer), args.image_tokens, args.max_length
+    )
+    lengths = measure(source, encode, args.workers)
+    richest = int(lengths.images.argmax())
+    if args.image_slots is not None and lengths.images[richest] > args.image_slots:
+        raise UserError(f"sample {source[richest].id}: has {lengths.images[richest]} images, more than --image-slots")
+    found = []
+    sizes = list(itertools.product(args.row_length or [args.max_length], args.rows_per_group))
+    for row_length, rows_per_group in track(sizes, "planning"):
+        if row_length < lengths.tokens.max():
+            raise UserError(
+                f"--row-length {row_length}: samples have up to {lengths.tokens.max()} tokens: --max-length"
+            )
+        found += plans(lengths, row_length, rows_per_group, args.seed, args.image_slots)
+    if args.json_out:
+        chosen = suggested(found)
+        report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
+        epath.Path(args.json_out).write_text(json.dumps(report, indent=2) + "\n")
+    print("\n".join(lines(lengths, found, args.samples_a_step)))
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(part) for part in text.split(",")]
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or text == "0":
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.data.pack",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
+    data.add_argument("--built", metavar="DIR", help="what llava_jax.data.build made")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
+    parser.add_argument("--template", required=True, help="conversation template, such as v1")
+    parser.add_argument("--max-length", type=_number, default=2048, metavar="N", help="longer samples are cut (2048)")
+    parser.add_argument("--image-tokens", type=_number, default=576, metavar="P", help="tokens an image takes (576)")
+    parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
+    parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
+    parser.add_argument("--image-slots", type=_number, metavar="I", help="of a group; by default the best are sought")
+    parser.add_argument("--samples-a-step", type=_number, default=128, metavar="N", help="for the suggestion (128)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (0: threads)")
+    parser.add_argument("--json-out", metavar="F", help="write the report as JSON, too")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)
