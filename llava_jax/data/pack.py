@@ -127,20 +127,17 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     source = Built(args.built) if args.built else LlavaJson(args.json)
-    encode = TextEncoder(
-        get_template(args.template), load_tokenizer(args.tokenizer), args.image_tokens, args.max_length
-    )
+    tokenizer = load_tokenizer(args.tokenizer)
+    encode = TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
     lengths = measure(source, encode, args.workers)
-    richest = int(lengths.images.argmax())
+    longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
-        raise UserError(f"sample {source[richest].id}: has {lengths.images[richest]} images, more than --image-slots")
+        raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
     found = []
     sizes = list(itertools.product(args.row_length or [args.max_length], args.rows_per_group))
     for row_length, rows_per_group in track(sizes, "planning"):
-        if row_length < lengths.tokens.max():
-            raise UserError(
-                f"--row-length {row_length}: samples have up to {lengths.tokens.max()} tokens: --max-length"
-            )
+        if row_length < longest:
+            raise UserError(f"--row-length {row_length}: samples have up to {longest} tokens; --max-length cuts them")
         found += plans(lengths, row_length, rows_per_group, args.seed, args.image_slots)
     if args.json_out:
         chosen = suggested(found)
