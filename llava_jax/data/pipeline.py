@@ -39,6 +39,8 @@ Batch = dict[str, np.ndarray]
 # What each of a row's arrays holds where no sample stands.
 PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
 
+MEASURED_TOGETHER = 256  # samples; to pass one on takes a process as long as to measure it
+
 READ_THREADS = min(16, 4 * (os.cpu_count() or 1))  # mostly waiting for storage or, without the GIL, in Pillow
 
 
@@ -87,11 +89,18 @@ def measure(
     Raises:
       UserError: the first sample that cannot be encoded or holds nothing to learn.
     """
-    chosen = grain.MapDataset.range(first, len(source), stride)
-    counts = _read_ahead(chosen.map(functools.partial(_count, source, encode)), workers)
+    indices = range(first, len(source), stride)
+    starts = grain.MapDataset.range(0, len(indices), MEASURED_TOGETHER)
+    counts = _read_ahead(starts.map(functools.partial(_counts, source, encode, indices)), workers)
     if first == 0:
-        counts = track(counts, "Measuring samples", total=len(chosen))
-    return Lengths(*np.array(list(counts), np.int32).reshape(-1, 3).T)
+        counts = track(counts, f"Measuring samples, {MEASURED_TOGETHER} at a time", total=len(starts))
+    return Lengths(*np.concatenate([np.zeros((0, 3), np.int32), *counts]).T)
+
+
+def _counts(source: Source, encode: Callable[[Sample], Row], indices: range, start: int) -> np.ndarray:
+    """int32[n, 3]: what `_count` gives of the next samples from a place in `indices` on."""
+    chosen = indices[start : start + MEASURED_TOGETHER]
+    return np.array([_count(source, encode, index) for index in chosen], np.int32)
 
 
 def _count(source: Source, encode: Callable[[Sample], Row], index: int) -> tuple[int, int, int]:
