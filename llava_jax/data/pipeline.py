@@ -233,8 +233,10 @@ class Batches:
 
 
 def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> grain.IterDataset:
-    """The elements in order, made ahead by threads here or, with `workers`, in that many processes."""
-    threads = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=max(READ_THREADS, buffer))
+    """The elements in order, made ahead by threads here or, with `workers`, in that many processes; `buffer` at least,
+    and at least one a thread."""
+    buffer = max(READ_THREADS, buffer // max(workers, 1))  # of each process
+    threads = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=buffer)
     elements = dataset.to_iter_dataset(threads)
     if workers == 0:
         return elements
