@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
     # ({"json": "a.json", "images": "a"}, {"built": "b", "weight": 0.5}).
     config.data.mixture = ()
     config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
+    # A sample with a fault is an "error", or it is a "skip": it stays in its place, and nothing is learned from it.
+    config.data.on_bad_sample = "error"
+    config.data.max_bad_share = 0.01  # of the samples come to so far: with more the run stops
     config.data.workers = 0  # reading processes; 0 reads in threads of the training process
 
     # Positions of a sample, images included: longer ones are truncated (never through an image).

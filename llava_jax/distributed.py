@@ -6,6 +6,7 @@ coordinator after `HEARTBEAT_SECONDS`, and JAX then ends the others. Without oth
 """
 
 import contextlib
+import functools
 import glob
 import multiprocessing
 import os
@@ -102,17 +103,17 @@ class Ballot:
 
     def __init__(self, mesh: Mesh):
         self.everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self.highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.result: jax.Array | int = 0
+        self.highest = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.result: jax.Array | None = None
 
-    def exchange(self, number: int) -> int:
-        """Takes this process's number; returns the highest of a step ago or, if there is but one process, this one."""
+    def exchange(self, *numbers: int) -> list[int]:
+        """Takes this process's numbers; returns the highest of a step ago or, if there is but one process, these."""
         if jax.process_count() == 1:
-            return number
-        known = int(self.result)
-        size = self.everywhere.mesh.size
-        numbers = jax.make_array_from_callback((size,), self.everywhere, lambda _: np.array([number], np.int32))
-        self.result = self.highest(numbers)
+            return list(numbers)
+        known = [0] * len(numbers) if self.result is None else np.asarray(self.result).tolist()
+        shape = (self.everywhere.mesh.size, len(numbers))
+        mine = jax.make_array_from_callback(shape, self.everywhere, lambda _: np.array([numbers], np.int32))
+        self.result = self.highest(mine)
         return known
 
 

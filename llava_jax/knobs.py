@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from llava_jax.optim import STAGES
 DTYPES = ("", "float32", "bfloat16")
 CHOICES = {
     "stage": tuple(STAGES),
+    "data.on_bad_sample": ("error", "skip"),
     "image_position": IMAGE_POSITIONS,
     "image_aspect": ("", *ASPECTS),
     "compute_dtype": DTYPES,
@@ -25,12 +27,21 @@ CHOICES = {
 }
 AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
 AT_LEAST_0 = (
-    *("data.holdout", "data.workers", "row_length", "label_slots", "max_rows_per_device", "steps", "epochs"),
+    *(
+        "data.holdout",
+        "data.workers",
+        "data.max_bad_share",
+        "row_length",
+        "label_slots",
+        "max_rows_per_device",
+        "steps",
+        "epochs",
+    ),
     *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
     "profile.steps",
     *("warmup_ratio", "beta1", "beta2"),
 )
-AT_MOST_1 = ("warmup_ratio",)
+AT_MOST_1 = ("warmup_ratio", "data.max_bad_share")
 BELOW_1 = ("beta1", "beta2")
 
 
@@ -48,14 +59,14 @@ def row_length(config: ConfigDict) -> int:
 
 def _problems(config: ConfigDict) -> Iterator[str]:
     for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            yield f"{key} is {config[key]!r}, not one of {', '.join(repr(choice) for choice in choices)}"
+        if _get(config, key) not in choices:
+            yield f"{key} is {_get(config, key)!r}, not one of {', '.join(repr(choice) for choice in choices)}"
     for keys, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0), (("image_slots",), -1)):
         for key in keys:
             value = _get(config, key)
             if not least <= value < math.inf:
                 yield f"{key} is {value}: it has to be {least} or more"
-    yield from (f"{key} is {config[key]}: it has to be 1 or less" for key in AT_MOST_1 if config[key] > 1)
+    yield from (f"{key} is {_get(config, key)}: it has to be 1 or less" for key in AT_MOST_1 if _get(config, key) > 1)
     yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
     if not (config.steps or config.epochs):
         yield f"epochs is {config.epochs}, and so is steps: there is nothing to train"
@@ -67,7 +78,7 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-def _get(config: ConfigDict, key: str) -> float:
+def _get(config: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config

@@ -1,4 +1,4 @@
-"""What a run writes down: `metrics.jsonl`, TensorBoard, Weights & Biases where asked, one line or bar on the screen."""
+"""What a run writes down: files of lines, TensorBoard, Weights & Biases where asked, one line or bar on the screen."""
 
 import json
 import sys
@@ -14,11 +14,12 @@ from tensorboardX import SummaryWriter
 from llava_jax.cli import progress_bar
 from llava_jax.remote import is_remote, new_local, upload
 
+METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
 UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`, TensorBoard and `tracker`, a `wandb.Run` or None.
+    """Appends to `metrics.jsonl` and others, TensorBoard and `tracker`, a `wandb.Run` or None.
 
     What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is). Object stores cannot
     append, so logs for a remote workdir are written locally and copied there every `UPLOAD_SECONDS`, in the background,
@@ -30,23 +31,26 @@ class MetricsWriter:
         self.local = new_local() if is_remote(workdir) else workdir
         self.uploads = ThreadPoolExecutor(max_workers=1) if is_remote(workdir) else None
         self.last_upload = time.monotonic()
-        found, file = workdir / "metrics.jsonl", self.local / "metrics.jsonl"
-        if found.exists():
-            kept = [line for line in found.read_text().splitlines() if _step(line) <= start_step]
-            file.write_text("".join(line + "\n" for line in kept))
-        self.lines = file.open("a")
+        for name in (METRICS, BAD_SAMPLES):
+            if (workdir / name).exists():
+                kept = [line for line in (workdir / name).read_text().splitlines() if _step(line) <= start_step]
+                (self.local / name).write_text("".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
         self.tracker = tracker
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.lines.write(json.dumps({"step": step} | dict(metrics)) + "\n")
-        self.lines.flush()
+        self.append(METRICS, {"step": step} | dict(metrics))
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         if self.tracker:
             self.tracker.log(dict(metrics), step=step)
         if time.monotonic() - self.last_upload > UPLOAD_SECONDS:
             self.flush()
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Adds a line, which has a `step`, to a file of lines."""
+        with (self.local / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
         """Begins to copy to a remote workdir what is there by now."""
@@ -62,7 +66,6 @@ class MetricsWriter:
             print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
-        self.lines.close()
         self.board.close()
         if self.tracker:
             self.tracker.finish()

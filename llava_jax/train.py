@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import signal
 import sys
@@ -20,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from llava_jax import compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax.bad_samples import BadSamples
 from llava_jax.checkpoint import (
     DESCRIPTION,
     Checkpoint,
@@ -43,7 +45,7 @@ from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokeni
 from llava_jax.goodput import Goodput
 from llava_jax.loss import loss_sum, next_token_targets
 from llava_jax.machines import peak_flops
-from llava_jax.metrics import MetricsWriter, Screen
+from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.execution import Execution
@@ -248,7 +250,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.image_position,
         config.seed,
     )
-    lengths = _measure_together(samples, encode, config.data.workers)
+    skip_bad = config.data.on_bad_sample == "skip"
+    lengths = _measure_together(samples, encode, config.data.workers, skip_bad)
     check_folders(samples, lengths)
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
@@ -270,8 +273,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
     settings = step_settings(config, model, layout, mesh)
     groups = sharding.local_groups(mesh, layout.groups)  # each process reads what its own devices take
-    batches = Batches(samples, encode, decode, order, layout, groups)
-    validation_batches = Batches(samples, encode, decode, validation, layout, groups)
+    batches = Batches(samples, encode, decode, order, layout, groups, skip_bad)
+    validation_batches = Batches(samples, encode, decode, validation, layout, groups, skip_bad)
 
     # ---- The workdir, and in it what makes its checkpoints self-describing
     first = distributed.is_first()  # writes all that is written once
@@ -306,7 +309,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     start = start or 0
     if first:
         _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
-        _show_first_sample(samples[next(index for row in order.rows(0) for index in row)], encode)
+        _show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop
     step_fn = jit_step(settings, optimizer, state)
@@ -320,6 +323,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     step_flops = flops.step_flops(model, layout, flops.trainable_parts(trainable_names), config.remat)
     if first:
         writer, screen = MetricsWriter(directory, start, tracking.start(config, directory)), Screen(start, steps)
+    bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(directory, start))
+    if first and start == 0 and skip_bad:
+        bad.tell(bad.of_texts(samples, encode), writer, screen)
     began = clock = time.monotonic()
 
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
@@ -341,6 +347,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
         if config.projector_learning_rate:
             values["projector_learning_rate"] = float(rates["projector"](step - 1))
+        values |= {"bad_samples": bad.count} if skip_bad else {}
         values |= {
             "tokens_per_second": counts["tokens"] / seconds,
             "images_per_second": counts["images"] / seconds,
@@ -358,13 +365,21 @@ def train(config: ConfigDict, workdir: str) -> None:
     def validate(step: int) -> None:
         nonlocal clock
         total, count = 0.0, 0
-        for batch in validation_batches.iterate(0, validation.epoch_steps(0), config.data.workers):
+        for batch, found in validation_batches.iterate_with_bad(0, validation.epoch_steps(0), config.data.workers):
+            bad.note(step, found, "validation")
             batch_total, batch_count = eval_fn(state.trainable, frozen, put(batch))
             total, count = total + float(batch_total), count + int(batch_count)
+        tell_bad(f"validation {step}")
         if first:
-            writer.write(step, {"validation_loss": total / count})
+            writer.write(step, {"validation_loss": total / max(count, 1)})
             screen.say(f"step {step}: validation loss {total / count:.4f}")
         clock = time.monotonic()
+
+    def tell_bad(when: str) -> None:
+        """All processes together: what each has found becomes known to all."""
+        found = bad.gather(f"bad samples of {when}") if skip_bad else []
+        if first:
+            bad.tell(found, writer, screen)
 
     with contextlib.ExitStack() as closing:
         closing.callback(goodput.write)
@@ -375,26 +390,36 @@ def train(config: ConfigDict, workdir: str) -> None:
         closing.enter_context(goodput.measure("step"))
         request = closing.enter_context(catch_signals())
         pending = None  # metrics are read one step late, so that the device never waits for the host
-        read_ahead = goodput.waiting("data", batches.iterate(start, steps, config.data.workers))
-        for step, batch in enumerate(read_ahead, start + 1):
+        read_ahead = goodput.waiting("data", batches.iterate_with_bad(start, steps, config.data.workers))
+        for step, (batch, found) in enumerate(read_ahead, start + 1):
             with profile.step(step), goodput.measure("compile" if step == start + 1 else "step"):
                 state, metrics = step_fn(state, frozen, put(batch))
             if pending:
                 report(*pending)
-            pending = (step, metrics, count_tokens(lengths, order.rows(step - 1), layout))
-            stop = signals.exchange(request.signal or 0)
+            rows = order.rows(step - 1)
+            pending = (step, metrics, count_tokens(lengths, rows, layout))
+            bad.come_to([index for row in rows for index in row])
+            bad.note(step, found)
+            stop, anything_bad = signals.exchange(request.signal or 0, len(bad.pending))
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
             evaluate = evaluate and (not stop or step == steps)  # who is told to leave has no time for it
             save = step == steps or step % config.save_every == 0
-            if evaluate or save or stop:
+            if anything_bad or save or stop:
+                tell_bad(f"step {step}")
+            verdict = bad.verdict() if skip_bad else None
+            if evaluate or save or stop or verdict:
                 report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
-            if save or stop:
+            if save or stop or verdict:
+                leaves = bool(stop or verdict) or step == steps
                 with goodput.measure("checkpoint"):
-                    checkpoints.save(step, state.trainable, state.optimizer, wait=bool(stop) or step == steps)
+                    checkpoints.save(step, state.trainable, state.optimizer, wait=leaves)
                 goodput.write()
                 if first:
                     writer.flush()
+            if verdict:
+                cli.report(UserError(f"step {step}, which is saved: {verdict}"))
+                raise distributed.LeaveTogether(1)
             if evaluate:
                 with goodput.measure("evaluation"):
                     validate(step)
@@ -441,10 +466,19 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     return config[key]
 
 
-def _measure_together(samples: Source, encode: TextEncoder, workers: int) -> Lengths:
+def _bad_pictures(directory: epath.Path, start: int) -> int:
+    """How many were found up to a step: what process 0 reads there, since it goes on writing."""
+    log, found = directory / BAD_SAMPLES, 0
+    if distributed.is_first() and log.exists():
+        lines = map(json.loads, log.read_text().splitlines())
+        found = sum(line["part"] == "training" and line["step"] <= start for line in lines)
+    return int(distributed.gather("bad pictures so far", np.array([found]))[0][0])
+
+
+def _measure_together(samples: Source, encode: TextEncoder, workers: int, skip_bad: bool) -> Lengths:
     """Every process measures its share of the samples; all get the lengths of all."""
     count = jax.process_count()
-    share = measure(samples, encode, workers, first=jax.process_index(), stride=count)
+    share = measure(samples, encode, workers, first=jax.process_index(), stride=count, skip_bad=skip_bad)
     lengths = np.zeros((len(samples), len(Lengths._fields)), np.int32)
     for process, values in enumerate(distributed.gather("lengths", np.stack(share, axis=1))):
         lengths[process::count] = values

@@ -18,6 +18,8 @@ from llava_jax.data.sources import Source
 NEUTRAL = (
     "mesh",
     "data.workers",
+    "data.on_bad_sample",  # changes nothing of a run that came so far without
+    "data.max_bad_share",
     "max_rows_per_device",
     "remat",
     "attention",

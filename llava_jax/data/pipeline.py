@@ -13,14 +13,16 @@ Batch k is a pure function of the data, the seed and k (`Batches[k]`); `Batches.
 threads or processes reading ahead.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -78,42 +80,86 @@ class ImageDecoder:
         return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
 
 
+class Bad(NamedTuple):
+    """A sample that is skipped, and why."""
+
+    index: int
+    id: str
+    reason: str
+
+
 def measure(
-    source: Source, encode: Callable[[Sample], Row], workers: int = 0, first: int = 0, stride: int = 1
+    source: Source,
+    encode: Callable[[Sample], Row],
+    workers: int = 0,
+    first: int = 0,
+    stride: int = 1,
+    skip_bad: bool = False,
 ) -> Lengths:
     """Encodes the text of samples once, so that all errors in it appear before step 0.
 
     Args:
       first, stride: samples first, first + stride, ... are measured, by default all.
+      skip_bad: samples that cannot be encoded, or hold nothing to learn, have no tokens instead of raising.
 
     Raises:
       UserError: the first sample that cannot be encoded or holds nothing to learn.
     """
     indices = range(first, len(source), stride)
     starts = grain.MapDataset.range(0, len(indices), MEASURED_TOGETHER)
-    counts = _read_ahead(starts.map(functools.partial(_counts, source, encode, indices)), workers)
+    counts = _read_ahead(starts.map(functools.partial(_counts, source, encode, skip_bad, indices)), workers)
     if first == 0:
         counts = track(counts, f"Measuring samples, {MEASURED_TOGETHER} at a time", total=len(starts))
     return Lengths(*np.concatenate([np.zeros((0, 3), np.int32), *counts]).T)
 
 
-def _counts(source: Source, encode: Callable[[Sample], Row], indices: range, start: int) -> np.ndarray:
+def _counts(source: Source, encode: Callable[[Sample], Row], skip_bad: bool, indices: range, start: int) -> np.ndarray:
     """int32[n, 3]: what `_count` gives of the next samples from a place in `indices` on."""
     chosen = indices[start : start + MEASURED_TOGETHER]
-    return np.array([_count(source, encode, index) for index in chosen], np.int32)
+    return np.array([_count(source, encode, skip_bad, index) for index in chosen], np.int32)
 
 
-def _count(source: Source, encode: Callable[[Sample], Row], index: int) -> tuple[int, int, int]:
+def _count(source: Source, encode: Callable[[Sample], Row], skip_bad: bool, index: int) -> tuple[int, int, int]:
     """Positions, targets and images of one sample."""
+    try:
+        row = encode_text(source, encode, index)
+    except UserError:
+        if skip_bad:
+            return 0, 0, 0
+        raise
+    return len(row.tokens), _targets(row), row.num_images
+
+
+def bad_texts(source: Source, encode: Callable[[Sample], Row], indices: Iterable[int]) -> Iterator[Bad]:
+    """What is wrong with the texts of those of the samples that have something wrong."""
+    for index in indices:
+        try:
+            encode_text(source, encode, index)
+        except UserError as error:
+            yield Bad(index, _id(source, index), str(error))
+
+
+def encode_text(source: Source, encode: Callable[[Sample], Row], index: int) -> Row:
+    """The text of a sample. Raises UserError where it cannot be encoded or holds nothing to learn."""
     sample = source[index]
     row = encode(sample)
-    targets = np.count_nonzero(row.labels[1:] != IGNORE_INDEX)  # nothing predicts the first label
-    if targets == 0:
+    if _targets(row) == 0:
         raise UserError(
             f"sample {sample.id}: nothing to learn in the {len(row.tokens)} positions that are kept, "
             "its answers are empty or cut off: raise the maximal length or remove the sample"
         )
-    return len(row.tokens), targets, row.num_images
+    return row
+
+
+def _targets(row: Row) -> int:
+    return int(np.count_nonzero(row.labels[1:] != IGNORE_INDEX))  # nothing predicts the first label
+
+
+def _id(source: Source, index: int) -> str:
+    try:
+        return source[index].id
+    except UserError:  # it is no sample at all
+        return str(index)
 
 
 def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
@@ -172,6 +218,8 @@ class Batches:
       order: which samples stand in which row of which step.
       layout: the shapes, planned for all steps that will be taken.
       groups: those of each batch that are read, ascending; by default all. The others belong to other processes.
+      skip_bad: whether a sample with a fault is skipped, in its place, instead of raising. One whose text is at fault
+        takes no positions, as `measure` says; of one whose picture is, nothing is learned, and its pictures are zeros.
     """
 
     def __init__(
@@ -182,23 +230,25 @@ class Batches:
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
+        skip_bad: bool = False,
     ):
         self.source = source
         self.encode = encode
         self.decode = decode
         self.order = order
         self.layout = layout
+        self.skip_bad = skip_bad
         per_group = layout.rows_per_group
         chosen = range(layout.groups) if groups is None else groups
         self.rows = [row for group in chosen for row in range(group * per_group, (group + 1) * per_group)]
 
     def __getitem__(self, step: int) -> Batch:
         rows = self.order.rows(step)
-        return collate([self._row(rows[row]) for row in self.rows], self.layout)
+        return self._collate([self._row(rows[row]) for row in self.rows])[0]
 
     def ids(self, step: int) -> list[str]:
         """The ids of the samples of a step, row by row."""
-        return [self.source[index].id for row in self.order.rows(step) for index in row]
+        return [_id(self.source, index) for row in self.order.rows(step) for index in row]
 
     def iterate(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
         """The batches of steps start, ..., stop - 1, read ahead; to begin at any step costs nothing.
@@ -206,30 +256,58 @@ class Batches:
         Args:
           workers: processes that read; 0 reads with threads of this process.
         """
+        with contextlib.closing(self.iterate_with_bad(start, stop, workers)) as batches:
+            yield from (batch for batch, _ in batches)
+
+    def iterate_with_bad(self, start: int, stop: int, workers: int = 0) -> Iterator[tuple[Batch, list[Bad]]]:
+        """The same with those samples of each batch of which a picture is at fault."""
         per_batch = len(self.rows)
         numbers = grain.MapDataset.range(start * per_batch, stop * per_batch)
         rows = _read_ahead(numbers.map(self._numbered_row), workers, buffer=2 * per_batch)
-        batches = iter(rows.batch(per_batch, batch_fn=functools.partial(collate, layout=self.layout)))
+        batches = iter(rows.batch(per_batch, batch_fn=self._collate))
         try:
             yield from batches
         finally:
             batches.close()
 
-    def _numbered_row(self, number: int) -> Batch:
+    def _numbered_row(self, number: int) -> tuple[Batch, list[Bad]]:
         step, row = divmod(number, len(self.rows))
         return self._row(self.order.rows(step)[self.rows[row]])
 
-    def _row(self, indices: Sequence[int]) -> Batch:
-        return build_row([self._read(index) for index in indices], self.layout)
+    def _collate(self, rows: Sequence[tuple[Batch, list[Bad]]]) -> tuple[Batch, list[Bad]]:
+        return collate([row for row, _ in rows], self.layout), [one for _, bad in rows for one in bad]
 
-    def _read(self, index: int) -> tuple[Row, list[np.ndarray]]:
-        sample = self.source[index]
-        text = self.encode(sample)
+    def _row(self, indices: Sequence[int]) -> tuple[Batch, list[Bad]]:
+        samples, bad = [], []
+        for index in indices:
+            try:
+                samples.append(self._read(index))
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                samples.append(self._blank(index))
+                if len(samples[-1][0].tokens):  # else it was known when the texts were measured
+                    bad.append(Bad(index, _id(self.source, index), str(error)))
+        return build_row(samples, self.layout), bad
+
+    def _read(self, index: int) -> tuple[Row, Sequence[np.ndarray]]:
+        text = encode_text(self.source, self.encode, index)
         pictures = self.source.read_pictures(index, text.num_images)
+        sample = self.source[index]
         try:
             return text, [self.decode(data, name) for data, name in zip(pictures, sample.images, strict=False)]
         except UserError as error:
             raise UserError(f"sample {sample.id}: {error}") from error
+
+    def _blank(self, index: int) -> tuple[Row, Sequence[np.ndarray]]:
+        """A bad sample: in its positions, if its text takes any, nothing to see or to learn."""
+        try:
+            text = encode_text(self.source, self.encode, index)
+        except UserError:
+            return Row(*np.zeros((3, 0), np.int32), num_images=0), []
+        size = self.layout.image_size
+        pictures = np.zeros((text.num_images, size, size, 3), np.uint8)
+        return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), pictures
 
 
 def _read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> grain.IterDataset:

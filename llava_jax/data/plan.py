@@ -152,6 +152,15 @@ class Order:
         """Steps of so many epochs; parts of one round up."""
         return math.ceil(self.epoch_steps(0) * epochs)
 
+    def before(self, step: int) -> np.ndarray:
+        """The indices of all samples of the steps before one."""
+        last, rest = self.find(step)
+        epochs = [self.epoch_rows(epoch) for epoch in range(last + (rest > 0))]
+        if rest:
+            rows = epochs[-1]
+            epochs[-1] = rows._replace(samples=rows.samples[: rows.starts[min(rest * self.batch_rows, rows.count)]])
+        return np.concatenate([np.empty(0, np.int64), *(rows.samples for rows in epochs)])
+
     def rows(self, step: int) -> list[tuple[int, ...]]:
         """The indices of the samples in each row of a step; no index for an empty row."""
         epoch, step_in_epoch = self.find(step)
