@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -184,6 +185,26 @@ def test_an_error_of_one_ends_both_with_its_words(run, world, tmp_path):
     assert "error: sample sample-0: picture" in pair.told(finder)
     told = pair.told(1 - finder)
     assert f"error: process {finder}: sample sample-0: picture" in told and "Traceback" not in told
+
+
+def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run, world, tmp_path):
+    """One process finds the damaged picture; both say so and leave after the same step. One alone then ends the run."""
+    images = Path(shutil.copytree(world["data.images"], tmp_path / "images"))
+    (images / "4.png").write_bytes(b"no picture")
+    packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0}
+    packed |= {"data.images": str(images), "data.on_bad_sample": "skip", "save_every": 5}
+    pair = run(tmp_path / "run", processes=2, devices=2, **packed, **{"data.max_bad_share": 0.03})
+    whole = run(tmp_path / "whole", processes=1, devices=4, **packed, **{"data.max_bad_share": 1})
+    assert pair.wait() == [1, 1], pair.told()
+    saved = open_checkpoint(pair.workdir).step
+    assert 1 <= saved < 6
+    said = [re.findall("error: .* are bad.*", pair.told(process)) for process in range(2)]
+    assert said[0] == said[1] and f"step {saved}, which is saved: " in said[0][0]
+    resumed = run(pair.workdir, processes=1, devices=4, **packed, **{"data.max_bad_share": 1})
+    assert resumed.wait() == whole.wait() == [0], resumed.told() + whole.told()
+    logs = [(each.workdir / "bad_samples.jsonl").read_text() for each in (resumed, whole)]
+    assert logs[0] == logs[1] and logs[0].count("sample-4") == resumed.metrics("bad_samples")[12] > 1
+    np.testing.assert_allclose(list(resumed.metrics().values()), list(whole.metrics().values()), rtol=1e-4)
 
 
 def test_nobody_waits_for_ever_for_one_that_never_starts(run, tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import threading
 import time
 
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import get_template
 from llava_jax.data.images import preprocess
-from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, build_row, collate, measure
+from llava_jax.data.packing import PackedOrder, Room
+from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, bad_texts, build_row, collate, measure
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import Row
@@ -206,6 +208,82 @@ def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(
     taken = [whole.order.rows(step)[row] for step in range(3) for row in rows]
     names = {name for samples in taken for index in samples for name in source[index].images}
     assert read and set(read) <= names
+
+
+def packed_batches(folder, source, encode, groups=None, **options):
+    """Rows of up to three samples or so in four groups of two."""
+    lengths, slots = measure(source, encode, skip_bad=bool(options)), 7
+    order = PackedOrder(np.arange(len(source)), 8, 3, lengths=lengths, room=Room(3 * LENGTH, 2, slots))
+    shapes = {"rows_per_group": 2, "max_length": 3 * LENGTH, "image_tokens": P, "image_size": SIZE}
+    layout = plan_layout([(order, order.steps(4))], lengths, **shapes)
+    return Batches(source, encode, DECODE, order, layout, groups, **options)
+
+
+def test_packed_batches_hold_every_sample_once_an_epoch(folder, source, encode):
+    batches = packed_batches(folder, source, encode)
+    order = batches.order
+    assert np.diff(order.epoch_rows(0).starts).max() >= 3
+    for epoch in range(2):
+        seen = []
+        for step in range(order.steps(epoch), order.steps(epoch + 1)):
+            indices = [index for row in order.rows(step) for index in row]
+            for index, part in zip(indices, parts(batches[step], 2), strict=True):
+                check_sample(source, encode, folder, index, part)
+            seen += indices
+        assert sorted(seen) == list(range(23))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_packed_batches_depend_on_neither_workers_nor_processes_nor_restarts(folder, source, encode, workers):
+    """One, two or four processes, each with its groups; some begin in the middle, on another number of hosts."""
+    whole = packed_batches(folder, source, encode)
+    steps = whole.order.steps(3)
+    expected = [digest(whole[step]) for step in range(steps)]
+    assert len(set(expected)) == steps >= 3
+    for processes, start in ((1, 0), (2, 1), (4, 2)) if workers == 0 else ((1, 1), (2, 2)):
+        shares = np.split(np.arange(4), processes)
+        runs = [packed_batches(folder, source, encode, share).iterate(start, steps, workers) for share in shares]
+        for step, of_processes in enumerate(zip(*runs, strict=True), start):
+            batch = {name: np.concatenate([part[name] for part in of_processes]) for name in of_processes[0]}
+            assert digest(batch) == expected[step]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_samples_stay_in_their_places(tmp_path, folder, source, encode, workers):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "5_1.png").write_bytes(b"no picture")
+    (tmp_path / "8_0.png").unlink()
+    damaged = LlavaJson(tmp_path / "data.json", tmp_path)
+    whole = packed_batches(folder, source, encode)
+    batches = packed_batches(tmp_path, damaged, encode, skip_bad=True)
+    steps, found = whole.order.steps(1), []
+    for step, (batch, bad) in enumerate(batches.iterate_with_bad(0, steps, workers)):
+        found += bad
+        np.testing.assert_array_equal(batch["tokens"], whole[step]["tokens"])
+        indices = [index for row in whole.order.rows(step) for index in row]
+        for index, (_, labels, pictures), (_, others, good) in zip(
+            indices, parts(batch, 2), parts(whole[step], 2), strict=True
+        ):
+            skipped = index in (5, 8)
+            np.testing.assert_array_equal(labels, np.full_like(others, -100) if skipped else others)
+            np.testing.assert_array_equal(pictures, np.zeros_like(good) if skipped else good)
+    assert sorted(one.id for one in found) == ["s5", "s8"]
+    assert all(f"sample {one.id}: picture" in one.reason for one in found)
+
+
+def test_a_sample_whose_text_is_at_fault_takes_no_position(source, folder, tokenizer):
+    short = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=2 * P)
+    lengths = measure(source, short, skip_bad=True)
+    faulty = np.flatnonzero(lengths.tokens == 0)
+    assert 0 < len(faulty) < 23
+    assert [one.index for one in bad_texts(source, short, faulty.tolist())] == faulty.tolist()
+    batches = packed_batches(folder, source, short, skip_bad=True)
+    rows = [row for step in range(batches.order.steps(1)) for row in batches.order.rows(step)]
+    assert sorted(index for row in rows for index in row) == list(range(23))
+    for step, (batch, bad) in enumerate(batches.iterate_with_bad(0, batches.order.steps(1))):
+        assert not bad
+        taken = lengths.tokens[[index for row in batches.order.rows(step) for index in row]]
+        assert (batch["segment_ids"] > 0).sum() == taken.sum()
 
 
 def test_seed_changes_the_batches_and_nothing_else_does(folder, source, encode, batches):

@@ -1,5 +1,6 @@
 """The train step against torch, and the loop from start to resume."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -391,6 +392,53 @@ def test_a_packed_run_reports_its_plan_and_resumes_bit_equal(world, tmp_path, ca
     config.data.workers = 1
     train.train(config.lock(), str(workdir))
     assert_same_run(workdir, whole)
+
+
+def broken_data(world, directory: Path) -> tuple[str, str]:
+    """The data with a damaged and a missing picture, and a sample whose answer is cut off."""
+    records = json.loads(Path(world["json"]).read_text())
+    records[7]["conversations"][0]["value"] = "Say white. " * 40
+    images = Path(shutil.copytree(world["images"], directory / "images"))
+    (images / "0.png").write_bytes(b"no picture")
+    (images / "5.png").unlink()
+    (directory / "data.json").write_text(json.dumps(records))
+    return str(directory / "data.json"), str(images)
+
+
+def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, capsys):
+    file, images = broken_data(world, tmp_path)
+    data = {"on_bad_sample": "skip", "max_bad_share": 0.5, "json": file, "images": images, "holdout": 2}
+    changes = {"data": data, "steps": 0, "epochs": 2.0}
+    workdir, whole = tmp_path / "run", tmp_path / "whole"
+    train.train(run_config(world, **changes), str(whole))
+    told = capsys.readouterr().err
+    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: picture" in told
+    found = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
+    counts = collections.Counter((one["id"], one["part"]) for one in found)
+    expected = {("sample-0", "training"): 2, ("sample-5", "training"): 2, ("sample-7", "text"): 1}
+    assert counts == expected, "none of them is held out"
+    losses = [m for m in metrics(whole) if "loss" in m]
+    assert losses[-1]["bad_samples"] == 6 and np.isfinite([m["loss"] for m in losses]).all()
+    stop_at(len(losses) - 1, run_config(world, **changes), workdir)
+    train.train(run_config(world, **changes), str(workdir))
+    assert_same_run(workdir, whole)
+    again = [json.loads(line) for line in (workdir / "bad_samples.jsonl").read_text().splitlines()]
+    assert again == found and metrics(workdir)[-2]["bad_samples"] == 6
+
+
+def test_too_many_bad_samples_stop_a_run_which_can_go_on(world, tmp_path, capsys):
+    file, images = broken_data(world, tmp_path)
+    data = {"on_bad_sample": "skip", "max_bad_share": 0.1, "json": file, "images": images}
+    workdir = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        train.train(run_config(world, data=data), str(workdir))
+    told = capsys.readouterr().err
+    assert left.value.code == 1 and "samples are bad, more than a share of 0.1 of 12; bad_samples.jsonl" in told
+    assert 1 <= open_checkpoint(workdir).step < 6
+    train.train(run_config(world, data=data | {"max_bad_share": 0.9}), str(workdir))
+    assert metrics(workdir)[-1]["step"] == 6
+    with pytest.raises(UserError, match="sample sample-7: nothing to learn"):
+        train.train(run_config(world, data={"json": file, "images": images}), str(tmp_path / "strict"))
 
 
 def test_sigkill_loses_only_what_was_not_saved(world, uninterrupted, tmp_path):

@@ -44,19 +44,20 @@ class Plan:
     positions_used: float
     image_slots_used: float
     label_slots_used: float
-    seconds: float  # that all plans of this row length and group took
+    seconds: float  # of a processor
     best: bool  # of those
 
 
 def plans(lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None) -> list[Plan]:
     """Plans of an epoch with one row length and group, the best first; with `image_slots` only that one."""
-    began = time.process_time()
     order = Order(np.arange(len(lengths.tokens)), rows_per_group, seed)
+    began = time.process_time()
     if image_slots is None:
         packed = image_slot_plans(order, lengths, row_length, rows_per_group)
     else:
         packed = [pack_order(order, lengths, row_length, rows_per_group, image_slots)]
-    seconds = time.process_time() - began
+        packed[0].epoch_rows(0)
+    seconds = (time.process_time() - began) / len(packed)
     return [
         Plan(
             row_length=row_length,

@@ -8,6 +8,7 @@ images would clump in some groups, and be missing where a group's image slots ar
 Then the groups are shuffled. Samples of equal tokens and images are interchangeable: their order is the epoch's.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -24,7 +25,9 @@ from llava_jax.data.sources import Sample
 # A row is drawn while more than so many mean lengths of it are free: the last two samples are chosen, not drawn.
 DRAW = 2.5
 # A pair that leaves more than so many positions free is not looked for, the longest single sample being as good.
-SLACK = 8
+SLACK = 4
+# Image slots are chosen by plans of so many samples: more would say the same.
+CHOSEN_BY = 100_000
 
 
 class Room(NamedTuple):
@@ -131,9 +134,8 @@ def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: S
     richest = int(indices[np.argmax(lengths.images[indices])])
     least, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
     if room.image_slots == 0:
-        slots = max(
-            image_slot_plans(orders[0], lengths, room.row_length, room.rows_per_group)[0].room.image_slots, least
-        )
+        some = dataclasses.replace(orders[0], samples=orders[0].visits(0)[:CHOSEN_BY])
+        slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, least)
     if least > slots:
         raise UserError(f"sample {source[richest].id}: has {least} images, more than image_slots={slots} of a group")
     return [pack_order(order, lengths, room.row_length, room.rows_per_group, slots) for order in orders]
@@ -253,14 +255,24 @@ class _Pool:
         single = max(((self._longest(n, free), n) for n in self.numbers if n <= slots), default=(-1, 0))
         if single[0] < 0:
             return ()
-        for tokens in range(free, max(single[0], free - SLACK), -1):
-            if pair := self._pair(tokens, slots):
-                return pair
+        if self._any_pair(free, slots):
+            for tokens in range(free, max(single[0], free - SLACK), -1):
+                if pair := self._pair(tokens, slots):
+                    return pair
         return (single[::-1],)
 
     def _longest(self, number: int, free: int) -> int:
         """The most tokens, up to `free`, of a sample left with so many images; -1 without one."""
         return (self.present[number] & ((2 << free) - 1)).bit_length() - 1
+
+    def _any_pair(self, free: int, slots: int) -> bool:
+        """Whether it is worth looking for pairs that leave less than `SLACK` positions free."""
+        numbers = [n for n in self.numbers if n <= slots]
+        present = functools.reduce(operator.or_, (self.present[n] for n in numbers), 0)
+        mirrored = functools.reduce(operator.or_, (self.mirrored[n] for n in numbers), 0) >> (self.row_length - free)
+        for slack in (1, 2):
+            mirrored |= mirrored >> slack
+        return bool(present & mirrored)
 
     def _pair(self, tokens: int, slots: int) -> tuple[Kind, ...]:
         """Two kinds that have so many tokens together, as much alike as possible; empty without."""
