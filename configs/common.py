@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     config.pack = False
     # Positions of a packed row; 0 is max_length.
     config.row_length = 0
+    # Steps whose samples all have images, or none, as the original's group_by_modality_length (docs/packing.md).
+    config.group_by_modality = False
     # Rows of a step, over all devices. Unpacked, a row is a sample.
     config.batch_rows = 128
     # Rows that share image slots.

@@ -70,6 +70,8 @@ def _problems(config: ConfigDict) -> Iterator[str]:
     yield from (f"{key} is {config[key]}: it has to be below 1" for key in BELOW_1 if config[key] >= 1)
     if not (config.steps or config.epochs):
         yield f"epochs is {config.epochs}, and so is steps: there is nothing to train"
+    if config.group_by_modality and config.pack:
+        yield "group_by_modality is for rows of one sample, and pack is set: packed rows are full because they mix"
     if config.row_length and not config.pack:
         yield f"row_length is {config.row_length}, which is for packed rows: set pack, or max_length instead"
     elif config.row_length and config.row_length < config.max_length:

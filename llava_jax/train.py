@@ -37,6 +37,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
 from llava_jax.data.mixture import check_folders, open_data, visits
+from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import PackedOrder, Room, fill, pack_orders
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
@@ -256,6 +257,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
     validation = Order(held_out, config.batch_rows, None)
+    if config.group_by_modality:
+        fields = (order.samples, order.batch_rows, order.seed)
+        order = ModalityOrder(*fields, lengths=lengths, rows_per_group=config.rows_per_group)
     if config.pack:
         room = Room(knobs.row_length(config), config.rows_per_group, config.image_slots)
         order, validation = pack_orders([order, validation], lengths, room, samples)

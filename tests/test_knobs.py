@@ -60,6 +60,13 @@ def test_longer_rows_are_for_packing(pack, length, message):
         knobs.check(config)
 
 
+def test_packed_rows_are_not_grouped_by_modality():
+    config = common.get_config()
+    config.pack = config.group_by_modality = True
+    with pytest.raises(UserError, match="config.group_by_modality is for rows of one sample"):
+        knobs.check(config)
+
+
 def test_all_problems_are_listed():
     config = common.get_config()
     config.keep, config.remat = 0, "half"

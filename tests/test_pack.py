@@ -28,6 +28,8 @@ def test_the_report_and_what_it_suggests(flags, tmp_path, capsys):
     assert report["samples"] == 40 and "40 samples of" in told
     sizes = {(plan["row_length"], plan["rows_per_group"]) for plan in report["plans"] if plan["best"]}
     assert sizes == {(64, 1), (64, 2), (256, 1), (256, 2)}
+    kinds = [plan["kind"] for plan in report["plans"]]
+    assert kinds[:4] == ["unpacked", "by modality"] * 2 and set(kinds[4:]) == {"packed"}
     for plan in report["plans"]:
         assert plan["samples_a_row"] * plan["rows"] == pytest.approx(40, abs=0.1)
         assert 0 < plan["positions_used"] <= 1 and 0 < plan["image_slots_used"] <= 1
@@ -36,7 +38,7 @@ def test_the_report_and_what_it_suggests(flags, tmp_path, capsys):
 
 def test_enough_in_short_rows_is_better_than_more_in_long_ones():
     def plan(row_length, positions, images):
-        return pack.Plan(row_length, 4, 9, 50, 3.0, 10, positions, images, 0.5, 0.1, True)
+        return pack.Plan("packed", row_length, 4, 9, 50, 3.0, 10, positions, images, 0.5, 0.1, True)
 
     assert pack.suggested([plan(1, 0.96, 0.99), plan(2, 0.97, 0.95), plan(3, 0.99, 0.99)]).row_length == 2
     assert pack.suggested([plan(1, 0.96, 0.9), plan(2, 0.99, 0.94)]).row_length == 2

@@ -394,6 +394,14 @@ def test_a_packed_run_reports_its_plan_and_resumes_bit_equal(world, tmp_path, ca
     assert_same_run(workdir, whole)
 
 
+def test_a_run_grouped_by_modality_has_steps_without_pictures(world, tmp_path):
+    """Three of twelve samples have none: one step of two of them, and the third with what is left of the others."""
+    changes = {"group_by_modality": True, "batch_rows": 2, "steps": 6}
+    train.train(run_config(world, **changes), str(tmp_path / "run"))
+    images = [m["images_per_second"] for m in metrics(tmp_path / "run")]
+    assert len(images) == 6 and images[:5].count(0) == 1 and images[5] > 0
+
+
 def broken_data(world, directory: Path) -> tuple[str, str]:
     """The data with a damaged and a missing picture, and a sample whose answer is cut off."""
     records = json.loads(Path(world["json"]).read_text())

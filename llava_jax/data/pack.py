@@ -1,4 +1,4 @@
-"""How full packed rows and their groups' image slots would be, and which sizes to choose, before training with
+"""How full rows and the image slots of their groups would be, packed and unpacked, and which sizes to choose for
 `config.pack`. Reads texts alone, no pictures."""
 
 import argparse
@@ -14,9 +14,10 @@ from etils import epath
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.built import Built
 from llava_jax.data.conversation import get_template
+from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.pipeline import TextEncoder, measure
-from llava_jax.data.plan import Lengths, Order
+from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 
@@ -35,6 +36,7 @@ ENOUGH = (0.97, 0.95)  # of positions and of image slots
 class Plan:
     """A line of the report; shares are of 1."""
 
+    kind: str  # "unpacked", "by modality" or "packed"
     row_length: int
     rows_per_group: int
     image_slots: int
@@ -44,11 +46,37 @@ class Plan:
     positions_used: float
     image_slots_used: float
     label_slots_used: float
-    seconds: float  # of a processor
-    best: bool  # of those
+    seconds: float = 0.0  # of a processor, to plan an epoch
+    best: bool = False  # of the packed ones of its row length and group
 
 
-def plans(lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None) -> list[Plan]:
+def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed: int, samples: int) -> Iterator[Plan]:
+    """One sample a row, so many rows a step or so, with and without `config.group_by_modality`."""
+    indices = np.arange(len(lengths.tokens))
+    batch_rows = -(-samples // rows_per_group) * rows_per_group
+    plain = Order(indices, batch_rows, seed)
+    grouped = ModalityOrder(indices, batch_rows, seed, lengths=lengths, rows_per_group=rows_per_group)
+    for kind, order in (("unpacked", plain), ("by modality", grouped)):
+        schedule, sizes = [(order, order.epoch_steps(0))], {"image_tokens": 1, "image_size": 1}
+        layout = plan_layout(schedule, lengths, rows_per_group=rows_per_group, max_length=max_length, **sizes)
+        groups = len(indices) / rows_per_group
+        yield Plan(
+            kind=kind,
+            row_length=max_length,
+            rows_per_group=rows_per_group,
+            image_slots=layout.image_slots,
+            label_slots=layout.label_slots,
+            samples_a_row=1.0,
+            rows=len(indices),
+            positions_used=round(float(lengths.tokens.mean()) / max_length, 4),
+            image_slots_used=round(int(lengths.images.sum()) / (groups * max(layout.image_slots, 1)), 4),
+            label_slots_used=round(int(lengths.targets.sum()) / (groups * layout.label_slots), 4),
+        )
+
+
+def packed_plans(
+    lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None
+) -> Iterator[Plan]:
     """Plans of an epoch with one row length and group, the best first; with `image_slots` only that one."""
     order = Order(np.arange(len(lengths.tokens)), rows_per_group, seed)
     began = time.process_time()
@@ -58,12 +86,14 @@ def plans(lengths: Lengths, row_length: int, rows_per_group: int, seed: int, ima
         packed = [pack_order(order, lengths, row_length, rows_per_group, image_slots)]
         packed[0].epoch_rows(0)
     seconds = (time.process_time() - began) / len(packed)
-    return [
-        Plan(
+    for plan in packed:
+        full = fill(plan)
+        yield Plan(
+            kind="packed",
             row_length=row_length,
             rows_per_group=rows_per_group,
             image_slots=plan.room.image_slots,
-            label_slots=(full := fill(plan)).label_slots,
+            label_slots=full.label_slots,
             samples_a_row=round(full.samples_a_row, 3),
             rows=full.rows,
             positions_used=round(full.tokens, 4),
@@ -72,8 +102,6 @@ def plans(lengths: Lengths, row_length: int, rows_per_group: int, seed: int, ima
             seconds=round(seconds, 2),
             best=plan is packed[0],
         )
-        for plan in packed
-    ]
 
 
 def suggested(plans: list[Plan]) -> Plan:
@@ -105,18 +133,16 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them learned) and "
         f"{images.mean():.2f} images; {np.mean(images == 0):.1%} without"
     )
-    longest = max(plan.row_length for plan in plans)
-    unpacked = lengths.tokens.mean() / lengths.tokens.max()
-    yield f"unpacked, rows as long as the longest sample ({lengths.tokens.max()}) would be full to {unpacked:.1%}"
     yield (
-        f"{'row':>{len(str(longest)) + 1}}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
+        f"{'rows':<12}{'length':>7}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
         f"{'positions used':>16}{'image slots used':>18}{'label slots used':>18}{'seconds':>9}"
     )
     for plan in plans:
         yield (
-            f"{plan.row_length:>{len(str(longest)) + 1}}{plan.rows_per_group:>7}{plan.image_slots:>12}"
+            f"{plan.kind:<12}{plan.row_length:>7}{plan.rows_per_group:>7}{plan.image_slots:>12}"
             f"{'*' if plan.best else ' '}{plan.label_slots:>13}{plan.samples_a_row:>15.2f}{plan.positions_used:>16.1%}"
-            f"{plan.image_slots_used:>18.1%}{plan.label_slots_used:>18.1%}{plan.seconds:>9.1f}"
+            f"{plan.image_slots_used:>18.1%}{plan.label_slots_used:>18.1%}"
+            f"{plan.seconds or '-':>9}"
         )
     chosen = suggested(plans)
     step = flags(chosen, samples_a_step)
@@ -134,12 +160,16 @@ def main(argv: list[str] | None = None) -> None:
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
         raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
-    found = []
+    found = [
+        plan
+        for rows_per_group in args.rows_per_group
+        for plan in unpacked_plans(lengths, args.max_length, rows_per_group, args.seed, args.samples_a_step)
+    ]
     sizes = list(itertools.product(args.row_length or [args.max_length], args.rows_per_group))
     for row_length, rows_per_group in track(sizes, "planning"):
         if row_length < longest:
             raise UserError(f"--row-length {row_length}: samples have up to {longest} tokens; --max-length cuts them")
-        found += plans(lengths, row_length, rows_per_group, args.seed, args.image_slots)
+        found += packed_plans(lengths, row_length, rows_per_group, args.seed, args.image_slots)
     if args.json_out:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
