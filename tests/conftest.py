@@ -8,9 +8,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".pytest_cach
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import atexit
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -19,6 +21,10 @@ from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava_jax.data.tokenization import load_tokenizer
+
+# What the code of another day has worked out tests nothing.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="llava_jax_cache_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)  # the same on every machine

@@ -1,10 +1,12 @@
 """LLaVA JSON and JSONL, and errors that say where."""
 
 import json
+import pickle
 
 import pytest
 
 from llava_jax.cli import UserError
+from llava_jax.data import sources
 from llava_jax.data.sources import LlavaJson, Sample, find_faults
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -87,9 +89,10 @@ def test_all_faults_of_a_sample_are_told():
     [
         (b"", "holds no samples"),
         (b"[]", "holds no samples"),
-        (b"[1,", "is no JSON: Expecting value: line 1 column 4"),
+        (json.dumps(GOOD)[:-1].encode() + b",\n 1e", r"data: sample 4 .*is no object"),
+        (b"[{]", r"data: is no JSON: Expecting property name .*: line 1 column 3 \(byte 2\)"),
         (b'{"id": 1}\n{"id": \n', "line 1 .*`conversations`"),
-        (b"[\xff]", "is no UTF-8"),
+        (b'["\xff"]', "sample 0: is no UTF-8"),
         (json.dumps(GOOD[0]).encode() + b"\n{", "line 2: is no JSON"),
     ],
 )
@@ -97,6 +100,32 @@ def test_files_that_are_no_data(tmp_path, content, message):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(UserError, match=message):
         LlavaJson(tmp_path / "data")
+
+
+def test_the_cache_is_of_the_file_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write(tmp_path / "data", GOOD, jsonl=True)
+    first = LlavaJson(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "scan", None)  # nothing is read again
+        again = LlavaJson(data)
+    assert list(again) == list(first) and again.digest == first.digest == sources.digest_of(first)
+    (cached,) = (tmp_path / "cache" / "llava_jax").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-200])
+    assert list(LlavaJson(data)) == list(first)
+    write(data, GOOD[:1], jsonl=True)
+    assert len(LlavaJson(data)) == 1 and LlavaJson(data).digest != first.digest
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    (tmp_path / "cache").touch()  # where no directory can be made
+    assert len(LlavaJson(data)) == 1
+
+
+def test_samples_travel_to_other_processes_without_their_texts(tmp_path):
+    samples = LlavaJson(write(tmp_path / "data", GOOD * 500, jsonl=True))
+    assert samples[1700] == samples[0]
+    travelled = pickle.dumps(samples)
+    assert len(travelled) < 16 * len(samples) + 1000
+    assert list(pickle.loads(travelled)) == list(samples)
 
 
 def test_a_missing_file(tmp_path):

@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template
 from llava_jax.data.images import load_image
+from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.sources import (
     ROLES,
     Fault,
-    Record,
     Sample,
     find_faults,
     parse_sample,
-    read_records,
     record_value,
     sample_id,
 )
@@ -67,8 +66,7 @@ def find_problems(
     """All problems of the samples in file `json`, whose pictures are in folder `images`."""
     samples = []
     seen: dict[str, Record] = {}
-    records = read_records(json)
-    for record in track(records, "reading samples"):
+    for record in track(scan(local_data(json), json), "reading samples"):
         try:
             value = record_value(record)
         except UserError as error:

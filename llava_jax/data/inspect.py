@@ -57,12 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
-    samples = list(itertools.islice(LlavaJson(args.json), args.limit))
+    samples = LlavaJson(args.json)
+    count = len(samples) if args.limit is None else min(args.limit, len(samples))
     if args.jsonl:
-        encoded = ((sample, encode(sample)) for sample in track(samples, "encoding samples"))
-        _write_jsonl(args.jsonl, encoded, tokenizer)
+        indices = track(range(count), "encoding samples")
+        _write_jsonl(args.jsonl, ((samples[i], encode(samples[i])) for i in indices), tokenizer)
     else:
-        _show(((sample, encode(sample)) for sample in samples), tokenizer)
+        _show(((samples[i], encode(samples[i])) for i in range(count)), tokenizer)
 
 
 def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,17 +7,24 @@ A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "
 number or be absent, and is then the index.
 """
 
+import array
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, track
+from llava_jax.data import cache
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import read_picture
+from llava_jax.data.records import Record, RecordFile, load_json, local_data, scan
+
+INDEX = 1  # of the caches of files: raise it when another version would find other faults or digests
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -49,14 +56,6 @@ class Source(Protocol):
         ...
 
 
-class Record(NamedTuple):
-    """A sample before anything about it is known: where it stands, its index, and its JSON (bytes: a line, unread)."""
-
-    where: str
-    index: int
-    value: Any
-
-
 class Fault(NamedTuple):
     """Why a record is no sample."""
 
@@ -67,20 +66,22 @@ class Fault(NamedTuple):
 class LlavaJson(Sequence[Sample]):
     """The samples of a file, their pictures in folder `images` (not needed where none is read): a `Source`.
 
-    All are checked when it is opened. Raises `UserError` with file, line or index, and id.
+    All are checked when it is opened, which the cache remembers; texts stay in the file. Raises `UserError` with file,
+    line or index, and id.
     """
 
     def __init__(self, path: epath.PathLike, images: epath.PathLike = ""):
         self.path = path
         self.images = images
-        self._samples = [parse_sample(record) for record in read_records(path)]
-        self.digest = digest_of(self._samples)
+        self._records, self.digest = _index(path)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
+        index = range(len(self))[index]
+        where = f"{self.path}: sample {index}"
+        return parse_sample(Record(where, index, 0, 0, self._records[index]))
 
     def read_pictures(self, index: int, count: int) -> list[bytes]:
         sample = self[index]
@@ -93,28 +94,28 @@ class LlavaJson(Sequence[Sample]):
         return f"LlavaJson({str(self.path)!r})"
 
 
+def _index(path: epath.PathLike) -> tuple[RecordFile, str]:
+    """Where the records of a file are, once all are known to be samples, and the digest of these."""
+    file = local_data(path)
+    name = f"index-{cache.digest(INDEX, os.path.abspath(file), cache.version(file))}"
+    index = cache.load(name)
+    if index is None:
+        starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
+        for record in track(scan(file, path), f"reading {path}"):
+            digest.update(repr(parse_sample(record)).encode())
+            starts.append(record.start)
+            stops.append(record.stop)
+        index = {"starts": np.array(starts), "stops": np.array(stops), "digest": np.array(digest.hexdigest())}
+        cache.save(name, **index)
+    return RecordFile(file, index["starts"], index["stops"]), str(index["digest"])
+
+
 def digest_of(samples: Iterable[Sample]) -> str:
     """What tells these samples, their image names and their order from others."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr(sample).encode())
     return digest.hexdigest()
-
-
-def read_records(path: epath.PathLike) -> list[Record]:
-    """The records of a JSON array, or of JSONL, whose lines stay unread so that one bad line hides no other."""
-    path = epath.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if data.lstrip().startswith(b"["):
-        records = [Record(f"{path}: sample {i}", i, value) for i, value in enumerate(_load_json(data, str(path)))]
-    else:
-        lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-        records = [Record(f"{path}: line {number}", i, line) for i, (number, line) in enumerate(lines)]
-    if not records:
-        raise UserError(f"{path}: holds no samples: a JSON array of them, or one a line, was expected")
-    return records
 
 
 def parse_sample(record: Record) -> Sample:
@@ -127,7 +128,7 @@ def parse_sample(record: Record) -> Sample:
 
 def record_value(record: Record) -> Any:
     """The JSON value of a record. Raises `UserError` for a line that is no JSON."""
-    return _load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
+    return load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
 
 
 def find_faults(value: Any) -> Iterator[Fault]:
@@ -191,15 +192,6 @@ def turns_of(value: dict) -> tuple[tuple[str, str], ...]:
     """The turns of a record from the first question on."""
     turns = [(ROLES[sentence["from"]], sentence["value"]) for sentence in value["conversations"]]
     return tuple(turns[1:] if turns[0][0] == "assistant" else turns)
-
-
-def _load_json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is no JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is no UTF-8: {error}") from error
 
 
 def _all_strings(value: Any) -> bool:

@@ -1,0 +1,200 @@
+"""The records of a JSON array or of JSONL of any size: read as a stream, or at random by where they stand.
+
+Whatever the size of the file, no more of it is in memory than a block and a record.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.data import cache
+
+BLOCK = 4 * 2**20  # bytes read at a time
+LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
+BOM = b"\xef\xbb\xbf"
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Record(NamedTuple):
+    """A record of a file, about which nothing is known yet."""
+
+    where: str  # its file, and its line or index
+    index: int
+    start: int  # its first byte
+    stop: int  # the one after its last
+    value: Any  # its JSON value, or bytes: still to be read
+
+
+class RecordFile:
+    """Random access to the bytes of records; it knows but where they are, and travels to other processes."""
+
+    def __init__(self, path: Path, starts: np.ndarray, stops: np.ndarray):
+        self.path = path
+        self.starts = starts  # int64[N]
+        self.stops = stops  # int64[N]
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> bytes:
+        if self._file is None:
+            self._file = self.path.open("rb", buffering=0)
+        start = int(self.starts[index])
+        return os.pread(self._file.fileno(), int(self.stops[index]) - start, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+
+def local_data(path: epath.PathLike) -> Path:
+    """A file of records on this machine: the file itself, or a copy of a remote one."""
+    if not epath.Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    return cache.local_file(path)
+
+
+def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
+    """The records of a local file, called `name` in errors, in their order.
+
+    Lines of JSONL stay unread, so that one bad line hides no other; an array ends where it is no JSON. So do records
+    that are not ASCII.
+
+    Raises:
+      UserError: at what is no JSON array, at a record that is too long, at the end of a file that holds none.
+    """
+    with file.open("rb") as data:
+        begin = len(BOM) if data.read(len(BOM)) == BOM else 0
+        data.seek(begin)
+        while (first := data.read(1)).isspace():
+            pass
+        data.seek(begin)
+        index = -1
+        for index, (line, start, stop, value) in enumerate((_array if first == b"[" else _lines)(data, begin, name)):
+            yield Record(f"{name}: {line or f'sample {index}'}", index, start, stop, value)
+        if index < 0:
+            raise UserError(f"{name}: holds no samples: a JSON array of them, or one a line, was expected")
+
+
+def load_json(data: bytes, where: str) -> Any:
+    """What JSON text says. Raises `UserError` naming `where`."""
+    try:
+        return json.loads(data.decode())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is no JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is no UTF-8: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: is nested too deeply for a sample") from error
+
+
+def _lines(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[str, int, int, bytes]]:
+    """Place, start, stop and bytes of every line that isn't empty."""
+    number = 0
+    while line := file.readline(LONGEST):
+        number += 1
+        if len(line) == LONGEST:
+            raise _too_long(f"{name}: line {number}")
+        if text := line.rstrip():
+            yield f"line {number}", start, start + len(text), text
+        start += len(line)
+
+
+def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[None, int, int, Any]]:
+    """Nothing, start, stop and value of every element."""
+    window = _Window(file, start, name)
+    window.peek()
+    window.at += 1  # the bracket
+    separator = "," if window.peek() != "]" else "]"
+    while separator == ",":
+        window.peek()
+        yield None, *window.read_value()
+        separator = window.peek()
+        if separator not in ("]", ","):
+            window.fail("Expecting ',' delimiter", window.at)
+        window.at += 1
+    if window.peek() not in ("", "]"):
+        window.fail("Extra data", window.at)
+
+
+class _Window:
+    """The part of a file that is being parsed, as Latin-1: a character is a byte, and JSON's own are ASCII."""
+
+    decoder = json.JSONDecoder()
+
+    def __init__(self, file: BinaryIO, start: int, name: epath.PathLike):
+        self.file = file
+        self.name = name
+        self.text = ""
+        self.base = start  # where in the file the text begins
+        self.at = 0  # where in the text the next value is
+        self.line = 1  # in which line the text begins
+        self.line_start = start  # where in the file that line begins
+
+    def peek(self) -> str:
+        """Moves to the next character that is no space and returns it, nothing at the end of the file."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self._grow():
+                return self.text[self.at : self.at + 1]
+
+    def read_value(self) -> tuple[int, int, Any]:
+        """Start, stop and value of what is next."""
+        while True:
+            try:
+                value, stop = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if self._certain(error) or not self._grow():
+                    self.fail(error.msg, error.pos)
+                continue
+            except RecursionError:
+                self.fail("nested too deeply for a sample", self.at)
+            if stop == len(self.text) and self._grow():  # a number might go on
+                continue
+            start, self.at = self.at, stop
+            if not (raw := self.text[start:stop]).isascii():
+                value = raw.encode("latin-1")
+            return self.base + start, self.base + stop, value
+
+    def fail(self, message: str, position: int) -> NoReturn:
+        line, line_start = self._line_at(position)
+        place = f"line {line} column {self.base + position - line_start + 1} (byte {self.base + position})"
+        raise UserError(f"{self.name}: is no JSON: {message}: {place}")
+
+    def _certain(self, error: json.JSONDecodeError) -> bool:
+        """Whether an error would be one whatever follows: it isn't about a string or a word that is cut."""
+        return len(self.text) - error.pos > 16 and "Unterminated" not in error.msg
+
+    def _grow(self) -> bool:
+        """Drops what was read and reads on, as much as is left at least; False at the end of the file."""
+        kept = self.text[self.at :]
+        if len(kept) > LONGEST:
+            raise _too_long(f"{self.name}: a sample at byte {self.base + self.at}")
+        block = self.file.read(max(BLOCK, len(kept)))
+        if not block:
+            return False
+        self.line, self.line_start = self._line_at(self.at)
+        self.base += self.at
+        self.at = 0
+        self.text = kept + block.decode("latin-1")
+        return True
+
+    def _line_at(self, position: int) -> tuple[int, int]:
+        """The number of the line at a position of the text, and where in the file it begins."""
+        newlines = self.text.count("\n", 0, position)
+        line_start = self.base + self.text.rindex("\n", 0, position) + 1 if newlines else self.line_start
+        return self.line + newlines, line_start
+
+
+def _too_long(where: str) -> UserError:
+    return UserError(
+        f"{where} takes more than {LONGEST >> 20} MiB: a JSON array of samples, or one a line, was expected"
+    )
