@@ -36,11 +36,11 @@ def get_config() -> ConfigDict:
 
     # Positions of a sample, images included: longer ones are truncated (never through an image).
     config.max_length = 2048
-    # Several samples a row, none of which sees another (docs/packing.md): a step is of more than batch_rows samples.
+    # Several samples a row, none of which sees another (docs/batches.md): a step is of more than batch_rows samples.
     config.pack = False
     # Positions of a packed row; 0 is max_length.
     config.row_length = 0
-    # Steps whose samples all have images, or none, as the original's group_by_modality_length (docs/packing.md).
+    # Steps whose samples all have images, or none, as the original's group_by_modality_length (docs/batches.md).
     config.group_by_modality = False
     # Rows of a step, over all devices. Unpacked, a row is a sample.
     config.batch_rows = 128
