@@ -242,7 +242,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
 
     # ---- Data: every error in the text, the order and the shapes are known from here on
-    samples = open_data(config.data)
+    skip_bad = config.data.on_bad_sample == "skip"
+    samples = open_data(config.data, lenient=skip_bad)
     encode = TextEncoder(
         with_im_start_end(_template(config, source), model.im_start_end),
         load_tokenizer(source.tokenizer_dir),
@@ -251,7 +252,6 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.image_position,
         config.seed,
     )
-    skip_bad = config.data.on_bad_sample == "skip"
     lengths = _measure_together(samples, encode, config.data.workers, skip_bad)
     check_folders(samples, lengths)
     training, held_out = split(len(samples), config.data.holdout, config.seed)

@@ -77,6 +77,26 @@ def test_faults_name_file_place_and_id(tmp_path, kind, detail, value):
         LlavaJson(data)
 
 
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_faulty_records_of_a_lenient_source_raise_where_they_are_asked_for(tmp_path, jsonl):
+    """One of them holds half a surrogate pair, which has no encoding."""
+    good = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    odd = {"id": "b", "conversations": [{"from": "human", "value": "\ud800"}, {"from": "gpt", "value": "a"}]}
+    lines = [json.dumps(value) for value in (good, [1], odd, good)]
+    file = tmp_path / "data.json"
+    file.write_text("\n".join(lines) if jsonl else f"[{','.join(lines)}]")
+    with pytest.raises(UserError, match="is no object"):
+        LlavaJson(file)
+    source = LlavaJson(file, lenient=True)
+    assert len(source) == 4 and source[0].id == source[3].id == "a"
+    for index in (1, 2):
+        with pytest.raises(UserError, match=f"sample {index}"):
+            source[index]
+    digests = {source.digest, LlavaJson(file, lenient=True).digest}
+    file.write_text(file.read_text().replace("[1]", "[2]"))
+    assert len(digests) == 1 and LlavaJson(file, lenient=True).digest not in digests
+
+
 def test_all_faults_of_a_sample_are_told():
     value = {"conversations": [{"from": "bot", "value": 1}, 2]}
     assert [fault.kind for fault in find_faults(value)] == ["role", "structure", "structure"]

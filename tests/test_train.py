@@ -403,9 +403,10 @@ def test_a_run_grouped_by_modality_has_steps_without_pictures(world, tmp_path):
 
 
 def broken_data(world, directory: Path) -> tuple[str, str]:
-    """The data with a damaged and a missing picture, and a sample whose answer is cut off."""
+    """The data with a damaged and a missing picture, a record that is no sample, and an answer that is cut off."""
     records = json.loads(Path(world["json"]).read_text())
     records[7]["conversations"][0]["value"] = "Say white. " * 40
+    del records[3]["conversations"]
     images = Path(shutil.copytree(world["images"], directory / "images"))
     (images / "0.png").write_bytes(b"no picture")
     (images / "5.png").unlink()
@@ -415,7 +416,7 @@ def broken_data(world, directory: Path) -> tuple[str, str]:
 
 def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, capsys):
     file, images = broken_data(world, tmp_path)
-    data = {"on_bad_sample": "skip", "max_bad_share": 0.5, "json": file, "images": images, "holdout": 2}
+    data = {"on_bad_sample": "skip", "max_bad_share": 0.6, "json": file, "images": images, "holdout": 2}
     changes = {"data": data, "steps": 0, "epochs": 2.0}
     workdir, whole = tmp_path / "run", tmp_path / "whole"
     train.train(run_config(world, **changes), str(whole))
@@ -424,14 +425,15 @@ def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, cap
     found = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
     counts = collections.Counter((one["id"], one["part"]) for one in found)
     expected = {("sample-0", "training"): 2, ("sample-5", "training"): 2, ("sample-7", "text"): 1}
+    expected[("3", "text")] = 1
     assert counts == expected, "none of them is held out"
     losses = [m for m in metrics(whole) if "loss" in m]
-    assert losses[-1]["bad_samples"] == 6 and np.isfinite([m["loss"] for m in losses]).all()
+    assert losses[-1]["bad_samples"] == 8 and np.isfinite([m["loss"] for m in losses]).all()
     stop_at(len(losses) - 1, run_config(world, **changes), workdir)
     train.train(run_config(world, **changes), str(workdir))
     assert_same_run(workdir, whole)
     again = [json.loads(line) for line in (workdir / "bad_samples.jsonl").read_text().splitlines()]
-    assert again == found and metrics(workdir)[-2]["bad_samples"] == 6
+    assert again == found and metrics(workdir)[-2]["bad_samples"] == 8
 
 
 def test_too_many_bad_samples_stop_a_run_which_can_go_on(world, tmp_path, capsys):
@@ -445,7 +447,7 @@ def test_too_many_bad_samples_stop_a_run_which_can_go_on(world, tmp_path, capsys
     assert 1 <= open_checkpoint(workdir).step < 6
     train.train(run_config(world, data=data | {"max_bad_share": 0.9}), str(workdir))
     assert metrics(workdir)[-1]["step"] == 6
-    with pytest.raises(UserError, match="sample sample-7: nothing to learn"):
+    with pytest.raises(UserError, match="no list of turns"):
         train.train(run_config(world, data={"json": file, "images": images}), str(tmp_path / "strict"))
 
 

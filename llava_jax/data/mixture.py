@@ -53,11 +53,11 @@ class Mixture(Sequence[Sample]):
         return self.sources[number], index - self.starts[number]
 
 
-def open_data(data: ConfigDict) -> Source:
+def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     """The source that `config.data` names. Raises `UserError` where it names none, or more than one."""
     single = {key: data[key] for key in ("json", "images", "built") if data[key]}
     if not data.mixture:
-        return _open("config.data", single)
+        return _open("config.data", single, lenient)
     if single:
         raise UserError(
             f"config.data.mixture stands beside {_names(single)}: set either, or name that in the mixture too"
@@ -67,10 +67,10 @@ def open_data(data: ConfigDict) -> Source:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
             raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
     weights = [_weight(name, entry.get("weight", 1.0)) for name, entry in entries]
-    return Mixture([_open(name, entry) for name, entry in entries], weights)
+    return Mixture([_open(name, entry, lenient) for name, entry in entries], weights)
 
 
-def _open(name: str, given: Mapping[str, Any]) -> Source:
+def _open(name: str, given: Mapping[str, Any], lenient: bool) -> Source:
     if bool(given.get("json")) == bool(given.get("built")):
         said = "names both" if given.get("json") else "names no data: set"
         raise UserError(f"{name} {said} json (with images) {'and' if given.get('json') else 'or'} built")
@@ -78,7 +78,7 @@ def _open(name: str, given: Mapping[str, Any]) -> Source:
         if given.get("images"):
             raise UserError(f"{name}.images is set, but {given['built']} holds its own pictures")
         return Built(given["built"])
-    return LlavaJson(given["json"], given.get("images", ""))
+    return LlavaJson(given["json"], given.get("images", ""), lenient)
 
 
 def _weight(name: str, weight: Any) -> float:

@@ -67,13 +67,13 @@ class LlavaJson(Sequence[Sample]):
     """The samples of a file, their pictures in folder `images` (not needed where none is read): a `Source`.
 
     All are checked when it is opened, which the cache remembers; texts stay in the file. Raises `UserError` with file,
-    line or index, and id.
+    line or index, and id; if `lenient`, only where a record is asked for that is no sample.
     """
 
-    def __init__(self, path: epath.PathLike, images: epath.PathLike = ""):
+    def __init__(self, path: epath.PathLike, images: epath.PathLike = "", lenient: bool = False):
         self.path = path
         self.images = images
-        self._records, self.digest = _index(path)
+        self._records, self.digest = _index(path, lenient)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -94,15 +94,20 @@ class LlavaJson(Sequence[Sample]):
         return f"LlavaJson({str(self.path)!r})"
 
 
-def _index(path: epath.PathLike) -> tuple[RecordFile, str]:
-    """Where the records of a file are, once all are known to be samples, and the digest of these."""
+def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
+    """Where the records of a file are, once all are known to be samples (or not, if `lenient`), and their digest."""
     file = local_data(path)
-    name = f"index-{cache.digest(INDEX, os.path.abspath(file), cache.version(file))}"
+    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.version(file))}"
     index = cache.load(name)
     if index is None:
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
         for record in track(scan(file, path), f"reading {path}"):
-            digest.update(repr(parse_sample(record)).encode())
+            try:
+                digest.update(repr(parse_sample(record)).encode())
+            except UserError:
+                if not lenient:
+                    raise
+                digest.update(repr(record.value).encode(errors="surrogatepass"))
             starts.append(record.start)
             stops.append(record.stop)
         index = {"starts": np.array(starts), "stops": np.array(stops), "digest": np.array(digest.hexdigest())}
