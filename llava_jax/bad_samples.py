@@ -5,7 +5,8 @@ is known before step 0. One whose picture is at fault is found where it is read:
 learn in them and zeros for its pictures. Each is written to `bad_samples.jsonl` with step, id and reason.
 
 The run stops when more than `max_bad_share` of the samples that it has come to were bad, or of 1,000 while they are
-fewer (of an epoch's where that has fewer). All processes count the same, so all stop at the same step.
+fewer (of an epoch's where that has fewer). All processes count the same, so all stop at the same step. It does not
+begin where more of all texts have faults.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llava_jax import distributed
+from llava_jax.cli import UserError
 from llava_jax.data.pipeline import Bad, bad_texts
 from llava_jax.data.plan import Lengths, Order
 from llava_jax.data.sources import Sample, Source
@@ -22,6 +24,16 @@ from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
 
 JUDGED = 1000  # samples
 TOLD = 20  # on the screen, by one start of a run
+
+
+def check_texts(lengths: Lengths, share: float) -> None:
+    """Raises UserError where the texts alone are too many, which is known before the first step."""
+    faulty, count = int(np.count_nonzero(lengths.tokens == 0)), len(lengths.tokens)
+    if faulty > share * count:
+        raise UserError(
+            f"{faulty:,} of {count:,} samples have texts with faults, more than data.max_bad_share={share:g}: "
+            "python -m llava_jax.data.check lists them; mend them or raise data.max_bad_share"
+        )
 
 
 class BadSamples:

@@ -52,6 +52,11 @@ class MetricsWriter:
         with (self.local / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The lines of such a file so far."""
+        file = self.local / name
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def flush(self) -> None:
         """Begins to copy to a remote workdir what is there by now."""
         if self.uploads:

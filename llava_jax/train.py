@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import sys
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
-from llava_jax.bad_samples import BadSamples
+from llava_jax.bad_samples import BadSamples, check_texts
 from llava_jax.checkpoint import (
     DESCRIPTION,
     Checkpoint,
@@ -253,6 +252,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         config.seed,
     )
     lengths = _measure_together(samples, encode, config.data.workers, skip_bad)
+    check_texts(lengths, config.data.max_bad_share)
     check_folders(samples, lengths)
     training, held_out = split(len(samples), config.data.holdout, config.seed)
     order = Order(visits(samples, training, config.seed), config.batch_rows, config.seed)
@@ -325,9 +325,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     signals = distributed.Ballot(mesh)
     peak = peak_flops(jax.devices()[0].device_kind)  # None on CPUs
     step_flops = flops.step_flops(model, layout, flops.trainable_parts(trainable_names), config.remat)
-    if first:
-        writer, screen = MetricsWriter(directory, start, tracking.start(config, directory)), Screen(start, steps)
-    bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(directory, start))
+    writer = MetricsWriter(directory, start, tracking.start(config, directory)) if first else None
+    screen = Screen(start, steps) if first else None
+    bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(writer))
     if first and start == 0 and skip_bad:
         bad.tell(bad.of_texts(samples, encode), writer, screen)
     began = clock = time.monotonic()
@@ -470,12 +470,9 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     return config[key]
 
 
-def _bad_pictures(directory: epath.Path, start: int) -> int:
-    """How many were found up to a step: what process 0 reads there, since it goes on writing."""
-    log, found = directory / BAD_SAMPLES, 0
-    if distributed.is_first() and log.exists():
-        lines = map(json.loads, log.read_text().splitlines())
-        found = sum(line["part"] == "training" and line["step"] <= start for line in lines)
+def _bad_pictures(writer: MetricsWriter | None) -> int:
+    """How many were found before this start, which the first process knows, who has the writer."""
+    found = sum(line["part"] == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
     return int(distributed.gather("bad pictures so far", np.array([found]))[0][0])
 
 

@@ -49,9 +49,12 @@ def test_logs_of_a_remote_workdir_are_staged_and_a_failing_upload_only_warns(tmp
     workdir = tmp_path / "bucket"
     (workdir / "tensorboard").mkdir(parents=True)
     (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 9.0}\n')
+    (workdir / "bad_samples.jsonl").write_text('{"step": 1, "id": "a"}\n{"step": 2, "id": "b"}\n{"step": 2, "i')
     monkeypatch.setattr(metrics, "is_remote", lambda path: path == workdir)
     writer = MetricsWriter(epath.Path(workdir), 1)
     writer.write(2, {"loss": 2.0})
+    assert writer.read("bad_samples.jsonl") == [{"step": 1, "id": "a"}]
+    writer.append("bad_samples.jsonl", {"step": 2, "id": "c"})
     assert "9.0" in (workdir / "metrics.jsonl").read_text(), "nothing is written there before the first upload"
 
     def fails(source, target):
@@ -68,4 +71,5 @@ def test_logs_of_a_remote_workdir_are_staged_and_a_failing_upload_only_warns(tmp
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
     writer.close()
+    assert (workdir / "bad_samples.jsonl").read_text() == '{"step": 1, "id": "a"}\n{"step": 2, "id": "c"}\n'
     assert list((workdir / "tensorboard").iterdir())

@@ -438,15 +438,18 @@ def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, cap
 
 def test_too_many_bad_samples_stop_a_run_which_can_go_on(world, tmp_path, capsys):
     file, images = broken_data(world, tmp_path)
-    data = {"on_bad_sample": "skip", "max_bad_share": 0.1, "json": file, "images": images}
+    data = {"on_bad_sample": "skip", "max_bad_share": 0.2, "json": file, "images": images}
     workdir = tmp_path / "run"
     with pytest.raises(SystemExit) as left:
         train.train(run_config(world, data=data), str(workdir))
     told = capsys.readouterr().err
-    assert left.value.code == 1 and "samples are bad, more than a share of 0.1 of 12; bad_samples.jsonl" in told
+    assert left.value.code == 1 and "samples are bad, more than a share of 0.2 of 12; bad_samples.jsonl" in told
     assert 1 <= open_checkpoint(workdir).step < 6
     train.train(run_config(world, data=data | {"max_bad_share": 0.9}), str(workdir))
     assert metrics(workdir)[-1]["step"] == 6
+    data["max_bad_share"] = 0.1
+    with pytest.raises(UserError, match="2 of 12 samples have texts with faults, more than data.max_bad_share=0.1"):
+        train.train(run_config(world, data=data), str(tmp_path / "texts"))
     with pytest.raises(UserError, match="no list of turns"):
         train.train(run_config(world, data={"json": file, "images": images}), str(tmp_path / "strict"))
 
