@@ -374,9 +374,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             batch_total, batch_count = eval_fn(state.trainable, frozen, put(batch))
             total, count = total + float(batch_total), count + int(batch_count)
         tell_bad(f"validation {step}")
+        loss = total / max(count, 1)  # all of them may be skipped
         if first:
-            writer.write(step, {"validation_loss": total / max(count, 1)})
-            screen.say(f"step {step}: validation loss {total / count:.4f}")
+            writer.write(step, {"validation_loss": loss})
+            screen.say(f"step {step}: validation loss {loss:.4f}")
         clock = time.monotonic()
 
     def tell_bad(when: str) -> None:

@@ -193,6 +193,7 @@ def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run
     (images / "4.png").write_bytes(b"no picture")
     packed = {"pack": True, "row_length": 160, "rows_per_group": 2, "steps": 12, "data.holdout": 0}
     packed |= {"data.images": str(images), "data.on_bad_sample": "skip", "save_every": 5}
+    packed["compilation_cache"] = str(tmp_path / "cache")
     pair = run(tmp_path / "run", processes=2, devices=2, **packed, **{"data.max_bad_share": 0.03})
     whole = run(tmp_path / "whole", processes=1, devices=4, **packed, **{"data.max_bad_share": 1})
     assert pair.wait() == [1, 1], pair.told()

@@ -233,14 +233,14 @@ def test_packed_batches_hold_every_sample_once_an_epoch(folder, source, encode):
         assert sorted(seen) == list(range(23))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_packed_batches_depend_on_neither_workers_nor_processes_nor_restarts(folder, source, encode, workers):
     """One, two or four processes, each with its groups; some begin in the middle, on another number of hosts."""
     whole = packed_batches(folder, source, encode)
     steps = whole.order.steps(3)
     expected = [digest(whole[step]) for step in range(steps)]
     assert len(set(expected)) == steps >= 3
-    for processes, start in {0: ((1, 0), (2, 1), (4, 2)), 1: ((2, 2),), 3: ((1, 1),)}[workers]:
+    for processes, start in ((1, 1),) if workers else ((1, 0), (2, 1), (4, 2)):
         shares = np.split(np.arange(4), processes)
         runs = [packed_batches(folder, source, encode, share).iterate(start, steps, workers) for share in shares]
         for step, of_processes in enumerate(zip(*runs, strict=True), start):

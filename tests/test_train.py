@@ -378,7 +378,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_resumes_bit_equal(world, 
 
 
 def test_a_packed_run_reports_its_plan_and_resumes_bit_equal(world, tmp_path, capsys):
-    """Stopped in its second epoch, and started again with readers in processes."""
+    """Stopped in its second epoch."""
     changes = {"pack": True, "row_length": 200, "rows_per_group": 2, "batch_rows": 2, "steps": 0, "epochs": 2.0}
     changes["data"] = {"holdout": 2}
     workdir, whole = tmp_path / "run", tmp_path / "whole"
@@ -388,9 +388,7 @@ def test_a_packed_run_reports_its_plan_and_resumes_bit_equal(world, tmp_path, ca
     steps = sum("loss" in m for m in metrics(whole))
     assert f"{steps} steps done" in told and 2 <= steps < 12
     stop_at(steps - 1, run_config(world, **changes), workdir)
-    config = run_config(world, **changes).copy_and_resolve_references()
-    config.data.workers = 1
-    train.train(config.lock(), str(workdir))
+    train.train(run_config(world, **changes), str(workdir))
     assert_same_run(workdir, whole)
 
 

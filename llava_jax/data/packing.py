@@ -89,11 +89,10 @@ class PackedOrder(Order):
 
 
 class Fill(NamedTuple):
-    """How full the rows and groups of an epoch are, in parts of 1; empty rows at its end included."""
+    """How full the rows and groups of an epoch are, in parts of 1; without the rows that fill up its last batch."""
 
     rows: int
     groups: int
-    steps: int
     samples_a_row: float
     tokens: float  # of positions
     images: float  # of image slots
@@ -102,20 +101,19 @@ class Fill(NamedTuple):
 
     @property
     def whole(self) -> float:
-        """What is used of both positions and image slots: the aim of `choose_image_slots`."""
+        """What is used of both positions and image slots: the aim of `image_slot_plans`."""
         return self.tokens * self.images
 
 
 def fill(order: PackedOrder, epoch: int = 0) -> Fill:
     """Measures the plan of an epoch."""
     rows, room = order.epoch_rows(epoch), order.room
-    steps, groups = order.epoch_steps(epoch), -(-rows.count // room.rows_per_group)
+    groups = rows.count // room.rows_per_group
     targets = rows.sums(order.lengths.targets).reshape(groups, -1).sum(1)
     images = int(rows.sums(order.lengths.images).sum())
     return Fill(
         rows=rows.count,
         groups=groups,
-        steps=steps,
         samples_a_row=len(rows.samples) / rows.count,
         tokens=int(rows.sums(order.lengths.tokens).sum()) / (rows.count * room.row_length),
         images=images / (groups * room.image_slots) if room.image_slots else 1.0,
