@@ -35,6 +35,7 @@ from llava_jax.checkpoint import (
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.inspect import view
+from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import PackedOrder, Room, fill, pack_orders
@@ -478,13 +479,20 @@ def _bad_pictures(writer: MetricsWriter | None) -> int:
 
 
 def _measure_together(samples: Source, encode: TextEncoder, workers: int, skip_bad: bool) -> Lengths:
-    """Every process measures its share of the samples; all get the lengths of all."""
-    count = jax.process_count()
-    share = measure(samples, encode, workers, first=jax.process_index(), stride=count, skip_bad=skip_bad)
+    """Every process measures its share of the samples, if its cache does not know them; all get the lengths of all."""
+    first, count = jax.process_index(), jax.process_count()
+    known = cached_lengths(samples, encode, skip_bad)
+    if known is None:
+        share = measure(samples, encode, workers, first=first, stride=count, skip_bad=skip_bad)
+    else:
+        share = [part[first::count] for part in known]
     lengths = np.zeros((len(samples), len(Lengths._fields)), np.int32)
     for process, values in enumerate(distributed.gather("lengths", np.stack(share, axis=1))):
         lengths[process::count] = values
-    return Lengths(*np.ascontiguousarray(lengths.T))
+    together = Lengths(*np.ascontiguousarray(lengths.T))
+    if known is None:
+        keep_lengths(samples, encode, together)
+    return together
 
 
 def _read_shared_description(directory: epath.Path) -> Description:

@@ -14,9 +14,10 @@ from etils import epath
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.built import Built
 from llava_jax.data.conversation import get_template
+from llava_jax.data.lengths import measure_once
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
-from llava_jax.data.pipeline import TextEncoder, measure
+from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     source = Built(args.built) if args.built else LlavaJson(args.json)
     tokenizer = load_tokenizer(args.tokenizer)
     encode = TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
-    lengths = measure(source, encode, args.workers)
+    lengths = measure_once(source, encode, args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
         raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
