@@ -7,7 +7,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
+from llava_jax.data import pictures
 from llava_jax.data.check import main
+from llava_jax.data.sources import LlavaJson
+from llava_jax.data.survey import Survey
 
 LONG = "word " * 100
 
@@ -121,3 +124,115 @@ def test_bad_arguments(tmp_path, images):
         main(["--json", str(tmp_path / "no.json"), "--images", str(images)])
     with pytest.raises(SystemExit):
         check(tmp_path, images, [sample("a")], "--max-length", 5)
+
+
+def fixed(tmp_path, images, capsys, text, out, *args):
+    """Checks data given as text with --fix: exit status, problems by kind and id, what is kept, what isn't."""
+    data = tmp_path / "data.json"
+    data.write_text(text)
+    status = main(["--json", str(data), "--images", str(images), "--fix", str(tmp_path / out), *args])
+    problems = [line.split(", ")[:2] for line in capsys.readouterr().out.splitlines()]
+    rejects = (tmp_path / f"{out.split('.')[0]}.rejects.jsonl").read_text().splitlines()
+    return status, problems, (tmp_path / out).read_text(), [json.loads(line) for line in rejects]
+
+
+def test_fix_keeps_good_samples_as_they_are_and_tells_why_the_others_go(tmp_path, images, capsys):
+    turns = json.dumps(sample("")["conversations"])
+    good = f'{{ "image":"a.png", "extra": [1.0e5], "id" : "a", "conversations": {turns}}}'
+    bad = [sample("gone", image="b.png"), sample("empty", answer=""), sample("broken", image="broken.png")]
+    array = f"[{good},\n {', '.join(json.dumps(record, indent=1) for record in bad)} , 3]"
+    status, problems, kept, rejects = fixed(tmp_path, images, capsys, array, "clean.json")
+    assert status == 1 and kept == f"[\n{good}\n]\n"
+    assert sorted(problems) == [
+        ["bad-image", "broken"],
+        ["empty-answer", "empty"],
+        ["missing-image", "gone"],
+        ["structure", "4"],
+    ]
+    assert [reject["id"] for reject in rejects] == ["gone", "empty", "broken", "4"]
+    assert [reject["record"] for reject in rejects] == [*bad, 3]
+    assert rejects[0]["reasons"] == [f"missing-image: {images}/b.png does not exist"]
+    assert main(["--json", str(tmp_path / "clean.json"), "--images", str(images)]) == 0
+
+    lines = "\n".join([good, "{", *map(json.dumps, bad)])
+    _, _, kept, rejects = fixed(tmp_path, images, capsys, lines, "lines.jsonl")
+    assert kept == f"{good}\n" and rejects[0]["record"] == "{"
+
+
+def test_of_equal_samples_the_first_is_kept_and_of_equal_ids_all(tmp_path, images, capsys):
+    """Published mixtures use the id of a picture for several conversations about it."""
+    records = [sample("a"), sample("a", answer="Another."), sample("a"), sample("b"), sample("a", answer="Another.")]
+    text = "\n".join(map(json.dumps, records))
+    status, problems, kept, rejects = fixed(tmp_path, images, capsys, text, "clean.jsonl")
+    assert status == 1 and problems == [["duplicate-id", "a"]] * 3
+    assert [json.loads(line) for line in kept.splitlines()] == [records[0], records[1], records[3]]
+    assert len(rejects) == 2 and "data.json: line 1: it is the same as that one" in rejects[0]["reasons"][0]
+
+
+def test_samples_with_warnings_are_kept(tmp_path, images, capsys, smollm2_dir):
+    greeting = sample("x", image=None, conversations=[{"from": "gpt", "value": "Hello!"}, *sample("")["conversations"]])
+    greeting["image"] = "a.png"
+    records = [greeting, sample("long", "<image>\nWhat?", LONG), sample("cut", f"<image>{LONG}", "never seen")]
+    text = "\n".join(map(json.dumps, records))
+    args = ["--tokenizer", str(smollm2_dir), "--template", "chatml", "--max-length", "64", "--image-tokens", "4"]
+    _, problems, kept, rejects = fixed(tmp_path, images, capsys, text, "clean.jsonl", *args)
+    assert problems == [["order", "x"], ["too-long", "long"], ["too-long", "cut"], ["nothing-learned", "cut"]]
+    assert kept.splitlines() == [json.dumps(record) for record in records[:2]]
+    assert [reject["id"] for reject in rejects] == ["cut"]
+
+
+def test_fix_writes_nothing_where_nothing_would_be_left(tmp_path, images):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(sample("x", image="b.png")))
+    args = ["--json", str(tmp_path / "bad.jsonl"), "--images", str(images), "--fix"]
+    with pytest.raises(UserError, match="none of the 1 samples is without a problem"):
+        main([*args, str(tmp_path / "clean.json")])
+    with pytest.raises(UserError, match="is the file that is checked"):
+        main([*args, str(tmp_path / "bad.jsonl")])
+    assert {file.name for file in tmp_path.iterdir()} == {"bad.jsonl", "images"}
+
+
+def test_the_report(tmp_path, images, capsys, smollm2_dir):
+    args = ["--tokenizer", smollm2_dir, "--template", "chatml", "--report", tmp_path / "report.json"]
+    records = [sample("a"), sample("b", answer=LONG), sample("c", image="b.png"), "{"]
+    assert check(tmp_path, images, records, *args) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["records"], report["samples"], report["rejected"], report["problems"]) == (4, 3, 2, 2)
+    assert report["counts"] == {"structure": 1, "missing-image": 1}
+    assert report["examples"]["missing-image"] == [{"id": "c", "detail": f"{images}/b.png does not exist"}]
+    lengths = report["lengths"]
+    assert lengths["samples"] == sum(part["samples"] for part in lengths["histogram"]) == 3
+    assert lengths["max"] > 576 + 100 and "tokens a sample: mean" in capsys.readouterr().err
+
+
+def test_good_pictures_are_decoded_once_and_again_when_they_change(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    looked = []
+    load = pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda path: looked.append(path.name) or load(path))
+    Image.new("RGB", (4, 4), "red").save(images / "b.png")
+    records = [sample("a"), sample("b", image="b.png"), sample("c", image="broken.png"), sample("d", image="b.png")]
+
+    def look_again():
+        looked.clear()
+        assert check(tmp_path, images, records) == 1
+        return sorted(looked)
+
+    assert look_again() == ["a.png", "b.png", "broken.png"]
+    assert look_again() == ["broken.png"]
+    Image.new("RGB", (4, 5), "red").save(images / "b.png")
+    assert look_again() == ["b.png", "broken.png"]
+    (cached,) = (tmp_path / "cache" / "llava_jax").glob("pictures-*")
+    cached.write_bytes(cached.read_bytes()[:-3])  # as a kill leaves it
+    assert look_again() == ["b.png", "broken.png"]
+    assert look_again() == ["broken.png"]
+    (images / "a.png").unlink()
+    records.append(sample("e", image="a.png", answer="Gone."))
+    assert check(tmp_path, images, records) == 1
+
+
+def test_a_survey_is_a_source_like_the_file(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sample("a"), sample("b", "<image>é", image=["a.png"])]))
+    survey = Survey(data)
+    assert list(survey.read(())) == []
+    assert list(survey) == list(LlavaJson(data)) and survey.digest == LlavaJson(data).digest

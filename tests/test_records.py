@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -113,3 +115,16 @@ def test_memory_does_not_grow_with_the_file(path, monkeypatch):
     path.write_text(json.dumps(["x" * lengths.randrange(1, 3000) for _ in range(200)]))
     assert len(list(scan(path, path))) == 200 < os.path.getsize(path)
     assert longest <= 3000 + 2 * 3000
+
+
+def test_threads_may_begin_at_once(path):
+    path.write_text("[1]")
+    for _ in range(20):
+        file, barrier = RecordFile(path, [1], [2]), threading.Barrier(8)
+
+        def read_together(_, file=file, barrier=barrier):
+            barrier.wait()
+            return file[0]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(read_together, range(8))) == {b"1"}

@@ -1,173 +1,236 @@
-"""Finds every problem of a data set before step 0: in its structure, pictures, ids, texts and lengths."""
+"""Finds every problem of a data set before step 0: in its structure, pictures, ids, texts and lengths.
+
+Problems are told a line each, `kind, id, detail`; the exit status is 1 where there are any. Warnings are of what
+training takes as it is, but is seldom meant. With --fix the samples without problems other than warnings are written
+to a file, as they are, and the others with the reasons to another.
+"""
 
 import argparse
 import collections
+import contextlib
+import itertools
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, run, track
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template
-from llava_jax.data.images import load_image
-from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.sources import (
-    ROLES,
-    Fault,
-    Sample,
-    find_faults,
-    parse_sample,
-    record_value,
-    sample_id,
-)
-from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_sample, load_tokenizer
+from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.lengths import measure_once
+from llava_jax.data.pictures import picture_problems
+from llava_jax.data.pipeline import TextEncoder, encode_text
+from llava_jax.data.plan import Lengths
+from llava_jax.data.records import load_json
+from llava_jax.data.survey import Problem, Survey
+from llava_jax.data.tokenization import load_tokenizer
 
 EPILOG = """example:
   python -m llava_jax.data.check --json data.json --images images \\
-      --tokenizer vicuna-7b-v1.5 --template v1 --max-length 2048
+      --tokenizer vicuna-7b-v1.5 --template v1 --max-length 2048 --fix clean.json
 """
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>")
-
-
-class Problem(NamedTuple):
-    """A line of the report. Kind `special-token` is a warning: it is tokenized as published, but seldom meant."""
-
-    kind: str
-    id: str
-    detail: str
-
-    def __str__(self) -> str:
-        line = " ".join(f"{self.kind}, {self.id}, {self.detail}".split())
-        return line.encode(errors="backslashreplace").decode()
+UNLIMITED = 2**30  # tokens: nothing is cut, so that the same lengths serve every maximum
+IN_PROCESSES = 20_000  # samples from which on processes that measure are worth their start
+EXAMPLES = 20  # problems of a kind in the report
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """How to measure a sample: in tokens of `template`, `image_tokens` for each image."""
+class Measuring:
+    """How to measure samples, and the length above which one is told."""
 
-    template: Template
-    tokenizer: PreTrainedTokenizerBase
-    image_tokens: int
+    encode: TextEncoder  # without a limit
     maximum: int | None
+    workers: int
+
+    def problems(self, survey: Survey, lengths: Lengths) -> Iterator[Problem]:
+        for number in np.flatnonzero(lengths.tokens == 0).tolist():
+            if any(role == "assistant" for role, _ in survey[number].turns):  # else it is told already
+                yield self._nothing_learned(survey, number, self.encode)
+        if self.maximum is None:
+            return
+        cut = TextEncoder(**{**vars(self.encode), "max_length": self.maximum})
+        for number in np.flatnonzero(lengths.tokens > self.maximum).tolist():
+            length, images = int(lengths.tokens[number]), int(lengths.images[number])
+            text = length - images * cut.image_tokens
+            parts = f"{text} of text, {images} images of {cut.image_tokens}"
+            detail = f"{length} tokens ({parts}) will be cut to {self.maximum}"
+            yield Problem("too-long", survey[number].id, detail, survey.good[number], warning=True)
+            if problem := self._nothing_learned(survey, number, cut):
+                yield problem
+
+    def _nothing_learned(self, survey: Survey, number: int, encode: TextEncoder) -> Problem | None:
+        try:
+            encode_text(survey, encode, number)
+        except UserError as error:
+            return Problem("nothing-learned", survey[number].id, str(error), survey.good[number])
+        return None
+
+
+class Report:
+    """What is told of a data set: all problems as they are found, their counts, reasons to drop samples, lengths."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
+        self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # of samples to drop, by index
+        self.lengths: dict[str, Any] | None = None
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.kind] += 1
+        if len(self.examples[problem.kind]) < EXAMPLES:
+            self.examples[problem.kind].append({"id": problem.id, "detail": problem.detail})
+        if not problem.warning:
+            self.reasons[problem.index].append(f"{problem.kind}: {problem.detail}")
+
+    def summary(self) -> str:
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
+        return f"{self.counts.total()} problems: {counts}" if counts else "no problems"
+
+
+def describe_lengths(lengths: Lengths) -> dict[str, Any]:
+    """Positions that samples take, image tokens included: quantiles, and counts between powers of two."""
+    tokens = lengths.tokens[lengths.tokens > 0]
+    if not len(tokens):
+        return {"samples": 0}
+    bounds = [0, *(2**power for power in range(5, int(tokens.max()).bit_length() + 1))]
+    counts, _ = np.histogram(tokens, bounds)
+    quantiles = {f"p{q}": int(np.percentile(tokens, q)) for q in (50, 90, 99)}
+    sizes = {"mean": round(float(tokens.mean()), 1), **quantiles, "max": int(tokens.max())}
+    bins = zip(itertools.pairwise(bounds), counts.tolist(), strict=True)
+    histogram = [{"from": low, "below": high, "samples": count} for (low, high), count in bins]
+    return {"samples": len(tokens), "tokens": int(tokens.sum()), **sizes, "histogram": histogram}
+
+
+def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
+    """The lengths for people."""
+    if not lengths["samples"]:
+        return
+    yield "tokens a sample: " + ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p99", "max"))
+    most = max(part["samples"] for part in lengths["histogram"])
+    for part in lengths["histogram"]:
+        bar = "#" * -(-width * part["samples"] // most)
+        yield f"{part['from']:>8} to {part['below'] - 1:<8} {part['samples']:>9} {bar}"
 
 
 def find_problems(
-    json: epath.PathLike,
+    survey: Survey,
     images: epath.PathLike,
+    report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
-    lengths: Lengths | None = None,
+    measuring: Measuring | None = None,
+    workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of the samples in file `json`, whose pictures are in folder `images`."""
-    samples = []
-    seen: dict[str, Record] = {}
-    for record in track(scan(local_data(json), json), "reading samples"):
-        try:
-            value = record_value(record)
-        except UserError as error:
-            yield Problem("structure", str(record.index), str(error))
-            continue
-        ident = sample_id(record, value)
-        first = seen.setdefault(ident, record)
-        if first is not record:
-            yield Problem("duplicate-id", ident, f"{record.where} has the id of {first.where}")
-        faults = list(find_faults(value))
-        for fault in faults:
-            yield Problem(fault.kind, ident, f"{record.where}: {fault.detail}")
-        if not faults:
-            sample = parse_sample(record)
-            samples.append(sample)
-            yield from _order_problems(sample, value)
-            yield from _text_problems(sample, special_tokens)
-    yield from _picture_problems(samples, epath.Path(images))
-    if lengths:
-        for sample in track(samples, "measuring lengths"):
-            yield from _length_problems(sample, lengths)
+    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths."""
+    yield from survey.read(tuple(special_tokens))
+    yield from survey.duplicates()
+    yield from picture_problems(survey, images, workers)
+    if measuring and len(survey):
+        processes = measuring.workers if len(survey) >= IN_PROCESSES else 0
+        lengths = measure_once(survey, measuring.encode, processes, skip_bad=True)
+        report.lengths = describe_lengths(lengths)
+        yield from measuring.problems(survey, lengths)
 
 
-def _order_problems(sample: Sample, value: dict) -> Iterator[Problem]:
-    if ROLES[value["conversations"][0]["from"]] != "user":
-        yield Problem("order", sample.id, "begins with an answer, which training drops")
-    if len(sample.turns) % 2:
-        yield Problem("order", sample.id, "ends with a question that has no answer")
+def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
+    """Writes the records without a reason to `out`, in the format of the file, byte for byte, and the others beside it.
+
+    Returns:
+      The name of the file of rejects, JSONL of `id`, `reasons` and `record`; how many records are kept.
+    """
+    count = len(survey.lines)
+    if len(reasons) == count:
+        raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
+    rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
+    opening, between, closing = (b"", b"\n", b"\n") if survey.unit.endswith("line") else (b"[\n", b",\n", b"\n]\n")
+    with _whole_file(out) as kept, _whole_file(rejects) as rejected:
+        kept.write(opening)
+        separator = b""
+        for index in track(range(count), f"writing {out}"):
+            if index in reasons:
+                rejected.write(_reject(survey, index, reasons[index]))
+            else:
+                kept.write(separator + survey.records[index])
+                separator = between
+        kept.write(closing)
+    return rejects, count - len(reasons)
 
 
-def _text_problems(sample: Sample, special_tokens: Iterable[str]) -> Iterator[Problem]:
-    for i, (role, text) in enumerate(sample.turns, 1):
-        if role == "assistant" and not text.strip():
-            yield Problem("empty-answer", sample.id, f"the answer to question {i // 2} is empty")
-        for token in special_tokens:
-            if token in text:
-                yield Problem("special-token", sample.id, f"warning: the text of a {role} holds {token}")
-    if not any(role == "assistant" for role, _ in sample.turns):
-        yield Problem("nothing-learned", sample.id, "has no answer to learn from")
-
-
-def _picture_problems(samples: list[Sample], folder: epath.Path) -> Iterator[Problem]:
-    users = collections.defaultdict(list)
-    for sample in samples:
-        for name in dict.fromkeys(sample.images):
-            users[name].append(sample.id)
-    faults = _picture_faults([folder / name for name in users])
-    for ids, fault in zip(users.values(), track(faults, "reading pictures", len(users)), strict=True):
-        if fault:
-            yield from (Problem(fault.kind, ident, fault.detail) for ident in ids)
-
-
-def _picture_faults(paths: list[epath.Path], at_once: int = 256) -> Iterator[Fault | None]:
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        for start in range(0, len(paths), at_once):
-            yield from pool.map(_picture_fault, paths[start : start + at_once])
-
-
-def _picture_fault(path: epath.Path) -> Fault | None:
-    if not path.exists():
-        return Fault("missing-image", f"{path} does not exist")
+def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
+    data = survey.records[index]
     try:
-        load_image(path)
-    except UserError as error:
-        return Fault("bad-image", str(error))
-    return None
+        ident, record = survey.id(index), load_json(data, "")
+    except UserError:  # no JSON: as text
+        ident, record = str(index), data.decode(errors="backslashreplace")
+    return json.dumps({"id": ident, "reasons": reasons, "record": record}).encode() + b"\n"
 
 
-def _length_problems(sample: Sample, lengths: Lengths) -> Iterator[Problem]:
+@contextlib.contextmanager
+def _whole_file(out: str) -> Iterator[BinaryIO]:
+    """A file that is there once it is whole."""
+    partial = epath.Path(f"{out}.partial")
     try:
-        ids = encode_sample(sample, lengths.template, lengths.tokenizer).input_ids
-    except UserError:  # nothing to learn: already told
-        return
-    images = int((ids == IMAGE_TOKEN_INDEX).sum())
-    length = len(ids) + images * (lengths.image_tokens - 1)
-    if lengths.maximum is not None and length > lengths.maximum:
-        parts = f"{len(ids) - images} of text, {images} images of {lengths.image_tokens}"
-        yield Problem("too-long", sample.id, f"{length} tokens ({parts}) will be cut to {lengths.maximum}")
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            if partial.exists():
+                partial.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     if not epath.Path(args.images).is_dir():
         raise UserError(f"{args.images}: no such folder of pictures")
-    lengths, special_tokens = None, LLAMA_SPECIAL_TOKENS
+    for out in filter(None, (args.fix, args.report)):
+        if Path(out).resolve() == Path(args.json).resolve():
+            raise UserError(f"{out}: is the file that is checked: write to another")
+    measuring, special_tokens = None, LLAMA_SPECIAL_TOKENS
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         if args.template:
-            lengths = Lengths(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
-    console = Console()
-    kinds: collections.Counter[str] = collections.Counter()
-    for problem in find_problems(args.json, args.images, special_tokens, lengths):
-        kinds[problem.kind] += 1
-        _report(problem, console)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    print(f"{kinds.total()} problems: {counts}" if kinds else "no problems", file=sys.stderr)
-    return 1 if kinds else 0
+            template = get_template(args.template)
+            encode = TextEncoder(template, tokenizer, args.image_tokens, UNLIMITED, args.image_position, args.seed)
+            measuring = Measuring(encode, args.max_length, args.workers)
+    survey, report, console = Survey(args.json), Report(), Console()
+    for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
+        report.add(problem)
+        _show(problem, console)
+    if report.lengths:
+        print(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
+    if args.fix:
+        rejects, kept = fix(survey, report.reasons, args.fix)
+        print(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
+    if args.report:
+        values = {
+            "json": args.json,
+            "images": args.images,
+            "records": len(survey.lines),
+            "samples": len(survey),
+            "rejected": len(report.reasons),
+            "problems": report.counts.total(),
+            "counts": dict(report.counts.most_common()),
+            "examples": report.examples,
+            "lengths": report.lengths,
+        }
+        with _whole_file(args.report) as file:
+            file.write(json.dumps(values, indent=2).encode() + b"\n")
+    print(report.summary(), file=sys.stderr)
+    return 1 if report.counts else 0
 
 
-def _report(problem: Problem, console: Console) -> None:
+def _show(problem: Problem, console: Console) -> None:
     if console.is_terminal:
         kind, rest = str(problem).split(",", 1)
         console.print(Text.assemble((kind, "bold red"), f",{rest}"), soft_wrap=True)
@@ -188,7 +251,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--template", help="conversation template, such as v1")
     parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")
     parser.add_argument("--image-tokens", type=int, default=576, metavar="P", help="tokens an image takes (576)")
+    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
+    parser.add_argument("--seed", type=int, default=0, help="of image position random")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
+    parser.add_argument(
+        "--fix", metavar="OUT", help="write the good samples to OUT, the others to OUT's .rejects.jsonl"
+    )
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers has to be 1 or more")
     if args.max_length is not None and not (args.tokenizer and args.template):
         parser.error("--max-length needs --tokenizer and --template")
     return args

@@ -46,10 +46,10 @@ class RecordFile:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> bytes:
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
+        if (file := self._file) is None:  # which threads may find at once: each reads what it opened
+            file = self._file = self.path.open("rb", buffering=0)
         start = int(self.starts[index])
-        return os.pread(self._file.fileno(), int(self.stops[index]) - start, start)
+        return os.pread(file.fileno(), int(self.stops[index]) - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}

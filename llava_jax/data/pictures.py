@@ -1,0 +1,91 @@
+"""Whether the pictures of samples exist and can be decoded. Those that could, and are as they were, are not read again.
+
+The cache is a file of eight bytes for each good picture, appended as they are found, so that an interrupted check goes
+on where it was. What is bad is looked at each time.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from etils import epath
+
+from llava_jax.cli import UserError, track
+from llava_jax.data import cache
+from llava_jax.data.images import load_image
+from llava_jax.data.sources import Fault
+from llava_jax.data.survey import Problem, Survey
+
+AT_ONCE = 256
+PICTURES = 1  # of the cache: raise it when another version would find other pictures bad
+
+
+class GoodPictures:
+    """The pictures of a folder that were found good, by hashes of name, size and time."""
+
+    def __init__(self, folder: epath.PathLike):
+        where = folder if cache.is_remote(folder) else os.path.abspath(folder)
+        self.file = cache.directory() / f"pictures-{cache.digest(PICTURES, str(where))}"
+        self.known = np.zeros(0, np.uint64)
+        with contextlib.suppress(OSError):
+            size = self.file.stat().st_size
+            if size % 8:  # the last write was cut off
+                os.truncate(self.file, size - size % 8)
+            self.known = np.sort(np.fromfile(self.file, np.uint64))
+
+    def __contains__(self, key: int) -> bool:
+        place = int(np.searchsorted(self.known, np.uint64(key)))
+        return place < len(self.known) and int(self.known[place]) == key
+
+    def add(self, keys: list[int]) -> None:
+        with contextlib.suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("ab") as file:
+                file.write(np.array(keys, np.uint64).tobytes())
+
+
+def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
+    """The faults of the pictures in a folder, for each sample that names them; each picture is read once at most."""
+    good = GoodPictures(folder)
+    order = np.argsort(np.array(survey.names), kind="stable")
+    names, users = np.array(survey.names)[order], np.array(survey.users)[order]
+    hashes, firsts, counts = np.unique(names, return_index=True, return_counts=True)
+
+    def look(number: int) -> tuple[Fault | None, int | None]:
+        sample = survey.sample(int(users[firsts[number]]))
+        name = next(name for name in sample.images if hash(name) == hashes[number])
+        return _look(epath.Path(folder) / name, name, good)
+
+    def faults() -> Iterator[Fault | None]:
+        with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter's lock
+            for start in range(0, len(hashes), AT_ONCE):
+                found = list(pool.map(look, range(start, min(start + AT_ONCE, len(hashes)))))
+                good.add([key for _, key in found if key is not None])
+                yield from (fault for fault, _ in found)
+
+    for number, fault in enumerate(track(faults(), "reading pictures", len(hashes))):
+        if fault:
+            for index in users[firsts[number] : firsts[number] + counts[number]].tolist():
+                yield Problem(fault.kind, survey.id(index), fault.detail, index)
+
+
+def _look(path: epath.Path, name: str, good: GoodPictures) -> tuple[Fault | None, int | None]:
+    """The fault of a picture, or the key of one that is newly found good."""
+    try:
+        version = cache.version(path)
+    except FileNotFoundError:
+        return Fault("missing-image", f"{path} does not exist"), None
+    except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
+        return Fault("bad-image", f"picture {path}: {error}"), None
+    hashed = hashlib.blake2b(f"{name}\0{version}".encode(errors="surrogatepass"), digest_size=8)
+    key = int.from_bytes(hashed.digest(), "little")
+    if key in good:
+        return None, None
+    try:
+        load_image(path)
+    except UserError as error:
+        return Fault("bad-image", str(error)), None
+    return None, key

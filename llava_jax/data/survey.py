@@ -1,0 +1,137 @@
+"""What one pass over a file of any size tells of its records: their faults, and some 60 bytes of each to go on with."""
+
+import array
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from llava_jax.cli import UserError, track
+from llava_jax.data.records import Record, RecordFile, local_data, scan
+from llava_jax.data.sources import ROLES, Sample, find_faults, parse_sample, record_value, sample_id
+
+
+class Problem(NamedTuple):
+    """A line of the report. A warning is of what training takes as it is, but is seldom meant."""
+
+    kind: str
+    id: str
+    detail: str
+    index: int
+    warning: bool = False
+
+    def __str__(self) -> str:
+        detail = f"warning: {self.detail}" if self.warning else self.detail
+        line = " ".join(f"{self.kind}, {self.id}, {detail}".split())
+        return line.encode(errors="backslashreplace").decode()
+
+
+class Survey(Sequence[Sample]):
+    """The records of a file that are samples: a `Source` of texts, once `read` has gone through."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = path
+        self.file = local_data(path)
+        self.starts, self.stops = array.array("q"), array.array("q")
+        self.lines = array.array("q")  # line numbers of JSONL, indices in an array
+        self.unit = ""  # which of these
+        self.good = array.array("q")  # indices of the samples
+        self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of picture names, and whose they are
+        self._digest = hashlib.sha256()
+
+    def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
+        """The problems of records by themselves."""
+        for record in track(scan(self.file, self.path), "reading samples"):
+            self.unit, _, line = record.where.rpartition(" ")
+            self.lines.append(int(line))
+            self.starts.append(record.start)
+            self.stops.append(record.stop)
+            yield from self._read_record(record, special_tokens)
+        self.records = RecordFile(self.file, np.array(self.starts), np.array(self.stops))
+        self.digest = self._digest.hexdigest()
+
+    def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:
+        key = content = hash(("record", record.index))  # equal to no other
+        try:
+            value = record_value(record)
+        except UserError as error:
+            yield Problem("structure", str(record.index), str(error), record.index)
+        else:
+            ident = sample_id(record, value)
+            key = hash(ident)
+            faults = list(find_faults(value))
+            yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in faults)
+            if not faults:
+                sample = parse_sample(record)
+                content = hash(sample)
+                self._add(sample, record.index)
+                yield from _order_problems(sample, value, record.index)
+                yield from _text_problems(sample, special_tokens, record.index)
+        self.ids.append(key)
+        self.contents.append(content)
+
+    def _add(self, sample: Sample, index: int) -> None:
+        self.good.append(index)
+        self._digest.update(repr(sample).encode(errors="surrogatepass"))
+        for name in dict.fromkeys(sample.images):
+            self.names.append(hash(name))
+            self.users.append(index)
+
+    def duplicates(self) -> Iterator[Problem]:
+        """Records with the id of an earlier one. If all else is equal, too, the earlier one is the one to keep."""
+        first_id, first_content = _first_equal(self.ids), _first_equal(self.contents)
+        for index in np.flatnonzero(first_id != np.arange(len(first_id))).tolist():
+            same = first_content[index] != index
+            first = int((first_content if same else first_id)[index])
+            what = "is the same as" if same else "has other turns or pictures than, and the id of,"
+            detail = f"{self.where(index)} has the id of {self.where(first)}: it {what} that one"
+            yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
+
+    def where(self, index: int) -> str:
+        return f"{self.unit} {self.lines[index]}"
+
+    def id(self, index: int) -> str:
+        """The id of a record that has one."""
+        record = Record(self.where(index), index, 0, 0, self.records[index])
+        return sample_id(record, record_value(record))
+
+    def sample(self, index: int) -> Sample:
+        """The sample at record `index`."""
+        return parse_sample(Record(self.where(index), index, 0, 0, self.records[index]))
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.sample(self.good[number])
+
+    def __getstate__(self) -> dict:
+        """What processes need that read samples."""
+        return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest")}
+
+
+def _first_equal(hashes: array.array) -> np.ndarray:
+    """Of each item the index of the first that equals it; int64[N]."""
+    _, first, inverse = np.unique(np.array(hashes), return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _order_problems(sample: Sample, value: dict, index: int) -> Iterator[Problem]:
+    if ROLES[value["conversations"][0]["from"]] != "user":
+        yield Problem("order", sample.id, "begins with an answer, which training drops", index, warning=True)
+    if len(sample.turns) % 2:
+        yield Problem("order", sample.id, "ends with a question that has no answer", index, warning=True)
+
+
+def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
+    for i, (role, text) in enumerate(sample.turns, 1):
+        if role == "assistant" and not text.strip():
+            yield Problem("empty-answer", sample.id, f"the answer to question {i // 2} is empty", index)
+        for token in special_tokens:
+            if token in text:
+                yield Problem("special-token", sample.id, f"the text of a {role} holds {token}", index, warning=True)
+    if not any(role == "assistant" for role, _ in sample.turns):
+        yield Problem("nothing-learned", sample.id, "has no answer to learn from", index)
