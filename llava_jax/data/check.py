@@ -8,70 +8,34 @@ to a file, as they are, and the others with the reasons to another.
 import argparse
 import collections
 import contextlib
-import itertools
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
-from llava_jax.data.lengths import measure_once
 from llava_jax.data.pictures import picture_problems
-from llava_jax.data.pipeline import TextEncoder, encode_text
-from llava_jax.data.plan import Lengths
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
 from llava_jax.data.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from llava_jax.data.measuring import Measuring
 
 EPILOG = """example:
   python -m llava_jax.data.check --json data.json --images images \\
       --tokenizer vicuna-7b-v1.5 --template v1 --max-length 2048 --fix clean.json
 """
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>")
-UNLIMITED = 2**30  # tokens: nothing is cut, so that the same lengths serve every maximum
-IN_PROCESSES = 20_000  # samples from which on processes that measure are worth their start
 EXAMPLES = 20  # problems of a kind in the report
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """How to measure samples, and the length above which one is told."""
-
-    encode: TextEncoder  # without a limit
-    maximum: int | None
-    workers: int
-
-    def problems(self, survey: Survey, lengths: Lengths) -> Iterator[Problem]:
-        for number in np.flatnonzero(lengths.tokens == 0).tolist():
-            if any(role == "assistant" for role, _ in survey[number].turns):  # else it is told already
-                yield self._nothing_learned(survey, number, self.encode)
-        if self.maximum is None:
-            return
-        cut = TextEncoder(**{**vars(self.encode), "max_length": self.maximum})
-        for number in np.flatnonzero(lengths.tokens > self.maximum).tolist():
-            length, images = int(lengths.tokens[number]), int(lengths.images[number])
-            text = length - images * cut.image_tokens
-            parts = f"{text} of text, {images} images of {cut.image_tokens}"
-            detail = f"{length} tokens ({parts}) will be cut to {self.maximum}"
-            yield Problem("too-long", survey[number].id, detail, survey.good[number], warning=True)
-            if problem := self._nothing_learned(survey, number, cut):
-                yield problem
-
-    def _nothing_learned(self, survey: Survey, number: int, encode: TextEncoder) -> Problem | None:
-        try:
-            encode_text(survey, encode, number)
-        except UserError as error:
-            return Problem("nothing-learned", survey[number].id, str(error), survey.good[number])
-        return None
 
 
 class Report:
@@ -95,20 +59,6 @@ class Report:
         return f"{self.counts.total()} problems: {counts}" if counts else "no problems"
 
 
-def describe_lengths(lengths: Lengths) -> dict[str, Any]:
-    """Positions that samples take, image tokens included: quantiles, and counts between powers of two."""
-    tokens = lengths.tokens[lengths.tokens > 0]
-    if not len(tokens):
-        return {"samples": 0}
-    bounds = [0, *(2**power for power in range(5, int(tokens.max()).bit_length() + 1))]
-    counts, _ = np.histogram(tokens, bounds)
-    quantiles = {f"p{q}": int(np.percentile(tokens, q)) for q in (50, 90, 99)}
-    sizes = {"mean": round(float(tokens.mean()), 1), **quantiles, "max": int(tokens.max())}
-    bins = zip(itertools.pairwise(bounds), counts.tolist(), strict=True)
-    histogram = [{"from": low, "below": high, "samples": count} for (low, high), count in bins]
-    return {"samples": len(tokens), "tokens": int(tokens.sum()), **sizes, "histogram": histogram}
-
-
 def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
     """The lengths for people."""
     if not lengths["samples"]:
@@ -125,7 +75,7 @@ def find_problems(
     images: epath.PathLike,
     report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
-    measuring: Measuring | None = None,
+    measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
     """All problems of a file whose pictures are in folder `images`; `report` gets its lengths."""
@@ -133,9 +83,8 @@ def find_problems(
     yield from survey.duplicates()
     yield from picture_problems(survey, images, workers)
     if measuring and len(survey):
-        processes = measuring.workers if len(survey) >= IN_PROCESSES else 0
-        lengths = measure_once(survey, measuring.encode, processes, skip_bad=True)
-        report.lengths = describe_lengths(lengths)
+        lengths = measuring.measure(survey)
+        report.lengths = measuring.describe(lengths)
         yield from measuring.problems(survey, lengths)
 
 
@@ -200,9 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         if args.template:
-            template = get_template(args.template)
-            encode = TextEncoder(template, tokenizer, args.image_tokens, UNLIMITED, args.image_position, args.seed)
-            measuring = Measuring(encode, args.max_length, args.workers)
+            measuring = _measuring(args, tokenizer)
     survey, report, console = Survey(args.json), Report(), Console()
     for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
         report.add(problem)
@@ -228,6 +175,15 @@ def main(argv: list[str] | None = None) -> int:
             file.write(json.dumps(values, indent=2).encode() + b"\n")
     print(report.summary(), file=sys.stderr)
     return 1 if report.counts else 0
+
+
+def _measuring(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> "Measuring":
+    from llava_jax.data import measuring  # and Grain, which takes seconds
+
+    encode = measuring.TextEncoder(
+        get_template(args.template), tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
+    )
+    return measuring.Measuring(encode, args.max_length, args.workers)
 
 
 def _show(problem: Problem, console: Console) -> None:
