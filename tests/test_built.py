@@ -13,9 +13,11 @@ from llava_jax.cli import UserError
 from llava_jax.data import build
 from llava_jax.data.built import Built
 from llava_jax.data.conversation import get_template
+from llava_jax.data.lengths import cached_lengths
 from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Order, plan_layout
 from llava_jax.data.sources import LlavaJson, Source
+from llava_jax.data.tokenization import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,29 @@ def test_its_batches_are_those_of_the_json_with_and_without_workers(data, built,
     for step, batch in enumerate(batches(Built(built)).iterate(0, 6, workers)):
         for name, array in batch.items():
             np.testing.assert_array_equal(array, expected[step][name], err_msg=name)
+
+
+def test_stored_lengths_are_those_of_training_and_go_to_the_cache(data, tmp_path, monkeypatch):
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    output = tmp_path / "set"
+    options = [
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--template",
+        "v1",
+        "--max-length",
+        "96",
+        "--image-tokens",
+        "4",
+    ]
+    build.main(["--json", str(data[0]), "--images", str(data[1]), "--output", str(output), *options])
+    encode = TextEncoder(get_template("v1"), load_tokenizer(tmp_path / "tokenizer"), image_tokens=4, max_length=96)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    folder = LlavaJson(*data)
+    assert cached_lengths(folder, encode, skip_bad=False) is None
+    found = cached_lengths(Built(output), encode, skip_bad=False)
+    for values, measured in zip(found, measure(folder, encode), strict=True):
+        np.testing.assert_array_equal(values, measured)
 
 
 def test_what_is_none_or_not_finished_or_damaged_is_told(built, tmp_path):

@@ -17,6 +17,7 @@ from fake_gcs import FakeGcs
 from test_distributed import free_port
 
 from llava_jax import remote
+from llava_jax.data import build
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +91,47 @@ def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
 
     assert not list(cwd.iterdir()), "a remote path was taken for a local one"
     assert not [name for name in store.names("bucket") if "partial" in name or "orbax-checkpoint-tmp" in name]
+
+
+BUILD_AND_READ = """
+import hashlib, sys
+from llava_jax.data import build
+from llava_jax.data.built import Built
+from llava_jax.data.sources import LlavaJson
+data = ["gs://bucket/data/data.json", "gs://bucket/data/images"]
+for _ in range(2):
+    build.main(["--json", data[0], "--images", data[1], "--output", "gs://bucket/built", "--shards", "3"])
+built, folder = Built("gs://bucket/built"), LlavaJson(*data)
+assert list(built) == list(folder) and built.digest == folder.digest
+for index, sample in enumerate(folder):
+    count = len(sample.images)
+    assert built.read_pictures(index, count) == folder.read_pictures(index, count)
+"""
+
+
+def test_a_data_set_is_built_on_gcs_and_read_from_there(store, tmp_path, monkeypatch):
+    cwd, here = tmp_path / "cwd", tmp_path / "here"
+    cwd.mkdir()
+    file, images = tiny.data(tmp_path)
+    for source in (file, *images.iterdir()):
+        store.put("bucket", f"data/{source.relative_to(tmp_path).as_posix()}", source.read_bytes())
+    build.main(["--json", str(file), "--images", str(images), "--output", str(here), "--shards", "3"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    finish(start(store, cwd, "-c", BUILD_AND_READ))
+    written = {name: store.read("bucket", name) for name in store.names("bucket") if name.startswith("built/")}
+    assert written == {f"built/{file.name}": file.read_bytes() for file in here.iterdir()}
+    copies = {file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert copies >= {file.read_bytes() for file in here.glob("*array_record*")}, "shards were not kept here"
+    assert not list(cwd.iterdir()), "a remote path was taken for a local one"
+
+    # What was built in part goes on: shards that are there stay.
+    for name in ("built/dataset_info.json", "built/llava-train.array_record-00001-of-00003"):
+        del store.objects["bucket", name]
+    kept = store.objects["bucket", "built/llava-train.array_record-00000-of-00003"].generation
+    finish(start(store, cwd, "-c", BUILD_AND_READ))
+    assert {name: store.read("bucket", name) for name in written} == written
+    assert store.objects["bucket", "built/llava-train.array_record-00000-of-00003"].generation == kept
 
 
 def test_a_local_directory_is_itself_and_logs_are_copied_with_their_directories(tmp_path):

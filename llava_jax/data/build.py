@@ -21,9 +21,13 @@ from etils import epath
 
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.builder import LlavaBuilder
+from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
+from llava_jax.data.lengths import lengths_name, measure_once
+from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.tokenization import load_tokenizer
 
 EPILOG = """example:
   python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
@@ -44,6 +48,7 @@ def build(
     workers: int = 0,
     decode: bool = True,
     published: Published | None = None,
+    encode: TextEncoder | None = None,
     beam: tfds.download.DownloadConfig | None = None,
 ) -> None:
     """Builds, or goes on building, a data set.
@@ -53,6 +58,7 @@ def build(
       workers: threads; 0 is one a core.
       decode: whether to decode all pictures, to find damaged ones.
       published: the data set that `source` has to be.
+      encode: as training will encode the samples, whose lengths are then stored, too.
       beam: what runs it on Apache Beam.
 
     Raises:
@@ -62,6 +68,8 @@ def build(
     manifest = _read_manifest(directory, source.digest, shards)
     if manifest is None:
         manifest = _begin(directory, source, epath.Path(images), shards, published)
+    if encode:
+        _write_lengths(directory, source, encode)
     planned = _shards(manifest, output, images, decode)
     builder = LlavaBuilder(planned, published.name if published else "custom", workers)
     builder.download_and_prepare(download_config=beam)
@@ -155,6 +163,18 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
         put(offsets, directory / OFFSETS)
 
 
+def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
+    """Measures all samples and writes what `cache` would: whoever opens the data set has it in the cache."""
+    path = directory / f"{lengths_name(source, encode)}.npz"
+    if path.exists():
+        return
+    lengths = measure_once(source, encode)
+    with scratch_file(path) as file:
+        with open(file, "wb") as target:
+            np.savez(target, lengths=np.stack(lengths))
+        put(file, path)
+
+
 def _shards(manifest: dict[str, Any], output: str, images: str, decode: bool) -> list[Shard]:
     """The shards of a manifest, of as many samples each."""
     with (epath.Path(output) / OFFSETS).open("rb") as file:
@@ -188,9 +208,15 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
+        encode=_encoder(args) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
     print(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
+
+
+def _encoder(args: argparse.Namespace) -> TextEncoder:
+    tokenizer = load_tokenizer(args.tokenizer)
+    return TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length, args.image_position)
 
 
 def _beam_config(options: str) -> tfds.download.DownloadConfig:
@@ -225,12 +251,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="trust pictures: do not decode them to find damaged ones (data.check did)",
     )
+    parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
+    parser.add_argument("--template", help="conversation template, such as v1 (with --tokenizer)")
+    parser.add_argument("--max-length", type=_count, default=2048, metavar="N", help="config.max_length (2048)")
+    parser.add_argument("--image-tokens", type=_count, default=576, metavar="P", help="tokens an image takes (576)")
+    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
     parser.add_argument(
         "--beam",
         metavar="OPTIONS",
         help="write on Apache Beam: its options, as runner=DataflowRunner,project=P,region=R",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.tokenizer) != bool(args.template):
+        parser.error("--tokenizer and --template go together")
+    return args
 
 
 def _count(text: str) -> int:

@@ -1,7 +1,7 @@
 """A data set that `llava_jax.data.build` made, as a source of samples: see `llava_jax/data/shards.py` for its files.
 
 Neither the texts nor the indices of the shards are held in memory, so a process needs the same for any number of
-samples.
+samples. Of a data set on an object store this machine keeps a copy, file by file: what is there already is not copied.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from llava_jax.cli import UserError
+from llava_jax.data import cache
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, sample_of_line
 from llava_jax.data.sources import Sample
-from llava_jax.remote import is_remote
 
 # Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.
 READER_OPTIONS = {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}
@@ -37,9 +37,11 @@ class Built(Sequence[Sample]):
         self.digest = json.loads((directory / MANIFEST).read_text())["digest"]
         instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         names = [directory / TEXT, directory / OFFSETS, *(shard.filename for shard in instructions)]
-        self._text, self._offsets, *shards = local_files(names)
+        self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]
         self._records = grain.sources.ArrayRecordDataSource(instructions, READER_OPTIONS)
+        for file in directory.glob("lengths-*.npz"):
+            cache.adopt(file)
         self._open()
 
     def _open(self) -> None:
@@ -77,10 +79,3 @@ class Built(Sequence[Sample]):
 
     def __repr__(self) -> str:
         return f"Built({self.path!r})"
-
-
-def local_files(paths: Sequence[epath.PathLike]) -> list[str]:
-    """The files themselves."""
-    if any(is_remote(path) for path in paths):
-        raise UserError(f"{paths[0]}: copy the data set to this machine")
-    return [os.fspath(path) for path in paths]

@@ -4,12 +4,15 @@ Any of them may be deleted at any time. One that is damaged, or whose directory 
 """
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +24,7 @@ from llava_jax.cli import track
 from llava_jax.remote import is_remote, new_local
 
 COPY_BYTES = 16 * 2**20
+COPIES_AT_ONCE = 8
 
 
 def directory() -> Path:
@@ -72,7 +76,40 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def local_file(path: str | os.PathLike) -> Path:
+def adopt(file: epath.Path) -> None:
+    """Keeps what another machine has worked out, in a file of the name that it has in the cache."""
+    target = directory() / file.name
+    with contextlib.suppress(OSError):
+        if not target.exists():
+            data = file.read_bytes()
+            with replacing(target) as copy:
+                copy.write(data)
+
+
+def local_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """`local_file` of each, several at once. One process of a machine copies, the others wait for it."""
+    if not any(map(is_remote, paths)):
+        return [Path(path) for path in paths]
+    with _alone(), ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+        copies = pool.map(functools.partial(local_file, show=False), paths)
+        return list(track(copies, "copying files to this machine", len(paths)))
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Within is one process of this machine at a time, if there is where to keep copies."""
+    try:
+        directory().mkdir(parents=True, exist_ok=True)
+        lock = (directory() / "copying.lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def local_file(path: str | os.PathLike, show: bool = True) -> Path:
     """The file itself or, of a remote one, a copy that the next call finds, if the file is still the same."""
     if not is_remote(path):
         return Path(path)
@@ -82,15 +119,16 @@ def local_file(path: str | os.PathLike) -> Path:
         return copy
     shutil.rmtree(copies, ignore_errors=True)  # of what the file was before
     try:
-        return _copy(epath.Path(path), copy)
+        return _copy(epath.Path(path), copy, show)
     except OSError:  # nowhere to keep it
-        return _copy(epath.Path(path), new_local() / copy.name)
+        return _copy(epath.Path(path), new_local() / copy.name, show)
 
 
-def _copy(source: epath.Path, target: Path) -> Path:
+def _copy(source: epath.Path, target: Path, show: bool) -> Path:
     blocks = -(-source.stat().length // COPY_BYTES)
     with source.open("rb") as remote, replacing(target) as file:
         read = iter(lambda: remote.read(COPY_BYTES), b"")
-        for block in track(read, f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB", blocks):
+        told = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
+        for block in track(read, told, blocks) if show else read:
             file.write(block)
     return target

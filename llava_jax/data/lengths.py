@@ -30,7 +30,7 @@ def measure_once(source: Source, encode: TextEncoder, workers: int = 0, skip_bad
 
 def cached_lengths(source: Source, encode: TextEncoder, skip_bad: bool) -> Lengths | None:
     """The lengths in the cache. Bad samples, which have no tokens, are for those to take who skip them."""
-    found = cache.load(_name(source, encode))
+    found = cache.load(lengths_name(source, encode))
     if found is None or found["lengths"].shape != (len(Lengths._fields), len(source)):
         return None
     lengths = Lengths(*found["lengths"])
@@ -38,10 +38,11 @@ def cached_lengths(source: Source, encode: TextEncoder, skip_bad: bool) -> Lengt
 
 
 def keep_lengths(source: Source, encode: TextEncoder, lengths: Lengths) -> None:
-    cache.save(_name(source, encode), lengths=np.stack(lengths))
+    cache.save(lengths_name(source, encode), lengths=np.stack(lengths))
 
 
-def _name(source: Source, encode: TextEncoder) -> str:
+def lengths_name(source: Source, encode: TextEncoder) -> str:
+    """What lengths are called in the cache."""
     placed = (encode.image_tokens, encode.max_length, encode.image_position, encode.seed)
     vocabulary = hashlib.sha256(encode.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     text = (vocabulary, encode.template, default_system(encode.tokenizer))

@@ -3,6 +3,7 @@
     metadata.json        what it is built from, counts of samples and images; written first
     text.jsonl           the samples, one a line, as LLaVA JSON
     text_offsets.npy     int64[N + 1]: where in it each line begins, and its end
+    lengths-*.npz         where asked for: tokens, learned tokens and images of each sample, as the cache keeps them
     llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and pictures, the bytes of their files
     dataset_info.json, features.json               what makes it a TFDS data set; written last
 
