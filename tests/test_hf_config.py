@@ -10,6 +10,7 @@ import transformers
 
 from llava_jax.cli import UserError
 from llava_jax.convert.hf_config import read_llava, read_vision, write_llava
+from llava_jax.convert.hf_tokenizer import ImageToken, SpecialTokens
 from llava_jax.models.config import PRESETS, LlavaConfig
 
 # https://huggingface.co/llava-hf/llava-interleave-qwen-0.5b-hf
@@ -165,6 +166,10 @@ def test_tied_if_either_place_says_so(place):
     assert read_llava(config, "").text.tie_word_embeddings
 
 
+def special(config: LlavaConfig) -> SpecialTokens:
+    return SpecialTokens(ImageToken(7, "<image>"), "<pad>", {}, config.text.vocab_size)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -179,7 +184,7 @@ def test_tied_if_either_place_says_so(place):
 )
 def test_what_is_written_is_read_back_by_us_and_by_transformers(changes, tmp_path):
     config = dataclasses.replace(reference.LLAVA, **changes)
-    written = write_llava(config, {}, image_token_index=7, dtype="bfloat16")
+    written = write_llava(config, {}, special(config), 8, dtype="bfloat16")
     found = read_llava(written, "")
     assert (found.vision, found.text) == (config.vision, config.text)
     assert (found.select_layer, found.select_feature) == (config.select_layer, config.select_feature)
@@ -197,7 +202,7 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(changes, tmp_pat
 
 
 def test_written_so_that_every_version_finds_theta_types_and_tying():
-    written = write_llava(reference.LLAVA, {}, image_token_index=7, dtype="float16")
+    written = write_llava(reference.LLAVA, {}, special(reference.LLAVA), 8, dtype="float16")
     text = written["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 50000.0
     assert text["rope_scaling"] is None
@@ -208,7 +213,7 @@ def test_written_so_that_every_version_finds_theta_types_and_tying():
 
 def test_other_fields_of_the_source_are_kept():
     source = LLAVA_1_5_7B | {"text_config": LLAVA_1_5_7B["text_config"] | {"pretraining_tp": 2, "eos_token_id": 5}}
-    written = write_llava(reference.LLAVA, source, image_token_index=32000, dtype="float32")
+    written = write_llava(reference.LLAVA, source, special(reference.LLAVA), 32001, dtype="float32")
     assert (written["pad_token_id"], written["ignore_index"]) == (32001, -100)
     assert (written["text_config"]["pretraining_tp"], written["text_config"]["eos_token_id"]) == (2, 5)
     assert written["vision_config"]["vocab_size"] == 32000

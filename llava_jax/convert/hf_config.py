@@ -14,6 +14,7 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert.hf_fields import Json, get, kept, require, require_multiple
 from llava_jax.convert.hf_text import text_part, write_text
+from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.models.clip import ACTIVATIONS
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 
@@ -94,23 +95,26 @@ def read_llava(config: Json, where: str) -> LlavaSource:
     )
 
 
-def write_llava(config: LlavaConfig, source: Json, image_token_index: int, dtype: str) -> Json:
+def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_id: int, dtype: str) -> Json:
     """The `config.json` of an export, which transformers 4.51 ... 5.23 all read alike.
 
     Args:
       config: the model.
       source: the `config.json` that was imported, in the form of a LLaVA's: its other fields are kept.
-      image_token_index: the id under which the processor marks image positions.
+      special: of the tokenizer.
+      pad_id: the id of its padding token.
       dtype: the type to load the weights in, as 'float16'.
     """
     linear = config.projector_type == "linear"
     text = source.get("text_config") or {}
+    vocabulary = {"vocab_size": special.rows, "pad_token_id": pad_id}
     return kept(source) | {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "text_config": kept(text) | write_text(config.text, text, dtype),
+        "text_config": kept(text) | write_text(config.text, text, dtype) | vocabulary,
         "vision_config": kept(source.get("vision_config") or {}) | _vision_json(config.vision, dtype),
-        "image_token_index": image_token_index,
+        "image_token_index": special.image.id,
+        "pad_token_id": pad_id,
         "image_seq_length": config.image_tokens,
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": select_strategy(config),

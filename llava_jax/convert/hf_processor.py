@@ -96,12 +96,14 @@ def write_generation(source: Json, special_ids: dict[str, int | None], end_ids: 
 
     Args:
       source: that of the import; may be empty.
-      special_ids: ids by the names `bos_token_id`, `eos_token_id`, `pad_token_id`, for those that the source lacks.
+      special_ids: the tokenizer's by the names `bos_token_id`, `eos_token_id`, `pad_token_id`; of the first two the
+        source's count where it has them, while padding is what the tokenizer does.
       end_ids: tokens that end an answer, which have to be among the `eos_token_id`.
     """
     values = {name: id for name, id in special_ids.items() if id is not None}
     values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}
     values.pop("transformers_version", None)
+    values["pad_token_id"] = special_ids["pad_token_id"]
     if not values.get("do_sample"):
         values = {field: value for field, value in values.items() if field not in _SAMPLING}
     known = values.get("eos_token_id", [])

@@ -23,7 +23,7 @@ from llava_jax.array_store import is_layered
 from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
 from llava_jax.cli import UserError, track
 from llava_jax.convert import hf_config
-from llava_jax.convert.export import image_token
+from llava_jax.convert.export import special_tokens
 from llava_jax.convert.hf_processor import read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
@@ -41,7 +41,7 @@ from llava_jax.convert.layouts import (
 )
 from llava_jax.convert.names import pieces
 from llava_jax.convert.tensors import open_directory, open_files, read_json
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template, with_im_start_end
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, get_template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
@@ -165,7 +165,7 @@ def _save(found: Found, output: str, options: Options) -> LlavaConfig:
     template = with_im_start_end(get_template(options.template), found.config.im_start_end)
     with tempfile.TemporaryDirectory() as scratch:
         _copy_tokenizer_files(found.tokenizer_dir, Path(scratch))
-        _check_tokenizer(found, template, Path(scratch))
+        _check_tokenizer(found, Path(scratch))
         # A projector that comes with the rest has been trained with it: the model knows a template.
         stage = "finetune" if found.sources.get("projector") is found.sources["llm"] else None
         description = Description(found.config, template.name, found.hf, stage=stage)
@@ -268,7 +268,7 @@ def _copy_tokenizer_files(source: Path, target: Path) -> None:
         raise UserError(f"{source}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
 
 
-def _check_tokenizer(found: Found, template: Template, directory: Path) -> None:
+def _check_tokenizer(found: Found, directory: Path) -> None:
     """Says now what would otherwise be found out after training."""
     rows = found.config.text.vocab_size
     tokenizer = load_tokenizer(directory)
@@ -278,7 +278,7 @@ def _check_tokenizer(found: Found, template: Template, directory: Path) -> None:
     if largest >= rows:
         print(f"warning: the tokenizer has ids up to {largest}, the model only {rows} rows", file=sys.stderr)
     try:
-        image_token(tokenizer, found.config, template, found.hf["config"])
+        special_tokens(tokenizer, found.config, found.hf["config"])
     except UserError as error:
         print(f"warning: this model cannot be exported: {error}", file=sys.stderr)
 

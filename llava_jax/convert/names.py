@@ -118,9 +118,13 @@ def pieces(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int
 
 def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The (leaf name, tensor) pairs of our parameter; the inverse of `to_ours`."""
-    back = np.argsort(entry.transform)
     for leaf, tensor in zip(entry.leaves(), [array] if entry.layers is None else array, strict=True):
-        yield leaf, _permuted(tensor, back)
+        yield leaf, to_hf_tensor(entry, tensor)
+
+
+def to_hf_tensor(entry: Entry, array: np.ndarray) -> np.ndarray:
+    """Hugging Face's tensor of our parameter, or of one layer of it."""
+    return _permuted(array, np.argsort(entry.transform))
 
 
 def _permuted(tensor: np.ndarray, axes: Iterable[int]) -> np.ndarray:

@@ -1,15 +1,13 @@
-"""A source's tensors by name, read when asked for, and the shards of an export."""
+"""A source's tensors by name, read when asked for."""
 
 import functools
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (numpy and so safetensors learn bfloat16 from it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import StoredTensor
@@ -19,7 +17,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The files of a directory's weights and their indices, of which the first that is there counts.
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Tensors:
@@ -125,49 +122,3 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class ShardWriter:
-    """Writes tensors one after the other to safetensors files of at most `max_bytes`, as `save_pretrained` does.
-
-    Names and index are written by `close`, when the number of shards is known.
-    """
-
-    def __init__(self, directory: str | os.PathLike, max_bytes: int = MAX_SHARD_BYTES):
-        self._directory = Path(directory)
-        self._max_bytes = max_bytes
-        self._pending: dict[str, np.ndarray] = {}
-        self._shards: list[list[str]] = []  # the names in each shard written
-        self._bytes = 0
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        pending = sum(held.nbytes for held in self._pending.values())
-        if self._pending and pending + tensor.nbytes > self._max_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._bytes += tensor.nbytes
-
-    def close(self) -> None:
-        self._flush()
-        total = len(self._shards)
-        if total == 1:
-            self._partial(0).rename(self._directory / WEIGHTS)
-            return
-        weight_map = {}
-        for i, names in enumerate(self._shards):
-            file = f"model-{i + 1:05d}-of-{total:05d}.safetensors"
-            self._partial(i).rename(self._directory / file)
-            weight_map |= dict.fromkeys(names, file)
-        write_json(self._directory / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": weight_map})
-
-    def _flush(self) -> None:
-        path = self._partial(len(self._shards))
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"{path}: cannot be written ({error})") from None
-        self._shards.append(list(self._pending))
-        self._pending = {}
-
-    def _partial(self, shard: int) -> Path:
-        return self._directory / f"shard-{shard}.partial"

@@ -1,0 +1,89 @@
+"""The tensors of an export, one in memory at a time, to safetensors files.
+
+Written here and not by the safetensors library, which wants all the tensors of a file at once. A file is the length of
+its header (8 bytes), the header (JSON: type, shape and place of each tensor) and the tensors without gaps.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.cli import UserError, track
+from llava_jax.convert.tensors import INDEX, WEIGHTS, write_json
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class Tensor(NamedTuple):
+    """A tensor that is made when it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes one file, or several of at most `max_bytes` with their index, under the names of `save_pretrained`.
+
+    Raises UserError where the disk has too little room for all of them, before the first is written.
+    """
+    total_bytes, free_bytes = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(directory).free
+    if total_bytes > free_bytes:
+        raise UserError(
+            f"{directory.parent}: the weights take {total_bytes / 1e9:.1f} GB, but {free_bytes / 1e9:.1f} GB are free"
+        )
+    shards = _split(tensors, max_bytes)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    else:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    for file, shard in zip(files, shards, strict=True):
+        with open(directory / file, "wb") as stream:
+            stream.write(_header(shard))
+            for tensor in track(shard, f"writing {file}"):
+                stream.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """Reads it, as bytes in the order of a file."""
+    array = tensor.read()
+    assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _split(tensors: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """In their order, but within a file those of wider types first, so that each is aligned."""
+    shards, size = [[]], 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+
+
+def _header(tensors: Iterable[Tensor]) -> bytes:
+    fields, end = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        fields[tensor.name] = {
+            "dtype": _DTYPES[tensor.dtype.name],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
