@@ -144,7 +144,7 @@ def test_samples_travel_to_other_processes_without_their_texts(tmp_path):
     samples = LlavaJson(write(tmp_path / "data", GOOD * 500, jsonl=True))
     assert samples[1700] == samples[0]
     travelled = pickle.dumps(samples)
-    assert len(travelled) < 16 * len(samples) + 1000
+    assert len(travelled) < 1000
     assert list(pickle.loads(travelled)) == list(samples)
 
 

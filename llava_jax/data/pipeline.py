@@ -14,14 +14,17 @@ threads or processes reading ahead.
 """
 
 import contextlib
+import copy
 import functools
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -30,6 +33,7 @@ from absl import flags
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, track
+from llava_jax.data import schedule
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Lengths, Order, groups_of
@@ -263,12 +267,16 @@ class Batches:
         """The same with those samples of each batch of which a picture is at fault."""
         per_batch = len(self.rows)
         numbers = grain.MapDataset.range(start * per_batch, stop * per_batch)
-        rows = _read_ahead(numbers.map(self._numbered_row), workers, buffer=2 * per_batch)
-        batches = iter(rows.batch(per_batch, batch_fn=self._collate))
-        try:
+        with contextlib.ExitStack() as stack:
+            reader = self
+            if workers:
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava_jax_")))
+                reader = copy.copy(self)
+                reader.order = schedule.write(self.order, start, stop, directory)
+            rows = _read_ahead(numbers.map(reader._numbered_row), workers, buffer=2 * per_batch)
+            batches = iter(rows.batch(per_batch, batch_fn=self._collate))
+            stack.callback(batches.close)
             yield from batches
-        finally:
-            batches.close()
 
     def _numbered_row(self, number: int) -> tuple[Batch, list[Bad]]:
         step, row = divmod(number, len(self.rows))

@@ -15,6 +15,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data import cache
+from llava_jax.remote import new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
 LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
@@ -34,13 +35,17 @@ class Record(NamedTuple):
 
 
 class RecordFile:
-    """Random access to the bytes of records; it knows but where they are, and travels to other processes."""
+    """Random access to the bytes of records; it knows but where they are.
+
+    It travels to other processes of this machine, which map a file of that instead of holding it themselves.
+    """
 
     def __init__(self, path: Path, starts: np.ndarray, stops: np.ndarray):
         self.path = path
         self.starts = starts  # int64[N]
         self.stops = stops  # int64[N]
         self._file: BinaryIO | None = None
+        self._shared: Path | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -52,7 +57,17 @@ class RecordFile:
         return os.pread(file.fileno(), int(self.stops[index]) - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
+        if self._shared is None:
+            directory = new_local()
+            np.save(directory / "starts.npy", self.starts)
+            np.save(directory / "stops.npy", self.stops)
+            self._shared = directory
+        return {"path": self.path, "_shared": self._shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        starts, stops = (np.load(state["_shared"] / f"{name}.npy", mmap_mode="r") for name in ("starts", "stops"))
+        self.__init__(state["path"], starts, stops)
+        self._shared = state["_shared"]
 
 
 def local_data(path: epath.PathLike) -> Path:

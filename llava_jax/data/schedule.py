@@ -1,0 +1,49 @@
+"""The rows of a run in files that reading processes map: none of them holds a plan, or the lengths it was made from."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.data.plan import Order, Rows
+
+SAMPLES, STARTS = "samples.npy", "starts.npy"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`rows(step)` as the order that it was written from, for steps from `start` on."""
+
+    directory: Path
+    start: int
+    batch_rows: int
+
+    def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The indices of the samples in each row of a step; no index for an empty row."""
+        rows, first = _mapped(self.directory), (step - self.start) * self.batch_rows
+        return [rows.row(number) for number in range(first, first + self.batch_rows)]
+
+
+def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:
+    """Writes the rows of steps start, ..., stop - 1 of an order into a directory."""
+    samples, counts = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+    (epoch, step), left = order.find(start), stop - start
+    while left > 0:
+        taken = min(order.epoch_steps(epoch) - step, left)
+        rows = order.epoch_rows(epoch)
+        first, last = (min(number * order.batch_rows, rows.count) for number in (step, step + taken))
+        samples.append(rows.samples[rows.starts[first] : rows.starts[last]])
+        held = np.diff(rows.starts[first : last + 1])
+        counts.append(
+            np.pad(held, (0, taken * order.batch_rows - len(held)))
+        )  # empty rows fill up an epoch's last step
+        epoch, step, left = epoch + 1, 0, left - taken
+    np.save(directory / SAMPLES, np.concatenate(samples))
+    np.save(directory / STARTS, np.cumsum(np.concatenate(counts)))
+    return Schedule(directory, start, order.batch_rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _mapped(directory: Path) -> Rows:
+    return Rows(*(np.load(directory / name, mmap_mode="r") for name in (SAMPLES, STARTS)))
