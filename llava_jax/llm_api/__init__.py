@@ -1,0 +1,1 @@
+"""Many requests to a language model behind an OpenAI-compatible API, none of them paid twice."""

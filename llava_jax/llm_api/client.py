@@ -1,0 +1,294 @@
+"""Asks a language model behind an OpenAI-compatible API, as fast as it takes requests, until it answers."""
+
+import asyncio
+import email.utils
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, NamedTuple
+
+import openai
+
+from llava_jax.cli import UserError
+from llava_jax.llm_api.cost import Budget, Message, Prices, estimate_tokens, most_tokens
+from llava_jax.llm_api.ledger import Answer, Ledger, Request
+from llava_jax.llm_api.limits import RateLimit, Refusal
+
+BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
+HOPELESS = (401, 403, 404, 405)  # the same for every request: key, model or address are wrong
+PASSING = (408, 409, 425)  # and all from 500 on
+
+
+class Settings(NamedTuple):
+    """How to ask. `body` has what goes into every request besides model and messages, max_tokens among them."""
+
+    model: str
+    body: dict[str, Any]
+    base_url: str | None = None
+    api_key: str | None = None
+    concurrency: int = 64
+    requests_a_minute: float | None = None
+    tokens_a_minute: float | None = None
+    prices: Prices = Prices(0.0, 0.0)
+    stream: bool = False
+    timeout: float = 600.0  # seconds for an answer
+    tries: int = 8  # before a request counts as failed; refusals for the rate are no tries
+    patience: float = 900.0  # seconds without any answer, with refusals only, before giving up
+
+    @property
+    def most_completion_tokens(self) -> int:
+        return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
+
+
+class Stopped(Exception):
+    """Asked to stop while waiting."""
+
+
+class Refused(Exception):
+    """The server does not take this prompt, or fails at it again and again, while it answers others."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class NoAnswer(Exception):
+    """A try that brought no answer; another may. `charged` if what it cost is not known."""
+
+    def __init__(self, error: object, charged: bool = False, refusal: Refusal | None = None):
+        super().__init__(" ".join(str(error).split())[:300])
+        self.charged, self.refusal = charged, refusal
+
+
+class Client:
+    """Every request goes through the ledger. One answer to a request is all that is ever paid, wherever it is known."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, budget: Budget):
+        self.settings, self.ledger, self.budget = settings, ledger, budget
+        self.limit = RateLimit(settings.requests_a_minute, settings.tokens_a_minute)
+        if budget.limit is not None and not settings.most_completion_tokens:
+            raise UserError("a budget needs max_tokens in the requests: without it no answer has a highest price")
+        self.api = api(settings)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self.stop = asyncio.Event()
+        self.answered_at = time.monotonic()
+        self._turn = asyncio.Lock()  # who waits for the rate waits in line
+        self._refusals = 0  # in a row
+
+    async def ask(self, request: Request) -> Answer:
+        """The answer: the ledger's, if it has one. The same request must not be asked twice at a time.
+
+        Raises `Stopped`, `Refused`, `BudgetSpent`, or `UserError` where no request can succeed.
+        """
+        if answer := self.ledger.answer(request):
+            return answer
+        begin = time.monotonic()
+        failures = 0
+        while True:
+            try:
+                async with self._slots:
+                    return await self._try(request)
+            except NoAnswer as failure:
+                if failure.refusal:
+                    self._check_patience(failure)
+                    continue
+                failures += 1
+                if failures >= self.settings.tries:
+                    if self.answered_at > begin:
+                        raise Refused("server-error", str(failure)) from failure
+                    raise UserError(
+                        f"{self.api.base_url}: gives no answer ({failure}); the same command goes on"
+                    ) from failure
+                await self.unless_stopped(asyncio.sleep(backoff(failures)))
+
+    def worst_cost(self, request: Request) -> float:
+        """Dollars that it may cost at most."""
+        return self.settings.prices.cost(most_tokens(request.messages), self.settings.most_completion_tokens)
+
+    async def _try(self, request: Request) -> Answer:
+        worst = self.worst_cost(request)
+        tokens = estimate_tokens(request.messages) + self.settings.most_completion_tokens
+        await self.unless_stopped(self.budget.reserve(worst))
+        row, cost = None, 0.0
+        try:
+            await self._await_turn(tokens)
+            row, cost = self.ledger.begin(request, worst), worst
+            answer = await self._send(request)
+            cost = self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens)
+            self.ledger.answered(row, answer, cost)
+            self.answered_at, self._refusals = time.monotonic(), 0
+            return answer
+        except (NoAnswer, Refused, UserError) as error:
+            cost = worst if isinstance(error, NoAnswer) and error.charged else 0.0
+            if row is not None:
+                self.ledger.failed(row, str(error), cost)
+            if isinstance(error, NoAnswer) and error.refusal:
+                self.limit.refuse(time.monotonic(), error.refusal, tokens)
+            raise
+        except asyncio.CancelledError:
+            if row is not None:
+                self.ledger.failed(row, "given up while under way; whether it was charged is unknown", cost)
+            raise
+        finally:
+            await self.budget.settle(worst, cost)
+
+    async def _await_turn(self, tokens: int) -> None:
+        async with self._turn:
+            while not self.stop.is_set():
+                seconds = self.limit.wait(time.monotonic(), tokens)
+                if seconds <= 0:
+                    return
+                await self.unless_stopped(asyncio.sleep(seconds))
+        raise Stopped
+
+    async def unless_stopped(self, awaitable: Awaitable[None]) -> None:
+        """Awaits, unless the client is stopped before: then raises `Stopped`."""
+        waiting, stopping = asyncio.ensure_future(awaitable), asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise Stopped
+            waiting.result()
+        finally:
+            waiting.cancel()
+            stopping.cancel()
+
+    def _check_patience(self, failure: NoAnswer) -> None:
+        if time.monotonic() - self.answered_at > self.settings.patience:
+            raise UserError(
+                f"{self.api.base_url}: only refusals for {self.settings.patience:.0f} s ({failure}); "
+                "the same command goes on"
+            ) from failure
+
+    # -------------------------------------------------------------------------------------------------- one try
+
+    async def _send(self, request: Request) -> Answer:
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                completion = await (self._streamed if self.settings.stream else self._whole)(request)
+        except openai.APIStatusError as error:
+            raise self._status_failure(error) from error
+        except (openai.APIError, TimeoutError, ValueError) as error:  # no connection, too late, cut off, no JSON
+            cause = error.__cause__ or error
+            raise NoAnswer(f"{type(cause).__name__}: {cause}", charged=not _never_sent(cause)) from error
+        return read_completion(completion, request.messages, self.settings.most_completion_tokens)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        return {
+            "model": self.settings.model,
+            "messages": request.messages,
+            "extra_body": self.settings.body,
+            "extra_headers": {"Idempotency-Key": idempotency_key(self.settings.model, request)},
+        }
+
+    async def _whole(self, request: Request) -> Any:
+        response = await self.api.chat.completions.with_raw_response.create(**self._arguments(request))
+        try:
+            return json.loads(response.http_response.content)
+        except ValueError as error:
+            raise NoAnswer(f"the answer is no JSON: {error}", charged=True) from error
+
+    async def _streamed(self, request: Request) -> Any:
+        """A streamed answer, put together as if it had come whole."""
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        texts, finish_reason, usage = [], None, None
+        async with await self.api.chat.completions.create(**self._arguments(request), **options) as stream:
+            async for chunk in stream:
+                usage = chunk.usage.model_dump() if chunk.usage else usage
+                for choice in chunk.choices:
+                    texts.append(choice.delta.content or "")
+                    finish_reason = choice.finish_reason or finish_reason
+        if finish_reason is None:
+            raise NoAnswer("the stream was cut", charged=True)
+        choice = {"message": {"content": "".join(texts)}, "finish_reason": finish_reason}
+        return {"choices": [choice], "usage": usage}
+
+    def _status_failure(self, error: openai.APIStatusError) -> Exception:
+        status, code = error.status_code, str(getattr(error, "code", ""))
+        message = f"status {status}: {error.message}"
+        if status == 429 and code != "insufficient_quota":
+            self._refusals += self.limit.pause is None
+            wait = retry_after(error.response.headers)
+            wait = backoff(self._refusals) if wait is None else wait
+            return NoAnswer(message, refusal=Refusal(wait, _of_tokens(error)))
+        if status >= 500 or status in PASSING:
+            return NoAnswer(message)
+        if status in (*HOPELESS, 429) or not self.ledger.answer_count():
+            return UserError(f"{self.api.base_url}: {message}")
+        return Refused("refused-by-server", " ".join(message.split()))
+
+
+def api(settings: Settings) -> openai.AsyncOpenAI:
+    """The official client; the repetitions are ours, since the ledger and the rate must see them."""
+    try:
+        return openai.AsyncOpenAI(
+            base_url=settings.base_url,
+            api_key=settings.api_key,
+            max_retries=0,
+            timeout=settings.timeout,
+        )
+    except openai.OpenAIError as error:
+        raise UserError(f"{error}") from error
+
+
+def idempotency_key(model: str, request: Request) -> str:
+    """The same for every try of a request, also by later processes: gateways that know such keys charge it once."""
+    return hashlib.sha256(json.dumps([model, *request]).encode()).hexdigest()
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after so many failures, with full jitter."""
+    return random.uniform(0.1, 1.0) * min(LONGEST_BACKOFF, BACKOFF * 2**failures)
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that the server wants to be left alone: from milliseconds, seconds or a date."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):
+            continue
+    date = email.utils.parsedate_tz(headers.get("retry-after"))
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+
+
+def read_completion(completion: Any, messages: Sequence[Message], most: int) -> Answer:
+    """The answer in a chat completion's JSON, with estimates where the server's count of tokens cannot be true.
+
+    `most` tokens were allowed, 0 for any number. Raises `NoAnswer` where there is no answer.
+    """
+    try:
+        choice = completion["choices"][0]
+        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        finish_reason = choice.get("finish_reason") or "stop"
+        text = text.encode(errors="replace").decode()  # half surrogate pairs cannot be stored
+    except (LookupError, TypeError, AttributeError) as error:
+        raise NoAnswer(f"the answer is no chat completion: {json.dumps(completion)[:100]}", charged=True) from error
+    most = most or sys.maxsize
+    usage = completion.get("usage")
+    if _possible(usage, text, most_tokens(messages), most):
+        return Answer(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"])
+    written = min(estimate_tokens([{"content": text}]), most)
+    return Answer(text, finish_reason, estimate_tokens(messages), written, "estimated")
+
+
+def _possible(usage: Any, text: str, most_prompt: int, most_completion: int) -> bool:
+    """Whether the server's count of tokens can be true."""
+    if not isinstance(usage, dict):
+        return False
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int:
+        return False
+    return 0 < prompt <= most_prompt and bool(text) <= completion <= most_completion
+
+
+def _of_tokens(error: openai.APIStatusError) -> bool:
+    left = error.response.headers.get("x-ratelimit-remaining-tokens")
+    return left == "0" or "tokens per min" in error.message
+
+
+def _never_sent(cause: BaseException) -> bool:
+    return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")

@@ -1,0 +1,73 @@
+"""What requests cost: tokens of texts without a tokenizer, prices, and a budget that is never exceeded."""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llava_jax.cli import UserError
+
+Message = dict[str, str]  # role, content
+
+_PIECES = re.compile(r"[A-Za-z]+|[^A-Za-z\s]")
+_LETTERS_A_TOKEN = 6  # English words of up to so many letters are mostly one token
+_TOKENS_A_MESSAGE = 4  # of the role and what stands around it
+
+
+def estimate_tokens(messages: Sequence[Message]) -> int:
+    """About how many tokens: a word is one or more, a digit or a sign is one."""
+    text = sum(
+        -(-len(piece) // _LETTERS_A_TOKEN) for message in messages for piece in _PIECES.findall(message["content"])
+    )
+    return text + _TOKENS_A_MESSAGE * len(messages)
+
+
+def most_tokens(messages: Sequence[Message]) -> int:
+    """As many tokens at most: no tokenizer makes more than one of a byte; a chat template adds up to 64."""
+    return sum(len(message["content"].encode(errors="replace")) + 64 for message in messages)
+
+
+class Prices(NamedTuple):
+    """Dollars for a million tokens."""
+
+    prompt: float
+    completion: float
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+class BudgetSpent(UserError):
+    """The next request might cost more than is left."""
+
+
+class Budget:
+    """Dollars that may be spent, None for any. What a request may cost is reserved before it is sent."""
+
+    def __init__(self, limit: float | None, spent: float = 0.0):
+        self.limit, self.spent, self.reserved = limit, spent, 0.0
+        self._settled = asyncio.Condition()
+
+    def allows(self, dollars: float) -> bool:
+        return self.limit is None or self.spent + self.reserved + dollars <= self.limit
+
+    async def reserve(self, dollars: float) -> None:
+        """Waits for requests under way where they may leave enough. Raises `BudgetSpent`."""
+        async with self._settled:
+            while not self.allows(dollars):
+                if not self.reserved:
+                    raise BudgetSpent(
+                        f"${self.spent:.4f} of the budget of ${self.limit:.4f} are spent, and the next request may "
+                        f"cost ${dollars:.4f}: the same command with a larger budget goes on"
+                    )
+                await self._settled.wait()
+            self.reserved += dollars
+
+    async def settle(self, reserved: float, spent: float) -> None:
+        """Of a reservation so much was spent."""
+        async with self._settled:
+            self.reserved = max(0.0, self.reserved - reserved)
+            if self.reserved < 1e-12:  # rounding
+                self.reserved = 0.0
+            self.spent += spent
+            self._settled.notify_all()

@@ -1,0 +1,197 @@
+"""The ledger: every request that was ever sent, what it cost and brought, and one result for each task, in SQLite.
+
+A row is written before its request is sent and completed by what comes back. What was answered is never asked again.
+When a process dies, only the answers of requests that were under way are unknown; they are counted as paid in full.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.llm_api.cost import Message, estimate_tokens
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS requests (
+  id INTEGER PRIMARY KEY,
+  task TEXT NOT NULL,              -- what it is for
+  attempt INTEGER NOT NULL,        -- 0 for the question, 1 ... when it is asked again since the answer was no good
+  prompt_hash TEXT NOT NULL,       -- SHA-256 of the messages
+  model TEXT NOT NULL,
+  parameters TEXT NOT NULL,        -- JSON
+  state TEXT NOT NULL,             -- sent, answered, failed, lost (the process died)
+  sent REAL NOT NULL,              -- seconds since 1970
+  finished REAL,
+  prompt_tokens INTEGER,           -- estimated until an answer tells
+  completion_tokens INTEGER,
+  usage TEXT,                      -- reported by the server, or estimated
+  cost REAL NOT NULL DEFAULT 0,    -- dollars; where what was charged is not known (yet), the most it can be
+  answer TEXT,
+  finish_reason TEXT,
+  verdict TEXT,                    -- accepted, or why the answer was no good
+  error TEXT
+);
+CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON requests (task, attempt) WHERE state = 'answered';
+CREATE INDEX IF NOT EXISTS of_task ON requests (task, attempt);
+CREATE INDEX IF NOT EXISTS under_way ON requests (state) WHERE state = 'sent';
+CREATE TABLE IF NOT EXISTS results (
+  task TEXT PRIMARY KEY,
+  verdict TEXT NOT NULL,           -- accepted, or the reason of the rejection
+  value TEXT                       -- JSON
+) WITHOUT ROWID;
+"""
+ACCEPTED = "accepted"
+
+
+class Request(NamedTuple):
+    """A prompt, for a task, the first or a later attempt at it."""
+
+    task: str
+    attempt: int
+    messages: Sequence[Message]
+
+    @property
+    def prompt_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
+
+
+class Answer(NamedTuple):
+    """What a model said. `finish_reason` is the API's: stop, length, content_filter."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    usage: str = "reported"
+
+
+class Totals(NamedTuple):
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+
+
+class Ledger:
+    """Opened by one process at a time. Every method that writes is one transaction."""
+
+    def __init__(self, path: Path, model: str = "", parameters: dict[str, Any] | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.model, self.parameters = path, model, json.dumps(parameters or {}, sort_keys=True)
+        self._lock = _lock(path.parent)
+        self.db = sqlite3.connect(path, isolation_level=None)
+        try:
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute(
+                "PRAGMA synchronous = NORMAL"
+            )  # a killed process loses nothing, a power cut the last moments
+            self.db.executescript(SCHEMA)
+            self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'",
+                            [time.time()])  # fmt: skip
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise UserError(f"{path}: is no ledger ({error}); choose another directory") from error
+
+    def close(self) -> None:
+        self.db.close()
+        os.close(self._lock)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def identify(self, identity: dict[str, Any]) -> None:
+        """Makes it the ledger of this work. Raises `UserError` with what differs if it is that of another."""
+        wanted = {key: json.dumps(value, sort_keys=True) for key, value in identity.items()}
+        found = dict(self.db.execute("SELECT key, value FROM identity"))
+        if found:
+            changes = [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in sorted({*wanted, *found})
+                       if wanted.get(key) != found.get(key)]  # fmt: skip
+            if changes:
+                raise UserError(f"{self.path} was made for other work ({'; '.join(changes)}); choose another directory")
+        else:
+            with self.transaction():
+                self.db.executemany("INSERT INTO identity VALUES (?, ?)", wanted.items())
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    def begin(self, request: Request, reserved: float) -> int:
+        """Notes that a request is about to be sent, which costs `reserved` at most. Returns its row."""
+        return self.db.execute(
+            "INSERT INTO requests (task, attempt, prompt_hash, model, parameters, state, sent, prompt_tokens, cost)"
+            " VALUES (?, ?, ?, ?, ?, 'sent', ?, ?, ?)",
+            [request.task, request.attempt, request.prompt_hash, self.model, self.parameters, time.time(),
+             estimate_tokens(request.messages), reserved],
+        ).lastrowid  # fmt: skip
+
+    def answered(self, row: int, answer: Answer, cost: float) -> None:
+        self.db.execute(
+            "UPDATE requests SET state = 'answered', finished = ?, answer = ?, finish_reason = ?, prompt_tokens = ?,"
+            " completion_tokens = ?, usage = ?, cost = ? WHERE id = ?",
+            [time.time(), *answer, cost, row],
+        )
+
+    def failed(self, row: int, error: str, cost: float) -> None:
+        self.db.execute(
+            "UPDATE requests SET state = 'failed', finished = ?, error = ?, cost = ? WHERE id = ?",
+            [time.time(), error, cost, row],
+        )
+
+    def answer(self, request: Request) -> Answer | None:
+        """What was answered to a request, if it was. Raises `UserError` where the same attempt had another prompt."""
+        query = (
+            "SELECT prompt_hash, answer, finish_reason, prompt_tokens, completion_tokens, usage FROM requests"
+            " WHERE task = ? AND attempt = ? AND state = 'answered'"
+        )
+        row = self.db.execute(query, [request.task, request.attempt]).fetchone()
+        if row and row[0] != request.prompt_hash:
+            raise UserError(f"{self.path}: {request.task} was asked with another prompt; choose another directory")
+        return Answer(*row[1:]) if row else None
+
+    def totals(self) -> Totals:
+        query = "SELECT COUNT(*), TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cost) FROM requests"
+        requests, prompt, completion, cost = self.db.execute(query).fetchone()
+        return Totals(requests, int(prompt), int(completion), cost)
+
+    def answer_count(self) -> int:
+        return self.db.execute("SELECT COUNT(*) FROM requests WHERE state = 'answered'").fetchone()[0]
+
+    # -------------------------------------------------------------------------------------------------- results
+
+    def conclude(self, task: str, verdict: str, value: Any, attempts: Sequence[str]) -> None:
+        """The result of a task, for good, and the verdict on each of its answers."""
+        with self.transaction():
+            self.db.execute("INSERT INTO results VALUES (?, ?, ?)", [task, verdict, json.dumps(value)])
+            self.db.executemany(
+                "UPDATE requests SET verdict = ? WHERE task = ? AND attempt = ? AND state = 'answered'",
+                [(reason, task, attempt) for attempt, reason in enumerate(attempts)],
+            )
+
+    def verdicts(self) -> dict[str, int]:
+        """How many tasks ended how."""
+        return dict(self.db.execute("SELECT verdict, COUNT(*) FROM results GROUP BY verdict ORDER BY 2 DESC, 1"))
+
+
+def _lock(directory: Path) -> int:
+    """A lock that lasts as long as this process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"{directory}: another process is at work on it; wait for its end or end it") from error
+    return descriptor

@@ -1,0 +1,187 @@
+"""A scripted OpenAI-compatible server for chat completions, with the faults that real ones have.
+
+In a test: `with ScriptedLLM(latency=0.2, faults={"error": 0.1}) as server: server.url`.
+"""
+
+import asyncio
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def echo(body: dict[str, Any]) -> str:
+    return f"You said: {body['messages'][-1]['content']}"
+
+
+@dataclass
+class Script:
+    """What the server does: how it answers, and how often each fault strikes."""
+
+    reply: Callable[[dict[str, Any]], str] = echo
+    latency: float = 0.0  # seconds
+    faults: dict[str, float] = field(default_factory=dict)  # probability of each of FAULTS
+    refusals: int = 0  # of the first requests, with 429
+    retry_after: float = 0.5  # seconds, of these
+    finish_reason: str = "stop"
+    seed: int = 0
+
+
+FAULTS = ("error", "overload", "cut", "malformed", "empty", "slow", "no_usage", "wrong_usage")
+SLOW = 1.0  # seconds that a slow answer takes longer
+
+
+class ScriptedLLM:
+    """The server, in a thread of its own. `completions` counts the answers that a real one would have charged."""
+
+    def __init__(self, **script: Any):
+        self.script = Script(**script)
+        self.random = random.Random(self.script.seed)
+        self.completions = 0
+        self.times: list[float] = []  # of all requests, on the monotonic clock
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self) -> "ScriptedLLM":
+        ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
+        self._thread.start()
+        ready.wait()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _run(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = await self.listen()
+        ready.set()
+        await self._stop.wait()
+        server.close()
+
+    async def listen(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=1 << 24)
+        self.port = server.sockets[0].getsockname()[1]
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._one_request(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _one_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        method, path, _ = first.split(" ")
+        self.times.append(time.monotonic())
+        if path == "/v1/chat/completions":
+            return await self._chat(json.loads(body), writer)
+        self._send(writer, 404, error(f"no {method} {path}"))
+        return True
+
+    def _send(
+        self, writer: asyncio.StreamWriter, status: int, content: Any, headers: dict[str, Any] | None = None
+    ) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        fields = {"Content-Type": "application/json", "Content-Length": len(data), **(headers or {})}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        writer.write(f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + data)
+
+    # ------------------------------------------------------------------------------------------- chat completions
+
+    async def _chat(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        if len(self.times) <= self.script.refusals:
+            self._send(writer, 429, error("rate limit reached"), {"Retry-After": self.script.retry_after})
+            return True
+        fault = self._fault()
+        await asyncio.sleep(self.script.latency + (SLOW if fault == "slow" else 0))
+        match fault:
+            case "error":
+                self._send(writer, 500, error("the server had an error"))
+                return True
+            case "overload":
+                self._send(writer, 429, error("overloaded"), {"Retry-After": "0.05"})
+                return True
+            case "malformed":
+                self._send(writer, 200, b'{"choices": [{"message": {"content": "Quest')
+                return True
+            case "empty":
+                self._send(writer, 200, {"choices": []})
+                return True
+        completion = self._completion(body, fault)
+        if body.get("stream"):
+            return await self._stream(completion, writer, cut=fault == "cut")
+        if fault == "cut":
+            data = json.dumps(completion).encode()
+            writer.write(f"HTTP/1.1 200 X\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data[: len(data) // 2])
+            return False
+        self._send(writer, 200, completion)
+        return True
+
+    def _fault(self) -> str | None:
+        dice = self.random.random()
+        for name, probability in self.script.faults.items():
+            dice -= probability
+            if dice < 0:
+                return name
+        return None
+
+    def _completion(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
+        self.completions += 1
+        text = self.script.reply(body)
+        prompt = sum(len(message["content"]) for message in body["messages"]) // 4
+        usage: Any = {"prompt_tokens": prompt, "completion_tokens": max(1, len(text) // 4)}
+        if fault == "no_usage":
+            usage = None
+        if fault == "wrong_usage":
+            usage = {"prompt_tokens": -5, "completion_tokens": "many"}
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": self.script.finish_reason}
+        return {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    async def _stream(self, completion: dict[str, Any], writer: asyncio.StreamWriter, cut: bool) -> bool:
+        writer.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        text, usage = completion["choices"][0]["message"]["content"], completion.pop("usage")
+        deltas = re.findall(r"(?s).{1,40}", text)
+        for delta in deltas[: len(deltas) // 2 if cut else None]:
+            self._event(writer, completion, [{"index": 0, "delta": {"content": delta}, "finish_reason": None}])
+            await asyncio.sleep(0)
+        if cut:
+            return False
+        self._event(writer, completion, [{"index": 0, "delta": {}, "finish_reason": self.script.finish_reason}])
+        self._event(writer, completion, [], usage=usage)
+        self._chunk(writer, b"data: [DONE]\n\n")
+        self._chunk(writer, b"")
+        return True
+
+    def _event(self, writer: asyncio.StreamWriter, completion: dict[str, Any], choices: list[Any], **more: Any) -> None:
+        event = {**completion, "object": "chat.completion.chunk", "choices": choices, **more}
+        self._chunk(writer, b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def _chunk(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "scripted", "code": None}}
