@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -327,6 +328,30 @@ def truncate(directory):
     (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def lost_shard(directory):
+    save_sharded(load_file(directory / "model.safetensors"), directory)
+    sorted(directory.glob("*.safetensors"))[1].unlink()
+
+
+def truncated_shard(directory):
+    save_sharded(load_file(directory / "model.safetensors"), directory)
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def twice_in_shards(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_sharded(tensors, directory)
+    shard = sorted(directory.glob("*.safetensors"))[-1]
+    save_file(
+        load_file(shard) | {"language_model.model.norm.weight": tensors["language_model.model.norm.weight"]}, shard
+    )
+
+
+def twice_in_layouts(directory):
+    edit(directory, lambda held: held.update({"lm_head.weight": held["language_model.lm_head.weight"]}))
+
+
 def incomplete_index(directory):
     tensors = load_file(directory / "model.safetensors")
     save_sharded(tensors, directory)
@@ -355,6 +380,10 @@ def no_tokenizer(directory):
         (spoil_json("config.json", model_type="llava_next"), "model_type is 'llava_next'"),
         (spoil_json("config.json", projector_hidden_act="linear"), "linear_2 is not the identity"),
         (incomplete_index, "the shards lack lost.weight"),
+        (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which is not beside it; download it again"),
+        (truncated_shard, r"model-00002-of-\d+.safetensors: not a whole safetensors file"),
+        (twice_in_shards, "holds language_model.model.norm.weight, as another file beside it does"),
+        (twice_in_layouts, "lm_head.weight and (language_model.)?lm_head.weight are the same tensor"),
         (no_tokenizer, "no tokenizer"),
         (preprocessor(size={"shortest_edge": 336}), "the vision tower takes 24 pixels"),
         (preprocessor(crop_size=336), "the vision tower takes 24 pixels"),
@@ -393,6 +422,95 @@ def test_flags_that_make_no_sense(backbones, llava_dir, tmp_path):
     with pytest.raises(UserError, match="select_layer 9 is not among 4 layers"):
         flags = ["--llm", backbones[0], "--vision", backbones[1], "--select-layer", 9]
         convert("import", *flags, "--output", tmp_path / "out")
+
+
+def test_rows_are_all_kept_or_as_many_as_the_tokenizer_has_ids(backbones, copy_of, tmp_path):
+    llm, vision = map(copy_of, backbones)
+    rows = len(byte_level())
+    embeddings = tensors_of(llm)["model.embed_tokens.weight"]
+
+    def resize(count):
+        def change(held):
+            for name in ("model.embed_tokens.weight", "lm_head.weight"):
+                held[name] = np.resize(held[name], (count, TEXT.hidden_size))
+
+        edit(llm, change)
+        edit_json(llm / "config.json", vocab_size=count)
+
+    def imported(name, *flags):
+        convert("import", "--llm", llm, "--vision", vision, "--output", tmp_path / name, *flags)
+        checkpoint = open_checkpoint(tmp_path / name)
+        params = checkpoint.load(["llm.embed_tokens.embedding", "llm.lm_head.kernel"])
+        assert params["llm.lm_head.kernel"].shape[1] == checkpoint.config.text.vocab_size
+        return np.asarray(params["llm.embed_tokens.embedding"])
+
+    resize(rows + 5)
+    assert len(imported("kept")) == rows + 5
+    np.testing.assert_array_equal(imported("trimmed", "--rows", "tokenizer"), embeddings)
+    resize(rows - 2)
+    with pytest.raises(UserError, match=f"ids up to {rows - 1}, the model {rows - 2} rows: .* --rows tokenizer"):
+        imported("refused")
+    grown = imported("grown", "--rows", "tokenizer")
+    np.testing.assert_array_equal(grown[:-2], embeddings[:-2])
+    np.testing.assert_allclose(grown[-2:], embeddings[:-2].mean(0)[None].repeat(2, 0), rtol=0, atol=1e-6)
+
+
+def write_gguf(model, tokenizer, path: Path) -> None:
+    """As llama.cpp's converter does, which stores the two halves of rotated heads interleaved."""
+    config, bpe = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    writer.add_token_types([3] * 4 + [1] * (config.vocab_size - 4))
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        for projection, heads in {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.items():
+            if projection in name:
+                halves = values.reshape(heads, 2, -1, config.hidden_size)
+                values = halves.swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_comes_in_through_transformers(backbones, tmp_path):
+    tokenizer = byte_level(specials=("<s>", "</s>", "<pad>", "<|endoftext|>"))  # which transformers adds otherwise
+    text = dataclasses.replace(TEXT, vocab_size=len(tokenizer))
+    model = reference.llama(text)
+    file = tmp_path / "model.gguf"
+    write_gguf(model, tokenizer, file)
+    convert("import", "--llm", file, "--vision", backbones[1], "--output", tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    found = checkpoint.config.text
+    assert dataclasses.replace(found, rms_norm_eps=round(found.rms_norm_eps, 9)) == text  # a float32 there
+    assert load_tokenizer(checkpoint.tokenizer_dir).get_vocab() == tokenizer.get_vocab()
+    params = checkpoint.load()
+    for name, value in reference.llama_params(model, text).items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+
+    (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
+    for llm, message in {
+        tmp_path / "no.gguf": "no.gguf: transformers cannot read it",
+        tmp_path: "holds model.gguf, no.gguf: give one of these files itself",
+        checkpoint.tokenizer_dir / "tokenizer.json": "neither a directory with a config.json nor a GGUF file",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            convert("import", "--llm", llm, "--vision", backbones[1], "--output", tmp_path / "other")
 
 
 def test_an_existing_output_is_refused_before_any_work(llava_dir, tmp_path):

@@ -4,11 +4,14 @@ import argparse
 
 from llava_jax.cli import run
 from llava_jax.convert.export import DTYPES, export
-from llava_jax.convert.import_hf import Options, import_backbones, import_llava
+from llava_jax.convert.found import Options
+from llava_jax.convert.import_weights import import_backbones, import_llava
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
   python -m llava_jax.convert import --llava llava-1.5-7b-hf --output checkpoints/llava
+  python -m llava_jax.convert import --llava llava-v1.5-7b-lora --base vicuna-7b --vision clip-vit-large-patch14-336 \\
+    --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf"""
 
 
@@ -35,15 +38,17 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "import",
         help="Hugging Face weights to a checkpoint",
         description="Makes a checkpoint from a language model and a vision tower (--llm, --vision), or from a LLaVA "
-        "(--llava). docs/models.md lists the families.",
+        "(--llava). docs/weights.md lists what can be given, docs/models.md the families.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--llm", metavar="DIR", help="a LLaMA, Mistral or Qwen2 with its tokenizer")
-    add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower alone")
-    add("--projector", metavar="FILE", help="a projector in safetensors (default: a fresh one)")
-    add("--llava", metavar="DIR", help="a whole LLaVA of transformers")
+    add("--llm", metavar="DIR", help="a LLaMA, Mistral or Qwen2 with its tokenizer, or a GGUF file of one")
+    add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower alone; with --llava where that has none")
+    add("--projector", metavar="FILE", help="a projector, safetensors or .bin (default: a fresh one)")
+    add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a whole one, an adapter, a "
+        "difference from a base, a projector of stage 1")  # fmt: skip
+    add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
     add("--template", default=Options.template, help="of conversations (default: %(default)s)")
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
@@ -51,6 +56,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
     add("--select-layer", type=int, metavar="N", help="whose features are used (default: -2, or the source's)")
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
+    add("--rows", choices=("source", "tokenizer"), default="source", help="of embeddings and head: all that the source "
+        "has, or one for each id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of a fresh projector (default: 0)")
     parser.set_defaults(function=lambda args: _import(parser, args))
 
@@ -63,13 +70,14 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         select_layer=args.select_layer,
         select_feature=args.select_feature,
         seed=args.seed,
+        fit_rows=args.rows == "tokenizer",
     )
-    if args.llava and not (args.llm or args.vision or args.projector):
-        config = import_llava(args.llava, args.output, options)
-    elif args.llm and args.vision and not args.llava:
+    if args.llava and not (args.llm or args.projector):
+        config = import_llava(args.llava, args.output, options, args.base, args.vision)
+    elif args.llm and args.vision and not (args.llava or args.base):
         config = import_backbones(args.llm, args.vision, args.projector, args.output, options)
     else:
-        parser.error("give --llm and --vision, or --llava alone")
+        parser.error("give --llm and --vision, or --llava")
     print(
         f"{args.output}: projector {config.projector_type}, {config.image_tokens} features an image of "
         f"{config.vision.image_size} pixels, pictures {config.image_aspect}"

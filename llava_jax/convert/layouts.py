@@ -8,10 +8,12 @@ A LLaVA of transformers has had four layouts, in memory and on disk:
     in memory from 5.6         model.language_model.*   lm_head                  model.vision_tower.*
     on disk, fresh by 5.23     language_model.model.*   language_model.lm_head   vision_tower.*
 
-The first alone is read by all versions, so exports have it. Any of them is imported, key by key.
+The first alone is read by all versions, so exports have it. Any of them is imported, key by key, and so is the layout
+of the original LLaVA: a LLaMA with `model.mm_projector` and, in some, `model.vision_tower.vision_tower.vision_model`.
 """
 
 import collections
+import copy
 import re
 from collections.abc import Iterable
 
@@ -21,6 +23,7 @@ import numpy as np
 
 from llava_jax.cli import UserError
 from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, vision_entries
+from llava_jax.convert.sums import overlaid, with_rows
 from llava_jax.convert.tensors import Tensors
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import abstract_params
@@ -35,6 +38,12 @@ LLAVA: Layout = {
 }
 LLAMA: Layout = {r"(lm_head\.weight)": "head", r"(?:model\.)?(.+)": "llm"}
 CLIP: Layout = {r"(?:vision_model\.)?(.+)": "vision"}
+ORIGINAL: Layout = {
+    r"(lm_head\.weight)": "head",
+    r"model\.mm_projector\.(.+)": "projector",
+    r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)": "vision",
+    r"model\.(.+)": "llm",
+}
 PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
 
 # What exports put before the leaf names.
@@ -65,6 +74,7 @@ def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
     }
 
 
+EMBEDDINGS = ("llm", "embed_tokens.weight")
 TIED_HEAD = ("head", "lm_head.weight")  # may be stored beside the embeddings that it is equal to
 
 
@@ -92,6 +102,9 @@ class Source:
     def leaves(self, part: str) -> list[str]:
         return [leaf for held, leaf in self._names if held == part]
 
+    def shape(self, part: str, leaf: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._names[part, leaf])
+
     def get(self, part: str, leaf: str) -> np.ndarray:
         return self._tensors.get(self._names[part, leaf])
 
@@ -105,6 +118,13 @@ class Source:
             kinds = ", ".join(f"{leaf} is {dtype}" for dtype, leaf in dtypes.items())
             raise UserError(f"layers of different types: {kinds}; save the model in one type")
         return jax.ShapeDtypeStruct(shape, _DTYPES[next(iter(dtypes))])
+
+    def resized(self, rows: int) -> "Source":
+        """The same with embeddings and head of so many rows."""
+        resized = copy.copy(self)
+        names = [self._names[place] for place in (EMBEDDINGS, TIED_HEAD) if place in self._names]
+        resized._tensors = overlaid(self._tensors, Tensors({n: with_rows(self._tensors[n], rows) for n in names}))
+        return resized
 
     def problems(self, config: LlavaConfig, parts: Iterable[str]) -> list[str]:
         """All that is missing, unexpected, misshapen or of no type that weights have, if this is to hold `parts`."""
@@ -131,11 +151,10 @@ class Source:
         return misshapen + ([f"{name} is {dtype}, not {', '.join(_DTYPES)}"] if dtype not in _DTYPES else [])
 
     def _prefix(self, part: str) -> str:
-        """What this source's layout puts before most leaf names of the part."""
-        found = collections.Counter(
-            name.removesuffix(leaf) for (held, leaf), name in self._names.items() if held == part
-        )
-        return found.most_common(1)[0][0] if found else ""
+        """What this source's layout puts before most leaf names of the part; the part where it calls them otherwise."""
+        places = [(name, leaf) for (held, leaf), name in self._names.items() if held == part]
+        found = collections.Counter(name.removesuffix(leaf) for name, leaf in places if name.endswith(leaf))
+        return found.most_common(1)[0][0] if found else f"{part} " * bool(places)
 
 
 def _place(name: str, layout: Layout) -> tuple[str, str] | None:

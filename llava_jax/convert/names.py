@@ -98,22 +98,26 @@ def projector_entries(projector_type: str) -> list[Entry]:
 
 def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:
     """Our parameter, from `get(leaf name)`; bit-equal in every type. Its layers are of one type."""
-    found = list(pieces(entry, get))
-    return found[0][1] if found[0][0] is None else np.stack([values for _, values in found])
+    found = [read() for _, read in pieces(entry, get)]
+    return np.stack(found) if is_layered(entry) else found[0]
 
 
-def pieces(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
-    """The same as (layer, values), one at a time.
+def pieces(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, Callable[[], np.ndarray]]]:
+    """The same as (layer, what reads it), so that there need not be all of it at once.
 
     Matrices of layers come with the layer's number, since a stack of them is gigabytes. All else is whole, with None.
     """
-    if entry.layers is None:
-        yield None, _permuted(get(entry.hf), entry.transform)
-    elif len(entry.transform) == 1:
-        yield None, np.stack([get(leaf) for leaf in entry.leaves()])
-    else:
+    if is_layered(entry):
         for layer, leaf in enumerate(entry.leaves()):
-            yield layer, _permuted(get(leaf), entry.transform)
+            yield layer, lambda leaf=leaf: _permuted(get(leaf), entry.transform)
+    elif entry.layers is None:
+        yield None, lambda: _permuted(get(entry.hf), entry.transform)
+    else:
+        yield None, lambda: np.stack([get(leaf) for leaf in entry.leaves()])
+
+
+def is_layered(entry: Entry) -> bool:
+    return entry.layers is not None and len(entry.transform) > 1
 
 
 def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

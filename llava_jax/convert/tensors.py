@@ -2,21 +2,20 @@
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (numpy and so safetensors learn bfloat16 from it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llava_jax.cli import UserError
-from llava_jax.convert.stored_tensor import StoredTensor
+from llava_jax.convert.stored_tensor import StoredTensor, read_numbers
 from llava_jax.convert.torch_files import open_torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The files of a directory's weights and their indices, of which the first that is there counts.
-LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+WHOLE = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
 class Tensors:
@@ -45,17 +44,21 @@ class Tensors:
         return self._held[name].read()
 
 
-def open_directory(directory: Path) -> Tensors:
+def has_weights(directory: Path) -> bool:
+    return any((directory / name).exists() for pair in WHOLE for name in pair)
+
+
+def open_directory(directory: Path, files: Sequence[tuple[str, str]] = WHOLE) -> Tensors:
     """The weights of a Hugging Face model directory, in one file or in shards with an index.
 
     Raises UserError where there are none, or where an index and its shards differ.
     """
-    for weights, index in LAYOUTS:
+    for weights, index in files:
         if (directory / weights).exists():
             return open_files([directory / weights])
         if (directory / index).exists():
             return _open_shards(directory / index)
-    known = ", ".join(name for pair in LAYOUTS for name in pair)
+    known = ", ".join(name for pair in files for name in pair)
     raise UserError(f"{directory}: no weights ({known})")
 
 
@@ -74,22 +77,22 @@ def open_files(files: Iterable[Path]) -> Tensors:
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Raises UserError where the file is not whole."""
     try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            return {
-                name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), functools.partial(_read, path, name))
-                for name, part in slices.items()
-            }
+        with safe_open(path, framework="np"):  # finds all that can be wrong with it
+            pass
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; download it again") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: _stored(path, 8 + length, **fields) for name, fields in header.items()}
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    # Opened anew for each tensor: a file that stays mapped into memory stays there, in the end all of it.
-    with safe_open(path, framework="np") as file:
-        return file.get_tensor(name)
+def _stored(path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
+    read = functools.partial(read_numbers, path, start + data_offsets[0], dtype, tuple(shape))
+    return StoredTensor(tuple(shape), dtype, read)
 
 
 def _open_shards(index: Path) -> Tensors:

@@ -13,24 +13,23 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.stored_tensor import StoredTensor
+from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
 
-# torch's storages by their names in pickles -> the type of their numbers, in safetensors' words and numpy's.
+# torch's storages by their names in pickles -> the type of their numbers, in safetensors' words.
 STORAGES = {
-    "FloatStorage": ("F32", np.float32),
-    "HalfStorage": ("F16", np.float16),
-    "BFloat16Storage": ("BF16", ml_dtypes.bfloat16),
-    "DoubleStorage": ("F64", np.float64),
-    "LongStorage": ("I64", np.int64),
-    "IntStorage": ("I32", np.int32),
-    "ShortStorage": ("I16", np.int16),
-    "CharStorage": ("I8", np.int8),
-    "ByteStorage": ("U8", np.uint8),
-    "BoolStorage": ("BOOL", np.bool_),
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
 }
 _LOCAL_HEADER = 30  # bytes of a zip's header before an entry's name
 
@@ -39,7 +38,6 @@ class _Storage(NamedTuple):
     """A run of numbers in the file."""
 
     dtype: str
-    numbers: np.dtype
     entry: str
     length: int
 
@@ -104,8 +102,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, entry, _, length = pid
-        dtype, numbers = STORAGES[kind]
-        return _Storage(dtype, np.dtype(numbers), f"data/{entry}", length)
+        return _Storage(STORAGES[kind], f"data/{entry}", length)
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
@@ -127,18 +124,16 @@ def _stored(path: Path, entries: dict[str, zipfile.ZipInfo], name: str, tensor: 
 
 
 def _read(path: Path, header_offset: int, tensor: _Tensor) -> np.ndarray:
-    storage = tensor.storage
+    storage, size = tensor.storage, NUMBERS[tensor.storage.dtype].itemsize
     with open(path, "rb") as file:
         file.seek(header_offset)
         header = file.read(_LOCAL_HEADER)
-        lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")  # name, extra field
-        file.seek(sum(lengths), 1)
-        count = math.prod(tensor.shape)
-        if _is_contiguous(tensor):
-            file.seek(tensor.offset * storage.numbers.itemsize, 1)
-            return np.fromfile(file, storage.numbers, count).reshape(tensor.shape)
-        numbers = np.fromfile(file, storage.numbers, storage.length)
-    strides = [stride * storage.numbers.itemsize for stride in tensor.strides]
+    lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")  # name, extra field
+    start = header_offset + _LOCAL_HEADER + sum(lengths)
+    if _is_contiguous(tensor):
+        return read_numbers(path, start + tensor.offset * size, storage.dtype, tensor.shape)
+    numbers = read_numbers(path, start, storage.dtype, (storage.length,))
+    strides = [stride * size for stride in tensor.strides]
     return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
 
 
@@ -152,7 +147,7 @@ def _is_contiguous(tensor: _Tensor) -> bool:
 
 
 def _bytes(storage: _Storage) -> int:
-    return storage.length * storage.numbers.itemsize
+    return storage.length * NUMBERS[storage.dtype].itemsize
 
 
 def _check_byte_order(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], path: Path) -> None:

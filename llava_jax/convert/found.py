@@ -1,0 +1,89 @@
+"""What an import found on disk, and what is said where that cannot be used."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.cli import UserError
+from llava_jax.convert.hf_fields import Json
+from llava_jax.convert.layouts import TIED_HEAD, Source
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.projector import num_projector_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asks for; None leaves it to the source, or to the default where that doesn't say."""
+
+    template: str = "v1"
+    projector_type: str | None = None  # default mlp2x_gelu
+    aspect: str | None = None  # default pad, as LLaVA-1.5 was trained
+    select_layer: int | None = None  # default -2
+    select_feature: str | None = None  # default patch
+    seed: int = 0  # of a fresh projector
+    fit_rows: bool = False  # as many rows as the tokenizer has ids, and not those of the source
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model on disk: all its keys and shapes are right, its weights are not yet read."""
+
+    config: LlavaConfig
+    sources: dict[str, Source]  # part -> where its tensors are; no projector means a fresh one
+    hf: dict[str, Json]  # of the source, kept for an export
+    write_tokenizer: Callable[[Path], None]  # to a directory
+    trained: bool  # as a whole: the model knows a template
+
+
+def llava_config(**fields: Any) -> LlavaConfig:
+    try:
+        num_projector_layers(fields["projector_type"])
+        return LlavaConfig(**fields)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:
+    """The type of the projector in `file`, by the number of its layers, or of a fresh one."""
+    if source is None:
+        return requested or "mlp2x_gelu"
+    linears = {leaf.split(".")[0] for leaf in source.leaves("projector") if re.fullmatch(r"linear_\d+\..+", leaf)}
+    if not linears:
+        raise UserError(f"{file}: no projector (multi_modal_projector.linear_1.weight or model.mm_projector.0.weight)")
+    found = "linear" if len(linears) == 1 else f"mlp{len(linears)}x_gelu"
+    refuse_contradiction(str(file), "--projector-type", requested, found)
+    return found
+
+
+def ends_in_identity(source: Source, config: LlavaConfig) -> bool:
+    """Whether linear_2 of two changes nothing, which is how a linear projector is stored as a Hugging Face one."""
+    if config.projector_type != "mlp2x_gelu":
+        return False
+    weight, bias = source.get("projector", "linear_2.weight"), source.get("projector", "linear_2.bias")
+    return np.array_equal(weight, np.eye(len(weight), dtype=weight.dtype)) and not bias.any()
+
+
+def check_tied_head(where: Path | str, source: Source, config: LlavaConfig) -> None:
+    if config.text.tie_word_embeddings and TIED_HEAD in source:
+        head, embeddings = source.get(*TIED_HEAD), source.get("llm", "embed_tokens.weight")
+        if head.dtype != embeddings.dtype or not np.array_equal(head, embeddings):
+            raise UserError(f"{where}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+
+
+def problems_of(path: Path | str, source: Source, config: LlavaConfig, *parts: str) -> list[str]:
+    problems = source.problems(config, parts)
+    return [f"{path}: {'; '.join(problems)}"] if problems else []
+
+
+def refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def refuse_contradiction(where: str, flag: str, requested: Any, found: Any) -> None:
+    if requested not in (None, found):
+        raise UserError(f"{where}: has {found}, not {requested}: leave {flag} out")

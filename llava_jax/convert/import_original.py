@@ -1,0 +1,224 @@
+"""Models of the original LLaVA (haotian-liu/LLaVA).
+
+Its `config.json` is that of a decoder with fields of its own (`mm_...`). What lies beside it is
+
+* a whole model, with or without the vision tower: the tower is then that which `mm_vision_tower` names;
+* the same as the difference from the decoder that it was trained from (v0: LLaMA's licence did not allow more);
+* an adapter of PEFT, and what was trained besides it in `non_lora_trainables.bin`;
+* the projector of stage 1 in `mm_projector.bin`, finished or from the middle of the training.
+
+All but the first need the decoder too.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.convert import hf_config
+from llava_jax.convert.found import (
+    Found,
+    Options,
+    check_tied_head,
+    llava_config,
+    problems_of,
+    projector_type,
+    refuse,
+    refuse_contradiction,
+)
+from llava_jax.convert.hf_fields import Json, get, require
+from llava_jax.convert.hf_processor import ImageSettings
+from llava_jax.convert.hf_text import read_text
+from llava_jax.convert.import_hf import open_tower, read_tower
+from llava_jax.convert.language_model import (
+    LanguageModel,
+    copy_tokenizer,
+    has_tokenizer,
+    open_language_model,
+    read_if_there,
+)
+from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
+from llava_jax.convert.projector_file import open_projector, with_new_tokens, without_peft
+from llava_jax.convert.sums import is_difference, overlaid, with_adapter, with_base
+from llava_jax.convert.tensors import has_weights, open_directory, open_files, read_json
+from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+
+_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+_OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
+# Fields that change what is computed, with the only value supported.
+_FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
+# Fields about training, which no decoder has.
+_TRAINING = (*_OWN_FIELDS, "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "image_aspect_ratio", "image_grid_pinpoints")
+_TRAINING += ("tokenizer_padding_side", "tokenizer_model_max_length", "unfreeze_mm_vision_tower")
+
+_ADAPTER = (
+    ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
+    ("adapter_model.bin", "adapter_model.bin.index.json"),
+)
+_ADAPTER_SETTINGS, _BESIDES, _PROJECTOR = "adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin"
+
+
+def is_original(config: Json) -> bool:
+    return any(field in config for field in _OWN_FIELDS)
+
+
+def find_original(directory: Path, base: Path | None, vision: Path | None, options: Options) -> Found:
+    """Raises UserError that names what else is needed, or lists all that is missing, unexpected or misshapen."""
+    where = str(directory / "config.json")
+    settings = read_json(directory / "config.json")
+    if settings.get("model_type") not in _MODEL_TYPES:
+        raise UserError(
+            f"{where}: model_type is {settings.get('model_type')!r}; of original LLaVAs supported are "
+            f"{', '.join(_MODEL_TYPES)}"
+        )
+    require(settings, _FIXED, where)
+    model, trained = _decoder(directory, settings, base)
+    text_json = _text_json(model.config)
+    text = read_text(text_json, model.where)
+    tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
+    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + POOLING[tower.config.kind])
+    kind = projector_type(source, directory, options.projector_type)
+    refuse_contradiction(where, "mm_projector_type", get(settings, "mm_projector_type", kind, where), kind)
+    select_layer = get(settings, "mm_vision_select_layer", -2, where)
+    select_feature = get(settings, "mm_vision_select_feature", "patch", where)
+    refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
+    refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
+    im_start_end = get(settings, "mm_use_im_start_end", False, where)
+    config = llava_config(
+        vision=tower.config,
+        text=text,
+        projector_type=kind,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        im_start_end=im_start_end,
+        image_aspect=options.aspect or _aspect(settings, where),
+        image_mean=tower.images.mean,
+        image_std=tower.images.std,
+    )
+    parts = ["llm", "head", "projector"] + ([] if tower.source else ["vision"])
+    problems = problems_of(directory, source, config, *parts)
+    if tower.source:
+        problems += problems_of(vision, tower.source, config, "vision")
+    refuse(problems)
+    check_tied_head(directory, source, config)
+    hf = {
+        "config": {
+            "text_config": text_json,
+            "vision_config": tower.json,
+            "mm_use_im_start_end": im_start_end,
+        },
+        "generation_config": read_if_there(directory / "generation_config.json") or model.generation,
+    }
+    sources = dict.fromkeys(parts, source) | ({"vision": tower.source} if tower.source else {})
+    return Found(config, sources, hf, model.write_tokenizer, trained)
+
+
+def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[LanguageModel, bool]:
+    """The decoder with the projector, and with the tower if that is there; and whether it was trained as a whole."""
+    if (directory / _ADAPTER_SETTINGS).exists():
+        adapter = read_json(directory / _ADAPTER_SETTINGS)
+        model = _base(base, directory, "an adapter", adapter.get("base_model_name_or_path"))
+        low_rank = without_peft(open_directory(directory, _ADAPTER))
+        tensors = with_adapter(model.tensors, low_rank, adapter, str(directory / _ADAPTER_SETTINGS))
+        if (directory / _BESIDES).exists():
+            tensors = overlaid(tensors, without_peft(open_files([directory / _BESIDES])))
+        return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
+    if has_weights(directory):
+        return _whole(directory, settings, base), True
+    if (directory / _PROJECTOR).exists():
+        model = _base(base, directory, "a projector alone", settings.get("_name_or_path"))
+        file = open_projector(directory / _PROJECTOR)
+        model = with_new_tokens(model, file)
+        return model._replace(tensors=overlaid(model.tensors, file.projector)), False
+    raise UserError(
+        f"{directory}: neither a model's weights (model.safetensors, pytorch_model.bin or an index of one) nor an "
+        f"adapter ({_ADAPTER_SETTINGS}) nor {_PROJECTOR}; a projector in another file goes with --llm, --vision and "
+        "--projector"
+    )
+
+
+def _whole(directory: Path, settings: Json, base: Path | None) -> LanguageModel:
+    tensors = open_directory(directory)
+    if is_difference(tensors):
+        model = _base(base, directory, "the difference from a base", settings.get("_name_or_path"))
+        tensors = with_base(tensors, model.tensors, str(directory))
+        write_tokenizer = _tokenizer(directory, model)
+    elif base:
+        raise UserError(f"{directory}: a whole model, no difference from another and no adapter: leave --base out")
+    else:
+        write_tokenizer = functools.partial(copy_tokenizer, directory)
+    return LanguageModel(str(directory / "config.json"), settings, {}, tensors, write_tokenizer)
+
+
+def _base(path: Path | None, directory: Path, what: str, name: str | None) -> LanguageModel:
+    if path is None:
+        named = f" ({name})" if name else ""
+        raise UserError(f"{directory}: is {what}: give --base DIR, the model that it was trained from{named}")
+    model = open_language_model(path)
+    if is_difference(model.tensors):
+        raise UserError(f"{path}: is a difference itself: add it to its own base first, and give the sum as --base")
+    return model
+
+
+def _tokenizer(directory: Path, model: LanguageModel) -> functools.partial:
+    return functools.partial(copy_tokenizer, directory) if has_tokenizer(directory) else model.write_tokenizer
+
+
+def _text_json(config: Json) -> Json:
+    """The decoder alone."""
+    own = {field: value for field, value in config.items() if field not in _TRAINING and not field.startswith("mm_")}
+    return own | {"model_type": _MODEL_TYPES.get(config.get("model_type"), config.get("model_type"))}
+
+
+def _aspect(settings: Json, where: str) -> str:
+    aspect = get(settings, "image_aspect_ratio", "square", where)
+    if aspect not in ("square", "pad"):
+        raise UserError(f"{where}: image_aspect_ratio is {aspect!r}; supported are square and pad")
+    return aspect
+
+
+class _Tower(NamedTuple):
+    config: VisionConfig
+    json: Json
+    images: ImageSettings
+    source: Source | None  # None where the model brings its weights
+
+
+def _tower(directory: Path, settings: Json, vision: Path | None, model: Source) -> _Tower:
+    inside = bool(model.leaves("vision"))
+    if vision:
+        config, json, images = read_tower(vision)
+        return _Tower(config, json, images, None if inside else open_tower(vision, config))
+    if not inside:
+        raise UserError(
+            f"{directory}: has no vision tower: give --vision DIR, that of {settings.get('mm_vision_tower')}"
+        )
+    json = _openai_clip(model, directory)
+    return _Tower(
+        hf_config.read_vision(json, str(directory)), json, ImageSettings(CLIP_MEAN, CLIP_STD, aspect=None), None
+    )
+
+
+def _openai_clip(model: Source, directory: Path) -> Json:
+    """The configuration of a tower by its shapes; what these do not tell is as in all towers of OpenAI."""
+    needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", _FC1.format(layer=0))
+    if any(("vision", leaf) not in model for leaf in needed):
+        raise UserError(
+            f"{directory}: its vision tower is no CLIP, or not whole: give --vision DIR with its config.json"
+        )
+    (width, _, patch, _), (positions, _), (hidden, _) = (model.shape("vision", leaf) for leaf in needed)
+    layers = sum(("vision", _FC1.format(layer=layer)) in model for layer in range(len(model.leaves("vision"))))
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "patch_size": patch,
+        "image_size": patch * round((positions - 1) ** 0.5),
+        "hidden_act": "quick_gelu",
+        "projection_dim": VisionConfig.projection_dim,
+    }
+
+
+_FC1 = "encoder.layers.{layer}.mlp.fc1.weight"

@@ -1,0 +1,140 @@
+"""Weights of others to a checkpoint.
+
+What a directory holds is decided by its `config.json` and its tensors alone, never by its name. Tensors keep their
+types and bits, and every key has to be accounted for. Nothing large is read before all of that is known, and then one
+tensor at a time.
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
+from llava_jax.cli import UserError, track
+from llava_jax.convert.export import special_tokens
+from llava_jax.convert.found import Found, Options
+from llava_jax.convert.import_hf import find_backbones, find_llava
+from llava_jax.convert.import_original import find_original, is_original
+from llava_jax.convert.layouts import entries_of
+from llava_jax.convert.names import pieces
+from llava_jax.convert.tensors import read_json
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, get_template, with_im_start_end
+from llava_jax.data.tokenization import load_tokenizer, require_tokens
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, abstract_params, module_params
+from llava_jax.models.projector import Projector
+
+AHEAD = 2  # pieces that are read and transposed while others are written
+
+
+def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
+    """Joins a language model and a vision tower by a projector from a file, or by a fresh one.
+
+    Raises UserError that lists all missing, unexpected and misshapen keys.
+    """
+    refuse_existing(output)
+    return _save(find_backbones(_local(llm), _local(vision), projector and _local(projector), options), output, options)
+
+
+def import_llava(
+    directory: str, output: str, options: Options, base: str | None = None, vision: str | None = None
+) -> LlavaConfig:
+    """Imports a LLaVA of transformers or of the original, where that is not all with its `base` or vision tower.
+
+    Raises UserError as `import_backbones` does.
+    """
+    refuse_existing(output)
+    path = _local(directory)
+    if is_original(read_json(path / "config.json")):
+        return _save(find_original(path, base and _local(base), vision and _local(vision), options), output, options)
+    if base or vision:
+        raise UserError(f"{directory}: a LLaVA of transformers, which is whole: leave --base and --vision out")
+    return _save(find_llava(path, options), output, options)
+
+
+def _save(found: Found, output: str, options: Options) -> LlavaConfig:
+    with tempfile.TemporaryDirectory() as scratch:
+        found.write_tokenizer(Path(scratch))
+        found = _fitting(found, Path(scratch), options.fit_rows)
+        template = with_im_start_end(get_template(options.template), found.config.im_start_end)
+        description = Description(found.config, template.name, found.hf, stage="finetune" if found.trained else None)
+        write_model(output, *_parameters(found, options.seed), description, scratch)
+    return found.config
+
+
+def _fitting(found: Found, directory: Path, fit_rows: bool) -> Found:
+    """Says now what would otherwise be found out after training. With `fit_rows`, rows as the tokenizer has ids."""
+    tokenizer = load_tokenizer(directory)
+    if found.config.im_start_end:
+        require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
+    rows, needed = found.config.text.vocab_size, 1 + max(tokenizer.get_vocab().values())
+    if fit_rows:
+        sources = {part: source.resized(needed) for part, source in found.sources.items()}
+        text = dataclasses.replace(found.config.text, vocab_size=needed)
+        found = dataclasses.replace(found, sources=sources, config=dataclasses.replace(found.config, text=text))
+    elif needed > rows:
+        raise UserError(
+            f"the tokenizer has ids up to {needed - 1}, the model {rows} rows: give the model its own tokenizer, or "
+            "--rows tokenizer, with which new rows are the mean of the others"
+        )
+    try:
+        special_tokens(tokenizer, found.config, found.hf["config"])
+    except UserError as error:
+        print(f"warning: this model cannot be exported: {error}", file=sys.stderr)
+    return found
+
+
+def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Piece]]:
+    """Shapes and types of all parameters, and their values, read piece by piece."""
+    parts = entries_of(found.config)
+    entries = [(part, entry) for part in found.sources for entry in parts[part]]
+    fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
+    wanted = abstract_params(found.config)
+    shapes = {
+        entry.name: found.sources[part].abstract(part, entry, wanted[entry.name].shape) for part, entry in entries
+    } | {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in fresh.items()}
+
+    reads = [
+        (entry.name, layer, read)
+        for part, entry in entries
+        for layer, read in pieces(entry, functools.partial(found.sources[part].get, part))
+    ] + [(name, None, functools.partial(np.asarray, value)) for name, value in fresh.items()]
+    return shapes, track(_read_ahead(reads), "converting weights", len(reads))
+
+
+def _read_ahead(reads: list[tuple[str, int | None, Callable[[], np.ndarray]]]) -> Iterator[Piece]:
+    """Reads in their order, in other threads than what takes them."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = collections.deque()
+        for name, layer, read in reads:
+            waiting.append((name, layer, pool.submit(read)))
+            if len(waiting) > AHEAD:
+                name, layer, values = waiting.popleft()
+                yield name, layer, values.result()
+        for name, layer, values in waiting:
+            yield name, layer, values.result()
+
+
+def fresh_projector(config: LlavaConfig, seed: int) -> Params:
+    """A projector to begin stage 1 with, float32."""
+    rngs = nnx.Rngs(params=jax.random.key(seed))
+    projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+    return {f"projector.{name}": value for name, value in module_params(projector).items()}
+
+
+def _local(path: str | os.PathLike) -> Path:
+    if "://" in os.fspath(path):
+        raise UserError(f"{path}: weights are read from a local disk only; copy it there")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file or directory")
+    return Path(path)

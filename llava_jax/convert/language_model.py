@@ -1,0 +1,88 @@
+"""A language model on disk: a directory of transformers, or a GGUF file that transformers (with torch) reads."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.convert.hf_fields import Json
+from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
+from llava_jax.convert.stored_tensor import StoredTensor
+from llava_jax.convert.tensors import Tensors, open_directory, read_json
+
+
+class LanguageModel(NamedTuple):
+    """Weights not yet read, and all that belongs to them."""
+
+    where: str  # its config.json, for messages
+    config: Json
+    generation: Json  # its generation_config.json; may be empty
+    tensors: Tensors
+    write_tokenizer: Callable[[Path], None]  # to a directory
+
+
+def open_language_model(path: Path) -> LanguageModel:
+    """Raises UserError where there is none."""
+    if path.is_file():
+        return _open_gguf(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not (path / "config.json").exists():
+        raise UserError(f"{path}: holds {', '.join(file.name for file in ggufs)}: give one of these files itself")
+    return LanguageModel(
+        where=str(path / "config.json"),
+        config=read_json(path / "config.json"),
+        generation=read_if_there(path / "generation_config.json"),
+        tensors=open_directory(path),
+        write_tokenizer=functools.partial(copy_tokenizer, path),
+    )
+
+
+def read_if_there(path: Path) -> Json:
+    return read_json(path) if path.exists() else {}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(directory.glob("tokenizer.*")) or (directory / "vocab.json").exists()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Raises UserError where there is none."""
+    if not has_tokenizer(source):
+        raise UserError(f"{source}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+
+
+def _open_gguf(path: Path) -> LanguageModel:
+    """Of the whole model in memory: GGUF's numbers are quantized, and come out as float32."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{path}: neither a directory with a config.json nor a GGUF file")
+    try:
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{path}: GGUF needs {error.name}: pip install 'llava_jax[torch-import]'") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers raises any class for what it does not know
+        raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
+    held = {
+        name: StoredTensor(tuple(tensor.shape), "F32", tensor.detach().numpy)
+        for name, tensor in model.state_dict().items()
+    }
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # of the file; what was read from it is not quantized
+    return LanguageModel(
+        where=f"{path}, as transformers reads it",
+        config=config,
+        generation=model.generation_config.to_diff_dict(),
+        tensors=Tensors(held),
+        write_tokenizer=tokenizer.save_pretrained,
+    )

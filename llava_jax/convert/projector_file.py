@@ -1,0 +1,89 @@
+"""Files of a projector alone: Hugging Face's names, or what stage 1 of the original LLaVA leaves (`mm_projector.bin`).
+
+Some of the first LLaVAs were trained with tokens around the image, and their stage 1 with these tokens' embeddings: its
+file holds all embeddings, or those of the new tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.convert.language_model import LanguageModel
+from llava_jax.convert.stored_tensor import StoredTensor
+from llava_jax.convert.sums import concatenated, overlaid, with_rows
+from llava_jax.convert.tensors import Tensors, open_files
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN
+from llava_jax.data.tokenization import load_tokenizer
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# In the order in which the original adds them, those that a model is to have.
+NEW_TOKENS = ("[PAD]", "<im_patch>", IM_START_TOKEN, IM_END_TOKEN)
+
+
+class ProjectorFile(NamedTuple):
+    """Its tensors; `embeddings` are those of tokens, if it has any."""
+
+    path: Path
+    projector: Tensors
+    embeddings: StoredTensor | None
+
+
+def open_projector(path: Path) -> ProjectorFile:
+    tensors = without_peft(open_files([path]))
+    held = {name: tensors[name] for name in tensors.names}
+    embeddings = held.pop(EMBEDDINGS, None)
+    return ProjectorFile(path, Tensors(held), embeddings)
+
+
+def without_peft(tensors: Tensors) -> Tensors:
+    """Names as they were before PEFT wrapped the model."""
+    return Tensors({name.removeprefix("base_model.model."): tensors[name] for name in tensors.names})
+
+
+def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
+    """The model with the embeddings of the file's tokens, of which the tokenizer gets those that it lacks.
+
+    The head knows nothing of them: their rows there are the mean of the others. Raises UserError where the file's
+    embeddings are not this model's with a few more.
+    """
+    if file.embeddings is None:
+        return model
+    if EMBEDDINGS not in model.tensors:
+        raise UserError(f"{file.path}: has embeddings, but {model.where} is of a model without {EMBEDDINGS}")
+    old, new = model.tensors[EMBEDDINGS], file.embeddings
+    whole = new.shape[0] >= old.shape[0]
+    added = new.shape[0] - old.shape[0] if whole else new.shape[0]
+    if new.shape[1:] != old.shape[1:] or added not in (0, 2, 3, 4):
+        raise UserError(
+            f"{file.path}: its embeddings are {new.shape}, those of {model.where} {old.shape}: it is for another model"
+        )
+    rows = old.shape[0] + added
+    tensors = {EMBEDDINGS: new if whole else concatenated(old, new)}
+    if HEAD in model.tensors:
+        tensors[HEAD] = with_rows(model.tensors[HEAD], rows)
+
+    def write_tokenizer(directory: Path) -> None:
+        model.write_tokenizer(directory)
+        _add_tokens(directory, NEW_TOKENS[len(NEW_TOKENS) - added :], old.shape[0], file.path)
+
+    return model._replace(
+        config=model.config | {"vocab_size": rows},
+        tensors=overlaid(model.tensors, Tensors(tensors)),
+        write_tokenizer=write_tokenizer,
+    )
+
+
+def _add_tokens(directory: Path, tokens: Sequence[str], first: int, where: Path) -> None:
+    """Gives these tokens the ids from `first` on, where they have none yet."""
+    tokenizer = load_tokenizer(directory)
+    absent = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if absent:
+        tokenizer.add_tokens(absent, special_tokens=True)
+        tokenizer.save_pretrained(directory)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    if ids != list(range(first, first + len(tokens))):
+        raise UserError(
+            f"{where}: has embeddings of {', '.join(tokens)} from id {first} on, but to the tokenizer these are "
+            f"{', '.join(map(str, ids))}: it is for another model"
+        )
