@@ -17,7 +17,9 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -297,10 +299,21 @@ def write_model(
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
+        if not is_remote(partial):
+            check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
         with _in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
             for name, layer, values in pieces:
                 writer.write(name, layer, values)
         write_description(partial, description)
+
+
+def check_free(directory: os.PathLike, size: int) -> None:
+    """Raises UserError where a local disk has no room for so many bytes, before time is spent on filling it."""
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise UserError(
+            f"{os.path.dirname(directory)}: the weights take {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+        )
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:

@@ -1,6 +1,8 @@
 """Arrays in pieces: what is written so is an Orbax checkpoint, and of what Orbax writes one layer can be read."""
 
 import resource
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 import tiny
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -89,6 +92,30 @@ def test_layers_of_a_training_checkpoint_are_read_one_by_one(tmp_path):
     np.testing.assert_array_equal(checkpoint.read(name, 2), source.load([name])[name][2])
     stored = open_array(workdir / "checkpoints/3/params", KERNEL)
     assert stored.chunk_layout.read_chunk.shape[0] == 1
+
+
+def test_a_part_is_read_without_the_rest(tmp_path):
+    """What one of eight devices holds is little more than an eighth of the bytes."""
+    kernel = np.random.default_rng(0).normal(size=(2, 4096, 2048)).astype(ml_dtypes.bfloat16)
+    write(tmp_path / "arrays", {KERNEL: kernel})
+
+    def bytes_read():
+        metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return metrics[0]["values"][0]["value"]
+
+    stored, before = open_array(epath.Path(tmp_path / "arrays" / TREE), KERNEL), bytes_read()
+    part = stored[:, 512:1024].read().result()
+    np.testing.assert_array_equal(part, kernel[:, 512:1024])
+    assert kernel.nbytes / 8 <= bytes_read() - before < kernel.nbytes / 8 + 10_000
+
+
+def test_a_disk_without_room_is_seen_before_the_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    model = tiny.config()
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="the weights take .* GB, but 0.0 GB are free"):
+        save_model(tmp_path / "model", tiny.params(model), Description(model, "v1"), str(tmp_path / "tokenizer"))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"tokenizer"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):

@@ -5,14 +5,12 @@ types and bits, and every key has to be accounted for. Nothing large is read bef
 tensor at a time.
 """
 
-import collections
 import dataclasses
 import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,14 +25,13 @@ from llava_jax.convert.import_hf import find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
+from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, get_template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
 from llava_jax.models.projector import Projector
-
-AHEAD = 2  # pieces that are read and transposed while others are written
 
 
 def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
@@ -105,24 +102,12 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     } | {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in fresh.items()}
 
     reads = [
-        (entry.name, layer, read)
+        ((entry.name, layer), read)
         for part, entry in entries
         for layer, read in pieces(entry, functools.partial(found.sources[part].get, part))
-    ] + [(name, None, functools.partial(np.asarray, value)) for name, value in fresh.items()]
-    return shapes, track(_read_ahead(reads), "converting weights", len(reads))
-
-
-def _read_ahead(reads: list[tuple[str, int | None, Callable[[], np.ndarray]]]) -> Iterator[Piece]:
-    """Reads in their order, in other threads than what takes them."""
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting = collections.deque()
-        for name, layer, read in reads:
-            waiting.append((name, layer, pool.submit(read)))
-            if len(waiting) > AHEAD:
-                name, layer, values = waiting.popleft()
-                yield name, layer, values.result()
-        for name, layer, values in waiting:
-            yield name, layer, values.result()
+    ] + [((name, None), functools.partial(np.asarray, value)) for name, value in fresh.items()]
+    values = track(read_ahead(read for _, read in reads), "converting weights", len(reads))
+    return shapes, ((*place, array) for (place, _), array in zip(reads, values, strict=True))
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> Params:

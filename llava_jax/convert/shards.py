@@ -1,18 +1,20 @@
-"""The tensors of an export, one in memory at a time, to safetensors files.
+"""The tensors of an export, few in memory at a time, to safetensors files.
 
 Written here and not by the safetensors library, which wants all the tensors of a file at once. A file is the length of
 its header (8 bytes), the header (JSON: type, shape and place of each tensor) and the tensors without gaps.
 """
 
+import functools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.cli import UserError, track
+from llava_jax.checkpoint import check_free
+from llava_jax.cli import track
+from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import INDEX, WEIGHTS, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -37,11 +39,8 @@ def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MA
 
     Raises UserError where the disk has too little room for all of them, before the first is written.
     """
-    total_bytes, free_bytes = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(directory).free
-    if total_bytes > free_bytes:
-        raise UserError(
-            f"{directory.parent}: the weights take {total_bytes / 1e9:.1f} GB, but {free_bytes / 1e9:.1f} GB are free"
-        )
+    total_bytes = sum(tensor.nbytes for tensor in tensors)
+    check_free(directory, total_bytes)
     shards = _split(tensors, max_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -52,8 +51,9 @@ def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MA
     for file, shard in zip(files, shards, strict=True):
         with open(directory / file, "wb") as stream:
             stream.write(_header(shard))
-            for tensor in track(shard, f"writing {file}"):
-                stream.write(tensor_bytes(tensor))
+            reads = (functools.partial(tensor_bytes, tensor) for tensor in shard)
+            for data in track(read_ahead(reads), f"writing {file}", len(shard)):
+                stream.write(data)
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:

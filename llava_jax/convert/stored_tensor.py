@@ -1,6 +1,7 @@
 """A tensor in a file."""
 
 import math
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,18 @@ class StoredTensor(NamedTuple):
 
 
 def read_numbers(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that begins at byte `offset`.
+    """The array that begins at byte `offset`, not to be written to.
 
-    The file is not mapped into memory: what is mapped stays there as long as there is room, in the end all of it.
+    Its bytes alone are mapped into memory, and only as long as it lives. A mapping of the whole file, which the
+    safetensors library makes, would stay there as long as there is room: in the end all of it.
     """
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        return np.fromfile(file, NUMBERS[dtype], math.prod(shape)).reshape(shape)
+    numbers, count = NUMBERS[dtype], math.prod(shape)
+    if not count:
+        return np.empty(shape, numbers)
+    start = offset % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(
+            file.fileno(), start + count * numbers.itemsize, access=mmap.ACCESS_READ, offset=offset - start
+        )
+    mapped.madvise(mmap.MADV_WILLNEED)  # from disk in large steps, ahead of the reader
+    return np.frombuffer(mapped, numbers, count, start).reshape(shape)
