@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -23,6 +25,7 @@ from test_llava import make_batch, random_images, torch_logits
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 
 from configs import common
+from llava_jax import cli
 from llava_jax.checkpoint import TrainingCheckpoints, absolute, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
@@ -153,15 +156,41 @@ def copy_of(tmp_path):
 # Import
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("form", ["one file", "shards", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_llava(layout, sharded, llava_dir, copy_of, tmp_path):
+def test_every_layout_of_llava(layout, form, llava_dir, copy_of, tmp_path):
     source = copy_of(llava_dir)
     tensors = rename(load_file(source / "model.safetensors"), LAYOUTS[layout])
-    constants = {name: np.ones(4, np.float32) for name in ("language_model.model.rotary_emb.inv_freq",)}
-    save_sharded(tensors | constants, source) if sharded else save_file(tensors, source / "model.safetensors")
+    tensors["language_model.model.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    if form == "one file":
+        save_file(tensors, source / "model.safetensors")
+    elif form == "shards":
+        save_sharded(tensors, source)
+    else:
+        (source / "model.safetensors").unlink()
+        torch.save({name: torch.tensor(tensor) for name, tensor in tensors.items()}, source / "pytorch_model.bin")
     convert("import", "--llava", source, "--output", tmp_path / "out")
     check_logits(load(llava_dir), tmp_path / "out")
+
+
+class Attack:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_malicious_file_ends_the_command_with_one_line(llava_dir, copy_of, tmp_path, capsys):
+    source = copy_of(llava_dir)
+    (source / "model.safetensors").unlink()
+    torch.save({"weight": Attack(tmp_path / "owned")}, source / "pytorch_model.bin")
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: convert("import", "--llava", source, "--output", tmp_path / "out"))
+    assert left.value.code == 1
+    told = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"error: .*pytorch_model\.bin: asks to run posix\.mkdir, which no weights need.*", told)
+    assert {entry.name for entry in tmp_path.iterdir()} == {source.name}
 
 
 @pytest.mark.parametrize(

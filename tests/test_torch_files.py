@@ -7,6 +7,8 @@ import zipfile
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.convert.torch_files import open_torch
@@ -96,6 +98,25 @@ def test_damaged_files_are_refused(tmp_path):
         open_torch(path)
     with pytest.raises(UserError, match="no such file"):
         open_torch(tmp_path / "nothing.bin")
+
+
+@given(data=st.data())
+def test_a_damaged_pickle_is_an_error_of_one_line_or_still_right(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("damaged")
+    path = save({"weight": torch.arange(8.0).reshape(2, 4), "bias": torch.ones(3).half()}, directory / "weights.bin")
+
+    def spoil(entry, stored):
+        if entry != "data.pkl":
+            return stored
+        at = data.draw(st.integers(0, len(stored) - 1))
+        return stored[:at] + data.draw(st.binary(min_size=1, max_size=3)) + stored[at + 1 :]
+
+    try:
+        found = open_torch(rewrite(path, directory / "spoilt.bin", spoil))
+    except UserError as error:
+        assert "spoilt.bin" in str(error)
+    else:
+        assert all(tensor.read().shape == tensor.shape for tensor in found.values())
 
 
 def rewrite(source, target, change):

@@ -56,10 +56,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a state dict by name. Raises UserError where the file is damaged, or holds anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            with archive.open(entries["data.pkl"]) as pickled:
-                held = _Unpickler(pickled, path).load()
-            _check_byte_order(archive, entries, path)
+            return _open(archive, path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; download it again") from None
     except UserError:
@@ -71,6 +68,14 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
         ) from None
     except Exception as error:  # what a damaged pickle raises is of any class
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); download it again") from None
+
+
+def _open(archive: zipfile.ZipFile, path: Path) -> dict[str, StoredTensor]:
+    entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise UserError(f"{path}: written by a big-endian machine: load and save it with torch on another")
+    with archive.open(entries["data.pkl"]) as pickled:
+        held = _Unpickler(pickled, path).load()
     if not isinstance(held, dict):
         raise UserError(f"{path}: holds a {type(held).__name__}, not tensors by name")
     for name, value in held.items():
@@ -115,10 +120,13 @@ def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
 
 def _stored(path: Path, entries: dict[str, zipfile.ZipInfo], name: str, tensor: _Tensor) -> StoredTensor:
     storage, entry = tensor.storage, entries.get(tensor.storage.entry)
+    lengths = (storage.length, tensor.offset, *tensor.shape, *tensor.strides)
+    if not all(type(length) is int and length >= 0 for length in lengths):
+        raise UserError(f"{path}: damaged, the shape of {name} is {tensor.shape}; download it again")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < _bytes(storage):
         raise UserError(f"{path}: the numbers of {name} are not in it; download it again")
-    if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0 or math.prod(tensor.shape) and last >= storage.length:
+    if math.prod(tensor.shape) and last >= storage.length:
         raise UserError(f"{path}: {name} is larger than what is stored of it; download it again")
     return StoredTensor(tensor.shape, storage.dtype, functools.partial(_read, path, entry.header_offset, tensor))
 
@@ -148,11 +156,6 @@ def _is_contiguous(tensor: _Tensor) -> bool:
 
 def _bytes(storage: _Storage) -> int:
     return storage.length * NUMBERS[storage.dtype].itemsize
-
-
-def _check_byte_order(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], path: Path) -> None:
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise UserError(f"{path}: written by a big-endian machine: load and save it with torch on another")
 
 
 def _guess(path: Path) -> str:
