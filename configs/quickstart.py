@@ -25,7 +25,7 @@ def get_config(stage: str = "") -> ConfigDict:
         config.template = "v1"
         config.max_length = 256
         config.batch_rows = 25
-        config.epochs = 2.0
+        config.epochs = 3.0  # with 2 some runs end before they tell all shapes
         config.learning_rate = 1e-3
     else:
         raise ValueError(f"{stage!r} is neither pretrain nor finetune: --config=configs/quickstart.py:pretrain")

@@ -1,7 +1,7 @@
 """On Apache Beam the same builder writes the same bytes: `make test-beam`, which installs the extra `beam`."""
 
 import pytest
-from test_build import built, contents, data, run  # noqa: F401
+from test_build import built, contents, data, run  # noqa: F401  (fixtures, which pytest finds by their names)
 
 from llava_jax.cli import UserError
 

@@ -63,7 +63,7 @@ def _open_gguf(path: Path) -> LanguageModel:
     if magic != b"GGUF":
         raise UserError(f"{path}: neither a directory with a config.json nor a GGUF file")
     try:
-        import gguf  # noqa: F401
+        import gguf  # noqa: F401  (transformers uses it, and names it less clearly where it is missing)
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:

@@ -90,12 +90,9 @@ class Ledger:
         self.db = sqlite3.connect(path, isolation_level=None)
         try:
             self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute(
-                "PRAGMA synchronous = NORMAL"
-            )  # a killed process loses nothing, a power cut the last moments
+            self.db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last moments
             self.db.executescript(SCHEMA)
-            self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'",
-                            [time.time()])  # fmt: skip
+            self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'", [time.time()])
         except sqlite3.DatabaseError as error:
             self.close()
             raise UserError(f"{path}: is no ledger ({error}); choose another directory") from error
