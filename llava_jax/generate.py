@@ -52,6 +52,9 @@ class Sampling:
     top_p: float = 1.0  # among the fewest likeliest tokens that have this probability together
     seed: int = 0
     max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()  # text that ends the answer and is no part of it, besides the template's
+    top_k: int = 0  # among so many likeliest; 0 for no limit
+    logprobs: int | None = None  # alternatives to each token to report; only `serve.engine` does
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -62,6 +65,8 @@ class Sampling:
             raise UserError(f"max-new-tokens is {self.max_new_tokens}: it has to be 1 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: it has to be 0 or more and below 2^32")
+        if not all(self.stop):
+            raise UserError("stop: an empty string would end every answer before it begins")
 
 
 GREEDY = Sampling()
@@ -160,7 +165,8 @@ class Generator:
 
     def _pieces(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
         """Answers a batch; yields after every dispatch, of at most `max_steps` tokens, what is new of each answer."""
-        streams = [AnswerStream(self.tokenizer, self.stop_ids, self.stop_strings) for _ in prompts]
+        stops = [*self.stop_strings, *sampling.stop]
+        streams = [AnswerStream(self.tokenizer, self.stop_ids, stops) for _ in prompts]
         rows = bucket(len(prompts))
         nucleus = _nucleus(sampling, prompts, rows) if sampling.temperature > 0 else None
         lengths = [len(prompt.tokens) for prompt in prompts]
