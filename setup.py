@@ -16,6 +16,7 @@ BASE = [
     "array-record>=0.8.3",
     "ml-collections>=1.1",
     "openai>=3.57",
+    "ijson>=3.3",
     "sentencepiece>=0.2",
     "protobuf>=5",
     "safetensors>=0.4",

@@ -7,13 +7,12 @@ to a file, as they are, and the others with the reasons to another.
 
 import argparse
 import collections
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from rich.console import Console
@@ -26,6 +25,7 @@ from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.whole_file import whole_file, whole_list
 
 if TYPE_CHECKING:
     from llava_jax.data.measuring import Measuring
@@ -98,17 +98,12 @@ def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, i
     if len(reasons) == count:
         raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
     rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
-    opening, between, closing = (b"", b"\n", b"\n") if survey.unit.endswith("line") else (b"[\n", b",\n", b"\n]\n")
-    with _whole_file(out) as kept, _whole_file(rejects) as rejected:
-        kept.write(opening)
-        separator = b""
+    with whole_list(out, lines=survey.unit.endswith("line")) as keep, whole_file(rejects) as rejected:
         for index in track(range(count), f"writing {out}"):
             if index in reasons:
                 rejected.write(_reject(survey, index, reasons[index]))
             else:
-                kept.write(separator + survey.records[index])
-                separator = between
-        kept.write(closing)
+                keep(survey.records[index])
     return rejects, count - len(reasons)
 
 
@@ -119,22 +114,6 @@ def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
     except UserError:  # no JSON: as text
         ident, record = str(index), data.decode(errors="backslashreplace")
     return json.dumps({"id": ident, "reasons": reasons, "record": record}).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def _whole_file(out: str) -> Iterator[BinaryIO]:
-    """A file that is there once it is whole."""
-    partial = epath.Path(f"{out}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            if partial.exists():
-                partial.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             "examples": report.examples,
             "lengths": report.lengths,
         }
-        with _whole_file(args.report) as file:
+        with whole_file(args.report) as file:
             file.write(json.dumps(values, indent=2).encode() + b"\n")
     print(report.summary(), file=sys.stderr)
     return 1 if report.counts else 0

@@ -1,0 +1,30 @@
+"""Makes instruction data from pictures that have captions and boxes."""
+
+import importlib
+import sys
+
+from llava_jax.cli import run
+
+COMMANDS = {  # name: module with `main(argv)`, what it does
+    "captions": ("llava_jax.datagen.captions", "captions to the samples of stage 1: an instruction for each"),
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    print(_help(), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _help() -> str:
+    lines = [f"  {name:<14}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m llava_jax.datagen COMMAND ... (COMMAND --help has its options)", "", __doc__, "", *lines]
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""Files of captions of any size, read as a stream: pairs of picture and caption, COCO's, or LLaVA's own of stage 1."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import ijson
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.records import Record, local_data, scan
+from llava_jax.data.sources import ROLES, record_value
+
+CAPTION_KEYS = ("caption", "blip_caption")
+SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would take for more than text
+
+_COCO = re.compile(rb'\s*\{\s*"(info|licenses|images|annotations|categories)"\s*:\s*(\{|\[\s*\{)')
+
+
+class Caption(NamedTuple):
+    """A picture's caption, on one line, and the record (JSON) that it comes from."""
+
+    id: str
+    image: str
+    text: str
+    record: bytes
+
+
+def read_captions(
+    path: epath.PathLike, keys: tuple[str, ...] = CAPTION_KEYS, skip_bad: bool = False, quiet: bool = False
+) -> Iterator[Caption]:
+    """The captions of a file, in their order.
+
+    A record is `{"image": ..., "caption": ...}` (or another of `keys`), or a LLaVA sample of one question, whose answer
+    is the caption; or the file is a `captions_*.json` of COCO, of which the names of pictures are held in memory.
+
+    Args:
+      skip_bad: whether to leave out the records that hold no caption.
+      quiet: whether not to print these, a line `bad-caption, file: line, what is wrong` each.
+
+    Raises:
+      UserError: at the end, where there are bad ones and they are not to be skipped; at what cannot be read on.
+    """
+    file = local_data(path)
+    bad = 0
+    for record in _coco_records(file, path) if _is_coco(file) else scan(file, path):
+        try:
+            caption = _parse(record, keys)
+        except UserError as error:
+            bad += 1
+            if not quiet:
+                print(f"bad-caption, {error}")
+            continue
+        yield caption
+    if bad and not skip_bad:
+        raise UserError(f"{path}: {bad} records hold no caption (listed above); mend them, or give --skip-bad")
+
+
+def _parse(record: Record, keys: tuple[str, ...]) -> Caption:
+    value = record_value(record)
+    if not isinstance(value, dict):
+        raise UserError(f"{record.where}: is no object")
+    image, ident = value.get("image"), value.get("id")
+    if not isinstance(image, str) or not image:
+        raise UserError(f"{record.where}: `image` is no name of a picture")
+    if not isinstance(ident, str | int | None):
+        raise UserError(f"{record.where}: `id` is neither text nor a number")
+    if ident is None:
+        ident = f"{PurePosixPath(image).stem}_{record.index}"
+    text = _caption(value, keys, record.where)
+    raw = record.value if isinstance(record.value, bytes) else json.dumps(value).encode()
+    return Caption(str(ident), image, text, raw)
+
+
+def _caption(value: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+    key = next((key for key in keys if key in value), None)
+    if key is not None:
+        text = value[key]
+    else:
+        turns = value.get("conversations")
+        if not isinstance(turns, list):
+            raise UserError(f"{where}: has neither {' nor '.join(f'`{key}`' for key in (*keys, 'conversations'))}")
+        answers = [turn.get("value") for turn in turns
+                   if isinstance(turn, dict) and ROLES.get(turn.get("from")) == "assistant"]  # fmt: skip
+        if len(answers) != 1:
+            raise UserError(f"{where}: has {len(answers)} answers; a caption is the only one")
+        text = answers[0]
+    return _clean(text, where)
+
+
+def _clean(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: its caption is no text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: its caption is no valid Unicode: it holds half a surrogate pair") from None
+    if not text.strip():
+        raise UserError(f"{where}: its caption is empty")
+    for token in SPECIAL_TOKENS:
+        if token in text:
+            raise UserError(f"{where}: its caption holds {token}, which training would not take for text")
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------------------- COCO
+
+
+def _is_coco(file: Path) -> bool:
+    """Whether a file begins as COCO's do: an object, the first value of which holds objects."""
+    with file.open("rb") as data:
+        return bool(_COCO.match(data.read(4096)))
+
+
+def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
+    names = {image.get("id"): image.get("file_name") for image in _coco_items(file, name, "images")}
+    index = -1
+    for index, annotation in enumerate(_coco_items(file, name, "annotations")):
+        ident = annotation.get("id", index)
+        value = {"id": ident, "image": names.get(annotation.get("image_id")), "caption": annotation.get("caption")}
+        yield Record(f"{name}: annotation {ident}", index, 0, 0, value)
+    if index < 0:
+        raise UserError(f"{name}: holds no `annotations`")
+
+
+def _coco_items(file: Path, name: epath.PathLike, key: str) -> Iterator[dict[str, Any]]:
+    with file.open("rb") as data:
+        try:
+            for item in ijson.items(data, f"{key}.item", use_float=True):
+                if not isinstance(item, dict):
+                    raise UserError(f"{name}: `{key}` holds what is no object: {str(item)[:40]}")
+                yield item
+        except ijson.JSONError as error:
+            raise UserError(f"{name}: is no JSON: {error}") from error

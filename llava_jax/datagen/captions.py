@@ -1,0 +1,72 @@
+"""Expands captions to the samples of stage 1: an instruction, chosen by seed and id, that asks for the caption.
+
+As the paper has it, the picture stands before or after the instruction, at random. Captions come as {image, caption}
+(JSON or JSONL; `blip_caption` is known, too), as COCO's captions_*.json, or as LLaVA's samples of one question.
+The file is read and written as a stream; the output is there once it is whole.
+"""
+
+import argparse
+import json
+import sys
+
+from llava_jax.cli import UserError, track
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
+from llava_jax.datagen.instructions import BRIEF, DETAILED, pick
+from llava_jax.whole_file import whole_list
+
+EPILOG = """example:
+  python -m llava_jax.datagen captions --captions captions_train2017.json --output chat.json
+"""
+STYLES = {"brief": BRIEF, "detailed": DETAILED}
+
+
+def expand(caption: Caption, style: str, seed: int) -> dict[str, object]:
+    """The sample of a caption."""
+    instruction = pick(STYLES[style], "instruction", seed, caption.id)
+    before = pick((True, False), "image before the question", seed, caption.id)
+    question = f"{IMAGE_TOKEN}\n{instruction}" if before else f"{instruction}\n{IMAGE_TOKEN}"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption.text}]
+    return {"id": caption.id, "image": caption.image, "conversations": turns}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    count = 0
+    captions = track(read_captions(args.captions, args.keys, args.skip_bad), "expanding captions")
+    with whole_list(args.output, lines=args.output.endswith(".jsonl")) as add:
+        for caption in captions:
+            add(json.dumps(expand(caption, args.style, args.seed), ensure_ascii=False).encode())
+            count += 1
+        if not count:
+            raise UserError(f"{args.captions}: not one of its records holds a caption")
+    print(f"{args.output}: {count} samples", file=sys.stderr)
+
+
+def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands have that read a file of captions; `args.keys` is for `read_captions`."""
+    parser.add_argument("--captions", required=True, metavar="F", help="the file of captions")
+    parser.add_argument("--output", required=True, metavar="OUT", help="JSON, or JSONL where its name ends in .jsonl")
+    parser.add_argument(
+        "--key",
+        dest="keys",
+        type=lambda key: (key,),
+        default=CAPTION_KEYS,
+        metavar="KEY",
+        help=f"where a record has its caption (default: {' or '.join(CAPTION_KEYS)})",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what holds no caption; it is listed")
+    parser.add_argument("--seed", type=int, default=0, help="of what is chosen at random (0)")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.datagen captions",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_caption_arguments(parser)
+    parser.add_argument("--style", choices=STYLES, default="brief", help="instructions for captions of a phrase or a "
+                        "sentence, or for detailed descriptions (default: brief)")  # fmt: skip
+    return parser.parse_args(argv)
