@@ -8,7 +8,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -69,8 +69,12 @@ class Piece(NamedTuple):
     token_logprobs: Sequence[TokenLogprob] = ()  # of the new tokens, where `Sampling.logprobs` asks for them
 
 
+Sink = Callable[[Piece | BaseException | None], None]  # takes pieces, then None, or what the request failed of
+
+
 class Answer:
-    """A request in the engine's hands. Iterating gives its pieces as they come, until it is finished.
+    """A request in the engine's hands. Iterating gives its pieces as they come, until it is finished, unless a `sink`
+    takes them, which is called in the engine's thread.
 
     Attributes:
       prompt_tokens: positions that the prompt takes, pictures included.
@@ -79,7 +83,7 @@ class Answer:
       first_token_seconds: from `submit` to the first token; None before.
     """
 
-    def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int):
+    def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int, sink: Sink | None = None):
         self.request, self.sampling, self.prompt_tokens = request, sampling, prompt_tokens
         self.completion_tokens = 0
         self.finish_reason: str | None = None
@@ -87,6 +91,7 @@ class Answer:
         self._submitted = time.monotonic()
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        self._put = sink or self._pieces.put
 
     def __iter__(self) -> Iterator[Piece]:
         """May be done once. Raises UserError or EngineError where the request failed."""
@@ -168,8 +173,8 @@ class Engine:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
         return self.context - self.count_tokens(request)
 
-    def submit(self, request: Request, sampling: Sampling) -> Answer:
-        """Hands over a request.
+    def submit(self, request: Request, sampling: Sampling, sink: Sink | None = None) -> Answer:
+        """Hands over a request. With a `sink`, which must not block, the answer is not iterated.
 
         Raises:
           UserError: it is malformed or a picture is damaged.
@@ -186,7 +191,7 @@ class Engine:
                 new,
                 self.context,
             )
-        answer = Answer(request, sampling, length)
+        answer = Answer(request, sampling, length, sink)
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine is shutting down")
@@ -242,20 +247,20 @@ class Engine:
                     break
                 if text:
                     answer.completion_tokens += len(self.tokenizer.encode(text, add_special_tokens=False))
-                    answer._pieces.put(Piece(text))
+                    answer._put(Piece(text))
             else:
                 longest = answer.completion_tokens >= answer.sampling.max_new_tokens
                 answer.finish_reason = "length" if longest else "stop"
             self._count("cancelled" if answer.finish_reason == "cancelled" else "finished", answer)
-            answer._pieces.put(None)
+            answer._put(None)
         except UserError as error:
             self._count("failed", answer)
-            answer._pieces.put(error)
+            answer._put(error)
         except Exception as error:
             self._count("failed", answer)
             failure = EngineError(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-            answer._pieces.put(failure)
+            answer._put(failure)
 
     def _count(self, outcome: str, answer: Answer) -> None:
         with self._changed:
