@@ -2,26 +2,45 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from etils import epath
 from PIL import Image
+from rich.console import Console
 
+from llava_jax import terminal, transcript
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import IMAGE_TOKEN, choose_template
 from llava_jax.data.images import load_image
 from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.remote import is_remote
 
 EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg --prompt "What is this?"
-  python -m llava_jax.chat --checkpoint runs/finetune"""
-HELP = """/image FILE  adds a picture to your next message
-/reset       forgets the conversation
-/help        shows this
-/quit        ends, as Ctrl-D does; Ctrl-C stops an answer"""
+  echo "What is this?" | python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg
+  python -m llava_jax.chat --checkpoint runs/finetune
+
+Of a pipe every line is a message, as if it were typed."""
+HELP = """/image FILE   adds a picture to your next message
+/system TEXT  sets the system prompt; without TEXT it is the template's own
+/save FILE    writes the conversation as LLaVA JSON, with where its pictures are
+/load FILE    goes on with a conversation that was saved
+/reset        forgets the conversation, but not the system prompt
+/help         shows this
+/quit         ends, as Ctrl-D does; Ctrl-C stops an answer
+Three quotes (\"\"\") begin and end a message of several lines."""
 LONGEST_ANSWER = 512  # tokens, unless the context has less room or --max-new-tokens says otherwise
+
+
+class Attached(NamedTuple):
+    """A picture, and the file that it came from."""
+
+    file: str
+    image: Image.Image
 
 
 class Conversation:
@@ -32,19 +51,39 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.turns: list[tuple[str, str]] = [] if self.system is None else [("system", self.system)]
-        self.images: list[Image.Image] = []
-        self.waiting: list[Image.Image] = []  # pictures for the next message
+        self.turns: list[tuple[str, str]] = []
+        self.pictures: list[Attached] = []
+        self.waiting: list[Attached] = []  # pictures for the next message
+
+    def attach(self, file: str) -> Image.Image:
+        self.waiting.append(_attached(file))
+        return self.waiting[-1].image
 
     def ask(self, text: str) -> Request:
-        """The request of the next message: its pictures stand before its text, as in training."""
-        marks = f"{IMAGE_TOKEN}\n" * len(self.waiting)
-        return Request([*self.turns, ("user", marks + _unmarked(text))], [*self.images, *self.waiting])
+        """The request of the next message."""
+        system = [] if self.system is None else [("system", self.system)]
+        images = [picture.image for picture in [*self.pictures, *self.waiting]]
+        return Request([*system, *self.turns, ("user", self._marked(text))], images)
 
-    def keep(self, request: Request, answer: str) -> None:
-        """The request was answered: both belong to the conversation."""
-        self.turns = [*request.turns, ("assistant", _unmarked(answer))]
-        self.images, self.waiting = list(request.images), []
+    def keep(self, text: str, answer: str) -> None:
+        """The message was answered: both belong to the conversation."""
+        self.turns += [("user", self._marked(text)), ("assistant", _unmarked(answer))]
+        self.pictures += self.waiting
+        self.waiting = []
+
+    def save(self, file: str) -> None:
+        names = [picture.file for picture in self.pictures]
+        transcript.save(_path(file), transcript.Transcript(self.turns, names, self.system))
+
+    def load(self, file: str) -> None:
+        loaded = transcript.load(_path(file))
+        pictures = [_attached(name) for name in loaded.pictures]
+        self.turns, self.pictures, self.waiting = list(loaded.turns), pictures, []
+        self.system = loaded.system
+
+    def _marked(self, text: str) -> str:
+        """Pictures stand before the text, as in training."""
+        return f"{IMAGE_TOKEN}\n" * len(self.waiting) + _unmarked(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,79 +100,107 @@ class Answerer:
         return self.generator.stream(request, dataclasses.replace(self.sampling, max_new_tokens=longest))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     if args.max_new_tokens is not None:
         sampling = dataclasses.replace(sampling, max_new_tokens=args.max_new_tokens)  # which checks it
     conversation = Conversation(args.system)
-    conversation.waiting = [load_image(file) for file in args.image]
+    for file in args.image:
+        conversation.attach(file)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
     answerer = Answerer(Generator.from_checkpoint(checkpoint, template), sampling, args.max_new_tokens)
-    if args.prompt is not None:
-        print("".join(answerer.stream(conversation.ask(args.prompt))))
-    else:
-        talk(answerer, conversation)
+    if args.prompt is None:
+        return talk(answerer, conversation)
+    print("".join(answerer.stream(conversation.ask(args.prompt))))
+    return 0
 
 
-def talk(answerer: Answerer, conversation: Conversation) -> None:
-    """Reads messages and commands until the input ends. A mistake is told, and the session goes on."""
+def talk(answerer: Answerer, conversation: Conversation) -> int:
+    """Reads messages and commands until the input ends. A mistake is told, and the session goes on.
+
+    -> the exit status, 1 where nobody but a program sent a message that was a mistake."""
+    mistakes = 0
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    for line in _lines():
-        try:
-            if line.startswith("/"):
-                if not _obey(line, conversation):
-                    return
-            elif line:
-                _reply(answerer, conversation, line)
-        except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        for picture in conversation.waiting:
+            _show(picture.image)
+    with terminal.history():
+        for message in terminal.messages():
+            try:
+                if message == "/quit":
+                    break
+                if message.startswith("/"):
+                    _obey(message, conversation)
+                elif message:
+                    _reply(answerer, conversation, message)
+            except UserError as error:
+                mistakes += 1
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 1 if mistakes and not sys.stdin.isatty() else 0
 
 
-def _lines() -> Iterator[str]:
-    """What is typed, line by line, until Ctrl-D; Ctrl-C at the prompt begins the line anew."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            yield input(prompt).strip()
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except EOFError:
-            return
-
-
-def _obey(line: str, conversation: Conversation) -> bool:
-    """Carries out a command; False ends the session."""
-    command, _, argument = line.partition(" ")
+def _obey(message: str, conversation: Conversation) -> None:
+    """Carries out a command."""
+    command, _, argument = message.partition(" ")
+    argument = argument.strip()
     match command:
-        case "/quit":
-            return False
         case "/help":
             print(HELP, file=sys.stderr)
         case "/reset":
             conversation.reset()
-        case "/image" if argument.strip():
-            conversation.waiting.append(load_image(epath.Path(argument.strip()).expanduser()))
+        case "/system":
+            conversation.system = argument or None
+        case "/image" | "/save" | "/load" if not argument:
+            raise UserError(f"{command} needs a file: {command} FILE")
         case "/image":
-            raise UserError("/image needs a file: /image FILE")
+            _show(conversation.attach(argument))
+        case "/save":
+            conversation.save(argument)
+        case "/load":
+            conversation.load(argument)
+            _recall(conversation)
         case _:
             raise UserError(f"there is no command {command}; /help lists them")
-    return True
 
 
 def _reply(answerer: Answerer, conversation: Conversation, text: str) -> None:
     """Prints the answer as it comes; Ctrl-C keeps what there is of it."""
-    request, pieces = conversation.ask(text), []
+    pieces = []
     try:
-        for piece in answerer.stream(request):
+        for piece in answerer.stream(conversation.ask(text)):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="", file=sys.stderr, flush=True)
     print(flush=True)
-    conversation.keep(request, "".join(pieces))
+    conversation.keep(text, "".join(pieces))
+
+
+def _recall(conversation: Conversation) -> None:
+    """Shows on a terminal what was said before."""
+    if sys.stdin.isatty():
+        for picture in conversation.pictures:
+            _show(picture.image)
+        for role, text in conversation.turns:
+            print(f"> {_unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
+
+
+def _show(image: Image.Image) -> None:
+    if sys.stdin.isatty():
+        terminal.show(image, Console(stderr=True))
+
+
+def _attached(file: str) -> Attached:
+    path = _path(file)
+    return Attached(str(path), load_image(path))
+
+
+def _path(file: str) -> epath.Path:
+    """Where a file is, from wherever that is said."""
+    path = epath.Path(file).expanduser()
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def _unmarked(text: str) -> str:

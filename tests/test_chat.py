@@ -1,6 +1,7 @@
 """The terminal: one prompt, a session over a pipe, commands and mistakes."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -40,8 +41,10 @@ def session(checkpoint, generator, monkeypatch, capsys):
 
     def type_in(*lines: str, args: tuple[str, ...] = ()) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat.main(["--checkpoint", str(checkpoint), "--max-new-tokens", "6", *args])
-        return capsys.readouterr()
+        status = chat.main(["--checkpoint", str(checkpoint), "--max-new-tokens", "6", *args])
+        out, err = capsys.readouterr()
+        assert status == ("error: " in err)
+        return out, err
 
     return type_in
 
@@ -83,6 +86,44 @@ def test_reset_forgets_turns_and_pictures(session, generator, picture):
     assert out == f"{hello}\n{hello}\n"
 
 
+def test_a_system_prompt_changes_from_the_next_message_on(session, generator):
+    def expected(*turns):
+        return generator.answer([Request(turns)], Sampling(max_new_tokens=6))[0]
+
+    hello = [("user", "Hello"), ("assistant", expected(("user", "Hello")))]
+    brief = [("system", "Be brief."), *hello, ("user", "Hm?")]
+    last = [*hello, ("user", "Hm?"), ("assistant", expected(*brief)), ("user", "Go on")]
+    out, err = session("Hello", "/system Be brief.", "Hm?", "/system", "Go on")
+    assert out == "".join(f"{text}\n" for text in (hello[1][1], expected(*brief), expected(*last)))
+    assert err == ""
+
+
+def test_a_saved_conversation_goes_on_in_another_session(session, tmp_path, picture, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    talk = (f"/image {picture.name}", "It?", "Sure?", "/image a picture.png", "And\tthis?", "/system Be brief.")
+    whole, _ = session(*talk, "So?", args=("--system", "Be kind."))
+    first, _ = session(*talk, "/save talk.json", args=("--system", "Be kind."))
+    monkeypatch.chdir("/")
+    forgotten = ("Forget this", f"/image {picture}")
+    second, err = session(*forgotten, f"/load {tmp_path}/talk.json", "So?")
+    assert first + second.split("\n", 1)[1] == whole
+    assert err == ""
+
+
+def test_a_conversation_that_does_not_load_changes_nothing(session, generator, tmp_path, picture):
+    first = answer(generator, "Hello")
+    second = answer(generator, "Hello", first, "And then?")
+    saved = tmp_path / "talk.json"
+    turns = [{"from": "human", "value": "<image>\nIt?"}, {"from": "gpt", "value": "Yes."}]
+    saved.write_text(json.dumps([{"image": "gone.png", "conversations": turns}]))
+    out, err = session("/save early.json", "Hello", f"/load {saved}", f"/save {picture}", "/load", "And then?")
+    assert out == f"{first}\n{second}\n"
+    lines = err.splitlines()
+    assert len(lines) == 4
+    for line, what in zip(lines, ["nothing to save", "gone.png", "exists and is no saved", "/load FILE"], strict=True):
+        assert what in line
+
+
 def test_mistakes_are_told_in_a_line_and_the_session_goes_on(session, generator):
     out, err = session("/image nowhere.png", "/image", "/imagine", "word " * 3000, "Hello")
     assert out == answer(generator, "Hello") + "\n"
@@ -96,7 +137,7 @@ def test_mistakes_are_told_in_a_line_and_the_session_goes_on(session, generator)
 def test_help_is_shown_on_request(session):
     out, err = session("/help")
     assert out == ""
-    for command in ("/image", "/reset", "/quit"):
+    for command in ("/image", "/save", "/load", "/system", "/reset", "/quit"):
         assert command in err
 
 

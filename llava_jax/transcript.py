@@ -1,0 +1,73 @@
+"""A conversation that was had, as a sample of LLaVA's JSON, and back.
+
+It is one that `data.check` finds clean and that training takes. What training does not know is a key of its own:
+`system`, the system prompt, where the conversation had another than the template's.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.data.records import Record, local_data, scan
+from llava_jax.data.sources import parse_sample, record_value
+
+SPEAKERS = {"user": "human", "assistant": "gpt"}
+
+
+class Transcript(NamedTuple):
+    """Turns of user and assistant, a picture's name for each `<image>` in them, and the system prompt if it had one."""
+
+    turns: Sequence[tuple[str, str]]
+    pictures: Sequence[str] = ()
+    system: str | None = None
+
+
+def dump(transcript: Transcript, ident: str) -> str:
+    """The JSON text: an array of one sample."""
+    sample: dict[str, Any] = {"id": ident}
+    if transcript.pictures:
+        sample["image"] = transcript.pictures[0] if len(transcript.pictures) == 1 else list(transcript.pictures)
+    if transcript.system is not None:
+        sample["system"] = transcript.system
+    sample["conversations"] = [{"from": SPEAKERS[role], "value": text} for role, text in transcript.turns]
+    return json.dumps([sample], ensure_ascii=False, indent=2) + "\n"
+
+
+def save(path: epath.Path, transcript: Transcript) -> None:
+    """Writes it to a file named in its `id`. Never over anything but another conversation. Raises `UserError`."""
+    if not transcript.turns:
+        raise UserError("there is nothing to save yet: nothing has been answered")
+    if path.exists():
+        try:
+            load(path)
+        except UserError as error:
+            raise UserError(f"{path} exists and is no saved conversation: choose another name") from error
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(dump(transcript, path.stem))
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def load(path: epath.Path) -> Transcript:
+    """The one conversation in a file; names of pictures are relative to its folder. Raises `UserError`."""
+    records = list(islice(scan(local_data(path), path), 2))
+    if len(records) != 1:
+        raise UserError(f"{path}: holds more than one sample: one conversation was expected")
+    sample, system = parse_sample(records[0]), _system(records[0])
+    if len(sample.turns) % 2:
+        raise UserError(f"{path}: ends with a question that has no answer: remove it")
+    return Transcript(sample.turns, [str(path.parent / name) for name in sample.images], system)
+
+
+def _system(record: Record) -> str | None:
+    system = record_value(record).get("system")
+    if not (system is None or isinstance(system, str)):
+        raise UserError(f"{record.where}: `system` is no text but {json.dumps(system)[:40]}")
+    return system
