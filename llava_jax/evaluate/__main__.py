@@ -1,0 +1,31 @@
+"""Answers questions about pictures with a model, has answers judged, scores them, and compares runs."""
+
+import importlib
+import sys
+
+from llava_jax.cli import run
+
+COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
+    "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    for words in (2, 1):
+        if (command := " ".join(argv[:words])) in COMMANDS:
+            return importlib.import_module(COMMANDS[command][0]).main(argv[words:])
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    print(_help(), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _help() -> str:
+    lines = [f"  {command:<24}{what}" for command, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m llava_jax.evaluate COMMAND ... (COMMAND --help has its options)", "", __doc__, "", *lines]
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,181 @@
+"""Scores LLaVA-Bench (COCO and In-the-Wild): what a judge gave a model's answers, in percent of the reference's."""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.lines import read_lines
+from llava_jax.evaluate.reviews import FAILED, Review, read_reviews
+
+EPILOG = """examples:
+  python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
+  python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json
+
+Of each category and of all: `relative` is the mean score of the model in percent of the mean score of the reference,
+`n` counts the reviews in these means, `failed` those without scores, which are left out. Of several files, which are
+repeats, all three are means over the files, and `std` is the (sample) standard deviation of `relative`."""
+ALL = "all"
+
+
+def score(reviews: Sequence[Review], legacy: bool = False) -> dict[str, dict[str, Any]]:
+    """The scores of all reviews of a file and of each category. `legacy` averages failures in as -1 and rounds first,
+    as the original."""
+    groups: dict[str, list[Review]] = {ALL: list(reviews)}
+    for review in reviews:
+        if review.category not in (None, ALL):
+            groups.setdefault(review.category, []).append(review)
+    return {name: _score(groups[name], legacy) for name in sorted(groups, key=lambda name: (name != ALL, name))}
+
+
+def _score(reviews: Sequence[Review], legacy: bool) -> dict[str, Any]:
+    scores = [review.scores or (FAILED if legacy else None) for review in reviews]
+    counted = [pair for pair in scores if pair is not None]
+    result = {"relative": None, "reference": None, "model": None, "n": len(counted)}
+    if counted:
+        reference, model = (round(mean, 3) if legacy else mean for mean in np.asarray(counted).mean(0).tolist())
+        result |= {"reference": reference, "model": model}
+        if reference:
+            result["relative"] = round(model / reference * 100, 1) if legacy else model / reference * 100
+    return result | {"failed": sum(review.scores is None for review in reviews)}
+
+
+def position_bias(reviews: Sequence[Review]) -> dict[str, float]:
+    """What the order of the answers does to scores, where both orders were judged; empty where not.
+
+    Returns:
+      `position_bias`: by how much the answer shown first scores higher than if shown second, on average.
+      `order_agreement`: the share of questions of which both orders say the same of who is better, or that none is.
+    """
+    orders = [{r.question_id: r.scores for r in reviews if r.swapped == swapped and r.scores} for swapped in (0, 1)]
+    both = [(scores, orders[1][ident]) for ident, scores in orders[0].items() if ident in orders[1]]
+    if not both:
+        return {}
+    (reference_first, model_second), (reference_second, model_first) = np.asarray(both).transpose(1, 2, 0)
+    gains = (reference_first - reference_second + model_first - model_second) / 2
+    agree = np.sign(model_second - reference_first) == np.sign(model_first - reference_second)
+    return {"position_bias": float(gains.mean()), "order_agreement": float(agree.mean())}
+
+
+def score_repeats(files: Sequence[Sequence[Review]], legacy: bool = False) -> dict[str, dict[str, Any]]:
+    """The scores of one file, or the means over several and the standard deviation of what is relative."""
+    scores = [score(reviews, legacy) for reviews in files]
+    names = list(dict.fromkeys(name for one in scores for name in one))
+    result = {name: _combine([one[name] for one in scores if name in one]) for name in names}
+    result[ALL] |= position_bias(
+        [r._replace(question_id=f"{i} {r.question_id}") for i, f in enumerate(files) for r in f]
+    )
+    return result
+
+
+def _combine(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    combined = {}
+    for name in ("relative", "reference", "model"):
+        values = [one[name] for one in scores if one[name] is not None]
+        combined[name] = statistics.fmean(values) if values else None
+    relative = [one["relative"] for one in scores if one["relative"] is not None]
+    combined |= {name: sum(one[name] for one in scores) for name in ("n", "failed")}
+    if len(scores) > 1:
+        combined["std"] = statistics.stdev(relative) if len(relative) > 1 else None
+    return combined
+
+
+def check_complete(
+    files: dict[str, Sequence[Review]], questions: dict[str, str] | None, partial: bool
+) -> dict[str, int]:
+    """How many reviews each incomplete file lacks: of `questions` (ids and where they stand) or of those that others
+    have. Raises `UserError` for these unless `partial`, and for reviews of what is not asked."""
+    reviewed = {path: {review.question_id for review in reviews} for path, reviews in files.items()}
+    wanted = list(questions) if questions else list(dict.fromkeys(r.question_id for f in files.values() for r in f))
+    lacking = {}
+    for path, found in reviewed.items():
+        if unknown := found.difference(wanted):
+            raise UserError(f"{path}: reviews question {min(unknown)}, which is not among the questions")
+        if missing := [ident for ident in wanted if ident not in found]:
+            lacking[path] = len(missing)
+            message = f"{path}: has no review of {len(missing)} of {len(wanted)} questions, {missing[0]} the first"
+            if not partial:
+                raise UserError(f"{message}; --partial scores what is there")
+            print(f"warning: {message}", file=sys.stderr)
+    return lacking
+
+
+def read_question_ids(path: str) -> dict[str, str]:
+    """The ids in a file of questions, and where each stands. Raises `UserError` for one that is there twice."""
+    ids: dict[str, str] = {}
+    for line in read_lines(path):
+        ident = str(line.get("question_id"))
+        if ident in ids:
+            raise UserError(f"{line.where}: question {ident} stands there for the second time")
+        ids[ident] = line.where
+    return ids
+
+
+def table(scores: dict[str, dict[str, Any]]) -> str:
+    """The scores for people."""
+    columns = ["relative", "reference", "model", "n", "failed"]
+    columns[1:1] = ["std"] if "std" in scores[ALL] else []
+    rows = [["", *columns]]
+    for name, values in scores.items():
+        rows.append([name, *(_cell(values[column]) for column in columns)])
+    first, *widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
+        for row in rows
+    ]
+    more = [f"{name}: {value if isinstance(value, str | int) else _cell(value)}" for name, value in scores[ALL].items()
+            if name not in (*columns, "std")]  # fmt: skip
+    return "\n".join([*lines, *more])
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    if len(set(args.reviews)) < len(args.reviews):
+        raise UserError("--reviews: a file is given twice; repeats are files of their own")
+    files = {path: read_reviews(path, args.partial, args.reparse, args.legacy) for path in args.reviews}
+    lacking = check_complete(files, read_question_ids(args.questions) if args.questions else None, args.partial)
+    scores = score_repeats(list(files.values()), args.legacy)
+    if not scores[ALL]["n"]:
+        raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
+    if lacking:
+        scores[ALL]["missing"] = sum(lacking.values())
+    for name in ("judge", "prompt_hash"):
+        if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
+            scores[ALL][name] = ", ".join(known)
+    if args.json:
+        print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
+                          for name, values in scores.items()}))  # fmt: skip
+    else:
+        print(table(scores))
+
+
+def _rounded(name: str, value: Any) -> Any:
+    """Two decimals of what is in percent, four of the rest."""
+    return round(value, 2 if name in ("relative", "std") else 4) if isinstance(value, float) else value
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate score llava-bench",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
+    add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")
+    add("--json", action="store_true", help="print one object on one line")
+    add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
+    add("--reparse", action="store_true", help="read the scores from the texts again, not those that are stored")
+    add("--legacy", action="store_true", help="the original's arithmetic: failures count as -1, means are rounded to "
+        "three decimals first and what is relative to one")  # fmt: skip
+    return parser.parse_args(argv)
