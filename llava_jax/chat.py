@@ -1,6 +1,7 @@
 """Talks with a checkpoint in the terminal, or answers one prompt."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -16,8 +17,9 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import IMAGE_TOKEN, choose_template
 from llava_jax.data.images import load_image
-from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.generate import Request, Sampling
 from llava_jax.remote import is_remote
+from llava_jax.serve.engine import Engine
 
 EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg --prompt "What is this?"
@@ -88,16 +90,21 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-    """A generator and how it is asked."""
+    """An engine and how it is asked."""
 
-    generator: Generator
+    engine: Engine
     sampling: Sampling
     max_new_tokens: int | None
 
     def stream(self, request: Request) -> Iterator[str]:
         """The answer in pieces. Raises UserError where the context has no room for it."""
-        longest = self.max_new_tokens or max(1, min(LONGEST_ANSWER, self.generator.room(request)))
-        return self.generator.stream(request, dataclasses.replace(self.sampling, max_new_tokens=longest))
+        longest = self.max_new_tokens or max(1, min(LONGEST_ANSWER, self.engine.room(request)))
+        answer = self.engine.submit(request, dataclasses.replace(self.sampling, max_new_tokens=longest))
+        try:
+            for piece in answer:
+                yield piece.text
+        finally:
+            answer.cancel()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,11 +117,12 @@ def main(argv: list[str] | None = None) -> int:
         conversation.attach(file)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
-    answerer = Answerer(Generator.from_checkpoint(checkpoint, template), sampling, args.max_new_tokens)
-    if args.prompt is None:
-        return talk(answerer, conversation)
-    print("".join(answerer.stream(conversation.ask(args.prompt))))
-    return 0
+    with contextlib.closing(Engine.from_checkpoint(checkpoint, template, slots=1)) as engine:
+        answerer = Answerer(engine, sampling, args.max_new_tokens)
+        if args.prompt is None:
+            return talk(answerer, conversation)
+        print("".join(answerer.stream(conversation.ask(args.prompt))))
+        return 0
 
 
 def talk(answerer: Answerer, conversation: Conversation) -> int:

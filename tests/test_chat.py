@@ -15,6 +15,7 @@ from llava_jax import chat
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.serve.engine import Engine, Piece
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,13 @@ def generator(checkpoint) -> Generator:
     return Generator.from_checkpoint(open_checkpoint(checkpoint))
 
 
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    engine = Engine.from_checkpoint(open_checkpoint(checkpoint), slots=1)
+    yield engine
+    engine.close()
+
+
 @pytest.fixture
 def picture(tmp_path):
     file = tmp_path / "a picture.png"
@@ -35,9 +43,10 @@ def picture(tmp_path):
 
 
 @pytest.fixture
-def session(checkpoint, generator, monkeypatch, capsys):
+def session(checkpoint, engine, monkeypatch, capsys):
     """Types lines into a session over a pipe; -> standard output and standard error."""
-    monkeypatch.setattr(Generator, "from_checkpoint", lambda *args: generator)
+    monkeypatch.setattr(Engine, "from_checkpoint", lambda *args, **options: engine)
+    monkeypatch.setattr(Engine, "close", lambda engine: None)
 
     def type_in(*lines: str, args: tuple[str, ...] = ()) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -145,22 +154,27 @@ def test_a_mark_typed_by_hand_is_no_picture(session, generator):
     assert session("He<image>llo")[0] == answer(generator, "Hello") + "\n"
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, generator, monkeypatch):
-    def interrupted(request, sampling):
-        yield "beginning"
-        raise KeyboardInterrupt
+def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, engine, generator, monkeypatch):
+    class Interrupted:
+        cancelled = False
 
-    whole = generator.stream
-    answers = iter([interrupted, whole])
-    asked = []
+        def __iter__(self):
+            yield Piece("beginning")
+            raise KeyboardInterrupt
 
-    def stream(request, sampling):
+        def cancel(self):
+            self.cancelled = True
+
+    interrupted, submit, asked = Interrupted(), engine.submit, []
+
+    def record(request, sampling):
         asked.append(request)
-        return next(answers)(request, sampling)
+        return interrupted if len(asked) == 1 else submit(request, sampling)
 
-    monkeypatch.setattr(generator, "stream", stream)
+    monkeypatch.setattr(engine, "submit", record)
     out, err = session("Hello", "Go on")
     assert "[stopped]" in err
+    assert interrupted.cancelled
     assert asked[1].turns == [("user", "Hello"), ("assistant", "beginning"), ("user", "Go on")]
     assert out == f"beginning\n{answer(generator, 'Hello', 'beginning', 'Go on')}\n"
 
@@ -177,22 +191,19 @@ def test_sampling_follows_seed_and_temperature(session):
     assert first == again != other
 
 
-def test_the_longest_answer_is_what_the_context_has_room_for(generator):
-    asked = []
+def test_the_longest_answer_is_what_the_context_has_room_for(engine, monkeypatch):
+    long, short = Request([("user", "word " * 400)]), Request([("user", "Hello")])
+    room, asked, submit = engine.room(long), [], engine.submit
 
-    class Recorder:
-        room = staticmethod(generator.room)
+    def record(request, sampling):
+        asked.append(sampling.max_new_tokens)
+        return submit(request, Sampling(max_new_tokens=1))
 
-        @staticmethod
-        def stream(request, sampling):
-            asked.append(sampling.max_new_tokens)
-            return iter(())
-
-    request = Request([("user", "word " * 400)])
-    assert 0 < generator.room(request) < 512
-    chat.Answerer(Recorder(), Sampling(), None).stream(request)
-    chat.Answerer(Recorder(), Sampling(), None).stream(Request([("user", "Hello")]))
-    assert asked == [generator.room(request), 512]
+    monkeypatch.setattr(engine, "submit", record)
+    for request in (long, short):
+        list(chat.Answerer(engine, Sampling(), None).stream(request))
+    assert 0 < room < 512
+    assert asked == [room, 512]
 
 
 def test_another_template_than_the_checkpoints_warns(checkpoint, monkeypatch, capsys):
