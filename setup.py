@@ -39,6 +39,8 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
+    # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
+    "phrases": ["spacy>=3.8"],
     # Building data sets on many machines. It wants an older protobuf than the rest would take.
     "beam": ["apache-beam>=2.65"],
     # What only torch can read (GGUF through transformers).
@@ -67,7 +69,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"] + GCS
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
 
 setup(
     name="llava_jax",

@@ -7,6 +7,7 @@ from llava_jax.cli import run
 
 COMMANDS = {  # name: module with `main(argv)`, what it does
     "captions": ("llava_jax.datagen.captions", "captions to the samples of stage 1: an instruction for each"),
+    "filter": ("llava_jax.datagen.filter", "chooses captions so that concepts are balanced, as 595K of CC3M were"),
 }
 
 

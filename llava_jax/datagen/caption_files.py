@@ -21,7 +21,7 @@ _COCO = re.compile(rb'\s*\{\s*"(info|licenses|images|annotations|categories)"\s*
 
 
 class Caption(NamedTuple):
-    """A picture's caption, on one line, and the record (JSON) that it comes from."""
+    """A picture's caption and the JSON of its record, both on one line."""
 
     id: str
     image: str
@@ -71,7 +71,8 @@ def _parse(record: Record, keys: tuple[str, ...]) -> Caption:
     if ident is None:
         ident = f"{PurePosixPath(image).stem}_{record.index}"
     text = _caption(value, keys, record.where)
-    raw = record.value if isinstance(record.value, bytes) else json.dumps(value).encode()
+    as_it_is = isinstance(record.value, bytes) and b"\n" not in record.value
+    raw = record.value if as_it_is else json.dumps(value).encode()
     return Caption(str(ident), image, text, raw)
 
 
