@@ -37,9 +37,9 @@ PLAIN_GPU = {("h100:8", 1): 13.82, ("h100:8", 4): 16.51, ("h100:8", 8): 20.10}
 
 RECIPES = {
     ("finetune", "7b"): ("v4:2x2x4", "v5e:4x4", "v5p:2x2x2", "v6e:4x4", "h100:8", "a100:8"),
-    ("pretrain", "7b"): ("v5e:2x4", "v5p:2x2x1", "h100:1", "a100:1"),
-    ("finetune", "13b"): ("v5p:2x2x4", "h100:8", "a100:8"),
-    ("pretrain", "13b"): ("h100:2", "a100:2"),
+    ("pretrain", "7b"): ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4", "h100:8", "a100:8", "h100:1", "a100:1"),
+    ("finetune", "13b"): ("v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8", "a100:8"),
+    ("pretrain", "13b"): ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8", "a100:8", "h100:2", "a100:2"),
 }
 POLICIES = ("full", "save_qkv", "offload", "none")
 POLICY_TARGETS = ("v5e:4x4", "h100:8")
