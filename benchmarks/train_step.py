@@ -95,7 +95,7 @@ def jax_step(config: LlavaConfig) -> Step:
     from llava_jax import optim
     from llava_jax.data.plan import Layout
     from llava_jax.sharding import make_mesh
-    from llava_jax.train import StepSettings, TrainState, train_step
+    from llava_jax.training_step import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
     for name, value in our_parameters(config):

@@ -24,7 +24,7 @@ from llava_jax.machines import GiB
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import abstract_params
 from llava_jax.targets import Target
-from llava_jax.train import StepSettings, TrainState, frozen_dtype, jit_step, step_settings
+from llava_jax.training_step import StepSettings, TrainState, frozen_dtype, jit_step, step_settings
 
 # Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
 GPU_MARGIN = 2 * GiB

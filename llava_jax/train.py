@@ -1,4 +1,4 @@
-"""Training: the step, then the loop, top to bottom."""
+"""Training: what is needed, then the loop, top to bottom. The step itself is in `training_step`."""
 
 import contextlib
 import dataclasses
@@ -7,18 +7,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
 from llava_jax.bad_samples import BadSamples, check_texts
@@ -34,188 +30,23 @@ from llava_jax.checkpoint import (
 )
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
-from llava_jax.data.inspect import view
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
 from llava_jax.data.modality import ModalityOrder
-from llava_jax.data.packing import PackedOrder, Room, fill, pack_orders
-from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.packing import Room, pack_orders
+from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
 from llava_jax.data.sources import Source
-from llava_jax.data.tokenization import IGNORE_INDEX, encode_sample, load_tokenizer, truncate
+from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.goodput import Goodput
-from llava_jax.loss import loss_sum, next_token_targets
+from llava_jax.introduction import introduce, show_first_sample
 from llava_jax.machines import peak_flops
 from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
-from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import PRESETS, LlavaConfig
-from llava_jax.models.execution import Execution
-from llava_jax.models.llava import Params, abstract_params, build_from_pieces
 from llava_jax.profiling import Profile
+from llava_jax.stopping import catch_signals
+from llava_jax.training_step import TrainState, eval_step, frozen_dtype, init_state, jit_step, step_settings
 from llava_jax.workdir import claim, fingerprint
-
-
-class TrainState(NamedTuple):
-    """What a step changes."""
-
-    step: jax.Array  # int32, steps done
-    trainable: Params  # float32
-    optimizer: optax.OptState
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSettings:
-    """What is compiled into a step."""
-
-    model: LlavaConfig
-    layout: Layout
-    mesh: Mesh
-    dtype: jnp.dtype = jnp.float32
-    attention: str = "xla"
-    packed: bool = True
-    remat: str = "none"
-    accumulation: int = 1
-
-    @functools.cached_property
-    def param_specs(self) -> dict[str, P]:
-        """How each parameter of the model is split."""
-        return {name: sharding.param_spec(self.mesh, name, v.shape) for name, v in abstract_params(self.model).items()}
-
-    def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
-        """The same of the named ones, without the axes that are the compiler's."""
-        return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
-
-    @property
-    def execution(self) -> Execution:
-        fsdp = sharding.Fsdp(self.param_specs, self.dtype) if sharding.axis_sizes(self.mesh)["fsdp"] > 1 else None
-        return Execution(self.attention, self.packed, self.remat, fsdp, self.mesh.shape["tensor"])
-
-
-# --------------------------------------------------------------------------------------------------------- the step
-
-
-def batch_loss(
-    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch, weight: jax.Array | float = 1.0
-) -> jax.Array:
-    """Sum of the losses of the targets, each times `weight`, in a device's rows of a (micro)batch, from its pieces of
-    the parameters."""
-    model, execution = build_from_pieces(settings.model, trainable | frozen, settings.dtype), settings.execution
-    hidden_BTD = model(batch, execution)
-    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
-    head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
-    return loss_sum(head_DV, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots, weight)
-
-
-def count_targets(batch: Batch) -> jax.Array:
-    """Targets in all rows of all devices."""
-    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
-    return sharding.sum_over(sharding.BATCH_AXES, jnp.sum(targets_BT != IGNORE_INDEX))
-
-
-def loss_and_gradients(
-    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
-) -> tuple[jax.Array, Params]:
-    """The mean loss over all targets of the batch and its gradients, whatever the devices and the accumulation."""
-    out_specs = (P(), settings.manual_specs(trainable))
-    each = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
-    loss, gradients = each(trainable, frozen, batch)
-    return loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
-
-
-def _loss_and_gradients(
-    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
-) -> tuple[jax.Array, Params]:
-    """What each device does for it, with its rows and its pieces of the parameters."""
-    weight = 1 / jnp.maximum(count_targets(batch), 1)
-    fsdp = settings.execution.fsdp
-    gathered = {name for name in trainable if fsdp and fsdp.gathered(name)}
-
-    def mean_loss(places: Params, batch: Batch) -> jax.Array:
-        """`places`: in whose place gradients are taken, see `sharding.Piece`."""
-        pieces = {name: sharding.Piece(trainable[name], places[name]) for name in gathered}
-        return batch_loss(settings, places | pieces, frozen, batch, weight)
-
-    places = {name: jnp.zeros_like(w, settings.dtype) if name in gathered else w for name, w in trainable.items()}
-    if settings.accumulation == 1:
-        loss, gradients = jax.value_and_grad(mean_loss)(places, batch)
-    else:
-
-        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(places, microbatch)), None
-
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        A = settings.accumulation
-        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
-        loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
-    # Each gradient so far is of the rows of one device or, where a weight was gathered, of those along `fsdp`.
-    summed = {
-        name: sharding.sum_over(
-            ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES, gradient
-        )
-        for name, gradient in gradients.items()
-    }
-    return sharding.sum_over(sharding.BATCH_AXES, loss), summed
-
-
-def on_each_device(
-    function: Callable, settings: StepSettings, trainable: Params, frozen: Params, out_specs: Any
-) -> Callable:
-    """`function(settings, trainable, frozen, batch)` as every device runs it, on its pieces of these and its rows."""
-    return jax.shard_map(
-        functools.partial(function, settings),
-        mesh=settings.mesh,
-        in_specs=(settings.manual_specs(trainable), settings.manual_specs(frozen), P(sharding.BATCH_AXES)),
-        out_specs=out_specs,
-        axis_names=sharding.manual_axes(settings.mesh),
-        check_vma=False,  # kernels say nothing of it; `loss_and_gradients` sums what has to be summed itself
-    )
-
-
-def train_step(
-    settings: StepSettings,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Params,
-    batch: Batch,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step. Only what is trainable is differentiated, clipped, counted and updated."""
-    loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
-    return TrainState(state.step + 1, trainable, optimizer_state), metrics
-
-
-def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
-    """`train_step` to run or to compile ahead; `state` (arrays, or shapes with shardings) says where it lies."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    whole = sharding.replicated(settings.mesh)
-    return jax.jit(
-        functools.partial(train_step, settings, optimizer),
-        out_shardings=(shardings, {"loss": whole, "grad_norm": whole}),
-        donate_argnums=0,
-    )
-
-
-def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses and number of targets of a batch."""
-
-    def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        loss = sharding.sum_over(sharding.BATCH_AXES, batch_loss(settings, trainable, frozen, batch))
-        return loss, count_targets(batch)
-
-    return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)
-
-
-def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
-    """Step 0, the optimizer's state sharded like the parameters from the moment it exists."""
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    shardings = sharding.tree_shardings(mesh, shapes)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trainable, optimizer_state)
-
-
-# --------------------------------------------------------------------------------------------------------- the loop
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -313,8 +144,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         state = TrainState(jax.device_put(jnp.int32(start), state.step.sharding), *restored)
     start = start or 0
     if first:
-        _introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
-        _show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
+        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+        show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop
     step_fn = jit_step(settings, optimizer, state)
@@ -443,29 +274,6 @@ def train(config: ConfigDict, workdir: str) -> None:
 # ------------------------------------------------------------------------------------------------- parts of the set-up
 
 
-def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
-    """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
-    platform = mesh.devices.flat[0].platform
-    packed = config.pack
-    dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
-    if config.attention == "cudnn" and packed:
-        raise UserError(
-            "config.attention=cudnn sees across the samples of packed rows: set attention=chunked, or no pack"
-        )
-    if config.attention == "cudnn" and dtype != jnp.bfloat16:
-        raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
-    return StepSettings(
-        model=model,
-        layout=layout,
-        mesh=mesh,
-        dtype=dtype,
-        attention=config.attention or choose_backend(platform, packed, dtype),
-        packed=packed,
-        remat=config.remat,
-        accumulation=_accumulation(config, layout, mesh),
-    )
-
-
 def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
     if not config[key]:
         raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
@@ -542,26 +350,6 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     return get_template(config.template)
 
 
-def frozen_dtype(config: ConfigDict, platform: str) -> Callable[[str, jnp.dtype], jnp.dtype]:
-    """(name, stored type) -> the type in which a frozen parameter is loaded."""
-    chosen = config.frozen_dtype or ("" if platform == "cpu" else "bfloat16")
-    return lambda name, stored: jnp.dtype(chosen) if chosen else stored
-
-
-def _accumulation(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
-    """Microbatches of a step: as few as `max_rows_per_device` allows."""
-    shards = sharding.batch_shards(mesh)
-    limit = config.max_rows_per_device or config.batch_rows
-    accumulation = math.ceil(config.batch_rows / (limit * shards))
-    if layout.groups % (shards * accumulation):
-        raise UserError(
-            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, no "
-            f"multiple of {shards} devices x {accumulation} accumulated microbatches; "
-            "change batch_rows, rows_per_group or max_rows_per_device"
-        )
-    return accumulation
-
-
 def _describe(
     directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen_names: list[str]
 ) -> Description:
@@ -581,70 +369,6 @@ def _describe(
     return description
 
 
-def _introduce(
-    config: ConfigDict,
-    directory: epath.Path,
-    mesh: Mesh,
-    settings: StepSettings,
-    steps: int,
-    order: Order,
-    lengths: Any,
-    state: TrainState,
-    frozen: Params,
-    start: int,
-) -> None:
-    """Says what is about to happen."""
-    layout = settings.layout
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-    device = jax.devices()[0]
-    mean = float(np.mean(lengths.tokens[order.visited(0)]))
-    lines = [
-        f"stage      {config.stage} in {directory}, from {config.init}",
-        f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
-        f"frozen     {_summary(frozen)}",
-        f"devices    {jax.device_count()} x {device.device_kind} as {sharding.axis_sizes(mesh)}, "
-        f"computing in {settings.dtype.name}",
-        f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)",
-        f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
-        f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
-        f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
-        + (f", resuming after step {start:,}" if start else ""),
-    ]
-    if isinstance(order, PackedOrder):
-        lines.insert(-1, _packing_line(order))
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def _packing_line(order: PackedOrder) -> str:
-    full = fill(order)
-    return (
-        f"packing    {full.samples_a_row:.2f} samples a row, {full.samples_a_row * order.batch_rows:.0f} a step; "
-        f"used are {full.tokens:.1%} of positions, {full.images:.1%} of image and {full.labels:.1%} of label slots"
-    )
-
-
-def _summary(params: Params) -> str:
-    """Counts and bytes by part of the model."""
-    parts: dict[str, list[jax.Array]] = {}
-    for name, value in params.items():
-        parts.setdefault(name.split(".")[0], []).append(value)
-    counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in parts.items())
-    return f"{counted or 'nothing'} parameters, {sum(v.nbytes for v in params.values()) / 2**20:,.1f} MiB"
-
-
-def _show_first_sample(sample: Any, encode: TextEncoder) -> None:
-    """The first sample as the model sees it, what is learned marked."""
-    encoded = encode_sample(
-        sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
-    )
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    kept = truncate(encoded, encode.image_tokens, encode.max_length)
-    before, after = len(encoded.input_ids), len(kept.input_ids)
-    cut = f", cut to {after} of {before} tokens" if after < before else ""
-    console.print(f"the first sample, {sample.id}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
-    console.print(view(kept, encode.tokenizer))
-
-
 def count_tokens(lengths: Lengths, rows: Sequence[tuple[int, ...]], layout: Layout) -> dict[str, float]:
     """Tokens (image tokens included), learned tokens, images and positions of a batch, over all processes."""
     samples = [index for row in rows for index in row]
@@ -654,28 +378,3 @@ def count_tokens(lengths: Lengths, rows: Sequence[tuple[int, ...]], layout: Layo
         "images": int(lengths.images[samples].sum()),
         "positions": layout.batch_rows * layout.max_length,
     }
-
-
-class StopRequest:
-    """Which signal asked the run to stop, if any."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Within, SIGTERM and SIGINT only leave a note, so that the step can end and be saved; a second one interrupts."""
-    request = StopRequest()
-
-    def note(number: int, frame: Any) -> None:
-        if request.signal is not None:
-            raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

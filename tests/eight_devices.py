@@ -8,7 +8,7 @@ import pytest
 import tiny
 from test_train import make_config, random_batches, settings_for
 
-from llava_jax import optim, sharding, train
+from llava_jax import optim, sharding, training_step
 from llava_jax.checkpoint import Description, TrainingCheckpoints
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
@@ -36,7 +36,7 @@ def start(stage: str, mesh, model, config):
     optimizer = optim.make_optimizer(config, names, STEPS)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
-    return optimizer, train.init_state(optimizer, trainable, mesh), frozen
+    return optimizer, training_step.init_state(optimizer, trainable, mesh), frozen
 
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
@@ -46,7 +46,7 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    step = train.jit_step(settings, optimizer, state)
+    step = training_step.jit_step(settings, optimizer, state)
     losses = []
     for number in range(STEPS):
         state, metrics = step(state, frozen, batch)
@@ -99,7 +99,7 @@ def test_rows_without_pictures_are_accumulated_too():
     batch["image_feature_index"][:] = -1
     batch["images"] = batch["images"][:, :0]
     losses = [
-        jax.jit(train.loss_and_gradients, static_argnums=0)(
+        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
             settings_for(MODEL, batch, mesh=mesh, accumulation=accumulation), state.trainable, frozen, batch
         )[0]
         for accumulation in (1, 2)
@@ -153,6 +153,8 @@ def test_no_policy_keeps_gathered_weights():
     gathers = {}
     for remat in REMAT_POLICIES:
         settings = settings_for(MODEL, batch, mesh=mesh, remat=remat)
-        jaxpr = jax.make_jaxpr(train.loss_and_gradients, static_argnums=0)(settings, state.trainable, frozen, batch)
+        jaxpr = jax.make_jaxpr(training_step.loss_and_gradients, static_argnums=0)(
+            settings, state.trainable, frozen, batch
+        )
         gathers[remat] = str(jaxpr).count(" all_gather[")
     assert len(set(gathers.values())) == 1, gathers

@@ -24,7 +24,7 @@ import torch_reference as reference
 import transformers
 
 from configs import common
-from llava_jax import goodput, optim, train
+from llava_jax import goodput, introduction, optim, train, training_step
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
@@ -76,14 +76,14 @@ def random_batches(model, count: int, rows: int = 4, length: int = 40, seed: int
     return batches
 
 
-def settings_for(model, batch, mesh=None, **changes) -> train.StepSettings:
+def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettings:
     rows, length = batch["tokens"].shape
     slots = batch["images"].shape[1]
     groups = batch["images"].shape[0]
     layout = Layout(
         rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size
     )
-    return train.StepSettings(model, layout, mesh or make_mesh({"fsdp": -1}), **changes)
+    return training_step.StepSettings(model, layout, mesh or make_mesh({"fsdp": -1}), **changes)
 
 
 def split_params(params, stage):
@@ -154,8 +154,8 @@ def test_fifty_steps_have_the_losses_of_torch(stage, clip):
     settings = settings_for(model, batches[0])
     trainable, frozen = split_params(params, stage)
     optimizer = optim.make_optimizer(config, trainable, steps)
-    state = train.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
-    step = jax.jit(lambda state, batch: train.train_step(settings, optimizer, state, frozen, batch))
+    state = training_step.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+    step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
     ours = []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -172,7 +172,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(stage):
     batch["labels"][0] = -100  # microbatches weigh by their tokens, not equally
     trainable, frozen = split_params(tiny.params(model), stage)
     results = [
-        jax.jit(train.loss_and_gradients, static_argnums=0)(
+        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
             settings_for(model, batch, accumulation=accumulation), trainable, frozen, batch
         )
         for accumulation in (1, 2, 4)
@@ -193,10 +193,10 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
     for stage in ("pretrain", "finetune"):
         trainable, frozen = split_params(tiny.params(model), stage)
         optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
-        state = train.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+        state = training_step.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
 
         def step(state, frozen, batch, optimizer=optimizer):
-            return train.train_step(settings, optimizer, state, frozen, batch)
+            return training_step.train_step(settings, optimizer, state, frozen, batch)
 
         compiled = jax.jit(step).lower(state, frozen, batch).compile()
         flops[stage] = compiled.cost_analysis()["flops"]
@@ -223,7 +223,7 @@ def test_a_text_only_batch_leaves_the_projector_alone():
     (batch,) = random_batches(model, 1)
     batch["image_feature_index"][:] = -1
     trainable, frozen = split_params(tiny.params(model), "finetune")
-    _, gradients = jax.jit(train.loss_and_gradients, static_argnums=0)(
+    _, gradients = jax.jit(training_step.loss_and_gradients, static_argnums=0)(
         settings_for(model, batch), trainable, frozen, batch
     )
     for name, gradient in gradients.items():
@@ -237,7 +237,7 @@ def test_remat_changes_nothing():
     (batch,) = random_batches(model, 1)
     trainable, frozen = split_params(tiny.params(model), "finetune")
     results = [
-        jax.jit(train.loss_and_gradients, static_argnums=0)(
+        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
             settings_for(model, batch, remat=remat), trainable, frozen, batch
         )
         for remat in REMAT_POLICIES
@@ -263,9 +263,11 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
         shapes = {"max_length": row_length, "image_tokens": model.image_tokens, "image_size": 16}
         layout = plan_layout([(order, 1)], lengths, rows_per_group=group, **shapes)
         batch = Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
-        settings = train.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
-        loss, gradients = jax.jit(functools.partial(train.loss_and_gradients, settings))(trainable, frozen, batch)
-        eval_fn = jax.jit(functools.partial(train.eval_step, settings))
+        settings = training_step.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+        loss, gradients = jax.jit(functools.partial(training_step.loss_and_gradients, settings))(
+            trainable, frozen, batch
+        )
+        eval_fn = jax.jit(functools.partial(training_step.eval_step, settings))
         losses = {}
         for row, samples in enumerate(order.rows(0)):
             for segment, index in enumerate(samples, 1):
@@ -623,10 +625,10 @@ def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
     sample = LlavaJson(world["json"])[0]
     whole = TextEncoder(get_template("v1"), tokenizer, image_tokens=4, max_length=64)
     length = len(whole(sample).tokens)
-    train._show_first_sample(sample, dataclasses.replace(whole, max_length=length - 1))
+    introduction.show_first_sample(sample, dataclasses.replace(whole, max_length=length - 1))
     told = capsys.readouterr().err
     assert f"sample-0, cut to {length - 4} of {length - 3} tokens" in told and "⟦ It is red.⟧" in told
-    train._show_first_sample(sample, whole)
+    introduction.show_first_sample(sample, whole)
     told = capsys.readouterr().err
     assert "cut" not in told and "⟦ It is red.</s>⟧" in told
 
@@ -646,8 +648,8 @@ def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_pa
         state, values = train_step(settings, optimizer, state, frozen, batch)
         return state, values | {"loss": jnp.where(state.step == 3, jnp.nan, values["loss"])}
 
-    train_step = train.train_step
-    monkeypatch.setattr(train, "train_step", poisoned)
+    train_step = training_step.train_step
+    monkeypatch.setattr(training_step, "train_step", poisoned)
     with pytest.raises(UserError, match=r"step 3: loss nan.*sample-\d+, sample-\d+"):
         train.train(run_config(world, save_every=3), str(tmp_path / "run"))
     assert open_checkpoint(tmp_path / "run").step == 0
@@ -674,13 +676,13 @@ def test_rows_that_do_not_split_are_refused():
     config = make_config(batch_rows=6, max_rows_per_device=2)
     layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
-        train._accumulation(config, layout, make_mesh({"fsdp": -1}))
+        training_step.accumulation_steps(config, layout, make_mesh({"fsdp": -1}))
 
 
 def test_packed_rows_have_an_attention_that_knows_segments():
     layout = Layout(4, 1, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     mesh = make_mesh({"fsdp": 1, "data": 1, "tensor": 1})
-    assert train.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
-    assert not train.step_settings(make_config(), tiny.config(), layout, mesh).packed
+    assert training_step.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
+    assert not training_step.step_settings(make_config(), tiny.config(), layout, mesh).packed
     with pytest.raises(UserError, match="cudnn sees across the samples of packed rows"):
-        train.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)
+        training_step.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)

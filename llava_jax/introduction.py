@@ -1,0 +1,84 @@
+"""What a run says before its first step: what is trained, on what, and the first sample as the model sees it."""
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from llava_jax import sharding
+from llava_jax.data.inspect import view
+from llava_jax.data.packing import PackedOrder, fill
+from llava_jax.data.pipeline import TextEncoder
+from llava_jax.data.plan import Order
+from llava_jax.data.tokenization import encode_sample, truncate
+from llava_jax.models.llava import Params
+from llava_jax.training_step import StepSettings, TrainState
+
+
+def introduce(
+    config: ConfigDict,
+    directory: epath.Path,
+    mesh: Mesh,
+    settings: StepSettings,
+    steps: int,
+    order: Order,
+    lengths: Any,
+    state: TrainState,
+    frozen: Params,
+    start: int,
+) -> None:
+    """Says what is about to happen."""
+    layout = settings.layout
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    device = jax.devices()[0]
+    mean = float(np.mean(lengths.tokens[order.visited(0)]))
+    lines = [
+        f"stage      {config.stage} in {directory}, from {config.init}",
+        f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
+        f"frozen     {_summary(frozen)}",
+        f"devices    {jax.device_count()} x {device.device_kind} as {sharding.axis_sizes(mesh)}, "
+        f"computing in {settings.dtype.name}",
+        f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)",
+        f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
+        f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
+        f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
+        + (f", resuming after step {start:,}" if start else ""),
+    ]
+    if isinstance(order, PackedOrder):
+        lines.insert(-1, _packing_line(order))
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _packing_line(order: PackedOrder) -> str:
+    full = fill(order)
+    return (
+        f"packing    {full.samples_a_row:.2f} samples a row, {full.samples_a_row * order.batch_rows:.0f} a step; "
+        f"used are {full.tokens:.1%} of positions, {full.images:.1%} of image and {full.labels:.1%} of label slots"
+    )
+
+
+def _summary(params: Params) -> str:
+    """Counts and bytes by part of the model."""
+    parts: dict[str, list[jax.Array]] = {}
+    for name, value in params.items():
+        parts.setdefault(name.split(".")[0], []).append(value)
+    counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in parts.items())
+    return f"{counted or 'nothing'} parameters, {sum(v.nbytes for v in params.values()) / 2**20:,.1f} MiB"
+
+
+def show_first_sample(sample: Any, encode: TextEncoder) -> None:
+    """The first sample as the model sees it, what is learned marked."""
+    encoded = encode_sample(
+        sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
+    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    kept = truncate(encoded, encode.image_tokens, encode.max_length)
+    before, after = len(encoded.input_ids), len(kept.input_ids)
+    cut = f", cut to {after} of {before} tokens" if after < before else ""
+    console.print(f"the first sample, {sample.id}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
+    console.print(view(kept, encode.tokenizer))

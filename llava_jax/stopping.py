@@ -1,0 +1,31 @@
+"""Signals that ask a run to stop: the step in hand is ended and saved first."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+
+class StopRequest:
+    """Which signal asked the run to stop, if any."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Within, SIGTERM and SIGINT only leave a note, so that the step can end and be saved; a second one interrupts."""
+    request = StopRequest()
+
+    def note(number: int, frame: Any) -> None:
+        if request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
