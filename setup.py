@@ -36,7 +36,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "gradio>=5", "python-multipart>=0.0.9"],
+    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=5", "python-multipart>=0.0.9"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
@@ -63,6 +63,7 @@ EXTRAS = {
         "pyyaml>=6",
         "scikit-image>=0.24",
         "jinja2>=3.1",
+        "schemathesis>=4",
         # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
         "jsonschema>=4",
         "pydantic-extra-types>=2",

@@ -58,15 +58,15 @@ def read_picture(path: str | epath.Path) -> bytes:
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def decode_image(data: bytes, name: str = "from memory") -> Image.Image:
-    """Decodes an encoded picture (JPEG, PNG, WebP, ...) to upright RGB.
+def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an encoded picture (JPEG, PNG, WebP, ...) to upright RGB. Its size is known before it is decoded.
 
     Raises:
       UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _refuse_huge(*image.size)
+        _refuse_huge(*image.size, max_pixels)
         image.load()
         return to_rgb(_upright(image))
     except UserError as error:
@@ -201,9 +201,9 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _refuse_huge(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{width} x {height} pixels are more than {MAX_PIXELS}: crop it, shrink it or remove it")
+def _refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    if width * height > max_pixels:
+        raise UserError(f"{width} x {height} pixels are more than {max_pixels}: crop it, shrink it or remove it")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

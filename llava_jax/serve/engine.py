@@ -17,6 +17,7 @@ from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import Template
 from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.models.config import LlavaConfig
 
 SAMPLES = 1024  # of the time to the first token that `stats` keeps
 
@@ -149,6 +150,15 @@ class Engine:
     ) -> "Engine":
         """Loads the weights in `dtype`, by default float32 on CPUs and bfloat16 elsewhere."""
         return cls(Generator.from_checkpoint(checkpoint, template, dtype), **options)
+
+    @property
+    def config(self) -> LlavaConfig:
+        return self._generator.config
+
+    @property
+    def capacity(self) -> int:
+        """Requests that it holds at a time: those it answers and those that wait."""
+        return self.slots + self._limit
 
     @property
     def tokenizer(self):

@@ -1,0 +1,89 @@
+"""The answers to one request, from the engine's thread to the event loop."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import anyio
+
+from llava_jax.cli import UserError
+from llava_jax.generate import Request, Sampling
+from llava_jax.serve.engine import Answer, ContextExceeded, Engine, EngineClosed, Piece, QueueFull
+from llava_jax.serve.errors import ApiError
+from llava_jax.serve.metrics import Metrics
+
+PING_SECONDS = 15.0  # after which someone who waits hears that the server is alive
+
+
+class Answers:
+    """One answer to `request` for each of `samplings`. No thread waits for them: the engine's own brings the pieces."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, request: Request, samplings: Sequence[Sampling]):
+        self.answers: list[Answer] = []
+        self._engine, self._metrics, self._request, self._samplings = engine, metrics, request, samplings
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
+        self._start = time.monotonic()
+
+    async def submit(self) -> None:
+        """Hands all to the engine, or none. Raises ApiError."""
+        try:
+            await anyio.to_thread.run_sync(self._submit)
+        except BaseException as error:
+            self.cancel()
+            raise _api_error(error) from error
+
+    def _submit(self) -> None:
+        for index, sampling in enumerate(self._samplings):
+            self.answers.append(self._engine.submit(self._request, sampling, sink=self._sink(index)))
+
+    def _sink(self, index: int):
+        def put(item: Piece | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, item))
+
+        return put
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None] | None]:
+        """(index of the answer, what is new of it), None for a piece when that answer has ended, None alone after every
+        `PING_SECONDS` without news. Raises ApiError where an answer failed."""
+        running = len(self.answers)
+        while running:
+            try:
+                async with asyncio.timeout(PING_SECONDS):
+                    index, item = await self._events.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(item, BaseException):
+                raise _api_error(item) from item
+            if item is None:
+                running -= 1
+                self._end(self.answers[index])
+            yield index, item
+
+    def _end(self, answer: Answer) -> None:
+        if answer.finish_reason == "cancelled":  # not by us: nobody would be listening
+            raise ApiError(503, "the server is shutting down", "unavailable", retry_after=5)
+        self._metrics.finished(answer, time.monotonic() - self._start)
+
+    def cancel(self) -> None:
+        """Frees the slots of what is not finished."""
+        for answer in self.answers:
+            answer.cancel()
+
+
+def _api_error(error: BaseException) -> BaseException:
+    """What the API says to an error of the engine; anything else stays what it is."""
+    match error:
+        case QueueFull():
+            return ApiError(429, str(error), "queue_full", retry_after=error.retry_after)
+        case ContextExceeded():
+            return ApiError(400, str(error), "context_length_exceeded", "messages")
+        case EngineClosed():
+            return ApiError(503, str(error), "unavailable", retry_after=5)
+        case UserError():
+            return ApiError(400, str(error), "invalid_value", "messages")
+        case _:
+            return error

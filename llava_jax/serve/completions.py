@@ -1,0 +1,242 @@
+"""`/v1/chat/completions`: from a request's body to answers, whole or as server-sent events."""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat import chat_completion as whole
+from openai.types.chat import chat_completion_chunk as streamed
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from llava_jax import generate
+from llava_jax.data.images import preprocess
+from llava_jax.serve.answers import Answers
+from llava_jax.serve.engine import Engine, TokenLogprob
+from llava_jax.serve.errors import ApiError
+from llava_jax.serve.metrics import Metrics
+from llava_jax.serve.pictures import Reader
+from llava_jax.serve.schema import ChatRequest
+from llava_jax.serve.turns import Marks, read_messages
+
+TEMPERATURE = 1.0  # OpenAI's default, where a request says nothing
+Result = TypeVar("Result")
+
+
+class Chat:
+    """Answers chat completions.
+
+    Args:
+      engine: what answers.
+      model: the name that it is served under.
+      metrics: told of every answer.
+      allow_remote_images: whether http(s) URLs of pictures are fetched.
+    """
+
+    def __init__(self, engine: Engine, model: str, metrics: Metrics, allow_remote_images: bool = False):
+        self._engine, self._model, self._metrics = engine, model, metrics
+        config = engine.config
+        self._reader = Reader(
+            lambda image: preprocess(image, config.vision.image_size, config.image_aspect, config.image_mean),
+            allow_remote_images,
+        )
+        self._marks = Marks(engine.tokenizer, engine.template)
+        self._most_pictures = engine.context // config.image_tokens
+        self._most_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
+
+    async def respond(self, body: ChatRequest, http: Request) -> Response:
+        """Raises ApiError. When the client leaves, its answers are cancelled."""
+        answers = await _while_connected(http, self._submit(body))
+        if answers is None:
+            return Response(status_code=499)  # nobody is there to read it
+        reply = _Reply(self._model, body, answers)
+        if body.stream:
+            return _EventStream(reply.events(), answers)
+        completion = await _while_connected(http, reply.whole())
+        return JSONResponse(_json(completion)) if completion else Response(status_code=499)
+
+    async def _submit(self, body: ChatRequest) -> Answers:
+        if body.model != self._model:
+            raise unknown_model(body.model, self._model)
+        turns, urls = read_messages(body.messages, self._marks)
+        self._refuse_oversize(turns, urls)
+        request = generate.Request(turns, await self._reader.read(urls))
+        longest = body.max_completion_tokens or body.max_tokens
+        if longest is None:
+            longest = max(1, await anyio.to_thread.run_sync(self._engine.room, request))
+        answers = Answers(self._engine, self._metrics, request, _samplings(body, longest))
+        await answers.submit()
+        return answers
+
+    def _refuse_oversize(self, turns: Sequence[tuple[str, str]], urls: Sequence[tuple[str, str]]) -> None:
+        """What is far beyond the context is not worth to be decoded or tokenized."""
+        if len(urls) > self._most_pictures:
+            raise ApiError(
+                400,
+                f"messages: {len(urls)} pictures, but the context of {self._engine.context} tokens has room for "
+                f"{self._most_pictures} at most",
+                "too_many_images",
+                "messages",
+            )
+        characters = sum(len(text) for _, text in turns)
+        if characters > self._most_characters:
+            raise ApiError(
+                400,
+                f"messages: {characters} characters cannot fit into the context of {self._engine.context} tokens",
+                "context_length_exceeded",
+                "messages",
+            )
+
+
+def unknown_model(name: str, served: str) -> ApiError:
+    return ApiError(404, f"model {name!r} is not served here: there is {served!r}", "model_not_found", "model")
+
+
+def _samplings(body: ChatRequest, longest: int) -> list[generate.Sampling]:
+    """One for each of the `n` answers, which differ by their seeds."""
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return [
+        generate.Sampling(
+            temperature=TEMPERATURE if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(0, body.top_k or 0),
+            seed=(seed + index) % 2**32,
+            max_new_tokens=longest,
+            stop=stop,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        for index in range(body.n or 1)
+    ]
+
+
+class _Reply:
+    """What is sent for `answers`: all in one object, or piece by piece."""
+
+    def __init__(self, model: str, body: ChatRequest, answers: Answers):
+        self._answers = answers
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        self._with_logprobs = bool(body.logprobs)
+
+    async def whole(self) -> ChatCompletion:
+        texts = ["" for _ in self._answers.answers]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        try:
+            async for event in self._answers.pieces():
+                if event is not None and event[1] is not None:
+                    index, piece = event
+                    texts[index] += piece.text
+                    logprobs[index] += piece.token_logprobs
+        finally:
+            self._answers.cancel()
+        choices = [
+            whole.Choice(
+                index=index,
+                finish_reason=answer.finish_reason,
+                message=ChatCompletionMessage(role="assistant", content=texts[index], refusal=None),
+                logprobs=self._logprobs(whole.ChoiceLogprobs, logprobs[index]),
+            )
+            for index, answer in enumerate(self._answers.answers)
+        ]
+        return ChatCompletion(object="chat.completion", choices=choices, usage=self._usage(), **self._head)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: for each answer its role, its text and why it ended; the usage; the end."""
+        try:
+            for index in range(len(self._answers.answers)):
+                yield self._chunk(index, role="assistant", content="")
+            async for event in self._answers.pieces():
+                if event is None:
+                    yield KEEPALIVE_COMMENT
+                    continue
+                index, piece = event
+                if piece is None:
+                    yield self._chunk(index, finish_reason=self._answers.answers[index].finish_reason)
+                else:
+                    yield self._chunk(index, piece.token_logprobs, content=piece.text)
+            if self._with_usage:
+                yield self._event([], usage=self._usage())
+            yield format_sse_event(data_str="[DONE]")
+        except ApiError as error:  # the status has been sent already
+            yield format_sse_event(data_str=error.response().body.decode())
+
+    def _chunk(
+        self, index: int, logprobs: Sequence[TokenLogprob] = (), finish_reason: str | None = None, **delta: str
+    ) -> bytes:
+        choice = streamed.Choice(
+            index=index,
+            delta=streamed.ChoiceDelta(**delta),
+            logprobs=self._logprobs(streamed.ChoiceLogprobs, logprobs) if logprobs else None,
+            finish_reason=finish_reason,
+        )
+        return self._event([choice], **({"usage": None} if self._with_usage else {}))
+
+    def _event(self, choices: list[streamed.Choice], **more: Any) -> bytes:
+        chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._head, **more)
+        return format_sse_event(data_str=chunk.model_dump_json(exclude_unset=True))
+
+    def _logprobs(self, kind: type[Result], tokens: Sequence[TokenLogprob]) -> Result | None:
+        if not self._with_logprobs:
+            return None
+        return kind(content=[_token_logprob(token) for token in tokens], refusal=None)
+
+    def _usage(self) -> CompletionUsage:
+        answers = self._answers.answers
+        prompt, completion = answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers)
+        return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def _token_logprob(token: TokenLogprob) -> ChatCompletionTokenLogprob:
+    top = [TopLogprob(token=other.token, bytes=list(other.bytes), logprob=other.logprob) for other in token.top]
+    return ChatCompletionTokenLogprob(
+        token=token.token, bytes=list(token.bytes), logprob=token.logprob, top_logprobs=top
+    )
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that end with their reader: however that happens, the answers are cancelled."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], answers: Answers):
+        # The second header keeps nginx from collecting the events.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
+
+
+async def _while_connected(http: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result, or None once the client has left, at which the work is cancelled."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        left.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(model: BaseModel) -> dict[str, Any]:
+    return model.model_dump(mode="json", exclude_unset=True)

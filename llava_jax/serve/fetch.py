@@ -1,0 +1,92 @@
+"""Pictures of the web, fetched without becoming a way into the network that the server stands in.
+
+Where a name leads is looked up once, at each connection, redirects included; the connection goes to the very address
+that was checked, so a name server that answers differently the next time gains nothing.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+import httpcore2 as httpcore
+import httpx2 as httpx
+
+from llava_jax.cli import UserError
+
+SECONDS = 15.0  # for the whole of it: names, redirects, the picture
+REDIRECTS = 3
+_SCHEMES = ("http", "https")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+async def fetch(url: str, max_bytes: int) -> bytes:
+    """The body that `url` leads to. Raises UserError where that is no public place, too large, too slow or missing."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await _follow(url, max_bytes)
+    except TimeoutError as error:
+        raise UserError(f"took more than {SECONDS:.0f} seconds") from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+        raise UserError(f"cannot be fetched ({error or type(error).__name__})") from error
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"is no valid URL ({error})") from error
+
+
+async def _follow(address: str, max_bytes: int) -> bytes:
+    url = httpx.URL(address)
+    headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "llava_jax"}
+    async with httpcore.AsyncConnectionPool(network_backend=_PublicNetwork()) as pool:
+        for _ in range(REDIRECTS + 1):
+            if url.scheme not in _SCHEMES or not url.host:
+                raise UserError("is no http or https URL")
+            target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+            async with pool.stream("GET", target, headers={"Host": url.netloc.decode(), **headers}) as response:
+                location = httpx.Headers(response.headers).get("location")
+                if location is None or not 300 <= response.status < 400:
+                    return await _read(response, max_bytes)
+                url = url.join(location)
+    raise UserError(f"was redirected more than {REDIRECTS} times")
+
+
+async def _read(response: httpcore.Response, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise UserError(f"was answered with status {response.status}")
+    body = bytearray()
+    async for chunk in response.aiter_stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise UserError(f"has more than {max_bytes} bytes")
+    return bytes(body)
+
+
+class _PublicNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to addresses of the public internet only; the pool above it still checks certificates by name."""
+
+    def __init__(self) -> None:
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(self, host: str, port: int, timeout=None, local_address=None, socket_options=None):
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address = public_address(sockaddr[0] for *_, sockaddr in found)
+        return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def public_address(addresses: Iterable[str]) -> str:
+    """The first of a host's addresses. Raises UserError if any of them is not public, or there is none."""
+    addresses = list(addresses)
+    if not addresses or not all(map(_is_public, addresses)):
+        raise UserError("leads to an address that is not public")
+    return addresses[0]
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        if ip in _NAT64 or ip.sixtofour is not None or ip.teredo is not None:
+            return False  # an IPv4 address, perhaps a private one, is wrapped in it
+        ip = ip.ipv4_mapped or ip
+    return ip.is_global and not ip.is_multicast

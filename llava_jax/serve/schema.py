@@ -1,0 +1,154 @@
+"""The request body of `/v1/chat/completions`: the part of OpenAI's that this model can serve.
+
+What a field would change that cannot be done here is refused by the field's name, never ignored; what has no influence
+on the answer is accepted.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 16  # of `n`
+
+Ignored = Annotated[Any, Field(description="Accepted; without influence on the answer.")]
+
+
+def Only(*values: Any) -> Any:
+    """The type of a field that is not supported: null and `values`, which ask for nothing, are accepted."""
+    accepted = [None, *values]
+
+    def check(value: Any) -> Any:
+        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in accepted):
+            raise PydanticCustomError("unsupported", "is not supported by this server")
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": accepted, "description": "Not supported."})]
+
+
+def _unicode(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("unicode", "half a surrogate pair is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]  # JSON can write strings that no tokenizer reads
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, and so are strings for numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class ImageURL(Strict):
+    url: str = Field(description="A data URL; http(s) where the server allows it.")
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="Accepted; every picture has one size.")
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+Texts = Annotated[list[TextPart], Field(min_length=1)]
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Text | Texts
+    name: Only() = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Text | Annotated[list[Part], Field(min_length=1)]
+    name: Only() = None
+
+
+class AssistantMessage(Strict):
+    """What a response holds under `message` may be sent back as it is."""
+
+    role: Literal["assistant"]
+    content: Text | Texts
+    name: Only() = None
+    refusal: Only() = None
+    audio: Only() = None
+    annotations: Only([]) = None
+    function_call: Only() = None
+    tool_calls: Only([]) = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+
+
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class ChatRequest(Strict):
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_completion_tokens: Count | None = Field(None, description="By default all that the context has room for.")
+    max_tokens: Count | None = Field(None, description="The older name of `max_completion_tokens`.")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 by default; 0 is greedy.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="Not of OpenAI's API: among so many likeliest tokens; 0 and -1 for all."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="By default another each time.")
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    prediction: Ignored = None
+    parallel_tool_calls: Ignored = None
+
+    frequency_penalty: Only(0) = None
+    presence_penalty: Only(0) = None
+    repetition_penalty: Only(1) = None
+    min_p: Only(0) = None
+    logit_bias: Only({}) = None
+    response_format: Only({"type": "text"}) = None
+    modalities: Only(["text"]) = None
+    audio: Only() = None
+    tools: Only([]) = None
+    tool_choice: Only("none", "auto") = None
+    functions: Only([]) = None
+    function_call: Only("none", "auto") = None
+    reasoning_effort: Only("none") = None
+    verbosity: Only() = None
+    web_search_options: Only() = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
+        return self

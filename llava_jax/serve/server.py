@@ -1,0 +1,68 @@
+"""Runs the app until it is told to stop, and then lets what was begun come to its end."""
+
+import socket
+import threading
+import time
+
+import uvicorn
+from fastapi import FastAPI
+
+from llava_jax.cli import UserError
+from llava_jax.serve.engine import Engine
+
+LINGER_SECONDS = 5  # that open connections, as those of web pages, have at the end
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket: that it can be had is known before the model is loaded. Raises UserError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot serve at {host}, port {port}: {reason}") from error
+    return bound
+
+
+class Server(uvicorn.Server):
+    """Serves at once, and warms the engine up meanwhile.
+
+    SIGTERM or Ctrl-C: new requests are refused, answers that were asked for are finished; a second one: now.
+    """
+
+    def __init__(self, app: FastAPI, engine: Engine):
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=LINGER_SECONDS, server_header=False))
+        self._engine, self._traffic = engine, app.state.traffic
+        self._failure: BaseException | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises what the warm-up raised."""
+        threading.Thread(target=self._warm_up, daemon=True).start()
+        super().run(sockets)
+        self._engine.close(drain=False)
+        if self._failure is not None:
+            raise self._failure
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        if self._traffic.shutting_down:
+            self.force_exit = self.should_exit = True
+        else:
+            self._traffic.shutting_down = True
+            threading.Thread(target=self._drain, daemon=True).start()
+
+    def _warm_up(self) -> None:
+        try:
+            self._engine.warm_up()
+        except BaseException as error:
+            self._failure = error
+            self.should_exit = True
+
+    def _drain(self) -> None:
+        self._engine.close(drain=True)
+        while self._traffic.active:  # the last pieces are on their way
+            time.sleep(0.05)
+        self.should_exit = True

@@ -1,0 +1,72 @@
+"""From the messages of a request to the turns that the model was trained on."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, stop_strings
+from llava_jax.serve.errors import ApiError
+from llava_jax.serve.schema import Message, Part, TextPart
+
+
+class Turns(NamedTuple):
+    """(role, text) as `generate.Request` takes them, and (field of the request, URL) of each picture in them."""
+
+    turns: list[tuple[str, str]]
+    urls: list[tuple[str, str]]
+
+
+class Marks:
+    """What text of a user must not contain, or it would stand for a picture, a turn's end or a role."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        marks = {IMAGE_TOKEN, IM_START_TOKEN, IM_END_TOKEN, *special, *stop_strings(template)}
+        longest_first = sorted((mark for mark in marks if mark.strip()), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def disarm(self, text: str) -> str:
+        """The text with a space in every mark: `< image>`. Cutting marks out could make new ones of what is left."""
+        return self._pattern.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", text)
+
+
+def read_messages(messages: Sequence[Message], marks: Marks) -> Turns:
+    """Messages in a row of one role are one turn. As in training, a turn's pictures stand before its text.
+
+    Raises ApiError where the messages do not alternate, or where the last one leaves nothing to answer.
+    """
+    turns, urls = [], []
+    for role, group in itertools.groupby(enumerate(messages), key=lambda item: _role(item[1])):
+        texts, pictures = [], []
+        for i, message in group:
+            if role == "system" and i:
+                field = f"messages.{i}.role"
+                raise ApiError(400, f"{field}: a system message has to be the first", "invalid_value", field)
+            for field, part in _parts(message, f"messages.{i}.content"):
+                if isinstance(part, TextPart):
+                    texts.append(marks.disarm(part.text))
+                else:
+                    pictures.append((f"{field}.image_url.url", part.image_url.url))
+        turns.append((role, f"{IMAGE_TOKEN}\n" * len(pictures) + "\n".join(texts)))
+        urls += pictures
+    roles = [role for role, _ in turns if role != "system"]
+    if not roles or roles[0] != "user" or roles[-1] != "user":
+        what = "messages: the first, but for a system message, and the last have to be the user's"
+        raise ApiError(400, what, "invalid_value", "messages")
+    return Turns(turns, urls)
+
+
+def _role(message: Message) -> str:
+    return "system" if message.role == "developer" else message.role
+
+
+def _parts(message: Message, field: str) -> Iterator[tuple[str, Part]]:
+    """(field of the request, part) of a message."""
+    if isinstance(message.content, str):
+        yield field, TextPart(type="text", text=message.content)
+    else:
+        for i, part in enumerate(message.content):
+            yield f"{field}.{i}", part

@@ -1,0 +1,408 @@
+"""The API as its clients see it: OpenAI's own one, and those who send what nobody should."""
+
+import json
+import socket
+
+import httpx2
+import openai
+import pytest
+import tiny
+from fastapi.testclient import TestClient
+from serving import data_url, eventually, picture, serving
+
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.generate import Request, Sampling
+from llava_jax.serve.app import create_app
+from llava_jax.serve.engine import Engine
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("serve")))
+    engine = Engine.from_checkpoint(checkpoint, slots=4, queue=8)
+    engine.warm_up()
+    yield engine
+    engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def app(engine):
+    return create_app(engine, "tiny", max_body_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(app):
+    with TestClient(app) as http:
+        yield http
+
+
+def greedy(engine: Engine, turns, images=(), tokens: int = 6, **sampling) -> str:
+    answer = engine.submit(Request(turns, images), Sampling(max_new_tokens=tokens, **sampling))
+    return "".join(piece.text for piece in answer)
+
+
+def create(client: openai.OpenAI, messages=HELLO, **options):
+    options = {"max_completion_tokens": 6, "temperature": 0} | options
+    return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
+def refusal(http: TestClient, status: int, **body) -> dict:
+    """The error that a request is answered with."""
+    data = json.dumps({"model": "tiny", "messages": HELLO} | body)
+    response = http.post("/v1/chat/completions", content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return error
+
+
+# ------------------------------------------------------------------------------------------------ what is answered
+
+
+def test_an_answer_is_the_engines(client, engine):
+    completion = create(client)
+    (choice,) = completion.choices
+    assert choice.message.content == greedy(engine, [("user", "Hello")])
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is None
+    assert (completion.model, completion.object) == ("tiny", "chat.completion")
+    usage = completion.usage
+    assert usage.prompt_tokens == engine.context - engine.room(Request([("user", "Hello")]))
+    assert usage.completion_tokens > 0
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_stream_brings_the_same_answer_in_pieces(client):
+    whole = create(client, max_completion_tokens=30)
+    chunks = list(create(client, max_completion_tokens=30, stream=True, stream_options={"include_usage": True}))
+    *pieces, last, usage = chunks
+    assert len(pieces) > 3
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content for chunk in pieces) == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in [*pieces, last]] == [None] * len(pieces) + ["length"]
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_on_the_wire(http):
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert all("usage" not in chunk for chunk in chunks)
+    assert chunks[0]["choices"][0]["finish_reason"] is None
+
+
+def test_a_conversation_with_pictures(client, engine):
+    first, second = picture(0), picture(1, size=(30, 50))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What is it?"},
+                {"type": "image_url", "image_url": {"url": data_url(first), "detail": "high"}},
+            ],
+        },
+        {"role": "assistant", "content": "A thing."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(second)}}]},
+        {"role": "user", "content": "And this?"},
+    ]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "<image>\nWhat is it?"),
+        ("assistant", "A thing."),
+        ("user", "<image>\nAnd this?"),
+    ]
+    assert create(client, messages).choices[0].message.content == greedy(engine, turns, [first, second])
+
+
+def test_what_came_back_can_be_sent_again(client):
+    message = create(client).choices[0].message
+    again = [*HELLO, message, {"role": "user", "content": "And?"}]
+    plain = [*HELLO, {"role": "assistant", "content": message.content}, {"role": "user", "content": "And?"}]
+    dumped = [*HELLO, message.model_dump(), {"role": "user", "content": "And?"}]
+    texts = {create(client, messages).choices[0].message.content for messages in (again, plain, dumped)}
+    assert len(texts) == 1
+
+
+def test_several_answers_and_seeds(client):
+    def texts(**options) -> list[str]:
+        completion = create(client, n=3, temperature=2, **options)
+        assert [choice.index for choice in completion.choices] == [0, 1, 2]
+        return [choice.message.content for choice in completion.choices]
+
+    first = texts(seed=-1)
+    assert first == texts(seed=-1) == [*texts(seed=-2)[1:], first[-1]]
+    assert len(set(first)) == 3
+    assert texts() != texts()
+    streamed = ["", "", ""]
+    for chunk in create(client, n=3, temperature=2, seed=-1, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == first
+
+
+def test_stop_strings(client):
+    text = create(client, max_completion_tokens=20).choices[0].message.content
+    stop = text[4:6]
+    for given in (stop, ["never in it", stop]):
+        choice = create(client, max_completion_tokens=20, stop=given).choices[0]
+        assert choice.message.content == text[: text.index(stop)].rstrip()
+        assert choice.finish_reason == "stop"
+
+
+def test_without_a_limit_the_context_is(client, engine):
+    long = [{"role": "user", "content": "word " * 400}]
+    completion = create(client, long, max_completion_tokens=None, temperature=0)
+    assert completion.choices[0].finish_reason in ("stop", "length")
+    assert completion.usage.prompt_tokens > engine.context - 100
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "llava_jax"
+    with pytest.raises(openai.NotFoundError, match="tiny"):
+        client.models.retrieve("other/model")
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_errors_are_those_that_the_client_knows(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="gpt-4o", messages=HELLO)
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as error:
+        create(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert (error.value.code, error.value.param) == ("unsupported_parameter", "tools")
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "Hello", "name": "Ann"}]}, "messages.0.name"),
+    ],
+)
+def test_what_would_change_the_answer_and_cannot_is_refused_by_name(http, body, param):
+    error = refusal(http, 400, **body)
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+    assert param in error["message"]
+
+
+def test_what_changes_nothing_is_accepted(client):
+    expected = create(client).choices[0].message.content
+    harmless = {
+        "user": "somebody",
+        "metadata": {"a": "b"},
+        "store": False,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "response_format": {"type": "text"},
+        "logit_bias": {},
+        "tools": [],
+        "service_tier": "auto",
+    }
+    assert create(client, **harmless).choices[0].message.content == expected
+
+
+@pytest.mark.parametrize(
+    "body, param, code",
+    [
+        ({"messages": None}, "messages", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages.0.content.0", "invalid_value"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages", "invalid_value"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "Hi"}]}, "messages", "invalid_value"),
+        ({"messages": [*HELLO, {"role": "system", "content": "Hi"}]}, "messages.1.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": "5"}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, None, "invalid_value"),
+        ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"n": 1000}, "n", "invalid_value"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"stop": ["", "a"]}, "stop.0", "invalid_value"),
+        ({"stop": list("abcde")}, "stop", "invalid_value"),
+        ({"top_logprobs": 3}, None, "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, None, "invalid_value"),
+        ({"frequency": 1}, "frequency", "unknown_parameter"),
+        ({"\ud800": 1}, None, "invalid_value"),
+        ({"n" * 1000: 1}, "n" * 397 + "...", "unknown_parameter"),
+    ],
+)
+def test_malformed_requests_say_where(http, body, param, code):
+    error = refusal(http, 400, **body)
+    assert (error["param"], error["code"]) == (param, code), error
+
+
+@pytest.mark.parametrize(
+    "data", ["", "{", '{"model": "tiny"', "[]", "null", '"text"', "[" * 100_000, b"\xff\xfe", "1" * 5000]
+)
+def test_bodies_that_are_no_json_object(http, data):
+    response = http.post("/v1/chat/completions", content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_a_body_of_another_type_is_refused(http):
+    response = http.post("/v1/chat/completions", content=json.dumps({"model": "tiny", "messages": HELLO}))
+    assert response.status_code == 400
+    assert "application/json" in response.json()["error"]["message"]
+
+
+def test_prompts_and_answers_beyond_the_context(http, engine):
+    for body in (
+        {"messages": [{"role": "user", "content": "word " * 3000}]},
+        {"messages": [{"role": "user", "content": "w" * 1_000_000}]},
+        {"max_tokens": engine.context},
+    ):
+        assert refusal(http, 400, **body)["code"] == "context_length_exceeded"
+
+
+def test_more_pictures_than_the_context_has_room_for(http, engine):
+    part = {"type": "image_url", "image_url": {"url": data_url(picture(size=(1, 1)))}}
+    many = [part] * (engine.context // engine.config.image_tokens + 1)
+    error = refusal(http, 400, messages=[{"role": "user", "content": many}])
+    assert error["code"] == "too_many_images"
+
+
+def test_paths_and_methods_that_are_not_there(http):
+    for response, status in ((http.get("/v1/nothing"), 404), (http.get("/v1/chat/completions"), 405)):
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_full_queue(http, engine):
+    long = Request([("user", "Hello")])
+    answers = [engine.submit(long, Sampling(max_new_tokens=1500, temperature=1.0)) for _ in range(engine.slots)]
+    assert eventually(lambda: engine.stats().queued == 0 or engine.stats().busy)
+    waiting = []
+    with pytest.raises(Exception, match="full"):
+        while True:
+            waiting.append(engine.submit(long, Sampling(max_new_tokens=1500, temperature=1.0)))
+    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, "max_tokens": 5})
+    for answer in answers + waiting:
+        answer.cancel()
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "queue_full"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+# -------------------------------------------------------------------------------------------------- those who leave
+
+
+def idle(engine: Engine) -> bool:
+    return engine.stats().busy == engine.stats().queued == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_slot(url, engine, stream):
+    assert eventually(lambda: idle(engine))
+    cancelled = engine.stats().cancelled
+    body = {"model": "tiny", "messages": HELLO, "n": 3, "seed": 0, "max_tokens": 1900, "stream": stream}
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
+        assert eventually(lambda: engine.stats().busy)
+    assert eventually(lambda: idle(engine))
+    assert engine.stats().cancelled > cancelled
+
+
+def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + b'{"model"')
+        assert eventually(lambda: app.state.traffic.active == 1)
+    assert eventually(lambda: app.state.traffic.active == 0)
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+def test_metrics(http, client):
+    create(client)
+    text = http.get("/metrics").text
+    for name in ("llava_slots", "llava_queue_length", "llava_time_to_first_token_seconds_bucket", "llava_ready 1.0"):
+        assert name in text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["llava_generated_tokens_total"]) > 0
+    assert float(values['llava_http_requests_total{status="200"}']) > 0
+    assert float(values["llava_answer_tokens_per_second_count"]) > 0
+
+
+def test_health_and_refusals_until_warm(engine):
+    app = create_app(engine, "tiny")
+    engine.ready = False
+    try:
+        with TestClient(app) as http:
+            assert http.get("/health").status_code == 503
+            assert "warming up" in refusal(http, 503)["message"]
+    finally:
+        engine.ready = True
+    with TestClient(app) as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        app.state.traffic.shutting_down = True
+        assert http.get("/health").status_code == 503
+        assert "shutting down" in refusal(http, 503)["message"]
+
+
+def test_a_key(engine):
+    with TestClient(create_app(engine, "tiny", api_key="right")) as http:
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "right"},
+            {"Authorization": "Bearer é"},
+        ):
+            headers = {name: value.encode() for name, value in headers.items()}
+            for response in (
+                http.post("/v1/chat/completions", json=body, headers=headers),
+                http.get("/v1/models", headers=headers),
+                http.get("/metrics", headers=headers),
+            ):
+                assert response.status_code == 401
+                assert response.json()["error"]["code"] == "invalid_api_key"
+        assert http.get("/health").status_code == 200
+        right = {"Authorization": "Bearer right"}
+        assert http.post("/v1/chat/completions", json=body, headers=right).status_code == 200
+
+
+def test_bodies_are_limited_before_they_are_read(url):
+    def parts():
+        for _ in range(40):
+            yield b" " * 65536
+
+    for content in (b" " * (2 << 20), parts()):  # with a length, and in chunks without
+        response = httpx2.post(
+            f"{url}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code == 413
+        assert "1048576 bytes" in response.json()["error"]["message"]
