@@ -6,6 +6,8 @@ import sys
 from llava_jax.cli import run
 
 COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
+    "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
+    "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
     "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
 }
 

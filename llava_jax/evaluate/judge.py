@@ -1,0 +1,138 @@
+"""Has a language model compare a model's answers to LLaVA-Bench with the reference's: a review of each question.
+
+The judge sees the picture as words only. What it wrote is kept in a ledger beside the output: the same command goes on
+where it was interrupted, and pays for no review twice.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
+from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
+from llava_jax.evaluate.reviews import FAILED, parse_scores
+from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.whole_file import whole_file
+
+EPILOG = """examples:
+  python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
+    --reference answers_gpt4.jsonl --answers answers.jsonl --judge gpt-4-0314 --output reviews.jsonl
+  ... --judge gpt-4-0314 gpt-4o --both-orders --repeats 3 --prices 30 60 --budget 20
+
+Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl), to be scored together or apart."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    questions = read_questions(args.questions, args.context)
+    reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
+    rules = read_rules(args.rule_file) if args.rule_file else RULES
+    hash_ = rules_hash(rules, [question.category for question in questions.values()], args.system)
+    orders = (False, True) if args.both_orders else (False,)
+    answered = {
+        ident: Answered(question.category, question.context, question.text, reference[ident].text, model[ident].text)
+        for ident, question in questions.items()
+    }
+    cases = [(ident, swapped) for ident in questions for swapped in orders]
+    prompts = {
+        (ident, swapped): messages(answered[ident], rules[answered[ident].category], swapped, args.system)
+        for ident, swapped in cases
+    }
+    tasks = [
+        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}", prompts[ident, swapped], parse_scores)
+        for repeat in range(args.repeats)
+        for ident, swapped in cases
+    ]
+    for judge in args.judge:
+        asked = work(args, judge)
+        if args.dry_run:
+            print(f"{judge}: {forecast(asked, tasks)}")
+            continue
+        ledger = Path(args.ledger or f"{args.output}.ledger") / _slug(judge)
+        outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {judge}")
+        for repeat, part in enumerate(_parts(outcomes, len(cases))):
+            reviews = [
+                _review(number, questions[ident], reference[ident], model[ident], swapped, outcome)
+                | {"judge": judge, "prompt_hash": hash_}
+                for number, ((ident, swapped), outcome) in enumerate(zip(cases, part, strict=True), 1)
+            ]
+            _write(_output(args, judge, repeat), reviews)
+
+
+def _parts(outcomes: Sequence[Outcome], size: int) -> Iterator[Sequence[Outcome]]:
+    return (outcomes[start : start + size] for start in range(0, len(outcomes), size))
+
+
+def _review(
+    number: int, question: Question, reference: Answer, model: Answer, swapped: bool, outcome: Outcome
+) -> dict[str, Any]:
+    """A line of the original's form; the tuple is always of the reference and of the model, whichever came first."""
+    first, second = (model, reference) if swapped else (reference, model)
+    scores = outcome.value or FAILED
+    review = {
+        "id": number,
+        "question_id": question.question_id,
+        "answer1_id": first.answer_id,
+        "answer2_id": second.answer_id,
+        "category": question.category,
+        "content": outcome.text,
+        "tuple": list(scores[::-1] if swapped else scores),
+        "answer_model": model.model_id,
+        "reference_model": reference.model_id,
+    }
+    return review | ({"swapped": True} if swapped else {})
+
+
+def _output(args: argparse.Namespace, judge: str, repeat: int) -> Path:
+    """The file of a judge's repeat: the output itself where there is but one."""
+    output = Path(args.output)
+    parts = [_slug(judge)] * (len(args.judge) > 1) + [str(repeat + 1)] * (args.repeats > 1)
+    return output.with_name(".".join([output.stem, *parts]) + output.suffix)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+
+
+def _write(path: Path, reviews: Sequence[dict[str, Any]]) -> None:
+    with whole_file(path) as file:
+        file.writelines(json.dumps(review).encode() + b"\n" for review in reviews)
+    failed = sum(review["tuple"] == list(FAILED) for review in reviews)
+    print(f"{path}: {len(reviews)} reviews, {failed} of them without scores", file=sys.stderr)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate judge llava-bench",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
+    add("--context", required=True, metavar="F", help="JSONL of what is in each picture")
+    add("--reference", required=True, metavar="F", help="JSONL of the answers that count as 100")
+    add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
+    add("--judge", required=True, nargs="+", metavar="MODEL", help="one or several judges")
+    add("--output", required=True, metavar="F", help="JSONL of reviews")
+    add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
+    add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
+    add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
+    add("--repeats", type=int, default=1, metavar="N", help="of all, each with a file of its own (default: 1)")
+    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add("--dry-run", action="store_true", help="say what it would cost, and ask nothing")
+    add_api_arguments(parser, temperature=0.2, max_tokens=1024)
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error("--repeats has to be 1 or more")
+    if len({_slug(judge) for judge in args.judge}) < len(args.judge):
+        raise UserError("--judge: a judge is given twice; --repeats N has each judge repeat its work")
+    if "://" in args.output:
+        raise UserError(f"{args.output}: reviews are written beside their ledger, which needs a local disk")
+    return args

@@ -1,0 +1,91 @@
+"""Has a text-only language model answer LLaVA-Bench from descriptions of the pictures: the answers that count as 100.
+
+The same command goes on where it was interrupted; no answer is paid twice.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.bench_files import Question, read_questions
+from llava_jax.evaluate.judging import prompt_hash
+from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.whole_file import whole_file
+
+EPILOG = """example:
+  python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
+    --model gpt-4-0314 --output answers_gpt4.jsonl"""
+SYSTEM = (
+    "You answer questions about a picture. In place of the picture you are given what is in it, in sentences and, for "
+    "some, with the places of objects as [x1, y1, x2, y2], fractions of its width and height. Answer as if you saw the "
+    "picture itself: never speak of descriptions, sentences or coordinates. Answer helpfully and in the detail that "
+    "the question asks for, and say only what the picture must show or what is generally known."
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    questions = read_questions(args.questions, args.context)
+    tasks = [Task(f"{ident}, reference", messages(question), _not_empty) for ident, question in questions.items()]
+    asked, hash_ = work(args, args.model), prompt_hash(SYSTEM)
+    if args.dry_run:
+        print(f"{args.model}: {forecast(asked, tasks)}")
+        return
+    ledger = Path(args.ledger or f"{args.output}.ledger")
+    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"answers of {args.model}")
+    for ident, outcome in zip(questions, outcomes, strict=True):
+        if outcome.value is None:
+            raise UserError(f"question {ident}: no answer ({outcome.text or 'empty'}); the same command with more "
+                            f"--attempts than {args.attempts} goes on")  # fmt: skip
+    with whole_file(args.output) as file:
+        for question, outcome in zip(questions.values(), outcomes, strict=True):
+            file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
+    print(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
+
+
+def messages(question: Question) -> list[Message]:
+    content = f"{question.context.strip()}\n\nQuestion: {question.text}"
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def _not_empty(text: str) -> str | None:
+    return text.strip() or None
+
+
+def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dict[str, Any]:
+    ident = hashlib.sha256(f"{model} {question.question_id} {outcome.value}".encode()).hexdigest()[:22]
+    return {
+        "question_id": question.question_id,
+        "prompt": question.text,
+        "text": outcome.value,
+        "answer_id": ident,
+        "model_id": model,
+        "metadata": {"prompt_hash": hash_},
+    }
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate reference llava-bench",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
+    add("--context", required=True, metavar="F", help="JSONL of what is in each picture")
+    add("--model", required=True, metavar="MODEL", help="a language model, which needs no eyes")
+    add("--output", required=True, metavar="F", help="JSONL of answers")
+    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add("--dry-run", action="store_true", help="say what it would cost, and ask nothing")
+    add_api_arguments(parser, temperature=0.2, max_tokens=1024)
+    args = parser.parse_args(argv)
+    if "://" in args.output:
+        raise UserError(f"{args.output}: answers are written beside their ledger, which needs a local disk")
+    return args
