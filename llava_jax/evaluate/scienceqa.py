@@ -1,0 +1,153 @@
+"""Scores ScienceQA: accuracy in the nine columns of the paper's table."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, is_lines, join, percent, plain_answers, read_answers, read_json
+
+EPILOG = """example:
+  python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
+
+Columns: subjects (natural, social, language science); TXT has a hint, IMG has an image, NO has neither; grades; all.
+An answer counts as `failed`, and as wrong, if no option can be read from it or if the question has no such option.
+Options are read as the original does: the text is a letter, begins with `X. `, or says `The answer is X.` once.
+"""
+OPTIONS = "ABCDE"
+FAILED = -1
+SAYS = re.compile(r"The answer is ([A-Z]).")  # whatever follows the letter, something has to: as the original
+
+Problem = Mapping[str, Any]
+COLUMNS: dict[str, Callable[[Problem], bool]] = {
+    "NAT": lambda problem: problem["subject"] == "natural science",
+    "SOC": lambda problem: problem["subject"] == "social science",
+    "LAN": lambda problem: problem["subject"] == "language science",
+    "TXT": lambda problem: bool(problem["hint"]),
+    "IMG": lambda problem: bool(problem["image"]),
+    "NO": lambda problem: not problem["hint"] and not problem["image"],
+    "G1-6": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(1, 7)},
+    "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
+    "Avg": lambda problem: True,
+}
+SCORED = ("choices", "answer", "hint", "image", "grade", "subject")  # fields of a problem
+
+
+def extract(text: str, choices: int) -> int:
+    """The index of the option that a text names; `FAILED` where it names none, several, or one that isn't there."""
+    if len(text) == 1 and text in OPTIONS:
+        letter = text
+    elif len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        said = SAYS.findall(text)
+        letter = said[0] if len(said) == 1 else ""
+    index = OPTIONS.find(letter) if letter else FAILED
+    return index if index < choices else FAILED
+
+
+def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
+    """The columns in percent, and counts, of chosen options and their problems."""
+    right = [(problem, index == problem["answer"]) for index, problem in pairs]
+    columns = {}
+    for name, belongs in COLUMNS.items():
+        outcomes = [outcome for problem, outcome in right if belongs(problem)]
+        columns[name] = percent(sum(outcomes), len(outcomes))
+    correct = sum(outcome for _, outcome in right)
+    return columns | {"correct": correct, "total": len(right), "failed": sum(i == FAILED for i, _ in pairs)}
+
+
+def choice(answer: Answer, problem: Problem) -> int:
+    """The option of an answer, which is a text or an index."""
+    choices = len(problem["choices"])
+    if isinstance(answer.value, bool) or not isinstance(answer.value, int):
+        return extract(answer.text, choices)
+    return answer.value if 0 <= answer.value < choices else FAILED
+
+
+def read_problems(problems: str, splits: str, split: str, fields: Sequence[str] = SCORED) -> dict[str, Problem]:
+    """The problems of a split by their ids, in its order. Raises `UserError` where one lacks a field."""
+    ids, known = read_json(splits), read_json(problems)
+    if not isinstance(ids, dict) or not isinstance(ids.get(split), list):
+        names = ", ".join(ids) if isinstance(ids, dict) else "none"
+        raise UserError(f"{splits}: has no split {split} (it has {names})")
+    if not isinstance(known, dict):
+        raise UserError(f"{problems}: is no object of problems by id")
+    chosen = {}
+    for ident in map(str, ids[split]):
+        if ident not in known:
+            raise UserError(f"{problems}: has no problem {ident}, which split {split} of {splits} names")
+        if ident in chosen:
+            raise UserError(f"{splits}: split {split} names problem {ident} twice")
+        chosen[ident] = _checked(known[ident], fields, f"{problems}: problem {ident}")
+    return chosen
+
+
+def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
+    if not isinstance(problem, dict):
+        raise UserError(f"{where}: is no object")
+    if absent := [name for name in fields if name not in problem]:
+        raise UserError(f"{where}: has no {absent[0]}")
+    answer, choices = problem["answer"], problem["choices"]
+    if not isinstance(choices, list) or not 0 < len(choices) <= len(OPTIONS):
+        raise UserError(f"{where}: `choices` is no list of 1 to {len(OPTIONS)} options")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(f"{where}: its answer {answer} is none of the {len(choices)} choices")
+    return problem
+
+
+def read_results(path: str, partial: bool = False, reextract: bool = False) -> dict[str, Answer]:
+    """The answers of a file: indices where it stores them (or texts with `reextract`), texts elsewhere."""
+    whole = None if is_lines(path) else read_json(path)
+    if isinstance(whole, dict) and isinstance(whole.get("results", whole.get("outputs")), dict):
+        if reextract or "results" not in whole:
+            if not isinstance(whole.get("outputs"), dict):
+                raise UserError(f"{path}: stores no texts (`outputs`) that options could be extracted from again")
+            return plain_answers(whole["outputs"], path)
+        return {ident: _index(answer) for ident, answer in plain_answers(whole["results"], path).items()}
+    return read_answers(path, partial) if whole is None or isinstance(whole, list) else plain_answers(whole, path)
+
+
+def _index(answer: Answer) -> Answer:
+    """A stored index, which may be a number written as text."""
+    try:
+        return answer._replace(value=int(str(answer.value)))
+    except ValueError:
+        raise UserError(f"{answer.where}: {json.dumps(answer.value)[:40]} is no index of an option") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    problems = read_problems(args.problems, args.splits, args.split)
+    answers = read_results(args.results, args.partial, args.reextract)
+    joined = join(answers, problems, args.results, args.partial)
+    scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
+    if joined.missing:
+        scores["missing"] = joined.missing
+    if args.json:
+        print(json.dumps(scores))
+        return
+    print("  ".join(f"{name:>5}" for name in COLUMNS))
+    print("  ".join("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS))
+    print(", ".join(f"{value} {name}" for name, value in scores.items() if name not in COLUMNS))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate score scienceqa",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    kinds = "a result JSON of the original ({results, outputs}), answers as JSONL, or one object {id: answer}"
+    add("--results", "--answers", required=True, metavar="F", help=kinds)
+    add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
+    add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
+    add("--split", default="test", metavar="NAME", help="test by default")
+    add("--reextract", action="store_true", help="of a result JSON, read the texts again, not the stored indices")
+    add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
+    add("--json", action="store_true", help="print one object on one line")
+    return parser.parse_args(argv)
