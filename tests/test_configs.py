@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import finetune, pretrain
+from configs import finetune, pretrain, scienceqa
 from llava_jax import main
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import TEMPLATES
@@ -13,6 +13,7 @@ SHARED = {"warmup_ratio": 0.03, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99
 PUBLISHED = {
     (pretrain, "7b,v0"): (2e-3, 128, 1, 1.0, "llava_v0", "square", "random"),
     (finetune, "13b,v0"): (2e-5, 32, 3, 1.0, "llava_v0", "square", "random"),
+    (scienceqa, ""): (2e-5, 32, 12, 1.0, "llava_v0", "square", "as_is"),
     (pretrain, ""): (1e-3, 256, 1, 0.0, "plain", "square", "first"),
     (finetune, ""): (2e-5, 128, 1, 0.0, "v1", "pad", "first"),
 }
@@ -34,6 +35,9 @@ def test_a_bare_recipe_is_7b_v1_5():
     assert finetune.get_config("13b").model == "llava-v1.5-13b"
     with pytest.raises(ValueError, match="'14b' in '14b,v0' is none of 7b, 13b, v1.5, v0"):
         finetune.get_config("14b,v0")
+    assert scienceqa.get_config().model == "llava-v0-13b" and scienceqa.get_config("7b").model == "llava-v0-7b"
+    with pytest.raises(ValueError, match="'v1.5' is none of 7b, 13b"):
+        scienceqa.get_config("v1.5")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when 
     "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
     "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
     "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
+    "questions scienceqa": ("llava_jax.evaluate.scienceqa_data", "problems to LLaVA JSON: training data and questions"),
     "score scienceqa": ("llava_jax.evaluate.scienceqa", "accuracy by subject, kind and grade"),
 }
 

@@ -1,0 +1,114 @@
+"""Makes LLaVA JSON of ScienceQA: data to train on, and the questions of a split to answer.
+
+A format says what stands in the question and in the answer, as in QCM-LEA: Q question, C context, M choices, L lecture,
+E explanation (ScienceQA's `solution`), A answer. LEPA has headings, and `###` before the answer.
+"""
+
+import argparse
+import json
+import re
+
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
+from llava_jax.whole_file import whole_list
+
+EPILOG = """examples (the paper's training data and its questions):
+  python -m llava_jax.evaluate questions scienceqa --problems problems.json --splits pid_splits.json \\
+    --split train --format QCM-LEPA --output train.json
+  python -m llava_jax.evaluate questions scienceqa --problems problems.json --splits pid_splits.json \\
+    --split test --format QCM-LEPA --output test.json
+
+Pictures are named `ID/image.png`, relative to the folder images/SPLIT of ScienceQA. The published models of the v1.5
+release answer the questions of format CQM-A."""
+FIELDS = (*SCORED, "question", "lecture", "solution")
+QUESTION = re.compile(r"(QCM|CQM)(LE|EL|L|E)?|QC(LE|EL|L|E)M")  # explanations in the question: upper bounds
+ANSWER = re.compile(r"A(LE|EL|L|E)?|(LE|EL|L|E)A|LEPA")
+LINES = {"Q": "Question: {question}", "C": "Context: {context}", "M": "Options: {choices}"}
+
+
+def sample(ident: str, problem: Problem, form: str) -> dict:
+    """The sample of a problem, with the same bytes as the original's converter makes of it."""
+    question, answer = convert(problem, form)
+    images = {"image": f"{ident}/{problem['image']}"} if problem["image"] else {}
+    mark = "\n<image>" if images else ""
+    turns = [{"from": "human", "value": question + mark}, {"from": "gpt", "value": answer}]
+    return {"id": ident} | images | {"conversations": turns}
+
+
+def convert(problem: Problem, form: str) -> tuple[str, str]:
+    """Question and answer in a format (`check_format`)."""
+    asked, said = form.split("-")
+    return _unlabelled(_question(problem, asked), "Question: "), _unlabelled(_answer(problem, said), "Answer: ")
+
+
+def _unlabelled(text: str, label: str) -> str:
+    """Squeezed, and without its label, which goes wherever it stands: as in the published data."""
+    text = text.replace("  ", " ").strip()
+    if text.endswith("BECAUSE:"):  # of nothing
+        text = text.replace("BECAUSE:", "").strip()
+    return text.replace(label, "") if text.startswith(label) else text
+
+
+def _question(problem: Problem, form: str) -> str:
+    texts = {
+        "question": problem["question"],
+        "context": problem["hint"].strip() or "N/A",
+        "choices": " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)),
+    }
+    lines = []
+    for part in re.findall(r"[QCM]|[LE]+", form):
+        lines.append(LINES[part].format(**texts) if part in LINES else f"BECAUSE: {_reasons(problem, part)}")
+    return "\n".join(lines)
+
+
+def _answer(problem: Problem, form: str) -> str:
+    letter = OPTIONS[problem["answer"]]
+    if form == "LEPA":
+        headed = {"LECTURE": problem["lecture"], "SOLUTION": problem["solution"]}
+        parts = [f"{heading}: {text}\n" for heading, text in headed.items() if text.strip()]
+        return "".join([*parts, "###\n", f"ANSWER: {letter}."])
+    answer = f"The answer is {letter}."
+    if form == "A":
+        return f"Answer: {answer}"
+    reasons = _reasons(problem, form.strip("A"))
+    return f"Answer: {answer} BECAUSE: {reasons}" if form.startswith("A") else f"Answer: {reasons} {answer}"
+
+
+def _reasons(problem: Problem, letters: str) -> str:
+    return " ".join({"L": problem["lecture"], "E": problem["solution"]}[letter] for letter in letters)
+
+
+def check_format(form: str) -> str:
+    """Raises `UserError` for a format that isn't known."""
+    asked, _, said = form.partition("-")
+    if not QUESTION.fullmatch(asked) or not ANSWER.fullmatch(said):
+        raise UserError(f"--format {form}: is not of the kind QCM-LEA, QCM-LEPA, QCM-ALE, CQM-A, QCML-A")
+    return form
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    check_format(args.format)
+    problems = read_problems(args.problems, args.splits, args.split, FIELDS)
+    with whole_list(epath.Path(args.output), lines=False) as add:
+        for ident, problem in problems.items():
+            add(json.dumps(sample(ident, problem, args.format)).encode())
+    print(f"{len(problems)} samples: {args.output}")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate questions scienceqa",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
+    add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
+    add("--split", required=True, metavar="NAME", help="train, val, test, minitrain, ...")
+    add("--format", default="QCM-LEPA", metavar="Q-A", help="QCM-LEPA, the paper's, by default")
+    add("--output", required=True, metavar="F", help="LLaVA JSON")
+    return parser.parse_args(argv)
