@@ -126,7 +126,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
     add("--repeats", type=int, default=1, metavar="N", help="of all, each with a file of its own (default: 1)")
     add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
-    add("--dry-run", action="store_true", help="say what it would cost, and ask nothing")
     add_api_arguments(parser, temperature=0.2, max_tokens=1024)
     args = parser.parse_args(argv)
     if args.repeats < 1:

@@ -83,7 +83,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, metavar="MODEL", help="a language model, which needs no eyes")
     add("--output", required=True, metavar="F", help="JSONL of answers")
     add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
-    add("--dry-run", action="store_true", help="say what it would cost, and ask nothing")
     add_api_arguments(parser, temperature=0.2, max_tokens=1024)
     args = parser.parse_args(argv)
     if "://" in args.output:

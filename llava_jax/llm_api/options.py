@@ -18,45 +18,67 @@ def add_api_arguments(parser: argparse.ArgumentParser, temperature: float, max_t
     add = parser.add_argument_group("the API").add_argument
     add("--base-url", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: OPENAI_BASE_URL, or "
         "OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
-    add("--temperature", type=float, default=temperature, help="default: %(default)s")
-    add("--max-tokens", type=int, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
-    add("--body", type=_json_object, metavar="JSON", help='parameters in place of these two, such as '
-        "'{\"max_completion_tokens\": 4096}' for models that know no others")  # fmt: skip
-    add("--attempts", type=int, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
-    add("--concurrency", type=int, default=16, metavar="N", help="requests under way (default: %(default)s)")
-    add("--requests-a-minute", type=float, metavar="N", help="that the server is known to take")
-    add("--tokens-a-minute", type=float, metavar="N", help="that the server is known to take")
-    add("--prices", type=float, nargs=2, default=(0.0, 0.0), metavar="$", help="dollars for a million tokens of "
-        "prompts and of answers")  # fmt: skip
-    add("--budget", type=float, metavar="$", help="dollars that may be spent in all, with --prices")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
+    add("--temperature", type=float, default=temperature, metavar="T", help="default: %(default)s")
+    add("--max-tokens", type=_positive, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
+    add("--body", type=_object, default={}, metavar="JSON",
+        help='more of each request, as {"top_p": 0.9}; null takes away what is there')  # fmt: skip
+    add(
+        "--attempts", type=_positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)"
+    )
+    add("--concurrency", type=_positive, default=16, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
+    add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
+        help="dollars for a million tokens of prompt and of completion")  # fmt: skip
+    add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
+    add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
 
 
 def work(args: argparse.Namespace, model: str) -> Work:
-    """What these options say. Raises `UserError` for numbers that make no sense."""
-    for name in ("attempts", "concurrency", "max_tokens", "timeout"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} has to be more than 0")
+    """What these options say."""
     if args.budget is not None and not any(args.prices):
         raise UserError("--budget needs --prices: without them nothing costs anything")
-    body = {"temperature": args.temperature, "max_tokens": args.max_tokens} if args.body is None else args.body
     at_home = args.base_url or os.environ.get("OPENAI_BASE_URL")
     settings = Settings(
         model,
-        body,
+        request_body(args),
         args.base_url,
         os.environ.get("OPENAI_API_KEY") or (NO_KEY if at_home else None),
-        concurrency=args.concurrency,
-        requests_a_minute=args.requests_a_minute,
-        tokens_a_minute=args.tokens_a_minute,
-        prices=Prices(*args.prices),
+        args.concurrency,
+        args.requests_a_minute,
+        args.tokens_a_minute,
+        Prices(*args.prices),
         timeout=args.timeout,
     )
     return Work(settings, args.budget, args.attempts)
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+def request_body(args: argparse.Namespace) -> dict[str, Any]:
+    """What goes into every request besides model and messages."""
+    body = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    if "max_completion_tokens" in args.body:
+        del body["max_tokens"]
+    return {key: value for key, value in {**body, **args.body}.items() if value is not None}
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("has to be 1 or more")
+    return value
+
+
+def _amount(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError("has to be a number from 0 on")
+    return value
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError
+        raise argparse.ArgumentTypeError("has to be a JSON object")
     return value
