@@ -8,9 +8,11 @@ from llava_jax.cli import run
 COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
     "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
     "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
+    "judge scienceqa": ("llava_jax.evaluate.ensemble_judge", "a third opinion where two models' answers differ"),
     "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
     "questions scienceqa": ("llava_jax.evaluate.scienceqa_data", "problems to LLaVA JSON: training data and questions"),
     "score scienceqa": ("llava_jax.evaluate.scienceqa", "accuracy by subject, kind and grade"),
+    "score scienceqa-ensemble": ("llava_jax.evaluate.ensemble", "the same of two models together, as in the paper"),
 }
 
 

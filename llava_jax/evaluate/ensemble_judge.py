@@ -1,0 +1,96 @@
+"""Has a language model settle the problems of ScienceQA on which a model and a second one differ.
+
+The same command goes on where it was interrupted; no verdict is paid twice. `score scienceqa-ensemble` takes what is
+written.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.ensemble import add_arguments, read_pairs
+from llava_jax.evaluate.judging import prompt_hash
+from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
+from llava_jax.llm_api.asking import Task, ask_all, forecast
+from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.whole_file import whole_file
+
+EPILOG = """example:
+  python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
+    --splits pid_splits.json --judge gpt-4-0314 --output judged.jsonl"""
+SYSTEM = "You answer questions of science exams. You reason with care and end with a single option."
+PROMPT = """{question}
+[Answer 1]
+{other}
+
+[End of Answer 1]
+
+[Answer 2]
+{ours}
+
+[End of Answer 2]
+
+Two students answered this question differently; the second one sees the picture, if there is one. Either may be wrong.
+Think about the question and about both answers, and give your own. Its last sentence has to be, with your letter, once:
+The answer is X."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    pairs = {ident: pair for ident, pair in read_pairs(args).items() if pair.differ}
+    ours, other = (read_results(path, reextract=True) for path in (args.ours, args.other))  # the judge sees texts
+    if not pairs:
+        raise UserError(f"{args.ours}: nothing to judge: both give the same option to every problem")
+    tasks = [
+        Task(ident, messages(pair.problem, ours[ident].text, other[ident].text),
+             functools.partial(_option, len(pair.problem["choices"])))
+        for ident, pair in pairs.items()
+    ]  # fmt: skip
+    asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
+    if args.dry_run:
+        print(f"{args.judge}: {forecast(asked, tasks)}")
+        return
+    ledger = Path(args.ledger or f"{args.output}.ledger")
+    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {args.judge}")
+    with whole_file(args.output) as file:
+        for ident, outcome in zip(pairs, outcomes, strict=True):
+            line = {"question_id": ident, "text": outcome.text, "judge": args.judge, "prompt_hash": hash_}
+            file.write(json.dumps(line).encode() + b"\n")
+    failed = sum(outcome.value is None for outcome in outcomes)
+    print(f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option", file=sys.stderr)
+
+
+def messages(problem: Problem, ours: str, other: str) -> list[Message]:
+    """What the judge is sent."""
+    options = " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False))
+    question = f"Question: {problem['question']}\nContext: {problem['hint'] or 'none'}\nOptions: {options}\n"
+    content = PROMPT.format(question=question, ours=ours, other=other)
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def _option(choices: int, text: str) -> int | None:
+    option = extract(text, choices)
+    return None if option == FAILED else option
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate judge scienceqa",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    add = parser.add_argument
+    add("--judge", required=True, metavar="MODEL", help="in the paper the second model itself")
+    add("--output", required=True, metavar="F", help="JSONL of verdicts")
+    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_api_arguments(parser, temperature=0.0, max_tokens=1024)
+    args = parser.parse_args(argv)
+    if "://" in args.output:
+        raise UserError(f"{args.output}: verdicts are written beside their ledger, which needs a local disk")
+    return args
