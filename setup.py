@@ -15,8 +15,9 @@ BASE = [
     "tensorflow-datasets>=4.9.10",
     "array-record>=0.8.3",
     "ml-collections>=1.1",
-    "openai>=3.57",
+    "openai[aiohttp]>=3.57",
     "ijson>=3.3",
+    "py3langid>=0.4",
     "sentencepiece>=0.2",
     "protobuf>=5",
     "safetensors>=0.4",
@@ -82,6 +83,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
+    package_data={"llava_jax.datagen": ["prompt_files/*/*.txt"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -38,4 +38,7 @@ def whole_list(out: epath.PathLike, lines: bool) -> Iterator[Callable[[bytes], N
             separator = between
 
         yield add
-        file.write(closing if separator is between else opening + closing)
+        if separator is opening and not lines:
+            file.write(opening)
+        if separator is between or not lines:
+            file.write(closing)

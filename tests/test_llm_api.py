@@ -41,8 +41,8 @@ def ask_all(server: ScriptedLLM, ledger: Ledger, count: int, budget: float | Non
     """The answers, or what was raised instead."""
 
     async def run() -> list[Any]:
-        client = Client(settings(server, **more), ledger, Budget(budget, ledger.totals().cost))
-        return await asyncio.gather(*(client.ask(request(i)) for i in range(count)), return_exceptions=True)
+        async with Client(settings(server, **more), ledger, Budget(budget, ledger.totals().cost)) as client:
+            return await asyncio.gather(*(client.ask(request(i)) for i in range(count)), return_exceptions=True)
 
     return asyncio.run(run())
 
@@ -128,12 +128,12 @@ def test_budget_needs_a_longest_answer(ledger: Ledger):
 
 def test_stop_drains(ledger: Ledger):
     async def run(server: ScriptedLLM) -> list[Any]:
-        client = Client(settings(server, concurrency=4), ledger, Budget(None))
-        tasks = [asyncio.create_task(client.ask(request(i))) for i in range(20)]
-        while len(server.times) < 4:
-            await asyncio.sleep(0.01)
-        client.stop.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        async with Client(settings(server, concurrency=4), ledger, Budget(None)) as client:
+            tasks = [asyncio.create_task(client.ask(request(i))) for i in range(20)]
+            while len(server.times) < 4:
+                await asyncio.sleep(0.01)
+            client.stop.set()
+            return await asyncio.gather(*tasks, return_exceptions=True)
 
     with ScriptedLLM(latency=0.5) as server:
         answers = asyncio.run(run(server))

@@ -5,16 +5,20 @@ import sys
 
 from llava_jax.cli import run
 
-COMMANDS = {  # name: module with `main(argv)`, what it does
-    "captions": ("llava_jax.datagen.captions", "captions to the samples of stage 1: an instruction for each"),
-    "filter": ("llava_jax.datagen.filter", "chooses captions so that concepts are balanced, as 595K of CC3M were"),
+COMMANDS = {  # name: module and function, called with what follows; what it does
+    "conversation": ("llava_jax.datagen.generate:conversation", "a language model makes conversations of captions"),
+    "detail": ("llava_jax.datagen.generate:detail", "... detailed descriptions of captions and boxes"),
+    "reasoning": ("llava_jax.datagen.generate:reasoning", "... questions that take thought, and their answers"),
+    "captions": ("llava_jax.datagen.captions:main", "captions to the samples of stage 1: an instruction for each"),
+    "filter": ("llava_jax.datagen.filter:main", "chooses captions so that concepts are balanced, as 595K of CC3M were"),
 }
 
 
 def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        module, _, function = COMMANDS[argv[0]][0].partition(":")
+        return getattr(importlib.import_module(module), function)(argv[1:])
     asked = bool(argv) and argv[0] in ("-h", "--help")
     print(_help(), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2

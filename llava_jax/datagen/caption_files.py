@@ -46,7 +46,7 @@ def read_captions(
     """
     file = local_data(path)
     bad = 0
-    for record in _coco_records(file, path) if _is_coco(file) else scan(file, path):
+    for record in _coco_records(file, path) if is_coco(file) else scan(file, path):
         try:
             caption = _parse(record, keys)
         except UserError as error:
@@ -110,16 +110,16 @@ def _clean(text: Any, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- COCO
 
 
-def _is_coco(file: Path) -> bool:
+def is_coco(file: Path) -> bool:
     """Whether a file begins as COCO's do: an object, the first value of which holds objects."""
     with file.open("rb") as data:
         return bool(_COCO.match(data.read(4096)))
 
 
 def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
-    names = {image.get("id"): image.get("file_name") for image in _coco_items(file, name, "images")}
+    names = {image.get("id"): image.get("file_name") for image in coco_items(file, name, "images")}
     index = -1
-    for index, annotation in enumerate(_coco_items(file, name, "annotations")):
+    for index, annotation in enumerate(coco_items(file, name, "annotations")):
         ident = annotation.get("id", index)
         value = {"id": ident, "image": names.get(annotation.get("image_id")), "caption": annotation.get("caption")}
         yield Record(f"{name}: annotation {ident}", index, 0, 0, value)
@@ -127,7 +127,8 @@ def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
         raise UserError(f"{name}: holds no `annotations`")
 
 
-def _coco_items(file: Path, name: epath.PathLike, key: str) -> Iterator[dict[str, Any]]:
+def coco_items(file: Path, name: epath.PathLike, key: str) -> Iterator[dict[str, Any]]:
+    """The members of one of the lists of a COCO file, called `name` in errors."""
     with file.open("rb") as data:
         try:
             for item in ijson.items(data, f"{key}.item", use_float=True):

@@ -10,9 +10,8 @@ import json
 import sys
 
 from llava_jax.cli import UserError, track
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
-from llava_jax.datagen.instructions import BRIEF, DETAILED, pick
+from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
 from llava_jax.whole_file import whole_list
 
 EPILOG = """example:
@@ -24,8 +23,7 @@ STYLES = {"brief": BRIEF, "detailed": DETAILED}
 def expand(caption: Caption, style: str, seed: int) -> dict[str, object]:
     """The sample of a caption."""
     instruction = pick(STYLES[style], "instruction", seed, caption.id)
-    before = pick((True, False), "image before the question", seed, caption.id)
-    question = f"{IMAGE_TOKEN}\n{instruction}" if before else f"{instruction}\n{IMAGE_TOKEN}"
+    question = with_image(instruction, seed, caption.id)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption.text}]
     return {"id": caption.id, "image": caption.image, "conversations": turns}
 

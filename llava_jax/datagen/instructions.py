@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
+from llava_jax.data.conversation import IMAGE_TOKEN
+
 Option = TypeVar("Option")
 
 # For captions of a phrase or a sentence.
@@ -45,3 +47,9 @@ DETAILED = (
 def pick(options: Sequence[Option], *key: int | str) -> Option:
     """One of the options, by `key` alone."""
     return options[int.from_bytes(hashlib.sha256(repr(key).encode(errors="surrogatepass")).digest()) % len(options)]
+
+
+def with_image(question: str, seed: int, id: str) -> str:
+    """The question with the picture before or after it, by seed and id of the sample."""
+    before = pick((True, False), "image before the question", seed, id)
+    return f"{IMAGE_TOKEN}\n{question}" if before else f"{question}\n{IMAGE_TOKEN}"

@@ -64,7 +64,10 @@ class NoAnswer(Exception):
 
 
 class Client:
-    """Every request goes through the ledger. One answer to a request is all that is ever paid, wherever it is known."""
+    """Every request goes through the ledger. One answer to a request is all that is ever paid, wherever it is known.
+
+    `async with` closes its connections.
+    """
 
     def __init__(self, settings: Settings, ledger: Ledger, budget: Budget):
         self.settings, self.ledger, self.budget = settings, ledger, budget
@@ -103,6 +106,12 @@ class Client:
                         f"{self.api.base_url}: gives no answer ({failure}); the same command goes on"
                     ) from failure
                 await self.unless_stopped(asyncio.sleep(backoff(failures)))
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.api.close()
 
     def worst_cost(self, request: Request) -> float:
         """Dollars that it may cost at most."""
@@ -229,6 +238,7 @@ def api(settings: Settings) -> openai.AsyncOpenAI:
             api_key=settings.api_key,
             max_retries=0,
             timeout=settings.timeout,
+            http_client=openai.DefaultAioHttpClient(),  # less work a request than httpx
         )
     except openai.OpenAIError as error:
         raise UserError(f"{error}") from error

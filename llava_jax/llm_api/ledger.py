@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +167,10 @@ class Ledger:
     def answer_count(self) -> int:
         return self.db.execute("SELECT COUNT(*) FROM requests WHERE state = 'answered'").fetchone()[0]
 
+    def answer_tokens(self) -> float | None:
+        """Tokens of an answer on average, None where there is none."""
+        return self.db.execute("SELECT AVG(completion_tokens) FROM requests WHERE state = 'answered'").fetchone()[0]
+
     # -------------------------------------------------------------------------------------------------- results
 
     def conclude(self, task: str, verdict: str, value: Any, attempts: Sequence[str]) -> None:
@@ -176,6 +180,18 @@ class Ledger:
             self.db.executemany(
                 "UPDATE requests SET verdict = ? WHERE task = ? AND attempt = ? AND state = 'answered'",
                 [(reason, task, attempt) for attempt, reason in enumerate(attempts)],
+            )
+
+    def result(self, task: str) -> tuple[str, Any] | None:
+        """The verdict on a task and its value, if it has come to an end."""
+        row = self.db.execute("SELECT verdict, value FROM results WHERE task = ?", [task]).fetchone()
+        return (row[0], json.loads(row[1])) if row else None
+
+    def revise(self, verdicts: Iterable[tuple[str, str]]) -> None:
+        """Other verdicts on tasks: (task, verdict). Their values stay."""
+        with self.transaction():
+            self.db.executemany(
+                "UPDATE results SET verdict = ? WHERE task = ?", [(verdict, task) for task, verdict in verdicts]
             )
 
     def verdicts(self) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""Contexts: what a language model is told of a picture, its captions and the boxes of its objects.
+
+They are kept in a table of the ledger, since there may be more than fit in memory; `load` fills it.
+"""
+
+import json
+import math
+import sqlite3
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS contexts (
+  number INTEGER PRIMARY KEY,      -- from 0 on, in the order of the file
+  id TEXT NOT NULL UNIQUE,
+  image TEXT NOT NULL,             -- a name in the folder of pictures
+  captions TEXT NOT NULL,          -- JSON: list of text
+  boxes TEXT NOT NULL              -- JSON: list of [category, x1, y1, x2, y2]
+);
+"""
+AT_ONCE = 256  # contexts read at a time
+
+
+class Box(NamedTuple):
+    """Where an object is, in fractions of the picture's width and height."""
+
+    category: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    def __str__(self) -> str:
+        return f"{self.category}: [{self.x1:.3f}, {self.y1:.3f}, {self.x2:.3f}, {self.y2:.3f}]"
+
+
+class Context(NamedTuple):
+    id: str
+    image: str  # its name in the folder of pictures
+    captions: tuple[str, ...]
+    boxes: tuple[Box, ...]
+
+    def text(self, boxes: bool) -> str:
+        """As the model reads it: captions, one a line, then an empty line and the boxes, one a line."""
+        lines = [*self.captions, "", *map(str, self.boxes)] if boxes and self.boxes else self.captions
+        return "\n".join(lines)
+
+
+def make_box(category: str, bbox: tuple[float, float, float, float], width: float, height: float) -> Box | None:
+    """COCO's [x, y, width, height] in a picture of that size, all in pixels: cut off at its edges, rounded to three
+    decimals, and None where it has no area then."""
+    x, y, box_width, box_height = bbox
+    if not all(map(math.isfinite, bbox)):
+        return None
+    x1, x2 = (_fraction(edge, width) for edge in (x, x + box_width))
+    y1, y2 = (_fraction(edge, height) for edge in (y, y + box_height))
+    return Box(category, x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def make_captions(texts: list[str]) -> tuple[str, ...]:
+    """Captions as single lines, empty ones left out."""
+    return tuple(line for text in texts if (line := " ".join(text.split())))
+
+
+def insert(db: sqlite3.Connection, number: int, context: Context) -> None:
+    """Raises `sqlite3.IntegrityError` where its id is there already."""
+    db.execute(
+        "INSERT INTO contexts VALUES (?, ?, ?, ?, ?)",
+        [number, context.id, context.image, json.dumps(context.captions), json.dumps(context.boxes)],
+    )
+
+
+def count(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE") -> int:
+    """How many of the first `limit` contexts there are for which the SQL condition holds."""
+    query = f"SELECT COUNT(*) FROM contexts WHERE number < ? AND ({where})"
+    return db.execute(query, [sys.maxsize if limit is None else limit]).fetchone()[0]
+
+
+def get(db: sqlite3.Connection, id: str) -> Context | None:
+    row = db.execute("SELECT id, image, captions, boxes FROM contexts WHERE id = ?", [id]).fetchone()
+    return _context(row) if row else None
+
+
+def read(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE") -> Iterator[Context]:
+    """Those of the first `limit` contexts, in their order, for which the SQL condition holds when they are read.
+
+    The tables may be written in between.
+    """
+    after, end = -1, sys.maxsize if limit is None else limit
+    while rows := db.execute(
+        f"SELECT id, image, captions, boxes, number FROM contexts WHERE number > ? AND number < ? AND ({where})"
+        " ORDER BY number LIMIT ?",
+        [after, end, AT_ONCE],
+    ).fetchall():
+        for row in rows:
+            yield _context(row)
+        after = rows[-1][-1]
+
+
+def _context(row: Any) -> Context:
+    id, image, captions, boxes = row[:4]
+    return Context(id, image, tuple(json.loads(captions)), tuple(Box(*box) for box in json.loads(boxes)))
+
+
+def _fraction(edge: float, size: float) -> float:
+    return round(min(max(edge / size, 0.0), 1.0), 3)

@@ -1,0 +1,206 @@
+"""Has a language model that sees captions and boxes write instruction data about pictures.
+
+The same command goes on where it was interrupted: answers are in DIR/ledger.sqlite and none is paid for twice. At the
+end, and when it is stopped, DIR/llava.json has the samples and DIR/rejects.jsonl the contexts that gave none, and why.
+Any server with an OpenAI-compatible API will do; its key comes from OPENAI_API_KEY.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_jax.cli import UserError
+from llava_jax.datagen import contexts
+from llava_jax.datagen.estimate import estimate_lines
+from llava_jax.datagen.load import load
+from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
+from llava_jax.datagen.prompts import OURS, load_prompts
+from llava_jax.datagen.recipe import KINDS, Recipe, next_step
+from llava_jax.datagen.workers import run
+from llava_jax.llm_api.client import Settings
+from llava_jax.llm_api.cost import Budget, Prices
+from llava_jax.llm_api.ledger import ACCEPTED, Ledger
+from llava_jax.remote import is_remote
+
+LEDGER = "ledger.sqlite"
+PENDING = "id NOT IN (SELECT task FROM results)"
+SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as the authors did it
+EPILOG = """examples:
+  python -m llava_jax.datagen {kind} --captions captions_train2017.json \\
+    --instances instances_train2017.json --images train2017 --output made/{kind} --show
+  python -m llava_jax.datagen {kind} --captions captions_train2017.json \\
+    --instances instances_train2017.json --images train2017 --output made/{kind} \\
+    --base-url http://localhost:8000/v1 --model Qwen2.5-72B-Instruct --limit 1000
+"""
+
+
+def main(kind: str, argv: list[str]) -> int:
+    """Makes data of a kind."""
+    args = _parse(kind, argv)
+    if is_remote(args.output):
+        raise UserError(f"{args.output}: has to be a local directory, since SQLite keeps the ledger there")
+    recipe = Recipe(
+        kind,
+        load_prompts(Path(args.prompts) if args.prompts else OURS / kind),
+        args.boxes,
+        args.repairs,
+        None if args.language == "any" else args.language,
+        args.seed,
+    )
+    body = request_body(args)
+    directory = Path(args.output)
+    ledger = Ledger(directory / LEDGER, args.model or "", body)
+    try:
+        left_out = load(ledger, args.captions, args.instances, args.images)
+        for reason, count in left_out.items():
+            print(f"{count} pictures are left out: {reason}", file=sys.stderr)
+        if args.show is not None:
+            return show(recipe, ledger, args.show)
+        if args.dry_run:
+            return estimate(recipe, ledger, args, body)
+        ledger.identify({**recipe.identity(), "model": args.model, "parameters": body})
+        return generate(recipe, ledger, args, body)
+    finally:
+        ledger.close()
+
+
+conversation, detail, reasoning = (functools.partial(main, kind) for kind in KINDS)
+
+
+def generate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dict[str, Any]) -> int:
+    """Asks about every context that has no verdict, then writes what came of it, which it does if stopped, too."""
+    settings = Settings(
+        args.model,
+        body,
+        args.base_url,
+        os.environ.get("OPENAI_API_KEY") or ("none" if args.base_url else None),
+        args.concurrency,
+        args.requests_a_minute,
+        args.tokens_a_minute,
+        Prices(*args.prices),
+        timeout=args.timeout,
+    )
+    budget = Budget(args.budget, ledger.totals().cost)
+    pending = contexts.read(ledger.db, args.limit, PENDING)
+    caught = 0
+    try:
+        caught = run(settings, ledger, budget, recipe, pending, contexts.count(ledger.db, args.limit, PENDING))
+    finally:
+        counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
+        tell(counts, ledger, Path(args.output))
+    return 128 + caught if caught else 0
+
+
+def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:
+    rejected = {reason: count for reason, count in counts.verdicts.items() if reason != ACCEPTED}
+    totals = ledger.totals()
+    print(f"{directory / SAMPLES}: {counts.verdicts.get(ACCEPTED, 0)} samples of {counts.contexts} contexts")
+    if rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+        print(f"{directory / REJECTS}: {sum(rejected.values())} contexts ({reasons})")
+    print(
+        f"{totals.requests} requests, {totals.prompt_tokens} prompt and {totals.completion_tokens} completion tokens"
+        + (f", ${totals.cost:.4f}" if totals.cost else "")
+    )
+    if counts.missing:
+        print(f"{counts.missing} contexts have no verdict yet: the same command goes on", file=sys.stderr)
+
+
+def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
+    """Prints the whole prompt about a context, the first one if `id` is empty."""
+    context = contexts.get(ledger.db, id) if id else next(contexts.read(ledger.db, 1))
+    if context is None:
+        raise UserError(f"no context has the id {id!r}")
+    for message in next_step(recipe, context, []).messages:
+        print(f"--- {message['role']}\n{message['content']}\n")
+    return 0
+
+
+def estimate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dict[str, Any]) -> int:
+    settings = Settings(args.model or "", body)
+    pending = contexts.read(ledger.db, args.limit, PENDING)
+    count = contexts.count(ledger.db, args.limit, PENDING)
+    for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, Prices(*args.prices)):
+        print(line)
+    return 0
+
+
+def request_body(args: argparse.Namespace) -> dict[str, Any]:
+    """What goes into every request besides model and messages."""
+    body = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    if "max_completion_tokens" in args.body:
+        del body["max_tokens"]
+    return {key: value for key, value in {**body, **args.body}.items() if value is not None}
+
+
+def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m llava_jax.datagen {kind}",
+        description=__doc__,
+        epilog=EPILOG.format(kind=kind),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("pictures").add_argument
+    add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
+    add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
+    add("--images", required=True, metavar="DIR", help="the folder of pictures; what is not there is left out")
+    add("--limit", type=_positive, metavar="N", help="the first N only; a larger one later goes on")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--base-url", metavar="URL", help="of the server (default: OpenAI's)")
+    add("--model", metavar="M", help="its name there")
+    add("--max-tokens", type=_positive, default=1024, metavar="N", help="of an answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, metavar="T", help="(default: %(default)s)")
+    add("--body", type=_object, default={}, metavar="JSON",
+        help="more of each request, as {\"top_p\": 0.9}; null takes away what is there")  # fmt: skip
+    add("--concurrency", type=_positive, default=64, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
+
+    add = parser.add_argument_group("what is asked, what is taken").add_argument
+    add("--prompts", metavar="DIR",
+        help="system_message.txt, and NNN_caps.txt with NNN_conv.txt for each example (default: our own)")  # fmt: skip
+    add("--boxes", action=argparse.BooleanOptionalAction, default=SEES_BOXES[kind],
+        help=f"whether the model is told of the boxes (default: {'yes' if SEES_BOXES[kind] else 'no'})")  # fmt: skip
+    add("--repairs", type=int, default=2, metavar="N", help="times that a bad answer is asked for again (default: 2)")
+    add("--language", default="en", metavar="CODE", help="of the answers, ISO 639-1, or any (default: en)")
+    add("--seed", type=int, default=0, help="of what is chosen at random (default: 0)")
+
+    add = parser.add_argument_group("cost").add_argument
+    add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
+        help="dollars for a million tokens of prompt and of completion")  # fmt: skip
+    add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
+    add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
+    add("--show", nargs="?", const="", metavar="ID", help="prints the prompt of a context, asks nothing")
+
+    parser.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
+    args = parser.parse_args(argv)
+    if args.show is None and not args.dry_run and not args.model:
+        parser.error("--model is needed to ask anything")
+    if args.budget is not None and not any(args.prices):
+        parser.error("--budget needs --prices")
+    return args
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("has to be 1 or more")
+    return value
+
+
+def _amount(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError("has to be a number from 0 on")
+    return value
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("has to be a JSON object")
+    return value

@@ -1,0 +1,94 @@
+"""What is asked about a context, and what is made of the answers: pure functions, whoever carries the requests.
+
+`next_step` looks at a context and at all answers so far and says what comes next: a request (the first, or one that has
+the model mend its answer) or the verdict.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from llava_jax.datagen.contexts import Context
+from llava_jax.datagen.instructions import DETAILED, pick
+from llava_jax.datagen.parsing import Fault, Turns, parse_conversation, parse_detail, parse_reasoning
+from llava_jax.datagen.prompts import Prompts
+from llava_jax.datagen.rules import REPAIRS, find_fault, find_refusal
+from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.ledger import ACCEPTED, Answer, Request
+
+KINDS = ("conversation", "detail", "reasoning")
+
+
+class Recipe(NamedTuple):
+    """All that decides what comes out for a context, but the model's answers."""
+
+    kind: str  # of KINDS
+    prompts: Prompts
+    boxes: bool  # whether the model is told of them
+    repairs: int = 2  # times that an answer is asked for again
+    language: str | None = "en"  # ISO 639-1, None for any
+    seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other recipes."""
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
+        return {**self._asdict(), "prompts": prompts}
+
+
+class Verdict(NamedTuple):
+    """The end of a context: accepted with turns, or rejected for a reason. `attempts` judges each answer."""
+
+    reason: str
+    detail: str = ""
+    turns: Turns = ()
+    attempts: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> Any:
+        """As the ledger keeps it."""
+        return self.turns if self.reason == ACCEPTED else self.detail
+
+
+def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Request | Verdict:
+    """What comes after so many answers to the requests that this function gave before."""
+    messages = recipe.prompts.messages(context.text(recipe.boxes))
+    reasons = []
+    for attempt, answer in enumerate(answers):
+        read = judge(recipe, context, answer)
+        if not isinstance(read, Fault):
+            return Verdict(ACCEPTED, turns=read, attempts=(*reasons, ACCEPTED))
+        reasons.append(read.reason)
+        if attempt == recipe.repairs:
+            return Verdict(*read, attempts=tuple(reasons))
+        messages = [*messages, *_ask_again(recipe, answer, read)]
+    return Request(context.id, len(answers), messages)
+
+
+def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
+    """The turns of an answer, or what is wrong with it."""
+    if answer.finish_reason == "content_filter":
+        return Fault("refusal", "the server's filter")
+    if answer.finish_reason == "length":
+        return Fault("cut-off", "max_tokens")
+    turns = _parse(recipe, context, answer.text)
+    if isinstance(turns, Fault):
+        return find_refusal(answer.text) or turns  # a refusal keeps to no form
+    return find_fault(turns, recipe.language) or turns
+
+
+def _parse(recipe: Recipe, context: Context, text: str) -> Turns | Fault:
+    match recipe.kind:
+        case "conversation":
+            return parse_conversation(text)
+        case "reasoning":
+            return parse_reasoning(text)
+        case _:
+            return parse_detail(text, pick(DETAILED, recipe.seed, context.id))
+
+
+def _ask_again(recipe: Recipe, answer: Answer, fault: Fault) -> list[Message]:
+    if not answer.text.strip():
+        return []  # the same again: servers do not take empty messages
+    complaint = REPAIRS[fault.reason].format(detail=fault.detail, language=f"the language {recipe.language!r}")
+    return [{"role": "assistant", "content": answer.text}, {"role": "user", "content": complaint}]

@@ -1,0 +1,91 @@
+"""Carries requests one by one: many contexts at a time, each from its first request to its verdict."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+from llava_jax.cli import track
+from llava_jax.datagen.contexts import Context
+from llava_jax.datagen.recipe import Recipe, Verdict, next_step
+from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
+from llava_jax.llm_api.cost import Budget
+from llava_jax.llm_api.ledger import Ledger
+
+
+async def ask_about(pending: Iterator[Context], recipe: Recipe, client: Client) -> None:
+    """Brings every context to its verdict, which goes into the ledger.
+
+    Returns early where the client is stopped. Raises `UserError` where nothing more can be done; either way what was
+    under way has come to its end.
+    """
+    # While some wait to try again, others make use of the connections.
+    workers = [_work(pending, recipe, client) for _ in range(2 * client.settings.concurrency)]
+    for result in await asyncio.gather(*workers, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+async def _work(pending: Iterator[Context], recipe: Recipe, client: Client) -> None:
+    try:
+        for context in pending:
+            if client.stop.is_set():
+                return
+            verdict = await _talk(recipe, context, client)
+            client.ledger.conclude(context.id, verdict.reason, verdict.value, verdict.attempts)
+    except Stopped:
+        pass
+    except BaseException:
+        client.stop.set()
+        raise
+
+
+async def _talk(recipe: Recipe, context: Context, client: Client) -> Verdict:
+    answers = []
+    while not isinstance(step := next_step(recipe, context, answers), Verdict):
+        try:
+            answers.append(await client.ask(step))
+        except Refused as refused:
+            return Verdict(refused.reason, refused.detail)
+    return step
+
+
+def run(
+    settings: Settings, ledger: Ledger, budget: Budget, recipe: Recipe, pending: Iterator[Context], count: int
+) -> int:
+    """Asks about `count` contexts. Returns the signal that stopped it, 0 if none did."""
+
+    async def main() -> int:
+        async with Client(settings, ledger, budget) as client:
+            with _stopping(client) as caught, contextlib.closing(track(pending, "asking", count)) as tracked:
+                await ask_about(tracked, recipe, client)
+        return caught[0] if caught else 0
+
+    return asyncio.run(main())
+
+
+@contextlib.contextmanager
+def _stopping(client: Client) -> Iterator[list[int]]:
+    """Has the first SIGINT or SIGTERM stop the client, and the next one end the process; yields those caught."""
+    loop, caught = asyncio.get_running_loop(), []
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int) -> None:
+        caught.append(number)
+        client.stop.set()
+        print("waiting for the answers under way, which are paid for; once more gives them up", file=sys.stderr)
+        for each in signals:
+            loop.remove_signal_handler(each)
+            signal.signal(each, before[each])
+
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield caught
+    finally:
+        if not caught:
+            for number in signals:
+                loop.remove_signal_handler(number)
+                signal.signal(number, before[number])

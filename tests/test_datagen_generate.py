@@ -1,0 +1,171 @@
+"""The commands that ask a language model, from files to files, against a scripted server."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from scripted_llm import ScriptedLLM
+
+from llava_jax.cli import UserError
+from llava_jax.data import check
+from llava_jax.datagen.__main__ import main
+from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api.ledger import Ledger
+
+COUNT = 30
+WORDS = "a red dog runs along a wide beach with old friends and their small boat near grey houses at noon"
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lines = []
+    for i in range(COUNT):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        boxes = [{"category": "dog", "bbox": [1, 2, 3, 4]}]
+        lines.append(json.dumps({"id": i, "image": f"{i}.png", "captions": [f"Dog number {i}."], "boxes": boxes}))
+    (tmp_path / "contexts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def sentence(key: object) -> str:
+    return " ".join(random.Random(repr(key)).choices(WORDS.split(), k=40)) + "."
+
+
+def reply(body: dict[str, Any]) -> str:
+    """A reasoning, on the first try in some other form where the number of the dog is one of 0, 7, 14, ..."""
+    asked = [message["content"] for message in body["messages"] if message["content"].startswith("Dog number")][-1]
+    number = int(asked.split()[2].rstrip("."))
+    if number % 7 == 0 and body["messages"][-1]["content"] == asked:
+        return "A dog."
+    return f"Question:\nWhy does the dog run?\n===\nAnswer:\nBecause {sentence(number)}"
+
+
+def run(folder: Path, server: ScriptedLLM | None, *more: object, kind: str = "reasoning", output: str = "out") -> int:
+    files = ["--captions", folder / "contexts.jsonl", "--images", folder, "--output", folder / output]
+    asked = ["--base-url", server.url, "--model", "m"] if server else []
+    return main([kind, *map(str, [*files, *asked, *more])])
+
+
+def samples(folder: Path, output: str = "out") -> list[dict[str, Any]]:
+    return json.loads((folder / output / "llava.json").read_text())
+
+
+def rejects(folder: Path) -> dict[str, str]:
+    lines = map(json.loads, (folder / "out" / "rejects.jsonl").read_text().splitlines())
+    return {line["id"]: line["reason"] for line in lines}
+
+
+def test_from_contexts_to_samples(folder: Path, capsys: pytest.CaptureFixture):
+    with ScriptedLLM(reply=reply, faults={"error": 0.1, "malformed": 0.1}) as server:
+        assert run(folder, server) == 0
+        asked = server.completions
+        assert run(folder, server) == 0 and server.completions == asked
+    made = samples(folder)
+    assert [sample["id"] for sample in made] == [str(i) for i in range(COUNT)] and not rejects(folder)
+    questions = {sample["conversations"][0]["value"] for sample in made}
+    assert questions == {"<image>\nWhy does the dog run?", "Why does the dog run?\n<image>"}
+    assert made[3]["conversations"][1] == {"from": "gpt", "value": f"Because {sentence(3)}"}
+    assert asked == COUNT + len(range(0, COUNT, 7))
+    assert f"{COUNT} samples of {COUNT} contexts" in capsys.readouterr().out
+    assert check.main(["--json", str(folder / "out" / "llava.json"), "--images", str(folder)]) == 0
+
+
+def test_output_does_not_depend_on_the_order_of_answers(folder: Path):
+    def five(body: dict[str, Any]) -> str:
+        asked = body["messages"][-1]["content"]
+        return f"Question:\nWhy?\n===\nAnswer:\nIt is {sentence(int(asked.split()[2].rstrip('.')) % 5)}"
+
+    outputs = []
+    for seed in range(3):
+        with ScriptedLLM(reply=five, faults={"error": 0.3, "cut": 0.2}, seed=seed) as server:
+            run(folder, server, "--concurrency", 4, "--no-boxes", output=f"out{seed}")
+        outputs.append([(folder / f"out{seed}" / name).read_bytes() for name in ("llava.json", "rejects.jsonl")])
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert [sample["id"] for sample in samples(folder, "out0")] == list("01234")
+    assert outputs[0][1].count(b"near-duplicate") == COUNT - 5
+
+
+def test_a_larger_limit_goes_on(folder: Path):
+    with ScriptedLLM(reply=reply) as server:
+        run(folder, server, "--limit", 3)
+        assert len(samples(folder)) == 3 and server.completions == 4
+        run(folder, server, "--limit", 5)
+        assert len(samples(folder)) == 5 and server.completions == 6
+
+
+def test_rejects_have_reasons(folder: Path):
+    def bad(body: dict[str, Any]) -> str:
+        number = int(body["messages"][-1]["content"].split()[2].rstrip("."))
+        texts = {0: "Nothing.", 1: "Question:\nWhy?\n===\nAnswer:\nThe captions say so."}
+        return texts.get(number) or reply(body)
+
+    with ScriptedLLM(reply=bad) as server:
+        assert run(folder, server, "--limit", 4, "--repairs", 0) == 0
+    assert rejects(folder) == {"0": "wrong-form", "1": "mentions-context"}
+    assert [sample["id"] for sample in samples(folder)] == ["2", "3"]
+
+
+def test_another_recipe_in_the_same_directory_is_refused(folder: Path):
+    with ScriptedLLM(reply=reply) as server:
+        run(folder, server, "--limit", 1)
+        for more, message in (
+            (["--seed", 1], "seed: 0 there, 1 now"),
+            (["--temperature", 0], '"temperature": 0.0'),
+            (["--no-boxes"], "boxes: true there, false now"),
+            (["--model", "other"], 'model: "m" there, "other" now'),
+        ):
+            with pytest.raises(UserError, match=message):
+                run(folder, server, *more)
+        with pytest.raises(UserError, match="kind"):
+            run(folder, server, kind="conversation")
+        assert server.completions == 2
+        run(folder, server, "--limit", 2, "--concurrency", 2)
+
+
+def test_budget_stops_and_keeps_what_was_paid(folder: Path):
+    costs = ["--prices", 1, 1, "--max-tokens", 200, "--concurrency", 4]
+    with ScriptedLLM(reply=reply, latency=0.01) as server:
+        with pytest.raises(UserError, match="budget"):
+            run(folder, server, *costs, "--budget", 0.03)
+        done = len(samples(folder))
+        assert 0 < done < COUNT
+        ledger = Ledger(folder / "out" / "ledger.sqlite")
+        assert 0.01 < ledger.totals().cost <= 0.03
+        ledger.close()
+        assert run(folder, server, *costs, "--budget", 1) == 0
+    assert len(samples(folder)) == COUNT
+
+
+def test_show_and_dry_run_need_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert run(folder, None, "--show", "12") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("--- system\nYou write") and shown.endswith(
+        "--- user\nDog number 12.\n\ndog: [0.125, 0.250, 0.500, 0.750]\n\n"
+    )
+    assert run(folder, None, "--show", kind="conversation") == 0
+    assert capsys.readouterr().out.endswith("--- user\nDog number 0.\n\n")
+    with pytest.raises(UserError, match="no context has the id"):
+        run(folder, None, "--show", "77")
+    assert run(folder, None, "--dry-run", "--prices", 1, 2) == 0
+    estimate = capsys.readouterr().out
+    assert f"contexts to ask about: {COUNT}" in estimate and "about $0.0" in estimate
+    assert not (folder / "out" / "llava.json").exists()
+
+
+def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture):
+    for more in (["--limit", 0], ["--budget", 1, "--model", "m"], ["--body", "[1]"], []):
+        with pytest.raises(SystemExit):
+            run(folder, None, *more)
+        assert "error" in capsys.readouterr().err
+    with pytest.raises(UserError, match="local directory"):
+        main(["detail", "--captions", "x", "--images", "y", "--output", "gs://b/o", "--show"])
