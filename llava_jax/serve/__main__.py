@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax import compilation_cache
@@ -60,23 +61,28 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all"
     )
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="8000")
+    parser.add_argument("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
     parser.add_argument("--model-name", metavar="NAME", help="what clients ask for; the checkpoint's folder by default")
     parser.add_argument("--template", metavar="NAME", help="instead of the checkpoint's")
-    parser.add_argument("--slots", type=_positive, default=8, metavar="N", help="answers at a time, 8")
-    parser.add_argument("--queue", type=_positive, default=64, metavar="N", help="requests that may wait, 64")
-    parser.add_argument("--context", type=_positive, metavar="N", help="positions of a prompt and its answer")
+    parser.add_argument("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
+    parser.add_argument("--queue", type=_whole(1), default=64, metavar="N", help="requests that may wait, 64")
+    parser.add_argument("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
     parser.add_argument("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
-    parser.add_argument("--max-body-mb", type=_positive, default=32, metavar="N", help="of a request with pictures, 32")
+    parser.add_argument("--max-body-mb", type=_whole(1), default=32, metavar="N", help="of a request with pictures, 32")
     parser.add_argument("--compilation-cache", default="", metavar="D", help="keep compiled programs there")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an argument that is a whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
+
+    return parse
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def create_app(
     allow_remote_images: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The API of `engine`, which may still be warming up. `app.state.traffic` says what is going on.
+    """The API of `engine`, which may still be warming up. `app.state` has its `traffic` and `metrics`.
 
     Args:
       engine: what answers.
@@ -48,7 +48,7 @@ def create_app(
     """
     app = FastAPI(title="llava_jax", description="OpenAI's chat completions, answered by a LLaVA.")
     errors.install(app)
-    metrics = Metrics(engine)
+    metrics = app.state.metrics = Metrics(engine)
     traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE)
 
     def closed() -> str | None:

@@ -6,7 +6,7 @@ on the answer is accepted.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # of `n`
@@ -33,6 +33,15 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]  # JSON can write strings that no tokenizer reads
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def Integer(least: int, most: int) -> Any:
+    """Whole numbers in a range; for JSON 1.0 is one."""
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_integer)]
 
 
 class Strict(BaseModel):
@@ -96,7 +105,7 @@ class StreamOptions(Strict):
 
 
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Integer(1, 2**31 - 1)
 
 
 class ChatRequest(Strict):
@@ -104,18 +113,18 @@ class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Integer(1, MAX_CHOICES) | None = None
     max_completion_tokens: Count | None = Field(None, description="By default all that the context has room for.")
     max_tokens: Count | None = Field(None, description="The older name of `max_completion_tokens`.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 by default; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+    top_k: Integer(-1, 2**31 - 1) | None = Field(
         None, description="Not of OpenAI's API: among so many likeliest tokens; 0 and -1 for all."
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description="By default another each time.")
+    seed: Integer(-(2**63), 2**63 - 1) | None = Field(None, description="By default another each time.")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Integer(0, 20) | None = None
 
     user: Ignored = None
     metadata: Ignored = None

@@ -25,12 +25,12 @@ class Marks:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         marks = {IMAGE_TOKEN, IM_START_TOKEN, IM_END_TOKEN, *special, *stop_strings(template)}
-        longest_first = sorted((mark for mark in marks if mark.strip()), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        any_mark = "|".join(re.escape(mark) for mark in marks if mark.strip())
+        self._beginning = re.compile(f"(?={any_mark}).", re.DOTALL)
 
     def disarm(self, text: str) -> str:
-        """The text with a space in every mark: `< image>`. Cutting marks out could make new ones of what is left."""
-        return self._pattern.sub(lambda mark: f"{mark[0][:1]} {mark[0][1:]}", text)
+        """The text with a space in every mark, `< image>`. Cutting marks out could make new ones of what is left."""
+        return self._beginning.sub(r"\g<0> ", text)
 
 
 def read_messages(messages: Sequence[Message], marks: Marks) -> Turns:

@@ -1,0 +1,98 @@
+"""`python -m llava_jax.serve`: from the command line to exit status 0."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx2
+import openai
+import pytest
+import tiny
+from serving import eventually
+
+from llava_jax.cli import UserError
+from llava_jax.serve import __main__ as command
+from llava_jax.serve.server import listen
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("command"))
+
+
+def status(url: str) -> int | None:
+    try:
+        return httpx2.get(f"{url}/health").status_code
+    except httpx2.TransportError:
+        return None
+
+
+def test_it_serves_until_sigterm_and_finishes_what_it_began(checkpoint):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    arguments = ["--checkpoint", checkpoint, "--port", str(port), "--model-name", "tiny/model"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "LLAVA_API_KEY": "secret"}
+    process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        seen = []
+        assert eventually(lambda: process.poll() is not None or seen.append(status(url)) or seen[-1] == 200, 100)
+        assert set(seen) <= {None, 503, 200}
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        assert client.models.retrieve("tiny/model").id == "tiny/model"
+        hello = [{"role": "user", "content": "Hello"}]
+        stream = client.chat.completions.create(model="tiny/model", messages=hello, stream=True, seed=0, max_tokens=400)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: status(url) != 200)
+        *_, last = stream
+        assert last.choices[0].finish_reason in ("stop", "length")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="Address already in use"):
+        command.main(["--checkpoint", "nowhere", "--port", str(taken.getsockname()[1])])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "nowhere: no such checkpoint"),
+        (["--host", "no such host"], "no such host"),
+    ],
+)
+def test_bad_arguments_are_errors_of_one_line(args, message):
+    with pytest.raises(UserError, match=message) as error:
+        command.main(["--checkpoint", "nowhere", "--port", "0", *args])
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_out_of_range(capsys):
+    for args in (["--port", "70000"], ["--slots", "0"], ["--queue", "many"]):
+        with pytest.raises(SystemExit) as exit:
+            command.main(["--checkpoint", "nowhere", *args])
+        assert exit.value.code == 2
+        assert "is no whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "two words", "two\nlines", "clé"])
+def test_keys_that_no_header_can_carry(tmp_path, content):
+    file = tmp_path / "key"
+    file.write_text(content)
+    with pytest.raises(UserError, match="a key is one line"):
+        command.main(["--checkpoint", "nowhere", "--api-key-file", str(file)])
+
+
+def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    assert command._api_key(str(file)) == "secret"
+    assert command._api_key(None) is None
+    monkeypatch.setenv("LLAVA_API_KEY", "other")
+    assert command._api_key(None) == "other"

@@ -1,0 +1,71 @@
+"""Requests that nobody thought of, made by schemathesis from the API's own OpenAPI schema."""
+
+import pytest
+import schemathesis
+import tiny
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.serve.app import create_app
+from llava_jax.serve.engine import Engine
+
+CHAT = ("POST", "/v1/chat/completions")
+READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"), ("GET", "/metrics")]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("fuzz")))
+    engine = Engine.from_checkpoint(checkpoint, slots=2, context=64)
+    engine.warm_up()
+    yield engine
+    engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def api(engine):
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(engine, "tiny"))
+
+
+def fuzz(api, method: str, path: str, mode: GenerationMode, examples: int, model: str | None = None) -> list:
+    """Sends requests that follow the schema, or that violate it; -> the responses, all of which are as it says."""
+    responses = []
+
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    @given(api[path][method].as_strategy(generation_mode=mode))
+    def check(case):
+        if model is None:
+            responses.append(case.call_and_validate())
+        else:
+            case.body["model"] = model
+            responses.append(case.call_and_validate(excluded_checks=[positive_data_acceptance]))
+
+    check()
+    return responses
+
+
+@pytest.mark.parametrize(
+    "method, path, mode, examples",
+    [
+        (*CHAT, GenerationMode.NEGATIVE, 100),
+        *((*operation, GenerationMode.POSITIVE, 10) for operation in READ),
+    ],
+)
+def test_every_response_is_one_that_the_schema_has(api, method, path, mode, examples):
+    assert fuzz(api, method, path, mode, examples)
+
+
+def test_what_reaches_the_engine_is_answered_or_refused(api, engine):
+    responses = fuzz(api, *CHAT, GenerationMode.POSITIVE, 100, model="tiny")
+    assert {response.status_code for response in responses} == {200, 400}
+    assert engine.stats().failed == 0
+    refused = [response.json()["error"] for response in responses if response.status_code == 400]
+    # What a schema cannot say: the order of roles, what a picture is, which fields go together.
+    assert all(error["param"] is None or error["param"].startswith("messages") for error in refused), refused
+
+
+def test_every_path_is_fuzzed(api):
+    found = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
+    assert found == {CHAT, *READ}

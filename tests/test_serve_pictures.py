@@ -1,0 +1,215 @@
+"""Pictures of requests: data URLs, files that are none, and the web, which here is this machine."""
+
+import asyncio
+import base64
+import http.server
+import io
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import data_url, picture
+
+from llava_jax.cli import UserError
+from llava_jax.data.images import ASPECTS, preprocess
+from llava_jax.serve import fetch, pictures
+from llava_jax.serve.errors import ApiError
+
+MEAN = (0.48, 0.46, 0.41)
+
+
+def square(aspect: str = "pad"):
+    return lambda image: preprocess(image, 16, aspect, MEAN)
+
+
+def read(url: str, **options) -> Image.Image:
+    return asyncio.run(pictures.Reader(square(), **options).read([("here", url)]))[0]
+
+
+def refusal(url: str, **options) -> str:
+    with pytest.raises(ApiError) as error:
+        read(url, **options)
+    assert (error.value.status_code, error.value.code, error.value.param) == (400, "invalid_image", "here")
+    return error.value.detail
+
+
+def encoded(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_a_picture_that_has_its_size_already_stays_as_it_is(aspect):
+    """Pictures are brought to size before they wait, and the engine does it again."""
+    once = square(aspect)(picture(size=(23, 31)))
+    assert np.array_equal(square(aspect)(Image.fromarray(once)), once)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda url: url,
+        lambda url: url.replace("image/png", "application/octet-stream"),
+        lambda url: url.replace("data:", "DATA:").replace(";base64", ";name=a.png;base64"),
+        lambda url: url.replace("+", "%2B").replace("=", "%3D"),
+        lambda url: url[:60] + "\n" + url[60:],
+    ],
+)
+def test_data_urls(change):
+    assert np.array_equal(np.asarray(read(change(data_url(picture())))), square()(picture()))
+
+
+def _bomb(side: int) -> bytes:
+    """A PNG of `side` x `side` pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def _truncated() -> bytes:
+    file = io.BytesIO()
+    picture(size=(50, 50)).save(file, "JPEG")
+    return file.getvalue()[:-100]
+
+
+@pytest.mark.parametrize(
+    "url, what",
+    [
+        (encoded(_bomb(9_000)), "9000 x 9000 pixels are more than 64000000"),
+        (encoded(_bomb(50_000)), "is refused"),
+        (encoded(_truncated()), "damaged"),
+        (encoded(b"no picture"), "damaged or none of JPEG"),
+        (encoded(b""), "damaged"),
+        ("data:image/png;base64,a", "no base64"),
+        ("data:image/png;base64,é", "no base64"),
+        ("data:image/png,abc", "data:image/jpeg;base64"),
+        ("data:", "data:image/jpeg;base64"),
+        ("https://example.com/a.png", "fetches no pictures"),
+        ("file:///etc/passwd", "fetches no pictures"),
+        ("", "fetches no pictures"),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_its_place(url, what):
+    assert what in refusal(url)
+
+
+# -------------------------------------------------------------------------------------------------------- the web
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """`/picture`, and what a server may do instead of sending one."""
+
+    def do_GET(self):
+        match self.path.split("/")[1]:
+            case "picture":
+                self._send(200, base64.b64decode(data_url(picture()).partition(",")[2]))
+            case "to":
+                self._send(302, location=self.path.removeprefix("/to/").replace("|", "/"))
+            case "loop":
+                self._send(302, location="/loop")
+            case "large":
+                self._send(200, b"x" * (pictures.MAX_REMOTE_BYTES + 1))
+            case "slow":
+                time.sleep(0.5)
+            case "host":
+                self._send(200, self.headers["Host"].encode())
+            case _:
+                self._send(404)
+
+    def _send(self, status: int, body: bytes = b"", location: str | None = None) -> None:
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A server at 127.0.0.1, which alone counts as public here. -> its port"""
+    monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_a_picture_of_the_web(web):
+    for path in ("picture", "to/|picture", f"to/http:||127.0.0.1:{web}|picture"):
+        image = read(f"http://127.0.0.1:{web}/{path}", allow_remote=True)
+        assert np.array_equal(np.asarray(image), square()(picture()))
+
+
+@pytest.mark.parametrize(
+    "path, what",
+    [
+        ("nothing", "status 404"),
+        ("loop", "redirected more than 3 times"),
+        ("large", "more than 20000000 bytes"),
+        ("slow", "more than 0 seconds"),
+        ("host", "damaged or none of"),
+        ("to/http:||127.0.0.2:1|", "not public"),
+        ("to/http:||[::1]:1|", "not public"),
+        ("to/file:||etc|passwd", "no http or https"),
+    ],
+)
+def test_what_the_web_may_answer_instead(web, path, what, monkeypatch):
+    if path == "slow":
+        monkeypatch.setattr(fetch, "SECONDS", 0.1)
+    assert what in refusal(f"http://127.0.0.1:{web}/{path}", allow_remote=True)
+
+
+@pytest.mark.parametrize(
+    "url, what",
+    [
+        ("http://127.0.0.1/", "not public"),
+        ("http://2130706433/", "not public"),
+        ("http://localhost:8000/", "not public"),
+        ("http://[::ffff:10.0.0.1]/", "not public"),
+        ("http://169.254.169.254/latest/meta-data", "not public"),
+        ("http://100.64.0.1/", "not public"),
+        ("http://0.0.0.0/", "not public"),
+        ("ftp://example.com/", "no http or https"),
+        ("http:///a", "no http or https"),
+        ("http://a\0b/", "no valid URL"),
+        ("http://" + "a" * 70, "no valid URL"),
+        ("nonsense", "no http or https"),
+    ],
+)
+def test_urls_that_lead_nowhere_or_inside(url, what):
+    assert what in refusal(url, allow_remote=True)
+
+
+@pytest.mark.parametrize("address", ["64:ff9b::7f00:1", "2002:7f00:1::", "fe80::1%eth0", "::", "224.0.0.1", "fd00::1"])
+def test_addresses_that_are_not_public(address):
+    with pytest.raises(UserError, match="not public"):
+        fetch.public_address([address])
+
+
+def test_one_private_address_among_public_ones_is_enough():
+    assert fetch.public_address(["8.8.8.8", "2001:4860:4860::8888"]) == "8.8.8.8"
+    with pytest.raises(UserError, match="not public"):
+        fetch.public_address(["8.8.8.8", "10.0.0.1"])
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(web, monkeypatch):
+    """A name server cannot answer one thing to the check and another to the connection: it is asked once."""
+    asked = []
+
+    async def lookup(self, host, port, **options):
+        asked.append(host)
+        return [(2, 1, 6, "", ("127.0.0.1" if len(asked) == 1 else "127.0.0.2", port))]
+
+    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", lookup)
+    body = asyncio.run(fetch.fetch(f"http://rebinding.example:{web}/host", 100))
+    assert body == f"rebinding.example:{web}".encode()
+    assert asked == ["rebinding.example"]
