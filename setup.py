@@ -38,6 +38,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
     "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=5", "python-multipart>=0.0.9"],
+    # The chart of `evaluate report`.
+    "evaluate": ["matplotlib>=3.8"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.

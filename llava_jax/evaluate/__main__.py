@@ -13,6 +13,7 @@ COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when 
     "questions scienceqa": ("llava_jax.evaluate.scienceqa_data", "problems to LLaVA JSON: training data and questions"),
     "score scienceqa": ("llava_jax.evaluate.scienceqa", "accuracy by subject, kind and grade"),
     "score scienceqa-ensemble": ("llava_jax.evaluate.ensemble", "the same of two models together, as in the paper"),
+    "report": ("llava_jax.evaluate.report", "runs side by side, with confidence intervals, pictures and answers"),
 }
 
 

@@ -4,14 +4,17 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import read_lines
+from llava_jax.evaluate.bench_outcomes import outcomes
+from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.reviews import FAILED, Review, read_reviews
+from llava_jax.evaluate.tables import aligned
 
 EPILOG = """examples:
   python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
@@ -85,13 +88,11 @@ def _combine(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return combined
 
 
-def check_complete(
-    files: dict[str, Sequence[Review]], questions: dict[str, str] | None, partial: bool
-) -> dict[str, int]:
-    """How many reviews each incomplete file lacks: of `questions` (ids and where they stand) or of those that others
-    have. Raises `UserError` for these unless `partial`, and for reviews of what is not asked."""
+def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str], partial: bool) -> dict[str, int]:
+    """How many reviews each incomplete file lacks: of `questions` or, without them, of those that other
+    files have. Raises `UserError` for these unless `partial`, and for reviews of what is not asked."""
     reviewed = {path: {review.question_id for review in reviews} for path, reviews in files.items()}
-    wanted = list(questions) if questions else list(dict.fromkeys(r.question_id for f in files.values() for r in f))
+    wanted = list(questions) or list(dict.fromkeys(r.question_id for f in files.values() for r in f))
     lacking = {}
     for path, found in reviewed.items():
         if unknown := found.difference(wanted):
@@ -105,15 +106,16 @@ def check_complete(
     return lacking
 
 
-def read_question_ids(path: str) -> dict[str, str]:
-    """The ids in a file of questions, and where each stands. Raises `UserError` for one that is there twice."""
-    ids: dict[str, str] = {}
-    for line in read_lines(path):
+def read_by_id(path: str | None) -> dict[str, Line]:
+    """The lines of a file of questions or answers by their ids, none without a file. Raises `UserError` for an id that
+    is there twice."""
+    lines: dict[str, Line] = {}
+    for line in read_lines(path) if path else ():
         ident = str(line.get("question_id"))
-        if ident in ids:
+        if ident in lines:
             raise UserError(f"{line.where}: question {ident} stands there for the second time")
-        ids[ident] = line.where
-    return ids
+        lines[ident] = line
+    return lines
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
@@ -123,14 +125,9 @@ def table(scores: dict[str, dict[str, Any]]) -> str:
     rows = [["", *columns]]
     for name, values in scores.items():
         rows.append([name, *(_cell(values[column]) for column in columns)])
-    first, *widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths, strict=True))])
-        for row in rows
-    ]
     more = [f"{name}: {value if isinstance(value, str | int) else _cell(value)}" for name, value in scores[ALL].items()
             if name not in (*columns, "std")]  # fmt: skip
-    return "\n".join([*lines, *more])
+    return "\n".join([aligned(rows), *more])
 
 
 def _cell(value: float | int | None) -> str:
@@ -142,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(set(args.reviews)) < len(args.reviews):
         raise UserError("--reviews: a file is given twice; repeats are files of their own")
     files = {path: read_reviews(path, args.partial, args.reparse, args.legacy) for path in args.reviews}
-    lacking = check_complete(files, read_question_ids(args.questions) if args.questions else None, args.partial)
+    questions = read_by_id(args.questions)
+    lacking = check_complete(files, questions, args.partial)
     scores = score_repeats(list(files.values()), args.legacy)
     if not scores[ALL]["n"]:
         raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
@@ -151,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("judge", "prompt_hash"):
         if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
             scores[ALL][name] = ", ".join(known)
+    if args.outcomes:
+        texts = (questions, read_by_id(args.answers), read_by_id(args.reference))
+        write_outcomes(args.outcomes, outcomes(list(files.values()), *texts))
     if args.json:
         print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
                           for name, values in scores.items()}))  # fmt: skip
@@ -173,6 +174,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
     add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")
+    add("--outcomes", metavar="F", help="write what came of each question, for `report`: DIR/NAME.outcomes.jsonl")
+    add("--answers", metavar="F", help="JSONL of the answers that were judged, to stand in the outcomes")
+    add("--reference", metavar="F", help="JSONL of the reference's, likewise")
     add("--json", action="store_true", help="print one object on one line")
     add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
     add("--reparse", action="store_true", help="read the scores from the texts again, not those that are stored")

@@ -23,6 +23,7 @@ class Review(NamedTuple):
     swapped: bool  # whether the model's answer was shown first
     judge: str | None  # the judge's model
     prompt_hash: str | None  # of the judge's instructions
+    content: str = ""  # what the judge wrote
 
 
 def parse_scores(content: str, exactly: bool = False) -> Scores | None:
@@ -78,10 +79,10 @@ def read_reviews(
 def _review(line: Line, reparse: bool, exactly: bool) -> Review:
     stored = None if reparse else line.value.get("tuple", line.value.get("score"))
     swapped = bool(line.value.get("swapped", False))
+    content = line.get("content", "text") if stored is None else line.value.get("content", line.value.get("text", ""))
+    if not isinstance(content, str):
+        raise UserError(f"{line.where}: question {line.get('question_id')}: its content is no text")
     if stored is None:
-        content = line.get("content", "text")
-        if not isinstance(content, str):
-            raise UserError(f"{line.where}: question {line.get('question_id')}: its content is no text")
         scores = parse_scores(content, exactly)
         scores = scores[::-1] if scores and swapped else scores
     elif isinstance(stored, list) and len(stored) == 2 and all(type(score) in (int, float) for score in stored):
@@ -95,4 +96,5 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
         swapped,
         line.value.get("judge"),
         line.value.get("prompt_hash"),
+        content,
     )

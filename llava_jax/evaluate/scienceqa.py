@@ -3,11 +3,12 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, is_lines, join, percent, plain_answers, read_answers, read_json
+from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
 EPILOG = """example:
   python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
@@ -57,6 +58,27 @@ def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
         columns[name] = percent(sum(outcomes), len(outcomes))
     correct = sum(outcome for _, outcome in right)
     return columns | {"correct": correct, "total": len(right), "failed": sum(i == FAILED for i, _ in pairs)}
+
+
+def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> Iterator[Outcome]:
+    """What came of each problem that was answered, to compare runs."""
+    for ident, problem in problems.items():
+        if ident not in answers:
+            continue
+        option, right = choice(answers[ident], problem), problem["answer"]
+        yield Outcome(
+            ident,
+            tuple(name for name, belongs in COLUMNS.items() if name != "Avg" and belongs(problem)),
+            score=float(option == right),
+            question="\n".join([problem.get("question", ""), *map(_labelled, OPTIONS, problem["choices"])]),
+            image=f"{ident}/{problem['image']}" if problem["image"] else "",
+            answer=str(answers[ident].value),
+            reference=_labelled(OPTIONS[right], problem["choices"][right]),
+        )
+
+
+def _labelled(letter: str, text: str) -> str:
+    return f"({letter}) {text}"
 
 
 def choice(answer: Answer, problem: Problem) -> int:
@@ -126,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
     if joined.missing:
         scores["missing"] = joined.missing
+    if args.outcomes:
+        write_outcomes(args.outcomes, outcomes(answers, problems))
     if args.json:
         print(json.dumps(scores))
         return
@@ -149,5 +173,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--split", default="test", metavar="NAME", help="test by default")
     add("--reextract", action="store_true", help="of a result JSON, read the texts again, not the stored indices")
     add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
+    add("--outcomes", metavar="F", help="write what came of each problem, for `report`: DIR/NAME.outcomes.jsonl")
     add("--json", action="store_true", help="print one object on one line")
     return parser.parse_args(argv)

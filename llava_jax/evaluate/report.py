@@ -1,0 +1,135 @@
+"""Compares runs side by side: a table with confidence intervals, a chart, a page of questions and answers.
+
+Each DIR has what `score ... --outcomes DIR/BENCHMARK.outcomes.jsonl` wrote about one checkpoint. Intervals (95%) are of
+the paired bootstrap: the same questions are drawn for all runs, so that differences are surer than each number alone.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.bootstrap import Interval
+from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
+from llava_jax.evaluate.outcomes import read_run
+from llava_jax.evaluate.report_chart import draw
+from llava_jax.evaluate.report_page import page
+from llava_jax.evaluate.tables import aligned
+from llava_jax.remote import is_remote, new_local, upload
+from llava_jax.whole_file import whole_file
+
+EPILOG = """examples:
+  python -m llava_jax.evaluate report runs/a runs/b
+  python -m llava_jax.evaluate report runs/a runs/b --output comparison --images images
+
+OUTPUT gets report.html (one file, with all pictures inside), chart.png, report.json and, for TensorBoard, a folder for
+each run, at the step that its DIR's name ends with."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    names = _names(args.runs)
+    cases = pair_up({name: read_run(path) for name, path in zip(names, args.runs, strict=True)}, args.partial)
+    rows, judged = compare_runs(cases, args.resamples, args.seed), judges(cases)
+    report = {
+        "runs": names,
+        "resamples": args.resamples,
+        "seed": args.seed,
+        "judges": judged,
+        "rows": [_json_row(row, names) for row in rows],
+    }
+    if args.output:
+        chart, output = draw(names, rows), epath.Path(args.output)
+        html = page(names, rows, cases, judged, chart, args.images, args.limit)
+        output.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "chart.png": chart,
+            "report.html": html.encode(),
+            "report.json": json.dumps(report).encode() + b"\n",
+        }
+        for name, content in contents.items():
+            with whole_file(output / name) as file:
+                file.write(content)
+        write_board(output, args.runs, names, rows)
+        print(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
+    print(json.dumps(report) if args.json else table(names, rows))
+
+
+def table(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The rows for people."""
+    head = ["benchmark", "category", "questions", *names, *(f"{name} more" for name in names[1:])]
+    lines = [head]
+    for row in rows:
+        cells = [_cell(interval, "") for interval in row.values] + [_cell(i, "+") for i in row.differences[1:]]
+        lines.append([row.benchmark, row.category, str(row.questions), *cells])
+    return aligned(lines, left=2)
+
+
+def _cell(interval: Interval | None, sign: str) -> str:
+    return "-" if interval is None else "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*interval, s=sign)
+
+
+def _json_row(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    def values(intervals: Sequence[Interval | None]) -> dict[str, Any]:
+        return {name: interval and interval._asdict() for name, interval in zip(names, intervals, strict=True)}
+
+    return {
+        "benchmark": row.benchmark,
+        "category": row.category,
+        "questions": row.questions,
+        "values": values(row.values),
+        "differences": values(row.differences),
+    }
+
+
+def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> None:
+    """The values for TensorBoard: a run's step is the number that its directory's name ends with, or 0."""
+    directory = new_local() if is_remote(output) else output
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        digits = re.search(r"\d+$", path.rstrip("/"))
+        with SummaryWriter(str(directory / "tensorboard" / re.sub(r"[^\w.-]+", "_", name))) as board:
+            for row in rows:
+                if row.values[number]:
+                    tag = f"{row.benchmark}/{row.category}"
+                    board.add_scalar(tag, row.values[number].value, int(digits[0]) if digits else 0)
+    if is_remote(output):
+        upload(directory, output)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """What to call the runs: the last part of each path, or the whole where these do not differ."""
+    short = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+    names = short if len(set(short)) == len(short) else [path.rstrip("/") for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(f"{', '.join(paths)}: a directory is given twice")
+    return names
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate report",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
+    add("--output", metavar="DIR", help="where the page, the chart and the rest go")
+    add("--images", metavar="DIR", help="the folder of the questions' pictures (default: a page without them)")
+    add(
+        "--limit", type=int, default=500, metavar="N", help="questions on the page, those that tell most (default: 500)"
+    )
+    add("--resamples", type=int, default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add("--partial", action="store_true", help="compare on the questions that all runs have")
+    add("--json", action="store_true", help="print one object on one line")
+    args = parser.parse_args(argv)
+    if args.limit < 0 or args.resamples < 2:
+        parser.error("--limit has to be 0 or more, --resamples 2 or more")
+    return args
