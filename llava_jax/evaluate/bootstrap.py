@@ -35,9 +35,9 @@ def compare(scores: np.ndarray, of: np.ndarray, resamples: int, seed: Sequence[i
     drawn = np.empty((runs, resamples))
     step = max(1, _AT_ONCE // count)
     for start in range(0, resamples, step):
-        times = rng.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start)).T.astype(float)
-        with np.errstate(invalid="ignore", divide="ignore"):  # questions of weight 0 alone may be drawn
-            drawn[:, start : start + step] = 100 * (scores @ times) / (of @ times)
+        questions = rng.integers(count, size=(min(step, resamples - start), count))
+        with np.errstate(invalid="ignore", divide="ignore"):  # of weight 0 may be all that are drawn
+            drawn[:, start : start + step] = 100 * scores[:, questions].sum(-1) / of[:, questions].sum(-1)
     totals = [100 * s / o if o else None for s, o in zip(scores.sum(1), of.sum(1), strict=True)]
     first = totals[0]
     return Compared(
