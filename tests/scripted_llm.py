@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from scripted_batches import ScriptedBatches
+
 
 def echo(body: dict[str, Any]) -> str:
     return f"You said: {body['messages'][-1]['content']}"
@@ -31,7 +33,7 @@ class Script:
     seed: int = 0
 
 
-FAULTS = ("error", "overload", "cut", "malformed", "empty", "slow", "no_usage", "wrong_usage")
+FAULTS = ("error", "overload", "cut", "malformed", "empty", "slow", "no_usage", "wrong_usage", "refused")
 SLOW = 1.0  # seconds that a slow answer takes longer
 
 
@@ -44,6 +46,7 @@ class ScriptedLLM:
         self.completions = 0
         self.times: list[float] = []  # of all requests, on the monotonic clock
         self.port = 0
+        self.batches = ScriptedBatches(self._batched)
 
     @property
     def url(self) -> str:
@@ -90,7 +93,8 @@ class ScriptedLLM:
         self.times.append(time.monotonic())
         if path == "/v1/chat/completions":
             return await self._chat(json.loads(body), writer)
-        self._send(writer, 404, error(f"no {method} {path}"))
+        status, content = self.batches.handle(method, path, body) or (404, error(f"no {method} {path}"))
+        self._send(writer, status, content)
         return True
 
     def _send(
@@ -116,6 +120,9 @@ class ScriptedLLM:
             case "overload":
                 self._send(writer, 429, error("overloaded"), {"Retry-After": "0.05"})
                 return True
+            case "refused":
+                self._send(writer, 400, error("this prompt is not taken"))
+                return True
             case "malformed":
                 self._send(writer, 200, b'{"choices": [{"message": {"content": "Quest')
                 return True
@@ -131,6 +138,15 @@ class ScriptedLLM:
             return False
         self._send(writer, 200, completion)
         return True
+
+    def _batched(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and body of a request in a batch."""
+        match fault := self._fault():
+            case "error":
+                return 500, error("the server had an error")
+            case "refused":
+                return 400, error("this prompt is not taken")
+        return 200, self._completion(body, fault)
 
     def _fault(self) -> str | None:
         dice = self.random.random()

@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.datagen import contexts
+from llava_jax.datagen.batch import run_batches
 from llava_jax.datagen.estimate import estimate_lines
 from llava_jax.datagen.load import load
 from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
@@ -84,11 +85,17 @@ def generate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dic
         Prices(*args.prices),
         timeout=args.timeout,
     )
-    budget = Budget(args.budget, ledger.totals().cost)
-    pending = contexts.read(ledger.db, args.limit, PENDING)
+    if ledger.open_batches() and not args.batch:
+        raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
     caught = 0
     try:
-        caught = run(settings, ledger, budget, recipe, pending, contexts.count(ledger.db, args.limit, PENDING))
+        if args.batch:
+            pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
+            run_batches(settings, ledger, args.budget, recipe, pending, args.poll)
+        else:
+            pending = contexts.read(ledger.db, args.limit, PENDING)
+            count = contexts.count(ledger.db, args.limit, PENDING)
+            caught = run(settings, ledger, Budget(args.budget, ledger.totals().cost), recipe, pending, count)
     finally:
         counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
         tell(counts, ledger, Path(args.output))
@@ -160,6 +167,8 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--concurrency", type=_positive, default=64, metavar="N", help="requests at a time (default: %(default)s)")
     add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--batch", action="store_true", help="use the batch API: cheaper, and answers come within a day")
+    add("--poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at batches (default: 60)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
 
     add = parser.add_argument_group("what is asked, what is taken").add_argument

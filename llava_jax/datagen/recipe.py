@@ -65,6 +65,11 @@ def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Re
     return Request(context.id, len(answers), messages)
 
 
+def give_up(recipe: Recipe, context: Context, answers: Sequence[Answer], reason: str, detail: str) -> Verdict:
+    """The verdict where no more answers can be had; those there are were no good."""
+    return Verdict(reason, detail, attempts=tuple(judge(recipe, context, answer).reason for answer in answers))
+
+
 def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
     """The turns of an answer, or what is wrong with it."""
     if answer.finish_reason == "content_filter":

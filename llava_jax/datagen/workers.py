@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from llava_jax.cli import track
 from llava_jax.datagen.contexts import Context
-from llava_jax.datagen.recipe import Recipe, Verdict, next_step
+from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
 from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget
 from llava_jax.llm_api.ledger import Ledger
@@ -47,7 +47,7 @@ async def _talk(recipe: Recipe, context: Context, client: Client) -> Verdict:
         try:
             answers.append(await client.ask(step))
         except Refused as refused:
-            return Verdict(refused.reason, refused.detail)
+            return give_up(recipe, context, answers, refused.reason, refused.detail)
     return step
 
 

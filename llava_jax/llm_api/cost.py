@@ -41,6 +41,13 @@ class BudgetSpent(UserError):
     """The next request might cost more than is left."""
 
 
+def budget_spent(spent: float, limit: float, needed: float) -> BudgetSpent:
+    return BudgetSpent(
+        f"${spent:.4f} of the budget of ${limit:.4f} are spent, and the next request may cost ${needed:.4f}: "
+        "the same command with a larger budget goes on"
+    )
+
+
 class Budget:
     """Dollars that may be spent, None for any. What a request may cost is reserved before it is sent."""
 
@@ -56,10 +63,7 @@ class Budget:
         async with self._settled:
             while not self.allows(dollars):
                 if not self.reserved:
-                    raise BudgetSpent(
-                        f"${self.spent:.4f} of the budget of ${self.limit:.4f} are spent, and the next request may "
-                        f"cost ${dollars:.4f}: the same command with a larger budget goes on"
-                    )
+                    raise budget_spent(self.spent, self.limit, dollars)
                 await self._settled.wait()
             self.reserved += dollars
 

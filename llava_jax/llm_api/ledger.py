@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS requests (
   prompt_hash TEXT NOT NULL,       -- SHA-256 of the messages
   model TEXT NOT NULL,
   parameters TEXT NOT NULL,        -- JSON
-  state TEXT NOT NULL,             -- sent, answered, failed, lost (the process died)
+  state TEXT NOT NULL,             -- sent, batched, answered, failed, unsent (by its batch), lost (the process died)
   sent REAL NOT NULL,              -- seconds since 1970
   finished REAL,
   prompt_tokens INTEGER,           -- estimated until an answer tells
@@ -37,11 +37,20 @@ CREATE TABLE IF NOT EXISTS requests (
   answer TEXT,
   finish_reason TEXT,
   verdict TEXT,                    -- accepted, or why the answer was no good
-  error TEXT
+  error TEXT,
+  batch INTEGER                    -- that it is sent in
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON requests (task, attempt) WHERE state = 'answered';
 CREATE INDEX IF NOT EXISTS of_task ON requests (task, attempt);
 CREATE INDEX IF NOT EXISTS under_way ON requests (state) WHERE state = 'sent';
+CREATE INDEX IF NOT EXISTS of_batch ON requests (batch) WHERE state = 'batched';
+CREATE TABLE IF NOT EXISTS batches (
+  number INTEGER PRIMARY KEY,
+  name TEXT NOT NULL,              -- in the server's metadata, by which a batch is found whose id was not noted
+  made REAL NOT NULL,              -- seconds since 1970, before anything is sent
+  id TEXT,                         -- the server's
+  done INTEGER NOT NULL DEFAULT 0
+);
 CREATE TABLE IF NOT EXISTS results (
   task TEXT PRIMARY KEY,
   verdict TEXT NOT NULL,           -- accepted, or the reason of the rejection
@@ -71,6 +80,15 @@ class Answer(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     usage: str = "reported"
+
+
+class Batch(NamedTuple):
+    """Requests that are sent together; `id` is the server's, None as long as it is not known."""
+
+    number: int
+    name: str
+    made: float
+    id: str | None
 
 
 class Totals(NamedTuple):
@@ -103,6 +121,10 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
+        """All or nothing of what is written within; one inside another is part of it."""
+        if self.db.in_transaction:
+            yield
+            return
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -126,13 +148,14 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    def begin(self, request: Request, reserved: float) -> int:
+    def begin(self, request: Request, reserved: float, batch: int | None = None) -> int:
         """Notes that a request is about to be sent, which costs `reserved` at most. Returns its row."""
         return self.db.execute(
-            "INSERT INTO requests (task, attempt, prompt_hash, model, parameters, state, sent, prompt_tokens, cost)"
-            " VALUES (?, ?, ?, ?, ?, 'sent', ?, ?, ?)",
-            [request.task, request.attempt, request.prompt_hash, self.model, self.parameters, time.time(),
-             estimate_tokens(request.messages), reserved],
+            "INSERT INTO requests"
+            " (task, attempt, prompt_hash, model, parameters, state, sent, prompt_tokens, cost, batch)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [request.task, request.attempt, request.prompt_hash, self.model, self.parameters,
+             "sent" if batch is None else "batched", time.time(), estimate_tokens(request.messages), reserved, batch],
         ).lastrowid  # fmt: skip
 
     def answered(self, row: int, answer: Answer, cost: float) -> None:
@@ -159,6 +182,11 @@ class Ledger:
             raise UserError(f"{self.path}: {request.task} was asked with another prompt; choose another directory")
         return Answer(*row[1:]) if row else None
 
+    def failures(self, request: Request) -> int:
+        """How often the request has failed."""
+        query = "SELECT COUNT(*) FROM requests WHERE task = ? AND attempt = ? AND state = 'failed'"
+        return self.db.execute(query, [request.task, request.attempt]).fetchone()[0]
+
     def totals(self) -> Totals:
         query = "SELECT COUNT(*), TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cost) FROM requests"
         requests, prompt, completion, cost = self.db.execute(query).fetchone()
@@ -170,6 +198,33 @@ class Ledger:
     def answer_tokens(self) -> float | None:
         """Tokens of an answer on average, None where there is none."""
         return self.db.execute("SELECT AVG(completion_tokens) FROM requests WHERE state = 'answered'").fetchone()[0]
+
+    # -------------------------------------------------------------------------------------------------- batches
+
+    def add_batch(self, name: str) -> int:
+        """Notes that a batch is about to be made. Returns its number."""
+        return self.db.execute("INSERT INTO batches (name, made) VALUES (?, ?)", [name, time.time()]).lastrowid
+
+    def note_batch(self, number: int, id: str) -> None:
+        self.db.execute("UPDATE batches SET id = ? WHERE number = ?", [id, number])
+
+    def open_batches(self) -> list[Batch]:
+        """Those whose answers are not here."""
+        return [Batch(*row) for row in self.db.execute("SELECT number, name, made, id FROM batches WHERE NOT done")]
+
+    def batched(self, number: int) -> list[tuple[int, str]]:
+        """Row and task of the requests in a batch that have no answer."""
+        query = "SELECT id, task FROM requests WHERE batch = ? AND state = 'batched' ORDER BY id"
+        return self.db.execute(query, [number]).fetchall()
+
+    def close_batch(self, number: int, why: str) -> None:
+        """No more answers will come: what has none was as good as never sent."""
+        self.db.execute("UPDATE batches SET done = 1 WHERE number = ?", [number])
+        self.db.execute(
+            "UPDATE requests SET state = 'unsent', finished = ?, error = ?, cost = 0"
+            " WHERE batch = ? AND state = 'batched'",
+            [time.time(), why, number],
+        )
 
     # -------------------------------------------------------------------------------------------------- results
 

@@ -1,0 +1,61 @@
+"""Carries requests through the batch API: rounds of all that are next, until every context has its verdict."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+
+from llava_jax.cli import track
+from llava_jax.datagen import contexts
+from llava_jax.datagen.contexts import Context
+from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
+from llava_jax.llm_api.batches import TRIES, Batches
+from llava_jax.llm_api.client import Settings
+from llava_jax.llm_api.ledger import Answer, Ledger, Request
+
+
+def run_batches(
+    settings: Settings,
+    ledger: Ledger,
+    budget: float | None,
+    recipe: Recipe,
+    pending: Callable[[], Iterator[Context]],
+    poll: float,
+) -> None:
+    """Asks about all `pending` contexts, which are read anew in each round. May be interrupted anywhere."""
+
+    def request_of(task: str) -> Request:
+        step, _ = _next(recipe, ledger, contexts.get(ledger.db, task))
+        return step
+
+    async def rounds() -> None:
+        async with Batches(settings, ledger, budget, request_of, poll) as batches:
+            refused = await batches.collect()  # of an earlier run
+            while held := batches.make(_requests(recipe, ledger, pending(), refused)):
+                print(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
+                refused = await batches.collect()
+
+    asyncio.run(rounds())
+
+
+def _requests(recipe: Recipe, ledger: Ledger, pending: Iterator[Context], refused: dict[str, str]) -> Iterator[Request]:
+    """The next request about each context; those that have come to their end are concluded instead."""
+    for context in track(pending, "reading answers"):
+        step, answers = _next(recipe, ledger, context)
+        if isinstance(step, Request) and context.id in refused:
+            step = give_up(recipe, context, answers, "refused-by-server", refused[context.id])
+        elif isinstance(step, Request) and ledger.failures(step) >= TRIES:
+            step = give_up(recipe, context, answers, "server-error", f"{TRIES} tries failed")
+        if isinstance(step, Request):
+            yield step
+        else:
+            ledger.conclude(context.id, step.reason, step.value, step.attempts)
+
+
+def _next(recipe: Recipe, ledger: Ledger, context: Context) -> tuple[Request | Verdict, list[Answer]]:
+    """What comes next after the answers in the ledger, and these."""
+    answers: list[Answer] = []
+    while isinstance(step := next_step(recipe, context, answers), Request):
+        if (answer := ledger.answer(step)) is None:
+            break
+        answers.append(answer)
+    return step, answers

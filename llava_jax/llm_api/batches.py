@@ -1,0 +1,209 @@
+"""The batch API: requests go up in files, and within a day the answers come down in files, at half the price or so.
+
+Rows of the ledger and the name of a batch are written before anything is sent. A process that dies between sending and
+noting the server's id leaves a batch that the next one finds among the server's by its name.
+"""
+
+import asyncio
+import json
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
+
+import openai
+
+from llava_jax.cli import UserError
+from llava_jax.llm_api.client import HOPELESS, PASSING, NoAnswer, Settings, api, backoff, read_completion
+from llava_jax.llm_api.cost import budget_spent, most_tokens
+from llava_jax.llm_api.ledger import Batch, Ledger, Request
+
+MOST_REQUESTS, MOST_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI takes 50,000 and 200 MB
+ENDED = ("completed", "failed", "expired", "cancelled")
+NAME = "llava_jax"  # of the metadata that hold a batch's name
+CLOCKS = 3600.0  # seconds that a server's clock may be behind ours
+TRIES = 5  # of whatever fails on the way
+
+
+class Batches:
+    """Sends requests in batches and notes their answers in the ledger.
+
+    `request_of` gives the request of a task that is next: the one that is in a batch, as long as it has no answer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        budget: float | None,
+        request_of: Callable[[str], Request],
+        poll: float = 60.0,
+    ):
+        self.settings, self.ledger, self.budget, self.poll = settings, ledger, budget, poll
+        self.request_of = request_of
+        self.api = api(settings).with_options(max_retries=TRIES)
+
+    async def __aenter__(self) -> "Batches":
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.api.close()
+
+    def make(self, requests: Iterable[Request]) -> int:
+        """Notes as many batches as the requests need, and the budget allows. Returns how many requests they hold.
+
+        Raises `BudgetSpent` where it does not allow one.
+        """
+        spent, held, count, size = self.ledger.totals().cost, 0, MOST_REQUESTS, 0
+        unpaid = None
+        with self.ledger.transaction():
+            for request in requests:
+                worst = self.worst_cost(request)
+                if self.budget is not None and spent + worst > self.budget:
+                    unpaid = worst
+                    break
+                length = len(self._line(0, request)) + 20
+                if count == MOST_REQUESTS or size + length > MOST_BYTES:
+                    number, count, size = self.ledger.add_batch(secrets.token_hex(16)), 0, 0
+                self.ledger.begin(request, worst, number)
+                spent, held, count, size = spent + worst, held + 1, count + 1, size + length
+        if unpaid is not None and not held:
+            raise budget_spent(spent, self.budget, unpaid)
+        return held
+
+    def worst_cost(self, request: Request) -> float:
+        return self.settings.prices.cost(most_tokens(request.messages), self.settings.most_completion_tokens)
+
+    async def collect(self) -> dict[str, str]:
+        """Sends the batches that were not sent yet, and waits until the answers of all are in the ledger.
+
+        Returns:
+          The tasks whose requests the server refuses for good, while it answers others, and why.
+
+        Raises:
+          UserError: where the server takes none.
+        """
+        refused: dict[str, str] = {}
+        for batch in self.ledger.open_batches():
+            if batch.id is None:
+                self.ledger.note_batch(batch.number, await self._send(batch))
+        while batches := self.ledger.open_batches():
+            for batch in batches:
+                refused |= await self._collect(batch)
+            if self.ledger.open_batches():
+                await asyncio.sleep(self.poll)
+        if refused and not self.ledger.answer_count():
+            raise UserError(f"{self.api.base_url}: {next(iter(refused.values()))}")
+        return refused
+
+    # ------------------------------------------------------------------------------------------------------ sending
+
+    async def _send(self, batch: Batch) -> str:
+        """The server's id of a batch, which it gets if it has none. A try that brought nothing may have made it."""
+        failures = 0
+        while True:
+            try:
+                return await self._find(batch) or await self._create(batch)
+            except openai.APIError as error:
+                failures += 1
+                if failures == TRIES or getattr(error, "status_code", 500) in (*HOPELESS, 400):
+                    raise self._error(error) from error
+                await asyncio.sleep(backoff(failures))
+
+    async def _find(self, batch: Batch) -> str | None:
+        async for found in self.api.batches.list(limit=100):
+            if (found.metadata or {}).get(NAME) == batch.name:
+                return found.id
+            if found.created_at < batch.made - CLOCKS:  # the newest come first
+                break
+        return None
+
+    async def _create(self, batch: Batch) -> str:
+        with tempfile.TemporaryFile() as file:
+            for row, task in self.ledger.batched(batch.number):
+                file.write(self._line(row, self.request_of(task)))
+            file.seek(0)
+            uploaded = await self.api.files.create(file=(f"{batch.name}.jsonl", file), purpose="batch")
+        made = await self.api.with_options(max_retries=0).batches.create(
+            input_file_id=uploaded.id,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={NAME: batch.name},
+        )
+        return made.id
+
+    def _line(self, row: int, request: Request) -> bytes:
+        body = {"model": self.settings.model, "messages": request.messages, **self.settings.body}
+        line = {"custom_id": str(row), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        return json.dumps(line).encode() + b"\n"
+
+    # --------------------------------------------------------------------------------------------------- collecting
+
+    async def _collect(self, batch: Batch) -> dict[str, str]:
+        """Notes all answers of a batch, in one transaction, if it has come to its end. Returns what is refused."""
+        try:
+            state = await self.api.batches.retrieve(batch.id)
+            if state.status not in ENDED:
+                return {}
+            with tempfile.TemporaryFile() as file:
+                for id in filter(None, (state.output_file_id, state.error_file_id)):
+                    await self._download(id, file)
+                file.seek(0)
+                refused = self._note(batch, file, state.status)
+        except openai.APIError as error:
+            raise self._error(error) from error
+        if state.status in ("failed", "cancelled"):
+            errors = "; ".join(f"{error.message}" for error in (state.errors and state.errors.data) or ())
+            raise UserError(
+                f"{self.api.base_url}: batch {batch.id} {state.status} ({errors or 'no reason is given'}); "
+                "the same command makes another"
+            )
+        return refused
+
+    async def _download(self, id: str, file: IO[bytes]) -> None:
+        async with self.api.files.with_streaming_response.content(id) as response:
+            async for part in response.iter_bytes():
+                file.write(part)
+        file.write(b"\n")
+
+    def _note(self, batch: Batch, lines: Iterable[bytes], status: str) -> dict[str, str]:
+        refused = {}
+        tasks = dict(self.ledger.batched(batch.number))
+        with self.ledger.transaction():
+            for row, response in _responses(lines):
+                if task := tasks.pop(row, None):
+                    why = self._note_response(row, self.request_of(task), response)
+                    refused |= {task: why} if why else {}
+            self.ledger.close_batch(batch.number, f"batch {status} without it")
+        return refused
+
+    def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> str | None:
+        """Returns why the request is refused for good, if it is."""
+        status = response.get("status_code")
+        if status != 200:
+            error = f"status {status}: {json.dumps(response.get('body'))[:300]}"
+            self.ledger.failed(row, error, 0.0)
+            passing = type(status) is not int or status >= 500 or status in (429, *PASSING)
+            return None if passing else error
+        try:
+            answer = read_completion(response.get("body"), request.messages, self.settings.most_completion_tokens)
+        except NoAnswer as error:
+            self.ledger.failed(row, str(error), self.worst_cost(request))
+            return None
+        self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
+        return None
+
+    def _error(self, error: openai.APIError) -> UserError:
+        return UserError(f"{self.api.base_url}: {' '.join(error.message.split())}; the same command goes on")
+
+
+def _responses(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row and response of each line; what is none counts as not answered."""
+    for line in lines:
+        try:
+            value = json.loads(line)
+            row, response = int(value["custom_id"]), value.get("response") or {"body": value.get("error")}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            continue
+        if isinstance(response, dict):
+            yield row, response
