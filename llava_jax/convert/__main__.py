@@ -1,8 +1,9 @@
-"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export`."""
+"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify`."""
 
 import argparse
 
 from llava_jax.cli import run
+from llava_jax.convert import verify
 from llava_jax.convert.export import DTYPES, export
 from llava_jax.convert.found import Options
 from llava_jax.convert.import_weights import import_backbones, import_llava
@@ -12,12 +13,13 @@ EXAMPLE = """examples:
   python -m llava_jax.convert import --llava llava-1.5-7b-hf --output checkpoints/llava
   python -m llava_jax.convert import --llava llava-v1.5-7b-lora --base vicuna-7b --vision clip-vit-large-patch14-336 \\
     --output checkpoints/llava
-  python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf"""
+  python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
+  python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf"""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     args = _parser().parse_args(argv)
-    args.function(args)
+    return args.function(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,9 +29,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="import|export")
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify")
     _add_import(commands)
     _add_export(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -102,6 +105,28 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _export(args: argparse.Namespace) -> None:
     export(args.checkpoint, args.output, args.dtype)
     print(f"{args.output}: load it with LlavaForConditionalGeneration and AutoProcessor of transformers")
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compares a checkpoint with a Hugging Face directory of it",
+        description=f"{verify.__doc__} Exits with 1 where anything differs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
+    add("--hf", metavar="DIR", required=True, help="what it was exported to, or imported from")
+    parser.set_defaults(function=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    equal = True
+    for finding in verify.verify(args.checkpoint, args.hf):
+        print(finding, flush=True)
+        equal = equal and finding.equal is not False
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

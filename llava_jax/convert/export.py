@@ -110,10 +110,11 @@ def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, sha
     if tensor.shape != shape:
         mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
         tensor = np.concatenate([tensor, np.repeat(mean, shape[0] - len(tensor), axis=0)])
-    return _cast(tensor, dtype, entry.name)
+    return cast(tensor, dtype, entry.name)
 
 
-def _cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The tensor in another type. Raises UserError where a number is beyond that."""
     if tensor.dtype == dtype:
         return tensor
     with np.errstate(over="ignore"):

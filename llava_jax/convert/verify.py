@@ -1,0 +1,251 @@
+"""Compares a checkpoint with a Hugging Face directory of it: tensors, configuration and, with torch installed, what
+both compute and say.
+
+Tensors are compared one by one in the types of the directory, bit for bit. Logits, ids and answers need both models in
+float32 at once; where the memory at hand is less, they are left out, and the report says so.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from llava_jax.checkpoint import Checkpoint, open_checkpoint
+from llava_jax.cli import UserError, track
+from llava_jax.convert.export import cast
+from llava_jax.convert.found import Found, Options
+from llava_jax.convert.import_hf import find_llava
+from llava_jax.convert.import_original import is_original
+from llava_jax.convert.layouts import entries_of
+from llava_jax.convert.names import Entry, to_hf_tensor
+from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.tensors import read_json
+from llava_jax.data.conversation import IMAGE_TOKEN, get_template
+from llava_jax.data.detokenization import AnswerStream
+from llava_jax.data.prompts import Prompt
+from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, build
+
+SHOWN = 5  # differing tensors that are named
+TOLERANCE = 1e-4  # of the largest logit
+PROMPT, ANSWER = 500, 16  # tokens: short prompts show no mistakes of positions
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8))
+QUESTIONS = ("What is shown here?", "Describe the picture.\nBe brief: one sentence, two at most.", "C'est quoi, ça? 🙂")
+
+
+class Finding(NamedTuple):
+    """One line of the report; `equal` is None for what was not compared and for what does not decide."""
+
+    what: str
+    equal: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.what:<11}{ {True: 'equal', False: 'DIFFER', None: 'note'}[self.equal]:<7} {self.detail}"
+
+
+def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
+    """Compares part after part. Raises UserError where one of both is not whole."""
+    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint.check()
+    hf = Path(directory)
+    if is_original(read_json(hf / "config.json")):
+        raise UserError(f"{hf}: a LLaVA in the original's layout; what can be verified is one of transformers")
+    found = find_llava(hf, Options(aspect=checkpoint.config.image_aspect))
+    yield compare_config(checkpoint, found)
+    yield compare_tensors(checkpoint, found)
+    reason = _cannot_run(checkpoint)
+    if reason:
+        yield Finding("computed", None, f"logits, ids and answers were not compared: {reason}")
+    else:
+        yield from compare_computed(checkpoint, hf)
+
+
+def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
+    """Every field, but for rows of the vocabulary that an export adds."""
+    ours, theirs = (_flat(dataclasses.asdict(config)) for config in (checkpoint.config, found.config))
+    rows = ours.pop("text.vocab_size"), theirs.pop("text.vocab_size")
+    wrong = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    if rows[1] < rows[0]:
+        wrong.append(f"the vocabulary has {rows[0]} rows, there {rows[1]}")
+    added = f"; {rows[1] - rows[0]} more rows there, for tokens that have none" if rows[1] > rows[0] else ""
+    return Finding("config", not wrong, "; ".join(wrong) or f"{len(ours)} fields{added}")
+
+
+def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
+    """Bit for bit, each tensor cast to the type that it has in the directory."""
+    places = [
+        (part, entry, layer, leaf)
+        for part, entries in entries_of(checkpoint.config).items()
+        for entry in entries
+        for layer, leaf in enumerate(entry.leaves())
+    ]
+
+    def difference(place: tuple[str, Entry, int, str]) -> float:
+        part, entry, layer, leaf = place
+        theirs = found.sources[part].get(part, leaf)
+        ours = to_hf_tensor(entry, checkpoint.read(entry.name, None if entry.layers is None else layer))
+        ours, theirs = cast(ours, theirs.dtype, entry.name), theirs[: len(ours)]  # an export may have more rows
+        if ours.shape != theirs.shape:
+            return np.inf
+        bits = f"u{ours.itemsize}"
+        if np.array_equal(ours.view(bits), theirs.view(bits)):
+            return 0.0
+        return float(np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()) or np.finfo(np.float32).tiny
+
+    reads = [lambda place=place: difference(place) for place in places]
+    apart = {}
+    for (_, _, _, leaf), value in zip(places, track(read_ahead(reads), "comparing tensors", len(places)), strict=True):
+        if value != 0:  # NaN too
+            apart[leaf] = value
+    worst = sorted(apart, key=apart.get, reverse=True)[:SHOWN]
+    named = ", ".join(f"{leaf} by {apart[leaf]:.3g}" for leaf in worst)
+    return Finding("tensors", not apart, f"{len(apart)} of {len(places)}: {named}" if apart else f"{len(places)}")
+
+
+def _cannot_run(checkpoint: Checkpoint) -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    needed = 2.5 * 4 * sum(leaf.size for leaf in checkpoint.abstract().values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        return f"both models in float32 take {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
+    return None
+
+
+def compare_computed(checkpoint: Checkpoint, directory: Path) -> Iterator[Finding]:
+    """What both models make of the same ids, and which ids the processor makes of the same words."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model, loading = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+    wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]
+    yield Finding("loading", not wrong, "; ".join(wrong) or "no key is missing or left over in transformers")
+    dtype, model = str(model.dtype).removeprefix("torch."), model.float().eval()
+    params = {name: value.astype(dtype).astype(jnp.float32) for name, value in checkpoint.load().items()}
+    generator = Generator(
+        build(checkpoint.config, params), load_tokenizer(checkpoint.tokenizer_dir), get_template(checkpoint.template)
+    )
+    both = Both(generator, params, model, AutoProcessor.from_pretrained(directory))
+    yield compare_logits(both)
+    yield compare_ids(both)
+    yield compare_answers(both)
+
+
+class Both(NamedTuple):
+    """A model here and in transformers, both in float32."""
+
+    generator: Generator
+    params: Params
+    model: Any  # LlavaForConditionalGeneration
+    processor: Any
+
+    def request(self, question: str) -> Request:
+        return Request([("user", f"{IMAGE_TOKEN}\n{question}")], [PICTURE])
+
+    def inputs(self, prompt: Prompt) -> dict[str, Any]:
+        """Our ids and pixels as transformers takes them."""
+        import torch
+
+        config, image = self.generator.config, prompt.image_feature_index >= 0
+        ids = np.where(image, self.model.config.image_token_id, prompt.tokens)
+        pixels = (self.generator._read(PICTURE) / 255 - config.image_mean) / config.image_std
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
+            "pixel_values": torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1)[None].copy()),
+        }
+
+
+def compare_logits(both: Both) -> Finding:
+    """Of all positions of a prompt with a picture."""
+    import torch
+
+    generator = both.generator
+    longest = min(PROMPT, generator.config.text.max_position_embeddings)
+    prompt = generator._encode(both.request("a b c d e f g h " * PROMPT))
+    prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
+    with torch.no_grad():
+        theirs = both.model(**both.inputs(prompt)).logits[0].numpy()
+    ours = np.asarray(
+        _logits(generator.config, both.params, prompt.tokens, prompt.image_feature_index, generator._read(PICTURE))
+    )
+    theirs = theirs[:, : ours.shape[-1]]  # an export may have more rows
+    apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    return Finding(
+        "logits",
+        apart <= TOLERANCE * largest,
+        f"within {apart:.2g} of up to {largest:.3g}, {len(prompt.tokens)} tokens, float32",
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    config: LlavaConfig, params: Params, tokens_T: jax.Array, index_T: jax.Array, pixels_HWC: jax.Array
+) -> jax.Array:
+    model, length = build(config, params), len(tokens_T)
+    batch = {
+        "tokens": tokens_T[None],
+        "image_feature_index": index_T[None],
+        "images": pixels_HWC[None, None],
+        "positions": jnp.arange(length)[None],
+        "segment_ids": jnp.ones((1, length), jnp.int32),
+    }
+    return model.llm.logits(model(batch))[0]
+
+
+def compare_ids(both: Both) -> Finding:
+    """Of prompts by the chat template of the directory; where they differ, models still agree on equal ids."""
+    wrong = []
+    for question in QUESTIONS:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = both.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        theirs = both.processor(images=PICTURE, text=text, return_tensors="pt")
+        ours = both.inputs(both.generator._encode(both.request(question)))
+        wrong += [
+            f"{name} of {question!r}"
+            for name in ("input_ids", "pixel_values")
+            if ours[name].shape != theirs[name].shape or not np.allclose(ours[name], theirs[name], rtol=0, atol=1e-6)
+        ]
+    known = " (one id fewer after a picture is known of SentencePiece, see docs/weights.md)"
+    return Finding(
+        "processor",
+        None if wrong else True,
+        f"its {', '.join(wrong)} are others{known}" if wrong else f"ids and pixels of {len(QUESTIONS)} prompts",
+    )
+
+
+def compare_answers(both: Both) -> Finding:
+    """Greedy, from equal ids."""
+    import torch
+
+    generator, wrong = both.generator, []
+    for question in QUESTIONS:
+        request = both.request(question)
+        inputs = both.inputs(generator._encode(request))
+        with torch.no_grad():
+            output = both.model.generate(
+                **inputs, max_new_tokens=ANSWER, do_sample=False, eos_token_id=generator.stop_ids
+            )
+        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        stream = AnswerStream(generator.tokenizer, generator.stop_ids, generator.stop_strings)
+        theirs = "".join([stream.push(token) for token in ids] + [stream.close()])
+        (ours,) = generator.answer([request], Sampling(max_new_tokens=ANSWER))
+        wrong += [f"{ours!r}, there {theirs!r}"] if ours != theirs else []
+    return Finding("answers", not wrong, "; ".join(wrong) or f"{len(QUESTIONS)} of up to {ANSWER} tokens, greedy")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
