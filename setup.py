@@ -85,7 +85,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={"llava_jax.datagen": ["prompt_files/*/*.txt"]},
+    package_data={"llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

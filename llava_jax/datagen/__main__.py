@@ -11,6 +11,7 @@ COMMANDS = {  # name: module and function, called with what follows; what it doe
     "reasoning": ("llava_jax.datagen.generate:reasoning", "... questions that take thought, and their answers"),
     "captions": ("llava_jax.datagen.captions:main", "captions to the samples of stage 1: an instruction for each"),
     "filter": ("llava_jax.datagen.filter:main", "chooses captions so that concepts are balanced, as 595K of CC3M were"),
+    "report": ("llava_jax.datagen.report:main", "the quality of any LLaVA JSON as an HTML page with its pictures"),
 }
 
 

@@ -2,6 +2,7 @@
 
 The same command goes on where it was interrupted: answers are in DIR/ledger.sqlite and none is paid for twice. At the
 end, and when it is stopped, DIR/llava.json has the samples and DIR/rejects.jsonl the contexts that gave none, and why.
+DIR/report.html, at the end, shows both with their pictures, and what can be counted of their quality.
 Any server with an OpenAI-compatible API will do; its key comes from OPENAI_API_KEY.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError
+from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
 from llava_jax.datagen.batch import run_batches
 from llava_jax.datagen.estimate import estimate_lines
@@ -21,13 +23,14 @@ from llava_jax.datagen.load import load
 from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
 from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.recipe import KINDS, Recipe, next_step
+from llava_jax.datagen.report import read_rejects, write_report
 from llava_jax.datagen.workers import run
 from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.cost import Budget, Prices
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 from llava_jax.remote import is_remote
 
-LEDGER = "ledger.sqlite"
+LEDGER, REPORT = "ledger.sqlite", "report.html"
 PENDING = "id NOT IN (SELECT task FROM results)"
 SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as the authors did it
 EPILOG = """examples:
@@ -99,7 +102,17 @@ def generate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dic
     finally:
         counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
         tell(counts, ledger, Path(args.output))
-    return 128 + caught if caught else 0
+    if caught:
+        return 128 + caught
+    report(recipe.kind, counts, ledger, args)
+    return 0
+
+
+def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) -> None:
+    directory = Path(args.output)
+    samples = LlavaJson(directory / SAMPLES) if counts.verdicts.get(ACCEPTED) else ()
+    rejects = read_rejects(str(directory / REJECTS))
+    write_report(directory / REPORT, samples, args.images, ledger, rejects, kind, title=f"{kind}: {directory}")
 
 
 def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:

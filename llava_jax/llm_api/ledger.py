@@ -187,6 +187,12 @@ class Ledger:
         query = "SELECT COUNT(*) FROM requests WHERE task = ? AND attempt = ? AND state = 'failed'"
         return self.db.execute(query, [request.task, request.attempt]).fetchone()[0]
 
+    def last_answer(self, task: str) -> str | None:
+        """The text of the last answer to a task, if there is one."""
+        query = "SELECT answer FROM requests WHERE task = ? AND state = 'answered' ORDER BY attempt DESC LIMIT 1"
+        row = self.db.execute(query, [task]).fetchone()
+        return row[0] if row else None
+
     def totals(self) -> Totals:
         query = "SELECT COUNT(*), TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cost) FROM requests"
         requests, prompt, completion, cost = self.db.execute(query).fetchone()

@@ -1,0 +1,141 @@
+"""The quality of instruction data as one HTML page: lengths, turns, kinds of questions, their first words, objects that
+boxes have and answers name, objects that no box or caption has, and a browser of samples with their pictures.
+
+It opens from a file and needs nothing else. Of any number of samples it shows --shown, with small pictures.
+"""
+
+import argparse
+import collections
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_jax.cli import UserError, track
+from llava_jax.data.records import local_data, scan
+from llava_jax.data.sources import LlavaJson, Sample, record_value
+from llava_jax.datagen import contexts
+from llava_jax.datagen.load import load
+from llava_jax.datagen.objects import Finder
+from llava_jax.datagen.report_page import page
+from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, choose
+from llava_jax.datagen.statistics import Facts, Statistics, categories_of
+from llava_jax.llm_api.ledger import Ledger
+from llava_jax.remote import new_local
+from llava_jax.whole_file import whole_file
+
+EPILOG = """example:
+  python -m llava_jax.datagen report --json llava_instruct_158k.json --images train2017 \\
+      --captions captions_train2017.json --instances instances_train2017.json --output report.html
+"""
+SHOWN = 300  # samples in the browser
+
+
+def write_report(
+    output: str | Path,
+    samples: Sequence[Sample],
+    images: str,
+    ledger: Ledger | None = None,
+    rejects: Iterable[dict[str, Any]] = (),
+    kind: str | None = None,
+    shown: int = SHOWN,
+    title: str = "Instruction data",
+) -> None:
+    """Writes the page.
+
+    Args:
+      images: the folder of pictures.
+      ledger: has the contexts (without them nothing is said of objects), and what was paid.
+      rejects: contexts without a sample: `id`, `image`, `reason`, maybe `detail`.
+      kind: of all samples; None tells it from the form of each.
+      shown: samples and rejects in the browser.
+    """
+    facts = None
+    if ledger:
+        read = functools.partial(contexts.read, ledger.db)
+        facts = Facts(track(read(), "reading contexts for the report"), Finder(categories_of(read())))
+    statistics, draw = Statistics(facts, kind), Draw(shown)
+    for index, sample in enumerate(track(samples, "counting for the report")):
+        group, claims = statistics.add(sample)
+        draw.put(group, index)
+        if claims and claims.unsupported:
+            draw.put(f"{group} {UNSUPPORTED}", index)
+    reasons: collections.Counter[str] = collections.Counter()
+    for reject in rejects:
+        reasons[str(reject.get("reason"))] += 1
+        draw.put_reject(reject)
+    browser = choose(draw, shown, samples, Shown(images, ledger, facts, kind))
+    text = page(title, list(_about(len(samples), reasons.total(), ledger)), statistics, reasons, browser)
+    with whole_file(output) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+def _about(accepted: int, rejected: int, ledger: Ledger | None) -> Iterator[tuple[str, Any]]:
+    """What the page begins with."""
+    yield "samples", accepted
+    if rejected:
+        yield "rejected", rejected
+    if ledger and (totals := ledger.totals()).requests:
+        yield "model", ledger.model
+        yield "requests", totals.requests
+        yield "prompt tokens", totals.prompt_tokens
+        yield "completion tokens", totals.completion_tokens
+        if totals.cost:
+            yield "cost", f"${totals.cost:,.2f}"
+            yield "cost of a sample", f"${totals.cost / accepted:.5f}" if accepted else "-"
+
+
+def read_rejects(path: str) -> Iterator[dict[str, Any]]:
+    """The rejects of a run. Raises `UserError` for what is none."""
+    file = local_data(path)
+    with file.open("rb") as data:
+        if not data.read(2).strip():
+            return  # a run that rejected nothing
+    for record in scan(file, path):
+        value = record_value(record)
+        if not isinstance(value, dict):
+            raise UserError(f"{record.where}: is no object: rejects as datagen writes them were expected")
+        yield value
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    if not Path(args.images).is_dir():
+        raise UserError(f"{args.images}: no such folder of pictures")
+    ledger = None
+    if args.captions:
+        ledger = Ledger(new_local() / "ledger.sqlite")
+        load(ledger, args.captions, args.instances, args.images)
+    rejects = read_rejects(args.rejects) if args.rejects else ()
+    samples = LlavaJson(args.json)
+    write_report(args.output, samples, args.images, ledger, rejects, shown=args.shown, title=args.json)
+    print(f"{args.output}: {len(samples)} samples", file=sys.stderr)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.datagen report",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--json", required=True, metavar="F", help="LLaVA JSON or JSONL, from wherever")
+    add("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add("--captions", metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}: for objects")
+    add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
+    add("--rejects", metavar="F", help="the rejects.jsonl of a run")
+    add("--shown", type=_count, default=SHOWN, metavar="N", help="samples in the browser (default: %(default)s)")
+    add("--output", required=True, metavar="F", help="the page, as report.html")
+    args = parser.parse_args(argv)
+    if args.instances and not args.captions:
+        parser.error("--instances needs --captions")
+    return args
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count

@@ -1,0 +1,129 @@
+"""The samples and rejects that a report shows: drawn at random, with small pictures, captions and boxes."""
+
+import base64
+import collections
+import hashlib
+import heapq
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_jax.cli import UserError, track
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.images import load_image
+from llava_jax.data.sources import Sample
+from llava_jax.datagen import contexts
+from llava_jax.datagen.contexts import Context
+from llava_jax.datagen.statistics import Facts, kind_of
+from llava_jax.llm_api.ledger import Ledger
+
+THUMBNAIL = 288  # pixels of the longer side
+QUALITY = 70  # of JPEG
+REJECTED, UNSUPPORTED = "rejected", "with unsupported objects"  # in names of groups
+GROUPS = 100  # of reasons of rejection; those beyond go together
+
+
+class Draw:
+    """Draws at random from each of several groups, however much is put in: the same of the same."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.sizes: collections.Counter[str] = collections.Counter()
+        self._heaps: dict[str, list[tuple[bytes, int, Any]]] = collections.defaultdict(list)
+
+    def put(self, group: str, item: Any) -> None:
+        number = self.sizes[group]
+        self.sizes[group] += 1
+        entry = (hashlib.sha256(f"{group} {number}".encode(errors="surrogatepass")).digest(), number, item)
+        heap = self._heaps[group]
+        if len(heap) < self.most:
+            heapq.heappush(heap, entry)
+        else:
+            heapq.heappushpop(heap, entry)
+
+    def put_reject(self, reject: dict[str, Any]) -> None:
+        group = f"{REJECTED}: {reject.get('reason')}"
+        self.put(group if group in self.sizes or len(self.sizes) < GROUPS else f"{REJECTED}: others", reject)
+
+    def drawn(self) -> Iterator[tuple[str, Any]]:
+        """Group and item, from each group in turn."""
+        groups = [[(group, item) for _, _, item in sorted(heap, reverse=True)] for group, heap in self._heaps.items()]
+        for row in itertools.zip_longest(*groups):
+            yield from filter(None, row)
+
+
+class Shown:
+    """What `browser.js` shows, put together for samples and rejects one by one."""
+
+    def __init__(self, images: str, ledger: Ledger | None, facts: Facts | None, kind: str | None):
+        self.images, self.ledger, self.facts, self.kind = Path(images), ledger, facts, kind
+        self.entries: list[dict[str, Any]] = []
+        self.pictures: dict[str, str] = {}  # data URIs
+
+    def add_sample(self, sample: Sample) -> None:
+        claims = self.facts.claims(sample) if self.facts else None
+        context = self._context(f"number = {self.facts.number(sample.images[0])}") if claims else None
+        self._add(
+            id=sample.id,
+            image=sample.images[0] if sample.images else "",
+            group=self.kind or kind_of(sample),
+            turns=[text.replace(IMAGE_TOKEN, "").strip() for _, text in sample.turns],
+            context=context,
+            unsupported=list(claims.unsupported.values()) if claims else [],
+            uncovered=sorted(claims.boxes - claims.covered) if claims else [],
+        )
+
+    def add_reject(self, group: str, reject: dict[str, Any]) -> None:
+        ident = str(reject.get("id"))
+        self._add(
+            id=ident,
+            image=str(reject.get("image") or ""),
+            group=group,
+            detail=str(reject.get("detail") or ""),
+            answer=(self.ledger and self.ledger.last_answer(ident)) or "",
+            context=contexts.get(self.ledger.db, ident) if self.ledger else None,
+            rejected=True,
+        )
+
+    def _context(self, where: str) -> Context | None:
+        return next(contexts.read(self.ledger.db, where=where), None)
+
+    def _add(self, context: Context | None, image: str, **fields: Any) -> None:
+        if image and image not in self.pictures:
+            try:
+                self.pictures[image] = thumbnail(load_image(self.images / image))
+            except UserError:
+                self.pictures[image] = ""  # which the page says
+        empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
+        captions, boxes = (context.captions, context.boxes) if context else ((), ())
+        self.entries.append({**empty, **fields, "image": image, "captions": captions, "boxes": boxes})
+
+
+def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:
+    """The data of the browser: at most so many of what was drawn, samples by their index, rejects as they are."""
+    chosen = {}
+    for group, item in draw.drawn():
+        if len(chosen) < most:
+            chosen.setdefault(item if isinstance(item, int) else id(item), (group, item))
+    for group, item in track(chosen.values(), "pictures for the report", len(chosen)):
+        if isinstance(item, int):
+            shown.add_sample(samples[item])
+        else:
+            shown.add_reject(group, item)
+    counts = collections.Counter(entry["group"] for entry in shown.entries)
+    groups = {name: (counts[name], size) for name, size in draw.sizes.items() if not name.endswith(UNSUPPORTED)}
+    if rejected := [sizes for group, sizes in groups.items() if group.startswith(REJECTED)]:
+        groups[REJECTED] = tuple(map(sum, zip(*rejected, strict=True)))
+    return {"entries": shown.entries, "pictures": shown.pictures, "groups": groups}
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A small JPEG as a data URI."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,201 @@
+"""What is counted of instruction data for its report: lengths, turns, kinds of questions, first words, objects."""
+
+import array
+import collections
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.sources import Sample
+from llava_jax.datagen.contexts import Context
+from llava_jax.datagen.instructions import DETAILED
+from llava_jax.datagen.objects import Finder
+
+FIRST_WORDS = 3
+# kind of a question: what tells it, looked for in this order from behind what stands before a first comma
+QUESTIONS = {
+    "how many": r"\bhow (many|much)\b|\bnumber of\b",
+    "colour": r"\bcolou?rs?\b",
+    "where": r"^where\b|\bwhat (is|are) the (location|place|setting|position)\b|\bwhich (side|direction)\b",
+    "when": r"^when\b|\bwhat (time|season|year)\b",
+    "who": r"^who(se|m)?\b",
+    "why": r"^why\b|\breasons?\b|\bpurpose\b",
+    "doing what": r"\bwhat\b.*\bdoing\b|\bactivit(y|ies)\b",
+    "how": r"^how\b",
+    "yes or no": r"^(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should|may|might)\b",
+    "what or which": r"\b(what|which)\b",
+    "a request": r"[.!]$",
+    "other": "",
+}
+_QUESTIONS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in QUESTIONS.items()}
+_DESCRIBE = re.compile(r"\bdescri(be|ption)\b|\bin detail\b|\bdetailed\b", re.IGNORECASE)
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+class Claims(NamedTuple):
+    """The objects of a sample's answers, and those of its picture; of one without a context there are none."""
+
+    supported: frozenset[str]
+    unsupported: dict[str, str]  # category: the word in the answers
+    boxes: frozenset[str]  # categories that have boxes
+    covered: frozenset[str]  # those of them that the sample names
+
+
+def kind_of(sample: Sample) -> str:
+    """conversation: of more than one question; detail: of one that asks for a description; reasoning: of another."""
+    questions = questions_of(sample)
+    if len(questions) > 1:
+        return "conversation"
+    return "detail" if questions and (questions[0] in DETAILED or _DESCRIBE.search(questions[0])) else "reasoning"
+
+
+def questions_of(sample: Sample) -> list[str]:
+    return [text.replace(IMAGE_TOKEN, "").strip() for role, text in sample.turns if role == "user"]
+
+
+def question_kind(question: str) -> str:
+    end = question.rpartition(", ")[2]
+    return next(kind for kind, pattern in _QUESTIONS.items() if pattern.search(end))
+
+
+class Facts:
+    """What boxes and captions tell of the pictures: a few numbers for each, however many there are.
+
+    A picture goes by its name, or by the last part of it. Contexts of the same picture are put together.
+    """
+
+    def __init__(self, contexts: Iterable[Context], finder: Finder):
+        self.finder = finder
+        self._bits = {category: 1 << bit for bit, category in enumerate(finder.categories)}
+        self._pictures: dict[str, tuple[int, int, int]] = {}  # number of its context, categories of boxes, of captions
+        for number, context in enumerate(contexts):
+            boxes = self._mask(box.category.lower() for box in context.boxes)
+            captions = self._mask(finder.named(" . ".join(context.captions)))
+            known = self._pictures.get(context.image, (number, 0, 0))
+            self._pictures[context.image] = (known[0], known[1] | boxes, known[2] | captions)
+
+    def number(self, image: str) -> int | None:
+        """The number of a picture's context."""
+        found = self._find(image)
+        return None if found is None else found[0]
+
+    def claims(self, sample: Sample) -> Claims | None:
+        """None for a sample of a picture without a context."""
+        found = self._find(sample.images[0]) if sample.images else None
+        if found is None:
+            return None
+        boxes, captions = self._categories(found[1]), self._categories(found[2])
+        supported, unsupported = set(), {}
+        for role, text in sample.turns:
+            for word, categories in self.finder.mentions(text) if role == "assistant" else ():
+                if true := [category for category in categories if category in boxes or category in captions]:
+                    supported.add(true[0])
+                else:
+                    unsupported.setdefault(categories[0], word)
+        covered = boxes & self.finder.named(" . ".join(text for _, text in sample.turns))
+        return Claims(frozenset(supported), unsupported, boxes, covered)
+
+    def _find(self, image: str) -> tuple[int, int, int] | None:
+        return self._pictures.get(image) or self._pictures.get(image.rpartition("/")[2])
+
+    def _mask(self, categories: Iterable[str]) -> int:
+        mask = 0
+        for category in categories:
+            mask |= self._bits[category]
+        return mask
+
+    def _categories(self, mask: int) -> frozenset[str]:
+        return frozenset(category for category, bit in self._bits.items() if mask & bit)
+
+
+class Objects:
+    """How the samples of a data set stand to boxes and captions."""
+
+    def __init__(self) -> None:
+        self.samples = 0  # of pictures with a context
+        self.with_unsupported = 0
+        self.boxed: collections.Counter[str] = (
+            collections.Counter()
+        )  # samples whose picture has such a box, by category
+        self.covered: collections.Counter[str] = collections.Counter()  # those of them that name it
+        self.supported: collections.Counter[str] = collections.Counter()  # samples that claim such an object
+        self.unsupported: collections.Counter[str] = collections.Counter()
+
+    def add(self, claims: Claims) -> None:
+        self.samples += 1
+        self.with_unsupported += bool(claims.unsupported)
+        self.boxed.update(claims.boxes)
+        self.covered.update(claims.covered)
+        self.supported.update(claims.supported)
+        self.unsupported.update(claims.unsupported.keys())
+
+
+class Lengths:
+    """Numbers of samples of a kind, of their questions, and of the words of these and of the answers."""
+
+    def __init__(self) -> None:
+        self.questions, self.question_words, self.answer_words = (array.array("I") for _ in range(3))
+
+    def add(self, sample: Sample) -> None:
+        questions = questions_of(sample)
+        self.questions.append(len(questions))
+        self.question_words.extend(len(question.split()) for question in questions)
+        self.answer_words.extend(len(text.split()) for role, text in sample.turns if role == "assistant")
+
+
+def describe(numbers: array.array) -> dict[str, float]:
+    """Mean, quantiles and largest of numbers, zeros for none."""
+    values = np.frombuffer(numbers, np.uint32) if numbers else np.zeros(1)
+    p50, p90 = np.quantile(values, (0.5, 0.9), method="nearest").tolist()
+    return {"mean": float(values.mean()), "median": p50, "90 %": p90, "most": int(values.max())}
+
+
+class Statistics:
+    """All of it, sample by sample."""
+
+    def __init__(self, facts: Facts | None, kind: str | None = None):
+        self.facts = facts
+        self.kind = kind  # of all samples; None tells it from each
+        self.lengths: dict[str, Lengths] = collections.defaultdict(Lengths)
+        self.questions: collections.Counter[str] = collections.Counter()
+        self.first_words: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self.objects = Objects()
+
+    def add(self, sample: Sample) -> tuple[str, Claims | None]:
+        """Returns the kind of the sample and what it claims."""
+        kind = self.kind or kind_of(sample)
+        self.lengths[kind].add(sample)
+        for question in questions_of(sample):
+            self.questions[question_kind(question)] += 1
+            self.first_words[tuple(word.lower() for word in _WORD.findall(question)[:FIRST_WORDS])] += 1
+        claims = self.facts.claims(sample) if self.facts else None
+        if claims:
+            self.objects.add(claims)
+        return kind, claims
+
+
+class Branch(NamedTuple):
+    """A word, how many questions go on with it, and with what these go on."""
+
+    word: str
+    count: int
+    branches: tuple["Branch", ...]
+
+
+def tree(first_words: dict[tuple[str, ...], int], most: int) -> tuple[Branch, ...]:
+    """The first words of questions as a tree, the most common first and at most so many branches of each, the others
+    left out."""
+    after: dict[str, collections.Counter[tuple[str, ...]]] = collections.defaultdict(collections.Counter)
+    for words, count in first_words.items():
+        if words:
+            after[words[0]][words[1:]] += count
+    ordered = sorted(after.items(), key=lambda item: (-item[1].total(), item[0]))[:most]
+    return tuple(Branch(word, rest.total(), tree(rest, most)) for word, rest in ordered)
+
+
+def categories_of(contexts: Iterable[Context]) -> Iterator[str]:
+    """The categories of all boxes."""
+    yield from dict.fromkeys(box.category for context in contexts for box in context.boxes)
