@@ -133,6 +133,22 @@ def test_what_cannot_be_parsed_is_asked_again_then_counted(tmp_path: Path, files
     assert good["tuple"] == [8.0, 7.0] and failed["tuple"] == [-1.0, -1.0] and failed["content"] == "Both are fine."
 
 
+def test_batches_bring_what_single_requests_do(tmp_path: Path, files: list[str]):
+    """The second round asks again what could not be parsed."""
+    asked: list[str] = []
+
+    def reply(body: dict[str, Any]) -> str:
+        asked.append(body["messages"][-1]["content"])
+        return by_length(body) if len(asked) > 1 else "Well."
+
+    with ScriptedLLM(reply=reply) as server:
+        judge(server, files, tmp_path / "batched.jsonl", "--batch", "--poll", "0.01", "--both-orders")
+    assert len(asked) == 5
+    with ScriptedLLM(reply=by_length) as server:
+        judge(server, files, tmp_path / "single.jsonl", "--both-orders")
+    assert read(tmp_path / "batched.jsonl") == read(tmp_path / "single.jsonl")
+
+
 def test_budget_and_changed_work(tmp_path: Path, files: list[str], capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "r.jsonl"
     paid = ("--prices", "0", "1000", "--max-tokens", "1000", "--budget")  # a dollar is kept for each answer

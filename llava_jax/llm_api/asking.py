@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError, track
+from llava_jax.llm_api.batches import TRIES, Batches
 from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
 from llava_jax.llm_api.ledger import Ledger, Request
@@ -35,6 +36,8 @@ class Work(NamedTuple):
     settings: Settings
     budget: float | None = None  # dollars
     attempts: int = 3  # answers of which one has to be good
+    batch: bool = False  # whether requests go through the batch API
+    poll: float = 60.0  # seconds between looks at batches
 
 
 def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[str, Any], what: str) -> list[Outcome]:
@@ -52,7 +55,9 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
     ledger = Ledger(directory / "ledger.sqlite", settings.model, settings.body)
     try:
         ledger.identify({**identity, "model": settings.model, "body": settings.body})
-        outcomes = asyncio.run(_ask_all(work, tasks, ledger, what))
+        if ledger.open_batches() and not work.batch:
+            raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
+        outcomes = asyncio.run((_ask_in_batches if work.batch else _ask_all)(work, tasks, ledger, what))
         spent = ledger.totals()
     finally:
         ledger.close()
@@ -73,9 +78,9 @@ def forecast(work: Work, tasks: Sequence[Task]) -> str:
 
 
 async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
-    client = Client(work.settings, ledger, Budget(work.budget, ledger.totals().cost))
-    running = [asyncio.create_task(_ask(client, task, work.attempts)) for task in tasks]
-    async with client.api:
+    """One by one, many at a time."""
+    async with Client(work.settings, ledger, Budget(work.budget, ledger.totals().cost)) as client:
+        running = [asyncio.create_task(_ask(client, task, work.attempts)) for task in tasks]
         try:
             with _stopped_by_signals(client):
                 for done in track(asyncio.as_completed(running), what, len(running)):
@@ -90,12 +95,47 @@ async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str)
 
 
 async def _ask(client: Client, task: Task, attempts: int) -> Outcome:
-    text = ""
-    for attempt in range(attempts):
+    while isinstance(step := _next(client.ledger, task, attempts), Request):
         try:
-            text = (await client.ask(Request(task.name, attempt, task.messages))).text
+            await client.ask(step)
         except Refused as error:
             return Outcome(str(error), None)
+    return step
+
+
+async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
+    """In rounds of all that are next."""
+    by_name = {task.name: task for task in tasks}
+    given_up: dict[str, str] = {}
+
+    def next_of(name: str) -> Request | Outcome:
+        if name not in by_name:
+            raise UserError(
+                f"{ledger.path}: awaits an answer to {name}, which is not asked here; choose another directory"
+            )
+        if name in given_up:
+            return Outcome(given_up[name], None)
+        step = _next(ledger, by_name[name], work.attempts)
+        if isinstance(step, Request) and ledger.failures(step) >= TRIES:
+            return Outcome(f"{TRIES} tries failed", None)
+        return step
+
+    async with Batches(work.settings, ledger, work.budget, next_of, work.poll) as batches:
+        given_up |= await batches.collect()  # of an earlier run
+        while held := batches.make(step for name in by_name if isinstance(step := next_of(name), Request)):
+            print(f"{what}: {held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
+            given_up |= await batches.collect()
+    return [next_of(name) for name in by_name]
+
+
+def _next(ledger: Ledger, task: Task, attempts: int) -> Request | Outcome:
+    """The request that comes next after the answers in the ledger, or what these come to."""
+    text = ""
+    for attempt in range(attempts):
+        request = Request(task.name, attempt, task.messages)
+        if (answer := ledger.answer(request)) is None:
+            return request
+        text = answer.text
         if (value := task.read(text)) is not None:
             return Outcome(text, value)
     return Outcome(text, None)

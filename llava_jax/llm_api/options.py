@@ -32,6 +32,8 @@ def add_api_arguments(parser: argparse.ArgumentParser, temperature: float, max_t
     add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
         help="dollars for a million tokens of prompt and of completion")  # fmt: skip
     add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
+    add("--batch", action="store_true", help="use the batch API: cheaper, and answers come within a day")
+    add("--poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at batches (default: 60)")
     add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
 
 
@@ -51,7 +53,7 @@ def work(args: argparse.Namespace, model: str) -> Work:
         Prices(*args.prices),
         timeout=args.timeout,
     )
-    return Work(settings, args.budget, args.attempts)
+    return Work(settings, args.budget, args.attempts, args.batch, args.poll)
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
