@@ -38,8 +38,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
     "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=5", "python-multipart>=0.0.9"],
-    # The chart of `evaluate report`.
-    "evaluate": ["matplotlib>=3.8"],
+    # The chart of `evaluate report`, and the Excel file that MMBench's server takes.
+    "evaluate": ["matplotlib>=3.8", "openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
@@ -74,7 +74,7 @@ EXTRAS = {
         "tiktoken>=0.7",
     ],
 }
-EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
+EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["evaluate"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
 
 setup(
     name="llava_jax",

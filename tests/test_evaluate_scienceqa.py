@@ -94,7 +94,7 @@ def test_incomplete_answers_need_partial(files, capsys):
 
 @pytest.mark.parametrize(("content", "message"), [
     (lines(TEXTS) + lines({"4": "B"}), "line 6: question 4 was answered in .*line 1 already"),
-    (lines(TEXTS | {"12": "A"}), "line 6: question 12 is not among the 5 labels"),
+    (lines(TEXTS | {"12": "A"}), "line 6: question 12 has none of the 5 labels"),
     (lines(TEXTS)[:-9], "line 5: the last one, is cut off"),
     (lines(TEXTS).replace("no idea", "caf\u00e9").encode("latin-1"), "line 5: is not UTF-8"),
     (json.dumps(TEXTS, indent=1).replace("no idea", "\u00e9").encode("latin-1"), "line 6: is not UTF-8"),

@@ -10,6 +10,8 @@ COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when 
     "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
     "judge scienceqa": ("llava_jax.evaluate.ensemble_judge", "a third opinion where two models' answers differ"),
     "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
+    "score": ("llava_jax.evaluate.score", "accuracy of answers to VQAv2, POPE, MME, ...: `score BENCH`"),
+    "submission": ("llava_jax.evaluate.submission", "answers in the form that a benchmark's server takes"),
     "questions scienceqa": ("llava_jax.evaluate.scienceqa_data", "problems to LLaVA JSON: training data and questions"),
     "score scienceqa": ("llava_jax.evaluate.scienceqa", "accuracy by subject, kind and grade"),
     "score scienceqa-ensemble": ("llava_jax.evaluate.ensemble", "the same of two models together, as in the paper"),

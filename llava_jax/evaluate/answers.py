@@ -6,8 +6,8 @@ array of such objects, or one object `{question id: answer}`.
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -16,8 +16,6 @@ from llava_jax.evaluate.lines import Line, read_lines
 
 IDS = ("question_id", "questionId", "id", "image")
 TEXTS = ("text", "answer", "prediction", "response")
-
-Label = TypeVar("Label")
 
 
 class Answer(NamedTuple):
@@ -37,29 +35,33 @@ def question_id(line: Line) -> str:
     return str(line.get(*IDS))
 
 
-def read_answers(
-    path: epath.PathLike, partial: bool = False, key: Callable[[Line], str] = question_id
-) -> dict[str, Answer]:
-    """The answers of a file by their `key`. Raises `UserError` at what is no answer, and at the second of a key.
+def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
+    """The answers of a file by question id. Raises `UserError` at what is no answer, and at a second to a question.
 
     `partial` leaves out a last line that is cut off.
     """
-    whole = None if is_lines(path) else read_json(path)
+    return by_key(answer_lines(path, partial), question_id)
+
+
+def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
+    """A file's answers as objects, with `question_id` and `text` where it has but one object of all."""
+    if is_lines(path):
+        return read_lines(path, partial)
+    whole = read_json(path)
     if isinstance(whole, dict):
-        return plain_answers(whole, path)
-    lines = read_lines(path, partial) if whole is None else _elements(whole, path)
+        return [Line(f"{path}: question {i}", {"question_id": i, "text": value}) for i, value in whole.items()]
+    return _elements(whole, path)
+
+
+def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
+    """Answers, which are the first of these fields, by key. Raises `UserError` at the second of a key."""
     answers: dict[str, Answer] = {}
     for line in lines:
         ident = key(line)
         if ident in answers:
             raise UserError(f"{line.where}: question {ident} was answered in {answers[ident].where} already")
-        answers[ident] = Answer(line.get(*TEXTS), line.where)
+        answers[ident] = Answer(line.get(*names), line.where)
     return answers
-
-
-def plain_answers(values: Mapping[str, Any], path: epath.PathLike) -> dict[str, Answer]:
-    """Answers that stand in one object."""
-    return {ident: Answer(value, f"{path}: question {ident}") for ident, value in values.items()}
 
 
 def _elements(values: Any, path: epath.PathLike) -> list[Line]:
@@ -107,31 +109,36 @@ def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any
 
 
 class Joined(NamedTuple):
-    """What was answered and what is right, and how many questions have no answer."""
+    """What was answered and what is right."""
 
     pairs: list[tuple[Answer, Any]]
-    missing: int
+    incomplete: dict[str, int]  # how many questions have no answer (`missing`), and answers no question (`unknown`)
 
 
 def join(answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool) -> Joined:
     """Answers with their labels, in the order of these.
 
-    Raises `UserError` for an answer to what is not asked and, unless `partial`, for questions without an answer.
+    Raises `UserError` for answers to what has no label and for labels without an answer, unless `partial`, which warns.
     """
-    for ident, answer in answers.items():
-        if ident not in labels:
-            raise UserError(
-                f"{answer.where}: question {ident} is not among the {len(labels)} labels: those of another version?"
-            )
+    unknown = [ident for ident in answers if ident not in labels]
     missing = [ident for ident in labels if ident not in answers]
+    messages = []
+    if unknown:
+        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        messages.append(
+            f"{where}: question {unknown[0]}{more} has none of the {len(labels)} labels: are they of another version?"
+        )
     if missing:
-        message = f"{path}: has no answer to {len(missing)} of {len(labels)} questions, {missing[0]} the first"
+        messages.append(f"{path}: has no answer to {len(missing)} of {len(labels)} questions, {missing[0]} the first")
+    for message in messages:
         if not partial:
             raise UserError(f"{message}; --partial scores what is there")
         print(f"warning: {message}", file=sys.stderr)
-    if not answers:
-        raise UserError(f"{path}: holds no answers")
-    return Joined([(answers[ident], label) for ident, label in labels.items() if ident in answers], len(missing))
+    pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
+    if not pairs:
+        raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")
+    counts = {"missing": len(missing), "unknown": len(unknown)}
+    return Joined(pairs, {name: count for name, count in counts.items() if count})
 
 
 def percent(part: float, whole: float) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, is_lines, join, percent, plain_answers, read_answers, read_json
+from llava_jax.evaluate.answers import Answer, is_lines, join, percent, read_answers, read_json
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
 EPILOG = """example:
@@ -127,9 +127,13 @@ def read_results(path: str, partial: bool = False, reextract: bool = False) -> d
         if reextract or "results" not in whole:
             if not isinstance(whole.get("outputs"), dict):
                 raise UserError(f"{path}: stores no texts (`outputs`) that options could be extracted from again")
-            return plain_answers(whole["outputs"], path)
-        return {ident: _index(answer) for ident, answer in plain_answers(whole["results"], path).items()}
-    return read_answers(path, partial) if whole is None or isinstance(whole, list) else plain_answers(whole, path)
+            return _plain(whole["outputs"], path)
+        return {ident: _index(answer) for ident, answer in _plain(whole["results"], path).items()}
+    return read_answers(path, partial)
+
+
+def _plain(values: Mapping[str, Any], path: str) -> dict[str, Answer]:
+    return {ident: Answer(value, f"{path}: question {ident}") for ident, value in values.items()}
 
 
 def _index(answer: Answer) -> Answer:
@@ -146,8 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = read_results(args.results, args.partial, args.reextract)
     joined = join(answers, problems, args.results, args.partial)
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
-    if joined.missing:
-        scores["missing"] = joined.missing
+    scores |= joined.incomplete
     if args.outcomes:
         write_outcomes(args.outcomes, outcomes(answers, problems))
     if args.json:

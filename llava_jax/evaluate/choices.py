@@ -1,0 +1,245 @@
+"""Questions with options: MMBench, MMBench-CN (each asked again with its options rotated) and SEED-Bench."""
+
+import base64
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, percent, question_id, read_json
+from llava_jax.evaluate.benchmark import LETTER, Benchmark, Labels, field, listed, unique
+from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.questions import Question
+
+LETTERS = "ABCD"
+LETTER_CN = "请直接回答选项字母。"
+ROUND = 1_000_000  # rows of MMBench whose index differs by multiples of it ask the same with rotated options
+PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+class Label(NamedTuple):
+    question: str  # the same in all rounds
+    options: tuple[tuple[str, str], ...]  # letters and texts
+    right: str
+    category: str
+
+
+def choose(text: str, options: Mapping[str, str]) -> str:
+    """The option that an answer means, as MMBench tells without a language model: the only one whose letter is a word
+    of it (no `A` in more than three words, which may be an article), or whose text is in it; empty where there is none.
+    """
+    words = text.translate(PUNCTUATION).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and not ("A" in words and len(words) > 3):
+        return letters[0]
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else ""
+
+
+def score_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+    """A question counts as right if it's answered right in all its rounds (`circular`); `single` is over all answers.
+    `failed` answers tell no option."""
+    rounds: dict[str, list[bool]] = defaultdict(list)
+    categories: dict[str, set[str]] = defaultdict(set)
+    failed = 0
+    for answer, label in pairs:
+        chosen = choose(answer.text, dict(label.options))
+        failed += not chosen
+        rounds[label.question].append(chosen == label.right)
+        categories[label.category].add(label.question)
+    whole = {question: all(right) for question, right in rounds.items()}
+    answers = [right for of_question in rounds.values() for right in of_question]
+    return {
+        "circular": percent(sum(whole.values()), len(whole)),
+        "single": percent(sum(answers), len(answers)),
+        "by_category": {
+            category: percent(sum(whole[q] for q in asked), len(asked))
+            for category, asked in sorted(categories.items())
+        },
+        "questions": len(whole),
+        "total": len(pairs),
+        "failed": failed,
+    }
+
+
+class Row(NamedTuple):
+    """A line of MMBench's table."""
+
+    index: int
+    where: str
+    values: dict[str, str]
+
+    @property
+    def options(self) -> list[str]:
+        texts = [self.values.get(letter, "") for letter in LETTERS]
+        return texts[: next((i for i, text in enumerate(texts) if _absent(text)), len(texts))]
+
+
+def _absent(text: str) -> bool:
+    return text.lower() in ("", "nan", "none")
+
+
+def _rows(path: str) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # pictures are among the fields
+    reader = csv.DictReader(io.StringIO(epath.Path(path).read_text(encoding="utf-8-sig"), newline=""), delimiter="\t")
+    rows = []
+    for values in reader:
+        where = f"{path}: line {reader.line_num}"
+        try:
+            rows.append(Row(int(field(values, "index", where)), where, {k: v or "" for k, v in values.items() if k}))
+        except ValueError as error:
+            raise UserError(f"{where}: the index {values['index']} is no number") from error
+    return rows
+
+
+def mmbench_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    """Each row of the table; where rounds are told by the answers (`round_id`), each rotation of its rows."""
+    in_answers = any(line.value.get("round_id") for line in lines)
+
+    def labels() -> Iterator[tuple[str, Label, str]]:
+        for path in paths:
+            for row in _rows(path):
+                right = row.values.get("answer", "")
+                if right not in LETTERS[: len(row.options)] or not right:
+                    raise UserError(f"{row.where}: question {row.index}: its answer {right!r} is none of its options")
+                for turn in range(len(row.options) if in_answers else 1):
+                    yield str(row.index + turn * ROUND), _rotated(row, right, turn), row.where
+
+    def key(line: Line) -> str:
+        index, turn = question_id(line), line.value.get("round_id", 0)
+        return str(int(index) + int(turn) * ROUND) if turn else index
+
+    return Labels(unique(labels()), key)
+
+
+def _rotated(row: Row, right: str, turn: int) -> Label:
+    options = row.options[turn:] + row.options[:turn]
+    letter = LETTERS[(LETTERS.index(right) - turn) % len(options)]
+    category = row.values.get("category", "")
+    return Label(str(row.index % ROUND), tuple(zip(LETTERS, options, strict=False)), letter, category)
+
+
+def mmbench_questions(path: str) -> Iterator[Question]:
+    """All rounds: the rows, and their rotations where no rows have them."""
+    rows = _rows(path)
+    pictures = {row.index: row.values.get("image", "") for row in rows}
+    in_rows = any(row.index >= ROUND for row in rows)
+    for row in rows:
+        picture = row.values.get("image", "")
+        if picture.isdigit() and int(picture) in pictures:  # the same as another row's
+            picture = pictures[int(picture)]
+        for turn in range(1 if in_rows else len(row.options)):
+            options = row.options[turn:] + row.options[:turn]
+            extra = {} if in_rows else {"round_id": turn}
+            yield Question(row.index, _with_options(row, options), (_decoded(picture, row.where),), extra)
+
+
+def _with_options(row: Row, options: Sequence[str]) -> str:
+    hint = row.values.get("hint", "")
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([*([] if _absent(hint) else [hint]), row.values["question"], *lines])
+
+
+def _decoded(picture: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(picture, validate=True)
+    except ValueError as error:
+        raise UserError(f"{where}: its image is no base64") from error
+
+
+def submit_mmbench(lines: Sequence[Line], own: str | None) -> bytes:
+    """The table of MMBench's server: without pictures, with a prediction a row."""
+    if own is None:
+        raise UserError("--labels: MMBench's table of questions is needed, since its server wants it with the answers")
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise UserError("MMBench wants an Excel file: pip install 'llava_jax[evaluate]'") from error
+    if any(line.value.get("round_id") for line in lines):
+        raise UserError(f"{own}: asks each question once; MMBench's server wants its table with rows for the rounds")
+    answers = {question_id(line): line.get("text") for line in lines}
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    rows = _rows(own)
+    dropped = ("hint", "category", "source", "image", "comment", "l2-category")
+    names = [name for name in rows[0].values if name not in dropped]
+    sheet.append([*names[:6], "prediction", *names[6:]])
+    for row in rows:
+        values = [row.index if name == "index" else row.values[name] for name in names]
+        sheet.append([*values[:6], answers.get(str(row.index)), *values[6:]])
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------- SEED
+
+
+class SeedLabel(NamedTuple):
+    right: str
+    kind: str
+    medium: str  # image, video
+
+
+def score_seed(pairs: Sequence[tuple[Answer, SeedLabel]]) -> dict[str, Any]:
+    """The share of answers that are exactly the right letter, as published. `failed` answers are no letter."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for answer, label in pairs:
+        right = answer.text.strip() == label.right
+        for group in ("accuracy", label.medium):
+            groups[group].append(right)
+        kinds[label.kind].append(right)
+    scores = {group: percent(sum(right), len(right)) for group, right in groups.items()}
+    by_kind = {kind: percent(sum(right), len(right)) for kind, right in sorted(kinds.items())}
+    failed = sum(answer.text.strip() not in set(LETTERS) for answer, _ in pairs)
+    return scores | {"by_kind": by_kind, "total": len(pairs), "failed": failed}
+
+
+def seed_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    def labels() -> Iterator[tuple[str, SeedLabel, str]]:
+        for path in paths:
+            value = read_json(path)
+            kinds = {number: name for name, number in field(value, "question_type", path).items()}
+            for where, entry in listed(value, "questions", path):
+                kind = field(entry, "question_type_id", where)
+                label = SeedLabel(
+                    field(entry, "answer", where), kinds.get(kind, str(kind)), entry.get("data_type", "image")
+                )
+                yield str(field(entry, "question_id", where)), label, where
+
+    return Labels(unique(labels()))
+
+
+def seed_questions(path: str) -> Iterator[Question]:
+    """Those about pictures; the frames of videos, as the v1.5 release cut them out, are in its file of questions."""
+    for where, entry in listed(read_json(path), "questions", path):
+        if entry.get("data_type", "image") != "image":
+            continue
+        options = [f"{letter}. {field(entry, f'choice_{letter.lower()}', where)}" for letter in LETTERS]
+        text = "\n".join([field(entry, "question", where), *options])
+        yield Question(field(entry, "question_id", where), text, (str(field(entry, "data_id", where)),))
+
+
+def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
+    rows = [{"question_id": line.get("question_id"), "prediction": line.get("text")} for line in lines]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+MMBENCH = Benchmark(
+    "MMBench: right in all rounds", mmbench_questions, LETTER, labels=mmbench_labels, score=score_mmbench,
+    submission=submit_mmbench,
+)  # fmt: skip
+MMBENCH_CN = Benchmark(
+    "MMBench-CN: the same in Chinese", mmbench_questions, LETTER_CN, labels=mmbench_labels, score=score_mmbench,
+    submission=submit_mmbench,
+)  # fmt: skip
+SEED = Benchmark(
+    "SEED-Bench: right letters", seed_questions, LETTER, labels=seed_labels, score=score_seed, submission=submit_seed
+)

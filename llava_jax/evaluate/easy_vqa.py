@@ -1,0 +1,50 @@
+"""easy-VQA: one shape in one colour, and whether it's seen. Small enough to be answered on a laptop.
+
+Its labels are the answers in LLaVA JSON, as `examples.easy_vqa.data` writes it of the package `easy-vqa`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from llava_jax.evaluate.answers import Answer, percent, read_json
+from llava_jax.evaluate.benchmark import Benchmark, Labels, field, listed, unique
+from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.questions import Question, unmarked
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+class Label(NamedTuple):
+    right: str
+    kind: str
+
+
+def kind(question: str, answer: str) -> str:
+    """`shape`, `colour`, or for a question of yes or no `is it that shape`, `is it that colour`."""
+    if answer not in ("yes", "no"):
+        return "shape" if answer in SHAPES else "colour"
+    return f"is it that {'shape' if any(shape in question for shape in SHAPES) else 'colour'}"
+
+
+def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+    """The share of answers that are exactly the right word."""
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for answer, label in pairs:
+        kinds[label.kind].append(answer.text == label.right)
+    right = sum(map(sum, kinds.values()))
+    by_kind = {name: percent(sum(answers), len(answers)) for name, answers in sorted(kinds.items())}
+    return {"accuracy": percent(right, len(pairs)), "by_kind": by_kind, "total": len(pairs)}
+
+
+def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    def found() -> Iterator[tuple[str, Label, str]]:
+        for path in paths:
+            for where, sample in listed(read_json(path), "", path):
+                question, answer = (field(turn, "value", where) for turn in field(sample, "conversations", where)[:2])
+                yield str(field(sample, "id", where)), Label(answer, kind(unmarked(question), answer)), where
+
+    return Labels(unique(found()))
+
+
+EASY_VQA = Benchmark("easy-VQA: right words", max_new_tokens=8, labels=labels, score=score)

@@ -1,0 +1,109 @@
+"""POPE: is there such an object in the picture? F1 of "yes", in three samplings of the objects.
+
+Question ids of label files begin anew in each file, and versions of them differ in their questions. So answers are
+joined by sampling, picture and question where a file of questions tells these, and by id only else.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, percent, question_id
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, unique
+from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.questions import Question
+
+PREFIX = "coco_pope_"
+
+
+class Label(NamedTuple):
+    category: str
+    present: bool
+
+
+def says_no(text: str) -> bool:
+    """As the original reads it: `no` or `not` is a word of the first sentence; whatever else is a yes."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"}.isdisjoint(words)
+
+
+def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+    """In percent, by sampling and on average over these (the published number is the average F1)."""
+    categories: dict[str, list[tuple[bool, bool]]] = {}
+    for answer, label in pairs:
+        categories.setdefault(label.category, []).append((not says_no(answer.text), label.present))
+    scores = {category: _score(answers) for category, answers in sorted(categories.items())}
+    return _mean(list(scores.values())) | {"by_category": scores, "total": len(pairs)}
+
+
+def _score(answers: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """Of (said yes, is there)."""
+    right = sum(said == present for said, present in answers)
+    found = sum(said and present for said, present in answers)
+    said, present = sum(said for said, _ in answers), sum(present for _, present in answers)
+    return {
+        "f1": percent(2 * found, said + present),
+        "accuracy": percent(right, len(answers)),
+        "precision": percent(found, said),
+        "recall": percent(found, present),
+        "yes_ratio": percent(said, len(answers)),
+        "total": len(answers),
+    }
+
+
+def _mean(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    mean = {}
+    for name in ("f1", "accuracy", "precision", "recall", "yes_ratio"):
+        values = [score[name] for score in scores]
+        mean[name] = None if None in values else round(sum(values) / len(values), 2)
+    return mean
+
+
+def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    only = _category(paths[0]) if len(paths) == 1 else ""
+    if asked:
+        entries = [(_category(question.extra.get("category", only)), str(question.id), question) for question in asked]
+        index = {(category, ident): _key(category, q.pictures, q.text) for category, ident, q in entries}
+    else:
+        index = {(_category(path), question_id(line)): _line_key(path, line)
+                 for path in paths for line in read_lines(path)}  # fmt: skip
+    categories: dict[str, list[str]] = {}
+    for category, ident in index:
+        categories.setdefault(ident, []).append(category)
+
+    def key(line: Line) -> str:
+        ident = question_id(line)
+        known = categories.get(ident, [])
+        if "category" not in line.value and len(known) > 1:
+            raise UserError(f"{line.where}: question {ident} may be of {' or '.join(known)}: give --questions")
+        category = _category(str(line.value.get("category", known[0] if known else only)))
+        return index.get((category, ident), f"{ident} {category}".strip())
+
+    return Labels(unique(_read(paths)), key)
+
+
+def _read(paths: Sequence[str]) -> Iterator[tuple[str, Label, str]]:
+    for path in paths:
+        for line in read_lines(path):
+            label = line.get("label")
+            if label not in ("yes", "no"):
+                raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
+            yield _line_key(path, line), Label(_category(path), label == "yes"), line.where
+
+
+def _line_key(path: str, line: Line) -> str:
+    return _key(_category(path), (str(line.get("image")),), str(line.get("text")))
+
+
+def _key(category: str, pictures: Sequence[Any], text: str) -> str:
+    """Whatever version of the question's text and of the picture's name: `COCO_val2014_000000310196.jpg`."""
+    picture = PurePath(str(pictures[0])).name if pictures else ""
+    return f"{category} {picture}: {' '.join(text.replace(SHORT, '').split())}"
+
+
+def _category(path: str) -> str:
+    return PurePath(path).stem.removeprefix(PREFIX)
+
+
+POPE = Benchmark("POPE: F1 of yes, over three samplings", None, SHORT, labels=labels, score=score)
