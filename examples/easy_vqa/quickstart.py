@@ -4,10 +4,8 @@ Only the backbones are special to this example. All else are the commands for mo
 """
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,8 +15,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from examples.commands import command
 from examples.easy_vqa.data import IMAGES
-from llava_jax.cli import UserError, run
+from llava_jax.cli import run
 
 ROOT = Path("runs/quickstart")
 QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"
@@ -32,7 +31,7 @@ def main() -> None:
 
     def step(name: str, *arguments: str) -> str:
         start = time.monotonic()
-        output = command(*arguments)
+        output = command(ROOT, *arguments)
         seconds[name] = round(time.monotonic() - start, 1)
         return output
 
@@ -70,19 +69,6 @@ def main() -> None:
     }
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(report(summary, chat))
-
-
-def command(module: str, *arguments: str) -> str:
-    """Runs `python -m module arguments`, shows its messages and returns its standard output."""
-    print(f"\n$ python -m {shlex.join([module, *arguments])}", flush=True)
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "compiled")}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        raise UserError(f"{module} ended with status {done.returncode}; its message stands above")
-    return done.stdout
 
 
 def draw_losses(file: Path) -> None:
