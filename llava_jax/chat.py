@@ -15,11 +15,12 @@ from rich.console import Console
 from llava_jax import terminal, transcript
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
-from llava_jax.data.conversation import IMAGE_TOKEN, choose_template
+from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
 from llava_jax.generate import Request, Sampling
 from llava_jax.remote import is_remote
 from llava_jax.serve.engine import Engine
+from llava_jax.transcript import marked, unmarked
 
 EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg --prompt "What is this?"
@@ -65,11 +66,11 @@ class Conversation:
         """The request of the next message."""
         system = [] if self.system is None else [("system", self.system)]
         images = [picture.image for picture in [*self.pictures, *self.waiting]]
-        return Request([*system, *self.turns, ("user", self._marked(text))], images)
+        return Request([*system, *self.turns, ("user", marked(text, len(self.waiting)))], images)
 
     def keep(self, text: str, answer: str) -> None:
         """The message was answered: both belong to the conversation."""
-        self.turns += [("user", self._marked(text)), ("assistant", _unmarked(answer))]
+        self.turns += [("user", marked(text, len(self.waiting))), ("assistant", unmarked(answer))]
         self.pictures += self.waiting
         self.waiting = []
 
@@ -82,10 +83,6 @@ class Conversation:
         pictures = [_attached(name) for name in loaded.pictures]
         self.turns, self.pictures, self.waiting = list(loaded.turns), pictures, []
         self.system = loaded.system
-
-    def _marked(self, text: str) -> str:
-        """Pictures stand before the text, as in training."""
-        return f"{IMAGE_TOKEN}\n" * len(self.waiting) + _unmarked(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +189,7 @@ def _recall(conversation: Conversation) -> None:
         for picture in conversation.pictures:
             _show(picture.image)
         for role, text in conversation.turns:
-            print(f"> {_unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
+            print(f"> {unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
 
 
 def _show(image: Image.Image) -> None:
@@ -209,11 +206,6 @@ def _path(file: str) -> epath.Path:
     """Where a file is, from wherever that is said."""
     path = epath.Path(file).expanduser()
     return path if is_remote(path) else epath.Path(os.path.abspath(path))
-
-
-def _unmarked(text: str) -> str:
-    """The text without what would stand for one more picture."""
-    return text.replace(IMAGE_TOKEN, "")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.sources import parse_sample, record_value
 
@@ -24,6 +25,16 @@ class Transcript(NamedTuple):
     turns: Sequence[tuple[str, str]]
     pictures: Sequence[str] = ()
     system: str | None = None
+
+
+def unmarked(text: str) -> str:
+    """A text without what would stand for one more picture."""
+    return text.replace(IMAGE_TOKEN, "")
+
+
+def marked(text: str, pictures: int) -> str:
+    """A question's text with its pictures, which stand before it, as in training."""
+    return f"{IMAGE_TOKEN}\n" * pictures + unmarked(text)
 
 
 def dump(transcript: Transcript, ident: str) -> str:

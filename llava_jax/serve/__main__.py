@@ -1,4 +1,4 @@
-"""Serves a checkpoint: OpenAI's API under /v1, and a web page at / where Gradio is installed."""
+"""Serves a checkpoint: OpenAI's API under /v1, and a web page at /."""
 
 import argparse
 import os
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         api_key=api_key,
         allow_remote_images=args.allow_remote_images,
         max_body_bytes=args.max_body_mb << 20,
+        page=not args.no_page,
     )
     Server(app, engine).run([address])
 
@@ -70,6 +71,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
     parser.add_argument("--max-body-mb", type=_whole(1), default=32, metavar="N", help="of a request with pictures, 32")
+    parser.add_argument("--no-page", action="store_true", help="the API alone, without the web page at /")
     parser.add_argument("--compilation-cache", default="", metavar="D", help="keep compiled programs there")
     return parser.parse_args(argv)
 
