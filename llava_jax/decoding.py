@@ -38,15 +38,20 @@ class Decoder:
         return functools.partial(jax.jit(flat, **options), self._weights)
 
 
-class Nucleus(NamedTuple):
-    """Random choice among the likeliest tokens (Holtzman et al. 2020)."""
+class Choice(NamedTuple):
+    """How each row's next token is chosen: at temperature 0 the likeliest, else a random one among the likeliest.
 
-    temperature: jax.Array  # float32, a scalar
-    top_p: jax.Array  # float32, a scalar
-    keys: jax.Array  # [B]
+    What is drawn depends on the row's own seed, number and position alone.
+    """
+
+    temperature: jax.Array  # float32[B]
+    top_p: jax.Array  # float32[B], see `keep_likeliest`
+    top_k: jax.Array  # int32[B]
+    seeds: jax.Array  # uint32[B]
+    numbers: jax.Array  # uint32[B], tells the row's prompt from others
 
 
-def prefill(model: Llava, batch: PromptBatch, nucleus: Nucleus | None, *, slots: int) -> tuple[jax.Array, KVCache]:
+def prefill(model: Llava, batch: PromptBatch, choice: Choice | None, *, slots: int) -> tuple[jax.Array, KVCache]:
     """-> the first token of each answer, int32[B], and the cache of the prompts with room for `slots` tokens a row.
 
     A token sees what precedes it alone, so padding on the right is seen by none, and answers overwrite it.
@@ -55,7 +60,7 @@ def prefill(model: Llava, batch: PromptBatch, nucleus: Nucleus | None, *, slots:
     positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     x_BTD = model.embed(batch.tokens, batch.images, batch.image_feature_index)
     hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT=jnp.ones((B, T), jnp.int32))
-    return _first_token(model, hidden_BTD, batch.lengths, batch.lengths, nucleus), widen(cache, slots=slots)
+    return _first_token(model, hidden_BTD, batch.lengths, batch.lengths, choice), widen(cache, slots=slots)
 
 
 def fork(
@@ -64,7 +69,7 @@ def fork(
     beginning_of_B: jax.Array,
     starts_B: jax.Array,
     ends: PromptBatch,
-    nucleus: Nucleus | None,
+    choice: Choice | None,
     *,
     slots: int,
 ) -> tuple[jax.Array, KVCache]:
@@ -73,12 +78,12 @@ def fork(
     cache = widen(take_rows(beginnings, beginning_of_B, model.llm.config.num_kv_heads), slots=slots)
     positions_BT = starts_B[:, None] + jnp.arange(T)[None]
     hidden_BTD, cache = model.llm.decode(model.embed(ends.tokens), positions_BT, cache)
-    return _first_token(model, hidden_BTD, ends.lengths, starts_B + ends.lengths, nucleus), cache
+    return _first_token(model, hidden_BTD, ends.lengths, starts_B + ends.lengths, choice), cache
 
 
-def _first_token(model: Llava, hidden_BTD, lengths_B, positions_B, nucleus: Nucleus | None) -> jax.Array:
+def _first_token(model: Llava, hidden_BTD, lengths_B, positions_B, choice: Choice | None) -> jax.Array:
     last_BD = hidden_BTD[jnp.arange(len(lengths_B)), lengths_B - 1]
-    return choose(model.llm.logits(last_BD), positions_B, nucleus)
+    return choose(model.llm.logits(last_BD), positions_B, choice)
 
 
 def decode(
@@ -88,7 +93,7 @@ def decode(
     finished_B: jax.Array,
     stop_ids: jax.Array,
     cache: KVCache,
-    nucleus: Nucleus | None,
+    choice: Choice | None,
     steps: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """What follows `tokens_B`, which go into the cache at `positions_B`.
@@ -104,7 +109,7 @@ def decode(
         step, tokens_B, positions_B, finished_B, cache, written = carry
         hidden_B1D, cache = model.llm.decode(model.embed(tokens_B[:, None]), positions_B[:, None], cache)
         positions_B += 1
-        tokens_B = choose(model.llm.logits(hidden_B1D[:, 0]), positions_B, nucleus)
+        tokens_B = choose(model.llm.logits(hidden_B1D[:, 0]), positions_B, choice)
         finished_B |= jnp.isin(tokens_B, stop_ids)
         return step + 1, tokens_B, positions_B, finished_B, cache, written.at[:, step].set(tokens_B)
 
@@ -114,28 +119,42 @@ def decode(
     return written, cache
 
 
-def choose(logits_BV: jax.Array, positions_B: jax.Array, nucleus: Nucleus | None) -> jax.Array:
-    """The tokens that go to `positions_B`: the likeliest, or with a `nucleus` random ones out of it."""
-    if nucleus is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = keep_nucleus(logits_BV / nucleus.temperature, nucleus.top_p)
-    keys_B = jax.vmap(jax.random.fold_in)(nucleus.keys, positions_B)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+def choose(logits_BV: jax.Array, positions_B: jax.Array, choice: Choice | None) -> jax.Array:
+    """The tokens int32[B] that go to `positions_B`; without a choice the likeliest."""
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if choice is None:
+        return likeliest_B
+    random_B = choice.temperature > 0
+    limited_B = random_B & ((choice.top_p < 1) | (choice.top_k > 0))
+
+    def draw() -> jax.Array:
+        tempered_BV = logits_BV / jnp.where(random_B, choice.temperature, 1.0)[:, None]
+        kept_BV = jax.lax.cond(
+            limited_B.any(), lambda: keep_likeliest(tempered_BV, choice.top_p, choice.top_k), lambda: tempered_BV
+        )
+        keys_B = jax.vmap(_key)(choice.seeds, choice.numbers, positions_B)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+        return jnp.where(random_B, drawn_B, likeliest_B)
+
+    return jax.lax.cond(random_B.any(), draw, lambda: likeliest_B)
 
 
-def keep_nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """All but the fewest likeliest tokens whose probabilities together reach `top_p` become -inf."""
+def keep_likeliest(logits_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """All but the `top_k` likeliest (0: all), and of these the fewest likeliest whose probabilities together reach
+    `top_p` (Holtzman et al. 2020), become -inf. Equal ones go or stay together."""
+    V = logits_BV.shape[1]
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
-    probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
+    ranked_BV = jnp.arange(V)[None] < jnp.where(top_k_B > 0, top_k_B, V)[:, None]
+    probabilities_BV = jax.nn.softmax(jnp.where(ranked_BV, descending_BV, -jnp.inf), axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    inside_BV = (before_BV < top_p) | (top_p >= 1)  # rounded sums reach 1 too early
+    top_p_B1 = top_p_B[:, None]
+    inside_BV = ranked_BV & ((before_BV < top_p_B1) | (top_p_B1 >= 1))  # rounded sums reach 1 too early
     least_B1 = jnp.min(jnp.where(inside_BV, descending_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-def row_keys(seed: int, numbers_B: jax.Array) -> jax.Array:
-    """A key for each row, from the seed and a number (uint32) that tells its prompt from others."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
+def _key(seed: jax.Array, number: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), position)
 
 
 def take_rows(cache: KVCache, rows_B: jax.Array, num_kv_heads: int) -> KVCache:

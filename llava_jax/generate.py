@@ -28,6 +28,7 @@ from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, build
 
 STREAM_STEPS = 4  # tokens a dispatch where someone reads along
+MOST_LOGPROBS = 20  # alternatives to a token
 HEADROOM = 128  # slots for the answer that a cache has at least when it is made or grows
 
 
@@ -52,8 +53,8 @@ class Sampling:
     top_p: float = 1.0  # among the fewest likeliest tokens that have this probability together
     seed: int = 0
     max_new_tokens: int = 512
-    stop: tuple[str, ...] = ()  # text that ends the answer and is no part of it, besides the template's
     top_k: int = 0  # among so many likeliest; 0 for no limit
+    stop: tuple[str, ...] = ()  # text that ends the answer and is no part of it, besides the template's
     logprobs: int | None = None  # alternatives to each token to report; only `serve.engine` does
 
     def __post_init__(self) -> None:
@@ -65,6 +66,10 @@ class Sampling:
             raise UserError(f"max-new-tokens is {self.max_new_tokens}: it has to be 1 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: it has to be 0 or more and below 2^32")
+        if self.top_k < 0:
+            raise UserError(f"top-k is {self.top_k}: it has to be 0 (no limit) or more")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}: it has to be 0 to {MOST_LOGPROBS}")
         if not all(self.stop):
             raise UserError("stop: an empty string would end every answer before it begins")
 
@@ -72,11 +77,11 @@ class Sampling:
 GREEDY = Sampling()
 
 
-class Generator:
-    """A model that answers requests.
+class PromptEncoder:
+    """What a request is to a model: ids and squares of pixels.
 
     Args:
-      model: as `build` gives it; its layers are rearranged for decoding.
+      config: the model's.
       tokenizer: as `load_tokenizer` gives it.
       template: the text around the turns.
       end_ids: tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
@@ -84,32 +89,69 @@ class Generator:
 
     def __init__(
         self,
-        model: Llava,
+        config: LlavaConfig,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
         end_ids: Sequence[int] = (),
     ):
-        self.config = model.config
+        self.config = config
         self.tokenizer = tokenizer
-        self.template = with_im_start_end(template, self.config.im_start_end)
+        self.template = with_im_start_end(template, config.im_start_end)
         self.stop_strings = stop_strings(template)
         self.stop_ids = sorted({*_stop_ids(tokenizer, self.stop_strings), *end_ids})
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, template: Template | None = None) -> "PromptEncoder":
+        end_ids = checkpoint.description.hf.get("generation_config", {}).get("eos_token_id") or ()
+        return cls(
+            checkpoint.config,
+            load_tokenizer(checkpoint.tokenizer_dir),
+            template or get_template(checkpoint.template),
+            (end_ids,) if isinstance(end_ids, int) else end_ids,
+        )
+
+    def encode(self, request: Request) -> Prompt:
+        """Raises UserError where the request is malformed."""
+        encoded = encode_turns([*request.turns, ("assistant", None)], self.template, self.tokenizer)
+        marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
+        if marks != len(request.images):
+            raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
+        if len(encoded.input_ids) == 0:
+            raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
+        row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
+        return Prompt(row.tokens, row.image_feature_index, request.images)
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """-> uint8[H, W, 3]. Raises UserError where it is damaged."""
+        image = picture if isinstance(picture, Image.Image) else load_image(picture)
+        return preprocess(image, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
+
+    def answer_stream(self, sampling: Sampling) -> AnswerStream:
+        """The text of an answer to come."""
+        return AnswerStream(self.tokenizer, self.stop_ids, [*self.stop_strings, *sampling.stop])
+
+
+def default_dtype() -> jnp.dtype:
+    """float32 on CPUs and bfloat16 elsewhere."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+class Generator:
+    """A model that answers requests; its layers are rearranged for decoding."""
+
+    def __init__(self, model: Llava, prompts: PromptEncoder):
+        self.config = model.config
+        self.prompts = prompts
         self.decoder = decoding.Decoder(model)
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, template: Template | None = None, dtype: jnp.dtype | None = None
     ) -> "Generator":
-        """Loads the weights in `dtype`, by default float32 on CPUs and bfloat16 elsewhere."""
-        if dtype is None:
-            dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        end_ids = checkpoint.description.hf.get("generation_config", {}).get("eos_token_id") or ()
-        return cls(
-            build(checkpoint.config, checkpoint.load(dtype=lambda name, stored: dtype), dtype),
-            load_tokenizer(checkpoint.tokenizer_dir),
-            template or get_template(checkpoint.template),
-            (end_ids,) if isinstance(end_ids, int) else end_ids,
-        )
+        """Loads the weights in `dtype`, see `default_dtype`."""
+        dtype = dtype or default_dtype()
+        model = build(checkpoint.config, checkpoint.load(dtype=lambda name, stored: dtype), dtype)
+        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template))
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
         """The answers, computed `batch_rows` at a time.
@@ -134,21 +176,11 @@ class Generator:
 
     def room(self, request: Request) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
-        return self.config.text.max_position_embeddings - len(self._encode(request).tokens)
-
-    def _encode(self, request: Request) -> Prompt:
-        encoded = encode_turns([*request.turns, ("assistant", None)], self.template, self.tokenizer)
-        marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
-        if marks != len(request.images):
-            raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
-        row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
-        return Prompt(row.tokens, row.image_feature_index, request.images)
+        return self.config.text.max_position_embeddings - len(self.prompts.encode(request).tokens)
 
     def _prompt(self, request: Request, new_tokens: int) -> Prompt:
-        prompt = self._encode(request)
+        prompt = self.prompts.encode(request)
         length, context = len(prompt.tokens), self.config.text.max_position_embeddings
-        if length == 0:
-            raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
         if length + new_tokens > context:
             raise UserError(
                 f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
@@ -156,27 +188,22 @@ class Generator:
             )
         return prompt
 
-    def _read(self, picture: Picture) -> np.ndarray:
-        image = picture if isinstance(picture, Image.Image) else load_image(picture)
-        return preprocess(image, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
-
     def _assemble(self, prompts: Sequence[Prompt]) -> PromptBatch:
-        return assemble(prompts, self.config.image_tokens, self._read)
+        return assemble(prompts, self.config.image_tokens, self.prompts.read)
 
     def _pieces(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
         """Answers a batch; yields after every dispatch, of at most `max_steps` tokens, what is new of each answer."""
-        stops = [*self.stop_strings, *sampling.stop]
-        streams = [AnswerStream(self.tokenizer, self.stop_ids, stops) for _ in prompts]
+        streams = [self.prompts.answer_stream(sampling) for _ in prompts]
         rows = bucket(len(prompts))
-        nucleus = _nucleus(sampling, prompts, rows) if sampling.temperature > 0 else None
+        choice = _choice(sampling, prompts, rows) if sampling.temperature > 0 else None
         lengths = [len(prompt.tokens) for prompt in prompts]
         slots = bucket(max(lengths) + min(sampling.max_new_tokens, HEADROOM))
-        first, cache = self._start(prompts, nucleus, slots)
+        first, cache = self._start(prompts, choice, slots)
 
         tokens = np.asarray(first)[:, None]
         positions = np.array(lengths + [0] * (rows - len(prompts)), np.int32)  # of the newest tokens
         finished = np.arange(rows) >= len(prompts)
-        stop_ids = np.array(self.stop_ids, np.int32)
+        stop_ids = np.array(self.prompts.stop_ids, np.int32)
         remaining = sampling.max_new_tokens
         while True:
             yield [_push_all(stream, row) for stream, row in zip(streams, tokens[: len(streams)], strict=True)]
@@ -189,25 +216,25 @@ class Generator:
             if needed > cache.slots:
                 cache = self.decoder.widen(cache, slots=bucket(needed + HEADROOM))
             written, cache = self.decoder.decode(
-                tokens[:, -1], positions, finished, stop_ids, cache=cache, nucleus=nucleus, steps=steps
+                tokens[:, -1], positions, finished, stop_ids, cache=cache, choice=choice, steps=steps
             )
             tokens = np.asarray(written)[:, :steps]
             positions += steps
         yield [stream.close() for stream in streams]
 
     def _start(
-        self, prompts: Sequence[Prompt], nucleus: decoding.Nucleus | None, slots: int
+        self, prompts: Sequence[Prompt], choice: decoding.Choice | None, slots: int
     ) -> tuple[jax.Array, KVCache]:
         """-> the first tokens of the answers, and the cache of the prompts."""
         shared = share_beginnings(prompts)
         if shared is None:
-            return self.decoder.prefill(self._assemble(prompts), nucleus, slots=slots)
+            return self.decoder.prefill(self._assemble(prompts), choice, slots=slots)
         _, cache = self.decoder.prefill(self._assemble(shared.beginnings), None, slots=0)
         ends = self._assemble(shared.ends)
         padding = [0] * (len(ends.lengths) - len(prompts))
         starts = np.array([len(shared.beginnings[i].tokens) for i in shared.beginning_of] + padding, np.int32)
         beginning_of = np.array([*shared.beginning_of, *padding], np.int32)
-        return self.decoder.fork(cache, beginning_of, starts, ends, nucleus, slots=slots)
+        return self.decoder.fork(cache, beginning_of, starts, ends, choice, slots=slots)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[int]:
@@ -217,11 +244,22 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[i
     return ids - {None, tokenizer.unk_token_id}
 
 
-def _nucleus(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decoding.Nucleus:
-    """The keys depend on the prompts, or all rows of a batch would draw the same numbers."""
-    hashes = [zlib.crc32(prompt.tokens.tobytes()) for prompt in prompts] + [0] * (rows - len(prompts))
-    keys = decoding.row_keys(sampling.seed, np.array(hashes, np.uint32))
-    return decoding.Nucleus(np.float32(sampling.temperature), np.float32(sampling.top_p), keys)
+def prompt_number(prompt: Prompt) -> int:
+    """Tells a prompt from others: else all that are asked with the same seed would draw the same numbers."""
+    return zlib.crc32(prompt.tokens.tobytes())
+
+
+def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decoding.Choice:
+    def same(value: float, dtype: type) -> np.ndarray:
+        return np.full(rows, value, dtype)
+
+    return decoding.Choice(
+        temperature=same(sampling.temperature, np.float32),
+        top_p=same(sampling.top_p, np.float32),
+        top_k=same(sampling.top_k, np.int32),
+        seeds=same(sampling.seed, np.uint32),
+        numbers=np.array([*map(prompt_number, prompts), *[0] * (rows - len(prompts))], np.uint32),
+    )
 
 
 def _push_all(stream: AnswerStream, tokens: np.ndarray) -> str:

@@ -12,6 +12,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 # Queries whose scores exist at a time in `chunked_attention`.
 CHUNK = 512
+# Keys of a conversation that `cached_attention` looks at at a time.
+BLOCK = 256
+FLOOR = -1e30  # below every score, and finite, since the difference of two infinities is not a number
 # Splash works on blocks of at most so many queries and keys; TPUs have 128 lanes.
 SPLASH_BLOCK, LANES = 512, 128
 
@@ -156,6 +159,66 @@ def attention_by_head(
     )
     attended_RQH = (attended_RQH / sums_RQ1).astype(v_RSH.dtype)
     return attended_RQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_CKSH: jax.Array,
+    v_CKSH: jax.Array,
+    conversations_B: jax.Array,
+    positions_BT: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of each row's queries to the conversation of that number: what stands at or before their positions.
+
+    Time goes by the length of conversations and not by S, which `BLOCK` divides: their blocks are looked at one by one
+    (Milakov & Gimelshein 2018). A query at position S or later is none. A row's result depends on nothing else in the
+    arrays, not in its last bit.
+    """
+    (_, T, N, H), (_, K, S, _) = q_BTNH.shape, k_CKSH.shape
+    steps_S = jnp.arange(BLOCK)
+
+    def attend(q_TNH: jax.Array, conversation: jax.Array, positions_T: jax.Array) -> jax.Array:
+        q_KQH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
+
+        def look(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            largest_KQ1, sums_KQ1, attended_KQH = state
+            corner = (conversation, 0, block * BLOCK, 0)
+            k_KSH, v_KSH = (jax.lax.dynamic_slice(x, corner, (1, K, BLOCK, H))[0] for x in (k_CKSH, v_CKSH))
+            scores_KQS = jnp.einsum("KQH,KSH->KQS", q_KQH, k_KSH, preferred_element_type=jnp.float32) * H**-0.5
+            seen_TS = within_window(positions_T[:, None] - (block * BLOCK + steps_S)[None], window)
+            seen_KQS = jnp.broadcast_to(seen_TS[None, None], (K, N // K, T, BLOCK)).reshape(scores_KQS.shape)
+            scores_KQS = jnp.where(seen_KQS, scores_KQS, -jnp.inf)
+            new_largest_KQ1 = jnp.maximum(largest_KQ1, scores_KQS.max(-1, keepdims=True))
+            weights_KQS, kept_KQ1 = jnp.exp(scores_KQS - new_largest_KQ1), jnp.exp(largest_KQ1 - new_largest_KQ1)
+            block_KQH = jnp.einsum(
+                "KQS,KSH->KQH", weights_KQS.astype(v_KSH.dtype), v_KSH, preferred_element_type=jnp.float32
+            )
+            sums_KQ1 = sums_KQ1 * kept_KQ1 + weights_KQS.sum(-1, keepdims=True)
+            return new_largest_KQ1, sums_KQ1, attended_KQH * kept_KQ1 + block_KQH
+
+        there_T = positions_T < S
+        first = 0 if window is None else jnp.maximum(positions_T.min() - window + 1, 0) // BLOCK
+        blocks = jnp.max(jnp.where(there_T, positions_T // BLOCK + 1, 0))
+        nothing = [jnp.full((*q_KQH.shape[:2], n), x, jnp.float32) for n, x in ((1, FLOOR), (1, 0.0), (H, 0.0))]
+        _, sums_KQ1, attended_KQH = jax.lax.fori_loop(first, blocks, look, tuple(nothing))
+        attended_KQH = attended_KQH / jnp.where(sums_KQ1 > 0, sums_KQ1, 1.0)
+        return attended_KQH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H).astype(q_TNH.dtype)
+
+    with jax.named_scope("cached_attention"):
+        return EACH_ROW[jax.default_backend()](attend, q_BTNH, conversations_B, positions_BT)
+
+
+def one_by_one(function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda row: function(*row), rows)
+
+
+def together(function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
+    return jax.vmap(function)(*rows)
+
+
+# Rows whose conversations are short, or that have none, cost a CPU nothing where the others do not wait for them.
+EACH_ROW = {"cpu": one_by_one, "gpu": together, "tpu": together}
 
 
 def by_head(x_BTKH: jax.Array) -> jax.Array:

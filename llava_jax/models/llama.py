@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import attention_by_head, by_head, within_window
+from llava_jax.models.attention import attention_by_head, by_head, cached_attention, within_window
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers
@@ -28,6 +28,17 @@ class KVCache(NamedTuple):
     @property
     def slots(self) -> int:
         return self.k[0].shape[1]
+
+
+class Conversations(NamedTuple):
+    """Keys and values of C conversations, each layer's [C, K, S, H]; what has position S is in none of them."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.k[0].shape[2]
 
 
 class Llama(nnx.Module):
@@ -86,6 +97,28 @@ class Llama(nnx.Module):
             values.append(v_RSH.at[heads_R1, slots_RT].set(by_head(v_BTKH), mode="clip"))
             x_BTD = layer.feed(x_BTD, attention_by_head(q_BTNH, keys[-1], values[-1], seen_BTS))
         return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
+
+    def extend(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, conversations_B: jax.Array, cache: Conversations
+    ) -> tuple[jax.Array, Conversations]:
+        """T more tokens of the conversations of these numbers: -> hidden [B, T, D] and the cache with them in it.
+
+        The positions of a row follow each other; from S on there is no token.
+        """
+        rotation = self.rotation(positions_BT)
+        B, T = positions_BT.shape
+        K = self.config.num_kv_heads
+        places = (conversations_B.reshape(B, 1, 1), jnp.arange(K).reshape(1, K, 1), positions_BT.reshape(B, 1, T))
+        keys, values = [], []
+        for layer, k_CKSH, v_CKSH in zip(self.each_layer(), *cache, strict=True):
+            q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
+            keys.append(k_CKSH.at[places].set(k_BTKH.swapaxes(1, 2), mode="drop"))
+            values.append(v_CKSH.at[places].set(v_BTKH.swapaxes(1, 2), mode="drop"))
+            attended = cached_attention(
+                q_BTNH, keys[-1], values[-1], conversations_B, positions_BT, self.config.sliding_window
+            )
+            x_BTD = layer.feed(x_BTD, attended)
+        return self.norm(x_BTD), Conversations(tuple(keys), tuple(values))
 
     def unstack_layers(self) -> None:
         """Arranges the layers for decoding, which is bound by reading their weights: as a list, kernels [out, in].
