@@ -143,7 +143,7 @@ def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
             steps = min(MAX_STEPS, ANSWER - 1 - done)
             positions, nothing = np.full(rows, length + done, np.int32), np.zeros(rows, bool)
             written, cache = decoder.decode(
-                ids[-1][:, -1], positions, nothing, np.array([-1]), cache=cache, nucleus=None, steps=steps
+                ids[-1][:, -1], positions, nothing, np.array([-1]), cache=cache, choice=None, steps=steps
             )
             ids.append(np.asarray(written)[:, :steps])
         return Run(np.concatenate(ids, axis=1), time.perf_counter() - before)

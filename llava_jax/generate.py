@@ -24,6 +24,7 @@ from llava_jax.data.detokenization import AnswerStream
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
+from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, build
 
@@ -244,9 +245,9 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[i
     return ids - {None, tokenizer.unk_token_id}
 
 
-def prompt_number(prompt: Prompt) -> int:
+def prompt_number(tokens: np.ndarray) -> int:
     """Tells a prompt from others: else all that are asked with the same seed would draw the same numbers."""
-    return zlib.crc32(prompt.tokens.tobytes())
+    return zlib.crc32(tokens.tobytes())
 
 
 def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decoding.Choice:
@@ -258,7 +259,7 @@ def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decodin
         top_p=same(sampling.top_p, np.float32),
         top_k=same(sampling.top_k, np.int32),
         seeds=same(sampling.seed, np.uint32),
-        numbers=np.array([*map(prompt_number, prompts), *[0] * (rows - len(prompts))], np.uint32),
+        numbers=np.array([*(prompt_number(prompt.tokens) for prompt in prompts), *[0] * (rows - len(prompts))], np.uint32),
     )
 
 

@@ -20,7 +20,7 @@ from llava_jax.checkpoint import Description, open_checkpoint, save_model
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template, get_template
 from llava_jax.data.prompts import share_beginnings
-from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import build
 
@@ -57,7 +57,7 @@ def params() -> dict:
 
 
 def make(template: Template = TEMPLATE, **options) -> Generator:
-    return Generator(build(CONFIG, params()), tokenizer(), template, **options)
+    return Generator(build(CONFIG, params()), PromptEncoder(CONFIG, tokenizer(), template, **options))
 
 
 @functools.cache
@@ -71,11 +71,11 @@ def question(text: str, *images: Image.Image) -> Request:
 
 def torch_answer(request: Request, max_new_tokens: int) -> list[int]:
     """The ids that transformers generates after the same ids."""
-    prompt = generator()._encode(request)
+    prompt = generator().prompts.encode(request)
     ids = np.where(prompt.image_feature_index >= 0, CONFIG.text.vocab_size - 1, prompt.tokens)
     pixels = {}
     if request.images:
-        images = np.stack([generator()._read(picture) for picture in request.images])
+        images = np.stack([generator().prompts.read(picture) for picture in request.images])
         normalized = ((images / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
         pixels = {"pixel_values": torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())}
     output = torch_model().generate(
@@ -132,7 +132,7 @@ def test_questions_that_share_the_computation_of_a_picture_are_answered_as_one_b
         question(f"<image>\nWhat {'colour ' * (i % 3)}is it?", picture) for picture in PICTURES[:2] for i in range(7)
     ]
     batch = [Request([("system", padding), *request.turns], request.images) for request in batch]
-    assert share_beginnings([generator()._encode(request) for request in batch])
+    assert share_beginnings([generator().prompts.encode(request) for request in batch])
     together = generator().answer(batch, SHORT, batch_rows=14)
     assert together == [generator().answer([request], SHORT)[0] for request in batch]
     assert len(set(together)) > 2
@@ -194,10 +194,10 @@ def test_end_tokens_end_rows_and_when_all_have_ended_the_device_stops():
     expected = [tokenizer().decode(row, skip_special_tokens=True).rstrip("\ufffd").strip() for row in cut]
     assert ending.answer(batch, Sampling(max_new_tokens=30)) == expected
 
-    first, cache = ending._start([ending._encode(request) for request in batch], None, 64)
-    positions = np.array([len(ending._encode(request).tokens) for request in batch], np.int32)
+    first, cache = ending._start([ending.prompts.encode(request) for request in batch], None, 64)
+    positions = np.array([len(ending.prompts.encode(request).tokens) for request in batch], np.int32)
     written, _ = ending.decoder.decode(
-        first, positions, np.zeros(2, bool), np.array(ending.stop_ids), cache=cache, nucleus=None, steps=30
+        first, positions, np.zeros(2, bool), np.array(ending.prompts.stop_ids), cache=cache, choice=None, steps=30
     )
     steps = max(map(len, cut))  # the first token came before, the end token comes after
     assert (np.asarray(written)[:, steps:] == 0).all()
@@ -206,7 +206,7 @@ def test_end_tokens_end_rows_and_when_all_have_ended_the_device_stops():
 
 def test_bfloat16_computes_and_answers():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
-    rough = Generator(build(CONFIG, half, jnp.bfloat16), tokenizer(), TEMPLATE)
+    rough = Generator(build(CONFIG, half, jnp.bfloat16), PromptEncoder(CONFIG, tokenizer(), TEMPLATE))
     batch = [question("<image>\nIt?", PICTURES[0]), question("Hello")]
     assert all(rough.answer(batch, SHORT))
 
@@ -217,11 +217,11 @@ def test_a_checkpoint_brings_its_template_tokenizer_and_end_tokens(tmp_path):
     description = Description(CONFIG, "plain", hf)
     save_model(tmp_path / "model", params(), description, str(tmp_path / "tokenizer"))
     loaded = Generator.from_checkpoint(open_checkpoint(tmp_path / "model"))
-    assert loaded.template.name == "plain"
-    assert {1, 300} <= set(loaded.stop_ids)
+    assert loaded.prompts.template.name == "plain"
+    assert {1, 300} <= set(loaded.prompts.stop_ids)
     request = question("<image>\nIt?", PICTURES[0])
     other = Generator.from_checkpoint(open_checkpoint(tmp_path / "model"), TEMPLATE)
-    other.stop_ids = generator().stop_ids
+    other.prompts.stop_ids = generator().prompts.stop_ids
     assert other.answer([request], SHORT) == generator().answer([request], SHORT)
 
 
@@ -248,7 +248,7 @@ def test_pictures_and_marks_have_to_agree():
 def test_an_empty_prompt_is_refused():
     bare = tiny.tokenizer()
     bare.backend_tokenizer.post_processor = None  # no BOS
-    plain = Generator(build(CONFIG, params()), bare, get_template("plain"))
+    plain = Generator(build(CONFIG, params()), PromptEncoder(CONFIG, bare, get_template("plain")))
     with pytest.raises(UserError, match="template plain makes an empty prompt"):
         plain.answer([question("dropped by this template")], SHORT)
 

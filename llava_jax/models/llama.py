@@ -120,8 +120,9 @@ class Llama(nnx.Module):
             x_BTD = layer.feed(x_BTD, attended)
         return self.norm(x_BTD), Conversations(tuple(keys), tuple(values))
 
-    def unstack_layers(self) -> None:
-        """Arranges the layers for decoding, which is bound by reading their weights: as a list, kernels [out, in].
+    def unstack_layers(self, transposed: bool = True) -> None:
+        """Arranges the layers for decoding, which is bound by reading their weights: as a list, and for single rows
+        with kernels [out, in].
 
         Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other,
         so that little more than the model is ever in memory if nothing else holds it.
@@ -132,7 +133,7 @@ class Llama(nnx.Module):
         while leaves:
             by_layer.append(list(leaves.pop(0)))
         self.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))
-        for layer in self.layers:
+        for layer in self.layers if transposed else ():
             transpose_kernels(layer.attention)
             transpose_kernels(layer.mlp)
 

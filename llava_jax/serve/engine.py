@@ -1,109 +1,56 @@
 """Answers many requests at a time with one model.
 
-One thread owns the device and answers; `submit` and `Answer` may be used from any other.
+One thread owns the device and answers (`batch`); `submit` and `Answer` may be used from any other. The greedy answer
+to a request does not depend on what else runs: every dispatch has the same shapes, and a slot's numbers depend on
+nothing in the others.
 """
 
 import collections
 import dataclasses
-import queue
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import traceback
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llava_jax.checkpoint import Checkpoint
-from llava_jax.cli import UserError, track
+from llava_jax.cli import track
 from llava_jax.data.conversation import Template
-from llava_jax.generate import Generator, Request, Sampling
-from llava_jax.models.config import LlavaConfig
+from llava_jax.generate import PromptEncoder, Request, Sampling, default_dtype
+from llava_jax.models.llava import Llava, abstract_params, build
+from llava_jax.serve.answer import (
+    Alternative,
+    Answer,
+    ContextExceeded,
+    EngineClosed,
+    EngineError,
+    Piece,
+    QueueFull,
+    Sink,
+    TokenLogprob,
+)
+from llava_jax.serve.batch import Batch
+from llava_jax.serve.conversations import PreparedPrompt, prepare
+from llava_jax.serve.programs import LENGTHS, Programs
+from llava_jax.sharding import param_sharding
+
+__all__ = [
+    "Alternative",
+    "Answer",
+    "ContextExceeded",
+    "Engine",
+    "EngineClosed",
+    "EngineError",
+    "EngineStats",
+    "Piece",
+    "QueueFull",
+    "Sink",
+    "TokenLogprob",
+]
 
 SAMPLES = 1024  # of the time to the first token that `stats` keeps
-
-
-class EngineError(Exception):
-    """The engine failed at a request that was in order."""
-
-
-class EngineClosed(EngineError):
-    """The engine takes no more requests."""
-
-
-class QueueFull(EngineError):
-    """As many requests wait as may; `retry_after` seconds from now there should be room."""
-
-    def __init__(self, retry_after: float):
-        super().__init__(f"the queue is full: try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
-
-
-class ContextExceeded(UserError):
-    """A prompt and its answer take more positions than the context has."""
-
-    def __init__(self, message: str, prompt_tokens: int, new_tokens: int, context: int):
-        super().__init__(message)
-        self.prompt_tokens, self.new_tokens, self.context = prompt_tokens, new_tokens, context
-
-
-class Alternative(NamedTuple):
-    """A token that was likely at a place."""
-
-    token: str
-    bytes: bytes
-    logprob: float
-
-
-class TokenLogprob(NamedTuple):
-    """A token of an answer, and the likeliest ones at its place."""
-
-    token: str
-    bytes: bytes
-    logprob: float
-    top: Sequence[Alternative]
-
-
-class Piece(NamedTuple):
-    """What is new and certain of an answer."""
-
-    text: str
-    token_logprobs: Sequence[TokenLogprob] = ()  # of the new tokens, where `Sampling.logprobs` asks for them
-
-
-Sink = Callable[[Piece | BaseException | None], None]  # takes pieces, then None, or what the request failed of
-
-
-class Answer:
-    """A request in the engine's hands. Iterating gives its pieces as they come, until it is finished, unless a `sink`
-    takes them, which is called in the engine's thread.
-
-    Attributes:
-      prompt_tokens: positions that the prompt takes, pictures included.
-      completion_tokens: tokens generated so far.
-      finish_reason: "stop", "length" or "cancelled"; None until it is finished, or where it failed.
-      first_token_seconds: from `submit` to the first token; None before.
-    """
-
-    def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int, sink: Sink | None = None):
-        self.request, self.sampling, self.prompt_tokens = request, sampling, prompt_tokens
-        self.completion_tokens = 0
-        self.finish_reason: str | None = None
-        self.first_token_seconds: float | None = None
-        self._submitted = time.monotonic()
-        self._cancelled = threading.Event()
-        self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
-        self._put = sink or self._pieces.put
-
-    def __iter__(self) -> Iterator[Piece]:
-        """May be done once. Raises UserError or EngineError where the request failed."""
-        while (piece := self._pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-    def cancel(self) -> None:
-        """Ends it, before the next dispatch; after its end this changes nothing."""
-        self._cancelled.set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,70 +61,107 @@ class EngineStats:
     busy: int  # slots that answer
     queued: int  # requests that wait for one
     prompt_tokens: int
+    prefix_tokens: int  # of these, what was not computed again
     generated_tokens: int
     finished: int
     cancelled: int
     failed: int
-    prefix_tokens: int  # of the prompts, what was not computed again
     first_token_seconds: tuple[float, ...]  # of the last `SAMPLES` answers
+
+
+COUNTS = ("prompt_tokens", "prefix_tokens", "generated_tokens", "finished", "cancelled", "failed")
 
 
 class Engine:
     """Args:
-    generator: the model, its tokenizer and template.
+    model: its layers are rearranged for decoding.
+    prompts: what requests are to it.
     slots: answers at a time.
     context: positions of a prompt and its answer; by default as many as the model knows.
     queue: requests that may wait for a slot.
+    kept: conversations that are kept besides those in slots, so that their next turn begins where they ended; by
+      default half as many as slots.
+    pictures: features of so many pictures are kept.
+    mesh: what the model's parameters lie on.
     """
 
-    def __init__(self, generator: Generator, *, slots: int = 8, context: int | None = None, queue: int = 64):
-        longest = generator.config.text.max_position_embeddings
+    def __init__(
+        self,
+        model: Llava,
+        prompts: PromptEncoder,
+        *,
+        slots: int = 8,
+        context: int | None = None,
+        queue: int = 64,
+        kept: int | None = None,
+        pictures: int = 64,
+        mesh: Mesh | None = None,
+    ):
+        self.config = model.config
+        longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
-        self._generator, self._limit = generator, queue
-        self._waiting: collections.deque[Answer] = collections.deque()
-        self._changed = threading.Condition()
+        self.tokenizer, self.template = prompts.tokenizer, prompts.template
+        self._conversations = slots + (slots // 2 if kept is None else kept)
+        self._pictures = max(pictures, LENGTHS[-1] // self.config.image_tokens + 2)  # those of a piece of a prompt
+        self._programs = Programs(
+            model,
+            slots=slots,
+            conversations=self._conversations,
+            positions=self.context,
+            pictures=self._pictures,
+            stop_ids=prompts.stop_ids,
+            mesh=mesh,
+        )
+        self._prompts, self._limit = prompts, queue
+        self._encoding = threading.Lock()  # tokenizers are not made for many threads
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: collections.deque[tuple[Answer, PreparedPrompt]] = collections.deque()
         self._closing, self._draining = False, True
         self._counts = collections.Counter()
-        self._busy = 0
         self._first_token_seconds: collections.deque[float] = collections.deque(maxlen=SAMPLES)
+        self._answer_seconds = 1.0  # a moving mean
+        self._entering: collections.deque[tuple[Answer, PreparedPrompt]] = collections.deque()
+        self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, template: Template | None = None, *, dtype: jnp.dtype | None = None, **options
+        cls,
+        checkpoint: Checkpoint,
+        template: Template | None = None,
+        *,
+        dtype: jnp.dtype | None = None,
+        mesh: Mesh | None = None,
+        **options,
     ) -> "Engine":
-        """Loads the weights in `dtype`, by default float32 on CPUs and bfloat16 elsewhere."""
-        return cls(Generator.from_checkpoint(checkpoint, template, dtype), **options)
-
-    @property
-    def config(self) -> LlavaConfig:
-        return self._generator.config
+        """Loads the weights in `dtype` (see `default_dtype`), on a mesh as training lays them out."""
+        dtype, sharding = dtype or default_dtype(), None
+        if mesh is not None:
+            shapes = abstract_params(checkpoint.config)
+            sharding = lambda name: param_sharding(mesh, name, shapes[name].shape)  # noqa: E731
+        params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=sharding)
+        model = build(checkpoint.config, params, dtype)
+        del params  # whose arrays are rearranged one by one
+        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), mesh=mesh, **options)
 
     @property
     def capacity(self) -> int:
         """Requests that it holds at a time: those it answers and those that wait."""
         return self.slots + self._limit
 
-    @property
-    def tokenizer(self):
-        return self._generator.tokenizer
-
-    @property
-    def template(self) -> Template:
-        return self._generator.template
-
     def warm_up(self) -> None:
-        """Compiles what answering takes; then the engine is `ready`."""
-        for _ in track(range(1), "compiling"):
-            for _ in self._generator.stream(Request([("user", "Hello")]), Sampling(max_new_tokens=8)):
-                pass
-        self.ready = True
+        """Compiles what answering takes, which would else happen when it is first needed; then `ready`."""
+        for name in track(self._programs.names(), "compiling"):
+            self._programs.compile(name)
+        with self._changed:
+            self.ready = not self._closing
 
     def count_tokens(self, request: Request) -> int:
-        """Positions that its prompt takes, pictures included."""
-        return len(self._generator._encode(request).tokens)
+        """Positions that its prompt takes, pictures included. Raises UserError where it is malformed."""
+        with self._encoding:
+            return len(self._prompts.encode(request).tokens)
 
     def room(self, request: Request) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
@@ -201,79 +185,97 @@ class Engine:
                 new,
                 self.context,
             )
+        self._check_room()
+        with self._encoding:
+            prompt = prepare(self._prompts, request)
         answer = Answer(request, sampling, length, sink)
         with self._changed:
-            if self._closing:
-                raise EngineClosed("the engine is shutting down")
-            if len(self._waiting) >= self._limit:
-                raise QueueFull(1.0)
-            self._waiting.append(answer)
+            self._check_room()
+            self._waiting.append((answer, prompt))
             self._changed.notify_all()
         return answer
 
     def stats(self) -> EngineStats:
         with self._changed:
-            counts = {
-                name: self._counts[name]
-                for name in ("prompt_tokens", "generated_tokens", "finished", "cancelled", "failed", "prefix_tokens")
-            }
             return EngineStats(
                 slots=self.slots,
-                busy=self._busy,
+                busy=len(self._batch.running),
                 queued=len(self._waiting),
                 first_token_seconds=tuple(self._first_token_seconds),
-                **counts,
+                **{name: self._counts[name] for name in COUNTS},
             )
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests. Finishes those that it has, or cancels them without `drain`; then returns."""
         with self._changed:
-            self._closing, self._draining, self.ready = True, drain, False
+            self._closing, self._draining, self.ready = True, drain and self._draining, False
             self._changed.notify_all()
         self._thread.join()
 
+    def _check_room(self) -> None:
+        if self._closing:
+            raise EngineClosed("the engine is shutting down")
+        if len(self._waiting) >= self._limit:
+            raise QueueFull(math.ceil(self._answer_seconds / self.slots))
+
+    def _new_batch(self) -> Batch:
+        return Batch(self._programs, self._prompts, self._conversations, self._pictures)
+
+    # ------------------------------------------------------------------------------------------- the engine's thread
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    return
-                answer = self._waiting.popleft()
-                self._busy = 1
-            self._answer(answer)
-            with self._changed:
-                self._busy = 0
+        while self._wait():
+            try:
+                self._enter()
+                for answer in self._batch.step():
+                    self._count(answer)
+            except Exception as error:  # what the device raises; nothing of the arrays there can be trusted
+                traceback.print_exception(error)
+                self._fail(error)
 
-    def _answer(self, answer: Answer) -> None:
-        try:
-            pieces = self._generator._pieces([self._generator._encode(answer.request)], answer.sampling, 4)
-            answer.finish_reason = None
-            for (text,) in pieces:
-                if answer.first_token_seconds is None:
-                    answer.first_token_seconds = time.monotonic() - answer._submitted
-                    self._first_token_seconds.append(answer.first_token_seconds)
-                if answer._cancelled.is_set() or (self._closing and not self._draining):
-                    answer.finish_reason = "cancelled"
-                    break
-                if text:
-                    answer.completion_tokens += len(self.tokenizer.encode(text, add_special_tokens=False))
-                    answer._put(Piece(text))
-            else:
-                longest = answer.completion_tokens >= answer.sampling.max_new_tokens
-                answer.finish_reason = "length" if longest else "stop"
-            self._count("cancelled" if answer.finish_reason == "cancelled" else "finished", answer)
-            answer._put(None)
-        except UserError as error:
-            self._count("failed", answer)
-            answer._put(error)
-        except Exception as error:
-            self._count("failed", answer)
-            failure = EngineError(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
-            answer._put(failure)
-
-    def _count(self, outcome: str, answer: Answer) -> None:
+    def _wait(self) -> bool:
+        """Until there is something to do; False if there never will be."""
         with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._batch.running or self._closing)
+            if self._closing and not self._draining:
+                for answer in [answer for answer, _ in self._waiting] + [r.answer for r in self._batch.running]:
+                    answer.cancel()
+            return bool(self._waiting or self._batch.running)
+
+    def _enter(self) -> None:
+        """Fills the free slots. Who was cancelled leaves the queue."""
+        with self._changed:
+            gone = [answer for answer, _ in self._waiting if answer.cancelled]
+            self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].cancelled)
+            free = self.slots - len(self._batch.running)
+            self._entering.extend(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
+        for answer in gone:
+            answer.finish("cancelled")
+            self._count(answer)
+        while self._entering:
+            self._batch.enter(*self._entering[0])
+            self._entering.popleft()
+
+    def _count(self, answer: Answer, failed: bool = False) -> None:
+        with self._changed:
+            outcome = "failed" if failed else "cancelled" if answer.finish_reason == "cancelled" else "finished"
             self._counts[outcome] += 1
             self._counts["prompt_tokens"] += answer.prompt_tokens
+            self._counts["prefix_tokens"] += answer.prefix_tokens
             self._counts["generated_tokens"] += answer.completion_tokens
+            if answer.first_token_seconds is not None:
+                self._first_token_seconds.append(answer.first_token_seconds)
+            if outcome == "finished":
+                self._answer_seconds += 0.1 * (time.monotonic() - answer.submitted - self._answer_seconds)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends what runs, and begins anew."""
+        failed = {running.answer for running in self._batch.running} | {answer for answer, _ in self._entering}
+        self._entering.clear()
+        self._batch = self._new_batch()
+        for answer in failed:
+            failure = EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            failure.__cause__ = error
+            self._count(answer, failed=True)
+            answer.fail(failure)
+        self._programs.reset()
