@@ -254,12 +254,15 @@ def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decodin
     def same(value: float, dtype: type) -> np.ndarray:
         return np.full(rows, value, dtype)
 
+    numbers = [prompt_number(prompt.tokens) for prompt in prompts] + [0] * (rows - len(prompts))
     return decoding.Choice(
         temperature=same(sampling.temperature, np.float32),
         top_p=same(sampling.top_p, np.float32),
         top_k=same(sampling.top_k, np.int32),
         seeds=same(sampling.seed, np.uint32),
-        numbers=np.array([*(prompt_number(prompt.tokens) for prompt in prompts), *[0] * (rows - len(prompts))], np.uint32),
+        numbers=np.array(
+            [*(prompt_number(prompt.tokens) for prompt in prompts), *[0] * (rows - len(prompts))], np.uint32
+        ),
     )
 
 
