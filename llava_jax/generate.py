@@ -260,9 +260,7 @@ def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decodin
         top_p=same(sampling.top_p, np.float32),
         top_k=same(sampling.top_k, np.int32),
         seeds=same(sampling.seed, np.uint32),
-        numbers=np.array(
-            [*(prompt_number(prompt.tokens) for prompt in prompts), *[0] * (rows - len(prompts))], np.uint32
-        ),
+        numbers=np.array(numbers, np.uint32),
     )
 
 
