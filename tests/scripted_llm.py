@@ -45,6 +45,7 @@ class ScriptedLLM:
         self.random = random.Random(self.script.seed)
         self.completions = 0
         self.times: list[float] = []  # of all requests, on the monotonic clock
+        self.asked: list[tuple[str, float]] = []  # idempotency key of each chat, and when, in seconds since 1970
         self.port = 0
         self.batches = ScriptedBatches(self._batched)
 
@@ -92,6 +93,7 @@ class ScriptedLLM:
         method, path, _ = first.split(" ")
         self.times.append(time.monotonic())
         if path == "/v1/chat/completions":
+            self.asked.append((headers.get("idempotency-key", ""), time.time()))
             return await self._chat(json.loads(body), writer)
         status, content = self.batches.handle(method, path, body) or (404, error(f"no {method} {path}"))
         self._send(writer, status, content)
