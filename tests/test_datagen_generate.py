@@ -70,7 +70,7 @@ def test_rejects_have_reasons(folder: Path):
         return texts.get(number) or reply(body)
 
     with ScriptedLLM(reply=bad) as server:
-        assert run(folder, server, "--limit", 4, "--repairs", 0) == 0
+        assert run(folder, server, "--limit", 4, "--attempts", 1) == 0
     assert rejects(folder) == {"0": "wrong-form", "1": "mentions-context"}
     assert [sample["id"] for sample in samples(folder)] == ["2", "3"]
 
@@ -124,7 +124,9 @@ def test_show_and_dry_run_need_no_server(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture):
-    for more in (["--limit", 0], ["--budget", 1, "--model", "m"], ["--body", "[1]"], []):
+    with pytest.raises(UserError, match="--budget needs --prices"):
+        run(folder, None, "--budget", 1, "--model", "m")
+    for more in (["--limit", 0], ["--body", "[1]"], []):
         with pytest.raises(SystemExit):
             run(folder, None, *more)
         assert "error" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_bad_answers_are_asked_for_again_then_rejected():
     assert next_step(recipe(), CONTEXT, [*answers, answer(GOOD)]).attempts == ("wrong-form", "wrong-form", ACCEPTED)
     verdict = next_step(recipe(), CONTEXT, [*answers, answer("I'm sorry, but I can't.")])
     assert verdict.reason == "refusal" and verdict.attempts == ("wrong-form", "wrong-form", "refusal")
-    assert next_step(recipe(repairs=0), CONTEXT, answers[:1]).reason == "wrong-form"
+    assert next_step(recipe(attempts=1), CONTEXT, answers[:1]).reason == "wrong-form"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_bad_answers_are_asked_for_again_then_rejected():
     ],
 )
 def test_every_fault_is_explained_to_the_model(given: Answer, reason: str):
-    assert next_step(recipe(repairs=0), CONTEXT, [given]).reason == reason
+    assert next_step(recipe(attempts=1), CONTEXT, [given]).reason == reason
     first, again = next_step(recipe(), CONTEXT, []), next_step(recipe(), CONTEXT, [given])
     assert again.messages[: len(first.messages)] == first.messages
     if given.text:

@@ -8,19 +8,12 @@ from llava_jax.cli import track
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
+from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.batches import TRIES, Batches
-from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 
 
-def run_batches(
-    settings: Settings,
-    ledger: Ledger,
-    budget: float | None,
-    recipe: Recipe,
-    pending: Callable[[], Iterator[Context]],
-    poll: float,
-) -> None:
+def run_batches(given: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[], Iterator[Context]]) -> None:
     """Asks about all `pending` contexts, which are read anew in each round. May be interrupted anywhere."""
 
     def request_of(task: str) -> Request:
@@ -28,7 +21,7 @@ def run_batches(
         return step
 
     async def rounds() -> None:
-        async with Batches(settings, ledger, budget, request_of, poll) as batches:
+        async with Batches(given.settings, ledger, given.budget, request_of, given.poll) as batches:
             refused = await batches.collect()  # of an earlier run
             while held := batches.make(_requests(recipe, ledger, pending(), refused)):
                 print(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)

@@ -8,11 +8,8 @@ Any server with an OpenAI-compatible API will do; its key comes from OPENAI_API_
 
 import argparse
 import functools
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
@@ -25,9 +22,10 @@ from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.recipe import KINDS, Recipe, next_step
 from llava_jax.datagen.report import read_rejects, write_report
 from llava_jax.datagen.workers import run
+from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
-from llava_jax.llm_api.cost import Budget, Prices
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
+from llava_jax.llm_api.options import add_api_arguments, positive, work
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
@@ -51,13 +49,13 @@ def main(kind: str, argv: list[str]) -> int:
         kind,
         load_prompts(Path(args.prompts) if args.prompts else OURS / kind),
         args.boxes,
-        args.repairs,
+        args.attempts,
         None if args.language == "any" else args.language,
         args.seed,
     )
-    body = request_body(args)
+    given = work(args, args.model or "")
     directory = Path(args.output)
-    ledger = Ledger(directory / LEDGER, args.model or "", body)
+    ledger = Ledger(directory / LEDGER, given.settings.model, given.settings.body)
     try:
         left_out = load(ledger, args.captions, args.instances, args.images)
         for reason, count in left_out.items():
@@ -65,9 +63,9 @@ def main(kind: str, argv: list[str]) -> int:
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
-            return estimate(recipe, ledger, args, body)
-        ledger.identify({**recipe.identity(), "model": args.model, "parameters": body})
-        return generate(recipe, ledger, args, body)
+            return estimate(recipe, ledger, given.settings, args.limit)
+        ledger.identify({**recipe.identity(), "model": args.model, "body": given.settings.body})
+        return generate(recipe, ledger, given, args)
     finally:
         ledger.close()
 
@@ -75,33 +73,21 @@ def main(kind: str, argv: list[str]) -> int:
 conversation, detail, reasoning = (functools.partial(main, kind) for kind in KINDS)
 
 
-def generate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dict[str, Any]) -> int:
+def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespace) -> int:
     """Asks about every context that has no verdict, then writes what came of it, which it does if stopped, too."""
-    settings = Settings(
-        args.model,
-        body,
-        args.base_url,
-        os.environ.get("OPENAI_API_KEY") or ("none" if args.base_url else None),
-        args.concurrency,
-        args.requests_a_minute,
-        args.tokens_a_minute,
-        Prices(*args.prices),
-        timeout=args.timeout,
-    )
-    if ledger.open_batches() and not args.batch:
+    if ledger.open_batches() and not given.batch:
         raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
+    pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
     caught = 0
     try:
-        if args.batch:
-            pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
-            run_batches(settings, ledger, args.budget, recipe, pending, args.poll)
+        if given.batch:
+            run_batches(given, ledger, recipe, pending)
         else:
-            pending = contexts.read(ledger.db, args.limit, PENDING)
-            count = contexts.count(ledger.db, args.limit, PENDING)
-            caught = run(settings, ledger, Budget(args.budget, ledger.totals().cost), recipe, pending, count)
+            caught = run(given, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
     finally:
-        counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
-        tell(counts, ledger, Path(args.output))
+        if ledger.verdicts():
+            counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
+            tell(counts, ledger, Path(args.output))
     if caught:
         return 128 + caught
     report(recipe.kind, counts, ledger, args)
@@ -140,21 +126,11 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
     return 0
 
 
-def estimate(recipe: Recipe, ledger: Ledger, args: argparse.Namespace, body: dict[str, Any]) -> int:
-    settings = Settings(args.model or "", body)
-    pending = contexts.read(ledger.db, args.limit, PENDING)
-    count = contexts.count(ledger.db, args.limit, PENDING)
-    for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, Prices(*args.prices)):
+def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
+    pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
+    for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, settings.prices):
         print(line)
     return 0
-
-
-def request_body(args: argparse.Namespace) -> dict[str, Any]:
-    """What goes into every request besides model and messages."""
-    body = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    if "max_completion_tokens" in args.body:
-        del body["max_tokens"]
-    return {key: value for key, value in {**body, **args.body}.items() if value is not None}
 
 
 def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
@@ -168,61 +144,21 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--images", required=True, metavar="DIR", help="the folder of pictures; what is not there is left out")
-    add("--limit", type=_positive, metavar="N", help="the first N only; a larger one later goes on")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--base-url", metavar="URL", help="of the server (default: OpenAI's)")
-    add("--model", metavar="M", help="its name there")
-    add("--max-tokens", type=_positive, default=1024, metavar="N", help="of an answer (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, metavar="T", help="(default: %(default)s)")
-    add("--body", type=_object, default={}, metavar="JSON",
-        help="more of each request, as {\"top_p\": 0.9}; null takes away what is there")  # fmt: skip
-    add("--concurrency", type=_positive, default=64, metavar="N", help="requests at a time (default: %(default)s)")
-    add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
-    add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
-    add("--batch", action="store_true", help="use the batch API: cheaper, and answers come within a day")
-    add("--poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at batches (default: 60)")
-    add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
+    add("--limit", type=positive, metavar="N", help="the first N only; a larger one later goes on")
 
     add = parser.add_argument_group("what is asked, what is taken").add_argument
     add("--prompts", metavar="DIR",
         help="system_message.txt, and NNN_caps.txt with NNN_conv.txt for each example (default: our own)")  # fmt: skip
     add("--boxes", action=argparse.BooleanOptionalAction, default=SEES_BOXES[kind],
         help=f"whether the model is told of the boxes (default: {'yes' if SEES_BOXES[kind] else 'no'})")  # fmt: skip
-    add("--repairs", type=int, default=2, metavar="N", help="times that a bad answer is asked for again (default: 2)")
     add("--language", default="en", metavar="CODE", help="of the answers, ISO 639-1, or any (default: en)")
     add("--seed", type=int, default=0, help="of what is chosen at random (default: 0)")
 
-    add = parser.add_argument_group("cost").add_argument
-    add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
-        help="dollars for a million tokens of prompt and of completion")  # fmt: skip
-    add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
-    add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
-    add("--show", nargs="?", const="", metavar="ID", help="prints the prompt of a context, asks nothing")
-
+    add_api_arguments(parser, temperature=0.7, max_tokens=1024, concurrency=64)
+    parser.add_argument("--model", metavar="M", help="of the server")
+    parser.add_argument("--show", nargs="?", const="", metavar="ID", help="print the prompt of a context, ask nothing")
     parser.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
     args = parser.parse_args(argv)
     if args.show is None and not args.dry_run and not args.model:
         parser.error("--model is needed to ask anything")
-    if args.budget is not None and not any(args.prices):
-        parser.error("--budget needs --prices")
     return args
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("has to be 1 or more")
-    return value
-
-
-def _amount(text: str) -> float:
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError("has to be a number from 0 on")
-    return value
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("has to be a JSON object")
-    return value

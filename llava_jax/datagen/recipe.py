@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
     kind: str  # of KINDS
     prompts: Prompts
     boxes: bool  # whether the model is told of them
-    repairs: int = 2  # times that an answer is asked for again
+    attempts: int = 3  # answers of which one has to be good
     language: str | None = "en"  # ISO 639-1, None for any
     seed: int = 0
 
@@ -59,7 +59,7 @@ def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Re
         if not isinstance(read, Fault):
             return Verdict(ACCEPTED, turns=read, attempts=(*reasons, ACCEPTED))
         reasons.append(read.reason)
-        if attempt == recipe.repairs:
+        if attempt + 1 == recipe.attempts:
             return Verdict(*read, attempts=tuple(reasons))
         messages = [*messages, *_ask_again(recipe, answer, read)]
     return Request(context.id, len(answers), messages)

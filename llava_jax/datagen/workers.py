@@ -2,16 +2,16 @@
 
 import asyncio
 import contextlib
-import signal
-import sys
 from collections.abc import Iterator
 
 from llava_jax.cli import track
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
-from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
+from llava_jax.llm_api.asking import Work
+from llava_jax.llm_api.client import Client, Refused, Stopped
 from llava_jax.llm_api.cost import Budget
 from llava_jax.llm_api.ledger import Ledger
+from llava_jax.llm_api.stopping import stopped_by_signals
 
 
 async def ask_about(pending: Iterator[Context], recipe: Recipe, client: Client) -> None:
@@ -51,41 +51,13 @@ async def _talk(recipe: Recipe, context: Context, client: Client) -> Verdict:
     return step
 
 
-def run(
-    settings: Settings, ledger: Ledger, budget: Budget, recipe: Recipe, pending: Iterator[Context], count: int
-) -> int:
+def run(given: Work, ledger: Ledger, recipe: Recipe, pending: Iterator[Context], count: int) -> int:
     """Asks about `count` contexts. Returns the signal that stopped it, 0 if none did."""
 
     async def main() -> int:
-        async with Client(settings, ledger, budget) as client:
-            with _stopping(client) as caught, contextlib.closing(track(pending, "asking", count)) as tracked:
+        async with Client(given.settings, ledger, Budget(given.budget, ledger.totals().cost)) as client:
+            with stopped_by_signals(client) as caught, contextlib.closing(track(pending, "asking", count)) as tracked:
                 await ask_about(tracked, recipe, client)
         return caught[0] if caught else 0
 
     return asyncio.run(main())
-
-
-@contextlib.contextmanager
-def _stopping(client: Client) -> Iterator[list[int]]:
-    """Has the first SIGINT or SIGTERM stop the client, and the next one end the process; yields those caught."""
-    loop, caught = asyncio.get_running_loop(), []
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int) -> None:
-        caught.append(number)
-        client.stop.set()
-        print("waiting for the answers under way, which are paid for; once more gives them up", file=sys.stderr)
-        for each in signals:
-            loop.remove_signal_handler(each)
-            signal.signal(each, before[each])
-
-    before = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
-        loop.add_signal_handler(number, stop, number)
-    try:
-        yield caught
-    finally:
-        if not caught:
-            for number in signals:
-                loop.remove_signal_handler(number)
-                signal.signal(number, before[number])

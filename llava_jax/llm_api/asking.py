@@ -1,10 +1,8 @@
 """Asks a model all of many tasks, each until an answer to it can be read, and goes on where an earlier run ended."""
 
 import asyncio
-import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from llava_jax.llm_api.batches import TRIES, Batches
 from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
 from llava_jax.llm_api.ledger import Ledger, Request
+from llava_jax.llm_api.stopping import stopped_by_signals
 
 
 class Task(NamedTuple):
@@ -82,7 +81,7 @@ async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str)
     async with Client(work.settings, ledger, Budget(work.budget, ledger.totals().cost)) as client:
         running = [asyncio.create_task(_ask(client, task, work.attempts)) for task in tasks]
         try:
-            with _stopped_by_signals(client):
+            with stopped_by_signals(client):
                 for done in track(asyncio.as_completed(running), what, len(running)):
                     await done
         except (UserError, Stopped) as error:
@@ -139,16 +138,3 @@ def _next(ledger: Ledger, task: Task, attempts: int) -> Request | Outcome:
         if (value := task.read(text)) is not None:
             return Outcome(text, value)
     return Outcome(text, None)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(client: Client) -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM end the work once the answers under way are there."""
-    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        loop.add_signal_handler(number, client.stop.set)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

@@ -13,19 +13,25 @@ from llava_jax.llm_api.cost import Prices
 NO_KEY = "none"  # servers at home want none, but the client does
 
 
-def add_api_arguments(parser: argparse.ArgumentParser, temperature: float, max_tokens: int) -> None:
+def add_api_arguments(
+    parser: argparse.ArgumentParser, temperature: float, max_tokens: int, concurrency: int = 16
+) -> None:
     """Adds all options but that of the model."""
     add = parser.add_argument_group("the API").add_argument
     add("--base-url", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: OPENAI_BASE_URL, or "
         "OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
     add("--temperature", type=float, default=temperature, metavar="T", help="default: %(default)s")
-    add("--max-tokens", type=_positive, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
+    add("--max-tokens", type=positive, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
     add("--body", type=_object, default={}, metavar="JSON",
         help='more of each request, as {"top_p": 0.9}; null takes away what is there')  # fmt: skip
+    add("--attempts", type=positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
     add(
-        "--attempts", type=_positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)"
+        "--concurrency",
+        type=positive,
+        default=concurrency,
+        metavar="N",
+        help="requests at a time (default: %(default)s)",
     )
-    add("--concurrency", type=_positive, default=16, metavar="N", help="requests at a time (default: %(default)s)")
     add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
@@ -64,7 +70,8 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in {**body, **args.body}.items() if value is not None}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option that counts something."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError("has to be 1 or more")
     return value
