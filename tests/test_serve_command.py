@@ -1,10 +1,12 @@
 """`python -m llava_jax.serve`: from the command line to exit status 0."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx2
 import openai
@@ -96,3 +98,14 @@ def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert command._api_key(None) is None
     monkeypatch.setenv("LLAVA_API_KEY", "other")
     assert command._api_key(None) == "other"
+
+
+def test_the_unit_of_systemd_and_the_docs_use_flags_that_exist():
+    root = Path(__file__).parents[1]
+    texts = [
+        (root / name).read_text().replace("\\\n", " ") for name in ("launch/llava-serve.service", "docs/serving.md")
+    ]
+    lines = [line for text in texts for line in text.splitlines() if "-m llava_jax.serve " in line]
+    assert len(lines) >= 4
+    for line in lines:
+        command._parse(shlex.split(line.partition("llava_jax.serve ")[2]))
