@@ -34,13 +34,13 @@ def status(url: str) -> int | None:
 def test_it_serves_until_sigterm_and_finishes_what_it_began(checkpoint):
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    arguments = ["--checkpoint", checkpoint, "--port", str(port), "--model-name", "tiny/model"]
+    arguments = ["--checkpoint", checkpoint, "--port", str(port), "--model-name", "tiny/model", "--no-page"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "LLAVA_API_KEY": "secret"}
     process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         seen = []
-        assert eventually(lambda: process.poll() is not None or seen.append(status(url)) or seen[-1] == 200, 100)
+        assert eventually(lambda: process.poll() is not None or seen.append(status(url)) or seen[-1] == 200, 200)
         assert set(seen) <= {None, 503, 200}
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         assert client.models.retrieve("tiny/model").id == "tiny/model"
@@ -51,7 +51,7 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(checkpoint):
         assert eventually(lambda: status(url) != 200)
         *_, last = stream
         assert last.choices[0].finish_reason in ("stop", "length")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=100) == 0
     finally:
         process.kill()
         process.wait()
