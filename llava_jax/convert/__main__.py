@@ -4,9 +4,11 @@ import argparse
 
 from llava_jax.cli import run
 from llava_jax.convert import verify
-from llava_jax.convert.export import DTYPES, export
+from llava_jax.convert.export import export
+from llava_jax.convert.export_original import export_original, export_projector
 from llava_jax.convert.found import Options
 from llava_jax.convert.import_weights import import_backbones, import_llava
+from llava_jax.convert.outgoing import DTYPES
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
@@ -14,6 +16,7 @@ EXAMPLE = """examples:
   python -m llava_jax.convert import --llava llava-v1.5-7b-lora --base vicuna-7b --vision clip-vit-large-patch14-336 \\
     --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
+  python -m llava_jax.convert export --checkpoint runs/pretrain --layout projector --output my-projector
   python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf"""
 
 
@@ -90,8 +93,9 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
-        help="a checkpoint to a Hugging Face directory",
-        description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load.",
+        help="a checkpoint to a Hugging Face directory, or to the original's layout",
+        description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load; with --layout "
+        "original one that the original LLaVA loads, with --layout projector what its stage 1 leaves.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -99,12 +103,30 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
     add("--output", metavar="DIR", required=True, help="where the model goes; must not exist")
     add("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
-    parser.set_defaults(function=_export)
+    add("--layout", choices=("hf", "original", "projector"), default="hf", help="(default: %(default)s)")
+    add("--tower", metavar="NAME", help="what the original loads the vision tower from, a directory or a name on the "
+        "Hub (default: OpenAI's of the same shapes)")  # fmt: skip
+    add("--without-tower", action="store_true", help="with --layout original: name the vision tower, as v0 and v1 do, "
+        "and leave its weights out")  # fmt: skip
+    parser.set_defaults(function=lambda args: _export(parser, args))
 
 
-def _export(args: argparse.Namespace) -> None:
-    export(args.checkpoint, args.output, args.dtype)
-    print(f"{args.output}: load it with LlavaForConditionalGeneration and AutoProcessor of transformers")
+def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.layout == "hf" and args.tower:
+        parser.error("--tower goes with --layout original or projector")
+    if args.layout != "original" and args.without_tower:
+        parser.error("--without-tower goes with --layout original")
+    match args.layout:
+        case "hf":
+            export(args.checkpoint, args.output, args.dtype)
+            use = "load it with LlavaForConditionalGeneration and AutoProcessor of transformers"
+        case "original":
+            export_original(args.checkpoint, args.output, args.dtype, args.tower, not args.without_tower)
+            use = "load it with the original LLaVA, under a path with llava in it, which that looks for"
+        case "projector":
+            export_projector(args.checkpoint, args.output, args.dtype, args.tower)
+            use = "its mm_projector.bin is what --pretrain_mm_mlp_adapter of the original takes"
+    print(f"{args.output}: {use}")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

@@ -20,12 +20,12 @@ from PIL import Image
 
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, track
-from llava_jax.convert.export import cast
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry, to_hf_tensor
+from llava_jax.convert.outgoing import cast
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
 from llava_jax.data.conversation import IMAGE_TOKEN, get_template

@@ -1,0 +1,147 @@
+"""A checkpoint as the original LLaVA (haotian-liu/LLaVA) writes it: a whole model, or what its stage 1 leaves.
+
+Weights are in safetensors files, which its transformers (4.37) loads like `pytorch_model.bin`; `mm_projector.bin`,
+which it opens by that name, is a file of torch. Its models need no token for images: rows and tokenizer stay the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from llava_jax.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.convert.hf_fields import Json, kept
+from llava_jax.convert.hf_processor import write_generation
+from llava_jax.convert.hf_text import write_text
+from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
+from llava_jax.convert.shards import write_shards
+from llava_jax.convert.tensors import write_json
+from llava_jax.convert.torch_save import save_torch
+from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, LlavaConfig
+
+PROJECTOR = "mm_projector.bin"
+_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
+_PREFIXES = {
+    "llm": "model.",
+    "head": "",
+    "projector": "model.mm_projector.",
+    "vision": "model.vision_tower.vision_tower.vision_model.",
+}
+_CLASSES = {"llama": ("llava_llama", "LlavaLlama"), "mistral": ("llava_mistral", "LlavaMistral")}
+_NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that its transformers does not know
+
+
+def export_original(
+    checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None, with_tower: bool = True
+) -> None:
+    """Writes a whole model: weights, config.json, generation_config.json and the tokenizer.
+
+    Args:
+      checkpoint_path: the model.
+      output: a directory that does not exist.
+      dtype: of all weights; by default as stored.
+      tower: what the original is to load its vision tower from; by default that of OpenAI with these shapes.
+      with_tower: whether the tower's weights are written too, as in v1.5, or only named, as before.
+
+    Raises:
+      UserError: the original has no such model.
+    """
+    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint.check()
+    settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
+    tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    generation = write_generation(checkpoint.description.hf.get("generation_config", {}), ids, [])
+    parts = tuple(part for part in PARTS if with_tower or part != "vision")
+    with new_export(output) as directory:
+        copy_tokenizer(checkpoint.tokenizer_dir, directory)
+        write_json(directory / "config.json", settings)
+        write_json(directory / "generation_config.json", generation)
+        write_shards(directory, list(tensors_of(checkpoint, dtype, _names(checkpoint.config), parts)))
+
+
+def export_projector(checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None) -> None:
+    """Writes `mm_projector.bin` and the config.json that belongs to it. Raises UserError as `export_original` does."""
+    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint.check()
+    settings = _settings(checkpoint, tower, dtype) | {"tune_mm_mlp_adapter": True}
+    with new_export(output) as directory:
+        write_json(directory / "config.json", settings)
+        save_torch(
+            directory / PROJECTOR, list(tensors_of(checkpoint, dtype, _names(checkpoint.config), ("projector",)))
+        )
+
+
+def _names(config: LlavaConfig) -> Callable[[str, str], str]:
+    return functools.partial(_name, config.projector_type)
+
+
+def _name(projector_type: str, part: str, leaf: str) -> str:
+    """The modules of the original's projector are numbered, the GELUs between the layers too; a single one is not."""
+    if part == "projector":
+        linear, kind = leaf.split(".")
+        module = 2 * (int(linear.removeprefix("linear_")) - 1)
+        leaf = kind if projector_type == "linear" else f"{module}.{kind}"
+    return _PREFIXES[part] + leaf
+
+
+def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> Json:
+    """The `config.json`: that of a decoder, and what the original adds."""
+    config, text = checkpoint.config, checkpoint.description.hf.get("config", {}).get("text_config") or {}
+    decoder = write_text(config.text, text, dtype or common_dtype(checkpoint))
+    where = str(checkpoint.root)
+    _refuse_unknown(config, decoder, where)
+    model_type, name = _CLASSES[decoder["model_type"]]
+    scaling = config.text.rope_scaling
+    own = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": model_type,
+        "rope_scaling": scaling and {"type": scaling.kind, "factor": scaling.factor},
+        "use_cache": True,
+        "use_mm_proj": True,
+        "mm_vision_tower": tower or _tower(config, where),
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": config.select_feature,
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": config.im_start_end,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": config.image_aspect,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": config.text.max_position_embeddings,
+    }
+    return {field: value for field, value in (kept(text) | decoder | own).items() if field not in _NOT_IN_4_37}
+
+
+def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
+    """Raises UserError for what the original, with transformers 4.37, does not compute."""
+    text, problems = config.text, []
+    if decoder["model_type"] not in _CLASSES:
+        problems.append(f"language model {decoder['model_type']}, only {' and '.join(_CLASSES)}")
+    if config.vision.kind != "clip":
+        problems.append(f"vision tower {config.vision.kind}, only clip")
+    if config.image_aspect == "resize":
+        problems.append("image aspect resize, only pad and square")
+    if text.rope_scaling and text.rope_scaling.kind != "linear":
+        problems.append(f"rope_type {text.rope_scaling.kind}, only linear")
+    if text.head_dim * text.num_heads != text.hidden_size:
+        problems.append(f"head_dim {text.head_dim}, only hidden_size / num_attention_heads")
+    if problems:
+        raise UserError(
+            f"{where}: the original LLaVA has no {'; no '.join(problems)}: export it in Hugging Face's layout"
+        )
+
+
+def _tower(config: LlavaConfig, where: str) -> str:
+    for name, tower in _TOWERS.items():
+        same = dataclasses.replace(config.vision, projection_dim=tower.projection_dim) == tower
+        if same and (config.image_mean, config.image_std) == (CLIP_MEAN, CLIP_STD):
+            return name
+    raise UserError(
+        f"{where}: its vision tower is neither {' nor '.join(_TOWERS)}: give --tower NAME, the directory or name of "
+        "the CLIP that the original LLaVA is to load"
+    )

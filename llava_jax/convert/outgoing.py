@@ -1,0 +1,85 @@
+"""What every export needs: a checkpoint's tensors in PyTorch's shapes, and a directory that is there once whole."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.checkpoint import Checkpoint, absolute, new_directory
+from llava_jax.cli import UserError
+from llava_jax.convert.layouts import entries_of
+from llava_jax.convert.names import Entry, to_hf_tensor
+from llava_jax.convert.shards import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("vision", "projector", "llm", "head")
+_ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # those with a row for each token
+
+
+@contextlib.contextmanager
+def new_export(output: str) -> Iterator[Path]:
+    """A directory to fill, which takes its name at the end. Raises UserError where that cannot be."""
+    if "://" in os.fspath(output):
+        raise UserError(f"{output}: exports are written to a local disk only; copy it from there")
+    try:
+        with new_directory(absolute(output)) as partial:
+            yield Path(partial)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error}); nothing is left of it") from error
+
+
+def tensors_of(
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    name_of: Callable[[str, str], str],
+    parts: tuple[str, ...] = PARTS,
+    rows: int | None = None,
+) -> Iterator[Tensor]:
+    """The tensors of some parts of a model, none of them read yet.
+
+    Args:
+      checkpoint: the model.
+      dtype: of all tensors; by default each has the one that it is stored in.
+      name_of: (part, leaf name) -> the name in the export.
+      parts: which.
+      rows: of the embeddings and the head, new ones the mean of the others; by default those that there are.
+    """
+    stored = checkpoint.abstract()
+    entries = entries_of(checkpoint.config)
+    for part in parts:
+        for entry in entries[part]:
+            there = jnp.dtype(dtype or stored[entry.name].dtype)
+            shape = entry.hf_shape(stored[entry.name].shape)
+            if rows is not None and entry.name in _ROWS:
+                shape = (rows, *shape[1:])
+            for layer, leaf in enumerate(entry.leaves()):
+                read = functools.partial(_read, checkpoint, entry, layer, there, shape)
+                yield Tensor(name_of(part, leaf), shape, there, read)
+
+
+def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    tensor = to_hf_tensor(entry, checkpoint.read(entry.name, None if entry.layers is None else layer))
+    if tensor.shape != shape:
+        mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
+        tensor = np.concatenate([tensor, np.repeat(mean, shape[0] - len(tensor), axis=0)])
+    return cast(tensor, dtype, entry.name)
+
+
+def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The tensor in another type. Raises UserError where a number is beyond that."""
+    if tensor.dtype == dtype:
+        return tensor
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(dtype)
+    if dtype == np.float16 and (np.isinf(cast) & np.isfinite(tensor)).any():
+        raise UserError(f"{name} has values beyond 65504, the largest of float16: take --dtype bfloat16")
+    return cast
+
+
+def common_dtype(checkpoint: Checkpoint) -> str:
+    """The type that holds all stored values, since transformers loads every tensor in the one that it is told."""
+    return jnp.result_type(*{leaf.dtype for leaf in checkpoint.abstract().values()}).name
