@@ -28,11 +28,9 @@ from llava_jax.convert.names import Entry, to_hf_tensor
 from llava_jax.convert.outgoing import cast
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
-from llava_jax.data.conversation import IMAGE_TOKEN, get_template
-from llava_jax.data.detokenization import AnswerStream
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.prompts import Prompt
-from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.generate import Generator, Request, Sampling
+from llava_jax.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 
@@ -132,9 +130,8 @@ def compare_computed(checkpoint: Checkpoint, directory: Path) -> Iterator[Findin
     yield Finding("loading", not wrong, "; ".join(wrong) or "no key is missing or left over in transformers")
     dtype, model = str(model.dtype).removeprefix("torch."), model.float().eval()
     params = {name: value.astype(dtype).astype(jnp.float32) for name, value in checkpoint.load().items()}
-    generator = Generator(
-        build(checkpoint.config, params), load_tokenizer(checkpoint.tokenizer_dir), get_template(checkpoint.template)
-    )
+    prompts = PromptEncoder.from_checkpoint(checkpoint)
+    generator = Generator(build(checkpoint.config, params), prompts)
     both = Both(generator, params, model, AutoProcessor.from_pretrained(directory))
     yield compare_logits(both)
     yield compare_ids(both)
@@ -158,7 +155,7 @@ class Both(NamedTuple):
 
         config, image = self.generator.config, prompt.image_feature_index >= 0
         ids = np.where(image, self.model.config.image_token_id, prompt.tokens)
-        pixels = (self.generator._read(PICTURE) / 255 - config.image_mean) / config.image_std
+        pixels = (self.generator.prompts.read(PICTURE) / 255 - config.image_mean) / config.image_std
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
             "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
@@ -172,12 +169,14 @@ def compare_logits(both: Both) -> Finding:
 
     generator = both.generator
     longest = min(PROMPT, generator.config.text.max_position_embeddings)
-    prompt = generator._encode(both.request("a b c d e f g h " * PROMPT))
+    prompt = generator.prompts.encode(both.request("a b c d e f g h " * PROMPT))
     prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
     with torch.no_grad():
         theirs = both.model(**both.inputs(prompt)).logits[0].numpy()
     ours = np.asarray(
-        _logits(generator.config, both.params, prompt.tokens, prompt.image_feature_index, generator._read(PICTURE))
+        _logits(
+            generator.config, both.params, prompt.tokens, prompt.image_feature_index, generator.prompts.read(PICTURE)
+        )
     )
     theirs = theirs[:, : ours.shape[-1]]  # an export may have more rows
     apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
@@ -210,7 +209,7 @@ def compare_ids(both: Both) -> Finding:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = both.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         theirs = both.processor(images=PICTURE, text=text, return_tensors="pt")
-        ours = both.inputs(both.generator._encode(both.request(question)))
+        ours = both.inputs(both.generator.prompts.encode(both.request(question)))
         wrong += [
             f"{name} of {question!r}"
             for name in ("input_ids", "pixel_values")
@@ -231,13 +230,13 @@ def compare_answers(both: Both) -> Finding:
     generator, wrong = both.generator, []
     for question in QUESTIONS:
         request = both.request(question)
-        inputs = both.inputs(generator._encode(request))
+        inputs = both.inputs(generator.prompts.encode(request))
         with torch.no_grad():
             output = both.model.generate(
-                **inputs, max_new_tokens=ANSWER, do_sample=False, eos_token_id=generator.stop_ids
+                **inputs, max_new_tokens=ANSWER, do_sample=False, eos_token_id=generator.prompts.stop_ids
             )
         ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-        stream = AnswerStream(generator.tokenizer, generator.stop_ids, generator.stop_strings)
+        stream = generator.prompts.answer_stream(GREEDY)
         theirs = "".join([stream.push(token) for token in ids] + [stream.close()])
         (ours,) = generator.answer([request], Sampling(max_new_tokens=ANSWER))
         wrong += [f"{ours!r}, there {theirs!r}"] if ours != theirs else []
