@@ -80,6 +80,12 @@ def get_config() -> ConfigDict:
 
     config.log_every = 1  # steps
     config.eval_every = 0  # steps between validation losses; 0 only at the end. Needs data.holdout.
+    # A benchmark of `evaluate score` that is answered before the first step, every so many steps (0: not in between)
+    # and after the last one: files of its questions and labels, the folder of its pictures, and on how many questions,
+    # which the seed chooses (docs/evaluation.md). "" is none.
+    config.evaluate = ConfigDict(
+        {"benchmark": "", "questions": "", "labels": "", "images": "", "limit": 64, "every": 0}
+    )
     config.save_every = 500  # steps
     config.keep = 2  # newest checkpoints
 

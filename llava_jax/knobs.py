@@ -25,7 +25,16 @@ CHOICES = {
     "remat": tuple(REMAT_POLICIES),
     "attention": ("", *BACKENDS),
 }
-AT_LEAST_1 = ("max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start")
+AT_LEAST_1 = (
+    "max_length",
+    "batch_rows",
+    "rows_per_group",
+    "log_every",
+    "save_every",
+    "keep",
+    "profile.start",
+    "evaluate.limit",
+)
 AT_LEAST_0 = (
     *(
         "data.holdout",
@@ -38,7 +47,7 @@ AT_LEAST_0 = (
         "epochs",
     ),
     *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
-    "profile.steps",
+    *("profile.steps", "evaluate.every"),
     *("warmup_ratio", "beta1", "beta2"),
 )
 AT_MOST_1 = ("warmup_ratio", "data.max_bad_share")
@@ -76,6 +85,10 @@ def _problems(config: ConfigDict) -> Iterator[str]:
         yield f"row_length is {config.row_length}, which is for packed rows: set pack, or max_length instead"
     elif config.row_length and config.row_length < config.max_length:
         yield f"row_length is {config.row_length}: samples of up to max_length={config.max_length} have to fit"
+    if config.evaluate.benchmark:
+        for key in ("questions", "labels", "images"):
+            if not config.evaluate[key]:
+                yield f"evaluate.{key} is not set, and evaluate.benchmark is: give --config.evaluate.{key}=..."
     if config.wandb.project and not importlib.util.find_spec("wandb"):
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 

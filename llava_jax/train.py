@@ -38,6 +38,7 @@ from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
 from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.goodput import Goodput
 from llava_jax.introduction import introduce, show_first_sample
 from llava_jax.machines import peak_flops
@@ -75,8 +76,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     # ---- Data: every error in the text, the order and the shapes are known from here on
     skip_bad = config.data.on_bad_sample == "skip"
     samples = open_data(config.data, lenient=skip_bad)
+    template = _template(config, source)
     encode = TextEncoder(
-        with_im_start_end(_template(config, source), model.im_start_end),
+        with_im_start_end(template, model.im_start_end),
         load_tokenizer(source.tokenizer_dir),
         model.image_tokens,
         config.max_length,
@@ -106,6 +108,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         image_slots=config.image_slots,
         label_slots=config.label_slots,
     )
+    asked = Evaluation(config, model, encode.tokenizer, template) if config.evaluate.benchmark else None
     decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
     settings = step_settings(config, model, layout, mesh)
     groups = sharding.local_groups(mesh, layout.groups)  # each process reads what its own devices take
@@ -212,6 +215,15 @@ def train(config: ConfigDict, workdir: str) -> None:
             screen.say(f"step {step}: validation loss {loss:.4f}")
         clock = time.monotonic()
 
+    def ask(step: int) -> None:
+        """Has the model of this step answer a benchmark."""
+        nonlocal clock
+        scores = asked.run(step, state.trainable | frozen, settings.dtype, directory)
+        if first:
+            writer.write(step, scores)
+            screen.say(f"step {step}: " + "  ".join(f"{name} {score:g}" for name, score in scores.items()))
+        clock = time.monotonic()
+
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
         found = bad.gather(f"bad samples of {when}") if skip_bad else []
@@ -226,6 +238,9 @@ def train(config: ConfigDict, workdir: str) -> None:
             closing.callback(closed.close)
         closing.enter_context(goodput.measure("step"))
         request = closing.enter_context(catch_signals())
+        if asked and start == 0:  # where its model began; what is wrong with the benchmark shows now
+            with goodput.measure("evaluation"):
+                ask(0)
         pending = None  # metrics are read one step late, so that the device never waits for the host
         read_ahead = goodput.waiting("data", batches.iterate_with_bad(start, steps, config.data.workers))
         for step, (batch, found) in enumerate(read_ahead, start + 1):
@@ -239,12 +254,14 @@ def train(config: ConfigDict, workdir: str) -> None:
             bad.note(step, found)
             stop, anything_bad = signals.exchange(request.signal or 0, len(bad.pending))
             evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
-            evaluate = evaluate and (not stop or step == steps)  # who is told to leave has no time for it
+            ask_now = asked and asked.due(step, steps)
+            # Who is told to leave has no time for either.
+            evaluate, ask_now = (wanted and (not stop or step == steps) for wanted in (evaluate, ask_now))
             save = step == steps or step % config.save_every == 0
             if anything_bad or save or stop:
                 tell_bad(f"step {step}")
             verdict = bad.verdict() if skip_bad else None
-            if evaluate or save or stop or verdict:
+            if evaluate or ask_now or save or stop or verdict:
                 report(*pending)  # nothing is saved before its loss is known to be finite
                 pending = None
             if save or stop or verdict:
@@ -260,6 +277,9 @@ def train(config: ConfigDict, workdir: str) -> None:
             if evaluate:
                 with goodput.measure("evaluation"):
                     validate(step)
+            if ask_now:
+                with goodput.measure("evaluation"):
+                    ask(step)
             if stop and step < steps:
                 if first:
                     name = signal.Signals(stop).name

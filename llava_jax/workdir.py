@@ -25,6 +25,7 @@ NEUTRAL = (
     "attention",
     "log_every",
     "eval_every",
+    "evaluate.",
     "save_every",
     "keep",
     "profile.",

@@ -1,0 +1,132 @@
+"""A benchmark while a model is trained: some of its questions are answered with the parameters of a step, and scored.
+
+Each process answers its share on its own devices, over which it splits the parameters anew. All processes take part in
+that and in gathering the answers, and in nothing else: none waits for another's tokens.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax import distributed
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_TOKEN, Template
+from llava_jax.data.images import decode_image
+from llava_jax.evaluate.answers import by_key
+from llava_jax.evaluate.benchmarks import require
+from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.questions import Question, read_questions
+from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, build
+from llava_jax.whole_file import whole_file
+
+FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers
+
+
+class Evaluation:
+    """What is asked, and how answers are scored. At step 0 labels, pictures and prompts are tried out, and memory."""
+
+    def __init__(self, config: ConfigDict, model: LlavaConfig, tokenizer: PreTrainedTokenizerBase, template: Template):
+        self.every, self.name = config.evaluate.every, config.evaluate.benchmark
+        self.prompts = PromptEncoder(model, tokenizer, template)
+        self.benchmark = require(self.name, "score")
+        self.labels = [config.evaluate.labels]
+        asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
+        chosen = np.random.default_rng(config.seed).permutation(len(asked))[: config.evaluate.limit]
+        self.questions = [asked[index] for index in np.sort(chosen)]
+        self.requests = [request(question, config.evaluate.images) for question in self.questions]
+
+    def due(self, step: int, steps: int) -> bool:
+        return step == steps or bool(self.every) and step % self.every == 0
+
+    def run(self, step: int, params: Params, dtype: jnp.dtype, workdir: epath.Path) -> dict[str, float]:
+        """The scores of a step's parameters, for all processes; the first writes the answers down."""
+        count, first = jax.process_count(), jax.process_index()
+        model = build(self.prompts.config, on_own_devices(params, dtype), dtype)
+        sampling = Sampling(max_new_tokens=self.benchmark.max_new_tokens)
+        texts = Generator(model, self.prompts).answer(self.requests[first::count], sampling)
+        share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+        answers = [""] * len(self.questions)
+        for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):
+            answers[process::count] = json.loads(texts.tobytes())
+        lines = [answer_line(question, text, step) for question, text in zip(self.questions, answers, strict=True)]
+        if distributed.is_first():
+            self._write(workdir / FOLDER / str(step), lines)
+        return flatten(f"{self.name}/", self.score(lines))
+
+    def score(self, lines: Sequence[Line]) -> dict[str, Any]:
+        """Raises `UserError` where a question has no label."""
+        labels = self.benchmark.labels(self.labels, lines, self.questions)
+        answers = by_key(lines, labels.key, self.benchmark.fields)
+        if unknown := [answer.where for key, answer in answers.items() if key not in labels]:
+            raise UserError(f"{self.labels[0]}: has no label for {unknown[0]}")
+        return self.benchmark.score([(answer, labels[key]) for key, answer in answers.items()])
+
+    def _write(self, directory: epath.Path, lines: Sequence[Line]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with whole_file(directory / f"{self.name}.jsonl") as file:
+            file.writelines(json.dumps(line.value).encode() + b"\n" for line in lines)
+
+
+def request(question: Question, images: str) -> Request:
+    """A question for the generator: its pictures stand before its text, as in training."""
+    pictures = [
+        decode_image(picture) if isinstance(picture, bytes) else epath.Path(images) / picture
+        for picture in question.pictures
+    ]
+    return Request([("user", f"{IMAGE_TOKEN}\n" * len(pictures) + question.text)], pictures)
+
+
+def answer_line(question: Question, text: str, step: int) -> Line:
+    """An answer in the form of the files of answers."""
+    value = {"question_id": question.id, "prompt": question.text, "text": text, "model_id": f"step {step}"}
+    return Line(f"question {question.id}", value | question.extra)
+
+
+def flatten(prefix: str, scores: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in nested scores, by their path."""
+    flat: dict[str, float] = {}
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            flat |= flatten(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def on_own_devices(params: Params, dtype: jnp.dtype) -> Params:
+    """All parameters, in `dtype`, on the devices of this process, split over them as far as they can be.
+
+    With several processes all have to call it, as it sends each of them what the others hold.
+    """
+    if jax.process_count() == 1:
+        return {name: value.astype(dtype) for name, value in params.items()}
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    everyone = Mesh(np.reshape(devices, (jax.process_count(), -1)), ("processes", "own"))
+    mine = Mesh([device for device in devices if device.process_index == jax.process_index()], ("own",))
+
+    def gather(value: jax.Array) -> jax.Array:
+        spec = _split(value.shape, mine.size)
+        spread = jax.device_put(value.astype(dtype), NamedSharding(everyone, spec))
+        pieces = [shard.data for shard in spread.addressable_shards]
+        return jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mine, spec), pieces)
+
+    return {name: gather(value) for name, value in params.items()}
+
+
+def _split(shape: Sequence[int], devices: int) -> P:
+    """The last axis that can be split is: it isn't that of the layers, which are taken apart for decoding."""
+    for axis in reversed(range(len(shape))):
+        if shape[axis] % devices == 0 and axis > 0:
+            return P(*[None] * axis, "own")
+    return P()

@@ -1,0 +1,88 @@
+"""A benchmark answered during training: by one process, by two, and what's wrong with it told before the first step."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from test_distributed import Run
+
+from configs import common
+from llava_jax import train
+from llava_jax.cli import UserError
+from llava_jax.evaluate import __main__ as evaluate
+
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Questions of colours, whose answers can be learned by heart: `init`, `data.*` and `evaluate.*` of a config."""
+    directory = tmp_path_factory.mktemp("world")
+    model = tiny.checkpoint(directory)
+    file, images = tiny.data(directory, samples=12)
+    samples = [sample for sample in json.loads(file.read_text()) if "image" in sample]
+    for sample in samples:
+        sample["conversations"][1]["value"] = sample["conversations"][1]["value"].removeprefix("It is ").rstrip(".")
+    file.write_text(json.dumps(samples))
+    return {
+        "init": str(model), "data.json": str(file), "data.images": str(images), "evaluate.benchmark": "easy-vqa",
+        "evaluate.questions": str(file), "evaluate.labels": str(file), "evaluate.images": str(images),
+    }  # fmt: skip
+
+
+def config(world: dict[str, str], **changes: Any):
+    config = common.get_config()
+    fixed = {"stage": "finetune", "max_length": 64, "batch_rows": 3, "steps": STEPS, "learning_rate": 3e-3}
+    config.update_from_flattened_dict({**fixed, **world, **changes})
+    return config.lock()
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    file = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_scores_rise_and_the_answers_are_kept(
+    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.train(config(world, **{"evaluate.every": STEPS // 2, "evaluate.limit": 6}), str(tmp_path / "run"))
+    scores = {line["step"]: line for line in metrics(tmp_path / "run") if "easy-vqa/accuracy" in line}
+    assert list(scores) == [0, STEPS // 2, STEPS]
+    assert scores[0]["easy-vqa/accuracy"] == 0 and scores[STEPS]["easy-vqa/accuracy"] == 100
+    assert scores[0]["easy-vqa/total"] == 6 and "easy-vqa/by_kind/colour" in scores[0]
+    assert f"step {STEPS}: easy-vqa/accuracy 100" in capsys.readouterr().err
+    answers = tmp_path / "run" / "evaluations" / str(STEPS) / "easy-vqa.jsonl"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert {line["text"] for line in lines} <= {*tiny.COLOURS} and len(lines) == 6
+    evaluate.main(["score", "easy-vqa", "--answers", str(answers), "--labels", world["evaluate.labels"], "--partial",
+                   "--json"])  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 100
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"evaluate.labels": ""}, "evaluate.labels is not set"),
+    ({"evaluate.benchmark": "llava-bench"}, "llava-bench: is no such benchmark; choose from"),
+    ({"evaluate.benchmark": "easy"}, "easy: is no such benchmark"),
+    ({"evaluate.limit": 0}, "evaluate.limit is 0"),
+    ({"evaluate.images": "/nowhere"}, "/nowhere/0.png"),
+])  # fmt: skip
+def test_what_is_wrong_shows_before_the_first_step(world: dict[str, str], tmp_path: Path, changes: Any, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train.train(config(world, **changes), str(tmp_path / "run"))
+    assert not metrics(tmp_path / "run")
+
+
+def test_two_processes_answer_what_one_does(world: dict[str, str], tmp_path: Path):
+    """Five questions of two processes with two devices each, over which the parameters are split."""
+    changes = {"batch_rows": 4, "steps": 2, "evaluate.limit": 5, "data.holdout": 0, "eval_every": 0}
+    runs = [Run(world, tmp_path / f"{n}", processes=n, devices=4 // n, **changes) for n in (1, 2)]
+    for run in runs:
+        assert run.wait(240) == [0] * len(run.processes), run.told()
+    one, two = ([json.loads(line)["text"] for step in (0, 2)
+                 for line in (run.workdir / "evaluations" / str(step) / "easy-vqa.jsonl").read_text().splitlines()]
+                for run in runs)  # fmt: skip
+    assert one == two and len(one) == 10
+    assert runs[0].metrics("easy-vqa/accuracy") == runs[1].metrics("easy-vqa/accuracy")
