@@ -285,6 +285,26 @@ def test_without_contexts_nothing_is_said_of_objects(made):
     assert "Not known: captions and boxes were not given" in report(made)
 
 
+def test_pictures_in_a_folder_of_cocos(made):
+    """As in the published mixtures, which have folders in the names of pictures that COCO's files do not have."""
+    coco = {
+        "info": {},
+        "images": [{"id": 5, "file_name": "chelsea.jpg", "width": 451, "height": 300}],
+        "annotations": [{"id": 1, "image_id": 5, "caption": "A cat."}],
+    }
+    boxes = [{"id": 1, "image_id": 5, "category_id": 17, "bbox": [0, 0, 451, 150], "iscrowd": 0}]
+    (made / "captions.json").write_text(json.dumps(coco))
+    instances = {**coco, "categories": [{"id": 17, "name": "cat"}], "annotations": boxes}
+    (made / "instances.json").write_text(json.dumps(instances))
+    (made / "images" / "coco").mkdir()
+    (made / "images" / "chelsea.jpg").rename(made / "images" / "coco" / "chelsea.jpg")
+    (made / "llava.json").write_text((made / "llava.json").read_text().replace("chelsea.jpg", "coco/chelsea.jpg"))
+    shown = data_of(report(made, "--captions", made / "captions.json", "--instances", made / "instances.json"))
+    entry = next(entry for entry in shown["entries"] if entry["id"] == "good")
+    assert entry["captions"] == ["A cat."] and entry["boxes"] == [["cat", 0.0, 0.0, 1.0, 0.5]]
+    assert shown["pictures"]["coco/chelsea.jpg"]
+
+
 def test_bad_input(made):
     with pytest.raises(UserError, match="no such folder"):
         main(["report", "--json", str(made / "llava.json"), "--images", str(made / "none"), "--output", "x"])

@@ -51,8 +51,11 @@ FAULTS = (
 )  # what records raise that are not as they should be
 
 
-def load(ledger: Ledger, captions: str, instances: str | None, images: str) -> dict[str, int]:
+def load(ledger: Ledger, captions: str, instances: str | None, images: str, anywhere: bool = False) -> dict[str, int]:
     """Fills the table of a ledger, unless it is full of the same. Returns how many pictures were left out why.
+
+    Args:
+      anywhere: whether to take pictures that are not in the folder, too.
 
     Raises:
       UserError: for a file that cannot be read, that holds no contexts, or where requests were made for others.
@@ -75,12 +78,14 @@ def load(ledger: Ledger, captions: str, instances: str | None, images: str) -> d
             raise UserError(f"{captions}: has its own boxes: do not give {instances}")
         else:
             found = _jsonl(files[captions], captions)
-        left_out = _fill(ledger.db, found, captions, images)
+        left_out = _fill(ledger.db, found, captions, images, anywhere)
         ledger.db.execute("INSERT INTO contexts_of VALUES (?, ?)", [digests, json.dumps(left_out)])
     return left_out
 
 
-def _fill(db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, images: str) -> dict[str, int]:
+def _fill(
+    db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, images: str, anywhere: bool
+) -> dict[str, int]:
     """Puts contexts into the table. `found` gives where each comes from and its record, as JSONL has it."""
     left_out: collections.Counter[str] = collections.Counter()
     number = 0
@@ -91,7 +96,7 @@ def _fill(db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, i
             if not captions:
                 left_out["no caption"] += 1
                 continue
-            if not _is_there(images, name):
+            if not (anywhere or _is_there(images, name)):
                 left_out[f"not in {images}"] += 1
                 continue
             id = record.get("id")

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     ledger = None
     if args.captions:
         ledger = Ledger(new_local() / "ledger.sqlite")
-        load(ledger, args.captions, args.instances, args.images)
+        load(ledger, args.captions, args.instances, args.images, anywhere=True)  # names may differ by a folder
     rejects = read_rejects(args.rejects) if args.rejects else ()
     samples = LlavaJson(args.json)
     write_report(args.output, samples, args.images, ledger, rejects, shown=args.shown, title=args.json)
