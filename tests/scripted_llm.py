@@ -4,6 +4,7 @@ In a test: `with ScriptedLLM(latency=0.2, faults={"error": 0.1}) as server: serv
 """
 
 import asyncio
+import collections
 import json
 import random
 import re
@@ -28,9 +29,45 @@ class Script:
     latency: float = 0.0  # seconds
     faults: dict[str, float] = field(default_factory=dict)  # probability of each of FAULTS
     refusals: int = 0  # of the first requests, with 429
+    requests_a_minute: float = 0  # what is more is refused, if not 0
+    window: str = "bucket"  # how they are counted: bucket, fixed (each minute), sliding (the last 60 s)
     retry_after: float = 0.5  # seconds, of these
     finish_reason: str = "stop"
     seed: int = 0
+
+
+class Rate:
+    """What a server takes in a minute, counted in one of the ways that servers count."""
+
+    def __init__(self, requests_a_minute: float, window: str):
+        self.most, self.window = requests_a_minute, window
+        self.taken: collections.deque[float] = collections.deque()
+        self.level, self.filled, self.begin = 1.0, time.monotonic(), time.monotonic()
+
+    def refuse(self) -> float:
+        """Seconds after which to come again, 0 if a request is taken now."""
+        now = time.monotonic()
+        if self.window == "bucket":  # with room for a second's worth
+            rate = self.most / 60
+            self.level = min(max(rate, 1.0), self.level + (now - self.filled) * rate)
+            self.filled = now
+            if self.level < 1:
+                return (1 - self.level) / rate
+            self.level -= 1
+            return 0.0
+        if self.window == "fixed":
+            if now - self.begin >= 60:
+                self.begin += 60 * ((now - self.begin) // 60)
+                self.taken.clear()
+            again = self.begin + 60 - now
+        else:
+            while self.taken and self.taken[0] <= now - 60:
+                self.taken.popleft()
+            again = self.taken[0] + 60 - now if self.taken else 0.0
+        if len(self.taken) >= self.most:
+            return again
+        self.taken.append(now)
+        return 0.0
 
 
 FAULTS = ("error", "overload", "cut", "malformed", "empty", "slow", "no_usage", "wrong_usage", "refused")
@@ -47,6 +84,7 @@ class ScriptedLLM:
         self.times: list[float] = []  # of all requests, on the monotonic clock
         self.asked: list[tuple[str, float]] = []  # idempotency key of each chat, and when, in seconds since 1970
         self.port = 0
+        self.rate = Rate(self.script.requests_a_minute, self.script.window)
         self.batches = ScriptedBatches(self._batched)
 
     @property
@@ -112,6 +150,9 @@ class ScriptedLLM:
     async def _chat(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         if len(self.times) <= self.script.refusals:
             self._send(writer, 429, error("rate limit reached"), {"Retry-After": self.script.retry_after})
+            return True
+        if self.script.requests_a_minute and (again := self.rate.refuse()):
+            self._send(writer, 429, error("rate limit reached"), {"Retry-After": f"{again:.3f}"})
             return True
         fault = self._fault()
         await asyncio.sleep(self.script.latency + (SLOW if fault == "slow" else 0))

@@ -21,6 +21,7 @@ from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
 from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.recipe import KINDS, Recipe, next_step
 from llava_jax.datagen.report import read_rejects, write_report
+from llava_jax.datagen.rules import tell_language
 from llava_jax.datagen.workers import run
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
@@ -78,6 +79,8 @@ def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespa
     if ledger.open_batches() and not given.batch:
         raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
     pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
+    if recipe.language:
+        tell_language(recipe.prompts.system)  # loads its model, for which no answer has to wait then
     caught = 0
     try:
         if given.batch:

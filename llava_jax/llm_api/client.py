@@ -188,8 +188,8 @@ class Client:
     def _arguments(self, request: Request) -> dict[str, Any]:
         return {
             "model": self.settings.model,
-            "messages": request.messages,
-            "extra_body": self.settings.body,
+            "messages": [],  # the client looks at every message given here, for longer than all the rest takes
+            "extra_body": {"messages": request.messages, **self.settings.body},
             "extra_headers": {"Idempotency-Key": idempotency_key(self.settings.model, request)},
         }
 

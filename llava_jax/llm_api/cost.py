@@ -1,6 +1,7 @@
 """What requests cost: tokens of texts without a tokenizer, prices, and a budget that is never exceeded."""
 
 import asyncio
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +17,12 @@ _TOKENS_A_MESSAGE = 4  # of the role and what stands around it
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
     """About how many tokens: a word is one or more, a digit or a sign is one."""
-    text = sum(
-        -(-len(piece) // _LETTERS_A_TOKEN) for message in messages for piece in _PIECES.findall(message["content"])
-    )
-    return text + _TOKENS_A_MESSAGE * len(messages)
+    return sum(_text_tokens(message["content"]) + _TOKENS_A_MESSAGE for message in messages)
+
+
+@functools.lru_cache(1024)  # most messages are the same in many prompts
+def _text_tokens(text: str) -> int:
+    return sum(-(-len(piece) // _LETTERS_A_TOKEN) for piece in _PIECES.findall(text))
 
 
 def most_tokens(messages: Sequence[Message]) -> int:
