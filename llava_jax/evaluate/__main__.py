@@ -8,6 +8,7 @@ from llava_jax.cli import run
 COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
     "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
     "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
+    "judge mm-vet": ("llava_jax.evaluate.mm_vet_judge", "grades of open answers"),
     "judge scienceqa": ("llava_jax.evaluate.ensemble_judge", "a third opinion where two models' answers differ"),
     "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
     "score": ("llava_jax.evaluate.score", "accuracy of answers to VQAv2, POPE, MME, ...: `score BENCH`"),

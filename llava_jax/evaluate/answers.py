@@ -115,7 +115,17 @@ class Joined(NamedTuple):
     incomplete: dict[str, int]  # how many questions have no answer (`missing`), and answers no question (`unknown`)
 
 
-def join(answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool) -> Joined:
+PARTIAL = "--partial scores what is there"
+WHOLE = "all have to be answered, and no others"  # for what cannot be done in part
+
+
+def join(
+    answers: Mapping[str, Answer],
+    labels: Mapping[str, Any],
+    path: epath.PathLike,
+    partial: bool,
+    advice: str = PARTIAL,
+) -> Joined:
     """Answers with their labels, in the order of these.
 
     Raises `UserError` for answers to what has no label and for labels without an answer, unless `partial`, which warns.
@@ -132,7 +142,7 @@ def join(answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.P
         messages.append(f"{path}: has no answer to {len(missing)} of {len(labels)} questions, {missing[0]} the first")
     for message in messages:
         if not partial:
-            raise UserError(f"{message}; --partial scores what is there")
+            raise UserError(f"{message}; {advice}")
         print(f"warning: {message}", file=sys.stderr)
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import join
+from llava_jax.evaluate.answers import WHOLE, join
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, Problem, choice, read_problems, read_results, score
 
@@ -39,7 +39,7 @@ def read_pairs(args: argparse.Namespace) -> dict[str, Pair]:
     problems = read_problems(args.problems, args.splits, args.split)
     chosen = []
     for path in (args.ours, args.other):
-        joined = join(read_results(path, reextract=args.reextract), problems, path, partial=False)
+        joined = join(read_results(path, reextract=args.reextract), problems, path, partial=False, advice=WHOLE)
         chosen.append([choice(answer, problem) for answer, problem in joined.pairs])
     return {
         ident: Pair(problem, *options)
@@ -95,7 +95,7 @@ def _verdicts(path: str, differing: Mapping[str, Problem]) -> dict[str, int]:
             )
     if not differing:
         return {}
-    joined = join(answers, differing, path, partial=False)
+    joined = join(answers, differing, path, partial=False, advice=WHOLE)
     return {ident: choice(answer, problem) for ident, (answer, problem) in zip(differing, joined.pairs, strict=True)}
 
 

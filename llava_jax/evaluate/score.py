@@ -6,7 +6,9 @@ from typing import Any
 
 from llava_jax.evaluate.answers import answer_lines, by_key, join
 from llava_jax.evaluate.benchmarks import listing, require
+from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.questions import read_questions
+from llava_jax.evaluate.suite_outcomes import outcomes_of
 
 EPILOG = f"""example:
   python -m llava_jax.evaluate score pope --answers answers.jsonl --questions llava_pope_test.jsonl \\
@@ -19,19 +21,26 @@ Answers are JSONL with `question_id`, `text` and, as far as the benchmark's ids 
 objects; or one object of texts by id. Labels are the benchmark's own files (MME: its folder). Scores are percent."""
 
 
-def score(name: str, answers: str, labels: list[str], questions: list[str], partial: bool = False) -> dict[str, Any]:
-    """The scores of a file of answers. Raises `UserError` where files don't fit together, unless `partial`, or lack."""
+def score(
+    name: str, answers: str, labels: list[str], questions: list[str], partial: bool = False, outcomes: str | None = None
+) -> dict[str, Any]:
+    """The scores of a file of answers. Raises `UserError` where files don't fit together, unless `partial`, or lack.
+
+    What came of each question goes into the file `outcomes`, if there is one.
+    """
     benchmark = require(name, "score")
     lines = answer_lines(answers, partial)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
     right = benchmark.labels(labels, lines, asked)
     joined = join(by_key(lines, right.key, benchmark.fields), right, answers, partial)
+    if outcomes:
+        write_outcomes(outcomes, outcomes_of(benchmark, joined.pairs, lines, asked))
     return benchmark.score(joined.pairs) | joined.incomplete
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    scores = score(args.benchmark, args.answers, args.labels, args.questions, args.partial)
+    scores = score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.outcomes)
     print(json.dumps(scores) if args.json else "\n".join(_table(scores)))
 
 
@@ -63,5 +72,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
     add("--questions", nargs="+", default=[], metavar="F", help="of pope, where ids are not those of the labels")
     add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
+    add("--outcomes", metavar="F", help="write what came of each question, for `report`: DIR/NAME.outcomes.jsonl")
     add("--json", action="store_true", help="print one object on one line")
     return parser.parse_args(argv)

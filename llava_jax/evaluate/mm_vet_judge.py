@@ -1,0 +1,119 @@
+"""Has a language model grade answers to MM-Vet from 0 to 1, beside what is right; `score mm-vet` takes the grades.
+
+The same command goes on where it was interrupted; no grade is paid twice. Grades by another judge or by other
+instructions than the benchmark's own are not comparable with published ones.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import WHOLE, by_key, join, read_json
+from llava_jax.evaluate.benchmark import Labels, field
+from llava_jax.evaluate.judging import prompt_hash
+from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.mm_vet import PREFIX, parse_grade
+from llava_jax.llm_api.asking import Task, ask_all, forecast
+from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.whole_file import whole_file
+
+EPILOG = """example:
+  python -m llava_jax.evaluate judge mm-vet --answers answers.jsonl --labels mm-vet.json --judge gpt-4-0613 \\
+    --output grades.jsonl
+  python -m llava_jax.evaluate score mm-vet --answers grades.jsonl --labels mm-vet.json"""
+SYSTEM = "You grade answers to questions about pictures by comparing them with what is right."
+PROMPT = """Grade how right the answer is, from 0.0 (wholly wrong) to 1.0 (wholly right), in steps of 0.1. Judge only \
+by what is said to be right. Where that has <AND>, all its parts have to be in the answer, and each that is missing \
+costs its share; where it has <OR>, one of its parts is enough. Other words of the same meaning count, and what the \
+answer says besides costs only what contradicts.
+
+Question: What is in the bowl and on the plate?
+Right: rice <AND> fish
+Answer: There is rice in the bowl and meat on the plate.
+Grade: 0.5
+
+Question: x + 3 = 10
+Right: x = 7 <OR> 7
+Answer: Subtracting 3 from both sides, x is 7.
+Grade: 1.0
+
+Question: {question}
+Right: {right}
+Answer: {answer}
+
+Write the grade alone, a number, and nothing else.
+Grade:"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    labels = Labels(_labels(args.labels), lambda line: str(line.get("question_id", "id")).removeprefix(PREFIX))
+    answers = by_key(read_lines(args.answers), labels.key)
+    joined = join(answers, labels, args.answers, partial=False, advice=WHOLE)
+    tasks = [
+        Task(ident, messages(label, answer.text), parse_grade)
+        for ident, (answer, label) in zip(labels, joined.pairs, strict=True)
+    ]
+    asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
+    if args.dry_run:
+        print(f"{args.judge}: {forecast(asked, tasks)}")
+        return
+    ledger = Path(args.ledger or f"{args.output}.ledger")
+    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"grading by {args.judge}")
+    with whole_file(args.output) as file:
+        for ident, outcome in zip(labels, outcomes, strict=True):
+            line = {
+                "question_id": f"{PREFIX}{ident}",
+                "prompt": labels[ident].get("question"),
+                "text": answers[ident].text,
+                "content": outcome.text,
+                "grade": outcome.value if outcome.value is not None else -1,
+                "judge": args.judge,
+                "prompt_hash": hash_,
+            }
+            file.write(json.dumps(line).encode() + b"\n")
+    failed = sum(outcome.value is None for outcome in outcomes)
+    print(f"{args.output}: {len(outcomes)} grades, {failed} of them failed", file=sys.stderr)
+
+
+def messages(label: Line, answer: str) -> list[Message]:
+    """What the judge is sent."""
+    content = PROMPT.format(question=label.get("question"), right=label.get("answer"), answer=answer)
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def _labels(path: str) -> dict[str, Line]:
+    """The entries of mm-vet.json by id, without its prefix."""
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: is no object of questions by id, as mm-vet.json is")
+    found = {}
+    for ident, entry in entries.items():
+        where = f"{path}: question {ident}"
+        for name in ("question", "answer"):
+            field(entry, name, where)
+        found[ident.removeprefix(PREFIX)] = Line(where, entry)
+    return found
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_jax.evaluate judge mm-vet",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--answers", required=True, metavar="F", help="JSONL of question_id, text")
+    add("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")
+    add("--judge", required=True, metavar="MODEL", help="a language model, which needs no eyes")
+    add("--output", required=True, metavar="F", help="JSONL of grades")
+    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_api_arguments(parser, temperature=0.0, max_tokens=16)
+    args = parser.parse_args(argv)
+    if "://" in args.output:
+        raise UserError(f"{args.output}: grades are written beside their ledger, which needs a local disk")
+    return args
