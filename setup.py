@@ -12,6 +12,7 @@ BASE = [
     "tensorstore>=0.1.86",
     "grain>=0.2.18",
     "transformers>=5.0,<6",
+    "huggingface_hub>=2",
     "tensorflow-datasets>=4.9.10",
     "array-record>=0.8.3",
     "ml-collections>=1.1",

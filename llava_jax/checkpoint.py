@@ -65,6 +65,7 @@ class Description:
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's JSON files, kept for export
     sources: tuple[Source, ...] = ()
     stage: str | None = None  # of the training that made it; None for one that has not been trained as a whole
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)  # flag of the import -> name on the Hub @ commit
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_json(self) -> dict[str, Any]:

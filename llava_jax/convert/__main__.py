@@ -13,6 +13,7 @@ from llava_jax.convert.outgoing import DTYPES
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
   python -m llava_jax.convert import --llava llava-1.5-7b-hf --output checkpoints/llava
+  python -m llava_jax.convert import --llava llava-hf/llava-1.5-7b-hf@main --output checkpoints/llava
   python -m llava_jax.convert import --llava llava-v1.5-7b-lora --base vicuna-7b --vision clip-vit-large-patch14-336 \\
     --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
@@ -44,7 +45,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "import",
         help="Hugging Face weights to a checkpoint",
         description="Makes a checkpoint from a language model and a vision tower (--llm, --vision), or from a LLaVA "
-        "(--llava). docs/weights.md lists what can be given, docs/models.md the families.",
+        "(--llava). Where no directory is, organisation/name or organisation/name@revision is downloaded from the "
+        "Hugging Face Hub. docs/weights.md lists what can be given, docs/models.md the families.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,7 +7,6 @@ tensor at a time.
 
 import dataclasses
 import functools
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from llava_jax.checkpoint import Description, Piece, refuse_existing, write_mode
 from llava_jax.cli import UserError, track
 from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
+from llava_jax.convert.hub import Located, locate
 from llava_jax.convert.import_hf import find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.layouts import entries_of
@@ -40,7 +40,11 @@ def import_backbones(llm: str, vision: str, projector: str | None, output: str, 
     Raises UserError that lists all missing, unexpected and misshapen keys.
     """
     refuse_existing(output)
-    return _save(find_backbones(_local(llm), _local(vision), projector and _local(projector), options), output, options)
+    places = _located(llm=llm, vision=vision)
+    if projector and not Path(projector).is_file():
+        raise UserError(f"{projector}: no such file")
+    file = Path(projector) if projector else None
+    return _save(find_backbones(places["llm"].path, places["vision"].path, file, options), output, options, places)
 
 
 def import_llava(
@@ -51,20 +55,33 @@ def import_llava(
     Raises UserError as `import_backbones` does.
     """
     refuse_existing(output)
-    path = _local(directory)
+    places = _located(llava=directory, base=base, vision=vision)
+    path = places["llava"].path
     if is_original(read_json(path / "config.json")):
-        return _save(find_original(path, base and _local(base), vision and _local(vision), options), output, options)
-    if base or vision:
+        found = find_original(path, _path(places, "base"), _path(places, "vision"), options)
+    elif base or vision:
         raise UserError(f"{directory}: a LLaVA of transformers, which is whole: leave --base and --vision out")
-    return _save(find_llava(path, options), output, options)
+    else:
+        found = find_llava(path, options)
+    return _save(found, output, options, places)
 
 
-def _save(found: Found, output: str, options: Options) -> LlavaConfig:
+def _located(**sources: str | None) -> dict[str, Located]:
+    return {name: locate(source, f"--{name}") for name, source in sources.items() if source}
+
+
+def _path(places: dict[str, Located], name: str) -> Path | None:
+    return places[name].path if name in places else None
+
+
+def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
+    origins = {name: place.origin for name, place in places.items() if place.origin}
     with tempfile.TemporaryDirectory() as scratch:
         found.write_tokenizer(Path(scratch))
         found = _fitting(found, Path(scratch), options.fit_rows)
         template = with_im_start_end(get_template(options.template), found.config.im_start_end)
-        description = Description(found.config, template.name, found.hf, stage="finetune" if found.trained else None)
+        stage = "finetune" if found.trained else None
+        description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)
         write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
 
@@ -115,11 +132,3 @@ def fresh_projector(config: LlavaConfig, seed: int) -> Params:
     rngs = nnx.Rngs(params=jax.random.key(seed))
     projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
     return {f"projector.{name}": value for name, value in module_params(projector).items()}
-
-
-def _local(path: str | os.PathLike) -> Path:
-    if "://" in os.fspath(path):
-        raise UserError(f"{path}: weights are read from a local disk only; copy it there")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file or directory")
-    return Path(path)

@@ -1,0 +1,93 @@
+"""Models by their names on the Hugging Face Hub, where a directory may be given too.
+
+`huggingface_hub` downloads them to its cache (`HF_HOME`), with the token of `HF_TOKEN` or of `hf auth login`, from
+`HF_ENDPOINT`. A branch or tag becomes the commit that it is at the time. A connection that breaks is taken up where it
+was, a command that was stopped goes on with the files that are not yet there, and what is there needs no network.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from httpx2 import HTTPError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from llava_jax.cli import UserError
+from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
+
+_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_SETTINGS = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "adapter_config.json",
+)
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
+# Beside safetensors they are the same weights again.
+_TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model*.bin")
+_ONLY_TORCH = ("mm_projector.bin", "non_lora_trainables.bin")
+
+
+class Located(NamedTuple):
+    """A model on a local disk, and what it was there on the Hub: `organisation/name@commit`, or None."""
+
+    path: Path
+    origin: str | None
+
+
+def locate(source: str, flag: str) -> Located:
+    """A path that exists, or what a name on the Hub (`organisation/name`, `...@revision`) stands for, downloaded.
+
+    Args:
+      source: what the user gave; a path that exists is one.
+      flag: by which it was given, for messages.
+
+    Raises:
+      UserError: it is neither, or cannot be had.
+    """
+    if "://" in os.fspath(source):
+        raise UserError(f"{source}: weights are read from a local disk only; copy it there")
+    if Path(source).exists():
+        return Located(Path(source), None)
+    name = _NAME.fullmatch(os.fspath(source))
+    if name is None:
+        raise UserError(f"{source}: no such file or directory")
+    path = _downloaded(name["repository"], name["revision"], flag)
+    return Located(path, f"{name['repository']}@{path.name}")
+
+
+def _downloaded(repository: str, revision: str | None, flag: str) -> Path:
+    what = f"{flag} {repository}"
+    print(f"{what}: no directory of that name; looking at {constants.ENDPOINT}", file=sys.stderr)
+    try:
+        path = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SETTINGS, *_SAFETENSORS]))
+        others = _ONLY_TORCH if any(path.glob("*.safetensors")) else _TORCH + _ONLY_TORCH
+        # By the commit that it was a moment ago, so that all files are of one.
+        snapshot_download(repository, revision=path.name, allow_patterns=list(others))
+    except GatedRepoError:
+        page = f"{constants.ENDPOINT}/{repository}"
+        raise UserError(f"{what}: its owner grants access: ask at {page}, and set HF_TOKEN to your token") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{what}: no such directory, and {constants.ENDPOINT} has no such model, or only for those who may see it: "
+            "set HF_TOKEN to your token"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{what}: there is no branch, tag or commit {revision} of it") from None
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{what}: {constants.ENDPOINT} cannot be reached or broke off ({reason}): the same command again goes on "
+            f"with what is missing; without a network, copy the model here and give its directory, {flag} DIR"
+        ) from None
+    return path
