@@ -262,7 +262,8 @@ def test_the_browser_of_samples(made):
     policy = re.search("<meta http-equiv=[^>]*>", text)[0]
     (made / "driven.html").write_text(text.replace(policy, "").replace("</body>", steps))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
-    dom = subprocess.run([*command, "--dump-dom", f"file://{made / 'driven.html'}"], capture_output=True, text=True)
+    command += ["--dump-dom", f"file://{made / 'driven.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "<title>run" not in dom.stdout
     log = json.loads(re.search(r"<body>(\[.*\])", dom.stdout)[1])
     of_conversations = ["1 / 1 1 ", "1 / 1 0 "]  # with and without boxes

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from llava_jax.cli import UserError, track
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.sources import LlavaJson, Sample, record_value
@@ -101,7 +103,7 @@ def read_rejects(path: str) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    if not Path(args.images).is_dir():
+    if not epath.Path(args.images).is_dir():
         raise UserError(f"{args.images}: no such folder of pictures")
     ledger = None
     if args.captions:

@@ -7,9 +7,9 @@ import heapq
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from PIL import Image
 
 from llava_jax.cli import UserError, track
@@ -60,7 +60,7 @@ class Shown:
     """What `browser.js` shows, put together for samples and rejects one by one."""
 
     def __init__(self, images: str, ledger: Ledger | None, facts: Facts | None, kind: str | None):
-        self.images, self.ledger, self.facts, self.kind = Path(images), ledger, facts, kind
+        self.images, self.ledger, self.facts, self.kind = epath.Path(images), ledger, facts, kind
         self.entries: list[dict[str, Any]] = []
         self.pictures: dict[str, str] = {}  # data URIs
 
