@@ -1,5 +1,7 @@
 """The commands that ask a language model, from files to files, against a scripted server."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,24 @@ def test_budget_stops_and_keeps_what_was_paid(folder: Path):
     assert len(samples(folder)) == COUNT
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_under_way_end(folder: Path, number: signal.Signals):
+    def reply_and_stop(body: dict[str, Any]) -> str:
+        if server.completions == 6:
+            os.kill(os.getpid(), number)
+        return reply(body)
+
+    with ScriptedLLM(reply=reply_and_stop, latency=0.05) as server:
+        assert run(folder, server, "--concurrency", 4) == 128 + number
+        asked, done = server.completions, len(samples(folder))
+        assert 0 < done < COUNT and not rejects(folder)
+        ledger = Ledger(folder / "out" / "ledger.sqlite")
+        assert dict(ledger.db.execute("SELECT state, COUNT(*) FROM requests GROUP BY state")) == {"answered": asked}
+        ledger.close()
+        assert run(folder, server) == 0 and server.completions == COUNT + 5
+    assert len(samples(folder)) == COUNT
+
+
 def test_show_and_dry_run_need_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.delenv("OPENAI_API_KEY")
     assert run(folder, None, "--show", "12") == 0
@@ -126,6 +146,12 @@ def test_show_and_dry_run_need_no_server(folder: Path, monkeypatch: pytest.Monke
 def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(UserError, match="--budget needs --prices"):
         run(folder, None, "--budget", 1, "--model", "m")
+    with pytest.raises(UserError, match="--language english: any, or one of .*, en, "):
+        run(folder, None, "--language", "english", "--model", "m")
+    text = (folder / "contexts.jsonl").read_text()
+    (folder / "contexts.jsonl").write_text(text.replace('"boxes"', '"bags"'))
+    with pytest.raises(UserError, match="none: give --instances, or --no-boxes"):
+        run(folder, None, "--show", output="other")
     for more in (["--limit", 0], ["--body", "[1]"], []):
         with pytest.raises(SystemExit):
             run(folder, None, *more)

@@ -77,6 +77,11 @@ def count(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE")
     return db.execute(query, [sys.maxsize if limit is None else limit]).fetchone()[0]
 
 
+def any_boxes(db: sqlite3.Connection) -> bool:
+    """Whether there is a context with a box."""
+    return db.execute("SELECT 1 FROM contexts WHERE boxes != '[]' LIMIT 1").fetchone() is not None
+
+
 def get(db: sqlite3.Connection, id: str) -> Context | None:
     row = db.execute("SELECT id, image, captions, boxes FROM contexts WHERE id = ?", [id]).fetchone()
     return _context(row) if row else None

@@ -21,7 +21,7 @@ from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
 from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.recipe import KINDS, Recipe, next_step
 from llava_jax.datagen.report import read_rejects, write_report
-from llava_jax.datagen.rules import tell_language
+from llava_jax.datagen.rules import check_language
 from llava_jax.datagen.workers import run
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
@@ -61,10 +61,14 @@ def main(kind: str, argv: list[str]) -> int:
         left_out = load(ledger, args.captions, args.instances, args.images)
         for reason, count in left_out.items():
             print(f"{count} pictures are left out: {reason}", file=sys.stderr)
+        if recipe.boxes and not contexts.any_boxes(ledger.db):
+            raise UserError(f"{kind} is told of boxes, but there are none: give --instances, or --no-boxes")
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
             return estimate(recipe, ledger, given.settings, args.limit)
+        if recipe.language:
+            check_language(recipe.language)
         ledger.identify({**recipe.identity(), "model": args.model, "body": given.settings.body})
         return generate(recipe, ledger, given, args)
     finally:
@@ -79,8 +83,6 @@ def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespa
     if ledger.open_batches() and not given.batch:
         raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
     pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
-    if recipe.language:
-        tell_language(recipe.prompts.system)  # loads its model, for which no answer has to wait then
     caught = 0
     try:
         if given.batch:

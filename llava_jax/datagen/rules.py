@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from llava_jax.cli import UserError
 from llava_jax.datagen.parsing import Fault, Turns
 
 # reason: what is said to the model to have it mend its answer
@@ -82,6 +83,15 @@ def _faults(turns: Turns, language: str | None) -> Iterator[Fault]:
 def find_refusal(text: str) -> Fault | None:
     refusal = _REFUSALS.search(text.strip())
     return Fault("refusal", refusal[0]) if refusal else None
+
+
+def check_language(language: str) -> None:
+    """Raises `UserError` for a code that is not known; loads the model, so that no answer has to wait for it."""
+    import py3langid
+
+    known = sorted(code for code, _ in py3langid.rank("Which languages are there?"))
+    if language not in known:
+        raise UserError(f"--language {language}: any, or one of {', '.join(known)}")
 
 
 def tell_language(text: str) -> str | None:
