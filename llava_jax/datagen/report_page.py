@@ -18,7 +18,7 @@ from llava_jax.datagen.sunburst import sunburst
 
 BRANCHES = 20  # of the tree of first words, drawn
 LISTED = 8  # listed
-CATEGORIES = 40  # listed
+ROWS = 40  # of tables, at most
 QUESTIONS_RULE = """The first kind that fits, by the words behind the last comma. Yes or no: begins with a form of to
 be, to do or to have, or with a modal verb."""
 OBJECTS = """As CHAIR does it, by names alone: the words of a text are looked up in a table of COCO's categories, their
@@ -111,7 +111,7 @@ def _rejects(rejects: Counter) -> str:
     if not rejects:
         return ""
     total = rejects.total()
-    rows = [(reason, count, _share(count, total)) for reason, count in rejects.most_common()]
+    rows = [(reason, count, _share(count, total)) for reason, count in rejects.most_common(ROWS)]
     return f"<h2>Rejected</h2>\n{_table(('reason', 'contexts', 'of the rejected'), rows)}"
 
 
@@ -185,7 +185,7 @@ def _objects(objects: Objects) -> str:
         ("objects in answers that no box or caption has", unsupported, _share(unsupported, claimed)),
         ("samples with such an object", objects.with_unsupported, _share(objects.with_unsupported, objects.samples)),
     ]
-    categories = sorted({*objects.boxed, *objects.unsupported}, key=lambda c: (-objects.unsupported[c], c))[:CATEGORIES]
+    categories = sorted({*objects.boxed, *objects.unsupported}, key=lambda c: (-objects.unsupported[c], c))[:ROWS]
     rows = []
     for category in categories:
         claims = objects.supported[category] + objects.unsupported[category]

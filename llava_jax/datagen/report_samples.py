@@ -108,7 +108,7 @@ def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> di
     chosen = {}
     for group, item in draw.drawn():
         if len(chosen) < most:
-            chosen.setdefault(item if isinstance(item, int) else id(item), (group, item))
+            chosen.setdefault(item if isinstance(item, int) else ("reject", id(item)), (group, item))
     for group, item in track(chosen.values(), "pictures for the report", len(chosen)):
         if isinstance(item, int):
             shown.add_sample(samples[item])
