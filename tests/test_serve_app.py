@@ -1,6 +1,7 @@
 """The API as its clients see it: OpenAI's own one, and those who send what nobody should."""
 
 import json
+import math
 import socket
 
 import httpx2
@@ -174,7 +175,25 @@ def test_without_a_limit_the_context_is(client, engine):
     long = [{"role": "user", "content": "word " * 400}]
     completion = create(client, long, max_completion_tokens=None, temperature=0)
     assert completion.choices[0].finish_reason in ("stop", "length")
-    assert completion.usage.prompt_tokens > engine.context - 100
+    assert engine.context - 100 < completion.usage.total_tokens <= engine.context
+
+
+def test_logprobs(client):
+    choice = create(client, logprobs=True, top_logprobs=3).choices[0]
+    tokens = choice.logprobs.content
+    assert len(tokens) == 6
+    for token in tokens:
+        assert [other.token for other in token.top_logprobs[:1]] == [token.token]  # greedy takes the likeliest
+        assert len(token.top_logprobs) == 3
+        assert [other.logprob for other in token.top_logprobs] == sorted(
+            (other.logprob for other in token.top_logprobs), reverse=True
+        )
+        assert math.isclose(token.logprob, token.top_logprobs[0].logprob) and token.logprob <= 0
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace").strip() == choice.message.content
+    assert all(token.top_logprobs == [] for token in create(client, logprobs=True).choices[0].logprobs.content)
+    streamed = create(client, logprobs=True, top_logprobs=3, stream=True)
+    parts = [chunk.choices[0].logprobs.content for chunk in streamed if chunk.choices[0].logprobs]
+    assert [token.token for part in parts for token in part] == [token.token for token in tokens]
 
 
 def test_models(client):

@@ -83,6 +83,14 @@ def test_numbers_out_of_range(capsys):
         assert "is no whole number from" in capsys.readouterr().err
 
 
+def test_meshes(capsys):
+    assert command._mesh("tensor=2,fsdp=4") == {"tensor": 2, "fsdp": 4}
+    for text in ("4", "tensor", "tensor=many", "heads=4"):
+        with pytest.raises(SystemExit):
+            command.main(["--checkpoint", "nowhere", "--mesh", text])
+        assert "does not look like tensor=4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "two words", "two\nlines", "clé"])
 def test_keys_that_no_header_can_carry(tmp_path, content):
     file = tmp_path / "key"

@@ -22,9 +22,10 @@ def call(app, messages=(), path="/v1/chat/completions", headers=(), traffic=None
         sent.append(message)
 
     scope = {"type": "http", "path": path, "headers": list(headers), "method": "POST"}
-    traffic = traffic or Traffic(limit=2)
+    traffic = traffic or Traffic(limit=2, bytes_limit=30)
+    before = traffic.active, traffic.body_bytes
     asyncio.run(Gate(app, traffic, lambda: closed, key, max_body_bytes=10)(scope, receive, send))
-    assert traffic.active in (0, 2)
+    assert (traffic.active, traffic.body_bytes) == before
     body = b"".join(message.get("body", b"") for message in sent)
     return sent[0]["status"], json.loads(body or b"null")
 
@@ -34,6 +35,7 @@ def part(size: int, more: bool = True) -> dict:
 
 
 async def reads(scope, receive, send) -> None:
+    """Reads its body and answers null."""
     while (await receive()).get("more_body"):
         pass
     await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -56,7 +58,9 @@ def test_a_body_that_never_comes(monkeypatch):
 
 
 def test_too_many_at_a_time():
-    assert call(reads, traffic=Traffic(limit=2, active=2))[1]["error"]["code"] == "queue_full"
+    for traffic in (Traffic(limit=2, bytes_limit=30, active=2), Traffic(limit=2, bytes_limit=30, body_bytes=25)):
+        status, body = call(reads, [part(10, more=False)], traffic=traffic)
+        assert (status, body["error"]["code"]) == (429, "queue_full")
 
 
 def test_only_work_is_refused_while_closed():

@@ -7,10 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from llava_jax import compilation_cache
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import choose_template
+from llava_jax.sharding import AXES, make_mesh
+
+DTYPES = ("float32", "bfloat16")
 
 EPILOG = """examples:
   python -m llava_jax.serve --checkpoint runs/finetune --port 8000
@@ -33,7 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     compilation_cache.use(args.compilation_cache)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
-    engine = Engine.from_checkpoint(checkpoint, template, slots=args.slots, context=args.context, queue=args.queue)
+    engine = Engine.from_checkpoint(
+        checkpoint,
+        template,
+        dtype=args.dtype and jnp.dtype(args.dtype),
+        mesh=args.mesh and make_mesh(args.mesh),
+        slots=args.slots,
+        context=args.context,
+        queue=args.queue,
+    )
     app = create_app(
         engine,
         args.model_name or Path(args.checkpoint.rstrip("/")).name,
@@ -77,6 +90,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
     parser.add_argument("--queue", type=_whole(1), default=64, metavar="N", help="requests that may wait, 64")
     parser.add_argument("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in; float32 on CPUs, bfloat16 elsewhere")
+    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N", help="split over devices, as tensor=4; one by default")
     parser.add_argument("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
     parser.add_argument("--max-body-mb", type=_whole(1), default=32, metavar="N", help="of a request with pictures, 32")
@@ -94,6 +109,14 @@ def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """`tensor=4`, `tensor=2,fsdp=2`: the sizes of axes."""
+    sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
+    if not all(axis in AXES and size.isdecimal() for axis, size in sizes.items()):
+        raise argparse.ArgumentTypeError(f"{text!r} does not look like tensor=4 or tensor=2,fsdp=2")
+    return {axis: int(size) for axis, size in sizes.items()}
 
 
 if __name__ == "__main__":

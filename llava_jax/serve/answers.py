@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import NoReturn
 
 import anyio
 
 from llava_jax.cli import UserError
 from llava_jax.generate import Request, Sampling
-from llava_jax.serve.engine import Answer, ContextExceeded, Engine, EngineClosed, Piece, QueueFull
+from llava_jax.serve.engine import Answer, ContextExceeded, Engine, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 
@@ -32,7 +33,7 @@ class Answers:
             await anyio.to_thread.run_sync(self._submit)
         except BaseException as error:
             self.cancel()
-            raise _api_error(error) from error
+            _raise(error)
 
     def _submit(self) -> None:
         for index, sampling in enumerate(self._samplings):
@@ -57,7 +58,7 @@ class Answers:
                 yield None
                 continue
             if isinstance(item, BaseException):
-                raise _api_error(item) from item
+                _raise(item)
             if item is None:
                 running -= 1
                 self._end(self.answers[index])
@@ -74,16 +75,17 @@ class Answers:
             answer.cancel()
 
 
-def _api_error(error: BaseException) -> BaseException:
-    """What the API says to an error of the engine; anything else stays what it is."""
+def _raise(error: BaseException) -> NoReturn:
+    """Raises what the API says to an error of the engine; anything else stays what it is."""
     match error:
         case QueueFull():
-            return ApiError(429, str(error), "queue_full", retry_after=error.retry_after)
+            raise ApiError(429, str(error), "queue_full", retry_after=error.retry_after) from error
         case ContextExceeded():
-            return ApiError(400, str(error), "context_length_exceeded", "messages")
-        case EngineClosed():
-            return ApiError(503, str(error), "unavailable", retry_after=5)
+            raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
         case UserError():
-            return ApiError(400, str(error), "invalid_value", "messages")
-        case _:
-            return error
+            raise ApiError(400, str(error), "invalid_value", "messages") from error
+        case EngineClosed():
+            raise ApiError(503, str(error), "unavailable", retry_after=5) from error
+        case EngineError():
+            raise ApiError(500, f"the answer failed: {error}", "internal_error") from error
+    raise error

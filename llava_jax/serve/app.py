@@ -19,6 +19,7 @@ from llava_jax.serve.metrics import CountResponses, Metrics
 from llava_jax.serve.schema import ChatRequest
 
 MAX_BODY_BYTES = 32 << 20
+BODIES = 8  # of the largest size that may be in memory at a time
 BEYOND_QUEUE = 32  # requests at a time, over those that the engine holds, that may read, decode or be refused
 
 
@@ -53,7 +54,7 @@ def create_app(
     app = FastAPI(title="llava_jax", description="OpenAI's chat completions, answered by a LLaVA.")
     errors.install(app)
     metrics = app.state.metrics = Metrics(engine)
-    traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE)
+    traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE, BODIES * max_body_bytes)
 
     def closed() -> str | None:
         if traffic.shutting_down:

@@ -25,8 +25,18 @@ class Traffic:
     """The requests for answers that are being worked on."""
 
     limit: int  # of `active`
+    bytes_limit: int  # of `body_bytes`
     active: int = 0
+    body_bytes: int = 0  # of them that are in memory
     shutting_down: bool = False
+
+
+@dataclasses.dataclass
+class _Body:
+    """What has arrived of a request's body."""
+
+    size: int = 0
+    complete: bool = False
 
 
 class Gate:
@@ -57,15 +67,16 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        works = scope["path"].startswith(self.working)
+        works, body = scope["path"].startswith(self.working), _Body()
         self.traffic.active += works
         try:
             self._check(scope["path"], Headers(scope=scope), works)
-            await self.app(scope, self._limited(receive), send)
+            await self.app(scope, self._limited(receive, body), send)
         except ApiError as error:  # of the check only: the app answers its own
             await error.response()(scope, receive, send)
         finally:
             self.traffic.active -= works
+            self.traffic.body_bytes -= body.size
 
     def _check(self, path: str, headers: Headers, works: bool) -> None:
         if self.api_key is not None and path.startswith(self.guarded):
@@ -78,29 +89,35 @@ class Gate:
         if works and (reason := self.closed()) is not None:
             raise ApiError(503, reason, "unavailable", retry_after=5)
         if works and self.traffic.active > self.traffic.limit:
-            raise ApiError(429, "too many requests at a time: try again later", "queue_full", retry_after=1)
+            raise _too_many()
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, until the body is whole with a limit on its size and on the time it takes."""
-        received, complete = 0, False
+    def _limited(self, receive: Receive, body: _Body) -> Receive:
+        """`receive`, until the body is whole with limits on its size, that of all bodies and the time it takes."""
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
+            if body.complete:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError as error:
                 raise ApiError(408, f"the body took more than {BODY_SECONDS:.0f} seconds to arrive") from error
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self.max_body_bytes:
+            part = len(message.get("body", b""))
+            body.size += part
+            self.traffic.body_bytes += part
+            body.complete = not message.get("more_body", False)
+            if body.size > self.max_body_bytes:
                 raise self._too_large()
+            if self.traffic.body_bytes > self.traffic.bytes_limit:
+                raise _too_many()
             return message
 
         return limited
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self.max_body_bytes} bytes: send fewer or smaller pictures")
+
+
+def _too_many() -> ApiError:
+    return ApiError(429, "too many requests at a time: try again later", "queue_full", retry_after=1)
