@@ -335,8 +335,9 @@ async def soak(args: argparse.Namespace, server: Server) -> int:
         await clients(args.clients, 60, actions, tally, seed=minute + 1)
         memories.append(server.memory())
         print(f"minute {minute + 1}: {dict(tally.counts)}, {memories[-1]:.0f} MiB", flush=True)
+    open_files = (files, server.open_files())
     held, most = await slots_that_work(server, good, args.slots)
-    report(tally, memories, (files, server.open_files()), held, most, args.slots)
+    report(tally, memories, open_files, held, most, args.slots)
     status = server.stop()
     print(f"SIGTERM: exit status {status}")
     failed = bool(tally.problems) or held or most != args.slots or memories[-1] > (1 + GROWTH) * memories[0] or status
