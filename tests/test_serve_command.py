@@ -35,6 +35,7 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(checkpoint):
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     arguments = ["--checkpoint", checkpoint, "--port", str(port), "--model-name", "tiny/model", "--no-page"]
+    arguments += ["--slots", "4", "--queue", "8"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "LLAVA_API_KEY": "secret"}
     process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], env=environment)
     try:

@@ -18,7 +18,7 @@ READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"),
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("fuzz")))
-    engine = Engine.from_checkpoint(checkpoint, slots=2, context=64)
+    engine = Engine.from_checkpoint(checkpoint, slots=4, queue=8)
     engine.warm_up()
     yield engine
     engine.close(drain=False)
@@ -39,7 +39,7 @@ def fuzz(api, method: str, path: str, mode: GenerationMode, examples: int, model
         if model is None:
             responses.append(case.call_and_validate())
         else:
-            case.body["model"] = model
+            case.body |= {"model": model, "max_tokens": 5, "max_completion_tokens": None}
             responses.append(case.call_and_validate(excluded_checks=[positive_data_acceptance]))
 
     check()
