@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step spends a tenth of its time less on getting memory.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam lint clean
+.PHONY: install quickstart test test-beam test-browser lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -20,6 +20,13 @@ test: $(VENV)/.dev
 # Apache Beam wants older libraries than the rest does, so it has an environment of its own.
 test-beam: $(VENV)-beam/.ready
 	$(VENV)-beam/bin/python -m pytest tests/beam_shards.py
+
+# The web page in Debian's Chromium. Nothing is skipped: without it, this fails.
+test-browser: $(VENV)/.browser
+	@command -v $${CHROMIUM:-chromium} > /dev/null || \
+	  { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core; } || \
+	  { echo "error: no chromium, and apt-get cannot install it: install it, or name it by CHROMIUM=FILE" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/page_in_chromium.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,4 +54,8 @@ $(VENV)-beam/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-beam
 	$(VENV)-beam/bin/pip install --quiet --upgrade pip
 	$(VENV)-beam/bin/pip install --quiet -e '.[beam]' pytest pytest-timeout hypothesis
+	touch $@
+
+$(VENV)/.browser: setup.py $(VENV)/.dev
+	$(BIN)/pip install --quiet -e '.[browser]'
 	touch $@

@@ -38,7 +38,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
-    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=5", "python-multipart>=0.0.9"],
+    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31", "python-multipart>=0.0.9"],
     # The chart of `evaluate report`, and the Excel file that MMBench's server takes.
     "evaluate": ["matplotlib>=3.8", "openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
@@ -51,6 +51,8 @@ EXTRAS = {
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set and what draws the loss curve.
     "quickstart": ["easy-vqa>=1.0", "matplotlib>=3.8"],
+    # Drives a browser that is installed already, in the tests of the web page.
+    "browser": ["playwright>=1.50"],
     # Compilers for machines that are not there: no device is touched.
     "preflight-tpu": ["jax[tpu]>=0.10.2"],
     "preflight-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2", "nvidia-cuda-nvcc-cu12>=12.6"],

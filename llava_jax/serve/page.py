@@ -37,7 +37,7 @@ addEventListener("drop", event => {
 </script>
 <style>
 .gradio-container { padding: 0 !important; }
-main.app { padding: 8px !important; }
+.main.app { padding: 8px !important; }
 #actions button { flex-grow: 0; }
 #conversation .user img { max-height: 240px; object-fit: contain; }
 #conversation [aria-label="Share"] { display: none; } /* which would upload to Hugging Face */
@@ -135,10 +135,9 @@ def keep(history: list[Message]) -> list[tuple[str, str, list[str]]]:
 def restore(kept: Any) -> list[Message]:
     """What the browser kept, unless a picture of it is gone or was never uploaded: anybody may write there."""
     try:
-        files = [file for _, _, files in kept for file in files]
-        if all(_is_upload(file) for file in files):
+        if all(_is_upload(file) for _, _, files in kept for file in files):
             return [messages.question(t, f) if role == "user" else messages.answer(t) for role, t, f in kept]
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         pass
     return []
 
