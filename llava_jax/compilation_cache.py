@@ -1,7 +1,11 @@
 """Compiled programs on disk or in a bucket, so that a restart need not compile them again."""
 
+import os
+
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from llava_jax.data.cache import directory
 
 
 def use(path: str) -> None:
@@ -17,3 +21,8 @@ def use(path: str) -> None:
     if "://" in path:
         # XLA's own cache of tuned GPU kernels lies inside by default, and knows only local directories.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def usual() -> str:
+    """A directory for them that is the user's own; "" where JAX was given one by its environment variable."""
+    return "" if os.environ.get("JAX_COMPILATION_CACHE_DIR") else str(directory() / "compiled")

@@ -1,4 +1,4 @@
-"""Every mesh trains the same model. Run by tests/test_meshes.py with eight fake devices."""
+"""Every mesh trains the same model, and answers alike. Run by tests/test_meshes.py with eight fake devices."""
 
 import functools
 
@@ -6,12 +6,15 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from test_train import make_config, random_batches, settings_for
 
 from llava_jax import optim, sharding, training_step
-from llava_jax.checkpoint import Description, TrainingCheckpoints
+from llava_jax.checkpoint import Description, TrainingCheckpoints, open_checkpoint
+from llava_jax.generate import Request, Sampling
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
+from llava_jax.serve.engine import Engine
 
 STEPS = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
@@ -158,3 +161,27 @@ def test_no_policy_keeps_gathered_weights():
         )
         gathers[remat] = str(jaxpr).count(" all_gather[")
     assert len(set(gathers.values())) == 1, gathers
+
+
+def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], float]:
+    """Texts and log probabilities of a few answers given at the same time, and a device's share of the weights."""
+    engine = Engine.from_checkpoint(checkpoint, slots=2, kept=0, context=256, mesh=mesh, quantize=quantize)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
+    answers = [engine.submit(request, Sampling(max_new_tokens=10, logprobs=0)) for request in requests]
+    pieces = [piece for answer in answers for piece in answer]
+    engine.close()
+    weights = jax.tree.leaves(engine._programs._weights)
+    share = sum(x.addressable_shards[0].data.nbytes for x in weights) / sum(x.nbytes for x in weights)
+    logprobs = [entry.logprob for piece in pieces for entry in piece.token_logprobs]
+    return [piece.text for piece in pieces], logprobs, share
+
+
+@pytest.mark.parametrize("sizes,quantize", [((1, 4, 2), None), ((2, 1, 4), "int8")])
+def test_a_served_model_answers_as_on_one_device(sizes, quantize, tmp_path):
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path, MODEL))
+    texts, logprobs, _ = answers_on(None, checkpoint, quantize)
+    texts_on_mesh, logprobs_on_mesh, share = answers_on(mesh_of(sizes), checkpoint, quantize)
+    assert texts_on_mesh == texts
+    np.testing.assert_allclose(logprobs_on_mesh, logprobs, rtol=0, atol=1e-4)
+    assert share < 1.5 / (sizes[1] * sizes[2])

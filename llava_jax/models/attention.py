@@ -206,14 +206,19 @@ def cached_attention(
         return attended_KQH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H).astype(q_TNH.dtype)
 
     with jax.named_scope("cached_attention"):
-        return EACH_ROW[jax.default_backend()](attend, q_BTNH, conversations_B, positions_BT)
+        there_B = (positions_BT < S).any(axis=1)
+        return EACH_ROW[jax.default_backend()](attend, there_B, q_BTNH, conversations_B, positions_BT)
 
 
-def one_by_one(function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda row: function(*row), rows)
+def one_by_one(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
+    """`function` of each row, up to the last one that is there."""
+    shape = jax.eval_shape(function, *(x[0] for x in rows))
+    last = jnp.max(jnp.where(there_B, jnp.arange(len(there_B)) + 1, 0))
+    results = jnp.zeros((len(there_B), *shape.shape), shape.dtype)
+    return jax.lax.fori_loop(0, last, lambda b, done: done.at[b].set(function(*(x[b] for x in rows))), results)
 
 
-def together(function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
+def together(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
     return jax.vmap(function)(*rows)
 
 

@@ -131,7 +131,7 @@ class Llama(nnx.Module):
         del self.layers
         by_layer = []
         while leaves:
-            by_layer.append(list(leaves.pop(0)))
+            by_layer.append(jnp.unstack(leaves.pop(0)))  # on the devices where it is, as `list` would not
         self.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))
         for layer in self.layers if transposed else ():
             transpose_kernels(layer.attention)
@@ -153,6 +153,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""
+        if hasattr(self, "int8_head"):  # see `models.quantization`
+            return self.int8_head.scores(hidden)
         kernel_DV, hidden = self.head(hidden)
         return vocabulary_scores(hidden, kernel_DV)
 

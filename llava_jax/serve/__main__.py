@@ -13,6 +13,7 @@ from llava_jax import compilation_cache
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import choose_template
+from llava_jax.models.quantization import QUANTIZATIONS
 from llava_jax.sharding import AXES, make_mesh
 
 DTYPES = ("float32", "bfloat16")
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         template,
         dtype=args.dtype and jnp.dtype(args.dtype),
         mesh=args.mesh and make_mesh(args.mesh),
+        quantize=args.quantize,
         slots=args.slots,
         context=args.context,
         queue=args.queue,
@@ -96,7 +98,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
     parser.add_argument("--max-body-mb", type=_whole(1), default=32, metavar="N", help="of a request with pictures, 32")
     parser.add_argument("--no-page", action="store_true", help="the API alone, without the web page at /")
-    parser.add_argument("--compilation-cache", default="", metavar="D", help="keep compiled programs there")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
+    parser.add_argument(
+        "--compilation-cache",
+        default=compilation_cache.usual(),
+        metavar="D",
+        help="where compiled programs are kept for the next start; '' for nowhere; %(default)s",
+    )
     return parser.parse_args(argv)
 
 

@@ -68,20 +68,25 @@ class Answer:
     Attributes:
       prompt_tokens: positions that the prompt takes, pictures included.
       prefix_tokens: how many of them were not computed again.
-      completion_tokens: tokens generated so far, one that ends the answer included.
+      tokens: ids generated so far, one that ends the answer included.
       finish_reason: "stop", "length" or "cancelled"; None until it is finished, or where it failed.
       first_token_seconds: from `submit` to the first token; None before.
     """
 
     def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int, sink: Sink | None = None):
         self.request, self.sampling, self.prompt_tokens = request, sampling, prompt_tokens
-        self.prefix_tokens = self.completion_tokens = 0
+        self.prefix_tokens = 0
+        self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.first_token_seconds: float | None = None
         self.submitted = time.monotonic()
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
         self._put = sink or self._pieces.put
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens)
 
     def __iter__(self) -> Iterator[Piece]:
         """May be done once. Raises UserError or EngineError where the request failed."""
@@ -100,11 +105,10 @@ class Answer:
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
-    def give(self, piece: Piece, tokens: int) -> None:
-        """Passes on what so many new tokens are."""
+    def give(self, piece: Piece) -> None:
+        """Passes on what is new."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.submitted
-        self.completion_tokens += tokens
         if piece.text or piece.token_logprobs:
             self._put(piece)
 

@@ -26,7 +26,11 @@ class Running:
     stream: AnswerStream
     number: int  # see `Choice.numbers`
     done: int  # positions of the prompt that the cache holds
-    tokens: list[int] = dataclasses.field(default_factory=list)  # of the answer
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the answer."""
+        return self.answer.tokens
 
     @property
     def held(self) -> np.ndarray:
@@ -129,19 +133,18 @@ class Batch:
     def _deliver(self, running: Running, chosen: Chosen) -> list[Answer]:
         """Passes on what tokens [steps] are; -> the answer, if it ended."""
         wanted = running.answer.sampling.logprobs
-        texts, logprobs, tokens = [], [], 0
+        texts, logprobs = [], []
         for step, token in enumerate(chosen.tokens.tolist()):
             if token < 0 or running.stream.finished:
                 break
             running.tokens.append(token)
-            tokens += 1
             texts.append(running.stream.push(token))
             if wanted is not None and token not in self._prompts.stop_ids:
                 logprobs.append(self._logprob(Chosen(*(x[step] for x in chosen)), wanted))
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
-        running.answer.give(Piece("".join(texts), logprobs), tokens)
+        running.answer.give(Piece("".join(texts), logprobs))
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
     def _end(self, running: Running, reason: str) -> Answer:

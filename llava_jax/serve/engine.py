@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.checkpoint import Checkpoint
-from llava_jax.cli import track
+from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import Template
 from llava_jax.generate import PromptEncoder, Request, Sampling, default_dtype
 from llava_jax.models.llava import Llava, abstract_params, build
+from llava_jax.models.quantization import QUANTIZATIONS
 from llava_jax.serve.answer import (
     Alternative,
     Answer,
@@ -82,6 +83,7 @@ class Engine:
     kept: conversations that are kept besides those in slots, so that their next turn begins where they ended; by
       default half as many as slots.
     pictures: features of so many pictures are kept.
+    quantize: "int8" stores the decoder's weights in eight bits; None as they are.
     mesh: what the model's parameters lie on.
     """
 
@@ -95,8 +97,11 @@ class Engine:
         queue: int = 64,
         kept: int | None = None,
         pictures: int = 64,
+        quantize: str | None = None,
         mesh: Mesh | None = None,
     ):
+        if quantize not in QUANTIZATIONS:
+            raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
         self.config = model.config
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
@@ -111,6 +116,7 @@ class Engine:
             positions=self.context,
             pictures=self._pictures,
             stop_ids=prompts.stop_ids,
+            int8=quantize == "int8",
             mesh=mesh,
         )
         self._prompts, self._limit = prompts, queue
@@ -132,12 +138,12 @@ class Engine:
         checkpoint: Checkpoint,
         template: Template | None = None,
         *,
-        dtype: jnp.dtype | None = None,
+        dtype: jnp.dtype | str | None = None,
         mesh: Mesh | None = None,
         **options,
     ) -> "Engine":
         """Loads the weights in `dtype` (see `default_dtype`), on a mesh as training lays them out."""
-        dtype, sharding = dtype or default_dtype(), None
+        dtype, sharding = jnp.dtype(dtype or default_dtype()), None
         if mesh is not None:
             shapes = abstract_params(checkpoint.config)
             sharding = lambda name: param_sharding(mesh, name, shapes[name].shape)  # noqa: E731

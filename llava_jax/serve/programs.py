@@ -18,6 +18,7 @@ from llava_jax.generate import MOST_LOGPROBS
 from llava_jax.models.attention import BLOCK
 from llava_jax.models.llama import Conversations
 from llava_jax.models.llava import Llava
+from llava_jax.models.quantization import quantize_decoder
 from llava_jax.sharding import FSDP_RINGS, RULES, axis_sizes
 
 LENGTHS = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
@@ -64,6 +65,8 @@ class Programs:
       conversations: C, at least B.
       positions: S is at least this.
       pictures: I.
+      stop_ids: tokens that end answers.
+      int8: whether the decoder's weights are stored in eight bits, see `models.quantization`.
       mesh: what the model's parameters lie on.
     """
 
@@ -76,10 +79,13 @@ class Programs:
         positions: int,
         pictures: int,
         stop_ids: list[int],
+        int8: bool = False,
         mesh: Mesh | None = None,
     ):
         text = model.config.text
-        model.llm.unstack_layers(transposed=slots == 1)
+        model.llm.unstack_layers(transposed=slots == 1 and not int8)
+        if int8:
+            quantize_decoder(model.llm)
         self.slots = slots
         self._weights, self._structure = jax.tree.flatten(model)
         shape = (conversations, text.num_kv_heads, -(-positions // BLOCK) * BLOCK, text.head_dim)

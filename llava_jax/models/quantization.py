@@ -1,0 +1,54 @@
+"""Decoders whose weights are stored in eight bits, for decoding, which is bound by reading them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.models.layers import Linear, add_bias, broadcast_last
+from llava_jax.models.llama import Llama
+
+QUANTIZATIONS = (None, "int8")
+
+
+class Int8Linear(nnx.Module):
+    """A `Linear` with int8 `kernel` [in, out] and a float32 `scale` [out]: the largest weight of an output is 127.
+
+    The sums are of weights in the input's type, and scaled afterwards.
+    """
+
+    def __init__(self, kernel: jax.Array, bias: nnx.Param | None = None):
+        quantized, scale = quantize(kernel)
+        self.kernel, self.scale, self.bias = nnx.Param(quantized), nnx.Param(scale), bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return add_bias(self.scores(x).astype(x.dtype), self.bias)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """The product alone, in float32."""
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return y * broadcast_last(self.scale[...], y)
+
+
+@jax.jit
+def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[in, out] -> int8[in, out] and float32[out], whose product is nearest to it."""
+    kernel = kernel.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(kernel).max(axis=0) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(kernel / scale[None]).astype(jnp.int8), scale
+
+
+def quantize_decoder(llm: Llama) -> None:
+    """Makes every projection of unstacked layers, and that to the vocabulary, an `Int8Linear`.
+
+    Embeddings and norms stay as they are; where the vocabulary's projection is the table of embeddings, it becomes an
+    array of its own.
+    """
+    for layer in llm.layers:
+        for module in (layer.attention, layer.mlp):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Linear):
+                    setattr(module, name, Int8Linear(value.kernel[...], value.bias))
+    tied = llm.config.tie_word_embeddings
+    llm.int8_head = Int8Linear(llm.embed_tokens.embedding[...].T if tied else llm.lm_head.kernel[...])
+    if not tied:
+        del llm.lm_head
