@@ -42,7 +42,7 @@ class Rate:
     def __init__(self, requests_a_minute: float, window: str):
         self.most, self.window = requests_a_minute, window
         self.taken: collections.deque[float] = collections.deque()
-        self.level, self.filled, self.begin = 1.0, time.monotonic(), time.monotonic()
+        self.level, self.filled, self.begin = 1.0, time.monotonic(), 0.0
 
     def refuse(self) -> float:
         """Seconds after which to come again, 0 if a request is taken now."""
@@ -55,7 +55,8 @@ class Rate:
                 return (1 - self.level) / rate
             self.level -= 1
             return 0.0
-        if self.window == "fixed":
+        if self.window == "fixed":  # minutes from the first request on
+            self.begin = self.begin or now
             if now - self.begin >= 60:
                 self.begin += 60 * ((now - self.begin) // 60)
                 self.taken.clear()

@@ -59,8 +59,8 @@ def make_box(category: str, bbox: tuple[float, float, float, float], width: floa
 
 
 def make_captions(texts: list[str]) -> tuple[str, ...]:
-    """Captions as single lines, empty ones left out."""
-    return tuple(line for text in texts if (line := " ".join(text.split())))
+    """Captions as single lines of valid Unicode, empty ones left out."""
+    return tuple(line.encode(errors="replace").decode() for text in texts if (line := " ".join(text.split())))
 
 
 def insert(db: sqlite3.Connection, number: int, context: Context) -> None:
