@@ -48,7 +48,7 @@ def test_grades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
                    str(run / "mm-vet.outcomes.jsonl"), "--json"])  # fmt: skip
     scores = json.loads(capsys.readouterr().out)
     assert scores["score"] == 75 and scores["by_capability"] == {"know": 100, "math": 50, "ocr": 50}
-    assert (scores["total"], scores["failed"]) == (2, 1)
+    assert (scores["total"], scores["failed"], scores["judge"]) == (2, 1, "gpt-4") and len(scores["prompt_hash"]) == 64
     evaluate.main(["report", str(run), "--json", "--resamples", "10"])
     report = json.loads(capsys.readouterr().out)
     values = {row["category"]: row["values"]["run"] for row in report["rows"]}

@@ -17,6 +17,7 @@ from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_
 from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
 from llava_jax.evaluate.reviews import FAILED, parse_scores
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.options import add_api_arguments, work
 from llava_jax.whole_file import whole_file
 
@@ -34,18 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
     rules = read_rules(args.rule_file) if args.rule_file else RULES
     hash_ = rules_hash(rules, [question.category for question in questions.values()], args.system)
-    orders = (False, True) if args.both_orders else (False,)
-    answered = {
-        ident: Answered(question.category, question.context, question.text, reference[ident].text, model[ident].text)
-        for ident, question in questions.items()
-    }
-    cases = [(ident, swapped) for ident in questions for swapped in orders]
-    prompts = {
-        (ident, swapped): messages(answered[ident], rules[answered[ident].category], swapped, args.system)
-        for ident, swapped in cases
-    }
+    cases = [(ident, swapped) for ident in questions for swapped in ((False, True) if args.both_orders else (False,))]
+
+    def prompt(ident: str, swapped: bool) -> list[Message]:
+        question = questions[ident]
+        item = Answered(question.context, question.text, reference[ident].text, model[ident].text)
+        return messages(item, rules[question.category], swapped, args.system)
+
     tasks = [
-        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}", prompts[ident, swapped], parse_scores)
+        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}", prompt(ident, swapped), parse_scores)
         for repeat in range(args.repeats)
         for ident, swapped in cases
     ]

@@ -35,7 +35,6 @@ RULES = {name: Rule("Assistant", PROMPT.format(boxes=BOXES, role="Assistant")) f
 class Answered(NamedTuple):
     """A question with two answers to it."""
 
-    category: str  # whose rule holds
     context: str
     question: str
     reference: str
@@ -73,5 +72,5 @@ def rules_hash(rules: dict[str, Rule], categories: Sequence[str], system: str = 
     """Of the instructions for these categories. Raises `UserError` where one has no rule."""
     if missing := sorted(set(categories) - set(rules)):
         raise UserError(f"there is no rule for category {missing[0]}; there are {', '.join(sorted(rules))}")
-    empty = Answered("", "", "", "", "")
+    empty = Answered("", "", "", "")
     return prompt_hash({name: messages(empty, rules[name], False, system) for name in sorted(set(categories))})

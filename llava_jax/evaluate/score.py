@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from llava_jax.evaluate.answers import answer_lines, by_key, join
 from llava_jax.evaluate.benchmarks import listing, require
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.evaluate.suite_outcomes import outcomes_of
@@ -35,7 +37,13 @@ def score(
     joined = join(by_key(lines, right.key, benchmark.fields), right, answers, partial)
     if outcomes:
         write_outcomes(outcomes, outcomes_of(benchmark, joined.pairs, lines, asked))
-    return benchmark.score(joined.pairs) | joined.incomplete
+    return benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
+
+
+def _judges(lines: Sequence[Line]) -> dict[str, str]:
+    """Who graded the answers, and by which instructions, where the lines tell."""
+    known = {name: {str(line.value[name]) for line in lines if name in line.value} for name in ("judge", "prompt_hash")}
+    return {name: ", ".join(sorted(values)) for name, values in known.items() if values}
 
 
 def main(argv: list[str] | None = None) -> None:
