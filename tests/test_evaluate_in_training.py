@@ -60,6 +60,9 @@ def test_scores_rise_and_the_answers_are_kept(
     evaluate.main(["score", "easy-vqa", "--answers", str(answers), "--labels", world["evaluate.labels"], "--partial",
                    "--json"])  # fmt: skip
     assert json.loads(capsys.readouterr().out)["accuracy"] == 100
+    folders = [str(tmp_path / "run" / "evaluations" / str(step)) for step in (0, STEPS)]
+    evaluate.main(["report", *folders, "--json", "--resamples", "10"])
+    assert json.loads(capsys.readouterr().out)["rows"][0]["differences"][str(STEPS)]["value"] == 100
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -4,6 +4,7 @@ Each process answers its share on its own devices, over which it splits the para
 that and in gathering the answers, and in nothing else: none waits for another's tokens.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,16 +22,18 @@ from llava_jax import distributed
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN, Template
 from llava_jax.data.images import decode_image
-from llava_jax.evaluate.answers import by_key
+from llava_jax.evaluate.answers import Answer, by_key
 from llava_jax.evaluate.benchmarks import require
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
 from llava_jax.evaluate.questions import Question, read_questions
+from llava_jax.evaluate.suite_outcomes import outcomes_of
 from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 from llava_jax.whole_file import whole_file
 
-FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers
+FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers, and STEP/BENCHMARK.outcomes.jsonl
 
 
 class Evaluation:
@@ -60,22 +63,28 @@ class Evaluation:
         for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):
             answers[process::count] = json.loads(texts.tobytes())
         lines = [answer_line(question, text, step) for question, text in zip(self.questions, answers, strict=True)]
+        pairs = self._pairs(lines)
         if distributed.is_first():
-            self._write(workdir / FOLDER / str(step), lines)
-        return flatten(f"{self.name}/", self.score(lines))
+            self._write(workdir / FOLDER / str(step), lines, pairs)
+        return flatten(f"{self.name}/", self.benchmark.score(pairs))
 
-    def score(self, lines: Sequence[Line]) -> dict[str, Any]:
-        """Raises `UserError` where a question has no label."""
+    def _pairs(self, lines: Sequence[Line]) -> list[tuple[Answer, Any]]:
+        """The answers with their labels. Raises `UserError` where a question has none."""
         labels = self.benchmark.labels(self.labels, lines, self.questions)
         answers = by_key(lines, labels.key, self.benchmark.fields)
         if unknown := [answer.where for key, answer in answers.items() if key not in labels]:
             raise UserError(f"{self.labels[0]}: has no label for {unknown[0]}")
-        return self.benchmark.score([(answer, labels[key]) for key, answer in answers.items()])
+        return [(answer, labels[key]) for key, answer in answers.items()]
 
-    def _write(self, directory: epath.Path, lines: Sequence[Line]) -> None:
+    def _write(self, directory: epath.Path, lines: Sequence[Line], pairs: Sequence[tuple[Answer, Any]]) -> None:
+        """The answers, and what came of each, for `report`."""
         directory.mkdir(parents=True, exist_ok=True)
         with whole_file(directory / f"{self.name}.jsonl") as file:
             file.writelines(json.dumps(line.value).encode() + b"\n" for line in lines)
+        with contextlib.suppress(UserError):  # MME's scores are not of single answers
+            write_outcomes(
+                directory / f"{self.name}{SUFFIX}", outcomes_of(self.benchmark, pairs, lines, self.questions)
+            )
 
 
 def request(question: Question, images: str) -> Request:
