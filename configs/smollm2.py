@@ -25,8 +25,10 @@ def get_config(stage: str = "") -> ConfigDict:
     elif stage == "finetune":
         config.template = "chatml"
         config.max_length = 448
-        config.batch_rows = 8
-        config.steps = 120
+        config.pack = True
+        config.row_length = 1120  # four conversations about a picture each
+        config.batch_rows = 2
+        config.steps = 90
         config.learning_rate = 3e-4
         config.projector_learning_rate = 1e-3
     else:
