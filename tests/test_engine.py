@@ -20,6 +20,7 @@ from llava_jax.serve.answer import Answer, ContextExceeded, EngineClosed, Engine
 from llava_jax.serve.engine import Engine
 
 SHORT = Sampling(max_new_tokens=12)
+REPORTED = Sampling(max_new_tokens=12, logprobs=0)
 LONG = Sampling(max_new_tokens=400)
 
 
@@ -31,13 +32,21 @@ def make(**options) -> Engine:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     engine = make()
+    assert not engine.ready
     engine.warm_up()
+    assert engine.ready
     yield engine
     engine.close(drain=False)
 
 
 def text(answer: Answer) -> str:
     return "".join(piece.text for piece in answer)
+
+
+def collect(answer: Answer) -> tuple[str, list[float]]:
+    """Its text, and the log probabilities of its tokens."""
+    pieces = list(answer)
+    return "".join(p.text for p in pieces), [entry.logprob for p in pieces for entry in p.token_logprobs]
 
 
 def ask(engine: Engine, request: Request, sampling: Sampling = SHORT) -> str:
@@ -61,10 +70,6 @@ def ragged(count: int) -> list[Request]:
 
 def test_200_ragged_prompts_are_answered_together_as_one_by_one(engine):
     requests, sampling = ragged(200), Sampling(max_new_tokens=8, logprobs=0)
-
-    def collect(answer: Answer) -> tuple[str, list[float]]:
-        pieces = list(answer)
-        return "".join(p.text for p in pieces), [entry.logprob for p in pieces for entry in p.token_logprobs]
 
     together = [collect(answer) for answer in [engine.submit(request, sampling) for request in requests]]
     alone = [collect(engine.submit(request, sampling)) for request in requests]
@@ -113,13 +118,18 @@ def test_the_next_turn_computes_neither_earlier_turns_nor_the_picture_again(engi
     before = engine.stats()
     answer = ask(engine, first)
     follow_up = Request([*first.turns, ("assistant", answer), ("user", "Why?")], first.images)
-    second = engine.submit(follow_up, SHORT)
-    reused = text(second)
+    second = engine.submit(follow_up, REPORTED)
+    reused, logprobs = collect(second)
     assert len(encoded) == 1
     length = engine.count_tokens(first)
     assert length - 2 <= second.prefix_tokens < second.prompt_tokens
     assert engine.stats().prefix_tokens - before.prefix_tokens >= length - 2
     assert reused == generator().answer([follow_up], SHORT)[0]
+    engine._batch = engine._new_batch()  # which has no memories
+    anew = engine.submit(follow_up, REPORTED)
+    text_anew, logprobs_anew = collect(anew)
+    assert anew.prefix_tokens == 0 and text_anew == reused
+    np.testing.assert_allclose(logprobs, logprobs_anew, rtol=0, atol=1e-5)
 
 
 def test_another_picture_is_another_prefix(engine):
@@ -187,9 +197,7 @@ def test_a_failing_device_fails_what_runs_and_nothing_after(engine, monkeypatch,
 
 def test_a_full_queue_refuses_and_a_closing_engine_finishes_what_it_has():
     engine = make(slots=1, queue=2)
-    assert not engine.ready
-    engine.warm_up()
-    assert engine.ready and engine.capacity == 3
+    assert engine.capacity == 3
     first = engine.submit(question("Hello"), LONG)
     next(iter(first))
     answers = [first, *(engine.submit(question(f"Hello {i}"), SHORT) for i in range(2))]
