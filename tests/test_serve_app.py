@@ -1,5 +1,6 @@
 """The API as its clients see it: OpenAI's own one, and those who send what nobody should."""
 
+import asyncio
 import json
 import math
 import socket
@@ -13,6 +14,7 @@ from serving import data_url, eventually, picture, serving
 
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.generate import Request, Sampling
+from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
 from llava_jax.serve.engine import Engine
 
@@ -352,6 +354,22 @@ def test_who_leaves_frees_the_slot(url, engine, stream):
         assert eventually(lambda: engine.stats().busy)
     assert eventually(lambda: idle(engine))
     assert engine.stats().cancelled > cancelled
+
+
+def test_what_is_submitted_after_its_client_left_is_cancelled(engine, app):
+    """The thread that submits is not stopped by a cancelled task."""
+
+    async def leave() -> Answers:
+        request, sampling = Request([("user", "Hello")]), Sampling(max_new_tokens=1900, temperature=2.0)
+        answers = Answers(engine, app.state.metrics, request, [sampling] * 3)
+        answers.cancel()
+        await answers.submit()
+        return answers
+
+    answers = asyncio.run(leave()).answers
+    assert len(answers) == 1
+    assert eventually(lambda: idle(engine))
+    assert answers[0].finish_reason == "cancelled"
 
 
 def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):

@@ -22,6 +22,7 @@ class Answers:
 
     def __init__(self, engine: Engine, metrics: Metrics, request: Request, samplings: Sequence[Sampling]):
         self.answers: list[Answer] = []
+        self._cancelled = False
         self._engine, self._metrics, self._request, self._samplings = engine, metrics, request, samplings
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
@@ -38,6 +39,8 @@ class Answers:
     def _submit(self) -> None:
         for index, sampling in enumerate(self._samplings):
             self.answers.append(self._engine.submit(self._request, sampling, sink=self._sink(index)))
+            if self._cancelled:  # by a loop that does not wait for this thread
+                return self.cancel()
 
     def _sink(self, index: int):
         def put(item: Piece | BaseException | None) -> None:
@@ -70,7 +73,8 @@ class Answers:
         self._metrics.finished(answer, time.monotonic() - self._start)
 
     def cancel(self) -> None:
-        """Frees the slots of what is not finished."""
+        """Frees the slots of what is not finished, and of what is being submitted."""
+        self._cancelled = True
         for answer in self.answers:
             answer.cancel()
 

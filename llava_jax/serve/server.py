@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 
 import uvicorn
 from fastapi import FastAPI
@@ -10,7 +9,7 @@ from fastapi import FastAPI
 from llava_jax.cli import UserError
 from llava_jax.serve.engine import Engine
 
-LINGER_SECONDS = 5  # that open connections, as those of web pages, have at the end
+LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -63,6 +62,4 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         self._engine.close(drain=True)
-        while self._traffic.active:  # the last pieces are on their way
-            time.sleep(0.05)
         self.should_exit = True
