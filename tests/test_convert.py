@@ -817,7 +817,7 @@ def test_models_with_im_start_end_keep_their_two_tokens(llava_dir, copy_of, tmp_
     check_logits(model, imported)
 
     generator = Generator.from_checkpoint(open_checkpoint(imported))
-    ids = generator._encode(Request([("user", "<image>\nhi")], ["a.png"]))
+    ids = generator.prompts.encode(Request([("user", "<image>\nhi")], ["a.png"]))
     under = np.flatnonzero(ids.image_feature_index >= 0)
     around = ids.tokens[[under[0] - 1, under[-1] + 1]].tolist()
     assert around == tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])

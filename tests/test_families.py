@@ -136,12 +136,12 @@ def check_answer(generator: Generator, model, processor) -> None:
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt")
     request = Request([("user", "<image>\nWhat is the colour of the shape?")], [picture])
-    prompt = generator._encode(request)
+    prompt = generator.prompts.encode(request)
     image = prompt.image_feature_index >= 0
     assert inputs["input_ids"][0].tolist() == np.where(image, processor.image_token_id, prompt.tokens).tolist()
 
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=generator.stop_ids)
+        output = model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=generator.prompts.stop_ids)
     ids = output[0, inputs["input_ids"].shape[1] :]
     assert len(ids) > 3
     answer = processor.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd").strip()

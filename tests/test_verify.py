@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from test_convert import edit_json
 
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert import verify
 from llava_jax.convert.__main__ import main
@@ -53,8 +55,9 @@ def test_a_changed_setting_is_named(checkpoint, exported):
     config["vision_feature_layer"] = -1
     config["text_config"]["rms_norm_eps"] = 0.1
     file.write_text(json.dumps(config))
+    edit_json(exported / "preprocessor_config.json", do_pad=False)
     found = verified(checkpoint, exported)["config"]
-    assert not found.equal
+    assert not found.equal and "image_aspect is pad, there square" in found.detail
     assert "select_layer is -2, there -1" in found.detail and "text.rms_norm_eps is 1e-05, there 0.1" in found.detail
 
 
@@ -69,9 +72,20 @@ def test_a_changed_processor_is_noted(checkpoint, exported):
 def test_without_torch_or_memory_the_rest_is_compared(checkpoint, exported, monkeypatch):
     monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
     found = verified(checkpoint, exported)
-    assert list(found) == ["config", "tensors", "computed"] and "GiB" in found["computed"].detail
+    assert list(found) == ["config", "tensors", "computed"] and "memory does not hold" in found["computed"].detail
     monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
     assert "torch is not installed" in verified(checkpoint, exported)["computed"].detail
+
+
+def test_with_little_memory_the_first_layers_are_compared(checkpoint, exported, monkeypatch):
+    sizes = {name: leaf.size for name, leaf in open_checkpoint(checkpoint).abstract().items()}
+    of_layers = sum(size for name, size in sizes.items() if name.startswith("llm.layers."))
+    free = 10 * int(sum(sizes.values()) - 0.3 * of_layers)  # of the two, one fits
+    monkeypatch.setattr(verify.os, "sysconf", {"SC_AVPHYS_PAGES": free, "SC_PAGE_SIZE": 1}.get)
+    found = verified(checkpoint, exported)
+    assert "the first 1 layers" in found.pop("computed").detail
+    assert list(found) == ["config", "tensors", "loading", "logits", "processor", "answers"]
+    assert all(finding.equal for finding in found.values())
 
 
 def test_a_directory_that_is_no_llava_is_refused(checkpoint, tmp_path):

@@ -10,13 +10,15 @@ from llava_jax.models.config import RopeScaling, TextConfig
 class _Family(NamedTuple):
     """One of transformers' decoders."""
 
+    name: str  # of its model class
     defaults: Json  # where its configuration class differs from LLaMA's
     fixed: Json  # fields that say how it computes, with the only value supported
 
 
 FAMILIES = {
-    "llama": _Family({}, {"attention_bias": False, "mlp_bias": False, "sliding_window": None}),
+    "llama": _Family("LlamaForCausalLM", {}, {"attention_bias": False, "mlp_bias": False, "sliding_window": None}),
     "mistral": _Family(
+        "MistralForCausalLM",
         {
             "intermediate_size": 14336,
             "num_key_value_heads": 8,
@@ -27,6 +29,7 @@ FAMILIES = {
     ),
     # Where it uses its sliding window, Qwen2 does so in its last layers alone; no published one does.
     "qwen2": _Family(
+        "Qwen2ForCausalLM",
         {
             "vocab_size": 151936,
             "intermediate_size": 22016,
@@ -102,6 +105,7 @@ def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
         kind = config.rope_scaling.kind
         scaling = {"rope_type": kind} | {field: getattr(config.rope_scaling, field) for field in _ROPE_FIELDS[kind]}
     return {
+        "architectures": [FAMILIES[model_type].name],  # vLLM finds its decoder by it
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -2,12 +2,15 @@
 
 import math
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from llava_jax.cli import UserError
 
 # The types of numbers, in safetensors' words and in numpy's.
 NUMBERS = {
@@ -36,15 +39,17 @@ def read_numbers(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) ->
     """The array that begins at byte `offset`, not to be written to.
 
     Its bytes alone are mapped into memory, and only as long as it lives. A mapping of the whole file, which the
-    safetensors library makes, would stay there as long as there is room: in the end all of it.
+    safetensors library makes, would stay there as long as there is room: in the end all of it. Raises UserError where
+    the file has become shorter since it was opened.
     """
     numbers, count = NUMBERS[dtype], math.prod(shape)
     if not count:
         return np.empty(shape, numbers)
     start = offset % mmap.ALLOCATIONGRANULARITY
     with open(path, "rb") as file:
-        mapped = mmap.mmap(
-            file.fileno(), start + count * numbers.itemsize, access=mmap.ACCESS_READ, offset=offset - start
-        )
+        size = count * numbers.itemsize
+        if os.fstat(file.fileno()).st_size < offset + size:
+            raise UserError(f"{path}: was cut short while it was read; download it again")
+        mapped = mmap.mmap(file.fileno(), start + size, access=mmap.ACCESS_READ, offset=offset - start)
     mapped.madvise(mmap.MADV_WILLNEED)  # from disk in large steps, ahead of the reader
     return np.frombuffer(mapped, numbers, count, start).reshape(shape)

@@ -2,13 +2,14 @@
 both compute and say.
 
 Tensors are compared one by one in the types of the directory, bit for bit. Logits, ids and answers need both models in
-float32 at once; where the memory at hand is less, they are left out, and the report says so.
+float32 at once; where the memory at hand is less, both have only as many of the decoder's first layers as it holds.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from llava_jax.generate import GREEDY, Generator, PromptEncoder, Request, Sampli
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 
+_STACKED = "llm.layers."
 SHOWN = 5  # differing tensors that are named
 TOLERANCE = 1e-4  # of the largest logit
 PROMPT, ANSWER = 500, 16  # tokens: short prompts show no mistakes of positions
@@ -59,14 +61,22 @@ def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
     hf = Path(directory)
     if is_original(read_json(hf / "config.json")):
         raise UserError(f"{hf}: a LLaVA in the original's layout; what can be verified is one of transformers")
-    found = find_llava(hf, Options(aspect=checkpoint.config.image_aspect))
+    found = find_llava(hf, Options())
     yield compare_config(checkpoint, found)
     yield compare_tensors(checkpoint, found)
-    reason = _cannot_run(checkpoint)
-    if reason:
-        yield Finding("computed", None, f"logits, ids and answers were not compared: {reason}")
+    layers, missing = _layers_in_memory(checkpoint), "logits, ids and answers were not compared"
+    if importlib.util.find_spec("torch") is None:
+        yield Finding("computed", None, f"{missing}: torch is not installed (pip install 'llava_jax[torch-import]')")
+    elif layers == 0:
+        yield Finding(
+            "computed", None, f"{missing}: the memory does not hold both models with a single layer in float32"
+        )
     else:
-        yield from compare_computed(checkpoint, hf)
+        if layers < checkpoint.config.text.num_layers:
+            yield Finding(
+                "computed", None, f"with the first {layers} layers, as many as the memory holds of both models"
+            )
+        yield from compare_computed(checkpoint, hf, layers)
 
 
 def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
@@ -111,27 +121,46 @@ def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
     return Finding("tensors", not apart, f"{len(apart)} of {len(places)}: {named}" if apart else f"{len(places)}")
 
 
-def _cannot_run(checkpoint: Checkpoint) -> str | None:
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    needed = 2.5 * 4 * sum(leaf.size for leaf in checkpoint.abstract().values())
+def _layers_in_memory(checkpoint: Checkpoint) -> int:
+    """How many of the decoder's layers both models may have, in float32 and with half as much again for computing."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        return f"both models in float32 take {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
-    return None
+    sizes = {name: 2.5 * 4 * leaf.size for name, leaf in checkpoint.abstract().items()}
+    layers = checkpoint.config.text.num_layers
+    stacked = sum(size for name, size in sizes.items() if name.startswith(_STACKED))
+    return min(layers, max(0, int((free - sum(sizes.values()) + stacked) / (stacked / layers))))
 
 
-def compare_computed(checkpoint: Checkpoint, directory: Path) -> Iterator[Finding]:
+def _first_layers(checkpoint: Checkpoint, layers: int, dtype: str) -> tuple[LlavaConfig, Params]:
+    """The model with so many of the decoder's layers, rounded to `dtype`, float32."""
+    text = dataclasses.replace(checkpoint.config.text, num_layers=layers)
+    params = checkpoint.load(name for name in checkpoint.abstract() if not name.startswith(_STACKED))
+    for name in checkpoint.abstract():
+        if name.startswith(_STACKED):
+            params[name] = np.stack([checkpoint.read(name, layer) for layer in range(layers)])
+    rounded = {name: jnp.asarray(value).astype(dtype).astype(jnp.float32) for name, value in params.items()}
+    return dataclasses.replace(checkpoint.config, text=text), rounded
+
+
+def _layer(name: str) -> str | None:
+    """The decoder's layer that a tensor of transformers belongs to."""
+    match = re.search(r"language_model\..*layers\.(\d+)\.", name)
+    return match and match[1]
+
+
+def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> Iterator[Finding]:
     """What both models make of the same ids, and which ids the processor makes of the same words."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-    model, loading = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+    settings = AutoConfig.from_pretrained(directory)
+    settings.text_config.num_hidden_layers = layers
+    model, loading = LlavaForConditionalGeneration.from_pretrained(directory, config=settings, output_loading_info=True)
+    left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
+    loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]
     yield Finding("loading", not wrong, "; ".join(wrong) or "no key is missing or left over in transformers")
     dtype, model = str(model.dtype).removeprefix("torch."), model.float().eval()
-    params = {name: value.astype(dtype).astype(jnp.float32) for name, value in checkpoint.load().items()}
-    prompts = PromptEncoder.from_checkpoint(checkpoint)
-    generator = Generator(build(checkpoint.config, params), prompts)
+    config, params = _first_layers(checkpoint, layers, dtype)
+    generator = Generator(build(config, params), PromptEncoder.from_checkpoint(checkpoint))
     both = Both(generator, params, model, AutoProcessor.from_pretrained(directory))
     yield compare_logits(both)
     yield compare_ids(both)
