@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -155,6 +156,21 @@ def test_openais_towers_are_named_by_their_shapes():
     from llava_jax.convert.export_original import _tower
 
     assert _tower(tiny.config(vision=CLIP_L_14_336), "here") == "openai/clip-vit-large-patch14-336"
+
+
+@pytest.mark.parametrize("layout", ["original", "projector"])
+def test_a_full_disk_leaves_nothing(layout, made, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # files can grow no further, as on a full disk
+    try:
+        with pytest.raises(UserError, match="o: cannot be written .File too large.; nothing is left of it") as raised:
+            convert(
+                "export", "--checkpoint", made[1] / "checkpoint", "--layout", layout, "--output", tmp_path / "o", *TOWER
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """A source's tensors by name, read when asked for."""
 
+import collections
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -85,9 +87,18 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=functools.partial(_unique, path))
     header.pop("__metadata__", None)
     return {name: _stored(path, 8 + length, **fields) for name, fields in header.items()}
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict, which alone would keep the last of two tensors of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"{path}: holds {twice} twice; download it again")
+    return found
 
 
 def _stored(path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
