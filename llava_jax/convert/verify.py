@@ -153,6 +153,8 @@ def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> It
 
     settings = AutoConfig.from_pretrained(directory)
     settings.text_config.num_hidden_layers = layers
+    if getattr(settings.text_config, "layer_types", None):  # one a layer
+        settings.text_config.layer_types = settings.text_config.layer_types[:layers]
     model, loading = LlavaForConditionalGeneration.from_pretrained(directory, config=settings, output_loading_info=True)
     left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
     loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
