@@ -11,7 +11,6 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.data import check
-from llava_jax.datagen.__main__ import main
 from llava_jax.llm_api import client as client_module
 from llava_jax.llm_api.ledger import Ledger
 
@@ -157,4 +156,11 @@ def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture):
             run(folder, None, *more)
         assert "error" in capsys.readouterr().err
     with pytest.raises(UserError, match="local directory"):
-        main(["detail", "--captions", "x", "--images", "y", "--output", "gs://b/o", "--show"])
+        run(folder, None, "--show", "--output", "gs://b/o")
+    for more, message in (
+        (["--captions", "none.json"], "none.json: no such file"),
+        (["--images", "no"], "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, None, "--show", *more, output="nothing")
+    assert not (folder / "nothing").exists()

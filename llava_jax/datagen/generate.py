@@ -11,7 +11,10 @@ import functools
 import sys
 from pathlib import Path
 
+from etils import epath
+
 from llava_jax.cli import UserError
+from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
 from llava_jax.datagen.batch import run_batches
@@ -44,6 +47,10 @@ EPILOG = """examples:
 def main(kind: str, argv: list[str]) -> int:
     """Makes data of a kind."""
     args = _parse(kind, argv)
+    for file in filter(None, (args.captions, args.instances)):
+        local_data(file)  # before there is anything in the directory
+    if not epath.Path(args.images).is_dir():
+        raise UserError(f"{args.images}: no such folder of pictures")
     if is_remote(args.output):
         raise UserError(f"{args.output}: has to be a local directory, since SQLite keeps the ledger there")
     recipe = Recipe(
