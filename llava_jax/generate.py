@@ -5,10 +5,12 @@ The programs are in `decoding`: several tokens a dispatch, ended on the device a
 are looked for here, in the text, since they may lie across the borders of tokens.
 """
 
+import contextlib
 import dataclasses
 import math
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,8 @@ from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucke
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
-from llava_jax.models.llava import Llava, build
+from llava_jax.models.llava import Llava, abstract_params, build
+from llava_jax.sharding import make_mesh, param_sharding
 
 STREAM_STEPS = 4  # tokens a dispatch where someone reads along
 MOST_LOGPROBS = 20  # alternatives to a token
@@ -40,6 +43,7 @@ class Request:
 
     turns: Sequence[tuple[str, str]]
     images: Sequence[Picture] = ()
+    begun: str = ""  # what the answer goes on from; no part of it
 
     def __str__(self) -> str:
         question = " ".join(self.turns[-1][1].split()) if self.turns else ""
@@ -113,7 +117,7 @@ class PromptEncoder:
 
     def encode(self, request: Request) -> Prompt:
         """Raises UserError where the request is malformed."""
-        encoded = encode_turns([*request.turns, ("assistant", None)], self.template, self.tokenizer)
+        encoded = encode_turns([*request.turns, ("assistant", None)], self._begun(request.begun), self.tokenizer)
         marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         if marks != len(request.images):
             raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
@@ -122,8 +126,15 @@ class PromptEncoder:
         row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
         return Prompt(row.tokens, row.image_feature_index, request.images)
 
+    def _begun(self, text: str) -> Template:
+        """The template with answers that go on from a text."""
+        reply = self.template.reply + (self.template.lead + text if text else "")
+        return dataclasses.replace(self.template, reply=reply)
+
     def read(self, picture: Picture) -> np.ndarray:
-        """-> uint8[H, W, 3]. Raises UserError where it is damaged."""
+        """-> uint8[H, W, 3], which can be given in place of the picture. Raises UserError where it is damaged."""
+        if isinstance(picture, np.ndarray):
+            return picture
         image = picture if isinstance(picture, Image.Image) else load_image(picture)
         return preprocess(image, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
 
@@ -144,14 +155,20 @@ class Generator:
         self.config = model.config
         self.prompts = prompts
         self.decoder = decoding.Decoder(model)
+        self.computing = 0.0  # seconds in which the device had something to do
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, template: Template | None = None, dtype: jnp.dtype | None = None
+        cls,
+        checkpoint: Checkpoint,
+        template: Template | None = None,
+        dtype: jnp.dtype | None = None,
+        devices: Sequence[jax.Device] = (),
     ) -> "Generator":
-        """Loads the weights in `dtype`, see `default_dtype`."""
+        """Loads the weights in `dtype`, see `default_dtype`, split over the devices, by default on the first of all."""
         dtype = dtype or default_dtype()
-        model = build(checkpoint.config, checkpoint.load(dtype=lambda name, stored: dtype), dtype)
+        params = checkpoint.load(None, lambda name, stored: dtype, _split(checkpoint.config, devices))
+        model = build(checkpoint.config, params, dtype)
         return cls(model, PromptEncoder.from_checkpoint(checkpoint, template))
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
@@ -201,7 +218,8 @@ class Generator:
         slots = bucket(max(lengths) + min(sampling.max_new_tokens, HEADROOM))
         first, cache = self._start(prompts, choice, slots)
 
-        tokens = np.asarray(first)[:, None]
+        with self._computing():
+            tokens = np.asarray(first)[:, None]
         positions = np.array(lengths + [0] * (rows - len(prompts)), np.int32)  # of the newest tokens
         finished = np.arange(rows) >= len(prompts)
         stop_ids = np.array(self.prompts.stop_ids, np.int32)
@@ -214,12 +232,13 @@ class Generator:
                 break
             steps = min(remaining, max_steps)
             needed = int(positions[~finished].max()) + steps
-            if needed > cache.slots:
-                cache = self.decoder.widen(cache, slots=bucket(needed + HEADROOM))
-            written, cache = self.decoder.decode(
-                tokens[:, -1], positions, finished, stop_ids, cache=cache, choice=choice, steps=steps
-            )
-            tokens = np.asarray(written)[:, :steps]
+            with self._computing():
+                if needed > cache.slots:
+                    cache = self.decoder.widen(cache, slots=bucket(needed + HEADROOM))
+                written, cache = self.decoder.decode(
+                    tokens[:, -1], positions, finished, stop_ids, cache=cache, choice=choice, steps=steps
+                )
+                tokens = np.asarray(written)[:, :steps]
             positions += steps
         yield [stream.close() for stream in streams]
 
@@ -229,13 +248,33 @@ class Generator:
         """-> the first tokens of the answers, and the cache of the prompts."""
         shared = share_beginnings(prompts)
         if shared is None:
-            return self.decoder.prefill(self._assemble(prompts), choice, slots=slots)
-        _, cache = self.decoder.prefill(self._assemble(shared.beginnings), None, slots=0)
-        ends = self._assemble(shared.ends)
+            batch = self._assemble(prompts)
+            with self._computing():
+                return self.decoder.prefill(batch, choice, slots=slots)
+        beginnings, ends = self._assemble(shared.beginnings), self._assemble(shared.ends)
         padding = [0] * (len(ends.lengths) - len(prompts))
         starts = np.array([len(shared.beginnings[i].tokens) for i in shared.beginning_of] + padding, np.int32)
         beginning_of = np.array([*shared.beginning_of, *padding], np.int32)
-        return self.decoder.fork(cache, beginning_of, starts, ends, choice, slots=slots)
+        with self._computing():
+            _, cache = self.decoder.prefill(beginnings, None, slots=0)
+            return self.decoder.fork(cache, beginning_of, starts, ends, choice, slots=slots)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Counts the time within: of dispatching programs and of waiting for what they compute."""
+        start = time.perf_counter()
+        yield
+        self.computing += time.perf_counter() - start
+
+
+def _split(config: LlavaConfig, devices: Sequence[jax.Device]) -> Callable[[str], jax.sharding.Sharding] | None:
+    """Where each parameter lies on these devices; None for the first of all."""
+    if not devices:
+        return None
+    if len(devices) == 1:
+        return lambda name: jax.sharding.SingleDeviceSharding(devices[0])
+    mesh, shapes = make_mesh({"tensor": len(devices)}, devices), abstract_params(config)
+    return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[int]:

@@ -12,9 +12,11 @@ import transformers
 from flax import nnx
 
 from examples.easy_vqa import data, hugging_face, language_model, tower
-from examples.easy_vqa.data import Picture, Question, caption, facts, kind, pictures
+from examples.easy_vqa.data import Picture, Question, caption, facts, pictures
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import IGNORE_INDEX
+from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate.easy_vqa import kind
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import module_params
@@ -47,10 +49,10 @@ def test_captions_say_what_questions_and_answers_tell(questions, expected):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_facts_agree_with_every_open_answer(split):
     asked = [(picture, question) for picture in pictures(split) for question in picture.questions]
-    opened = [(picture, question) for picture, question in asked if kind(question) in ("shape", "colour")]
+    opened = [(picture, question) for picture, question in asked if kind(*question) in ("shape", "colour")]
     assert len(opened) > len(asked) / 5
     for picture, question in opened:
-        assert facts(picture)[kind(question) == "colour"] == question.answer
+        assert facts(picture)[kind(*question) == "colour"] == question.answer
 
 
 def test_written_data_is_llava_json(written):
@@ -63,6 +65,22 @@ def test_written_data_is_llava_json(written):
         assert len({sample.id for sample in samples}) == len(samples)
         assert all(name.startswith(f"{split}/") and (data.IMAGES / name).exists() for s in samples for name in s.images)
     assert sum(len(sample.turns) for sample in conversations) == 2 * sum(len(p.questions) for p in pictures("train"))
+
+
+def test_right_answers_and_those_of_yes_are_scored_so(written, tmp_path, capsys):
+    labels = written / "questions.json"
+    right = {sample["id"]: sample["conversations"][1]["value"] for sample in json.loads(labels.read_text())}
+    (tmp_path / "right.json").write_text(json.dumps(right))
+    (tmp_path / "yes.json").write_text(json.dumps(dict.fromkeys(right, "yes")))
+    scores = []
+    for name in ("right", "yes"):
+        answers = f"--answers={tmp_path}/{name}.json"
+        evaluate.main(["score", "easy-vqa", answers, f"--labels={labels}", "--json"])
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == {"accuracy": 100.0, "by_kind": dict.fromkeys(scores[0]["by_kind"], 100.0), "total": 9673}
+    assert set(scores[0]["by_kind"]) == {"shape", "colour", "is it that shape", "is it that colour"}
+    yes = sum(answer == "yes" for answer in right.values())
+    assert scores[1]["accuracy"] == round(100 * yes / 9673, 2) and scores[1]["by_kind"]["shape"] == 0
 
 
 def test_written_data_is_a_function_of_the_seed(written, tmp_path):

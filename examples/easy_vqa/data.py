@@ -39,15 +39,6 @@ def pictures(split: str) -> list[Picture]:
     return [Picture(f"{split}/images/{index}.png", tuple(asked[index])) for index in sorted(asked)]
 
 
-def kind(question: Question) -> str:
-    """`shape`, `colour`, or for a yes-or-no question `is it that shape`, `is it that colour`."""
-    if question.answer in SHAPES:
-        return "shape"
-    if question.answer in COLOURS:
-        return "colour"
-    return f"is it that {'shape' if _mentioned(question.text, SHAPES) else 'colour'}"
-
-
 def facts(picture: Picture) -> tuple[str | None, str | None]:
     """Shape and colour, as far as questions and answers tell."""
     found = []

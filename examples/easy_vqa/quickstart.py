@@ -49,10 +49,14 @@ def main() -> None:
             *(f"--config.init={ROOT}/{init}", f"--config.data.json={ROOT}/data/{data}.json"),
             f"--config.data.images={IMAGES}",
         )
-    score = step(
-        "evaluate",
-        *("examples.easy_vqa.evaluate", "--checkpoint", f"{ROOT}/finetune"),
-        *("--questions", f"{ROOT}/data/questions.json", "--output", f"{ROOT}/answers.jsonl"),
+    questions, answers = f"{ROOT}/data/questions.json", f"{ROOT}/answers.jsonl"
+    step(
+        "answers",
+        *("llava_jax.evaluate", "predict", "easy-vqa", "--checkpoint", f"{ROOT}/finetune", "--batch-rows", "256"),
+        *("--questions", questions, "--images", f"{IMAGES}", "--output", answers),
+    )
+    score = json.loads(
+        step("score", "llava_jax.evaluate", "score", "easy-vqa", "--answers", answers, "--labels", questions, "--json")
     )
     step("export", *("llava_jax.convert", "export", "--checkpoint", f"{ROOT}/finetune", "--output", f"{ROOT}/export"))
     chat = ("llava_jax.chat", "--checkpoint", f"{ROOT}/finetune", "--image", f"{PICTURE}")
@@ -60,7 +64,10 @@ def main() -> None:
     draw_losses(ROOT / "loss.png")
 
     seconds["total"] = round(time.monotonic() - began, 1)
-    summary = json.loads(score) | {
+    summary = {
+        "accuracy": score["accuracy"] / 100,
+        "accuracy_by_type": {kind: accuracy / 100 for kind, accuracy in score["by_kind"].items()},
+        "questions": score["total"],
         "seconds": seconds,
         "checkpoint": f"{ROOT}/finetune",
         "export": f"{ROOT}/export",

@@ -5,10 +5,11 @@ import collections
 import json
 from typing import NamedTuple
 
-from examples.easy_vqa.data import IMAGES, Picture, caption, kind, pictures
+from examples.easy_vqa.data import IMAGES, Picture, caption, pictures
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
 from llava_jax.cli import run, track
 from llava_jax.data.conversation import IMAGE_TOKEN, get_template
+from llava_jax.evaluate.easy_vqa import kind
 from llava_jax.generate import Generator, Request, Sampling
 
 EVERY = 4  # test pictures: enough to tell 90 from 95 %
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # One of the questions of each picture, another one each time.
         questions = [(p, p.questions[i % len(p.questions)]) for i, p in enumerate(chosen)]
-        asked = [Asked(kind(question), p, question.text, question.answer) for p, question in questions]
+        asked = [
+            Asked(kind(question.text, question.answer), p, question.text, question.answer) for p, question in questions
+        ]
         template = "chatml"
     print(json.dumps(score(asked, answers(open_checkpoint(args.checkpoint), template, asked))))
 

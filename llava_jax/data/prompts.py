@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-Picture = Image.Image | str | os.PathLike
+Picture = Image.Image | np.ndarray | str | os.PathLike  # an array is a picture as the model sees it
 
 SHORTEST = 16  # tokens that a row has room for at least
 
@@ -95,4 +95,4 @@ def share_beginnings(prompts: Sequence[Prompt]) -> Shared | None:
 
 
 def _key(picture: Picture) -> Any:
-    return id(picture) if isinstance(picture, Image.Image) else os.fspath(picture)
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else id(picture)

@@ -6,6 +6,7 @@ import sys
 from llava_jax.cli import run
 
 COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
+    "predict": ("llava_jax.evaluate.predict", "answers to the questions of any benchmark: `predict BENCH`"),
     "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
     "judge llava-bench": ("llava_jax.evaluate.judge", "reviews of answers beside the reference's, by a language model"),
     "judge mm-vet": ("llava_jax.evaluate.mm_vet_judge", "grades of open answers"),

@@ -4,20 +4,30 @@ import asyncio
 import functools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role, and content: a text, or a list of parts of type text and image_url
 
 _PIECES = re.compile(r"[A-Za-z]+|[^A-Za-z\s]")
 _LETTERS_A_TOKEN = 6  # English words of up to so many letters are mostly one token
 _TOKENS_A_MESSAGE = 4  # of the role and what stands around it
+_TOKENS_A_PICTURE, _MOST_TOKENS_A_PICTURE = 1024, 16384
 
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
     """About how many tokens: a word is one or more, a digit or a sign is one."""
-    return sum(_text_tokens(message["content"]) + _TOKENS_A_MESSAGE for message in messages)
+    contents = [_content(message) for message in messages]
+    return sum(_text_tokens(text) + pictures * _TOKENS_A_PICTURE + _TOKENS_A_MESSAGE for text, pictures in contents)
+
+
+def _content(message: Message) -> tuple[str, int]:
+    """The text of a message, and how many pictures it has."""
+    if isinstance(message["content"], str):
+        return message["content"], 0
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    return "\n".join(texts), len(message["content"]) - len(texts)
 
 
 @functools.lru_cache(1024)  # most messages are the same in many prompts
@@ -27,7 +37,10 @@ def _text_tokens(text: str) -> int:
 
 def most_tokens(messages: Sequence[Message]) -> int:
     """As many tokens at most: no tokenizer makes more than one of a byte; a chat template adds up to 64."""
-    return sum(len(message["content"].encode(errors="replace")) + 64 for message in messages)
+    contents = [_content(message) for message in messages]
+    return sum(
+        len(text.encode(errors="replace")) + pictures * _MOST_TOKENS_A_PICTURE + 64 for text, pictures in contents
+    )
 
 
 class Prices(NamedTuple):

@@ -1,0 +1,116 @@
+"""The file that `predict` writes: answers in the original's form, by one process or by many, and resumed at any time.
+
+While it works, each process appends to a file of its own beside the output (`.part0`, `.part1`, ...). At the end the
+first process writes the output, in the order of the questions, and the parts go. Whatever is there when work begins is
+not asked again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.lines import read_lines
+from llava_jax.evaluate.questions import Question, key_of
+from llava_jax.remote import is_remote
+from llava_jax.whole_file import whole_file
+
+SECONDS = 30.0  # between writings of a part to an object store, where nothing can be appended
+
+Key = tuple[str, str, str, int]
+Lines = dict[Key, dict[str, Any]]
+
+
+def answer_line(question: Question, text: str, model_id: str) -> dict[str, Any]:
+    """An answer as the original writes it. Its id is a function of it."""
+    answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
+    line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
+    return line | {"model_id": model_id, "metadata": {}} | question.extra
+
+
+class AnswerFile:
+    """The answers to `questions` by a model, as far as they are there.
+
+    Attributes:
+      lines: by the key of the question.
+    """
+
+    def __init__(self, output: epath.PathLike, questions: Sequence[Question], model_id: str, process: int = 0):
+        self.output, self.model_id = epath.Path(output), model_id
+        self._part = epath.Path(f"{output}.part{process}")
+        self._keys = [question.key for question in questions]
+        self.lines: Lines = {}
+        for file in [self.output, *self._parts()]:
+            if file.exists():
+                self.lines |= self._read(file)
+        self._written = time.monotonic()
+        self._own: Lines = self._read(self._part) if self._part.exists() else {}
+
+    def add(self, answers: Sequence[tuple[Question, str]]) -> None:
+        """Keeps answers, at once on a local disk and after a while elsewhere."""
+        new = {question.key: answer_line(question, text, self.model_id) for question, text in answers}
+        self.lines |= new
+        self._own |= new
+        if not is_remote(self._part):
+            self._part.parent.mkdir(parents=True, exist_ok=True)
+            with self._part.open("ab") as file:
+                file.write(_encode(new.values()))
+        elif time.monotonic() - self._written > SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what only this process knows."""
+        if self._own and is_remote(self._part):
+            _write(self._part, self._own.values())
+            self._written = time.monotonic()
+
+    def finish(self, everybodys: Mapping[Key, dict[str, Any]]) -> int:
+        """Writes the output from all processes' lines, and removes the parts here. -> the number of answers."""
+        lines = [everybodys[key] for key in self._keys if key in everybodys]
+        _write(self.output, lines)
+        for part in self._parts():
+            part.unlink()
+        return len(lines)
+
+    def remove_part(self) -> None:
+        """Removes this process's part, which may be on a disk of its own, once the output is written."""
+        self._part.unlink(missing_ok=True)
+
+    def _parts(self) -> list[epath.Path]:
+        return sorted(self.output.parent.glob(f"{self.output.name}.part[0-9]*")) if self.output.parent.exists() else []
+
+    def _read(self, file: epath.Path) -> Lines:
+        """The answers in a file. Raises `UserError` for those of other work.
+
+        A last line that was cut off is left out; it goes from this process's own part, to which more is appended.
+        """
+        asked = set(self._keys)
+        lines: Lines = {}
+        for line in read_lines(file, partial=True):
+            for name in ("question_id", "prompt", "text"):
+                line.get(name)
+            key = key_of(line.value)
+            if key not in asked:
+                raise UserError(
+                    f"{line.where}: answers question {key[0]}, as it isn't asked now: choose another output"
+                )
+            if (other := line.value.get("model_id")) != self.model_id:
+                raise UserError(f"{line.where}: is by {other}, not by {self.model_id}: choose another output")
+            lines[key] = line.value
+        if file == self._part and not file.read_bytes().endswith(b"\n"):
+            _write(file, lines.values())
+        return lines
+
+
+def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+
+
+def _write(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(_encode(lines))
