@@ -60,14 +60,23 @@ def _mean(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
+class Entry(NamedTuple):
+    """A line of a label file."""
+
+    question_id: str
+    key: str
+    label: Label
+    where: str
+
+
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    entries = [entry for path in paths for entry in _read(path)]
     only = _category(paths[0]) if len(paths) == 1 else ""
     if asked:
-        entries = [(_category(question.extra.get("category", only)), str(question.id), question) for question in asked]
-        index = {(category, ident): _key(category, q.pictures, q.text) for category, ident, q in entries}
+        placed = [(_category(question.extra.get("category", only)), question) for question in asked]
+        index = {(category, str(q.id)): _key(category, q.pictures, q.text) for category, q in placed}
     else:
-        index = {(_category(path), question_id(line)): _line_key(path, line)
-                 for path in paths for line in read_lines(path)}  # fmt: skip
+        index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
     categories: dict[str, list[str]] = {}
     for category, ident in index:
         categories.setdefault(ident, []).append(category)
@@ -80,25 +89,22 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
         category = _category(str(line.value.get("category", known[0] if known else only)))
         return index.get((category, ident), f"{ident} {category}".strip())
 
-    return Labels(unique(_read(paths)), key)
+    return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
 
 
-def _read(paths: Sequence[str]) -> Iterator[tuple[str, Label, str]]:
-    for path in paths:
-        for line in read_lines(path):
-            label = line.get("label")
-            if label not in ("yes", "no"):
-                raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
-            yield _line_key(path, line), Label(_category(path), label == "yes"), line.where
-
-
-def _line_key(path: str, line: Line) -> str:
-    return _key(_category(path), (str(line.get("image")),), str(line.get("text")))
+def _read(path: str) -> Iterator[Entry]:
+    category = _category(path)
+    for line in read_lines(path):
+        label = line.get("label")
+        if label not in ("yes", "no"):
+            raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
+        key = _key(category, (str(line.get("image")),), str(line.get("text")))
+        yield Entry(question_id(line), key, Label(category, label == "yes"), line.where)
 
 
 def _key(category: str, pictures: Sequence[Any], text: str) -> str:
     """Whatever version of the question's text and of the picture's name: `COCO_val2014_000000310196.jpg`."""
-    picture = PurePath(str(pictures[0])).name if pictures else ""
+    picture = str(pictures[0]).rpartition("/")[2] if pictures else ""
     return f"{category} {picture}: {' '.join(text.replace(SHORT, '').split())}"
 
 
