@@ -195,6 +195,18 @@ def test_a_failing_device_fails_what_runs_and_nothing_after(engine, monkeypatch,
     assert engine.stats().busy == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_broke_down(monkeypatch):
+    engine = make(slots=1)
+    monkeypatch.setattr(engine._programs, "extend", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(engine._programs, "reset", lambda: 1 / 0)
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
+        ask(engine, question("Hello"))
+    engine.close()
+    with pytest.raises(EngineClosed):
+        engine.submit(question("Hello"), SHORT)
+
+
 def test_a_full_queue_refuses_and_a_closing_engine_finishes_what_it_has():
     engine = make(slots=1, queue=2)
     assert engine.capacity == 3

@@ -230,14 +230,26 @@ class Engine:
     # ------------------------------------------------------------------------------------------- the engine's thread
 
     def _run(self) -> None:
-        while self._wait():
-            try:
-                self._enter()
-                for answer in self._batch.step():
-                    self._count(answer)
-            except Exception as error:  # what the device raises; nothing of the arrays there can be trusted
-                traceback.print_exception(error)
-                self._fail(error)
+        try:
+            while self._wait():
+                self._step()
+        finally:  # if not even beginning anew was possible, nobody may wait for ever
+            with self._changed:
+                self._closing, self.ready = True, False
+                left = [answer for answer, _ in self._waiting]
+                self._waiting.clear()
+            for answer in left:
+                self._count(answer, failed=True)
+                answer.fail(EngineClosed("the engine broke down"))
+
+    def _step(self) -> None:
+        try:
+            self._enter()
+            for answer in self._batch.step():
+                self._count(answer)
+        except Exception as error:  # what the device raises; nothing of the arrays there can be trusted
+            traceback.print_exception(error)
+            self._fail(error)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if there never will be."""
