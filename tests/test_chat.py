@@ -89,6 +89,14 @@ def test_pictures_go_to_the_next_message_and_stay(session, generator, picture):
     assert session("It?", args=("--image", str(picture)))[0] == f"{first}\n"
 
 
+def test_later_turns_do_not_compute_the_earlier_ones_again(session, engine, picture):
+    before = engine.stats()
+    session(f"/image {picture}", "What is the colour of it?", "Sure?", "Really?")
+    after = engine.stats()
+    computed = (after.prompt_tokens - before.prompt_tokens) - (after.prefix_tokens - before.prefix_tokens)
+    assert after.prefix_tokens - before.prefix_tokens > computed
+
+
 def test_reset_forgets_turns_and_pictures(session, generator, picture):
     hello = answer(generator, "Hello")
     out, _ = session("Hello", f"/image {picture}", "/reset", "Hello")
