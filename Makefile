@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step spends a tenth of its time less on getting memory.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam test-browser lint clean
+.PHONY: install quickstart test test-beam test-browser test-compat lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -28,12 +28,18 @@ test-browser: $(VENV)/.browser
 	  { echo "error: no chromium, and apt-get cannot install it: install it, or name it by CHROMIUM=FILE" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/page_in_chromium.py
 
+# Exports in the generations of transformers that load them; the newest is that of `make test`.
+COMPAT := 4.51.3 4.57.6 5.0.0
+
+test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
+	$(BIN)/python -m pytest -n 0 --timeout 1800 tests/compat.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam runs
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +64,10 @@ $(VENV)-beam/.ready: setup.py
 
 $(VENV)/.browser: setup.py $(VENV)/.dev
 	$(BIN)/pip install --quiet -e '.[browser]'
+	touch $@
+
+$(VENV)-compat/%/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet 'transformers==$*' torch==2.13.0 pillow jinja2 sentencepiece protobuf
 	touch $@
