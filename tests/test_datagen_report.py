@@ -332,7 +332,7 @@ def test_a_run_ends_with_a_report_and_data_that_builds(made, monkeypatch):
     folder, output = str(made / "images"), made / "out"
     with ScriptedLLM(reply=reply) as server:
         files = ["--captions", str(made / "contexts.jsonl"), "--images", folder, "--output", str(output)]
-        asked = ["--base-url", server.url, "--model", "m", "--prices", "1", "2", "--repairs", "0"]
+        asked = ["--base-url", server.url, "--model", "m", "--prices", "1", "2", "--attempts", "1"]
         assert main(["conversation", *files, *asked]) == 0
     made_data = ["--json", str(output / "llava.json"), "--images", folder]
     assert check.main(made_data) == 0

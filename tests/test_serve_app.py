@@ -16,7 +16,7 @@ from llava_jax.checkpoint import open_checkpoint
 from llava_jax.generate import Request, Sampling
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
-from llava_jax.serve.engine import Engine
+from llava_jax.serve.engine import Engine, QueueFull
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -320,19 +320,23 @@ def test_paths_and_methods_that_are_not_there(http):
 
 
 def test_a_full_queue(http, engine):
-    long = Request([("user", "Hello")])
-    answers = [engine.submit(long, Sampling(max_new_tokens=1500, temperature=1.0)) for _ in range(engine.slots)]
-    assert eventually(lambda: engine.stats().queued == 0 or engine.stats().busy)
-    waiting = []
-    with pytest.raises(Exception, match="full"):
-        while True:
-            waiting.append(engine.submit(long, Sampling(max_new_tokens=1500, temperature=1.0)))
-    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, "max_tokens": 5})
-    for answer in answers + waiting:
+    long, begun = Sampling(max_new_tokens=1500, temperature=1.0), []
+
+    def refused() -> bool:
+        """Fills the queue and asks once more; an answer may end just in between."""
+        with pytest.raises(QueueFull):
+            while True:
+                begun.append(engine.submit(Request([("user", "Hello")]), long))
+        responses.append(http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO, "max_tokens": 5}))
+        return responses[-1].status_code != 200
+
+    responses = []
+    assert eventually(refused)
+    for answer in begun:
         answer.cancel()
-    assert response.status_code == 429
-    assert response.json()["error"]["code"] == "queue_full"
-    assert int(response.headers["retry-after"]) >= 1
+    assert responses[-1].status_code == 429
+    assert responses[-1].json()["error"]["code"] == "queue_full"
+    assert int(responses[-1].headers["retry-after"]) >= 1
 
 
 # -------------------------------------------------------------------------------------------------- those who leave
