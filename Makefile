@@ -26,7 +26,7 @@ test-browser: $(VENV)/.browser
 	@command -v $${CHROMIUM:-chromium} > /dev/null || \
 	  { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core; } || \
 	  { echo "error: no chromium, and apt-get cannot install it: install it, or name it by CHROMIUM=FILE" >&2; exit 1; }
-	$(BIN)/python -m pytest tests/page_in_chromium.py
+	$(BIN)/python -m pytest tests/page_in_chromium.py tests/report_in_chromium.py
 
 # Exports in the generations of transformers that load them; the newest is that of `make test`.
 COMPAT := 4.51.3 4.57.6 5.0.0

@@ -3,8 +3,6 @@
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -236,39 +234,6 @@ def test_nothing_of_the_texts_is_html(made):
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?https?:", text)
     policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
     assert "default-src 'none'" in policy and "unsafe-inline" not in policy
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-def test_the_browser_of_samples(made):
-    """Run without the policy, which would not let the test's own script run: texts stay texts all the same."""
-    text = report(made, "--captions", made / "contexts.jsonl")
-    steps = r"""<script>
-        const log = [];
-        const note = () => log.push([byId("place").textContent, document.querySelectorAll(".box").length,
-          [...document.querySelectorAll("mark")].map((mark) => mark.textContent).join("+")].join(" "));
-        const set = (id, key, value) => {
-          byId(id)[key] = value; byId(id).dispatchEvent(new Event("input")); note(); };
-        note();
-        set("group", "value", "conversation");
-        set("boxes", "checked", false);
-        set("group", "value", "rejected"); byId("next").click(); note();
-        set("group", "value", ""); set("search", "value", "PUPPY"); set("search", "value", "(*[");
-        set("search", "value", ""); set("unsupported", "checked", true);
-        document.body.replaceChildren(JSON.stringify(log));
-        </script></body>"""
-    policy = re.search("<meta http-equiv=[^>]*>", text)[0]
-    (made / "driven.html").write_text(text.replace(policy, "").replace("</body>", steps))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
-    command += ["--dump-dom", f"file://{made / 'driven.html'}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert "<title>run" not in dom.stdout
-    log = json.loads(re.search(r"<body>(\[.*\])", dom.stdout)[1])
-    of_conversations = ["1 / 1 1 ", "1 / 1 0 "]  # with and without boxes
-    searched = ["1 / 1 0 puppy", "none 0 ", "1 / 5 0 "]
-    assert log == ["1 / 5 1 ", *of_conversations, "1 / 2 0 ", "2 / 2 0 ", "1 / 5 0 ", *searched, "1 / 1 0 puppy"]
 
 
 def test_a_bounded_sample_is_shown(made):

@@ -1,0 +1,40 @@
+"""The report's browser of samples in Chromium: `make test-browser` runs this."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+from test_datagen_report import made, report  # noqa: F401, the fixture
+
+
+def test_the_browser_of_samples(made):  # noqa: F811
+    """Run without the policy, which would not let the test's own script run: texts stay texts all the same."""
+    text = report(made, "--captions", made / "contexts.jsonl")
+    steps = r"""<script>
+        const log = [];
+        const note = () => log.push([byId("place").textContent, document.querySelectorAll(".box").length,
+          [...document.querySelectorAll("mark")].map((mark) => mark.textContent).join("+")].join(" "));
+        const set = (id, key, value) => {
+          byId(id)[key] = value; byId(id).dispatchEvent(new Event("input")); note(); };
+        note();
+        set("group", "value", "conversation");
+        set("boxes", "checked", false);
+        set("group", "value", "rejected"); byId("next").click(); note();
+        set("group", "value", ""); set("search", "value", "PUPPY"); set("search", "value", "(*[");
+        set("search", "value", ""); set("unsupported", "checked", true);
+        document.body.replaceChildren(JSON.stringify(log));
+        </script></body>"""
+    policy = re.search("<meta http-equiv=[^>]*>", text)[0]
+    (made / "driven.html").write_text(text.replace(policy, "").replace("</body>", steps))
+    chromium = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+    assert chromium, "there is no chromium: `make test-browser` installs it, CHROMIUM=FILE names another"
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
+    command += ["--dump-dom", f"file://{made / 'driven.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert "<title>run" not in dom.stdout
+    log = json.loads(re.search(r"<body>(\[.*\])", dom.stdout)[1])
+    of_conversations = ["1 / 1 1 ", "1 / 1 0 "]  # with and without boxes
+    searched = ["1 / 1 0 puppy", "none 0 ", "1 / 5 0 "]
+    assert log == ["1 / 5 1 ", *of_conversations, "1 / 2 0 ", "2 / 2 0 ", "1 / 5 0 ", *searched, "1 / 1 0 puppy"]
