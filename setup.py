@@ -17,6 +17,7 @@ BASE = [
     "array-record>=0.8.3",
     "ml-collections>=1.1",
     "openai[aiohttp]>=3.57",
+    "httpx2>=2.10",
     "ijson>=3.3",
     "py3langid>=0.4",
     "sentencepiece>=0.2",

@@ -28,7 +28,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.append(os.fspath(ROOT / "tests"))
 
-from scripted_llm import ScriptedLLM  # noqa: E402
+from scripted_llm import ScriptedLLM  # noqa: E402, the server that the tests ask: its folder has to be on the path first
 
 THINGS = ("person", "dog", "cat", "bus", "kite", "bench", "cup", "umbrella")
 PLACES = ("street", "beach", "park", "kitchen", "field", "station")

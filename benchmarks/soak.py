@@ -251,6 +251,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        # Stays, to be read where something went wrong.
         self.log = tempfile.NamedTemporaryFile("w", prefix="soak_", suffix=".log", delete=False)  # noqa: SIM115
         command = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", checkpoint, "--port", str(port)]
         command += ["--slots", str(slots), "--model-name", MODEL]

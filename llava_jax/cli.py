@@ -1,5 +1,6 @@
 """What every command shares: one-line errors, exit statuses and progress."""
 
+import argparse
 import signal
 import sys
 import time
@@ -48,6 +49,13 @@ def report(error: BaseException) -> tuple[int, str]:
             return 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
     print(message, file=sys.stderr)
     return status, message.removeprefix("error: ")
+
+
+def positive(text: str) -> int:
+    """The type of options that count something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def progress_bar(console: Console | None = None) -> Progress:

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 
-from test_datagen_report import made, report  # noqa: F401, the fixture
+from report_files import report, write_files
 
 
-def test_the_browser_of_samples(made):  # noqa: F811
+def test_the_browser_of_samples(tmp_path):
     """Run without the policy, which would not let the test's own script run: texts stay texts all the same."""
-    text = report(made, "--captions", made / "contexts.jsonl")
+    write_files(tmp_path)
+    text = report(tmp_path, "--captions", tmp_path / "contexts.jsonl")
     steps = r"""<script>
         const log = [];
         const note = () => log.push([byId("place").textContent, document.querySelectorAll(".box").length,
@@ -27,11 +28,11 @@ def test_the_browser_of_samples(made):  # noqa: F811
         document.body.replaceChildren(JSON.stringify(log));
         </script></body>"""
     policy = re.search("<meta http-equiv=[^>]*>", text)[0]
-    (made / "driven.html").write_text(text.replace(policy, "").replace("</body>", steps))
+    (tmp_path / "driven.html").write_text(text.replace(policy, "").replace("</body>", steps))
     chromium = shutil.which(os.environ.get("CHROMIUM", "chromium"))
     assert chromium, "there is no chromium: `make test-browser` installs it, CHROMIUM=FILE names another"
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={made / 'profile'}"]
-    command += ["--dump-dom", f"file://{made / 'driven.html'}"]
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", f"file://{tmp_path / 'driven.html'}"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "<title>run" not in dom.stdout
     log = json.loads(re.search(r"<body>(\[.*\])", dom.stdout)[1])

@@ -6,13 +6,26 @@ import io
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import tiny
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
+from llava_jax.checkpoint import open_checkpoint
+from llava_jax.serve.engine import Engine
 from llava_jax.serve.server import listen
+
+
+@contextlib.contextmanager
+def tiny_engine(directory: Path, **options: int) -> Iterator[Engine]:
+    """One that answers with a tiny model, which is written to `directory`."""
+    engine = Engine.from_checkpoint(open_checkpoint(tiny.checkpoint(directory)), **options)
+    engine.warm_up()
+    yield engine
+    engine.close(drain=False)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-import skimage.data
-from PIL import Image
+from report_files import EVIL, report, write_files
 from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
@@ -19,8 +18,6 @@ from llava_jax.datagen.objects import SYNONYMS, Finder, plural
 from llava_jax.datagen.report_samples import Draw
 from llava_jax.datagen.statistics import QUESTIONS, Facts, Statistics, describe, kind_of, question_kind, tree
 from llava_jax.datagen.sunburst import sunburst
-
-EVIL = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
 
 def sample(*texts, ident="1", image="cat.jpg"):
@@ -150,36 +147,8 @@ def test_drawing_is_fair_and_repeatable():
 
 @pytest.fixture
 def made(tmp_path) -> Path:
-    """A data set of scikit-image's photographs: a cat that is told of right, a coffee of which a dog is told."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for name in ("chelsea", "coffee"):
-        Image.fromarray(getattr(skimage.data, name)()).save(images / f"{name}.jpg")
-    contexts = [
-        {"image": "chelsea.jpg", "captions": ["A cat."], "boxes": [{"category": "cat", "bbox": [0, 0, 451, 150]}]},
-        {"image": "coffee.jpg", "captions": ["A cup of coffee.", EVIL], "boxes": []},
-    ]
-    (tmp_path / "contexts.jsonl").write_text("\n".join(map(json.dumps, contexts)))
-
-    def record(ident, image, *texts):
-        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-        return {"id": ident, "image": image, "conversations": turns}
-
-    records = [
-        record("good", "chelsea.jpg", "<image>\nWhat is it?", "A cat.", "Is it red?", "Yes."),
-        record("bad", "coffee.jpg", f"Why?\n<image>\n{EVIL}", f"A puppy by a cup. {EVIL}"),
-        record("lost", "lost.jpg", "Describe it.\n<image>", "A cat and a dog."),
-    ]
-    (tmp_path / "llava.json").write_text(json.dumps(records))
-    rejects = [{"id": "r", "image": "coffee.jpg", "reason": "refusal", "detail": EVIL}, {"id": 1, "reason": EVIL}]
-    (tmp_path / "rejects.jsonl").write_text("\n".join(map(json.dumps, rejects)))
+    write_files(tmp_path)
     return tmp_path
-
-
-def report(made, *more):
-    files = {"--json": "llava.json", "--images": "images", "--rejects": "rejects.jsonl", "--output": "report.html"}
-    main(["report", *(str(x) for option, name in files.items() for x in (option, made / name)), *map(str, more)])
-    return (made / "report.html").read_text()
 
 
 class Page(html.parser.HTMLParser):

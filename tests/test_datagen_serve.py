@@ -4,26 +4,23 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 from datagen_runs import rejects, run, samples, write_contexts
-from serving import serving
+from serving import serving, tiny_engine
 
-from llava_jax.checkpoint import open_checkpoint
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.serve.app import create_app
-from llava_jax.serve.engine import Engine
 
 COUNT = 6
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory):
-    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("serve")))
-    engine = Engine.from_checkpoint(checkpoint, slots=4, queue=8)
-    engine.warm_up()
-    with serving(create_app(engine, "tiny", max_body_bytes=1 << 20)) as url:
+    directory = tmp_path_factory.mktemp("serve")
+    with (
+        tiny_engine(directory, slots=4, queue=8) as engine,
+        serving(create_app(engine, "tiny", max_body_bytes=1 << 20)) as url,
+    ):
         yield url
-    engine.close(drain=False)
 
 
 def test_a_model_that_knows_nothing_gives_rejects(url: str, tmp_path: Path):

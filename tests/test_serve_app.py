@@ -8,11 +8,9 @@ import socket
 import httpx2
 import openai
 import pytest
-import tiny
 from fastapi.testclient import TestClient
-from serving import data_url, eventually, picture, serving
+from serving import data_url, eventually, picture, serving, tiny_engine
 
-from llava_jax.checkpoint import open_checkpoint
 from llava_jax.generate import Request, Sampling
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
@@ -23,11 +21,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("serve")))
-    engine = Engine.from_checkpoint(checkpoint, slots=4, queue=8)
-    engine.warm_up()
-    yield engine
-    engine.close(drain=False)
+    with tiny_engine(tmp_path_factory.mktemp("serve"), slots=4, queue=8) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

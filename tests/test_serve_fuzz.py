@@ -2,14 +2,12 @@
 
 import pytest
 import schemathesis
-import tiny
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import tiny_engine
 
-from llava_jax.checkpoint import open_checkpoint
 from llava_jax.serve.app import create_app
-from llava_jax.serve.engine import Engine
 
 CHAT = ("POST", "/v1/chat/completions")
 READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"), ("GET", "/metrics")]
@@ -17,11 +15,8 @@ READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"),
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("fuzz")))
-    engine = Engine.from_checkpoint(checkpoint, slots=4, queue=8)
-    engine.warm_up()
-    yield engine
-    engine.close(drain=False)
+    with tiny_engine(tmp_path_factory.mktemp("fuzz"), slots=4, queue=8) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
 from llava_jax.data.lengths import lengths_name, measure_once
@@ -243,9 +243,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset", choices=[known.name for known in PUBLISHED], help="check that it is all of what was published"
     )
     parser.add_argument(
-        "--shards", type=_count, default=0, metavar="N", help="default: one for each 256 MiB of pictures, at most 512"
+        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of pictures, at most 512"
     )
-    parser.add_argument("--workers", type=_count, default=0, metavar="N", help="threads (default: one a core)")
+    parser.add_argument("--workers", type=positive, default=0, metavar="N", help="threads (default: one a core)")
     parser.add_argument(
         "--no-decode",
         action="store_true",
@@ -253,8 +253,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
     parser.add_argument("--template", help="conversation template, such as v1 (with --tokenizer)")
-    parser.add_argument("--max-length", type=_count, default=2048, metavar="N", help="config.max_length (2048)")
-    parser.add_argument("--image-tokens", type=_count, default=576, metavar="P", help="tokens an image takes (576)")
+    parser.add_argument("--max-length", type=positive, default=2048, metavar="N", help="config.max_length (2048)")
+    parser.add_argument("--image-tokens", type=positive, default=576, metavar="P", help="tokens an image takes (576)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
     parser.add_argument(
         "--beam",
@@ -265,13 +265,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.tokenizer) != bool(args.template):
         parser.error("--tokenizer and --template go together")
     return args
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{count} is less than 1")
-    return count
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, positive, track
 from llava_jax.data.plan import permutation
 from llava_jax.datagen.caption_files import read_captions
 from llava_jax.datagen.captions import add_caption_arguments
@@ -173,16 +173,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_caption_arguments(parser)
     add = parser.add_argument
     add("--report", metavar="OUT", help="write how many captions and phrases there were and are to OUT, as JSON")
-    add("--least", type=_count, default=3, metavar="N", help="captions that a phrase has to be in (3)")
-    add("--most", type=_count, default=100, metavar="N", help="captions that are added for a phrase (100)")
+    add("--least", type=positive, default=3, metavar="N", help="captions that a phrase has to be in (3)")
+    add("--most", type=positive, default=100, metavar="N", help="captions that are added for a phrase (100)")
     add("--phrases", default="auto", metavar="|".join((*METHODS, "MODEL")), help="noun phrases by a rule of stop-words "
         f"or by a model of spaCy (default: {SPACY_MODEL} if it is installed, else words)")  # fmt: skip
-    add("--workers", type=_count, default=1, metavar="N", help="processes of spaCy (1)")
+    add("--workers", type=positive, default=1, metavar="N", help="processes of spaCy (1)")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{count} is less than 1")
-    return count

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, positive
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
@@ -29,7 +29,7 @@ from llava_jax.datagen.workers import run
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
-from llava_jax.llm_api.options import add_api_arguments, positive, work
+from llava_jax.llm_api.options import add_api_arguments, work
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"

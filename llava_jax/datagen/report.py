@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, positive, track
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.sources import LlavaJson, Sample, record_value
 from llava_jax.datagen import contexts
@@ -128,16 +128,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--captions", metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}: for objects")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--rejects", metavar="F", help="the rejects.jsonl of a run")
-    add("--shown", type=_count, default=SHOWN, metavar="N", help="samples in the browser (default: %(default)s)")
+    add("--shown", type=positive, default=SHOWN, metavar="N", help="samples in the browser (default: %(default)s)")
     add("--output", required=True, metavar="F", help="the page, as report.html")
     args = parser.parse_args(argv)
     if args.instances and not args.captions:
         parser.error("--instances needs --captions")
     return args
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{count} is less than 1")
-    return count

@@ -8,7 +8,6 @@ import argparse
 import functools
 import json
 import sys
-from pathlib import Path
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
@@ -16,7 +15,7 @@ from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
 from llava_jax.llm_api.asking import Task, ask_all, forecast
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
 
 EPILOG = """example:
@@ -54,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"{args.judge}: {forecast(asked, tasks)}")
         return
-    ledger = Path(args.ledger or f"{args.output}.ledger")
-    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {args.judge}")
+    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"judging by {args.judge}")
     with whole_file(args.output) as file:
         for ident, outcome in zip(pairs, outcomes, strict=True):
             line = {"question_id": ident, "text": outcome.text, "judge": args.judge, "prompt_hash": hash_}
@@ -87,10 +85,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_arguments(parser)
     add = parser.add_argument
     add("--judge", required=True, metavar="MODEL", help="in the paper the second model itself")
-    add("--output", required=True, metavar="F", help="JSONL of verdicts")
-    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_output_arguments(parser, "verdicts")
     add_api_arguments(parser, temperature=0.0, max_tokens=1024)
-    args = parser.parse_args(argv)
-    if "://" in args.output:
-        raise UserError(f"{args.output}: verdicts are written beside their ledger, which needs a local disk")
-    return args
+    return parser.parse_args(argv)

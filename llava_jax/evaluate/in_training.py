@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax import distributed
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN, Template
+from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image
 from llava_jax.evaluate.answers import Answer, by_key
 from llava_jax.evaluate.benchmarks import require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
-from llava_jax.evaluate.questions import Question, read_questions
+from llava_jax.evaluate.questions import Question, marked, read_questions
 from llava_jax.evaluate.suite_outcomes import outcomes_of
 from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
@@ -88,12 +88,12 @@ class Evaluation:
 
 
 def request(question: Question, images: str) -> Request:
-    """A question for the generator: its pictures stand before its text, as in training."""
+    """A question for the generator."""
     pictures = [
         decode_image(picture) if isinstance(picture, bytes) else epath.Path(images) / picture
         for picture in question.pictures
     ]
-    return Request([("user", f"{IMAGE_TOKEN}\n" * len(pictures) + question.text)], pictures)
+    return Request([("user", marked(question))], pictures)
 
 
 def answer_line(question: Question, text: str, step: int) -> Line:

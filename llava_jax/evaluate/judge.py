@@ -18,7 +18,7 @@ from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_r
 from llava_jax.evaluate.reviews import FAILED, parse_scores
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
 
 EPILOG = """examples:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             print(f"{judge}: {forecast(asked, tasks)}")
             continue
-        ledger = Path(args.ledger or f"{args.output}.ledger") / _slug(judge)
+        ledger = ledger_directory(args) / _slug(judge)
         outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {judge}")
         for repeat, part in enumerate(_parts(outcomes, len(cases))):
             reviews = [
@@ -118,18 +118,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--reference", required=True, metavar="F", help="JSONL of the answers that count as 100")
     add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
     add("--judge", required=True, nargs="+", metavar="MODEL", help="one or several judges")
-    add("--output", required=True, metavar="F", help="JSONL of reviews")
     add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
     add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
     add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
     add("--repeats", type=int, default=1, metavar="N", help="of all, each with a file of its own (default: 1)")
-    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_output_arguments(parser, "reviews")
     add_api_arguments(parser, temperature=0.2, max_tokens=1024)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats has to be 1 or more")
     if len({_slug(judge) for judge in args.judge}) < len(args.judge):
         raise UserError("--judge: a judge is given twice; --repeats N has each judge repeat its work")
-    if "://" in args.output:
-        raise UserError(f"{args.output}: reviews are written beside their ledger, which needs a local disk")
     return args

@@ -7,7 +7,6 @@ instructions than the benchmark's own are not comparable with published ones.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import WHOLE, by_key, join, read_json
@@ -17,7 +16,7 @@ from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.mm_vet import PREFIX, parse_grade
 from llava_jax.llm_api.asking import Task, ask_all, forecast
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
 
 EPILOG = """example:
@@ -61,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"{args.judge}: {forecast(asked, tasks)}")
         return
-    ledger = Path(args.ledger or f"{args.output}.ledger")
-    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"grading by {args.judge}")
+    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"grading by {args.judge}")
     with whole_file(args.output) as file:
         for ident, outcome in zip(labels, outcomes, strict=True):
             line = {
@@ -110,10 +108,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--answers", required=True, metavar="F", help="JSONL of question_id, text")
     add("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")
     add("--judge", required=True, metavar="MODEL", help="a language model, which needs no eyes")
-    add("--output", required=True, metavar="F", help="JSONL of grades")
-    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_output_arguments(parser, "grades")
     add_api_arguments(parser, temperature=0.0, max_tokens=16)
-    args = parser.parse_args(argv)
-    if "://" in args.output:
-        raise UserError(f"{args.output}: grades are written beside their ledger, which needs a local disk")
-    return args
+    return parser.parse_args(argv)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import PurePath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, positive
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.questions import read_questions
 
@@ -55,25 +55,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model-id", metavar="NAME", help="by whom answers are said to be (default: the model, or the checkpoint's "
         "folder)")  # fmt: skip
     add("--suffix", metavar="TEXT", help="what follows each question, '' for nothing (default: as for v1.5)")
-    add("--limit", type=_positive, metavar="N", help="the first N questions only")
-    add("--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: as the benchmark needs)")
+    add("--limit", type=positive, metavar="N", help="the first N questions only")
+    add("--max-new-tokens", type=positive, metavar="N", help="of an answer (default: as the benchmark needs)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest with this probability")
     add("--seed", type=int, default=0, help="of sampling")
 
     add = parser.add_argument_group("with a checkpoint").add_argument
     add("--template", metavar="NAME", help="instead of the checkpoint's")
-    add("--batch-rows", type=_positive, default=16, metavar="N", help="answers at a time on a device (default: 16)")
-    add("--devices-each", type=_positive, default=1, metavar="N", help="devices that each copy of the model is split "
+    add("--batch-rows", type=positive, default=16, metavar="N", help="answers at a time on a device (default: 16)")
+    add("--devices-each", type=positive, default=1, metavar="N", help="devices that each copy of the model is split "
         "over (default: 1)")  # fmt: skip
     add("--picture-last", action="store_true", help="after the question, as the models of the paper saw it")
     add("--answer-prompter", action="store_true", help="scienceqa, QCM-LEPA: ask for the answer after the reasons")
     add("--coordinator", metavar="HOST:PORT", help="where several processes meet, if they don't find each other")
-    add("--num-processes", type=_positive, metavar="N", help="how many there are")
+    add("--num-processes", type=positive, metavar="N", help="how many there are")
     add("--process-id", type=int, metavar="N", help="which of them this is, from 0")
 
     add = parser.add_argument_group("with an endpoint").add_argument
-    add("--concurrency", type=_positive, default=16, metavar="N", help="requests under way (default: 16)")
+    add("--concurrency", type=positive, default=16, metavar="N", help="requests under way (default: 16)")
     add("--requests-a-minute", type=float, metavar="N", help="that the server is known to take")
     add("--prices", type=float, nargs=2, default=(0.0, 0.0), metavar="$", help="dollars for a million tokens of "
         "prompts and of answers")  # fmt: skip
@@ -85,9 +85,3 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if args.endpoint and not args.model:
         raise UserError("--endpoint needs --model, the name of the model there")
     return args
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number

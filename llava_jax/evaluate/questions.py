@@ -89,6 +89,12 @@ def _of_sample(sample: Any, where: str) -> Question:
         raise UserError(f"{where}: is no sample of LLaVA JSON: {json.dumps(sample)[:60]}") from error
 
 
+def marked(question: Question, picture_last: bool = False) -> str:
+    """Its text with a mark for each picture, before it as in training, or after it."""
+    marks = [MARK] * len(question.pictures)
+    return "\n".join([question.text, *marks] if picture_last else [*marks, question.text])
+
+
 def unmarked(text: str) -> str:
     return text.replace(MARK, "").strip()
 

@@ -7,7 +7,6 @@ import argparse
 import hashlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError
@@ -15,7 +14,7 @@ from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
 
 EPILOG = """example:
@@ -37,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"{args.model}: {forecast(asked, tasks)}")
         return
-    ledger = Path(args.ledger or f"{args.output}.ledger")
-    outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"answers of {args.model}")
+    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
         if outcome.value is None:
             raise UserError(f"question {ident}: no answer ({outcome.text or 'empty'}); the same command with more "
@@ -81,10 +79,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
     add("--context", required=True, metavar="F", help="JSONL of what is in each picture")
     add("--model", required=True, metavar="MODEL", help="a language model, which needs no eyes")
-    add("--output", required=True, metavar="F", help="JSONL of answers")
-    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add_output_arguments(parser, "answers")
     add_api_arguments(parser, temperature=0.2, max_tokens=1024)
-    args = parser.parse_args(argv)
-    if "://" in args.output:
-        raise UserError(f"{args.output}: answers are written beside their ledger, which needs a local disk")
-    return args
+    return parser.parse_args(argv)

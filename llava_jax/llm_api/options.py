@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, positive
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.cost import Prices
+from llava_jax.remote import is_remote
 
 NO_KEY = "none"  # servers at home want none, but the client does
 
@@ -43,6 +45,21 @@ def add_api_arguments(
     add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
 
 
+def add_output_arguments(parser: argparse.ArgumentParser, holds: str) -> None:
+    """Adds where the results go, and the ledger beside them."""
+    add = parser.add_argument
+    add("--output", required=True, metavar="F", help=f"JSONL of {holds}")
+    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+
+
+def ledger_directory(args: argparse.Namespace) -> Path:
+    """Raises UserError where it would not be on a local disk, which SQLite needs."""
+    directory = args.ledger or f"{args.output}.ledger"
+    if is_remote(directory) or is_remote(args.output):
+        raise UserError(f"{args.output}: is written beside its ledger, which needs a local disk")
+    return Path(directory)
+
+
 def work(args: argparse.Namespace, model: str) -> Work:
     """What these options say."""
     if args.budget is not None and not any(args.prices):
@@ -68,13 +85,6 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     if "max_completion_tokens" in args.body:
         del body["max_tokens"]
     return {key: value for key, value in {**body, **args.body}.items() if value is not None}
-
-
-def positive(text: str) -> int:
-    """An option that counts something."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("has to be 1 or more")
-    return value
 
 
 def _amount(text: str) -> float:

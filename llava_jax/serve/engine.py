@@ -13,7 +13,7 @@ import time
 import traceback
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError, track
@@ -143,11 +143,12 @@ class Engine:
         **options,
     ) -> "Engine":
         """Loads the weights in `dtype` (see `default_dtype`), on a mesh as training lays them out."""
-        dtype, sharding = jnp.dtype(dtype or default_dtype()), None
-        if mesh is not None:
-            shapes = abstract_params(checkpoint.config)
-            sharding = lambda name: param_sharding(mesh, name, shapes[name].shape)  # noqa: E731
-        params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=sharding)
+        dtype, shapes = jnp.dtype(dtype or default_dtype()), abstract_params(checkpoint.config)
+
+        def place(name: str) -> NamedSharding:
+            return param_sharding(mesh, name, shapes[name].shape)
+
+        params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=place if mesh is not None else None)
         model = build(checkpoint.config, params, dtype)
         del params  # whose arrays are rearranged one by one
         return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), mesh=mesh, **options)
