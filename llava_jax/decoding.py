@@ -3,7 +3,6 @@
 Axes: B rows, T tokens, S cache slots, D embed, V vocabulary, K key/value heads, H head width.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,12 +20,20 @@ class Decoder:
     """The programs below, compiled for a model, whose layers it rearranges (`Llama.unstack_layers`)."""
 
     def __init__(self, model: Llava):
-        model.llm.unstack_layers()
-        self._weights, self._structure = jax.tree.flatten(model)
+        self.hold(model)
         self.prefill = self._compile(prefill, static_argnames="slots")
         self.fork = self._compile(fork, static_argnames="slots")
         self.decode = self._compile(decode, donate_argnames="cache")
         self.widen = jax.jit(widen, static_argnames="slots")
+
+    def hold(self, model: Llava) -> None:
+        """Goes on with the weights of this model, which has to be built as the one before: nothing is compiled anew."""
+        model.llm.unstack_layers()
+        self._weights, self._structure = jax.tree.flatten(model)
+
+    def let_go(self) -> None:
+        """Keeps what is compiled and no weights, until `hold` brings others."""
+        self._weights = []
 
     def _compile(self, program: Callable, **options: Any) -> Callable:
         """`program(model, ...)` without its first argument. The weights are passed as a flat list, since flattening
@@ -35,7 +42,8 @@ class Decoder:
         def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
             return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
 
-        return functools.partial(jax.jit(flat, **options), self._weights)
+        compiled = jax.jit(flat, **options)
+        return lambda *args, **kwargs: compiled(self._weights, *args, **kwargs)
 
 
 class Choice(NamedTuple):

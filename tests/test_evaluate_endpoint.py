@@ -61,6 +61,8 @@ def test_mistakes(files):
         (files / "images/0.png").write_bytes(b"none")
         with pytest.raises(UserError, match="question sample-0: picture 0.png: is none"):
             predict(files, server)
+        with pytest.raises(UserError, match="--picture-last and --answer-prompter are for checkpoints"):
+            predict(files, server, "--answer-prompter")
         with pytest.raises(UserError, match="--endpoint needs --model"):
             evaluate.main(["predict", "pope", "--questions=q", "--output=a", f"--endpoint={server.url}"])
 

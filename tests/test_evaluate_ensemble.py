@@ -26,7 +26,8 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "problems": json.dumps({ident: rest | {"answer": answer} for ident, answer in ANSWERS.items()}),
         "splits": json.dumps({"test": list(ANSWERS)}),
         "ours": "".join(json.dumps({"question_id": ident, "text": text}) + "\n" for ident, text in OURS.items()),
-        "other": json.dumps({"outputs": OTHER, "results": {"1": 0, "2": 1, "3": -1, "4": 0, "5": -1}}),
+        # As older versions of the original have it, with a guess where there is no option.
+        "other": json.dumps({"outputs": OTHER, "results": {"1": 0, "2": 1, "3": 2, "4": 0, "5": 2}}),
     }
     args = []
     for name, text in contents.items():
@@ -46,7 +47,15 @@ def test_complement(args: list[str], capsys: pytest.CaptureFixture[str]):
     result = score(capsys, *args)
     assert (result["Avg"], result["correct"], result["failed"]) == (60.0, 3, 1)
     assert (result["differ"], result["other_failed"], result["upper"]) == (3, 2, 80.0)
-    assert score(capsys, *args, "--reextract") == result
+
+
+def test_indices_serve_where_there_are_no_texts(tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]):
+    """Of 3 and 5 the other guessed the last option, which is right once."""
+    (tmp_path / "other").write_text(json.dumps({"results": {"1": 0, "2": 1, "3": 2, "4": 0, "5": 2}}))
+    result = score(capsys, *args)
+    assert (result["correct"], result["other_failed"], result["failed"]) == (3, 0, 0)
+    with pytest.raises(UserError, match="stores no texts"):
+        evaluate.main(["judge", "scienceqa", *args, "--judge", "gpt-4", "--output", str(tmp_path / "j.jsonl")])
 
 
 def test_judge(tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]):

@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import tiny
 from test_distributed import Run
@@ -13,6 +15,9 @@ from configs import common
 from llava_jax import train
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.in_training import Evaluation, choose
+from llava_jax.evaluate.questions import Question
 
 STEPS = 80
 
@@ -45,8 +50,30 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many programs each evaluation compiled."""
+    counts: list[int] = []
+    events: list[str] = []
+    run = Evaluation.run
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        events.append(event)
+
+    def counted(self: Evaluation, *args: Any) -> dict[str, float]:
+        events.clear()
+        scores = run(self, *args)
+        counts.append(sum(event.endswith("backend_compile_duration") for event in events))
+        return scores
+
+    monkeypatch.setattr(Evaluation, "run", counted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_scores_rise_and_the_answers_are_kept(
-    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], compiled: list[int]
 ):
     train.train(config(world, **{"evaluate.every": STEPS // 2, "evaluate.limit": 6}), str(tmp_path / "run"))
     scores = {line["step"]: line for line in metrics(tmp_path / "run") if "easy-vqa/accuracy" in line}
@@ -54,6 +81,7 @@ def test_scores_rise_and_the_answers_are_kept(
     assert scores[0]["easy-vqa/accuracy"] == 0 and scores[STEPS]["easy-vqa/accuracy"] == 100
     assert scores[0]["easy-vqa/total"] == 6 and "easy-vqa/by_kind/colour" in scores[0]
     assert f"step {STEPS}: easy-vqa/accuracy 100" in capsys.readouterr().err
+    assert compiled[0] > 3 and compiled[2] == 0  # what the first one compiled serves the others
     answers = tmp_path / "run" / "evaluations" / str(STEPS) / "easy-vqa.jsonl"
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert {line["text"] for line in lines} <= {*tiny.COLOURS} and len(lines) == 6
@@ -76,6 +104,14 @@ def test_what_is_wrong_shows_before_the_first_step(world: dict[str, str], tmp_pa
     with pytest.raises(UserError, match=re.escape(message)):
         train.train(config(world, **changes), str(tmp_path / "run"))
     assert not metrics(tmp_path / "run")
+
+
+def test_what_is_scored_together_is_asked_together():
+    asked = [Question(i, f"{i}?", (f"{i % 5}.png",)) for i in range(10)]
+    pairs = choose(asked, BENCHMARKS["mme"], limit=5, seed=0)
+    assert len(pairs) == 6 and len({question.pictures for question in pairs}) == 3
+    assert [question.id for question in pairs] == sorted(question.id for question in pairs)
+    assert len(choose(asked, BENCHMARKS["pope"], limit=5, seed=0)) == 5
 
 
 def test_two_processes_answer_what_one_does(world: dict[str, str], tmp_path: Path):

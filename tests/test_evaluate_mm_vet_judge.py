@@ -60,7 +60,7 @@ def test_grades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_outcomes_of_labelled_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The report's percentages are the scores'; what is scored by pairs of answers is refused."""
+    """The report's percentages are the scores'."""
     sample = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat colour?"},
                                                              {"from": "gpt", "value": "red"}]}  # fmt: skip
     samples = [sample, {**sample, "id": "b"}, {**sample, "id": "c"}]

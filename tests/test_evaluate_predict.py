@@ -1,11 +1,16 @@
 """Predicting with a tiny checkpoint: batches against one by one, interrupted and resumed, and what goes wrong."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from test_distributed import free_port
 
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
@@ -69,6 +74,45 @@ def test_it_goes_on_after_a_cut_line(made, answers, tmp_path, capsys):
     assert "goes on after 3 answers" in capsys.readouterr().err and not list(tmp_path.glob("*.part*"))
     assert predict(made, output) == answers
     assert "second" not in capsys.readouterr().err  # nothing was left to ask
+
+
+def test_two_hosts_answer_what_one_does(made, answers, tmp_path):
+    """Two processes of two devices, which meet over gloo; the first one was interrupted before."""
+    whole = (made / "all.jsonl").read_bytes().splitlines(keepends=True)
+    output = tmp_path / "a.jsonl"
+    (tmp_path / "a.jsonl.part0").write_bytes(whole[1] + whole[4][:30])
+    command = [sys.executable, "-m", "llava_jax.evaluate", "predict", "llava-bench", f"--output={output}",
+               f"--questions={made / 'questions.jsonl'}", f"--images={made / 'images'}",
+               f"--checkpoint={made / 'model'}", "--max-new-tokens=6", "--batch-rows=2",
+               f"--coordinator=localhost:{free_port()}", "--num-processes=2"]  # fmt: skip
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    hosts = [subprocess.Popen([*command, f"--process-id={i}"], env=environment, stderr=subprocess.PIPE, text=True)
+             for i in range(2)]  # fmt: skip
+    try:
+        told = [host.communicate(timeout=240)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], told
+    assert [json.loads(line) for line in output.read_text().splitlines()] == answers
+    counts = [int(re.search(r"([0-9]+) answers in .* devices were idle for [0-9.]+%", text)[1]) for text in told]
+    assert sum(counts) == 6 and min(counts) >= 2  # of seven one was there
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_it_goes_on_after_a_cut_character(tmp_path):
+    """Answers are UTF-8: what was interrupted may end within a character."""
+    questions = [Question(i, "?") for i in range(2)]
+    file = AnswerFile(tmp_path / "a.jsonl", questions, "m")
+    file.add([(questions[0], "rot"), (questions[1], "gr\u00fcn")])
+    part = tmp_path / "a.jsonl.part0"
+    part.write_bytes(part.read_bytes().split(b"\xbcn")[0])
+    again = AnswerFile(tmp_path / "a.jsonl", questions, "m")
+    assert [line["text"] for line in again.lines.values()] == ["rot"]
+    again.add([(questions[1], "gr\u00fcn")])
+    again.finish(again.lines)
+    written = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in written] == ["rot", "gr\u00fcn"]
 
 
 def test_a_failure_keeps_what_was_answered(made, answers, tmp_path):

@@ -1,6 +1,7 @@
 """The benchmarks of the v1.5 release on fixtures of our own, their scores computed by hand."""
 
 import base64
+import contextlib
 import io
 import json
 import subprocess
@@ -10,18 +11,22 @@ from typing import Any
 
 import openpyxl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.questions import Question, read_questions
+from llava_jax.evaluate.score import score as scores
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
 def write(path: Path, value: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    text = value if isinstance(value, str | bytes) else json.dumps(value)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
 
@@ -69,14 +74,30 @@ def test_vqav2(tmp_path: Path, score):
     }  # fmt: skip
 
 
+VIZWIZ = [
+    {"image": "a.jpg", "question": "?", "answer_type": "unanswerable", "answers": people(*["unanswerable"] * 10)},
+    {"image": "b.jpg", "question": "?", "answer_type": "other", "answers": people(*["soup can"] * 2, *["can"] * 8)},
+    {"image": "c.jpg", "question": "?", "answer_type": "other", "answers": people("can", *["the can"] * 9)},
+]
+
+
 def test_vizwiz(tmp_path: Path, score):
-    labels = [
-        {"image": "a.jpg", "question": "?", "answer_type": "unanswerable", "answers": people(*["unanswerable"] * 10)},
-        {"image": "b.jpg", "question": "?", "answer_type": "other", "answers": people(*["soup can"] * 2, *["can"] * 8)},
-    ]
-    answers = [answer("a.jpg", "Unanswerable"), answer("b.jpg", "soup-can")]  # 2/10 x 1/3 + 8/10 x 2/3
-    result = score("vizwiz", answers, write(tmp_path / "labels.json", labels))
-    assert result == {"accuracy": 80.0, "by_kind": {"other": 60.0, "unanswerable": 100.0}, "total": 2}
+    answers = [answer("a.jpg", "Unanswerable"), answer("b.jpg", "soup-can"), answer("c.jpg", "The can.")]
+    # b: 2/10 x 1/3 + 8/10 x 2/3. c: the answer loses its article and what people said does not: one of ten says the
+    # same, 9/10 x 1/3.
+    expected = {"accuracy": 63.33, "by_kind": {"other": 45.0, "unanswerable": 100.0}, "total": 3}
+    labels = write(tmp_path / "labels.json", VIZWIZ)
+    assert score("vizwiz", answers, labels) == expected
+    asked = [{"question_id": i, "image": f"val/{label['image']}", "text": "?"} for i, label in enumerate(VIZWIZ)]
+    questions = write(tmp_path / "questions.jsonl", jsonl(asked))
+    by_number = [line | {"question_id": i} for i, line in enumerate(answers)]
+    assert score("vizwiz", by_number, labels, "--questions", questions) == expected
+    with pytest.raises(UserError, match="line 1: question 0 .*has none of the 3 labels"):
+        score("vizwiz", by_number, labels)
+    out = submit(tmp_path, "vizwiz", by_number, f"--labels={questions}")
+    assert json.loads(out.read_text())[2] == {"image": "c.jpg", "answer": "can"}
+    with pytest.raises(UserError, match="line 1: 0 names no picture: --labels with the questions"):
+        submit(tmp_path, "vizwiz", by_number)
 
 
 TEXTVQA = {"data": [
@@ -88,11 +109,22 @@ TEXTVQA = {"data": [
 @pytest.mark.parametrize("answers", [
     [answer("ab", "Nokia.", f"What brand?\nReference OCR token: NOKIA, 98{SHORT}"),
      answer("ab", "1998", f"What is the year?\nReference OCR token: {SHORT}")],
+    [answer("ab", "NOKIA", "OCR tokens: NOKIA, 98. Question: what brand? Short answer:"),
+     answer("ab", "1998", f"What is the year?{SHORT}")],
     json.dumps([{"question_id": 8, "answer": "1998"}, {"question_id": 7, "answer": "nokia"}]),
     json.dumps({"7": "NOKIA", "8": "1998"}),
 ])  # fmt: skip
 def test_textvqa_by_picture_and_question_or_by_id(tmp_path: Path, score, answers):
     assert score("textvqa", answers, write(tmp_path / "l.json", TEXTVQA)) == {"accuracy": 80.0, "total": 2}
+
+
+def test_textvqa_asked_twice_about_a_picture(tmp_path: Path, score):
+    entry = TEXTVQA["data"][0]
+    labels = write(tmp_path / "l.json", {"data": [entry, entry | {"question_id": 9, "answers": ["sony"] * 10}]})
+    twice = [answer("ab", "nokia", f"What brand?{SHORT}")] * 2
+    assert score("textvqa", twice, labels) == {"accuracy": 50.0, "total": 2}
+    with pytest.raises(UserError, match="line 3: question ab: what brand. was answered in .*line 1 already"):
+        score("textvqa", [*twice, twice[0]], labels)
 
 
 GQA = {
@@ -160,6 +192,28 @@ def test_pope_of_another_version(tmp_path: Path, score, pope_labels):
     result = score("pope", answers, pope_labels, "--questions", questions, "--partial")
     assert (result["total"], result["missing"], result["unknown"]) == (5, 1, 1)
     assert result["by_category"]["random"]["accuracy"] == 66.67
+
+
+def test_pope_of_a_version_with_another_text(tmp_path: Path, score):
+    """Some labels of the published files say `imange`, and the release's questions may not."""
+    labels = [pope(1, "orange", "yes") | {"text": "Is there an orange in the imange?"}, pope(2, "cat", "no")]
+    asked = [pope(7, "orange", "yes"), pope(8, "cat", "no")]
+    files = [
+        write(tmp_path / name, jsonl(lines)) for name, lines in (("coco_pope_random.json", labels), ("q.jsonl", asked))
+    ]
+    result = score("pope", [answer(7, "yes"), answer(8, "no")], files[0], "--questions", files[1])
+    assert (result["f1"], result["total"]) == (100.0, 2)
+
+
+def test_the_average_of_pope_is_not_of_rounded_numbers(tmp_path: Path, score):
+    """Accuracies of 1/3, 1/3 and 1, whose mean is 55.555...: that of 33.33, 33.33 and 100 would be 55.55."""
+    files, answers = [], []
+    for category, texts in (("adversarial", "nyn"), ("popular", "nyn"), ("random", "ynn")):
+        lines = [pope(1, "cat", "yes"), pope(2, "dog", "no"), pope(3, "man", "no")]
+        files.append(write(tmp_path / f"coco_pope_{category}.json", jsonl(lines)))
+        answers += [answer(i, {"y": "Yes", "n": "No"}[text], category=category) for i, text in enumerate(texts, 1)]
+    result = score("pope", answers, files)
+    assert [result[name] for name in ("f1", "accuracy", "yes_ratio")] == [33.33, 55.56, 33.33]
 
 
 def test_pope_by_id(score, pope_labels):
@@ -315,6 +369,42 @@ def test_easy_vqa(tmp_path: Path, score):
     }  # fmt: skip
 
 
+# ----------------------------------------------------------------------------------------------------------- in reports
+
+
+def reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> dict[str, float]:
+    """What `report` says of a run, by category, in percent."""
+    evaluate.main(["report", str(tmp_path), "--json", "--resamples", "10"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    return {
+        row["category"]: round(row["values"][tmp_path.name]["value"], 2) for row in rows if row["benchmark"] == name
+    }
+
+
+def test_mme_in_a_report(tmp_path: Path, score, mme_labels, capsys):
+    """A category's score is in percent of 200, perception's and cognition's of what their categories can have: here one
+    each, 125 and 50 of 200, whichever has more pictures."""
+    outcomes = tmp_path / "mme.outcomes.jsonl"
+    score("mme", MME_ANSWERS, mme_labels, f"--outcomes={outcomes}")
+    assert reported(tmp_path, capsys, "mme") == {
+        "all": 43.75, "perception": 62.5, "existence": 62.5, "cognition": 25.0, "code_reasoning": 25.0,
+    }  # fmt: skip
+    first = json.loads(outcomes.read_text().splitlines()[-1])
+    assert (first["question_id"], first["score"], first["of"]) == ("existence/2", 0.5, 2.0)
+    assert first["answer"] == "Yes\n\nIt is not" and first["reference"] == "yes\n\nno"
+    assert first["question"].startswith("Is there a car? ") and "Is there a bus?" in first["question"]
+
+
+def test_mmbench_in_a_report(tmp_path: Path, score, capsys):
+    """A question counts once, and its numbers are the circular ones."""
+    labels = write(tmp_path / "mmbench.tsv", table(BASE))
+    right = {(3, 0): "A", (3, 1): "B", (5, 0): "C", (5, 1): "B", (5, 2): "B"}
+    answers = [answer(ident, text, round_id=turn) for (ident, turn), text in right.items()]
+    scores = score("mmbench", answers, labels, f"--outcomes={tmp_path / 'mmbench.outcomes.jsonl'}")
+    assert reported(tmp_path, capsys, "mmbench") == {"all": 50.0, "one": 100.0, "two": 0.0}
+    assert (scores["circular"], scores["by_category"]) == (50.0, {"one": 100.0, "two": 0.0})
+
+
 # ------------------------------------------------------------------------------------------ questions' own files
 
 
@@ -340,7 +430,7 @@ def test_questions_of_the_release_stay_as_they_are(tmp_path: Path):
     (second,) = read_questions([write(tmp_path / "b.json", [sample])], "")
     assert first == Question(1, "Is it?" + SHORT, ("a.jpg",), {"category": "default"})
     assert second == Question("2", "Which?", ("b.jpg",))
-    with pytest.raises(UserError, match="question 1 is there twice"):
+    with pytest.raises(UserError, match="c.jsonl: question 1, number 2 there, is there twice"):
         read_questions([write(tmp_path / "c.jsonl", jsonl([line, line]))], "")
 
 
@@ -350,7 +440,7 @@ def test_questions_of_pope_and_mme(pope_labels, mme_labels):
     if (Path(mme_labels) / "existence").exists():
         asked = read_questions([mme_labels], "Go.", BENCHMARKS["mme"].questions)
         assert (asked[0].id, asked[0].pictures) == ("code_reasoning/a.png", ("code_reasoning/images/a.png",))
-        assert asked[0].text == "Is it 5?  Please answer yes or no.\nGo."
+        assert asked[0].text == "Is it 5?\nGo."  # the release's words stand in place of MME's
 
 
 # --------------------------------------------------------------------------------------------------------- submissions
@@ -373,6 +463,22 @@ def test_submissions(tmp_path: Path, name, ident, expected):
     assert json.loads(submit(tmp_path, name, [answer(ident, "The two dogs.")]).read_text()) == expected
     with pytest.raises(UserError, match="was answered in"):
         submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2)
+
+
+def test_a_submission_to_vqav2_has_all_questions(tmp_path: Path):
+    """The server takes the whole of test2015 alone: what was not asked has an empty answer."""
+    asked = [{"question_id": i, "image": f"{i}.jpg", "text": "?"} for i in (1, 2)]
+    questions = write(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", jsonl(asked))
+    out = submit(tmp_path, "vqav2", [answer(2, "Two.")], f"--labels={questions}")
+    assert json.loads(out.read_text()) == [{"question_id": 2, "answer": "2"}, {"question_id": 1, "answer": ""}]
+
+
+def test_a_submission_to_textvqa_has_its_ids(tmp_path: Path):
+    own = write(tmp_path / "textvqa.json", {"data": [entry | {"answers": []} for entry in TEXTVQA["data"]]})
+    out = submit(tmp_path, "textvqa", [answer("ab", "1998.", f"What is the year?{SHORT}")], f"--labels={own}")
+    assert json.loads(out.read_text()) == [{"question_id": 8, "image_id": "ab", "answer": "1998"}]
+    with pytest.raises(UserError, match="line 1: .* has no question ab: why."):
+        submit(tmp_path, "textvqa", [answer("ab", "x", f"Why?{SHORT}")], f"--labels={own}")
 
 
 def test_mmbench_submission(tmp_path: Path):
@@ -405,11 +511,60 @@ def test_mme_submission(tmp_path: Path, mme_labels):
     ("mmbench", table([BASE[0] | {"answer": "C"}]), "line 2: question 3: its answer 'C' is none of its options"),
     ("mmbench", "question\nx\n", "line 2: has no index"),
     ("seed", {"questions": []}, "has no question_type"),
+    ("mmbench", table(BASE).replace("she", "sh\u00e9").encode("latin-1"), "line 3: is not UTF-8 .byte 0xe9"),
+    ("pope", jsonl([pope(1, "cat", "yes")]).encode("utf-16"), "is UTF-16, not UTF-8"),
+    ("textvqa", {"data": [{"image_id": "a", "question": "?", "answers": [1]}]}, "data 0: its answers are no texts"),
+    ("easy-vqa", [{"id": "1", "conversations": [{"value": "?"}]}], "element 0: has no answer to its question"),
+    ("gqa", {"q": {"answer": 1, "types": {"structural": "query"}}}, "question q: its answer is no text but 1"),
     ("sciencequa", {}, "sciencequa: is no such benchmark; choose from vqav2"),
 ])  # fmt: skip
 def test_labels_of_another_kind_are_named(tmp_path: Path, score, name, labels, message):
     with pytest.raises(UserError, match=message):
         score(name, [answer(1, "yes")], write(tmp_path / "labels.json", labels))
+
+
+def test_mme_of_another_encoding_is_named(tmp_path: Path, score, mme_labels):
+    file = next(Path(mme_labels).rglob("*.txt"))
+    file.write_bytes(file.read_bytes() + "Is it a caf\u00e9?\tYes".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{file.name}: line [0-9]+: is not UTF-8 .byte 0xe9"):
+        score("mme", MME_ANSWERS, mme_labels)
+
+
+VALID = {
+    "vqav2": VQAV2, "vizwiz": VIZWIZ, "textvqa": TEXTVQA, "gqa": GQA, "seed": SEED, "mm-vet": MM_VET,
+    "easy-vqa": [{"id": "a", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}],
+}  # fmt: skip
+anything = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.none(), max_size=2) | st.just({})
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, Any]:
+    """A benchmark and its labels, of which one value became anything or is gone."""
+    name = draw(st.sampled_from(sorted(VALID)))
+    labels = inner = json.loads(json.dumps(VALID[name]))
+    while True:
+        key = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+        if isinstance(inner[key], dict | list) and inner[key] and draw(st.booleans()):
+            inner = inner[key]
+        else:
+            break
+    if draw(st.booleans()):
+        del inner[key]
+    else:
+        inner[key] = draw(anything)
+    return name, labels
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damaged(), st.sampled_from(["1", "a.jpg", "7", "q1", "101", "v1_0", "a"]), anything | st.just("yes"))
+def test_damaged_labels_are_scored_or_told(tmp_path: Path, labels: tuple[str, Any], ident: str, text: Any):
+    """Whatever is wrong with one value ends in numbers or in one line."""
+    name, value = labels
+    answers = write(tmp_path / "a.jsonl", jsonl([answer(ident, text)]))
+    with contextlib.suppress(UserError):
+        scores(name, answers, [write(tmp_path / "l.json", value)], [], partial=True)
 
 
 def test_scoring_imports_no_jax(tmp_path: Path):

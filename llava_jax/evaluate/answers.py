@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.lines import Line, read_lines, read_text
 
 IDS = ("question_id", "questionId", "id", "image")
 TEXTS = ("text", "answer", "prediction", "response")
@@ -85,17 +85,9 @@ def is_lines(path: epath.PathLike) -> bool:
 
 def read_json(path: epath.PathLike) -> Any:
     """The value in a file. Raises `UserError` with the line where it is no JSON, and for a key that is there twice."""
-    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
     try:
-        return json.loads(data.decode(), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: line {line}: is not UTF-8 (byte {data[error.start]:#x}); convert it: iconv -t utf-8"
-        ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
 
 

@@ -1,8 +1,9 @@
 """What there is to know of a benchmark that is scored by comparing answers with labels."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import TEXTS, Answer, question_id
@@ -10,6 +11,7 @@ from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 
 SHORT = "Answer the question using a single word or phrase."
+KINDS = {str: "text", list: "list", dict: "object", int: "whole number"}  # what types are called in errors
 LETTER = "Answer with the option's letter from the given choices directly."
 
 Key = Callable[[Line], str]
@@ -23,6 +25,17 @@ class Labels(dict[str, Any]):
         self.key = key
 
 
+class Judged(NamedTuple):
+    """Answers that are scored together, and what came of them."""
+
+    name: str  # what tells them from others
+    pairs: Sequence[tuple[Answer, Any]]
+    categories: tuple[str, ...]
+    score: float
+    of: float = 1.0
+    weight: float = 1.0  # in the sums over several of them
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Attributes:
@@ -32,6 +45,7 @@ class Benchmark:
     max_new_tokens: of an answer.
     labels: (files, lines of the answers, questions as far as they are given) -> what is right.
     score: what is printed, of all answers with their labels.
+    judged: answers that are scored together, apart from others; None where each is scored alone.
     submission: (answers as objects, the benchmark's own file or None) -> the content of a file to hand in, or of each
       file of a folder.
     fields: of the lines of what is scored; the first that is there.
@@ -43,6 +57,7 @@ class Benchmark:
     max_new_tokens: int = 128
     labels: Callable[[Sequence[str], Sequence[Line], Sequence[Question]], Labels] | None = None
     score: Callable[[Sequence[tuple[Answer, Any]]], dict[str, Any]] | None = None
+    judged: Callable[[Sequence[tuple[Answer, Any]]], Iterable[Judged]] | None = None
     submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
     fields: Sequence[str] = TEXTS
 
@@ -56,10 +71,12 @@ def unique(pairs: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
     return labels
 
 
-def field(value: Any, name: str, where: str) -> Any:
-    """A field of an object of a file. Raises `UserError` where it isn't there."""
+def field(value: Any, name: str, where: str, kind: type = object) -> Any:
+    """A field of an object of a file. Raises `UserError` where it isn't there, or is of another kind."""
     if not isinstance(value, dict) or name not in value:
         raise UserError(f"{where}: has no {name}: is it a file of another kind or version?")
+    if not isinstance(value[name], kind):
+        raise UserError(f"{where}: its {name} is no {KINDS[kind]} but {json.dumps(value[name])[:40]}")
     return value[name]
 
 

@@ -7,7 +7,8 @@ from llava_jax.evaluate.easy_vqa import EASY_VQA
 from llava_jax.evaluate.mm_vet import MM_VET
 from llava_jax.evaluate.mme import MME
 from llava_jax.evaluate.pope import POPE
-from llava_jax.evaluate.vqa import GQA, TEXTVQA, VIZWIZ, VQAV2
+from llava_jax.evaluate.textvqa import TEXTVQA
+from llava_jax.evaluate.vqa import GQA, VIZWIZ, VQAV2
 
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": VQAV2,

@@ -9,12 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, percent, question_id, read_json
-from llava_jax.evaluate.benchmark import LETTER, Benchmark, Labels, field, listed, unique
-from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, unique
+from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
 
 LETTERS = "ABCD"
@@ -68,6 +66,16 @@ def score_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     }
 
 
+def judged_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> Iterator[Judged]:
+    """Each question: right if it is in all its rounds."""
+    questions: dict[str, list[tuple[Answer, Label]]] = defaultdict(list)
+    for answer, label in pairs:
+        questions[label.question].append((answer, label))
+    for question, rounds in questions.items():
+        right = all(choose(answer.text, dict(label.options)) == label.right for answer, label in rounds)
+        yield Judged(question, rounds, (rounds[0][1].category,), float(right))
+
+
 class Row(NamedTuple):
     """A line of MMBench's table."""
 
@@ -87,7 +95,7 @@ def _absent(text: str) -> bool:
 
 def _rows(path: str) -> list[Row]:
     csv.field_size_limit(sys.maxsize)  # pictures are among the fields
-    reader = csv.DictReader(io.StringIO(epath.Path(path).read_text(encoding="utf-8-sig"), newline=""), delimiter="\t")
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     rows = []
     for values in reader:
         where = f"{path}: line {reader.line_num}"
@@ -206,12 +214,11 @@ def seed_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Que
     def labels() -> Iterator[tuple[str, SeedLabel, str]]:
         for path in paths:
             value = read_json(path)
-            kinds = {number: name for name, number in field(value, "question_type", path).items()}
+            kinds = {str(number): name for name, number in field(value, "question_type", path, dict).items()}
             for where, entry in listed(value, "questions", path):
-                kind = field(entry, "question_type_id", where)
-                label = SeedLabel(
-                    field(entry, "answer", where), kinds.get(kind, str(kind)), entry.get("data_type", "image")
-                )
+                kind = str(field(entry, "question_type_id", where))
+                medium = str(entry.get("data_type", "image"))
+                label = SeedLabel(field(entry, "answer", where, str), kinds.get(kind, kind), medium)
                 yield str(field(entry, "question_id", where)), label, where
 
     return Labels(unique(labels()))
@@ -234,11 +241,11 @@ def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
 
 MMBENCH = Benchmark(
     "MMBench: right in all rounds", mmbench_questions, LETTER, labels=mmbench_labels, score=score_mmbench,
-    submission=submit_mmbench,
+    judged=judged_mmbench, submission=submit_mmbench,
 )  # fmt: skip
 MMBENCH_CN = Benchmark(
     "MMBench-CN: the same in Chinese", mmbench_questions, LETTER_CN, labels=mmbench_labels, score=score_mmbench,
-    submission=submit_mmbench,
+    judged=judged_mmbench, submission=submit_mmbench,
 )  # fmt: skip
 SEED = Benchmark(
     "SEED-Bench: right letters", seed_questions, LETTER, labels=seed_labels, score=score_seed, submission=submit_seed

@@ -69,9 +69,11 @@ def compare_runs(cases: Sequence[Case], resamples: int, seed: int) -> list[Row]:
 
 
 def _row(name: tuple[str, str], cases: Sequence[Case], resamples: int, seed: int) -> Row:
-    scores, of = (np.array([[getattr(outcome, field) for outcome in case.outcomes] for case in cases], float).T
-                  for field in ("score", "of"))  # fmt: skip
-    return Row(*name, len(cases), *compare(scores, of, resamples, seed_of(seed, *name)))
+    scores, of, weights = (
+        np.array([[getattr(outcome, field) for outcome in case.outcomes] for case in cases], float).T
+        for field in ("score", "of", "weight")
+    )
+    return Row(*name, len(cases), *compare(weights * scores, weights * of, resamples, seed_of(seed, *name)))
 
 
 def judges(cases: Sequence[Case]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, percent, read_json
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field, listed, unique
 from llava_jax.evaluate.lines import Line
@@ -41,7 +42,10 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
     def found() -> Iterator[tuple[str, Label, str]]:
         for path in paths:
             for where, sample in listed(read_json(path), "", path):
-                question, answer = (field(turn, "value", where) for turn in field(sample, "conversations", where)[:2])
+                turns = field(sample, "conversations", where, list)
+                if len(turns) < 2:
+                    raise UserError(f"{where}: has no answer to its question")
+                question, answer = (field(turn, "value", where, str) for turn in turns[:2])
                 yield str(field(sample, "id", where)), Label(answer, kind(unmarked(question), answer)), where
 
     return Labels(unique(found()))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import WHOLE, join
 from llava_jax.evaluate.lines import read_lines
-from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, Problem, choice, read_problems, read_results, score
+from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, STORED, Problem, choice, read_problems, read_results, score
 
 EPILOG = """examples:
   python -m llava_jax.evaluate score scienceqa-ensemble --ours answers.jsonl --other gpt4.json \\
@@ -35,11 +35,12 @@ class Pair(NamedTuple):
 
 
 def read_pairs(args: argparse.Namespace) -> dict[str, Pair]:
-    """By problem, what both chose. Raises `UserError` where either lacks an answer."""
+    """By problem, what both chose: by their texts where there are any, since older result JSONs store a guess as the
+    index of what has no option. Raises `UserError` where either lacks an answer."""
     problems = read_problems(args.problems, args.splits, args.split)
     chosen = []
     for path in (args.ours, args.other):
-        joined = join(read_results(path, reextract=args.reextract), problems, path, partial=False, advice=WHOLE)
+        joined = join(read_results(path, stored=STORED[::-1]), problems, path, partial=False, advice=WHOLE)
         chosen.append([choice(answer, problem) for answer, problem in joined.pairs])
     return {
         ident: Pair(problem, *options)
@@ -118,7 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
     add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
     add("--split", default="test", metavar="NAME", help="test by default")
-    add("--reextract", action="store_true", help="of result JSONs, read the texts again, not the stored indices")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -41,7 +41,7 @@ The answer is X."""
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     pairs = {ident: pair for ident, pair in read_pairs(args).items() if pair.differ}
-    ours, other = (read_results(path, reextract=True) for path in (args.ours, args.other))  # the judge sees texts
+    ours, other = (read_results(path, stored=("outputs",)) for path in (args.ours, args.other))  # the judge sees texts
     if not pairs:
         raise UserError(f"{args.ours}: nothing to judge: both give the same option to every problem")
     tasks = [

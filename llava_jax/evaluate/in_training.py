@@ -4,7 +4,6 @@ Each process answers its share on its own devices, over which it splits the para
 that and in gathering the answers, and in nothing else: none waits for another's tokens.
 """
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image
 from llava_jax.evaluate.answers import Answer, by_key
+from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
@@ -45,9 +45,9 @@ class Evaluation:
         self.benchmark = require(self.name, "score")
         self.labels = [config.evaluate.labels]
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
-        chosen = np.random.default_rng(config.seed).permutation(len(asked))[: config.evaluate.limit]
-        self.questions = [asked[index] for index in np.sort(chosen)]
+        self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
         self.requests = [request(question, config.evaluate.images) for question in self.questions]
+        self.generator: Generator | None = None  # its programs; between evaluations it has no weights
 
     def due(self, step: int, steps: int) -> bool:
         return step == steps or bool(self.every) and step % self.every == 0
@@ -57,12 +57,20 @@ class Evaluation:
         count, first = jax.process_count(), jax.process_index()
         model = build(self.prompts.config, on_own_devices(params, dtype), dtype)
         sampling = Sampling(max_new_tokens=self.benchmark.max_new_tokens)
-        texts = Generator(model, self.prompts).answer(self.requests[first::count], sampling)
+        if self.generator is None:
+            self.generator = Generator(model, self.prompts)
+        else:
+            self.generator.decoder.hold(model)
+        texts = self.generator.answer(self.requests[first::count], sampling)
+        self.generator.decoder.let_go()
         share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         answers = [""] * len(self.questions)
         for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):
             answers[process::count] = json.loads(texts.tobytes())
-        lines = [answer_line(question, text, step) for question, text in zip(self.questions, answers, strict=True)]
+        lines = [
+            answer_line(number, question, text, step)
+            for number, (question, text) in enumerate(zip(self.questions, answers, strict=True), 1)
+        ]
         pairs = self._pairs(lines)
         if distributed.is_first():
             self._write(workdir / FOLDER / str(step), lines, pairs)
@@ -81,10 +89,22 @@ class Evaluation:
         directory.mkdir(parents=True, exist_ok=True)
         with whole_file(directory / f"{self.name}.jsonl") as file:
             file.writelines(json.dumps(line.value).encode() + b"\n" for line in lines)
-        with contextlib.suppress(UserError):  # MME's scores are not of single answers
-            write_outcomes(
-                directory / f"{self.name}{SUFFIX}", outcomes_of(self.benchmark, pairs, lines, self.questions)
-            )
+        outcomes = outcomes_of(self.benchmark, pairs, lines, self.questions)
+        write_outcomes(directory / f"{self.name}{SUFFIX}", outcomes)
+
+
+def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: int) -> list[Question]:
+    """So many questions, in their order. Where several about a picture are scored together, all of these or none: the
+    last ones may be more than `limit`."""
+    groups: dict[Any, list[int]] = {}
+    for index, question in enumerate(asked):
+        groups.setdefault(question.pictures if benchmark.judged else index, []).append(index)
+    chosen: list[int] = []
+    members = list(groups.values())
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(chosen) < limit:
+            chosen += members[group]
+    return [asked[index] for index in sorted(chosen)]
 
 
 def request(question: Question, images: str) -> Request:
@@ -96,10 +116,10 @@ def request(question: Question, images: str) -> Request:
     return Request([("user", marked(question))], pictures)
 
 
-def answer_line(question: Question, text: str, step: int) -> Line:
+def answer_line(number: int, question: Question, text: str, step: int) -> Line:
     """An answer in the form of the files of answers."""
     value = {"question_id": question.id, "prompt": question.text, "text": text, "model_id": f"step {step}"}
-    return Line(f"question {question.id}", value | question.extra)
+    return Line(f"answer {number}, question {question.id}", value | question.extra)
 
 
 def flatten(prefix: str, scores: Mapping[str, Any]) -> dict[str, float]:

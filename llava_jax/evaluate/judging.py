@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import read_json
 from llava_jax.llm_api.cost import Message
 
 SYSTEM = "You compare answers to questions about pictures: carefully, exactly and without favour."
@@ -43,11 +44,10 @@ class Answered(NamedTuple):
 
 def read_rules(path: str) -> dict[str, Rule]:
     """The rules of a file in the original's form: `{category: {"role": ..., "prompt": ...}}`."""
+    rules = read_json(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            rules: Any = json.load(file)
         return {name: Rule(str(rule["role"]), str(rule["prompt"])) for name, rule in rules.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: is no {{"category": {{"role": ..., "prompt": ...}}}} in JSON: {error}') from error
 
 

@@ -26,10 +26,27 @@ class Line(NamedTuple):
 
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
+    return list(_lines(path, _read_bytes(path).split(b"\n"), partial))
+
+
+def read_text(path: epath.PathLike) -> str:
+    """The text of a file. Raises `UserError` with the line where it is not UTF-8."""
+    data = _read_bytes(path)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: line {line}: is not UTF-8 (byte {data[error.start]:#x}); convert it: iconv -t utf-8"
+        ) from error
+
+
+def _read_bytes(path: epath.PathLike) -> bytes:
+    """Without the mark that some programs begin UTF-8 with."""
     data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
-    return list(_lines(path, data.split(b"\n"), partial))
+    return data
 
 
 def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[Line]:
@@ -39,13 +56,11 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
         where = f"{path}: line {number}"
         try:
             value = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: is not UTF-8 (byte {error.start}: {line[error.start]:#x}); convert it"
-            ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            if number < len(lines):
-                raise UserError(f"{where}: is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            # What ends within a character is cut off; other bytes that are not UTF-8 are no matter of the end.
+            cut = not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data"
+            if number < len(lines) or not cut:
+                raise UserError(f"{where}: {_fault(error)}") from error
             if not partial:
                 raise UserError(f"{where}: the last one, is cut off: resume what wrote it, or use --partial") from error
             print(f"warning: {where}, the last one, is cut off and left out", file=sys.stderr)
@@ -53,3 +68,9 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no JSON object")
         yield Line(where, value)
+
+
+def _fault(error: ValueError | RecursionError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start}: {error.object[error.start]:#x}); convert it"
+    return f"is no JSON: {error}"

@@ -57,7 +57,9 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
     found = {
-        ident.removeprefix(PREFIX): Label(tuple(field(entry, "capability", f"{path}: question {ident}")))
+        ident.removeprefix(PREFIX): Label(
+            tuple(map(str, field(entry, "capability", f"{path}: question {ident}", list)))
+        )
         for path in paths
         for ident, entry in _entries(path)
     }

@@ -1,6 +1,6 @@
 """MME: two questions of yes or no about each picture, in ten categories of perception and four of cognition."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, unique
-from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Judged, Labels, unique
+from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
 
 PARTS = {
@@ -49,6 +49,21 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     failed = sum(answer == "other" for answer, _ in read)
     rounded = {name: {key: round(x, 2) for key, x in values.items()} for name, values in categories.items()}
     return parts | {"by_category": rounded, "total": len(pairs), "failed": failed}
+
+
+def judged(pairs: Sequence[tuple[Answer, Label]]) -> Iterator[Judged]:
+    """Each picture: the share of its answers that are right, and one more for all, of 2. Categories count alike, so
+    that the score of several is their sum in percent of what can be had."""
+    pictures: dict[tuple[str, str], list[tuple[Answer, Label]]] = defaultdict(list)
+    for answer, label in pairs:
+        pictures[label.category, label.picture].append((answer, label))
+    in_category = Counter(category for category, _ in pictures)
+    for (category, picture), own in pictures.items():
+        scores = _score([[read_answer(answer.text) == label.right for answer, label in own]])
+        part = next(part for part, names in PARTS.items() if category in names)
+        yield Judged(
+            f"{category}/{picture}", own, (part, category), scores["score"] / 100, 2.0, 1 / in_category[category]
+        )
 
 
 def _score(pictures: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -103,7 +118,7 @@ def _entries(path: str) -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def _rows(file: epath.Path, fields: int) -> Iterator[tuple[str, list[str]]]:
-    for number, row in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, row in enumerate(read_text(file).splitlines(), 1):
         values = row.strip().split("\t")
         if row.strip() and len(values) < fields:
             raise UserError(f"{file}: line {number}: has {len(values)} fields separated by tabs, not {fields}")
@@ -118,7 +133,8 @@ def _yes_or_no(answer: str, where: str) -> str:
 
 
 def questions(path: str) -> Iterator[Question]:
-    """Of MME's own folder, whose pictures have names relative to it."""
+    """Of MME's own folder, whose pictures have names relative to it. What the v1.5 release adds to each question stands
+    in place of MME's own request for yes or no."""
     root = epath.Path(path)
     for category, file, question, _, where in _entries(path):
         stem = PurePath(file).stem
@@ -127,7 +143,8 @@ def questions(path: str) -> Iterator[Question]:
         found = next((place / name for place in places for name in names if (place / name).exists()), None)
         if found is None:
             raise UserError(f"{where}: there is no picture {stem}{PICTURES[0]} (or {', '.join(PICTURES[1:])})")
-        yield Question(f"{category}/{found.name}", question, (str(found.relative_to(root)),))
+        text = question.replace(ASKS, "").strip()
+        yield Question(f"{category}/{found.name}", text, (str(found.relative_to(root)),))
 
 
 def submission(lines: Sequence[Line], own: str | None) -> dict[str, bytes]:
@@ -144,4 +161,6 @@ def submission(lines: Sequence[Line], own: str | None) -> dict[str, bytes]:
     return {name: ("\n".join(rows) + "\n").encode() for name, rows in files.items()}
 
 
-MME = Benchmark("MME: perception and cognition", questions, SHORT, labels=labels, score=score, submission=submission)
+MME = Benchmark(
+    "MME: perception and cognition", questions, SHORT, labels=labels, score=score, judged=judged, submission=submission
+)

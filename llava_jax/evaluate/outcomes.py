@@ -1,7 +1,8 @@
 """What came of each question: the form in which all benchmarks' scores are compared, one file a benchmark and run.
 
-The score of any set of questions is the sum of `score` in percent of the sum of `of`. Where answers are right or wrong
-`of` is 1; where a judge compares them with a reference it is what that got. What could not be judged has 0 of 0.
+The score of any set of questions is the sum of `score` in percent of the sum of `of`, each times its `weight`. Where
+answers are right or wrong `of` is 1; where a judge compares them with a reference it is what that got. What could not
+be judged has 0 of 0.
 """
 
 import json
@@ -24,6 +25,7 @@ class Outcome(NamedTuple):
     categories: tuple[str, ...]
     score: float
     of: float = 1.0
+    weight: float = 1.0
     question: str = ""
     image: str = ""
     answer: str = ""
@@ -68,7 +70,7 @@ def _read(file: epath.Path) -> dict[str, Outcome]:
 def _outcome(line: Line) -> Outcome:
     try:
         outcome = Outcome(**line.value)
-        numbers = {"score": float(outcome.score), "of": float(outcome.of)}
+        numbers = {name: float(getattr(outcome, name)) for name in ("score", "of", "weight")}
         return outcome._replace(categories=tuple(map(str, outcome.categories)), **numbers)
     except (TypeError, ValueError) as error:
         raise UserError(f"{line.where}: is no outcome: {error}") from error

@@ -4,6 +4,7 @@ Question ids of label files begin anew in each file, and versions of them differ
 joined by sampling, picture and question where a file of questions tells these, and by id only else.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 
+SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 PREFIX = "coco_pope_"
+ASKS = re.compile(r"Is there an? (.+?) in the ima\w+\?", re.IGNORECASE)  # some labels say "imange", versions differ
 
 
 class Label(NamedTuple):
@@ -33,31 +36,31 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     categories: dict[str, list[tuple[bool, bool]]] = {}
     for answer, label in pairs:
         categories.setdefault(label.category, []).append((not says_no(answer.text), label.present))
-    scores = {category: _score(answers) for category, answers in sorted(categories.items())}
-    return _mean(list(scores.values())) | {"by_category": scores, "total": len(pairs)}
+    shares = {category: _shares(answers) for category, answers in sorted(categories.items())}
+    means = {name: _mean([share[name] for share in shares.values()]) for name in SHARES}
+    by_category = {
+        category: {name: _percent(share[name]) for name in SHARES} | {"total": len(categories[category])}
+        for category, share in shares.items()
+    }
+    return {name: _percent(mean) for name, mean in means.items()} | {"by_category": by_category, "total": len(pairs)}
 
 
-def _score(answers: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """Of (said yes, is there)."""
+def _shares(answers: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
+    """Of (said yes, is there); None of nothing."""
     right = sum(said == present for said, present in answers)
     found = sum(said and present for said, present in answers)
     said, present = sum(said for said, _ in answers), sum(present for _, present in answers)
-    return {
-        "f1": percent(2 * found, said + present),
-        "accuracy": percent(right, len(answers)),
-        "precision": percent(found, said),
-        "recall": percent(found, present),
-        "yes_ratio": percent(said, len(answers)),
-        "total": len(answers),
-    }
+    parts = ((2 * found, said + present), (right, len(answers)), (found, said), (found, present), (said, len(answers)))
+    return {name: part / whole if whole else None for name, (part, whole) in zip(SHARES, parts, strict=True)}
 
 
-def _mean(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    mean = {}
-    for name in ("f1", "accuracy", "precision", "recall", "yes_ratio"):
-        values = [score[name] for score in scores]
-        mean[name] = None if None in values else round(sum(values) / len(values), 2)
-    return mean
+def _mean(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known and len(known) == len(shares) else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else percent(share, 1)
 
 
 class Entry(NamedTuple):
@@ -103,9 +106,12 @@ def _read(path: str) -> Iterator[Entry]:
 
 
 def _key(category: str, pictures: Sequence[Any], text: str) -> str:
-    """Whatever version of the question's text and of the picture's name: `COCO_val2014_000000310196.jpg`."""
+    """The thing that is asked for, whatever the version of the question's text; and the picture's name, wherever it
+    lies: `COCO_val2014_000000310196.jpg`."""
     picture = str(pictures[0]).rpartition("/")[2] if pictures else ""
-    return f"{category} {picture}: {' '.join(text.replace(SHORT, '').split())}"
+    text = " ".join(text.replace(SHORT, "").split())
+    asks = ASKS.fullmatch(text)
+    return f"{category} {picture}: {asks[1].lower() if asks else text}"
 
 
 def _category(path: str) -> str:

@@ -84,4 +84,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("give either --checkpoint or --endpoint with --model")
     if args.endpoint and not args.model:
         raise UserError("--endpoint needs --model, the name of the model there")
+    if args.endpoint and (args.picture_last or args.answer_prompter):
+        raise UserError(
+            "--picture-last and --answer-prompter are for checkpoints: an endpoint has a template of its own"
+        )
     return args

@@ -42,17 +42,15 @@ def read_questions(
 
     Raises `UserError` where a file has another form, or two questions are the same.
     """
-    questions = [
-        question._replace(extra=({"category": epath.Path(path).stem} if len(paths) > 1 else {}) | question.extra)
-        for path in paths
-        for question in _read(path, own)
-    ]
-    asked = [question._replace(text=_with_suffix(question.text, suffix)) for question in questions]
-    seen = set()
-    for question in asked:
-        if question.key in seen:
-            raise UserError(f"{paths[-1]}: question {question.id} is there twice")
-        seen.add(question.key)
+    asked, seen = [], set()
+    for path in paths:
+        category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
+        for number, question in enumerate(_read(path, own), 1):
+            whole = question._replace(text=_with_suffix(question.text, suffix), extra=category | question.extra)
+            if whole.key in seen:
+                raise UserError(f"{path}: question {question.id}, number {number} there, is there twice")
+            seen.add(whole.key)
+            asked.append(whole)
     if not asked:
         raise UserError(f"{paths[0]}: holds no questions")
     return asked

@@ -91,7 +91,7 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
         raise UserError(f"{line.where}: question {line.get('question_id')}: its tuple {stored} is not two numbers")
     return Review(
         str(line.get("question_id")),
-        line.value.get("category"),
+        None if line.value.get("category") is None else str(line.value["category"]),
         scores,
         swapped,
         line.value.get("judge"),

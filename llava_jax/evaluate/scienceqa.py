@@ -120,20 +120,19 @@ def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
     return problem
 
 
-def read_results(path: str, partial: bool = False, reextract: bool = False) -> dict[str, Answer]:
-    """The answers of a file: indices where it stores them (or texts with `reextract`), texts elsewhere."""
+STORED = ("results", "outputs")  # of a result JSON: indices, and the texts that they were read from
+
+
+def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORED) -> dict[str, Answer]:
+    """The answers of a file. Of a result JSON, those of the first of `stored` that it has."""
     whole = None if is_lines(path) else read_json(path)
-    if isinstance(whole, dict) and isinstance(whole.get("results", whole.get("outputs")), dict):
-        if reextract or "results" not in whole:
-            if not isinstance(whole.get("outputs"), dict):
-                raise UserError(f"{path}: stores no texts (`outputs`) that options could be extracted from again")
-            return _plain(whole["outputs"], path)
-        return {ident: _index(answer) for ident, answer in _plain(whole["results"], path).items()}
-    return read_answers(path, partial)
-
-
-def _plain(values: Mapping[str, Any], path: str) -> dict[str, Answer]:
-    return {ident: Answer(value, f"{path}: question {ident}") for ident, value in values.items()}
+    if not isinstance(whole, dict) or not any(isinstance(whole.get(name), dict) for name in STORED):
+        return read_answers(path, partial)
+    name = next((name for name in stored if isinstance(whole.get(name), dict)), None)
+    if name is None:
+        raise UserError(f"{path}: stores no texts (`outputs`) that options could be read from")
+    answers = {ident: Answer(value, f"{path}: question {ident}") for ident, value in whole[name].items()}
+    return answers if name == "outputs" else {ident: _index(answer) for ident, answer in answers.items()}
 
 
 def _index(answer: Answer) -> Answer:
@@ -147,7 +146,7 @@ def _index(answer: Answer) -> Answer:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     problems = read_problems(args.problems, args.splits, args.split)
-    answers = read_results(args.results, args.partial, args.reextract)
+    answers = read_results(args.results, args.partial, ("outputs",) if args.reextract else STORED)
     joined = join(answers, problems, args.results, args.partial)
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
     scores |= joined.incomplete

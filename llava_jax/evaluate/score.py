@@ -78,7 +78,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="of mm-vet, the judge's grades")
     add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
-    add("--questions", nargs="+", default=[], metavar="F", help="of pope, where ids are not those of the labels")
+    add("--questions", nargs="+", default=[], metavar="F", help="what was asked: tells the pictures to outcomes, "
+        "and of pope and vizwiz the questions where ids are not those of the labels")  # fmt: skip
     add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
     add("--outcomes", metavar="F", help="write what came of each question, for `report`: DIR/NAME.outcomes.jsonl")
     add("--json", action="store_true", help="print one object on one line")

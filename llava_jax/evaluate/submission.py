@@ -51,6 +51,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
-    add("--labels", metavar="F", help="the benchmark's own file (mmbench) or folder (mme), which goes into the result")
+    add("--labels", metavar="F", help="the benchmark's own file (textvqa, mmbench) or folder (mme), which goes into "
+        "the result; of vqav2 and vizwiz the questions of the whole split")  # fmt: skip
     add("--output", required=True, metavar="F", help="a file; of mme, a new folder")
     return parser.parse_args(argv)

@@ -1,49 +1,63 @@
 """What came of each question of a benchmark that is scored by labels, to compare runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer
-from llava_jax.evaluate.benchmark import Benchmark
+from llava_jax.evaluate.benchmark import Benchmark, Judged
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.evaluate.questions import Question, key_of
 
-OF_ONE = ("accuracy", "single", "score")  # scores that are means over answers, so that one answer has them, too
+OF_ONE = ("accuracy", "score")  # scores that are means over answers, so that one answer has them, too
 
 
 def outcomes_of(
     benchmark: Benchmark, pairs: Sequence[tuple[Answer, Any]], lines: Sequence[Line], asked: Sequence[Question]
 ) -> Iterator[Outcome]:
-    """Of each answer: the score of it alone. Raises `UserError` for a benchmark that scores only several together."""
-    line_at = {line.where: line for line in lines}
+    """Of each answer or, where the benchmark scores several together, of these."""
+    line_at = {line.where: line.value for line in lines}
     pictures = {question.key: question.pictures for question in asked}
-    for answer, label in pairs:
-        line, scores = line_at[answer.where].value, benchmark.score([(answer, label)])
-        name = next((name for name in OF_ONE if name in scores), None)
-        if name is None:
-            raise UserError(f"{benchmark.what}: is scored by several answers together, which --outcomes cannot tell")
-        known = pictures.get(key_of(line), ()) if "prompt" in line else ()
+    for judged in benchmark.judged(pairs) if benchmark.judged else _each(benchmark, pairs, line_at):
+        own = [line_at[answer.where] for answer, _ in judged.pairs]
+        known = next((pictures.get(key_of(line), ()) for line in own if "prompt" in line), ())
         yield Outcome(
-            _name(line),
-            _categories(scores),
-            score=(scores[name] or 0.0) / 100,
-            of=float(scores[name] is not None),
-            question=str(line.get("prompt", "")),
+            judged.name,
+            judged.categories,
+            score=judged.score,
+            of=judged.of,
+            weight=judged.weight,
+            question=_together(line.get("prompt", "") for line in own),
             image=known[0] if known and isinstance(known[0], str) else "",
-            answer=str(line.get("text", answer.value)),
-            reference=str(getattr(label, "right", "")),
-            judgement=str(line.get("content", "")),
-            judge=str(line.get("judge", "")),
-            prompt_hash=str(line.get("prompt_hash", "")),
+            answer=_together(
+                line.get("text", answer.value) for line, (answer, _) in zip(own, judged.pairs, strict=True)
+            ),
+            reference=_together(getattr(label, "right", "") for _, label in judged.pairs),
+            judgement=_together(line.get("content", "") for line in own),
+            judge=str(own[0].get("judge", "")),
+            prompt_hash=str(own[0].get("prompt_hash", "")),
         )
 
 
+def _each(
+    benchmark: Benchmark, pairs: Sequence[tuple[Answer, Any]], line_at: Mapping[str, dict[str, Any]]
+) -> Iterator[Judged]:
+    """Each answer, with the score of it alone."""
+    for answer, label in pairs:
+        scores = benchmark.score([(answer, label)])
+        value = next(scores[name] for name in OF_ONE if name in scores)
+        share, of = (0.0, 0.0) if value is None else (value / 100, 1.0)
+        yield Judged(_name(line_at[answer.where]), [(answer, label)], _categories(scores), share, of)
+
+
+def _together(texts: Iterator[Any]) -> str:
+    return "\n\n".join(str(text) for text in texts if text != "")
+
+
 def _name(line: dict[str, Any]) -> str:
-    """What tells a question from others, where ids repeat in categories or rounds."""
+    """What tells a question from others, where ids repeat in categories."""
     ident = next(str(line[name]) for name in ("question_id", "questionId", "id", "image") if name in line)
-    return " ".join([ident, *(str(line[name]) for name in ("category", "round_id") if name in line)])
+    return " ".join([ident, *([str(line["category"])] if "category" in line else [])])
 
 
 def _categories(scores: dict[str, Any]) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
-"""Questions with short answers: VQAv2, TextVQA, VizWiz, GQA."""
+"""Questions with short answers: VQAv2, VizWiz, GQA."""
 
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import IDS, Answer, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed, unique
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -23,25 +24,24 @@ class Label(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 
-def score_challenge(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Soft accuracy as the challenges' servers compute it of what the published models submitted: where people agree,
+def score_vqav2(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+    """Soft accuracy as the challenge's server computes it of what the published models submitted: where people agree,
     answers are compared as they are."""
-    return _by_kind(
-        [(label.kind, _challenge_accuracy(submitted(answer.text), label.answers)) for answer, label in pairs]
-    )
+    return _by_kind([(label.kind, _vqav2_accuracy(submitted(answer.text), label.answers)) for answer, label in pairs])
 
 
-def _challenge_accuracy(answer: str, people: Sequence[str]) -> float:
+def _vqav2_accuracy(answer: str, people: Sequence[str]) -> float:
     people = [" ".join(text.split("\n")).replace("\t", " ").strip() for text in people]
     if len(set(people)) > 1:
         answer, people = official(answer), [official(text) for text in people]
     return soft_accuracy(answer, people)
 
 
-def score_textvqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Soft accuracy of answers normalised as people's."""
-    accuracies = [soft_accuracy(submitted(a.text), [submitted(text) for text in label.answers]) for a, label in pairs]
-    return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
+def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+    """The same by VizWiz's server, which normalises the answer and never what people said."""
+    return _by_kind(
+        [(label.kind, soft_accuracy(official(submitted(answer.text)), label.answers)) for answer, label in pairs]
+    )
 
 
 def score_gqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
@@ -82,45 +82,25 @@ def vizwiz_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Q
             for where, value in listed(read_json(path), "", path):
                 yield str(field(value, "image", where)), _people(value, where), where
 
-    return Labels(unique(labels()))
-
-
-def _people(value: Any, where: str) -> Label:
-    answers = field(value, "answers", where)
-    try:
-        return Label(tuple(answer["answer"] for answer in answers), value.get("answer_type", "other"))
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{where}: its answers are no list of objects with `answer`") from error
-
-
-def textvqa_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """By picture and question, since published answers have the picture's id; or by the questions' own ids."""
-    keys: dict[str, str] = {}
-
-    def labels() -> Iterator[tuple[str, Label, str]]:
-        for path in paths:
-            for where, value in listed(read_json(path), "data", path):
-                image, question = field(value, "image_id", where), field(value, "question", where)
-                answers = field(value, "answers", where)
-                key = _picture_and_question(image, question)
-                keys[str(value.get("question_id", key))] = key
-                yield key, Label(tuple(answers), ""), where
+    pictures = _pictures(asked)
 
     def key(line: Line) -> str:
         ident = question_id(line)
-        return keys.get(ident) or _picture_and_question(ident, textvqa_question(line.get("prompt")))
+        return pictures.get(ident, ident)
 
     return Labels(unique(labels()), key)
 
 
-def _picture_and_question(image: Any, question: str) -> str:
-    return f"{image}: {question.lower().strip()}"
+def _pictures(asked: Sequence[Question]) -> dict[str, str]:
+    """The names of the pictures that are asked about, by the ids of the questions."""
+    return {str(question.id): PurePath(str(question.pictures[0])).name for question in asked if question.pictures}
 
 
-def textvqa_question(prompt: str) -> str:
-    """The question in a prompt that has OCR tokens and the format of the answer in lines of their own."""
-    apart = ("Reference OCR token:", SHORT)
-    return "\n".join(line for line in prompt.split("\n") if not line.startswith(apart))
+def _people(value: Any, where: str) -> Label:
+    answers = [field(answer, "answer", where, str) for answer in field(value, "answers", where, list)]
+    if not answers:
+        raise UserError(f"{where}: has no answers of people")
+    return Label(tuple(answers), str(value.get("answer_type", "other")))
 
 
 def gqa_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
@@ -130,7 +110,7 @@ def gqa_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Ques
                 where = f"{path}: question {ident}"
                 structure = field(field(value, "types", where), "structural", where)
                 kind = "open" if structure == "query" else "binary"
-                yield ident, Label((field(value, "answer", where),), kind), where
+                yield ident, Label((field(value, "answer", where, str),), kind), where
 
     return Labels(unique(labels()))
 
@@ -147,7 +127,7 @@ def vqav2_questions(path: str) -> Iterator[Question]:
     value = read_json(path)
     split = str(field(value, "data_subtype", path)).replace("test-dev2015", "test2015")
     for where, question in listed(value, "questions", path):
-        image = f"COCO_{split}_{field(question, 'image_id', where):012d}.jpg"
+        image = f"COCO_{split}_{field(question, 'image_id', where, int):012d}.jpg"
         yield Question(field(question, "question_id", where), field(question, "question", where), (image,))
 
 
@@ -155,13 +135,6 @@ def vizwiz_questions(path: str) -> Iterator[Question]:
     for where, question in listed(read_json(path), "", path):
         image = field(question, "image", where)
         yield Question(image, f"{field(question, 'question', where)}\n{UNANSWERABLE}", (image,))
-
-
-def textvqa_questions(path: str) -> Iterator[Question]:
-    """Without OCR tokens, which the v1.5 release showed: its own file of questions has them."""
-    for where, question in listed(read_json(path), "data", path):
-        image = field(question, "image_id", where)
-        yield Question(image, field(question, "question", where), (f"{image}.jpg",))
 
 
 def gqa_questions(path: str) -> Iterator[Question]:
@@ -178,11 +151,23 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
 
 
 def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
-    return _array([{"question_id": line.get(*IDS), "answer": submitted(line.get("text"))} for line in lines])
+    """The server wants all questions of its split: those of `own` that have no answer get an empty one."""
+    answers = {str(line.get(*IDS)): (line.get(*IDS), submitted(line.get("text"))) for line in lines}
+    for question in read_questions([own], "", vqav2_questions) if own else ():
+        answers.setdefault(str(question.id), (question.id, ""))
+    return _array([{"question_id": ident, "answer": answer} for ident, answer in answers.values()])
 
 
 def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
-    return _array([{"image": line.get(*IDS), "answer": submitted(line.get("text"))} for line in lines])
+    """The server knows questions by their pictures, which `own` tells where the ids are others."""
+    pictures = _pictures(read_questions([own], "", vizwiz_questions)) if own else {}
+    entries = []
+    for line in lines:
+        picture = pictures.get(question_id(line), question_id(line))
+        if not PurePath(picture).suffix:
+            raise UserError(f"{line.where}: {picture} names no picture: --labels with the questions tells which it is")
+        entries.append({"image": picture, "answer": submitted(line.get("text"))})
+    return _array(entries)
 
 
 def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
@@ -190,11 +175,10 @@ def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
 
 
 VQAV2 = Benchmark(
-    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=vqav2_labels, score=score_challenge, submission=submit_vqav2
+    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=vqav2_labels, score=score_vqav2, submission=submit_vqav2
 )
-TEXTVQA = Benchmark("TextVQA: soft accuracy", textvqa_questions, SHORT, labels=textvqa_labels, score=score_textvqa)
 VIZWIZ = Benchmark(
-    "VizWiz: soft accuracy", vizwiz_questions, SHORT, labels=vizwiz_labels, score=score_challenge,
+    "VizWiz: soft accuracy", vizwiz_questions, SHORT, labels=vizwiz_labels, score=score_vizwiz,
     submission=submit_vizwiz,
 )  # fmt: skip
 GQA = Benchmark("GQA: exact answers", gqa_questions, SHORT, labels=gqa_labels, score=score_gqa, submission=submit_gqa)
