@@ -305,7 +305,7 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
     from llava_jax.models.quantization import quantize_decoder
 
     model = build(CONFIG, {name: jnp.array(value, dtype) for name, value in params.items()}, dtype)
-    model.llm.unstack_layers(transposed=False)
+    model.llm.unstack_layers()
     if int8:
         quantize_decoder(model.llm)
     weights, structure = jax.tree.flatten(model)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from llava_jax.models.attention import (
     BACKENDS,
+    BLOCK,
     attention,
+    cached_attention,
     causal_segment_mask,
     choose_backend,
     dense_attention,
@@ -167,3 +169,27 @@ def test_a_vision_tower_has_577_tokens_and_heads_of_64(backend, monkeypatch):
     np.testing.assert_allclose(
         attention(q, k, v, backend=backend), attention(q, k, v, backend="xla"), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_rows_of_a_cache_are_attended_to_alone_as_among_many_to_the_last_bit(window):
+    rng = np.random.default_rng(0)
+    rows, kv_heads, S = 6, 2, 3 * BLOCK
+    q = jnp.asarray(rng.normal(size=(rows, 1, N, H)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(rows + 2, kv_heads, S, H)), jnp.float32) for _ in "kv")
+    conversations = jnp.array([7, 0, 3, 1, 2, 5])
+    positions = jnp.array([[5], [300], [S], [700], [256], [255]])  # the third row does nothing
+
+    @jax.jit
+    def attend(positions):
+        return cached_attention(q, k, v, conversations, positions, window)
+
+    many = attend(positions)
+    for row, position in enumerate(positions[:, 0].tolist()):
+        alone = attend(jnp.full_like(positions, S).at[row].set(position))
+        np.testing.assert_array_equal(alone[row], many[row])
+        if position < S:
+            seen = slice(0 if window is None else max(position - window + 1, 0), position + 1)
+            keys, values = (x[conversations[row], :, seen].swapaxes(0, 1)[None] for x in (k, v))
+            expected = dense_attention(q[row][None], keys, values)[0]
+            np.testing.assert_allclose(many[row], expected, rtol=0, atol=1e-5)

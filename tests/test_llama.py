@@ -220,17 +220,22 @@ def decode(model, tokens, positions, cache):
 
 
 @pytest.mark.parametrize(
-    ("config", "unstacked"),
-    [(CONFIG, False), (dataclasses.replace(CONFIG, sliding_window=5), False), (reference.TEXTS["qwen2"], True)],
-    ids=["plain", "window", "unstacked with biases"],
+    ("config", "transposed"),
+    [
+        (CONFIG, None),
+        (dataclasses.replace(CONFIG, sliding_window=5), None),
+        (reference.TEXTS["qwen2"], False),
+        (reference.TEXTS["qwen2"], True),
+    ],
+    ids=["plain", "window", "unstacked with biases", "transposed with biases"],
 )
-def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, unstacked):
+def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, transposed):
     _, model = pair(config)
     T, prompts = 14, np.array([9, 4, 1])  # row lengths of the prompts; five tokens are decoded after each
     tokens = random_tokens(3, T)
     expected = our_logits(model, tokens)
-    if unstacked:
-        model.unstack_layers()
+    if transposed is not None:
+        model.unstack_layers(transposed)
 
     segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
     logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)

@@ -43,7 +43,7 @@ def test_a_quantized_decoder_is_near_the_decoder(tied):
 
     def logits(int8: bool) -> tuple[jax.Array, int]:
         model = build(config, jax.tree.map(jnp.copy, params))
-        model.llm.unstack_layers(transposed=False)
+        model.llm.unstack_layers()
         if int8:
             quantize_decoder(model.llm)
         cache = Conversations(*((jnp.zeros((1, 2, 256, 12)),) * 2 for _ in "kv"))

@@ -14,6 +14,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 CHUNK = 512
 # Keys of a conversation that `cached_attention` looks at at a time.
 BLOCK = 256
+# Conversations that a CPU looks at together.
+GROUP = 2
 FLOOR = -1e30  # below every score, and finite, since the difference of two infinities is not a number
 # Splash works on blocks of at most so many queries and keys; TPUs have 128 lanes.
 SPLASH_BLOCK, LANES = 512, 128
@@ -222,8 +224,19 @@ def together(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.
     return jax.vmap(function)(*rows)
 
 
+def in_groups(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
+    """Some rows together, group by group up to the last in which one is there.
+
+    The group's size is fixed, since a row's last bits depend on how many are computed together.
+    """
+    size = math.gcd(len(there_B), GROUP)
+    grouped = [x.reshape(-1, size, *x.shape[1:]) for x in (there_B, *rows)]
+    results = one_by_one(jax.vmap(function), grouped[0].any(axis=1), *grouped[1:])
+    return results.reshape(-1, *results.shape[2:])
+
+
 # Rows whose conversations are short, or that have none, cost a CPU nothing where the others do not wait for them.
-EACH_ROW = {"cpu": one_by_one, "gpu": together, "tpu": together}
+EACH_ROW = {"cpu": in_groups, "gpu": together, "tpu": together}
 
 
 def by_head(x_BTKH: jax.Array) -> jax.Array:

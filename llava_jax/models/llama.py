@@ -120,9 +120,9 @@ class Llama(nnx.Module):
             x_BTD = layer.feed(x_BTD, attended)
         return self.norm(x_BTD), Conversations(tuple(keys), tuple(values))
 
-    def unstack_layers(self, transposed: bool = True) -> None:
-        """Arranges the layers for decoding, which is bound by reading their weights: as a list, and for single rows
-        with kernels [out, in].
+    def unstack_layers(self, transposed: bool = False) -> None:
+        """Arranges the layers for decoding, which is bound by reading their weights: as a list, and if `transposed`
+        with kernels [out, in], which CPUs multiply with a single row a quarter faster, and with more at half the speed.
 
         Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other,
         so that little more than the model is ever in memory if nothing else holds it.

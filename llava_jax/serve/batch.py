@@ -12,6 +12,7 @@ from llava_jax.serve.conversations import Places, PreparedPrompt, Shelf
 from llava_jax.serve.programs import LENGTHS, Chosen, Programs, PromptPiece, Slots, make_choice
 
 STEPS = 4  # tokens a dispatch: someone reads along, and others wait to enter
+STEPS_BETWEEN = 1  # tokens between two pieces of prompts: who waits for a first one waits longest
 WASTE = 32  # positions that a piece of a prompt may be padded by
 
 
@@ -122,7 +123,8 @@ class Batch:
             slots.limits[at] = length + running.answer.sampling.max_new_tokens - 1
             _set_choice(slots.choice, at, running)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
-        written = self._programs.decode(slots, STEPS, report)
+        steps = STEPS if len(begun) == len(self.running) else STEPS_BETWEEN
+        written = self._programs.decode(slots, steps, report)
         ended = []
         for running in begun:
             ended += self._deliver(running, Chosen(*(x[running.slot] for x in written)))
