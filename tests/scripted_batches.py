@@ -1,6 +1,7 @@
 """The batch API of the scripted server: files and batches, in memory."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ class ScriptedBatches:
 
     `answer` makes status and body from the body of a request. `fate`, if given, is how the next batches end instead
     (`failed`, `expired`), an expired one with half of its answers; `broken` has the next POST of a batch answer 500
-    after the batch was made.
+    after the batch was made; `away` is how often looks at batches and their files are answered 503.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], tuple[int, Any]], looks: int = 2):
@@ -21,21 +22,24 @@ class ScriptedBatches:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.fates: list[str] = []
-        self.broken = 0
+        self.broken = self.away = 0
 
     def handle(self, method: str, path: str, body: bytes) -> Reply | None:
         """The reply to a request, None for an unknown path."""
+        if self.away and method == "GET" and re.search("/(batches|files)/", path):
+            self.away -= 1
+            return 503, {"error": {"message": "away for a while"}}
         match method, path.partition("?")[0].strip("/").split("/")[1:]:
             case "POST", ["files"]:
                 return 200, self._file(_uploaded(body))
-            case "GET", ["files", id, "content"]:
+            case "GET", ["files", id, "content"] if id in self.files:
                 return 200, self.files[id]
             case "POST", ["batches"]:
                 return self._make(json.loads(body))
             case "GET", ["batches"]:
                 newest = sorted(self.batches.values(), key=lambda batch: -batch["created_at"])
                 return 200, {"object": "list", "data": newest, "has_more": False}
-            case "GET", ["batches", id]:
+            case "GET", ["batches", id] if id in self.batches:
                 return 200, self._look(self.batches[id])
         return None
 

@@ -71,7 +71,7 @@ class Rate:
         return 0.0
 
 
-FAULTS = ("error", "overload", "cut", "malformed", "empty", "slow", "no_usage", "wrong_usage", "refused")
+FAULTS = ("error", "overload", "cut", "dropped", "malformed", "empty", "slow", "no_usage", "wrong_usage", "refused")
 SLOW = 1.0  # seconds that a slow answer takes longer
 
 
@@ -174,6 +174,8 @@ class ScriptedLLM:
                 self._send(writer, 200, {"choices": []})
                 return True
         completion = self._completion(body, fault)
+        if fault == "dropped":
+            return False
         if body.get("stream"):
             return await self._stream(completion, writer, cut=fault == "cut")
         if fault == "cut":

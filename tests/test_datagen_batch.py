@@ -102,6 +102,30 @@ def test_a_batch_that_was_made_though_the_server_failed_is_found(folder: Path):
         assert len(server.batches.batches) == 2
 
 
+def test_a_server_may_be_away_for_a_while(folder: Path, capsys: pytest.CaptureFixture):
+    with ScriptedLLM(reply=reply) as server:
+        server.batches.away = 3
+        assert run(folder, server, *BATCH) == 0
+    assert "away for a while; looks again in" in capsys.readouterr().err
+    assert len(samples(folder)) == COUNT and states(folder) == {"answered": COUNT + 5}
+
+
+def test_a_batch_that_the_server_does_not_know_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def die(*_: object) -> None:
+        raise Killed
+
+    with ScriptedLLM(reply=reply) as server:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Ledger, "close_batch", die)
+            run(folder, server, *BATCH)
+        known, server.batches.batches = server.batches.batches, {}
+        with pytest.raises(UserError, match="knows no batch batch-0.*choose another directory"):
+            run(folder, server, *BATCH)
+        server.batches.batches = known
+        assert run(folder, server, *BATCH) == 0
+    assert len(samples(folder)) == COUNT
+
+
 def test_budget_holds_for_batches(folder: Path):
     costs = ["--prices", 1, 1, "--max-tokens", 200]
     with ScriptedLLM(reply=reply) as server:

@@ -78,6 +78,15 @@ def test_coco(ledger: Ledger, folder: Path):
     assert [context.id for context in contexts.read(ledger.db, 1)] == ["7"]
 
 
+def test_pictures_that_come_later_are_taken_as_long_as_nothing_was_asked(ledger: Ledger, folder: Path):
+    load_coco(ledger, folder)
+    Image.new("RGB", (10, 20)).save(folder / "missing.jpg")
+    assert load_coco(ledger, folder) == {"no caption": 1} and contexts.count(ledger.db) == 3
+    (folder / "missing.jpg").unlink()
+    ledger.begin(Request("7", 0, []), 0.0)
+    assert load_coco(ledger, folder) == {"no caption": 1} and contexts.count(ledger.db) == 3
+
+
 def test_text_is_that_of_the_authors():
     context = Context("7", "b.jpg", ("Two dogs.", "Dogs play."), DOGS)
     assert context.text(boxes=False) == "Two dogs.\nDogs play."
@@ -98,15 +107,17 @@ def test_jsonl_with_the_size_of_the_picture(ledger: Ledger, folder: Path):
 
 
 def test_tables_are_filled_once_and_for_the_same_files(ledger: Ledger, folder: Path):
-    load_coco(ledger, folder)
+    there = {"images": IMAGES[:2], "captions": CAPTIONS[:3]}
+    write_coco(folder, **there)
+    assert load_coco(ledger, folder) == {}
     ledger.db.execute("UPDATE contexts SET image = 'kept.jpg'")
-    assert load_coco(ledger, folder)["no caption"] == 1
+    load_coco(ledger, folder)
     assert next(contexts.read(ledger.db)).image == "kept.jpg"
-    write_coco(folder, instances=INSTANCES[:1])
+    write_coco(folder, **there, instances=INSTANCES[:1])
     load_coco(ledger, folder)
     assert next(contexts.read(ledger.db)).boxes == DOGS[:1]
     ledger.begin(Request("7", 0, []), 0.0)
-    write_coco(folder)
+    write_coco(folder, **there)
     with pytest.raises(UserError, match="other captions or boxes"):
         load_coco(ledger, folder)
 

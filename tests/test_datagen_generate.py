@@ -164,3 +164,33 @@ def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture):
         with pytest.raises(UserError, match=message):
             run(folder, None, "--show", *more, output="nothing")
     assert not (folder / "nothing").exists()
+
+
+def test_bad_contexts_leave_nothing_behind(folder: Path):
+    good = folder / "contexts.jsonl"
+    bad = folder / "bad.jsonl"
+    bad.write_text(f'{good.read_text()}\n{{"image": 7}}\n')
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+        run(folder, None, "--dry-run", "--captions", bad, output="made/of/it")
+    assert not (folder / "made").exists()
+    run(folder, None, "--dry-run")
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+        run(folder, None, "--dry-run", "--captions", bad)
+    assert [path.name for path in (folder / "out").iterdir()] == ["ledger.sqlite"]
+    assert run(folder, None, "--show", "3") == 0
+
+
+def test_what_the_command_says_itself_is_not_taken_from_the_body(folder: Path, capsys: pytest.CaptureFixture):
+    for body, name in (('{"n": 3}', "n"), ('{"messages": [], "model": "m"}', "messages, model")):
+        with pytest.raises(SystemExit):
+            run(folder, None, "--body", body, "--model", "m")
+        assert f"holds {name}, which the command says itself" in capsys.readouterr().err
+
+
+def test_answers_can_be_streamed(folder: Path):
+    asked = []
+    with ScriptedLLM(reply=lambda body: asked.append(body) or reply(body), faults={"cut": 0.1}) as server:
+        assert run(folder, server, "--body", '{"stream": true, "top_p": 0.9}') == 0
+        assert run(folder, server, "--body", '{"top_p": 0.9}') == 0
+    assert len(samples(folder)) == COUNT
+    assert {(body["stream"], body["top_p"]) for body in asked} == {(True, 0.9)}

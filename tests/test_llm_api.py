@@ -1,6 +1,8 @@
 """The client and its ledger against a scripted server that speaks HTTP."""
 
 import asyncio
+import email.utils
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from scripted_llm import ScriptedLLM
 from llava_jax.cli import UserError
 from llava_jax.llm_api import client as client_module
 from llava_jax.llm_api.client import Client, Settings, Stopped
-from llava_jax.llm_api.cost import Budget, BudgetSpent, Prices
+from llava_jax.llm_api.cost import Budget, BudgetSpent, Prices, most_tokens
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
 
@@ -88,6 +90,28 @@ def test_one_process_and_one_result_a_task(tmp_path: Path, ledger: Ledger):
         ledger.identify({"seed": 2})
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "0.25"}, 0.25),
+        ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "-3"}, 0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "inf"}, None),
+        ({}, None),
+    ],
+)
+def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None):
+    assert client_module.retry_after(headers) == seconds
+
+
+def test_a_date_in_retry_after_is_waited_for():
+    date = email.utils.formatdate(time.time() + 90, usegmt=True)
+    assert 88 <= client_module.retry_after({"retry-after": date}) <= 90
+
+
 def test_retry_after_is_honoured(ledger: Ledger):
     with ScriptedLLM(refusals=1, retry_after=0.6) as server:
         check_answers(ask_all(server, ledger, 1))
@@ -109,6 +133,14 @@ def test_impossible_usage_is_estimated(ledger: Ledger, fault: str):
     with ScriptedLLM(faults={fault: 1.0}) as server:
         (answer,) = ask_all(server, ledger, 1)
     assert answer.usage == "estimated" and answer.prompt_tokens > 0 and 0 < answer.completion_tokens <= 100
+
+
+def test_what_a_server_may_have_charged_counts_as_spent(ledger: Ledger):
+    with ScriptedLLM(faults={"dropped": 1.0}) as server:
+        (answer,) = ask_all(server, ledger, 1, tries=2)
+        assert isinstance(answer, UserError) and "ServerDisconnectedError" in str(answer)
+    worst = PRICES.cost(most_tokens(request(0).messages), 100)
+    assert server.completions == 2 and ledger.totals().cost == pytest.approx(2 * worst)
 
 
 def test_budget_is_not_exceeded(ledger: Ledger):

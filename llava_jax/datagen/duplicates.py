@@ -31,15 +31,16 @@ def signature(text: str) -> np.ndarray:
 
 def near_duplicates(texts: Iterable[str]) -> dict[int, int]:
     """Which texts are near-duplicates, and of which earlier one that is none itself."""
-    signatures = np.array([signature(text) for text in texts], np.uint32).reshape(-1, BANDS * ROWS)
+    signatures = np.fromiter(map(signature, texts), np.dtype((np.uint32, BANDS * ROWS)))
     bands = [_shared(signatures[:, start : start + ROWS]) for start in range(0, BANDS * ROWS, ROWS)]
     kept: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
     found = {}
     for i in sorted({int(i) for band in bands for i in np.flatnonzero(band >= 0)}):
         keys = [(number, int(band[i])) for number, band in enumerate(bands) if band[i] >= 0]
-        earlier = sorted({j for key in keys for j in kept[key]})
-        if original := [j for j in earlier if (signatures[i] == signatures[j]).mean() >= THRESHOLD]:
-            found[i] = original[0]
+        earlier = np.array(sorted({j for key in keys for j in kept[key]}), np.int64)
+        alike = (signatures[earlier] == signatures[i]).mean(axis=1) >= THRESHOLD
+        if alike.any():
+            found[i] = int(earlier[alike.argmax()])
             continue
         for key in keys:
             kept[key].append(i)

@@ -8,6 +8,7 @@ Any server with an OpenAI-compatible API will do; its key comes from OPENAI_API_
 
 import argparse
 import functools
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -62,27 +63,39 @@ def main(kind: str, argv: list[str]) -> int:
         args.seed,
     )
     given = work(args, args.model or "")
-    directory = Path(args.output)
-    ledger = Ledger(directory / LEDGER, given.settings.model, given.settings.body)
+    asks = args.show is None and not args.dry_run
+    if asks and recipe.language:
+        check_language(recipe.language)
+    ledger = open_ledger(given.settings, args)
     try:
-        left_out = load(ledger, args.captions, args.instances, args.images)
-        for reason, count in left_out.items():
-            print(f"{count} pictures are left out: {reason}", file=sys.stderr)
         if recipe.boxes and not contexts.any_boxes(ledger.db):
             raise UserError(f"{kind} is told of boxes, but there are none: give --instances, or --no-boxes")
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
             return estimate(recipe, ledger, given.settings, args.limit)
-        if recipe.language:
-            check_language(recipe.language)
         ledger.identify({**recipe.identity(), "model": args.model, "body": given.settings.body})
         return generate(recipe, ledger, given, args)
+    except sqlite3.OperationalError as error:  # as a full disk
+        raise UserError(f"{ledger.path}: {error}; the same command goes on") from error
     finally:
         ledger.close()
 
 
 conversation, detail, reasoning = (functools.partial(main, kind) for kind in KINDS)
+
+
+def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
+    """The ledger with the contexts in it. Where these cannot be read, no new one is left behind."""
+    ledger = Ledger(Path(args.output) / LEDGER, settings.model, settings.body)
+    try:
+        left_out = load(ledger, args.captions, args.instances, args.images)
+    except BaseException:
+        ledger.discard()
+        raise
+    for reason, count in left_out.items():
+        print(f"{count} pictures are left out: {reason}", file=sys.stderr)
+    return ledger
 
 
 def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespace) -> int:

@@ -66,9 +66,10 @@ def load(ledger: Ledger, captions: str, instances: str | None, images: str, anyw
         ledger.db.execute(contexts.SCHEMA)
         ledger.db.execute(CONTEXTS_OF)
         if row := ledger.db.execute("SELECT files, left_out FROM contexts_of").fetchone():
-            if row[0] == digests:
-                return json.loads(row[1])
-            if ledger.totals().requests:
+            asked, left_out = ledger.totals().requests, json.loads(row[1])
+            if row[0] == digests and (asked or not left_out):
+                return left_out  # as long as nothing was asked, what was left out may have come to the folder
+            if asked:
                 raise UserError(f"{ledger.path} was made from other captions or boxes; choose another directory")
             ledger.db.execute("DELETE FROM contexts_of")
             ledger.db.execute("DELETE FROM contexts")

@@ -52,8 +52,7 @@ class Verdict(NamedTuple):
 
 def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Request | Verdict:
     """What comes after so many answers to the requests that this function gave before."""
-    messages = recipe.prompts.messages(context.text(recipe.boxes))
-    reasons = []
+    reasons, asked_again = [], []
     for attempt, answer in enumerate(answers):
         read = judge(recipe, context, answer)
         if not isinstance(read, Fault):
@@ -61,8 +60,8 @@ def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Re
         reasons.append(read.reason)
         if attempt + 1 == recipe.attempts:
             return Verdict(*read, attempts=tuple(reasons))
-        messages = [*messages, *_ask_again(recipe, answer, read)]
-    return Request(context.id, len(answers), messages)
+        asked_again += _ask_again(recipe, answer, read)
+    return Request(context.id, len(answers), [*recipe.prompts.messages(context.text(recipe.boxes)), *asked_again])
 
 
 def give_up(recipe: Recipe, context: Context, answers: Sequence[Answer], reason: str, detail: str) -> Verdict:

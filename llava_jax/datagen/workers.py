@@ -21,18 +21,19 @@ async def ask_about(pending: Iterator[Context], recipe: Recipe, client: Client) 
     under way has come to its end.
     """
     # While some wait to try again, others make use of the connections.
-    workers = [_work(pending, recipe, client) for _ in range(2 * client.settings.concurrency)]
+    turn = asyncio.Lock()
+    workers = [_work(pending, recipe, client, turn) for _ in range(2 * client.settings.concurrency)]
     for result in await asyncio.gather(*workers, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
 
 
-async def _work(pending: Iterator[Context], recipe: Recipe, client: Client) -> None:
+async def _work(pending: Iterator[Context], recipe: Recipe, client: Client, turn: asyncio.Lock) -> None:
     try:
         for context in pending:
             if client.stop.is_set():
                 return
-            verdict = await _talk(recipe, context, client)
+            verdict = await _talk(recipe, context, client, turn)
             client.ledger.conclude(context.id, verdict.reason, verdict.value, verdict.attempts)
     except Stopped:
         pass
@@ -41,14 +42,18 @@ async def _work(pending: Iterator[Context], recipe: Recipe, client: Client) -> N
         raise
 
 
-async def _talk(recipe: Recipe, context: Context, client: Client) -> Verdict:
+async def _talk(recipe: Recipe, context: Context, client: Client, turn: asyncio.Lock) -> Verdict:
     answers = []
-    while not isinstance(step := next_step(recipe, context, answers), Verdict):
+    while True:
+        async with turn:  # one answer is read in each round of the event loop: what can be sent or received goes first
+            await asyncio.sleep(0)
+            step = next_step(recipe, context, answers)
+        if isinstance(step, Verdict):
+            return step
         try:
             answers.append(await client.ask(step))
         except Refused as refused:
             return give_up(recipe, context, answers, refused.reason, refused.detail)
-    return step
 
 
 def run(given: Work, ledger: Ledger, recipe: Recipe, pending: Iterator[Context], count: int) -> int:

@@ -18,7 +18,7 @@ from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Question
 from llava_jax.llm_api.asking import Task, Work, ask_all
 from llava_jax.llm_api.client import Settings
-from llava_jax.llm_api.cost import Prices
+from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.llm_api.options import NO_KEY
 
 AT_A_TIME = 512  # questions whose pictures are in memory
@@ -66,8 +66,8 @@ def _answer(text: str) -> str | None:
 
 
 def _work(args: argparse.Namespace) -> Work:
-    if args.budget is not None and not any(args.prices):
-        raise UserError("--budget needs --prices: without them nothing costs anything")
+    prices = Prices(*args.prices)
+    check_budget(args.budget, prices)
     body = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
     body |= {"top_p": args.top_p, "seed": args.seed} if args.temperature else {}
     settings = Settings(
@@ -77,7 +77,7 @@ def _work(args: argparse.Namespace) -> Work:
         os.environ.get("OPENAI_API_KEY") or NO_KEY,
         concurrency=args.concurrency,
         requests_a_minute=args.requests_a_minute,
-        prices=Prices(*args.prices),
+        prices=prices,
         timeout=args.timeout,
     )
     return Work(settings, args.budget)

@@ -7,14 +7,17 @@ noting the server's id leaves a batch that the next one finds among the server's
 import asyncio
 import json
 import secrets
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
+import httpx2
 import openai
 
 from llava_jax.cli import UserError
-from llava_jax.llm_api.client import HOPELESS, PASSING, NoAnswer, Settings, api, backoff, read_completion
+from llava_jax.llm_api.client import HOPELESS, PASSING, NoAnswer, Settings, api, backoff, first_cause, read_completion
 from llava_jax.llm_api.cost import budget_spent, most_tokens
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
 
@@ -23,6 +26,7 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 NAME = "llava_jax"  # of the metadata that hold a batch's name
 CLOCKS = 3600.0  # seconds that a server's clock may be behind ours
 TRIES = 5  # of whatever fails on the way
+ERRORS = (openai.APIError, httpx2.HTTPError)  # the latter where an answer stops on the way
 
 
 class Batches:
@@ -41,7 +45,7 @@ class Batches:
     ):
         self.settings, self.ledger, self.budget, self.poll = settings, ledger, budget, poll
         self.request_of = request_of
-        self.api = api(settings).with_options(max_retries=TRIES)
+        self.api = api(settings)
 
     async def __aenter__(self) -> "Batches":
         return self
@@ -87,9 +91,16 @@ class Batches:
         for batch in self.ledger.open_batches():
             if batch.id is None:
                 self.ledger.note_batch(batch.number, await self._send(batch))
+        seen = time.monotonic()
         while batches := self.ledger.open_batches():
-            for batch in batches:
-                refused |= await self._collect(batch)
+            try:
+                for batch in batches:
+                    refused |= await self._collect(batch)
+                seen = time.monotonic()
+            except ERRORS as error:  # days are long enough for a network to be away for a while
+                if _for_good(error) or time.monotonic() - seen > self.settings.patience:
+                    raise self._error(error) from error
+                print(f"{self.api.base_url}: {first_cause(error)}; looks again in {self.poll:.0f} s", file=sys.stderr)
             if self.ledger.open_batches():
                 await asyncio.sleep(self.poll)
         if refused and not self.ledger.answer_count():
@@ -104,9 +115,9 @@ class Batches:
         while True:
             try:
                 return await self._find(batch) or await self._create(batch)
-            except openai.APIError as error:
+            except ERRORS as error:
                 failures += 1
-                if failures == TRIES or getattr(error, "status_code", 500) in (*HOPELESS, 400):
+                if failures == TRIES or _for_good(error):
                     raise self._error(error) from error
                 await asyncio.sleep(backoff(failures))
 
@@ -124,7 +135,7 @@ class Batches:
                 file.write(self._line(row, self.request_of(task)))
             file.seek(0)
             uploaded = await self.api.files.create(file=(f"{batch.name}.jsonl", file), purpose="batch")
-        made = await self.api.with_options(max_retries=0).batches.create(
+        made = await self.api.batches.create(
             input_file_id=uploaded.id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
@@ -150,8 +161,11 @@ class Batches:
                     await self._download(id, file)
                 file.seek(0)
                 refused = self._note(batch, file, state.status)
-        except openai.APIError as error:
-            raise self._error(error) from error
+        except openai.NotFoundError as error:
+            raise UserError(
+                f"{self.api.base_url}: knows no batch {batch.id} or its files: they are to be had where, and with the "
+                "key with which, they were made; if they were deleted there, choose another directory"
+            ) from error
         if state.status in ("failed", "cancelled"):
             errors = "; ".join(f"{error.message}" for error in (state.errors and state.errors.data) or ())
             raise UserError(
@@ -193,8 +207,12 @@ class Batches:
         self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
         return None
 
-    def _error(self, error: openai.APIError) -> UserError:
-        return UserError(f"{self.api.base_url}: {' '.join(error.message.split())}; the same command goes on")
+    def _error(self, error: Exception) -> UserError:
+        return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command goes on")
+
+
+def _for_good(error: Exception) -> bool:
+    return getattr(error, "status_code", 500) in (*HOPELESS, 400)
 
 
 def _responses(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,12 +4,15 @@ import asyncio
 import email.utils
 import hashlib
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import aiohttp
+import httpx2
 import openai
 
 from llava_jax.cli import UserError
@@ -18,6 +21,7 @@ from llava_jax.llm_api.ledger import Answer, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
+LONG = 60.0  # seconds of waiting that are worth a word
 HOPELESS = (401, 403, 404, 405)  # the same for every request: key, model or address are wrong
 PASSING = (408, 409, 425)  # and all from 500 on
 
@@ -75,6 +79,7 @@ class Client:
         if budget.limit is not None and not settings.most_completion_tokens:
             raise UserError("a budget needs max_tokens in the requests: without it no answer has a highest price")
         self.api = api(settings)
+        self._rest = json.dumps({"model": settings.model, **settings.body}).encode()[1:]  # of a body, behind messages
         self._slots = asyncio.Semaphore(settings.concurrency)
         self.stop = asyncio.Event()
         self.answered_at = time.monotonic()
@@ -120,7 +125,8 @@ class Client:
     async def _try(self, request: Request) -> Answer:
         worst = self.worst_cost(request)
         tokens = estimate_tokens(request.messages) + self.settings.most_completion_tokens
-        await self.unless_stopped(self.budget.reserve(worst))
+        while not self.budget.reserve(worst):
+            await self.unless_stopped(self.budget.settled())
         row, cost = None, 0.0
         try:
             await self._await_turn(tokens)
@@ -142,7 +148,7 @@ class Client:
                 self.ledger.failed(row, "given up while under way; whether it was charged is unknown", cost)
             raise
         finally:
-            await self.budget.settle(worst, cost)
+            self.budget.settle(worst, cost)
 
     async def _await_turn(self, tokens: int) -> None:
         async with self._turn:
@@ -150,6 +156,8 @@ class Client:
                 seconds = self.limit.wait(time.monotonic(), tokens)
                 if seconds <= 0:
                     return
+                if seconds > LONG:
+                    print(f"{self.api.base_url}: the next request goes out in {seconds:.0f} s", file=sys.stderr)
                 await self.unless_stopped(asyncio.sleep(seconds))
         raise Stopped
 
@@ -180,31 +188,35 @@ class Client:
                 completion = await (self._streamed if self.settings.stream else self._whole)(request)
         except openai.APIStatusError as error:
             raise self._status_failure(error) from error
-        except (openai.APIError, TimeoutError, ValueError) as error:  # no connection, too late, cut off, no JSON
-            cause = error.__cause__ or error
-            raise NoAnswer(f"{type(cause).__name__}: {cause}", charged=not _never_sent(cause)) from error
+        except (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError) as error:  # cut off, too late, no JSON
+            raise NoAnswer(first_cause(error), charged=not _never_sent(error)) from error
         return read_completion(completion, request.messages, self.settings.most_completion_tokens)
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
-        return {
-            "model": self.settings.model,
-            "messages": [],  # the client looks at every message given here, for longer than all the rest takes
-            "extra_body": {"messages": request.messages, **self.settings.body},
-            "extra_headers": {"Idempotency-Key": idempotency_key(self.settings.model, request)},
-        }
-
     async def _whole(self, request: Request) -> Any:
-        response = await self.api.chat.completions.with_raw_response.create(**self._arguments(request))
+        # As chat.completions.create, which looks at all messages and the answer for longer than all the rest takes.
+        response = await self.api.post(
+            "/chat/completions",
+            cast_to=httpx2.Response,
+            content=b'{"messages": %b, %b' % (request.json, self._rest),
+            options={"headers": self._headers(request)},
+        )
         try:
-            return json.loads(response.http_response.content)
-        except ValueError as error:
+            return json.loads(response.content)
+        except (ValueError, RecursionError) as error:
             raise NoAnswer(f"the answer is no JSON: {error}", charged=True) from error
 
     async def _streamed(self, request: Request) -> Any:
         """A streamed answer, put together as if it had come whole."""
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        arguments = {
+            "model": self.settings.model,
+            "messages": request.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "extra_body": self.settings.body,
+            "extra_headers": self._headers(request),
+        }
         texts, finish_reason, usage = [], None, None
-        async with await self.api.chat.completions.create(**self._arguments(request), **options) as stream:
+        async with await self.api.chat.completions.create(**arguments) as stream:
             async for chunk in stream:
                 usage = chunk.usage.model_dump() if chunk.usage else usage
                 for choice in chunk.choices:
@@ -214,6 +226,9 @@ class Client:
             raise NoAnswer("the stream was cut", charged=True)
         choice = {"message": {"content": "".join(texts)}, "finish_reason": finish_reason}
         return {"choices": [choice], "usage": usage}
+
+    def _headers(self, request: Request) -> dict[str, str]:
+        return {"Idempotency-Key": idempotency_key(self.settings.model, request)}
 
     def _status_failure(self, error: openai.APIStatusError) -> Exception:
         status, code = error.status_code, str(getattr(error, "code", ""))
@@ -246,7 +261,7 @@ def api(settings: Settings) -> openai.AsyncOpenAI:
 
 def idempotency_key(model: str, request: Request) -> str:
     """The same for every try of a request, also by later processes: gateways that know such keys charge it once."""
-    return hashlib.sha256(json.dumps([model, *request]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([model, request.task, request.attempt, request.prompt_hash]).encode()).hexdigest()
 
 
 def backoff(failures: int) -> float:
@@ -255,12 +270,13 @@ def backoff(failures: int) -> float:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that the server wants to be left alone: from milliseconds, seconds or a date."""
+    """Seconds that the server wants to be left alone: from milliseconds, seconds or a date; None where it says none."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
-            return max(0.0, float(headers[name]) * unit)
+            seconds = float(headers[name]) * unit
         except (KeyError, ValueError):
             continue
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     date = email.utils.parsedate_tz(headers.get("retry-after"))
     return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
 
@@ -300,5 +316,20 @@ def _of_tokens(error: openai.APIStatusError) -> bool:
     return left == "0" or "tokens per min" in error.message
 
 
-def _never_sent(cause: BaseException) -> bool:
-    return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+def first_cause(error: BaseException) -> str:
+    """What went wrong at first, in one line."""
+    *_, first = _causes(error)
+    return " ".join(f"{type(first).__name__}: {first}".split())
+
+
+def _never_sent(error: BaseException) -> bool:
+    """Whether there was no connection at all; one that the server closes may have carried a request."""
+    return any(
+        isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError) for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__

@@ -10,8 +10,7 @@ from llava_jax.cli import UserError
 
 Message = dict[str, Any]  # role, and content: a text, or a list of parts of type text and image_url
 
-_PIECES = re.compile(r"[A-Za-z]+|[^A-Za-z\s]")
-_LETTERS_A_TOKEN = 6  # English words of up to so many letters are mostly one token
+_PIECES = re.compile(r"[A-Za-z]{1,6}|[^A-Za-z\s]")  # English words of up to so many letters are mostly one token
 _TOKENS_A_MESSAGE = 4  # of the role and what stands around it
 _TOKENS_A_PICTURE, _MOST_TOKENS_A_PICTURE = 1024, 16384
 
@@ -32,7 +31,7 @@ def _content(message: Message) -> tuple[str, int]:
 
 @functools.lru_cache(1024)  # most messages are the same in many prompts
 def _text_tokens(text: str) -> int:
-    return sum(-(-len(piece) // _LETTERS_A_TOKEN) for piece in _PIECES.findall(text))
+    return len(_PIECES.findall(text))
 
 
 def most_tokens(messages: Sequence[Message]) -> int:
@@ -53,6 +52,15 @@ class Prices(NamedTuple):
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
+def check_budget(budget: float | None, prices: Prices) -> None:
+    """Raises `UserError` where nothing would ever count as spent."""
+    if budget is not None and not any(prices):
+        raise UserError(
+            "--budget needs --prices IN OUT, the dollars for a million tokens of prompt and of completion, as the "
+            "server's price list has them: without, nothing counts as spent"
+        )
+
+
 class BudgetSpent(UserError):
     """The next request might cost more than is left."""
 
@@ -69,25 +77,29 @@ class Budget:
 
     def __init__(self, limit: float | None, spent: float = 0.0):
         self.limit, self.spent, self.reserved = limit, spent, 0.0
-        self._settled = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
 
-    def allows(self, dollars: float) -> bool:
-        return self.limit is None or self.spent + self.reserved + dollars <= self.limit
+    def reserve(self, dollars: float) -> bool:
+        """False where requests under way may leave enough: wait until one is settled. Raises `BudgetSpent`."""
+        if self.limit is not None and self.spent + self.reserved + dollars > self.limit:
+            if not self.reserved:
+                raise budget_spent(self.spent, self.limit, dollars)
+            return False
+        self.reserved += dollars
+        return True
 
-    async def reserve(self, dollars: float) -> None:
-        """Waits for requests under way where they may leave enough. Raises `BudgetSpent`."""
-        async with self._settled:
-            while not self.allows(dollars):
-                if not self.reserved:
-                    raise budget_spent(self.spent, self.limit, dollars)
-                await self._settled.wait()
-            self.reserved += dollars
-
-    async def settle(self, reserved: float, spent: float) -> None:
+    def settle(self, reserved: float, spent: float) -> None:
         """Of a reservation so much was spent."""
-        async with self._settled:
-            self.reserved = max(0.0, self.reserved - reserved)
-            if self.reserved < 1e-12:  # rounding
-                self.reserved = 0.0
-            self.spent += spent
-            self._settled.notify_all()
+        self.reserved = max(0.0, self.reserved - reserved)
+        if self.reserved < 1e-12:  # rounding
+            self.reserved = 0.0
+        self.spent += spent
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._waiting.clear()
+
+    def settled(self) -> "asyncio.Future[None]":
+        """Done when the next reservation is settled."""
+        self._waiting.append(asyncio.get_running_loop().create_future())
+        return self._waiting[-1]

@@ -11,7 +11,9 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,18 +60,25 @@ CREATE TABLE IF NOT EXISTS results (
 ) WITHOUT ROWID;
 """
 ACCEPTED = "accepted"
+CHECKPOINT = 4096  # pages of 4 KB after which the disk is waited for; in that time no answer is read
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """A prompt, for a task, the first or a later attempt at it."""
 
     task: str
     attempt: int
     messages: Sequence[Message]
 
-    @property
+    @cached_property
+    def json(self) -> bytes:
+        """The messages as JSON."""
+        return json.dumps(self.messages).encode()
+
+    @cached_property
     def prompt_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()
+        return hashlib.sha256(self.json).hexdigest()
 
 
 class Answer(NamedTuple):
@@ -102,6 +111,7 @@ class Ledger:
     """Opened by one process at a time. Every method that writes is one transaction."""
 
     def __init__(self, path: Path, model: str = "", parameters: dict[str, Any] | None = None):
+        self._new = [] if path.exists() else [path, *(folder for folder in path.parents if not folder.exists())]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.model, self.parameters = path, model, json.dumps(parameters or {}, sort_keys=True)
         self._lock = _lock(path.parent)
@@ -109,6 +119,7 @@ class Ledger:
         try:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last moments
+            self.db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
             self.db.executescript(SCHEMA)
             self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'", [time.time()])
         except sqlite3.DatabaseError as error:
@@ -118,6 +129,13 @@ class Ledger:
     def close(self) -> None:
         self.db.close()
         os.close(self._lock)
+
+    def discard(self) -> None:
+        """Closes it, and takes away what was made to hold it: a ledger that was there before stays."""
+        self.close()
+        for made in self._new:
+            with suppress(OSError):  # a folder that something else was put into
+                made.unlink() if made == self.path else made.rmdir()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

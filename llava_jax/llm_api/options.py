@@ -9,10 +9,11 @@ from typing import Any
 from llava_jax.cli import UserError, positive
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.client import Settings
-from llava_jax.llm_api.cost import Prices
+from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.remote import is_remote
 
 NO_KEY = "none"  # servers at home want none, but the client does
+NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # what the client says itself: one answer is read and paid
 
 
 def add_api_arguments(
@@ -25,7 +26,7 @@ def add_api_arguments(
     add("--temperature", type=float, default=temperature, metavar="T", help="default: %(default)s")
     add("--max-tokens", type=positive, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
     add("--body", type=_object, default={}, metavar="JSON",
-        help='more of each request, as {"top_p": 0.9}; null takes away what is there')  # fmt: skip
+        help='more of each request, as {"top_p": 0.9} or {"stream": true}; null takes away what is there')  # fmt: skip
     add("--attempts", type=positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
     add(
         "--concurrency",
@@ -38,7 +39,7 @@ def add_api_arguments(
     add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
     add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
-        help="dollars for a million tokens of prompt and of completion")  # fmt: skip
+        help="dollars for a million tokens of prompt and of completion; with --batch, of the batch API")  # fmt: skip
     add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
     add("--batch", action="store_true", help="use the batch API: cheaper, and answers come within a day")
     add("--poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at batches (default: 60)")
@@ -62,18 +63,20 @@ def ledger_directory(args: argparse.Namespace) -> Path:
 
 def work(args: argparse.Namespace, model: str) -> Work:
     """What these options say."""
-    if args.budget is not None and not any(args.prices):
-        raise UserError("--budget needs --prices: without them nothing costs anything")
+    prices, body = Prices(*args.prices), request_body(args)
+    check_budget(args.budget, prices)
     at_home = args.base_url or os.environ.get("OPENAI_BASE_URL")
+    stream = bool(body.pop("stream", False))
     settings = Settings(
         model,
-        request_body(args),
+        body,
         args.base_url,
         os.environ.get("OPENAI_API_KEY") or (NO_KEY if at_home else None),
         args.concurrency,
         args.requests_a_minute,
         args.tokens_a_minute,
-        Prices(*args.prices),
+        prices,
+        stream,
         timeout=args.timeout,
     )
     return Work(settings, args.budget, args.attempts, args.batch, args.poll)
@@ -100,4 +103,6 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("has to be a JSON object")
+    if taken := sorted(NOT_IN_BODY & value.keys()):
+        raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which the command says itself")
     return value
