@@ -57,6 +57,12 @@ def test_written_data_is_llava_json(arguments, tmp_path):
     assert second.turns[0] == ("user", QCM + "\n<image>")
 
 
+def test_a_problem_without_texts_is_named(arguments, tmp_path):
+    (tmp_path / "problems.json").write_text(json.dumps({"3": BARE | {"lecture": None}}))
+    with pytest.raises(UserError, match="problem 3: its lecture is no text"):
+        evaluate.main([*arguments, "--split=test"])
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--split=bad"], "has no problem 4, which split bad of .* names"),
     (["--split=dev"], "has no split dev .it has train, test, bad"),

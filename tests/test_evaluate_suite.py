@@ -465,6 +465,16 @@ def test_submissions(tmp_path: Path, name, ident, expected):
         submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2)
 
 
+def test_submissions_of_others_answers(tmp_path: Path):
+    """Fields have other names there; what is missing or no text is named."""
+    out = submit(tmp_path, "gqa", [{"questionId": "q1", "prediction": "Yes."}])
+    assert json.loads(out.read_text()) == [{"questionId": "q1", "prediction": "yes"}]
+    with pytest.raises(UserError, match="line 1: has no question_id or questionId"):
+        submit(tmp_path, "seed", [{"text": "A"}, {"text": "B"}])
+    with pytest.raises(UserError, match="line 1: the answer is no text but 3"):
+        submit(tmp_path, "vqav2", [{"question_id": 1, "text": 3}])
+
+
 def test_a_submission_to_vqav2_has_all_questions(tmp_path: Path):
     """The server takes the whole of test2015 alone: what was not asked has an empty answer."""
     asked = [{"question_id": i, "image": f"{i}.jpg", "text": "?"} for i in (1, 2)]
@@ -483,7 +493,8 @@ def test_a_submission_to_textvqa_has_its_ids(tmp_path: Path):
 
 def test_mmbench_submission(tmp_path: Path):
     own = write(tmp_path / "mmbench.tsv", table(BASE))
-    out = submit(tmp_path, "mmbench", [answer(3, "A"), answer(5, "B")], f"--labels={own}")
+    answers = [answer(3, "A\x0b"), answer(5, "B")]  # what no sheet can hold is left out
+    out = submit(tmp_path, "mmbench", answers, f"--labels={own}")
     rows = list(openpyxl.load_workbook(io.BytesIO(out.read_bytes())).active.values)
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert [(row[0], row[6]) for row in rows[1:]] == [(3, "A"), (5, "B")]
@@ -510,6 +521,7 @@ def test_mme_submission(tmp_path: Path, mme_labels):
     ("mme", "", "is no folder"),
     ("mmbench", table([BASE[0] | {"answer": "C"}]), "line 2: question 3: its answer 'C' is none of its options"),
     ("mmbench", "question\nx\n", "line 2: has no index"),
+    ("mmbench", "index\tquestion\n", "has no rows"),
     ("seed", {"questions": []}, "has no question_type"),
     ("mmbench", table(BASE).replace("she", "sh\u00e9").encode("latin-1"), "line 3: is not UTF-8 .byte 0xe9"),
     ("pope", jsonl([pope(1, "cat", "yes")]).encode("utf-16"), "is UTF-16, not UTF-8"),

@@ -35,6 +35,11 @@ def question_id(line: Line) -> str:
     return str(line.get(*IDS))
 
 
+def answer_text(line: Line) -> str:
+    """What a line answers. Raises `UserError` where it is no text."""
+    return Answer(line.get(*TEXTS), line.where).text
+
+
 def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
     """The answers of a file by question id. Raises `UserError` at what is no answer, and at a second to a question.
 

@@ -49,7 +49,10 @@ def read_contexts(path: str) -> dict[str, tuple[str, str]]:
     described = {}
     for line in read_lines(path):
         if "captions" in line.value:
-            boxes = "\n".join(_box(line, instance) for instance in line.value.get("instances", ()))
+            instances = line.value.get("instances", [])
+            if not isinstance(instances, list):
+                raise UserError(f"{line.where}: its instances are no list")
+            boxes = "\n".join(_box(line, instance) for instance in instances)
             described[str(line.get("image"))] = (f"{_text(line, 'captions')}\n\n{boxes}", "")
         else:
             described[str(line.get("image"))] = (_text(line, "caption"), WILD_PREFIX)
@@ -58,6 +61,8 @@ def read_contexts(path: str) -> dict[str, tuple[str, str]]:
 
 def _text(line: Line, name: str) -> str:
     value = line.get(name)
+    if not isinstance(value, str | list):
+        raise UserError(f"{line.where}: its {name} is neither a text nor a list of them")
     return value if isinstance(value, str) else "\n".join(map(str, value))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, percent, question_id, read_json
+from llava_jax.evaluate.answers import IDS, Answer, answer_text, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
@@ -103,6 +103,8 @@ def _rows(path: str) -> list[Row]:
             rows.append(Row(int(field(values, "index", where)), where, {k: v or "" for k, v in values.items() if k}))
         except ValueError as error:
             raise UserError(f"{where}: the index {values['index']} is no number") from error
+    if not rows:
+        raise UserError(f"{path}: has no rows")
     return rows
 
 
@@ -167,20 +169,25 @@ def submit_mmbench(lines: Sequence[Line], own: str | None) -> bytes:
         raise UserError("--labels: MMBench's table of questions is needed, since its server wants it with the answers")
     try:
         import openpyxl
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError as error:
         raise UserError("MMBench wants an Excel file: pip install 'llava_jax[evaluate]'") from error
     if any(line.value.get("round_id") for line in lines):
         raise UserError(f"{own}: asks each question once; MMBench's server wants its table with rows for the rounds")
-    answers = {question_id(line): line.get("text") for line in lines}
+    answers = {question_id(line): answer_text(line) for line in lines}
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet()
     rows = _rows(own)
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in rows[0].values if name not in dropped]
-    sheet.append([*names[:6], "prediction", *names[6:]])
+
+    def add(cells: Sequence[Any]) -> None:
+        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
+
+    add([*names[:6], "prediction", *names[6:]])
     for row in rows:
         values = [row.index if name == "index" else row.values[name] for name in names]
-        sheet.append([*values[:6], answers.get(str(row.index)), *values[6:]])
+        add([*values[:6], answers.get(str(row.index)), *values[6:]])
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -235,7 +242,7 @@ def seed_questions(path: str) -> Iterator[Question]:
 
 
 def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
-    rows = [{"question_id": line.get("question_id"), "prediction": line.get("text")} for line in lines]
+    rows = [{"question_id": line.get(*IDS), "prediction": answer_text(line)} for line in lines]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 

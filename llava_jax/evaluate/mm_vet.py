@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, percent, read_json
+from llava_jax.evaluate.answers import Answer, answer_text, percent, read_json
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
@@ -82,7 +82,7 @@ def questions(path: str) -> Iterator[Question]:
 def submission(lines: Sequence[Line], own: str | None) -> bytes:
     """What MM-Vet's grader reads."""
     ids = [str(line.get("question_id")).removeprefix(PREFIX) for line in lines]
-    answers = {f"{PREFIX}{ident}": line.get("text") for ident, line in zip(ids, lines, strict=True)}
+    answers = {f"{PREFIX}{ident}": answer_text(line) for ident, line in zip(ids, lines, strict=True)}
     return json.dumps(answers, indent=2).encode() + b"\n"
 
 

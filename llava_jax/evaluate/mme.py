@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.answers import Answer, answer_text
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Judged, Labels, unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
@@ -108,20 +108,20 @@ def _entries(path: str) -> Iterator[tuple[str, str, str, str, str]]:
         raise UserError(f"{path}: has none of MME's categories, such as {min(names)}")
     for item in known:
         if not item.is_dir():
-            for where, (picture, question, answer, *_) in _rows(item, 3):
+            for where, (picture, question, answer, *_) in _rows(item, (3, 4)):
                 yield item.stem, picture, question, _yes_or_no(answer, where), where
             continue
         folder = item / "questions_answers_YN"
         for file in sorted((folder if folder.exists() else item).glob("*.txt")):
-            for where, (question, answer) in _rows(file, 2):
+            for where, (question, answer) in _rows(file, (2,)):
                 yield item.name, file.name, question, _yes_or_no(answer, where), where
 
 
-def _rows(file: epath.Path, fields: int) -> Iterator[tuple[str, list[str]]]:
+def _rows(file: epath.Path, fields: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
     for number, row in enumerate(read_text(file).splitlines(), 1):
         values = row.strip().split("\t")
-        if row.strip() and len(values) < fields:
-            raise UserError(f"{file}: line {number}: has {len(values)} fields separated by tabs, not {fields}")
+        if row.strip() and len(values) not in fields:
+            raise UserError(f"{file}: line {number}: has {len(values)} fields separated by tabs, not {fields[0]}")
         if row.strip():
             yield f"{file}: line {number}", values
 
@@ -156,7 +156,7 @@ def submission(lines: Sequence[Line], own: str | None) -> dict[str, bytes]:
     rows = {right.key(line): line for line in lines}
     for category, picture, question, answer, _ in _entries(own):
         if (line := rows.get(_key(category, picture, question))) is not None:
-            text = " ".join(str(line.get("text")).split())
+            text = " ".join(answer_text(line).split())
             files[f"{category}.txt"].append("\t".join((PurePath(picture).stem + ".txt", question, answer, text)))
     return {name: ("\n".join(rows) + "\n").encode() for name, rows in files.items()}
 

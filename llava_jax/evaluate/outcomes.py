@@ -39,6 +39,9 @@ class Outcome(NamedTuple):
         return 100 * self.score / self.of if self.of else None
 
 
+TEXTS = ("question_id", "question", "image", "answer", "reference", "judgement", "judge", "prompt_hash")
+
+
 def write_outcomes(path: epath.PathLike, outcomes: Iterable[Outcome]) -> None:
     """Writes a file, whose name has to end as `read_run` expects."""
     if not str(path).endswith(SUFFIX):
@@ -71,6 +74,7 @@ def _outcome(line: Line) -> Outcome:
     try:
         outcome = Outcome(**line.value)
         numbers = {name: float(getattr(outcome, name)) for name in ("score", "of", "weight")}
-        return outcome._replace(categories=tuple(map(str, outcome.categories)), **numbers)
+        texts = {name: str(getattr(outcome, name)) for name in TEXTS}
+        return outcome._replace(categories=tuple(map(str, outcome.categories)), **numbers, **texts)
     except (TypeError, ValueError) as error:
         raise UserError(f"{line.where}: is no outcome: {error}") from error

@@ -76,7 +76,7 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
     entries = [entry for path in paths for entry in _read(path)]
     only = _category(paths[0]) if len(paths) == 1 else ""
     if asked:
-        placed = [(_category(question.extra.get("category", only)), question) for question in asked]
+        placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
         index = {(category, str(q.id)): _key(category, q.pictures, q.text) for category, q in placed}
     else:
         index = {(entry.label.category, entry.question_id): entry.key for entry in entries}

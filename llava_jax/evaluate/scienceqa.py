@@ -33,6 +33,7 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
     "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
     "Avg": lambda problem: True,
 }
+TEXTS = ("question", "lecture", "solution", "grade", "subject")
 SCORED = ("choices", "answer", "hint", "image", "grade", "subject")  # fields of a problem
 
 
@@ -112,6 +113,8 @@ def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
         raise UserError(f"{where}: is no object")
     if absent := [name for name in fields if name not in problem]:
         raise UserError(f"{where}: has no {absent[0]}")
+    if wrong := [name for name in TEXTS if name in fields and not isinstance(problem[name], str)]:
+        raise UserError(f"{where}: its {wrong[0]} is no text")
     answer, choices = problem["answer"], problem["choices"]
     if not isinstance(choices, list) or not 0 < len(choices) <= len(OPTIONS):
         raise UserError(f"{where}: `choices` is no list of 1 to {len(OPTIONS)} options")

@@ -54,7 +54,7 @@ def _unlabelled(text: str, label: str) -> str:
 def _question(problem: Problem, form: str) -> str:
     texts = {
         "question": problem["question"],
-        "context": problem["hint"].strip() or "N/A",
+        "context": str(problem["hint"] or "").strip() or "N/A",
         "choices": " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)),
     }
     lines = []

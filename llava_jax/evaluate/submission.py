@@ -5,9 +5,9 @@ import argparse
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_lines, by_key
+from llava_jax.evaluate.answers import answer_lines, by_key, question_id
 from llava_jax.evaluate.benchmarks import listing, require
-from llava_jax.evaluate.questions import key_of
+from llava_jax.evaluate.lines import Line
 from llava_jax.whole_file import whole_file
 
 EPILOG = f"""examples:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = require(args.benchmark, "submission")
     lines = answer_lines(args.answers)
-    by_key(lines, lambda line: str(key_of({"prompt": ""} | line.value)))  # none is there twice
+    by_key(lines, _key)  # none is there twice
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
         with whole_file(args.output) as file:
@@ -30,6 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         _write_folder(epath.Path(args.output), content)
     print(f"{len(lines)} answers: {args.output}")
+
+
+def _key(line: Line) -> str:
+    """What tells answers apart, where ids repeat in categories, rounds and pictures."""
+    rest = (str(line.value[name]) for name in ("category", "round_id", "prompt") if name in line.value)
+    return " ".join([question_id(line), *rest])
 
 
 def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:

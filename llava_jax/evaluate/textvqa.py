@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, percent, question_id, read_json
+from llava_jax.evaluate.answers import Answer, answer_text, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
@@ -103,7 +103,7 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
             raise UserError(f"{line.where}: {own} has no question {key}")
         where, value = entries[key]
         ident = field(value, "question_id", where)
-        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(line.get("text"))})
+        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer_text(line))})
     return json.dumps(rows).encode() + b"\n"
 
 

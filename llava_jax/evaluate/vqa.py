@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, percent, question_id, read_json
+from llava_jax.evaluate.answers import IDS, Answer, answer_text, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
@@ -152,7 +152,7 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
 
 def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
     """The server wants all questions of its split: those of `own` that have no answer get an empty one."""
-    answers = {str(line.get(*IDS)): (line.get(*IDS), submitted(line.get("text"))) for line in lines}
+    answers = {str(line.get(*IDS)): (line.get(*IDS), submitted(answer_text(line))) for line in lines}
     for question in read_questions([own], "", vqav2_questions) if own else ():
         answers.setdefault(str(question.id), (question.id, ""))
     return _array([{"question_id": ident, "answer": answer} for ident, answer in answers.values()])
@@ -166,12 +166,12 @@ def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
         picture = pictures.get(question_id(line), question_id(line))
         if not PurePath(picture).suffix:
             raise UserError(f"{line.where}: {picture} names no picture: --labels with the questions tells which it is")
-        entries.append({"image": picture, "answer": submitted(line.get("text"))})
+        entries.append({"image": picture, "answer": submitted(answer_text(line))})
     return _array(entries)
 
 
 def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
-    return _array([{"questionId": line.get(*IDS), "prediction": gqa_prediction(line.get("text"))} for line in lines])
+    return _array([{"questionId": line.get(*IDS), "prediction": gqa_prediction(answer_text(line))} for line in lines])
 
 
 VQAV2 = Benchmark(
