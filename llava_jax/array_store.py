@@ -8,6 +8,7 @@ checkpoint as any other: `orbax.checkpoint` loads it, on any number of hosts and
 import collections
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -107,6 +108,23 @@ def open_array(directory: epath.Path, name: str) -> ts.TensorStore:
     else:
         store = _kvstore(directory / name)
     return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()
+
+
+def parts_of(array: ts.TensorStore) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """An array in the parts that it is stored in, each with its place.
+
+    A part is small enough for memory that was just given back, while for a layer at once the system makes new pages,
+    twice, which takes it longer than all else that an export does.
+    """
+    shape, part = array.shape, array.chunk_layout.read_chunk.shape
+    axis = next((axis for axis in range(array.rank) if part[axis] < shape[axis]), None)
+    if axis is None:
+        yield (slice(None),) * array.rank, array.read().result()
+        return
+    for start in range(0, shape[axis], part[axis]):
+        place = [slice(None)] * array.rank
+        place[axis] = slice(start, min(start + part[axis], shape[axis]))
+        yield tuple(place), array[tuple(place)].read().result()
 
 
 def _create(directory: epath.Path, name: str, array: jax.ShapeDtypeStruct) -> ts.TensorStore:

@@ -28,10 +28,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array
+from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
@@ -141,10 +142,22 @@ class Checkpoint:
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """One parameter as it is stored, or one layer of a stacked one, of which nothing else is kept in memory."""
-        part = next(part for part, names in self.parts if name in names)
+        part = self._part_with(name)
         with _in_one_line(part.weights, DAMAGED):
-            array = open_array(part.weights / (part.name or TREE), name)
-            return np.asarray((array if layer is None else array[layer]).read().result())
+            return part._array(name, layer).read().result()
+
+    def read_parts(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The same in parts, each with its place."""
+        part = self._part_with(name)
+        with _in_one_line(part.weights, DAMAGED):
+            yield from parts_of(part._array(name, layer))
+
+    def _part_with(self, name: str) -> "Checkpoint":
+        return next(part for part, names in self.parts if name in names)
+
+    def _array(self, name: str, layer: int | None) -> ts.TensorStore:
+        array = open_array(self.weights / (self.name or TREE), name)
+        return array if layer is None else array[layer]
 
     def load(
         self,

@@ -15,7 +15,7 @@ import tiny
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llava_jax.array_store import TREE, ArrayWriter, open_array
+from llava_jax.array_store import TREE, ArrayWriter, open_array, parts_of
 from llava_jax.checkpoint import Description, TrainingCheckpoints, open_checkpoint, save_model
 from llava_jax.cli import UserError
 
@@ -107,6 +107,26 @@ def test_a_part_is_read_without_the_rest(tmp_path):
     part = stored[:, 512:1024].read().result()
     np.testing.assert_array_equal(part, kernel[:, 512:1024])
     assert kernel.nbytes / 8 <= bytes_read() - before < kernel.nbytes / 8 + 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "part"),
+    [
+        (KERNEL, (2, 4096, 640), (1024, 640)),
+        ("llm.embed_tokens.embedding", (700, 4096), (700, 1024)),
+        ("x", (3,), (3,)),
+    ],
+)
+def test_an_array_is_read_in_the_parts_that_it_is_stored_in(name, shape, part, tmp_path):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float16)
+    write(tmp_path / "arrays", {name: values})
+    stored = open_array(epath.Path(tmp_path / "arrays" / TREE), name)
+    stored, values = (stored[1], values[1]) if name == KERNEL else (stored, values)
+    found = np.full(values.shape, np.nan, np.float16)
+    for place, held in parts_of(stored):
+        assert all(size <= most for size, most in zip(held.shape, part, strict=True))
+        found[place] = held
+    np.testing.assert_array_equal(found, values)
 
 
 def test_a_disk_without_room_is_seen_before_the_first_byte(tmp_path, monkeypatch):

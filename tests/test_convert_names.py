@@ -10,12 +10,15 @@ import torch_reference as reference
 
 from llava_jax.convert.names import (
     OIHW_TO_HWIO,
+    SAME,
+    TABLE,
     TRANSPOSE,
     Entry,
     head_entries,
     llm_entries,
     projector_entries,
     to_hf,
+    to_hf_tensor,
     to_ours,
     vision_entries,
 )
@@ -86,6 +89,20 @@ def test_round_trip_is_bit_equal(entry, dtype):
     for leaf, tensor in back.items():
         assert tensor.dtype == source[leaf].dtype
         assert tensor.tobytes() == source[leaf].tobytes()
+
+
+@pytest.mark.parametrize("transform", [SAME, TABLE, TRANSPOSE, OIHW_TO_HWIO])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_a_tensor_may_come_in_parts(transform, axis):
+    array = random_bits((50, 37, 3, 40)[: len(transform)], np.float16)
+    places = [[slice(None)] * array.ndim for _ in range(3)]
+    for place, cut in zip(places, (slice(0, 17), slice(17, 33), slice(33, None)), strict=True):
+        place[axis] = cut
+    entry = Entry("ours", "theirs", transform)
+    parts = [(tuple(place), array[tuple(place)]) for place in places]
+    found = to_hf_tensor(entry, array.shape, array.dtype, parts)
+    assert found.tobytes() == next(to_hf(entry, array))[1].tobytes()
+    assert found.flags.c_contiguous
 
 
 def test_transforms_compute_what_torch_does():

@@ -243,6 +243,8 @@ def spoilt_adapter(**fields):
     [
         ({}, None, None),
         ({"use_dora": True}, None, "use_dora is True"),
+        ({"alora_invocation_tokens": [1, 2]}, None, "alora_invocation_tokens is"),
+        ({"init_lora_weights": "pissa_niter_16"}, None, "is 'pissa_niter_16', which changes the base"),
         ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, None, "modules_to_save is"),
         ({"r": 8}, None, r"q_proj.weight is \(48, 48\) in the base, A is \(4, 48\)"),

@@ -47,9 +47,8 @@ _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mist
 _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
 # Fields that change what is computed, with the only value supported.
 _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
-# Fields about training, which no decoder has.
-_TRAINING = (*_OWN_FIELDS, "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "image_aspect_ratio", "image_grid_pinpoints")
-_TRAINING += ("tokenizer_padding_side", "tokenizer_model_max_length", "unfreeze_mm_vision_tower")
+# Fields about training, which no decoder has; nor has one any with mm_ in its name.
+_TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 
 _ADAPTER = (
     ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
@@ -166,7 +165,7 @@ def _tokenizer(directory: Path, model: LanguageModel) -> functools.partial:
 
 def _text_json(config: Json) -> Json:
     """The decoder alone."""
-    own = {field: value for field, value in config.items() if field not in _TRAINING and not field.startswith("mm_")}
+    own = {field: value for field, value in config.items() if field not in _TRAINING and "mm_" not in field}
     return own | {"model_type": _MODEL_TYPES.get(config.get("model_type"), config.get("model_type"))}
 
 

@@ -123,25 +123,38 @@ def is_layered(entry: Entry) -> bool:
 def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The (leaf name, tensor) pairs of our parameter; the inverse of `to_ours`."""
     for leaf, tensor in zip(entry.leaves(), [array] if entry.layers is None else array, strict=True):
-        yield leaf, to_hf_tensor(entry, tensor)
+        yield leaf, to_hf_tensor(entry, tensor.shape, tensor.dtype, [((slice(None),) * tensor.ndim, tensor)])
 
 
-def to_hf_tensor(entry: Entry, array: np.ndarray) -> np.ndarray:
-    """Hugging Face's tensor of our parameter, or of one layer of it."""
-    return _permuted(array, np.argsort(entry.transform))
+def to_hf_tensor(
+    entry: Entry, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[tuple[tuple[slice, ...], np.ndarray]]
+) -> np.ndarray:
+    """Hugging Face's tensor of our parameter or of one layer of it, of which the parts are given as (place, values)."""
+    axes = np.argsort(entry.transform)
+    tensor = np.empty([shape[axis] for axis in axes], dtype)
+    for place, values in parts:
+        _permute(values, tuple(axes), tensor[tuple(place[axis] for axis in axes)])
+    return tensor
 
 
-def _permuted(tensor: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+def _permuted(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """The transposed array, in memory of its own order."""
-    axes = tuple(axes)
     if axes != TRANSPOSE:
         return np.ascontiguousarray(tensor.transpose(axes))
+    transposed = np.empty(tensor.shape[::-1], tensor.dtype)
+    _permute(tensor, axes, transposed)
+    return transposed
+
+
+def _permute(tensor: np.ndarray, axes: tuple[int, ...], target: np.ndarray) -> None:
+    if axes != TRANSPOSE:
+        target[...] = tensor.transpose(axes)
+        return
     # numpy alone takes seven times as long: it reads a cache line for each number. And it moves integers faster.
-    bits = np.ascontiguousarray(tensor).view(f"u{tensor.itemsize}")
-    transposed = np.empty(bits.shape[::-1], bits.dtype)
-    for start in range(0, len(bits), 16):
-        transposed[:, start : start + 16] = bits[start : start + 16].T
-    return transposed.view(tensor.dtype)
+    bits = f"u{tensor.itemsize}"
+    tensor, target = np.ascontiguousarray(tensor).view(bits), target.view(bits)
+    for start in range(0, len(tensor), 16):
+        target[:, start : start + 16] = tensor[start : start + 16].T
 
 
 def _stacked(entries: Iterable[Entry], layers: int) -> list[Entry]:

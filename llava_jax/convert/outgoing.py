@@ -61,8 +61,16 @@ def tensors_of(
                 yield Tensor(name_of(part, leaf), shape, there, read)
 
 
+def read_tensor(checkpoint: Checkpoint, entry: Entry, layer: int) -> np.ndarray:
+    """Hugging Face's tensor of a parameter, or of one layer of a stacked one, in the type that it is stored in."""
+    stored = checkpoint.abstract()[entry.name]
+    if entry.layers is None:
+        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_parts(entry.name))
+    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_parts(entry.name, layer))
+
+
 def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    tensor = to_hf_tensor(entry, checkpoint.read(entry.name, None if entry.layers is None else layer))
+    tensor = read_tensor(checkpoint, entry, layer)
     if tensor.shape != shape:
         mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
         tensor = np.concatenate([tensor, np.repeat(mean, shape[0] - len(tensor), axis=0)])

@@ -1,8 +1,6 @@
 """A tensor in a file."""
 
 import math
-import mmap
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,20 +34,15 @@ class StoredTensor(NamedTuple):
 
 
 def read_numbers(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that begins at byte `offset`, not to be written to.
+    """The array that begins at byte `offset`.
 
-    Its bytes alone are mapped into memory, and only as long as it lives. A mapping of the whole file, which the
-    safetensors library makes, would stay there as long as there is room: in the end all of it. Raises UserError where
-    the file has become shorter since it was opened.
+    Read and not mapped: of a mapped file that becomes shorter, the system kills who reads on. Raises UserError where it
+    has become shorter since it was opened.
     """
-    numbers, count = NUMBERS[dtype], math.prod(shape)
-    if not count:
-        return np.empty(shape, numbers)
-    start = offset % mmap.ALLOCATIONGRANULARITY
+    numbers = NUMBERS[dtype]
+    data = np.empty(math.prod(shape) * numbers.itemsize, np.uint8)
     with open(path, "rb") as file:
-        size = count * numbers.itemsize
-        if os.fstat(file.fileno()).st_size < offset + size:
+        file.seek(offset)
+        if file.readinto(data) < len(data):
             raise UserError(f"{path}: was cut short while it was read; download it again")
-        mapped = mmap.mmap(file.fileno(), start + size, access=mmap.ACCESS_READ, offset=offset - start)
-    mapped.madvise(mmap.MADV_WILLNEED)  # from disk in large steps, ahead of the reader
-    return np.frombuffer(mapped, numbers, count, start).reshape(shape)
+    return data.view(numbers).reshape(shape)

@@ -25,7 +25,13 @@ _ADAPTER_FIXED = {
     "layer_replication": None,
     "lora_bias": False,
     "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "arrow_config": None,
 }
+# Values of init_lora_weights with which the base stays as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) take from it what
+# A and B begin with, so that these belong to a base that nobody stored.
+_BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 FINAL_NORM = "model.norm.weight"
 _NO_NORM = 0.1  # the final norm of a decoder multiplies by about one, a difference of two by about zero
@@ -44,6 +50,11 @@ def with_adapter(base: Tensors, adapter: Tensors, settings: Json, where: str) ->
     for field, value in _ADAPTER_FIXED.items():
         if settings.get(field) not in (None, value, {}, []):
             raise UserError(f"{where}: {field} is {settings[field]!r}; only {value!r} is supported")
+    if settings.get("init_lora_weights") not in _BASE_UNCHANGED:
+        raise UserError(
+            f"{where}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the base: save the "
+            "adapter again with PEFT's path_initial_model_for_weight_conversion"
+        )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r is {rank!r} and lora_alpha is {alpha!r}; both have to be numbers")

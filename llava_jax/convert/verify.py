@@ -25,8 +25,8 @@ from llava_jax.convert.found import Found, Options
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
 from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import Entry, to_hf_tensor
-from llava_jax.convert.outgoing import cast
+from llava_jax.convert.names import Entry
+from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
 from llava_jax.data.conversation import IMAGE_TOKEN
@@ -102,7 +102,7 @@ def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
     def difference(place: tuple[str, Entry, int, str]) -> float:
         part, entry, layer, leaf = place
         theirs = found.sources[part].get(part, leaf)
-        ours = to_hf_tensor(entry, checkpoint.read(entry.name, None if entry.layers is None else layer))
+        ours = read_tensor(checkpoint, entry, layer)
         ours, theirs = cast(ours, theirs.dtype, entry.name), theirs[: len(ours)]  # an export may have more rows
         if ours.shape != theirs.shape:
             return np.inf
