@@ -395,6 +395,17 @@ def test_mme_in_a_report(tmp_path: Path, score, mme_labels, capsys):
     assert first["question"].startswith("Is there a car? ") and "Is there a bus?" in first["question"]
 
 
+@pytest.mark.parametrize(("name", "labels", "given", "right"), [
+    ("vqav2", VQAV2, [answer(i, "x") for i in range(1, 5)], ["yes", "3", "the dog.", "The Beach"]),
+    ("textvqa", TEXTVQA, json.dumps({"7": "x", "8": "x"}), ["nokia", "98"]),
+    ("pope", jsonl([pope(1, "cat", "yes"), pope(2, "dog", "no")]), [answer(1, "x"), answer(2, "x")], ["yes", "no"]),
+])  # fmt: skip
+def test_outcomes_tell_what_is_right(tmp_path: Path, score, name, labels, given, right):
+    outcomes = tmp_path / f"{name}.outcomes.jsonl"
+    score(name, given, write(tmp_path / "coco_pope_random.json", labels), f"--outcomes={outcomes}")
+    assert [json.loads(line)["reference"] for line in outcomes.read_text().splitlines()] == right
+
+
 def test_mmbench_in_a_report(tmp_path: Path, score, capsys):
     """A question counts once, and its numbers are the circular ones."""
     labels = write(tmp_path / "mmbench.tsv", table(BASE))

@@ -24,6 +24,10 @@ class Label(NamedTuple):
     category: str
     present: bool
 
+    @property
+    def right(self) -> str:
+        return "yes" if self.present else "no"
+
 
 def says_no(text: str) -> bool:
     """As the original reads it: `no` or `not` is a word of the first sentence; whatever else is a yes."""

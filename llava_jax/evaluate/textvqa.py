@@ -14,17 +14,16 @@ from llava_jax.evaluate.answers import Answer, answer_text, percent, question_id
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.vqa import Label
 from llava_jax.evaluate.vqa_answers import soft_accuracy, submitted
 
 AMONG_TOKENS = re.compile(r"^OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
 APART = ("Reference OCR token:", SHORT)
 
-People = tuple[str, ...]  # what each of them answered
 
-
-def score(pairs: Sequence[tuple[Answer, People]]) -> dict[str, Any]:
+def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Soft accuracy of answers normalised as people's."""
-    accuracies = [soft_accuracy(submitted(a.text), [submitted(text) for text in people]) for a, people in pairs]
+    accuracies = [soft_accuracy(submitted(a.text), [submitted(text) for text in label.answers]) for a, label in pairs]
     return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
 
 
@@ -56,11 +55,11 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     return Labels(found, key)
 
 
-def _texts(value: Any, where: str) -> People:
+def _texts(value: Any, where: str) -> Label:
     answers = field(value, "answers", where, list)
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: its answers are no texts of people")
-    return tuple(answers)
+    return Label(tuple(answers))
 
 
 def _numbered(keys: Iterable[str]) -> list[str]:

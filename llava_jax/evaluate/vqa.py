@@ -18,7 +18,12 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 
 class Label(NamedTuple):
     answers: tuple[str, ...]  # of people
-    kind: str  # of answer
+    kind: str = ""  # of answer
+
+    @property
+    def right(self) -> str:
+        """What most said."""
+        return max(self.answers, key=self.answers.count)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
