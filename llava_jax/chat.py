@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from etils import epath
 from PIL import Image
 from rich.console import Console
 
-from llava_jax import terminal, transcript
+from llava_jax import compilation_cache, terminal, transcript
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError, run
 from llava_jax.data.conversation import choose_template
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     conversation = Conversation(args.system)
     for file in args.image:
         conversation.attach(file)
+    compilation_cache.use(compilation_cache.usual())
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
     with contextlib.closing(Engine.from_checkpoint(checkpoint, template, slots=1)) as engine:
@@ -160,11 +162,11 @@ def _obey(message: str, conversation: Conversation) -> None:
         case "/image" | "/save" | "/load" if not argument:
             raise UserError(f"{command} needs a file: {command} FILE")
         case "/image":
-            _show(conversation.attach(argument))
+            _show(conversation.attach(_unquoted(argument)))
         case "/save":
-            conversation.save(argument)
+            conversation.save(_unquoted(argument))
         case "/load":
-            conversation.load(argument)
+            conversation.load(_unquoted(argument))
             _recall(conversation)
         case _:
             raise UserError(f"there is no command {command}; /help lists them")
@@ -200,6 +202,15 @@ def _show(image: Image.Image) -> None:
 def _attached(file: str) -> Attached:
     path = _path(file)
     return Attached(str(path), load_image(path))
+
+
+def _unquoted(file: str) -> str:
+    """A file as it was typed, spaces and all, or as a shell would read it: terminals quote what is dropped on them."""
+    try:
+        words = shlex.split(file)
+    except ValueError:
+        return file
+    return words[0] if len(words) == 1 else file
 
 
 def _path(file: str) -> epath.Path:

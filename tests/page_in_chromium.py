@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -11,11 +12,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import safehttpx
 import tiny
 from etils import epath
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
-from serving import data_url, eventually, picture, serving
+from serving import bomb, data_url, eventually, picture, serving
 
 from llava_jax import transcript
 from llava_jax.checkpoint import open_checkpoint
@@ -322,6 +324,14 @@ def test_a_bad_file_is_told_and_the_message_comes_back(page, tmp_path):
     expect(box(page)).to_have_value("Again")
 
 
+def test_a_bomb_is_told_and_not_decoded(page, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb(9_000))
+    attach(page, tmp_path / "bomb.png")
+    send(page, "What is it?")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("9000 x 9000 pixels are more than 64000000")
+    expect(box(page)).to_have_value("What is it?")
+
+
 def test_a_conversation_beyond_the_context_is_told(page):
     send(page, "word " * 3000)
     expect(page.get_by_test_id("toast-body")).to_contain_text("shorten the conversation")
@@ -381,6 +391,35 @@ def test_nothing_to_download_is_told(page):
 
 def test_no_text_makes_the_browser_ask_another_server(page):
     """Markdown may hold pictures of other servers, whose owners would learn who reads it."""
+    with another_server() as (address, asked):
+        send(page, f"![track]({address}/pixel.png) <b>bold</b>")
+        wait_until_answered(page, 1)
+        expect(questions(page).locator("b")).to_have_count(1)
+    assert asked == []
+
+
+def test_the_server_fetches_no_picture_for_the_page(page, png, monkeypatch):
+    """By itself Gradio does where a browser names a URL as the file that it uploaded."""
+    monkeypatch.setattr(safehttpx, "is_public_ip", lambda address: True)
+    with another_server() as (address, asked):
+
+        def rename(route):
+            route.continue_(post_data=re.sub('"path":"[^"]+"', f'"path":"{address}/a.png"', route.request.post_data))
+
+        attach(page, png)
+        page.route("**/queue/join*", rename)
+        send(page, "It?")
+        expect(page.get_by_test_id("toast-body")).to_contain_text("have to be uploaded")
+    assert asked == []
+    expect(questions(page)).to_have_count(0)
+    page.unroute("**/queue/join*")
+    send(page, "It?")
+    wait_until_answered(page, 1)
+
+
+@contextlib.contextmanager
+def another_server() -> Iterator[tuple[str, list[str]]]:
+    """-> its URL, and the paths that it was asked for."""
     asked = []
 
     class Elsewhere(BaseHTTPRequestHandler):
@@ -390,11 +429,8 @@ def test_no_text_makes_the_browser_ask_another_server(page):
 
     server = HTTPServer(("127.0.0.1", 0), Elsewhere)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    send(page, f"![track](http://127.0.0.1:{server.server_port}/pixel.png) <b>bold</b>")
-    wait_until_answered(page, 1)
-    expect(questions(page).locator("b")).to_have_count(1)
+    yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
-    assert asked == []
 
 
 def test_another_users_file_cannot_be_had(page, context, url, tmp_path):

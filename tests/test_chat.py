@@ -97,6 +97,13 @@ def test_later_turns_do_not_compute_the_earlier_ones_again(session, engine, pict
     assert after.prefix_tokens - before.prefix_tokens > computed
 
 
+def test_files_may_be_quoted_as_terminals_do_it(session, generator, picture):
+    expected = answer(generator, "<image>\nIt?", images=[picture])
+    escaped = str(picture).replace(" ", "\\ ")
+    for file in (f"'{picture}'", f'"{picture}" ', escaped):
+        assert session(f"/image {file}", "It?", "/reset") == (f"{expected}\n", "")
+
+
 def test_reset_forgets_turns_and_pictures(session, generator, picture):
     hello = answer(generator, "Hello")
     out, _ = session("Hello", f"/image {picture}", "/reset", "Hello")

@@ -125,7 +125,7 @@ def test_the_next_turn_computes_neither_earlier_turns_nor_the_picture_again(engi
     assert length - 2 <= second.prefix_tokens < second.prompt_tokens
     assert engine.stats().prefix_tokens - before.prefix_tokens >= length - 2
     assert reused == generator().answer([follow_up], SHORT)[0]
-    engine._batch = engine._new_batch()  # which has no memories
+    engine.forget()
     anew = engine.submit(follow_up, REPORTED)
     text_anew, logprobs_anew = collect(anew)
     assert anew.prefix_tokens == 0 and text_anew == reused
@@ -155,6 +155,44 @@ def test_cancelling_frees_the_slot_and_the_others_go_on(engine):
     assert all(answer.completion_tokens == LONG.max_new_tokens for answer in answers[1:])
     after = engine.stats()
     assert after.cancelled - before.cancelled == 1 and after.busy == after.queued == 0
+
+
+def test_who_is_cancelled_in_the_queue_or_in_a_prompt_never_begins(engine, monkeypatch):
+    extend, pieces, submitted = engine._programs.extend, [], threading.Event()
+
+    def extend_one_and_cancel(*arguments):
+        submitted.wait()
+        pieces.append(arguments)
+        reading.cancel()
+        return extend(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._programs, "extend", extend_one_and_cancel)
+        reading = engine.submit(question("🦙" * 100), SHORT)
+        submitted.set()
+        assert text(reading) == ""
+    assert len(pieces) == 1 and reading.prompt_tokens > 256
+    assert (reading.finish_reason, reading.completion_tokens) == ("cancelled", 0)
+
+    running = [engine.submit(question(f"Story {i}"), LONG) for i in range(4)]
+    waiting = engine.submit(question("Hello"), SHORT)
+    waiting.cancel()
+    assert text(waiting) == ""
+    assert engine.stats().busy == 4 and waiting.finish_reason == "cancelled"
+    for answer in running:
+        answer.cancel()
+    assert ask(engine, question("Hello")) == generator().answer([question("Hello")], SHORT)[0]
+
+
+def test_one_prompt_asked_several_times_at_once_is_computed_once(engine, monkeypatch):
+    encode, encoded, picture = engine._programs.encode, [], Image.new("RGB", (20, 20), (5, 9, 2))
+    monkeypatch.setattr(engine._programs, "encode", lambda *arguments: (encoded.append(1), encode(*arguments)))
+    request = question("<image>\nWhat colour is it? " + "white " * 60, picture)
+    answers = [engine.submit(request, Sampling(1.0, seed=seed, max_new_tokens=12)) for seed in range(3)]
+    texts = [text(answer) for answer in answers]
+    assert len(encoded) == 1
+    assert [answer.prefix_tokens for answer in answers[1:]] == [answers[0].prompt_tokens - 1] * 2
+    assert texts == [generator().answer([request], answer.sampling)[0] for answer in answers]
 
 
 def test_logprobs_are_those_of_the_tokens(engine):

@@ -1,17 +1,24 @@
 """The API as its clients see it: OpenAI's own one, and those who send what nobody should."""
 
 import asyncio
+import contextlib
 import json
 import math
 import socket
+import typing
+from collections.abc import Iterator
 
 import httpx2
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from openai.types import chat
+from openai.types.chat import chat_completion_content_part_image_param as image_part
+from openai.types.chat import completion_create_params
 from serving import data_url, eventually, picture, serving, tiny_engine
 
 from llava_jax.generate import Request, Sampling
+from llava_jax.serve import schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
 from llava_jax.serve.engine import Engine, QueueFull
@@ -152,6 +159,7 @@ def test_several_answers_and_seeds(client):
     first = texts(seed=-1)
     assert first == texts(seed=-1) == [*texts(seed=-2)[1:], first[-1]]
     assert len(set(first)) == 3
+    assert len(create(client, n=12).choices) == 12  # as many as the engine holds
     assert texts() != texts()
     streamed = ["", "", ""]
     for chunk in create(client, n=3, temperature=2, seed=-1, stream=True):
@@ -166,6 +174,19 @@ def test_stop_strings(client):
         choice = create(client, max_completion_tokens=20, stop=given).choices[0]
         assert choice.message.content == text[: text.index(stop)].rstrip()
         assert choice.finish_reason == "stop"
+
+
+def test_no_stream_holds_a_part_of_a_stop_string(client):
+    completion = create(client, max_completion_tokens=40)
+    text = completion.choices[0].message.content
+    for start in range(5, 15):
+        stop = text[start : start + 9].strip()  # of several tokens
+        options = {"max_completion_tokens": 40, "stop": [stop, stop[1:] + "never"], "stream": True}
+        *chunks, last = create(client, stream_options={"include_usage": True}, **options)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        assert "".join(pieces) == text[: text.index(stop)].rstrip()
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert last.usage.completion_tokens < completion.usage.completion_tokens
 
 
 def test_without_a_limit_the_context_is(client, engine):
@@ -210,6 +231,45 @@ def test_errors_are_those_that_the_client_knows(client):
     with pytest.raises(openai.BadRequestError) as error:
         create(client, tools=[{"type": "function", "function": {"name": "f"}}])
     assert (error.value.code, error.value.param) == ("unsupported_parameter", "tools")
+
+
+def test_a_failure_reaches_the_client_before_and_in_the_middle_of_a_stream(client, engine, monkeypatch):
+    decode, calls = engine._programs.decode, []
+
+    def fail_at_the_third(*arguments):
+        calls.append(1)
+        return 1 / 0 if len(calls) == 3 else decode(*arguments)
+
+    monkeypatch.setattr(engine._programs, "decode", fail_at_the_third)
+    with pytest.raises(openai.InternalServerError) as error:
+        create(client, max_completion_tokens=30)
+    assert error.value.code == "internal_error"
+    calls.clear()
+    stream, text = create(client, max_completion_tokens=30, stream=True), ""
+    with pytest.raises(openai.APIError, match="the answer failed: ZeroDivisionError"):
+        for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+    assert create(client, max_completion_tokens=30).choices[0].message.content.startswith(text) and text
+
+
+@pytest.mark.parametrize(
+    "own, theirs",
+    [
+        (schema.ChatRequest, completion_create_params.CompletionCreateParamsStreaming),
+        (schema.StreamOptions, chat.ChatCompletionStreamOptionsParam),
+        (schema.SystemMessage, chat.ChatCompletionDeveloperMessageParam),
+        (schema.UserMessage, chat.ChatCompletionUserMessageParam),
+        (schema.AssistantMessage, chat.ChatCompletionAssistantMessageParam),
+        (schema.AssistantMessage, chat.ChatCompletionMessage),
+        (schema.TextPart, chat.ChatCompletionContentPartTextParam),
+        (schema.ImagePart, chat.ChatCompletionContentPartImageParam),
+        (schema.ImageURL, image_part.ImageURL),
+    ],
+)
+def test_every_field_that_the_client_can_send_is_known(own, theirs):
+    """A newer client may bring newer ones: refuse them by name, or accept what changes no answer."""
+    fields = getattr(theirs, "model_fields", None) or typing.get_type_hints(theirs)
+    assert set(fields) <= set(own.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +322,7 @@ def test_what_changes_nothing_is_accepted(client):
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"n": 1000}, "n", "invalid_value"),
+        ({"n": 13}, "n", "invalid_value"),  # the engine holds twelve
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"stop": ["", "a"]}, "stop.0", "invalid_value"),
         ({"stop": list("abcde")}, "stop", "invalid_value"),
@@ -341,18 +402,33 @@ def idle(engine: Engine) -> bool:
     return engine.stats().busy == engine.stats().queued == 0
 
 
+@contextlib.contextmanager
+def connection(url: str, **body) -> Iterator[None]:
+    """Of somebody who asks and reads nothing."""
+    data = json.dumps({"model": "tiny", "messages": HELLO} | body).encode()
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connected:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        connected.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
+        yield
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_frees_the_slot(url, engine, stream):
     assert eventually(lambda: idle(engine))
     cancelled = engine.stats().cancelled
-    body = {"model": "tiny", "messages": HELLO, "n": 3, "seed": 0, "max_tokens": 1900, "stream": stream}
-    data = json.dumps(body).encode()
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
-        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
+    with connection(url, n=3, seed=0, max_tokens=1900, stream=stream):
         assert eventually(lambda: engine.stats().busy)
     assert eventually(lambda: idle(engine))
     assert engine.stats().cancelled > cancelled
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_place_in_the_queue(url, engine, monkeypatch, stream):
+    assert eventually(lambda: idle(engine))
+    monkeypatch.setattr(type(engine._batch), "full", True)  # nobody gets a slot
+    with connection(url, n=3, stream=stream):
+        assert eventually(lambda: engine.stats().queued == 3)
+    assert eventually(lambda: idle(engine), 5)
 
 
 def test_what_is_submitted_after_its_client_left_is_cancelled(engine, app):
@@ -381,15 +457,45 @@ def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):
 # ------------------------------------------------------------------------------------------------------ operations
 
 
-def test_metrics(http, client):
-    create(client)
-    text = http.get("/metrics").text
-    for name in ("llava_slots", "llava_queue_length", "llava_time_to_first_token_seconds_bucket", "llava_ready 1.0"):
-        assert name in text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(values["llava_generated_tokens_total"]) > 0
-    assert float(values['llava_http_requests_total{status="200"}']) > 0
-    assert float(values["llava_answer_tokens_per_second_count"]) > 0
+def values_of_metrics(http) -> dict[str, float]:
+    lines = http.get("/metrics").text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_metrics(http, client, engine):
+    assert eventually(lambda: idle(engine))
+    before = values_of_metrics(http)
+    usage = create(client, n=2).usage
+    refusal(http, 404, model="other")
+    after = values_of_metrics(http)
+    added = {name: after[name] - before.get(name, 0) for name in after}
+    expected = {
+        "llava_slots": 0,
+        "llava_prompt_tokens_total": 2 * usage.prompt_tokens,
+        "llava_generated_tokens_total": usage.completion_tokens,
+        "llava_answers_finished_total": 2,
+        "llava_answers_cancelled_total": 0,
+        "llava_answers_failed_total": 0,
+        "llava_time_to_first_token_seconds_count": 2,
+        'llava_time_to_first_token_seconds_bucket{le="+Inf"}': 2,
+        "llava_answer_tokens_per_second_count": 2,
+        'llava_http_requests_total{status="200"}': 1,
+        'llava_http_requests_total{status="404"}': 1,
+    }
+    assert {name: added[name] for name in expected} == expected
+    assert (after["llava_ready"], after["llava_slots"], after["llava_slots_busy"]) == (1, 4, 0)
+    assert 2 * (usage.prompt_tokens - 1) >= added["llava_prefix_tokens_total"] >= usage.prompt_tokens - 1
+
+
+def test_metrics_show_slots_and_queue(url, http, engine, monkeypatch):
+    assert eventually(lambda: idle(engine))
+    monkeypatch.setattr(type(engine._batch), "full", property(lambda batch: len(batch.running) == 1))
+    with connection(url, n=4, seed=0, max_tokens=1900):
+        assert eventually(lambda: engine.stats().queued == 3)
+        values = values_of_metrics(http)
+    assert (values["llava_slots_busy"], values["llava_queue_length"]) == (1, 3)
+    assert eventually(lambda: idle(engine))
 
 
 def test_health_and_refusals_until_warm(engine):

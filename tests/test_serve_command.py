@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx2
@@ -14,9 +16,13 @@ import pytest
 import tiny
 from serving import eventually
 
+from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.generate import Request, Sampling
 from llava_jax.serve import __main__ as command
-from llava_jax.serve.server import listen
+from llava_jax.serve.app import create_app
+from llava_jax.serve.engine import Engine
+from llava_jax.serve.server import Server, listen
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,39 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(checkpoint):
     finally:
         process.kill()
         process.wait()
+
+
+def test_who_ends_it_while_it_compiles_does_not_wait(checkpoint):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    arguments = ["--checkpoint", checkpoint, "--port", str(port), "--no-page", "--compilation-cache", ""]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], env=environment)
+    try:
+        assert eventually(lambda: status(f"http://127.0.0.1:{port}") == 503, 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_first_signal_lets_answers_end_and_the_second_does_not(checkpoint, monkeypatch):
+    engine = Engine.from_checkpoint(open_checkpoint(checkpoint), slots=1)
+    server = Server(create_app(engine, "tiny"), engine)
+    serving = threading.Thread(target=server.run, args=([listen("127.0.0.1", 0)],))
+    serving.start()
+    assert eventually(lambda: engine.ready)
+    decode = engine._programs.decode
+    monkeypatch.setattr(engine._programs, "decode", lambda *arguments: (time.sleep(0.05), decode(*arguments))[1])
+    answer = engine.submit(Request([("user", "Hello")]), Sampling(max_new_tokens=400, temperature=2.0))
+    next(iter(answer))
+    server.handle_exit(signal.SIGTERM, None)
+    serving.join(0.5)
+    assert serving.is_alive() and answer.finish_reason is None and not engine.ready
+    server.handle_exit(signal.SIGTERM, None)
+    serving.join(10)
+    assert not serving.is_alive() and answer.finish_reason == "cancelled"
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded():

@@ -1,18 +1,29 @@
 """What the web page shows and keeps, without a browser: tests/page_in_chromium.py has the rest."""
 
+import asyncio
+import functools
 import json
 import zipfile
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
 from gradio.utils import get_upload_folder
-from serving import picture
+from serving import bomb, picture
 
 from llava_jax.cli import UserError
 from llava_jax.data import check
-from llava_jax.serve.messages import answer, answered, files_of, question, text_of, to_request, write_zip
+from llava_jax.data.images import preprocess
+from llava_jax.serve.messages import all_files, answer, answered, files_of, question, text_of, to_request, write_zip
 from llava_jax.serve.page import attach, keep, pack, restore, undo
+from llava_jax.serve.pictures import Reader
+
+SQUARE = functools.partial(preprocess, size=16, aspect="pad", mean=(0.48, 0.46, 0.41))
+
+
+def read_files(files: list[str]) -> dict:
+    return asyncio.run(Reader(SQUARE).read_files(files))
 
 
 @pytest.fixture
@@ -33,16 +44,19 @@ def talk(uploads):
 
 
 def test_messages_become_a_request(talk):
-    request = to_request(talk[:3])
+    pictures = read_files(all_files(talk[:3]))
+    request = to_request(talk[:3], pictures)
     marks = "<image>\n"
     assert request.turns == [("user", f"{marks}{marks}It?"), ("assistant", "Yes."), ("user", marks)]
-    assert [image.tobytes() for image in request.images] == [picture(seed).tobytes() for seed in (0, 1, 0)]
+    assert [np.asarray(image).tolist() for image in request.images] == [SQUARE(picture(i)).tolist() for i in (0, 1, 0)]
+    assert request.images[0] is request.images[2]  # and is read once
 
 
-def test_a_bad_picture_is_named_without_its_folder(uploads):
-    (uploads / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="bad.png") as error:
-        to_request([question("It?", [str(uploads / "bad.png")])])
+@pytest.mark.parametrize("data, what", [(b"no picture", "damaged"), (bomb(9_000), "9000 x 9000 pixels are more")])
+def test_a_bad_picture_is_named_without_its_folder(uploads, data, what):
+    (uploads / "bad.png").write_bytes(data)
+    with pytest.raises(UserError, match=f"bad.png.*{what}") as error:
+        read_files([str(uploads / "bad.png")])
     assert str(uploads) not in str(error.value)
 
 

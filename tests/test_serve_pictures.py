@@ -4,18 +4,16 @@ import asyncio
 import base64
 import http.server
 import io
-import struct
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
-from serving import data_url, picture
+from PIL import ExifTags, Image
+from serving import bomb, data_url, picture
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import ASPECTS, preprocess
+from llava_jax.data.images import ASPECTS, load_image, preprocess
 from llava_jax.serve import fetch, pictures
 from llava_jax.serve.errors import ApiError
 
@@ -62,27 +60,53 @@ def test_data_urls(change):
     assert np.array_equal(np.asarray(read(change(data_url(picture())))), square()(picture()))
 
 
-def _bomb(side: int) -> bytes:
-    """A PNG of `side` x `side` pixels in a few bytes."""
+def _saved(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+def _rotated() -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return _saved(picture(), "JPEG", exif=exif)
+
+
+def _palette(transparent: bytes) -> bytes:
+    """A PNG with a palette of which each colour is more or less transparent."""
+    image = picture().quantize(8)
+    return _saved(image, "PNG", transparency=transparent)
+
+
+KINDS = {
+    "CMYK": lambda: _saved(picture().convert("CMYK"), "JPEG"),
+    "palette with alpha": lambda: _palette(bytes(range(0, 256, 32))),
+    "grey with alpha": lambda: _saved(picture().convert("LA"), "PNG"),
+    "rotated by EXIF": _rotated,
+    "16-bit grey": lambda: _saved(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 109), "PNG"),
+    "1 bit": lambda: _saved(picture().convert("1"), "PNG"),
+    "animation": lambda: _saved(picture(0), "GIF", save_all=True, append_images=[picture(1)]),
+    "WebP": lambda: _saved(picture(), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_is_the_picture_that_training_sees(kind, tmp_path):
+    (tmp_path / "file").write_bytes(KINDS[kind]())
+    trained = square()(load_image(tmp_path / "file"))
+    assert trained.std() > 10
+    assert np.array_equal(np.asarray(read(encoded(KINDS[kind]()))), trained)
 
 
 def _truncated() -> bytes:
-    file = io.BytesIO()
-    picture(size=(50, 50)).save(file, "JPEG")
-    return file.getvalue()[:-100]
+    return _saved(picture(size=(50, 50)), "JPEG")[:-100]
 
 
 @pytest.mark.parametrize(
     "url, what",
     [
-        (encoded(_bomb(9_000)), "9000 x 9000 pixels are more than 64000000"),
-        (encoded(_bomb(50_000)), "is refused"),
+        (encoded(bomb(9_000)), "9000 x 9000 pixels are more than 64000000"),
+        (encoded(bomb(50_000)), "is refused"),
         (encoded(_truncated()), "damaged"),
         (encoded(b"no picture"), "damaged or none of JPEG"),
         (encoded(b""), "damaged"),
@@ -189,14 +213,21 @@ def test_urls_that_lead_nowhere_or_inside(url, what):
     assert what in refusal(url, allow_remote=True)
 
 
-@pytest.mark.parametrize("address", ["64:ff9b::7f00:1", "2002:7f00:1::", "fe80::1%eth0", "::", "224.0.0.1", "fd00::1"])
+ADDRESSES = (
+    *("127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1"),
+    *("::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1"),
+    *("fe80::1%eth0", "fec0::1", "fd00::1", "fd00:ec2::254", "ff02::1", "2001:db8::1"),
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_that_are_not_public(address):
     with pytest.raises(UserError, match="not public"):
         fetch.public_address([address])
 
 
 def test_one_private_address_among_public_ones_is_enough():
-    assert fetch.public_address(["8.8.8.8", "2001:4860:4860::8888"]) == "8.8.8.8"
+    assert fetch.public_address(["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"]) == "8.8.8.8"
     with pytest.raises(UserError, match="not public"):
         fetch.public_address(["8.8.8.8", "10.0.0.1"])
 

@@ -16,6 +16,7 @@ from llava_jax.serve.completions import Chat, unknown_model
 from llava_jax.serve.engine import Engine
 from llava_jax.serve.gate import Gate, Traffic, same_secret
 from llava_jax.serve.metrics import CountResponses, Metrics
+from llava_jax.serve.pictures import Reader
 from llava_jax.serve.schema import ChatRequest
 
 MAX_BODY_BYTES = 32 << 20
@@ -63,7 +64,8 @@ def create_app(
 
     app.add_middleware(Gate, traffic=traffic, closed=closed, api_key=api_key, max_body_bytes=max_body_bytes)
     app.add_middleware(CountResponses, metrics=metrics)
-    chat = Chat(engine, model, metrics, allow_remote_images)
+    reader = Reader.of(engine.config, allow_remote_images)
+    chat = Chat(engine, model, metrics, reader)
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
     refused = {status: {"model": errors.ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 500, 503)}
 
@@ -93,12 +95,18 @@ def create_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     if page:
-        _mount_page(app, engine, metrics, model, api_key, max_body_bytes)
+        _mount_page(app, engine, metrics, reader, model, api_key, max_body_bytes)
     return app
 
 
 def _mount_page(
-    app: FastAPI, engine: Engine, metrics: Metrics, model: str, api_key: str | None, max_body_bytes: int
+    app: FastAPI,
+    engine: Engine,
+    metrics: Metrics,
+    reader: Reader,
+    model: str,
+    api_key: str | None,
+    max_body_bytes: int,
 ) -> None:
     """Behind all else, since it answers to every path."""
     from llava_jax.serve.page import mount  # Gradio takes seconds to import
@@ -114,4 +122,4 @@ def _mount_page(
     if api_key is not None:
         login["auth"] = lambda user, password: same_secret(password, api_key)
         login["auth_message"] = "The password is the server's API key; any user name will do."
-    mount(app, engine, metrics, model, max_file_size=max_body_bytes, **login)
+    mount(app, engine, metrics, reader, model, max_file_size=max_body_bytes, **login)

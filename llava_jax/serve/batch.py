@@ -23,10 +23,10 @@ class Running:
     answer: Answer
     prompt: PreparedPrompt
     slot: int
-    conversation: int
     stream: AnswerStream
     number: int  # see `Choice.numbers`
-    done: int  # positions of the prompt that the cache holds
+    conversation: int | None = None  # its place in the cache, once its prompt is begun
+    done: int = 0  # positions of the prompt that the cache holds
 
     @property
     def tokens(self) -> list[int]:
@@ -56,20 +56,8 @@ class Batch:
 
     def enter(self, answer: Answer, prompt: PreparedPrompt) -> None:
         """Takes a free slot."""
-        place = self._shelf.take(prompt.contents)
-        answer.prefix_tokens = place.reused
-        running = Running(
-            answer=answer,
-            prompt=prompt,
-            slot=self._free.pop(),
-            conversation=place.conversation,
-            stream=self._prompts.answer_stream(answer.sampling),
-            number=prompt_number(prompt.tokens),
-            done=place.reused,
-        )
-        self.running.append(running)
-        if place.source is not None:
-            self._programs.copy(place.source, place.conversation)
+        stream = self._prompts.answer_stream(answer.sampling)
+        self.running.append(Running(answer, prompt, self._free.pop(), stream, prompt_number(prompt.tokens)))
 
     def step(self) -> list[Answer]:
         """At most one piece of a prompt, and some tokens of every answer that has begun; -> those that ended."""
@@ -80,8 +68,18 @@ class Batch:
         begun = [running for running in self.running if running.tokens]
         return ended + (self._write(begun) if begun else [])
 
+    def _begin(self, running: Running) -> None:
+        """Finds a place for a prompt. Not before it is its turn: what came just before it may begin as it does."""
+        place = self._shelf.take(running.prompt.contents)
+        if place.source is not None:
+            self._programs.copy(place.source, place.conversation)
+        running.conversation = place.conversation
+        running.done = running.answer.prefix_tokens = place.reused
+
     def _read(self, running: Running) -> list[Answer]:
         """Computes the next piece of a prompt. The last one gives the first token."""
+        if running.conversation is None:
+            self._begin(running)
         left = len(running.prompt.tokens) - running.done
         size = piece_size(left)
         piece = self._piece(running, min(size, left), size)
@@ -151,8 +149,9 @@ class Batch:
 
     def _end(self, running: Running, reason: str) -> Answer:
         """Frees the slot; what the cache holds stays until its place is needed."""
-        self._shelf.holds(running.conversation, running.held)
-        self._shelf.give_back(running.conversation)
+        if running.conversation is not None:
+            self._shelf.holds(running.conversation, running.held)
+            self._shelf.give_back(running.conversation)
         self._free.append(running.slot)
         self.running.remove(running)
         running.answer.finish(reason)

@@ -20,7 +20,6 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from llava_jax import generate
-from llava_jax.data.images import preprocess
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.engine import Engine, TokenLogprob
 from llava_jax.serve.errors import ApiError
@@ -40,18 +39,13 @@ class Chat:
       engine: what answers.
       model: the name that it is served under.
       metrics: told of every answer.
-      allow_remote_images: whether http(s) URLs of pictures are fetched.
+      reader: of pictures.
     """
 
-    def __init__(self, engine: Engine, model: str, metrics: Metrics, allow_remote_images: bool = False):
-        self._engine, self._model, self._metrics = engine, model, metrics
-        config = engine.config
-        self._reader = Reader(
-            lambda image: preprocess(image, config.vision.image_size, config.image_aspect, config.image_mean),
-            allow_remote_images,
-        )
+    def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
+        self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
         self._marks = Marks(engine.tokenizer, engine.template)
-        self._most_pictures = engine.context // config.image_tokens
+        self._most_pictures = engine.context // engine.config.image_tokens
         self._most_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
     async def respond(self, body: ChatRequest, http: Request) -> Response:
@@ -69,7 +63,7 @@ class Chat:
         if body.model != self._model:
             raise unknown_model(body.model, self._model)
         turns, urls = read_messages(body.messages, self._marks)
-        self._refuse_oversize(turns, urls)
+        self._refuse_oversize(body.n or 1, turns, urls)
         request = generate.Request(turns, await self._reader.read(urls))
         longest = body.max_completion_tokens or body.max_tokens
         if longest is None:
@@ -78,8 +72,11 @@ class Chat:
         await answers.submit()
         return answers
 
-    def _refuse_oversize(self, turns: Sequence[tuple[str, str]], urls: Sequence[tuple[str, str]]) -> None:
-        """What is far beyond the context is not worth to be decoded or tokenized."""
+    def _refuse_oversize(self, n: int, turns: Sequence[tuple[str, str]], urls: Sequence[tuple[str, str]]) -> None:
+        """What is far beyond the context is not worth to be decoded or tokenized; what never fits, to be queued."""
+        if n > (most := self._engine.capacity):
+            what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
+            raise ApiError(400, what, "invalid_value", "n")
         if len(urls) > self._most_pictures:
             raise ApiError(
                 400,

@@ -127,7 +127,6 @@ class Engine:
         self._counts = collections.Counter()
         self._first_token_seconds: collections.deque[float] = collections.deque(maxlen=SAMPLES)
         self._answer_seconds = 1.0  # a moving mean
-        self._entering: collections.deque[tuple[Answer, PreparedPrompt]] = collections.deque()
         self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -212,6 +211,10 @@ class Engine:
                 **{name: self._counts[name] for name in COUNTS},
             )
 
+    def forget(self) -> None:
+        """Forgets what was computed for earlier requests. Only while nothing runs."""
+        self._batch = self._new_batch()
+
     def close(self, drain: bool = True) -> None:
         """Takes no more requests. Finishes those that it has, or cancels them without `drain`; then returns."""
         with self._changed:
@@ -222,7 +225,7 @@ class Engine:
     def _check_room(self) -> None:
         if self._closing:
             raise EngineClosed("the engine is shutting down")
-        if len(self._waiting) >= self._limit:
+        if len(self._waiting) + len(self._batch.running) >= self.capacity:
             raise QueueFull(math.ceil(self._answer_seconds / self.slots))
 
     def _new_batch(self) -> Batch:
@@ -266,14 +269,11 @@ class Engine:
         with self._changed:
             gone = [answer for answer, _ in self._waiting if answer.cancelled]
             self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].cancelled)
-            free = self.slots - len(self._batch.running)
-            self._entering.extend(self._waiting.popleft() for _ in range(min(free, len(self._waiting))))
+            while self._waiting and not self._batch.full:
+                self._batch.enter(*self._waiting.popleft())
         for answer in gone:
             answer.finish("cancelled")
             self._count(answer)
-        while self._entering:
-            self._batch.enter(*self._entering[0])
-            self._entering.popleft()
 
     def _count(self, answer: Answer, failed: bool = False) -> None:
         with self._changed:
@@ -289,8 +289,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Ends what runs, and begins anew."""
-        failed = {running.answer for running in self._batch.running} | {answer for answer, _ in self._entering}
-        self._entering.clear()
+        failed = [running.answer for running in self._batch.running]
         self._batch = self._new_batch()
         for answer in failed:
             failure = EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -17,7 +17,7 @@ from llava_jax.cli import UserError
 SECONDS = 15.0  # for the whole of it: names, redirects, the picture
 REDIRECTS = 3
 _SCHEMES = ("http", "https")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given to hosts of the internet
 
 
 async def fetch(url: str, max_bytes: int) -> bytes:
@@ -86,7 +86,8 @@ def public_address(addresses: Iterable[str]) -> str:
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
-        if ip in _NAT64 or ip.sixtofour is not None or ip.teredo is not None:
-            return False  # an IPv4 address, perhaps a private one, is wrapped in it
-        ip = ip.ipv4_mapped or ip
+        if ip.ipv4_mapped is not None:
+            return _is_public(str(ip.ipv4_mapped))
+        if ip not in _UNICAST or ip.sixtofour is not None or ip.teredo is not None:
+            return False  # in the latter, as in NAT64, an IPv4 address is wrapped, perhaps a private one
     return ip.is_global and not ip.is_multicast

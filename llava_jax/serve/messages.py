@@ -5,13 +5,11 @@ A message is a dict as Gradio's Chatbot takes and gives it: `role`, and `content
 
 import mimetypes
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from llava_jax.data.images import decode_image, read_picture
+from llava_jax.data.prompts import Picture
 from llava_jax.generate import Request
 from llava_jax.transcript import Transcript, dump, marked, unmarked
 
@@ -40,14 +38,19 @@ def answered(messages: Sequence[Message]) -> list[Message]:
     return list(messages[:-1] if messages and messages[-1]["role"] == "user" else messages)
 
 
-def to_request(messages: Sequence[Message]) -> Request:
-    """The request of which the last message is the question. Raises UserError with the name of a bad picture."""
-    return Request(_turns(messages), [_open(file) for message in messages for file in files_of(message)])
+def all_files(messages: Sequence[Message]) -> list[str]:
+    """The file of each picture, in their order."""
+    return [file for message in messages for file in files_of(message)]
+
+
+def to_request(messages: Sequence[Message], pictures: Mapping[str, Picture]) -> Request:
+    """The request of which the last message is the question, with the picture of each file."""
+    return Request(_turns(messages), [pictures[file] for file in all_files(messages)])
 
 
 def write_zip(messages: Sequence[Message], file: Path) -> None:
     """A conversation as LLaVA JSON, `conversation.json`, with its pictures beside it."""
-    pictures = [picture for message in messages for picture in files_of(message)]
+    pictures = all_files(messages)
     numbers = {picture: i for i, picture in enumerate(dict.fromkeys(pictures), 1)}
     names = {picture: f"{i}{Path(picture).suffix.lower()}" for picture, i in numbers.items()}
     transcript = Transcript(_turns(messages), [names[picture] for picture in pictures])
@@ -59,10 +62,6 @@ def write_zip(messages: Sequence[Message], file: Path) -> None:
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     return [(message["role"], marked(text_of(message), len(files_of(message)))) for message in messages]
-
-
-def _open(file: str) -> Image.Image:
-    return decode_image(read_picture(file), name=Path(file).name)
 
 
 def _text_part(text: str) -> dict[str, str]:

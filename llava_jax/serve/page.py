@@ -5,10 +5,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
 from llava_jax.serve import messages
@@ -16,6 +17,7 @@ from llava_jax.serve.engine import Engine
 from llava_jax.serve.messages import Message
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.page_examples import draw_examples
+from llava_jax.serve.pictures import Reader
 from llava_jax.serve.talk import READY, Talk
 
 KEPT_SECONDS = 86400  # of uploaded pictures
@@ -46,19 +48,21 @@ addEventListener("drop", event => {
 CLICK_ARCHIVE = "() => setTimeout(() => document.querySelector('#archive').click(), 100)"
 
 
-def mount(app: FastAPI, engine: Engine, metrics: Metrics, model: str, **options: Any) -> FastAPI:
+def mount(app: FastAPI, engine: Engine, metrics: Metrics, reader: Reader, model: str, **options: Any) -> FastAPI:
     """Serves the page at `/` of `app`, whose own routes come first.
 
     Args:
       app: what it is added to.
       engine: what answers.
       metrics: what is told of the answers.
+      reader: of pictures.
       model: the name that is shown.
       options: of Gradio: `auth` (a function of user and password), `max_file_size` (bytes).
     """
+    processing_utils.async_ssrf_protected_download = _refuse_url
     return gr.mount_gradio_app(
         app,
-        build(engine, metrics, model),
+        build(engine, metrics, reader, model),
         path="/",
         theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         head=HEAD,
@@ -68,7 +72,13 @@ def mount(app: FastAPI, engine: Engine, metrics: Metrics, model: str, **options:
     )
 
 
-def build(engine: Engine, metrics: Metrics, model: str) -> gr.Blocks:
+async def _refuse_url(url: str, cache_dir: str) -> NoReturn:
+    """In place of what Gradio does where a client names a URL as an uploaded file: the server would fetch it, whatever
+    its size."""
+    raise gr.Error("Pictures have to be uploaded, not named by a URL.", print_exception=False)
+
+
+def build(engine: Engine, metrics: Metrics, reader: Reader, model: str) -> gr.Blocks:
     """The page."""
     uploads = Path(get_upload_folder())
     uploads.mkdir(parents=True, exist_ok=True)
@@ -107,7 +117,7 @@ def build(engine: Engine, metrics: Metrics, model: str) -> gr.Blocks:
             )
             longest = gr.Slider(1, engine.context, min(512, engine.context), step=1, label="Longest answer, in tokens")
 
-        talk = Talk(engine, metrics, examples)
+        talk = Talk(engine, metrics, reader, examples)
         sampling, shown = [temperature, top_p, longest], [box, chatbot]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         parallel = private | {"concurrency_limit": None}  # the engine has a queue of its own

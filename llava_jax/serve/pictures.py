@@ -7,14 +7,16 @@ large the pictures were that came in.
 import binascii
 import os
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import anyio
 import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import decode_image
+from llava_jax.data.images import decode_image, preprocess, read_picture
+from llava_jax.models.config import LlavaConfig
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
 
@@ -23,7 +25,7 @@ MAX_REMOTE_BYTES = 20_000_000
 
 
 class Reader:
-    """Reads the pictures of requests.
+    """Reads the pictures of requests, those of the web page included.
 
     Args:
       preprocess: a picture to uint8[H, W, 3] at the size of the vision tower.
@@ -35,16 +37,29 @@ class Reader:
         self._allow_remote = allow_remote
         self._decoding = anyio.CapacityLimiter(min(4, os.cpu_count() or 1))
 
+    @classmethod
+    def of(cls, config: LlavaConfig, allow_remote: bool = False) -> "Reader":
+        """Reads as a model wants its pictures."""
+        size, aspect, mean = config.vision.image_size, config.image_aspect, config.image_mean
+        return cls(lambda image: preprocess(image, size, aspect, mean), allow_remote)
+
     async def read(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
         """The pictures at (field of the request, URL). Raises ApiError naming the field."""
         pictures = []
         for field, url in urls:
             try:
                 data = await self._bytes(url)
-                pictures.append(await anyio.to_thread.run_sync(self._square, data, limiter=self._decoding))
+                pictures.append(await self._in_thread(self._square, data, "of the request"))
             except UserError as error:
                 raise ApiError(400, f"{field}: {error}", "invalid_image", field) from error
         return pictures
+
+    async def read_files(self, files: Iterable[str]) -> dict[str, Image.Image]:
+        """The picture in each file. Raises UserError with the name of a bad one, which says nothing of its folder."""
+        return {file: await self._in_thread(self._square_of_file, file) for file in dict.fromkeys(files)}
+
+    async def _in_thread(self, function: Callable[..., Image.Image], *args: bytes | str) -> Image.Image:
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._decoding)
 
     async def _bytes(self, url: str) -> bytes:
         if url[:5].lower() == "data:":
@@ -56,8 +71,11 @@ class Reader:
         except UserError as error:
             raise UserError(f"the picture's URL {error}") from error
 
-    def _square(self, data: bytes) -> Image.Image:
-        return Image.fromarray(self._preprocess(decode_image(data, "of the request", MAX_PIXELS)))
+    def _square(self, data: bytes, name: str) -> Image.Image:
+        return Image.fromarray(self._preprocess(decode_image(data, name, MAX_PIXELS)))
+
+    def _square_of_file(self, file: str) -> Image.Image:
+        return self._square(read_picture(file), Path(file).name)
 
 
 def decode_data_url(url: str) -> bytes:

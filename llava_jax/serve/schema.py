@@ -53,16 +53,20 @@ class Strict(BaseModel):
 class TextPart(Strict):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: Ignored = None
 
 
 class ImageURL(Strict):
     url: str = Field(description="A data URL; http(s) where the server allows it.")
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="Accepted; every picture has one size.")
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="Accepted; every picture has one size."
+    )
 
 
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
+    prompt_cache_breakpoint: Ignored = None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -132,6 +136,7 @@ class ChatRequest(Strict):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     prediction: Ignored = None
     parallel_tool_calls: Ignored = None
@@ -151,6 +156,7 @@ class ChatRequest(Strict):
     reasoning_effort: Only("none") = None
     verbosity: Only() = None
     web_search_options: Only() = None
+    moderation: Only() = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":

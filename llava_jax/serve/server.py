@@ -1,7 +1,10 @@
 """Runs the app until it is told to stop, and then lets what was begun come to its end."""
 
+import os
 import socket
+import sys
 import threading
+from collections.abc import Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,6 +30,11 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _url(bound: socket.socket) -> str:
+    host, port, *_ = bound.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class Server(uvicorn.Server):
     """Serves at once, and warms the engine up meanwhile.
 
@@ -40,11 +48,15 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Raises what the warm-up raised."""
-        threading.Thread(target=self._warm_up, daemon=True).start()
+        warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
+        warming.start()
         super().run(sockets)
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure
+        if warming.is_alive():  # compiling: that takes long, and an interpreter that ends meanwhile aborts
+            sys.stderr.flush()
+            os._exit(0)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if self._traffic.shutting_down:
@@ -53,9 +65,11 @@ class Server(uvicorn.Server):
             self._traffic.shutting_down = True
             threading.Thread(target=self._drain, daemon=True).start()
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, sockets: Sequence[socket.socket] | None) -> None:
         try:
             self._engine.warm_up()
+            if self._engine.ready:
+                print(f"ready: {', '.join(map(_url, sockets or []))}", file=sys.stderr, flush=True)
         except BaseException as error:
             self._failure = error
             self.should_exit = True

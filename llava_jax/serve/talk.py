@@ -14,8 +14,9 @@ from llava_jax.generate import Request, Sampling
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.engine import Engine, EngineError
 from llava_jax.serve.errors import ApiError
-from llava_jax.serve.messages import Message, answer, answered, files_of, question, text_of, to_request
+from llava_jax.serve.messages import Message, all_files, answer, answered, files_of, question, text_of, to_request
 from llava_jax.serve.metrics import Metrics
+from llava_jax.serve.pictures import Reader
 from llava_jax.serve.turns import Marks
 
 # The buttons of the text box: for sending a message, and for stopping an answer.
@@ -31,11 +32,12 @@ class Talk:
     Args:
       engine: what answers.
       metrics: what is told of the answers.
+      reader: of pictures.
       examples: the questions that the page offers.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, examples: Sequence[dict[str, Any]]):
-        self._engine, self._metrics, self._examples = engine, metrics, examples
+    def __init__(self, engine: Engine, metrics: Metrics, reader: Reader, examples: Sequence[dict[str, Any]]):
+        self._engine, self._metrics, self._reader, self._examples = engine, metrics, reader, examples
         self._marks = Marks(engine.tokenizer, engine.template)
 
     async def ask(
@@ -82,7 +84,7 @@ class Talk:
         """The answer as far as it is known, each time that more of it is."""
         if not self._engine.ready:
             raise UserError("the server is warming up or shutting down: try again in a minute")
-        request = await anyio.to_thread.run_sync(to_request, conversation)
+        request = to_request(conversation, await self._reader.read_files(all_files(conversation)))
         sampling = await anyio.to_thread.run_sync(self._fit, request, sampling)
         answers, text = Answers(self._engine, self._metrics, request, [sampling]), ""
         try:
