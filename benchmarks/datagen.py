@@ -5,6 +5,7 @@ Contexts are COCO's files, made here: 5 captions and 7 boxes with outlines a pic
 
   rate    answers a second from the first request to the last answer, beside concurrency / latency, which is ideal;
           with --requests-a-minute answers in --minutes, beside what the server takes in that time
+  afterwards  seconds from the last answer to the end: near-duplicates, samples, rejects and the report
   memory  the most that the command had in memory (resident), reading the files and writing all that it writes included
 """
 
@@ -79,6 +80,7 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
         if args.requests_a_minute:
             stop_after(process, output / "ledger.sqlite", 60 * args.minutes)
         _, status, usage = os.wait4(process.pid, 0)
+        ended = time.time()
     finally:
         serving.terminate()
     db = sqlite3.connect(output / "ledger.sqlite")
@@ -97,6 +99,7 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
         ideal = args.concurrency / args.latency
         print(f"rate: {answers} answers in {end - begin:.1f} s, {answers / (end - begin):.0f} a second, "
               f"{answers / (end - begin) / ideal:.1%} of {ideal:.0f}; {seconds / answers:.3f} s an answer")  # fmt: skip
+    print(f"afterwards: {ended - end:.0f} s for near-duplicates, the files, and the report unless it was stopped")
     print(f"memory: {usage.ru_maxrss / 1024:.0f} MiB; CPU: {usage.ru_utime + usage.ru_stime:.0f} s")
     return 0 if args.requests_a_minute else os.waitstatus_to_exitcode(status)
 

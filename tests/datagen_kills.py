@@ -18,8 +18,8 @@ from pathlib import Path
 from datagen_runs import reply, write_contexts
 from scripted_llm import ScriptedLLM
 
-FAULTS = {"error": 0.05, "overload": 0.02, "cut": 0.05, "malformed": 0.03, "empty": 0.03, "slow": 0.02, "no_usage": 0.1,
-          "wrong_usage": 0.1}  # fmt: skip
+FAULTS = {"error": 0.05, "overload": 0.02, "cut": 0.05, "dropped": 0.02, "malformed": 0.03, "empty": 0.03, "slow": 0.02,
+          "no_usage": 0.1, "wrong_usage": 0.1}  # fmt: skip
 
 
 def kill_until_done(
@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ScriptedLLM(reply=reply, latency=0.1, faults=FAULTS) as server:
-        killed = kill_until_done(Path(folder), server, args.contexts, args.kills, 2.0, seed=args.seed)
+        killed = kill_until_done(Path(folder), server, args.contexts, args.kills, 1.0, seed=args.seed)
         check(Path(folder), server, args.contexts)
         print(f"killed {killed} times in {time.monotonic() - begin:.0f} s")
 

@@ -78,6 +78,15 @@ def test_answers_in_the_ledger_are_not_asked_for_again(tmp_path: Path):
     ledger.close()
 
 
+def test_what_is_no_ledger_is_one_line(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "ledger.sqlite").write_text("This is no database, but a text that is longer than its header.")
+    (tmp_path / "b" / "ledger.sqlite").mkdir(parents=True)
+    for folder in ("a", "b", "a"):  # whose lock is given back
+        with pytest.raises(UserError, match=f"{folder}/ledger.sqlite: is no ledger"):
+            Ledger(tmp_path / folder / "ledger.sqlite")
+
+
 def test_one_process_and_one_result_a_task(tmp_path: Path, ledger: Ledger):
     with pytest.raises(UserError, match="another process"):
         Ledger(tmp_path / "ledger.sqlite")
@@ -191,3 +200,14 @@ def test_known_and_learned_rates():
     assert refused.wait(0.0, 1.0) == 0
     refused.refuse(0.0, Refusal(5.0), 1.0)
     assert refused.wait(1.0, 1.0) == 4.0
+
+
+def test_tokens_have_a_rate_of_their_own():
+    known, sent = RateLimit(tokens=6000), 0
+    for tick in range(600, 1800):
+        sent += known.wait(tick / 10, 50.0) <= 0
+    assert 238 <= sent <= 242
+    refused = RateLimit()
+    assert all(refused.wait(0.0, 100.0) == 0 for _ in range(10))
+    refused.refuse(1.0, Refusal(9.0, of_tokens=True), 100.0)
+    assert refused.tokens.rate == pytest.approx(900 / 10) and refused.requests.rate == float("inf")

@@ -115,15 +115,15 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.model, self.parameters = path, model, json.dumps(parameters or {}, sort_keys=True)
         self._lock = _lock(path.parent)
-        self.db = sqlite3.connect(path, isolation_level=None)
         try:
+            self.db = sqlite3.connect(path, isolation_level=None)
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last moments
             self.db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
             self.db.executescript(SCHEMA)
             self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'", [time.time()])
         except sqlite3.DatabaseError as error:
-            self.close()
+            os.close(self._lock)
             raise UserError(f"{path}: is no ledger ({error}); choose another directory") from error
 
     def close(self) -> None:
