@@ -406,6 +406,13 @@ def test_outcomes_tell_what_is_right(tmp_path: Path, score, name, labels, given,
     assert [json.loads(line)["reference"] for line in outcomes.read_text().splitlines()] == right
 
 
+def test_textvqa_in_a_report(tmp_path: Path, score, capsys):
+    """Both questions have the id of their picture."""
+    answers = [answer("ab", "nokia", f"What brand?{SHORT}"), answer("ab", "x", f"What is the year?{SHORT}")]
+    score("textvqa", answers, write(tmp_path / "l.json", TEXTVQA), f"--outcomes={tmp_path / 'textvqa.outcomes.jsonl'}")
+    assert reported(tmp_path, capsys, "textvqa") == {"all": 50.0}
+
+
 def test_mmbench_in_a_report(tmp_path: Path, score, capsys):
     """A question counts once, and its numbers are the circular ones."""
     labels = write(tmp_path / "mmbench.tsv", table(BASE))

@@ -33,8 +33,9 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
     "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
     "Avg": lambda problem: True,
 }
-TEXTS = ("question", "lecture", "solution", "grade", "subject")
 SCORED = ("choices", "answer", "hint", "image", "grade", "subject")  # fields of a problem
+TEXTS = ("question", "lecture", "solution", "grade", "subject")
+STORED = ("results", "outputs")  # of a result JSON: indices, and the texts that they were read from
 
 
 def extract(text: str, choices: int) -> int:
@@ -121,9 +122,6 @@ def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(f"{where}: its answer {answer} is none of the {len(choices)} choices")
     return problem
-
-
-STORED = ("results", "outputs")  # of a result JSON: indices, and the texts that they were read from
 
 
 def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORED) -> dict[str, Answer]:

@@ -1,5 +1,6 @@
 """What came of each question of a benchmark that is scored by labels, to compare runs."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,19 @@ def outcomes_of(
     """Of each answer or, where the benchmark scores several together, of these."""
     line_at = {line.where: line.value for line in lines}
     pictures = {question.key: question.pictures for question in asked}
-    for judged in benchmark.judged(pairs) if benchmark.judged else _each(benchmark, pairs, line_at):
+    every = list(benchmark.judged(pairs) if benchmark.judged else _each(benchmark, pairs, line_at))
+    named = Counter(judged.name for judged in every)
+    for judged in every:
         own = [line_at[answer.where] for answer, _ in judged.pairs]
         known = next((pictures.get(key_of(line), ()) for line in own if "prompt" in line), ())
+        question = _together(line.get("prompt", "") for line in own)
         yield Outcome(
-            judged.name,
+            judged.name if named[judged.name] == 1 else f"{judged.name}: {question}",  # ids may be those of pictures
             judged.categories,
             score=judged.score,
             of=judged.of,
             weight=judged.weight,
-            question=_together(line.get("prompt", "") for line in own),
+            question=question,
             image=known[0] if known and isinstance(known[0], str) else "",
             answer=_together(
                 line.get("text", answer.value) for line, (answer, _) in zip(own, judged.pairs, strict=True)
