@@ -15,6 +15,7 @@ import pytest
 import safehttpx
 import tiny
 from etils import epath
+from gradio.utils import get_upload_folder
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 from serving import bomb, data_url, eventually, picture, serving
@@ -402,19 +403,43 @@ def test_the_server_fetches_no_picture_for_the_page(page, png, monkeypatch):
     """By itself Gradio does where a browser names a URL as the file that it uploaded."""
     monkeypatch.setattr(safehttpx, "is_public_ip", lambda address: True)
     with another_server() as (address, asked):
-
-        def rename(route):
-            route.continue_(post_data=re.sub('"path":"[^"]+"', f'"path":"{address}/a.png"', route.request.post_data))
-
         attach(page, png)
-        page.route("**/queue/join*", rename)
-        send(page, "It?")
-        expect(page.get_by_test_id("toast-body")).to_contain_text("have to be uploaded")
+        with naming(page, f"{address}/a.png"):
+            send(page, "It?")
+            expect(page.get_by_test_id("toast-body")).to_contain_text("have to be uploaded")
     assert asked == []
     expect(questions(page)).to_have_count(0)
-    page.unroute("**/queue/join*")
     send(page, "It?")
     wait_until_answered(page, 1)
+
+
+@pytest.mark.parametrize("said_before", [False, True])
+def test_no_file_of_the_server_can_be_had(page, png, context, url, tmp_path, said_before):
+    """Neither by naming it as an upload or as what was said before, nor by its address."""
+    secret = tmp_path / "secret.png"
+    picture(2).save(secret)
+    attach(page, png)
+    if said_before:
+        send(page, "It?")
+        wait_until_answered(page, 1)
+    with naming(page, str(secret)):
+        send(page, "Sure?")
+        expect(page.get_by_test_id("toast-body")).to_be_visible()
+    expect(answers(page)).to_have_count(int(said_before))
+    assert context.request.get(f"{url}/gradio_api/file={secret}").status == 403
+    assert not list(Path(get_upload_folder()).rglob("secret.png"))
+
+
+@contextlib.contextmanager
+def naming(page: Page, file: str) -> Iterator[None]:
+    """The browser says that every picture it uploaded is this one."""
+
+    def rename(route):
+        route.continue_(post_data=re.sub('"path":"[^"]+"', f'"path":"{file}"', route.request.post_data))
+
+    page.route("**/queue/join*", rename)
+    yield
+    page.unroute("**/queue/join*")
 
 
 @contextlib.contextmanager
@@ -431,16 +456,6 @@ def another_server() -> Iterator[tuple[str, list[str]]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
-
-
-def test_another_users_file_cannot_be_had(page, context, url, tmp_path):
-    """What the browser keeps is not to be trusted: only what was uploaded is shown."""
-    secret = tmp_path / "secret.png"
-    picture(2).save(secret)
-    send(page, "Hello")
-    wait_until_answered(page, 1)
-    refused = context.request.get(f"{url}/gradio_api/file={secret}")
-    assert refused.status == 403
 
 
 def test_a_key_opens_the_page(engine, browser, context):

@@ -60,9 +60,11 @@ def mount(app: FastAPI, engine: Engine, metrics: Metrics, reader: Reader, model:
       options: of Gradio: `auth` (a function of user and password), `max_file_size` (bytes).
     """
     processing_utils.async_ssrf_protected_download = _refuse_url
+    page = build(engine, metrics, reader, model)
+    page.has_launched = True  # else Gradio takes any file of this machine that a client names as its upload
     return gr.mount_gradio_app(
         app,
-        build(engine, metrics, reader, model),
+        page,
         path="/",
         theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
         head=HEAD,
