@@ -266,17 +266,8 @@ def torch_side(config: LlavaConfig) -> Callable[[tuple], Any]:
 def accuracy() -> str:
     """How bfloat16 and int8 weights change what SmolLM2-135M says comes next, as a table."""
     import jax.numpy as jnp
-    import transformers
 
-    from llava_jax.convert.names import to_ours
-
-    gguf = smollm2()
-    source = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    state = {name: value.numpy() for name, value in source.state_dict().items()}
-    params = dict(our_parameters(CONFIG))
-    for prefix, entry in entries(CONFIG):
-        if entry.name.startswith("llm."):
-            params[entry.name] = to_ours(entry, lambda leaf, p=prefix: state[p.replace("language_model.", "") + leaf])
+    params = smollm2_parameters()
     documents = sorted(Path(__file__).parents[1].glob("docs/*.md"))
     text = "\n".join(path.read_text() for path in documents)
     ids = np.array(encoder(CONFIG).tokenizer.encode(text)[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
@@ -293,6 +284,22 @@ def accuracy() -> str:
         perplexity = np.exp(-np.take_along_axis(near[:, :-1], ids[:, 1:, None], -1).mean())
         lines.append(f"| {name} | {agreement:.2%} | {divergence:.5f} | {perplexity:.2f} |")
     return "\n".join(lines)
+
+
+def smollm2_parameters() -> dict[str, np.ndarray]:
+    """The real weights of SmolLM2-135M behind a random tower and projector."""
+    import transformers
+
+    from llava_jax.convert.names import to_ours
+
+    gguf = smollm2()
+    source = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    state = {name: value.numpy() for name, value in source.state_dict().items()}
+    params = dict(our_parameters(CONFIG))
+    for prefix, entry in entries(CONFIG):
+        if entry.name.startswith("llm."):
+            params[entry.name] = to_ours(entry, lambda leaf, p=prefix: state[p.replace("language_model.", "") + leaf])
+    return params
 
 
 def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any, int8: bool) -> np.ndarray:
