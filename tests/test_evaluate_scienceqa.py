@@ -95,8 +95,9 @@ def test_incomplete_answers_need_partial(files, capsys):
 @pytest.mark.parametrize(("content", "message"), [
     (lines(TEXTS) + lines({"4": "B"}), "line 6: question 4 was answered in .*line 1 already"),
     (lines(TEXTS | {"12": "A"}), "line 6: question 12 has none of the 5 labels"),
-    (lines(TEXTS)[:-9], "line 5: the last one, is cut off"),
-    (lines(TEXTS).replace("no idea", "caf\u00e9").encode("latin-1"), "line 5: is not UTF-8"),
+    (lines(TEXTS)[:-9], "line 5: the last one, is cut off .question 10.: resume what wrote it"),
+    (lines(TEXTS)[:-50], "line 5: the last one, is cut off: resume what wrote it"),
+    (lines(TEXTS).replace("no idea", "caf\u00e9").encode("latin-1"), "line 5: is not UTF-8 .* .question 10."),
     (json.dumps(TEXTS, indent=1).replace("no idea", "\u00e9").encode("latin-1"), "line 6: is not UTF-8"),
     (lines(TEXTS).encode("utf-16"), "is UTF-16"),
     ('{"4": "A", "5": "B", "4": "A"}', "4 stands there twice"),

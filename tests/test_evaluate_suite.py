@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.score import score as scores
 
@@ -459,6 +460,9 @@ def test_questions_of_pope_and_mme(pope_labels, mme_labels):
         asked = read_questions([mme_labels], "Go.", BENCHMARKS["mme"].questions)
         assert (asked[0].id, asked[0].pictures) == ("code_reasoning/a.png", ("code_reasoning/images/a.png",))
         assert asked[0].text == "Is it 5?\nGo."  # the release's words stand in place of MME's
+        right = BENCHMARKS["mme"].labels([mme_labels], [], [])
+        asked = read_questions([mme_labels], BENCHMARKS["mme"].suffix, BENCHMARKS["mme"].questions)
+        assert {right.key(Line("", answer(q.id, "yes", q.text))) for q in asked} == set(right)
 
 
 # --------------------------------------------------------------------------------------------------------- submissions

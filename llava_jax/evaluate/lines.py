@@ -1,6 +1,7 @@
 """Files of JSON objects, one a line, that others wrote: every fault is named with its line."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+
+ID = re.compile(rb'"(?:question_id|questionId|id|image)": *("[^"\\]*"|-?[0-9]+)')
 
 
 class Line(NamedTuple):
@@ -60,14 +63,22 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
             # What ends within a character is cut off; other bytes that are not UTF-8 are no matter of the end.
             cut = not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data"
             if number < len(lines) or not cut:
-                raise UserError(f"{where}: {_fault(error)}") from error
+                raise UserError(f"{where}: {_fault(error)}{_whose(line)}") from error
             if not partial:
-                raise UserError(f"{where}: the last one, is cut off: resume what wrote it, or use --partial") from error
-            print(f"warning: {where}, the last one, is cut off and left out", file=sys.stderr)
+                raise UserError(
+                    f"{where}: the last one, is cut off{_whose(line)}: resume what wrote it, or use --partial"
+                ) from error
+            print(f"warning: {where}, the last one, is cut off{_whose(line)} and left out", file=sys.stderr)
             return
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no JSON object")
         yield Line(where, value)
+
+
+def _whose(line: bytes) -> str:
+    """The question that a damaged line is about, as far as it tells."""
+    told = ID.search(line)
+    return f" (question {told[1].decode('latin-1').strip(chr(34))})" if told else ""
 
 
 def _fault(error: ValueError | RecursionError) -> str:

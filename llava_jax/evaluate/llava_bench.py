@@ -21,6 +21,7 @@ EPILOG = """examples:
   python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json
 
 Of each category and of all: `relative` is the mean score of the model in percent of the mean score of the reference,
+`reference` and `model` are these means, from 1 to 10 as the judge gives them (the original prints ten times as much),
 `n` counts the reviews in these means, `failed` those without scores, which are left out. Of several files, which are
 repeats, all three are means over the files, and `std` is the (sample) standard deviation of `relative`."""
 ALL = "all"
