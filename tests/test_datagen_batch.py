@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import IO
 
+import httpx2
 import pytest
 from datagen_runs import COUNT, rejects, reply, run, samples, write_contexts
 from scripted_llm import ScriptedLLM
@@ -107,6 +109,22 @@ def test_a_server_may_be_away_for_a_while(folder: Path, capsys: pytest.CaptureFi
         server.batches.away = 3
         assert run(folder, server, *BATCH) == 0
     assert "away for a while; looks again in" in capsys.readouterr().err
+    assert len(samples(folder)) == COUNT and states(folder) == {"answered": COUNT + 5}
+
+
+def test_a_file_of_answers_that_breaks_off_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    download, broken = batches_module.Batches._download, [1, 1]
+
+    async def cut(self: batches_module.Batches, id: str, file: IO[bytes]) -> None:
+        await download(self, id, file)
+        if broken:
+            broken.pop()
+            raise httpx2.ReadError("cut off")
+
+    monkeypatch.setattr(batches_module.Batches, "_download", cut)
+    with ScriptedLLM(reply=reply) as server:
+        assert run(folder, server, *BATCH) == 0
+        assert len(server.batches.batches) == 2
     assert len(samples(folder)) == COUNT and states(folder) == {"answered": COUNT + 5}
 
 

@@ -162,6 +162,17 @@ def test_budget_is_not_exceeded(ledger: Ledger):
     assert budget - 0.0004 < ledger.totals().cost <= budget
 
 
+def test_budget_holds_where_answers_are_lost_on_the_way(ledger: Ledger):
+    budget = 0.02
+    with ScriptedLLM(latency=0.01, faults={"dropped": 0.2, "cut": 0.2, "malformed": 0.1, "error": 0.1}) as server:
+        answers = ask_all(server, ledger, 200, budget, concurrency=8, tries=100)
+    assert any(isinstance(answer, BudgetSpent) for answer in answers)
+    answered = states(ledger)["answered"]
+    of_one = ledger.db.execute("SELECT AVG(cost) FROM requests WHERE state = 'answered'").fetchone()[0]
+    assert server.completions > answered  # charged by the server, and not there
+    assert server.completions * of_one < ledger.totals().cost <= budget
+
+
 def test_budget_needs_a_longest_answer(ledger: Ledger):
     with pytest.raises(UserError, match="max_tokens"):
         Client(Settings("m", {}, "http://127.0.0.1:9/v1", "key"), ledger, Budget(1.0))

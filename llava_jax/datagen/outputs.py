@@ -68,10 +68,10 @@ def find_duplicates(ledger: Ledger, limit: int | None) -> None:
     judged = [(result.context.id, result.reason) for result in read_results(ledger, limit) if result.reason in JUDGED]
     texts = (
         " ".join(text for turn in result.turns for text in turn)
-        for result in track(read_results(ledger, limit), "looking for near-duplicates")
+        for result in read_results(ledger, limit)
         if result.reason in JUDGED
     )
-    duplicates = near_duplicates(texts)
+    duplicates = near_duplicates(track(texts, "looking for near-duplicates", len(judged)))
     ledger.revise(
         (task, wanted)
         for i, (task, reason) in enumerate(judged)

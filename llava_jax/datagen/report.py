@@ -56,7 +56,8 @@ def write_report(
     facts = None
     if ledger:
         read = functools.partial(contexts.read, ledger.db)
-        facts = Facts(track(read(), "reading contexts for the report"), Finder(categories_of(read())))
+        finder = Finder(categories_of(read()))
+        facts = Facts(track(read(), "reading contexts for the report", contexts.count(ledger.db)), finder)
     statistics, draw = Statistics(facts, kind), Draw(shown)
     for index, sample in enumerate(track(samples, "counting for the report")):
         group, claims = statistics.add(sample)

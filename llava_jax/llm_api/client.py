@@ -197,7 +197,7 @@ class Client:
         response = await self.api.post(
             "/chat/completions",
             cast_to=httpx2.Response,
-            content=b'{"messages": %b, %b' % (request.json, self._rest),
+            content=b'{"messages": %b, %b' % (request.messages_json, self._rest),
             options={"headers": self._headers(request)},
         )
         try:

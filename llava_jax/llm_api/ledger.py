@@ -72,13 +72,12 @@ class Request:
     messages: Sequence[Message]
 
     @cached_property
-    def json(self) -> bytes:
-        """The messages as JSON."""
+    def messages_json(self) -> bytes:
         return json.dumps(self.messages).encode()
 
     @cached_property
     def prompt_hash(self) -> str:
-        return hashlib.sha256(self.json).hexdigest()
+        return hashlib.sha256(self.messages_json).hexdigest()
 
 
 class Answer(NamedTuple):
@@ -132,10 +131,11 @@ class Ledger:
 
     def discard(self) -> None:
         """Closes it, and takes away what was made to hold it: a ledger that was there before stays."""
-        self.close()
+        self.db.close()
         for made in self._new:
             with suppress(OSError):  # a folder that something else was put into
                 made.unlink() if made == self.path else made.rmdir()
+        os.close(self._lock)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
