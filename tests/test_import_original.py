@@ -243,7 +243,7 @@ def spoilt_adapter(**fields):
     [
         ({}, None, None),
         ({"use_dora": True}, None, "use_dora is True"),
-        ({"alora_invocation_tokens": [1, 2]}, None, "alora_invocation_tokens is"),
+        ({"of_tomorrow": {"rank": 2}}, None, "of_tomorrow is {'rank': 2}, which is not supported"),
         ({"init_lora_weights": "pissa_niter_16"}, None, "is 'pissa_niter_16', which changes the base"),
         ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, None, "modules_to_save is"),

@@ -13,22 +13,14 @@ from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors
 
-# Fields of adapter_config.json that change what is added, with the only value supported; empty ones say the same.
-_ADAPTER_FIXED = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": None,
-    "alpha_pattern": None,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "arrow_config": None,
-}
+# Fields of adapter_config.json that are read here or change nothing of what is added: where it came from, how it was
+# trained. Any other has to be empty, or to have the value below.
+_ADAPTER_FREE = {"r", "lora_alpha", "use_rslora", "init_lora_weights"}
+_ADAPTER_FREE |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"}
+_ADAPTER_FREE |= {"base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version"}
+_ADAPTER_FREE |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of what init_lora_weights names
+_ADAPTER_FREE |= {"megatron_config", "megatron_core", "qalora_group_size"}
+_ADAPTER_PLAIN = {"peft_type": "LORA", "bias": "none"}
 # Values of init_lora_weights with which the base stays as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) take from it what
 # A and B begin with, so that these belong to a base that nobody stored.
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -47,9 +39,9 @@ def with_adapter(base: Tensors, adapter: Tensors, settings: Json, where: str) ->
 
     Raises UserError for adapters of another kind or for another base.
     """
-    for field, value in _ADAPTER_FIXED.items():
-        if settings.get(field) not in (None, value, {}, []):
-            raise UserError(f"{where}: {field} is {settings[field]!r}; only {value!r} is supported")
+    for field, value in settings.items():
+        if field not in _ADAPTER_FREE and value not in (None, False, {}, [], _ADAPTER_PLAIN.get(field)):
+            raise UserError(f"{where}: {field} is {value!r}, which is not supported")
     if settings.get("init_lora_weights") not in _BASE_UNCHANGED:
         raise UserError(
             f"{where}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the base: save the "
