@@ -17,7 +17,7 @@ MAX_STEPS = 32  # tokens of a row that one call of `decode` can write
 
 
 class Decoder:
-    """The programs below, compiled for a model, whose layers it rearranges (`Llama.unstack_layers`)."""
+    """The programs below, compiled for a model, whose layers it rearranges (`Llava.unstack_layers`)."""
 
     def __init__(self, model: Llava):
         self.hold(model)
@@ -28,7 +28,7 @@ class Decoder:
 
     def hold(self, model: Llava) -> None:
         """Goes on with the weights of this model, which has to be built as the one before: nothing is compiled anew."""
-        model.llm.unstack_layers()
+        model.unstack_layers()
         self._weights, self._structure = jax.tree.flatten(model)
 
     def let_go(self) -> None:

@@ -148,7 +148,10 @@ def on_own_devices(params: Params, dtype: jnp.dtype) -> Params:
         spec = _split(value.shape, mine.size)
         spread = jax.device_put(value.astype(dtype), NamedSharding(everyone, spec))
         pieces = [shard.data for shard in spread.addressable_shards]
-        return jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mine, spec), pieces)
+        whole = jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mine, spec), pieces)
+        # What a process computes alone must not run between transfers: on CPUs they share few threads, and one process
+        # would wait for the other for ever.
+        return jax.block_until_ready(whole)
 
     return {name: gather(value) for name, value in params.items()}
 

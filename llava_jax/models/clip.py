@@ -68,8 +68,12 @@ class PatchEmbedding(nnx.Module):
         return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
 
 
-def run_layers(layers: "ClipLayer", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
-    """x after the first `num_layers` of the stacked layers of a tower."""
+def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
+    """x after the first `num_layers` layers of a tower, stacked or not."""
+    if isinstance(layers, nnx.List):
+        for layer in list(layers)[:num_layers]:
+            x_NSD = layer(x_NSD, execution)
+        return x_NSD
     if num_layers < jax.tree.leaves(layers)[0].shape[0]:
         layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
 

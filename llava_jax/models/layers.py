@@ -97,3 +97,17 @@ def broadcast_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """One module whose parameters have a leading layer axis, to be scanned over."""
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num_layers))
+
+
+def unstack_layers(tower: nnx.Module, num_layers: int) -> None:
+    """Makes the first `num_layers` of the stacked `tower.layers` a list of modules and drops the others.
+
+    Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other, so
+    that little more than the model is ever in memory if nothing else holds it.
+    """
+    leaves, structure = jax.tree.flatten(tower.layers)
+    del tower.layers
+    by_layer = []
+    while leaves:
+        by_layer.append(jnp.unstack(leaves.pop(0))[:num_layers])  # on the devices where it is, as `list` would not
+    tower.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))

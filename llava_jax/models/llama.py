@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llava_jax.models.attention import attention_by_head, by_head, cached_attention, within_window
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers
+from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers, unstack_layers
 
 
 class KVCache(NamedTuple):
@@ -123,16 +123,8 @@ class Llama(nnx.Module):
     def unstack_layers(self, transposed: bool = False) -> None:
         """Arranges the layers for decoding, which is bound by reading their weights: as a list, and if `transposed`
         with kernels [out, in], which CPUs multiply with a single row a quarter faster, and with more at half the speed.
-
-        Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other,
-        so that little more than the model is ever in memory if nothing else holds it.
         """
-        leaves, structure = jax.tree.flatten(self.layers)
-        del self.layers
-        by_layer = []
-        while leaves:
-            by_layer.append(jnp.unstack(leaves.pop(0)))  # on the devices where it is, as `list` would not
-        self.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))
+        unstack_layers(self, self.config.num_layers)
         for layer in self.layers if transposed else ():
             transpose_kernels(layer.attention)
             transpose_kernels(layer.mlp)

@@ -14,6 +14,7 @@ from flax import nnx
 from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
+from llava_jax.models.layers import unstack_layers
 from llava_jax.models.llama import Llama
 from llava_jax.models.projector import Projector
 from llava_jax.models.siglip import SiglipVision
@@ -32,6 +33,14 @@ class Llava(nnx.Module):
         self.vision = TOWERS[config.vision.kind](config.vision, rngs=rngs)
         self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
         self.llm = Llama(config.text, rngs=rngs)
+
+    def unstack_layers(self, transposed: bool = False) -> None:
+        """Arranges the layers for answering: as lists, without those of the tower that no feature comes from.
+
+        `transposed`: see `Llama.unstack_layers`.
+        """
+        unstack_layers(self.vision, self.config.vision_layers_used)
+        self.llm.unstack_layers(transposed)
 
     def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.

@@ -12,7 +12,8 @@ from llava_jax.serve.conversations import Places, PreparedPrompt, Shelf
 from llava_jax.serve.programs import LENGTHS, Chosen, Programs, PromptPiece, Slots, make_choice
 
 STEPS = 4  # tokens a dispatch: someone reads along, and others wait to enter
-STEPS_BETWEEN = 1  # tokens between two pieces of prompts: who waits for a first one waits longest
+READING = LENGTHS[-1]  # positions of prompts after which those who read along get something, too
+STEPS_BETWEEN = 1  # tokens that they get while prompts are left: who waits for a first one waits longest
 WASTE = 32  # positions that a piece of a prompt may be padded by
 
 
@@ -60,11 +61,16 @@ class Batch:
         self.running.append(Running(answer, prompt, self._free.pop(), stream, prompt_number(prompt.tokens)))
 
     def step(self) -> list[Answer]:
-        """At most one piece of a prompt, and some tokens of every answer that has begun; -> those that ended."""
+        """Some positions of prompts, and then some tokens of every answer that has begun; -> those that ended."""
         ended = [self._end(running, "cancelled") for running in list(self.running) if running.answer.cancelled]
-        waiting = next((running for running in self.running if not running.tokens), None)
-        if waiting:
-            ended += self._read(waiting)
+        positions = 0
+        while positions < READING and (
+            unread := next((running for running in self.running if not running.tokens), None)
+        ):
+            if unread.conversation is None:
+                self._begin(unread)
+            positions += len(unread.prompt.tokens) - unread.done
+            ended += self._read(unread)
         begun = [running for running in self.running if running.tokens]
         return ended + (self._write(begun) if begun else [])
 
@@ -78,8 +84,6 @@ class Batch:
 
     def _read(self, running: Running) -> list[Answer]:
         """Computes the next piece of a prompt. The last one gives the first token."""
-        if running.conversation is None:
-            self._begin(running)
         left = len(running.prompt.tokens) - running.done
         size = piece_size(left)
         piece = self._piece(running, min(size, left), size)

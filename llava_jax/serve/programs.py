@@ -83,7 +83,7 @@ class Programs:
         mesh: Mesh | None = None,
     ):
         text = model.config.text
-        model.llm.unstack_layers(transposed=slots == 1 and not int8)
+        model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
         self.slots = slots
