@@ -1,6 +1,7 @@
 """Every mesh trains the same model, and answers alike. Run by tests/test_meshes.py with eight fake devices."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from llava_jax.checkpoint import Description, TrainingCheckpoints, open_checkpoi
 from llava_jax.generate import Request, Sampling
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
+from llava_jax.models.llava import module_params
 from llava_jax.serve.engine import Engine
 
 STEPS = 10
@@ -22,6 +24,8 @@ MODEL = tiny.config(
     vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8),
     text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8, qkv_bias=True),
 )
+
+LAYER = re.compile(r"(vision|llm)\.layers\..+\.kernel")
 
 
 def mesh_of(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
@@ -163,25 +167,25 @@ def test_no_policy_keeps_gathered_weights():
     assert len(set(gathers.values())) == 1, gathers
 
 
-def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], float]:
-    """Texts and log probabilities of a few answers given at the same time, and a device's share of the weights."""
+def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[int]]:
+    """Texts and log probabilities of a few answers given at the same time, and in how many parts layers lie."""
     engine = Engine.from_checkpoint(checkpoint, slots=2, kept=0, context=256, mesh=mesh, quantize=quantize)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
     answers = [engine.submit(request, Sampling(max_new_tokens=10, logprobs=0)) for request in requests]
     pieces = [piece for answer in answers for piece in answer]
     engine.close()
-    weights = jax.tree.leaves(engine._programs._weights)
-    share = sum(x.addressable_shards[0].data.nbytes for x in weights) / sum(x.nbytes for x in weights)
+    params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))
+    parts = {x.nbytes // x.addressable_shards[0].data.nbytes for name, x in params.items() if LAYER.fullmatch(name)}
     logprobs = [entry.logprob for piece in pieces for entry in piece.token_logprobs]
-    return [piece.text for piece in pieces], logprobs, share
+    return [piece.text for piece in pieces], logprobs, parts
 
 
 @pytest.mark.parametrize("sizes,quantize", [((1, 4, 2), None), ((2, 1, 4), "int8")])
 def test_a_served_model_answers_as_on_one_device(sizes, quantize, tmp_path):
     checkpoint = open_checkpoint(tiny.checkpoint(tmp_path, MODEL))
     texts, logprobs, _ = answers_on(None, checkpoint, quantize)
-    texts_on_mesh, logprobs_on_mesh, share = answers_on(mesh_of(sizes), checkpoint, quantize)
+    texts_on_mesh, logprobs_on_mesh, parts = answers_on(mesh_of(sizes), checkpoint, quantize)
     assert texts_on_mesh == texts
     np.testing.assert_allclose(logprobs_on_mesh, logprobs, rtol=0, atol=1e-4)
-    assert share < 1.5 / (sizes[1] * sizes[2])
+    assert parts == {sizes[1] * sizes[2]}  # of every layer's every matrix a device has one
