@@ -18,6 +18,7 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.score import score as scores
 
@@ -125,7 +126,11 @@ def test_textvqa_asked_twice_about_a_picture(tmp_path: Path, score):
     twice = [answer("ab", "nokia", f"What brand?{SHORT}")] * 2
     assert score("textvqa", twice, labels) == {"accuracy": 50.0, "total": 2}
     with pytest.raises(UserError, match="line 3: question ab: what brand. was answered in .*line 1 already"):
-        score("textvqa", [*twice, twice[0]], labels)
+        score("textvqa", [*twice, answer("ab", "sony", f"What brand?{SHORT}")], labels)
+    # Asked once, as `predict` asks what a file of questions repeats, it counts for both.
+    outcomes = tmp_path / "textvqa.outcomes.jsonl"
+    assert score("textvqa", twice[:1], labels, f"--outcomes={outcomes}") == {"accuracy": 50.0, "total": 2}
+    assert len(read_run(str(tmp_path))["textvqa"]) == 2
 
 
 GQA = {
@@ -449,8 +454,16 @@ def test_questions_of_the_release_stay_as_they_are(tmp_path: Path):
     (second,) = read_questions([write(tmp_path / "b.json", [sample])], "")
     assert first == Question(1, "Is it?" + SHORT, ("a.jpg",), {"category": "default"})
     assert second == Question("2", "Which?", ("b.jpg",))
-    with pytest.raises(UserError, match="c.jsonl: question 1, number 2 there, is there twice"):
-        read_questions([write(tmp_path / "c.jsonl", jsonl([line, line]))], "")
+
+
+def test_a_question_of_a_published_file_may_be_there_twice(tmp_path: Path, capsys):
+    """As 49914 in SEED-Bench's."""
+    line = {"question_id": 49914, "image": "a.jpg", "text": "Is it?"}
+    (asked,) = read_questions([write(tmp_path / "a.jsonl", jsonl([line, line]))], "")
+    assert asked.id == 49914
+    assert "a.jsonl: question number 2: repeats question 49914 word for word" in capsys.readouterr().err
+    with pytest.raises(UserError, match="b.jsonl: question number 2: question 49914 is there twice, with other pict"):
+        read_questions([write(tmp_path / "b.jsonl", jsonl([line, line | {"image": "b.jpg"}]))], "")
 
 
 def test_questions_of_pope_and_mme(pope_labels, mme_labels):
@@ -483,8 +496,9 @@ def submit(tmp_path: Path, name: str, answers: list[dict[str, Any]], *more: str)
 ])  # fmt: skip
 def test_submissions(tmp_path: Path, name, ident, expected):
     assert json.loads(submit(tmp_path, name, [answer(ident, "The two dogs.")]).read_text()) == expected
+    assert json.loads(submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2).read_text()) == expected
     with pytest.raises(UserError, match="was answered in"):
-        submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2)
+        submit(tmp_path, name, [answer(ident, "The two dogs."), answer(ident, "A cat.")])
 
 
 def test_submissions_of_others_answers(tmp_path: Path):

@@ -1,16 +1,18 @@
 """The questions of a benchmark, from files of a common form or of the benchmark's own."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import is_lines, read_json
-from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.lines import Line, once, read_lines
 
 MARK = "<image>"
+
+Key = tuple[str, str, str, int]
 
 
 class Question(NamedTuple):
@@ -22,12 +24,12 @@ class Question(NamedTuple):
     extra: dict[str, Any] = {}  # what goes into the line of the answer, besides
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> Key:
         """What tells it from others: ids alone repeat where a benchmark's are those of its pictures or files."""
         return key_of({"question_id": self.id, "prompt": self.text, **self.extra})
 
 
-def key_of(answer: dict[str, Any]) -> tuple[str, str, str, int]:
+def key_of(answer: dict[str, Any]) -> Key:
     """The key of the question that a line answers."""
     return str(answer["question_id"]), answer["prompt"], str(answer.get("category", "")), answer.get("round_id", 0)
 
@@ -40,20 +42,21 @@ def read_questions(
     A file is JSONL of `question_id`, `image` and `text`; LLaVA JSON, of which the first turns are asked; or what `own`
     reads. Those of several files have the file's name as their category, if they have none.
 
-    Raises `UserError` where a file has another form, or two questions are the same.
+    A question that is there again word for word is asked once. Raises `UserError` where a file has another form, or a
+    question is there again about other pictures.
     """
-    asked, seen = [], set()
-    for path in paths:
-        category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
-        for number, question in enumerate(_read(path, own), 1):
-            whole = question._replace(text=_with_suffix(question.text, suffix), extra=category | question.extra)
-            if whole.key in seen:
-                raise UserError(f"{path}: question {question.id}, number {number} there, is there twice")
-            seen.add(whole.key)
-            asked.append(whole)
-    if not asked:
+
+    def asked() -> Iterator[tuple[Key, Question, str]]:
+        for path in paths:
+            category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
+            for number, question in enumerate(_read(path, own), 1):
+                whole = question._replace(text=_with_suffix(question.text, suffix), extra=category | question.extra)
+                yield whole.key, whole, f"{path}: question number {number}"
+
+    found = once(asked(), "question {key} is there twice, with other pictures", name=lambda key: key[0])
+    if not found:
         raise UserError(f"{paths[0]}: holds no questions")
-    return asked
+    return [question for question, _ in found.values()]
 
 
 def _read(path: str, own: Callable[[str], Iterable[Question]] | None) -> Iterable[Question]:
@@ -94,7 +97,8 @@ def marked(question: Question, picture_last: bool = False) -> str:
 
 
 def unmarked(text: str) -> str:
-    return text.replace(MARK, "").strip()
+    """Without marks and the white space beside them; a text without marks stays as it is."""
+    return text.replace(MARK, "").strip() if MARK in text else text
 
 
 def _with_suffix(text: str, suffix: str) -> str:

@@ -2,13 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_jax.evaluate.answers import answer_lines, by_key, join
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import answer_lines, join
+from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.outcomes import write_outcomes
+from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.evaluate.suite_outcomes import outcomes_of
 
@@ -30,14 +32,31 @@ def score(
 
     What came of each question goes into the file `outcomes`, if there is one.
     """
+    scores, found = _score(name, answers, labels, questions, partial)
+    if outcomes:
+        write_outcomes(outcomes, found)
+    return scores
+
+
+def _score(
+    name: str, answers: str, labels: list[str], questions: list[str], partial: bool
+) -> tuple[dict[str, Any], Iterator[Outcome]]:
+    """The scores, and what came of each question."""
     benchmark = require(name, "score")
     lines = answer_lines(answers, partial)
+    _check_answers(lines, benchmark)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
     right = benchmark.labels(labels, lines, asked)
-    joined = join(by_key(lines, right.key, benchmark.fields), right, answers, partial)
-    if outcomes:
-        write_outcomes(outcomes, outcomes_of(benchmark, joined.pairs, lines, asked))
-    return benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
+    joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
+    scores = benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
+    return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
+
+
+def _check_answers(lines: Sequence[Line], benchmark: Benchmark) -> None:
+    """Raises `UserError` where all lines are questions: files of these have a `text`, too."""
+    texts = [line.value.get("text") for line in lines]
+    if texts and all(isinstance(text, str) and text.endswith(("?", benchmark.suffix or "?")) for text in texts):
+        raise UserError(f"{lines[0].where}: is a question, not an answer: --answers takes what `predict` wrote")
 
 
 def _judges(lines: Sequence[Line]) -> dict[str, str]:
@@ -48,8 +67,10 @@ def _judges(lines: Sequence[Line]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    scores = score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.outcomes)
-    print(json.dumps(scores) if args.json else "\n".join(_table(scores)))
+    scores, outcomes = _score(args.benchmark, args.answers, args.labels, args.questions, args.partial)
+    print(json.dumps(scores) if args.json else "\n".join(_table(scores)), flush=True)
+    if args.outcomes:
+        write_outcomes(args.outcomes, outcomes)
 
 
 def _table(scores: dict[str, Any], indent: str = "") -> list[str]:

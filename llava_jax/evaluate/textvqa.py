@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_text, percent, question_id, read_json
+from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
@@ -29,17 +29,19 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
     entries = _entries(paths, lines)
-    return Labels({key: _texts(value, where) for key, (where, value) in entries.items()}, entries.key)
+    return Labels({key: _texts(value, where) for key, (where, value) in entries.items()}, entries.key, entries.again)
 
 
 def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     """Where each entry stands and what it is, by picture and question, since published answers have the picture's id;
     or by the questions' own ids. What is asked twice about a picture has its answers in the same order."""
     entries = [entry for path in paths for entry in listed(read_json(path), "data", path)]
-    keys = _numbered(
+    asked = [
         _picture_and_question(field(value, "image_id", where), field(value, "question", where, str))
         for where, value in entries
-    )
+    ]
+    keys = _numbered(asked)
+    again = {key: first for key, first in zip(keys, asked, strict=True) if key != first}
     found = dict(zip(keys, entries, strict=True))
     by_id = {str(value["question_id"]): key for key, (_, value) in found.items() if "question_id" in value}
 
@@ -52,7 +54,7 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     def key(line: Line) -> str:
         return numbered[line.where] if numbered.get(line.where) in found else plain(line)
 
-    return Labels(found, key)
+    return Labels(found, key, again)
 
 
 def _texts(value: Any, where: str) -> Label:
@@ -96,13 +98,13 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
     if own is None:
         raise UserError("--labels: TextVQA's JSON of questions is needed, since its server wants the ids there")
     entries = _entries([own], lines)
+    answers = entries.answers(lines)
+    check_asked(answers, entries, own)
     rows = []
-    for line in lines:
-        if (key := entries.key(line)) not in entries:
-            raise UserError(f"{line.where}: {own} has no question {key}")
+    for key, answer in answers.items():
         where, value = entries[key]
         ident = field(value, "question_id", where)
-        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer_text(line))})
+        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text)})
     return json.dumps(rows).encode() + b"\n"
 
 
