@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data.records import Record
-from llava_jax.data.sources import parse_sample
 from llava_jax.evaluate.answers import IDS, Answer, answer_lines, percent, question_id
 from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
 from llava_jax.evaluate.lines import Line
@@ -84,6 +82,9 @@ def read_entries(path: str) -> Iterator[Entry]:
 
 
 def _of_sample(line: Line, number: int) -> Entry:
+    from llava_jax.data.records import Record  # needed by few, and slow to import
+    from llava_jax.data.sources import parse_sample
+
     sample = parse_sample(Record(line.where, number, 0, 0, line.value))
     if len(sample.turns) < 2:
         raise UserError(f"{line.where}: has no answer to its question")

@@ -17,12 +17,17 @@ from llava_jax.evaluate.suite_outcomes import outcomes_of
 EPILOG = f"""example:
   python -m llava_jax.evaluate score pope --answers answers.jsonl --questions llava_pope_test.jsonl \\
     --labels coco_pope_adversarial.json coco_pope_popular.json coco_pope_random.json
+  python -m llava_jax.evaluate score exact --answers answers.jsonl --labels questions.json
 
 benchmarks (scienceqa and llava-bench have options of their own):
 {listing("score")}
 
 Answers are JSONL with `question_id`, `text` and, as far as the benchmark's ids repeat, `prompt`; an array of such
-objects; or one object of texts by id. Labels are the benchmark's own files (MME: its folder). Scores are percent."""
+objects; one object of texts by id; or a table (TSV, XLSX) of `index` and `prediction`. Labels are the benchmark's own
+files (MME: its folder). Scores are percent.
+
+Labels of `exact` are LLaVA JSON, whose first answers are right, or JSONL of `question_id`, `answer` (or a list of them)
+and, where scores are wanted by it, `category`. Case, white space and full stops at the end do not count."""
 
 
 def score(
@@ -97,7 +102,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
-    add("--answers", required=True, metavar="F", help="of mm-vet, the judge's grades")
+    add("--answers", required=True, metavar="F", help="what `predict` wrote, or anybody's; of mm-vet, the "
+        "judge's grades")  # fmt: skip
     add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
     add("--questions", nargs="+", default=[], metavar="F", help="what was asked: tells the pictures to outcomes, "
         "and of pope and vizwiz the questions where ids are not those of the labels")  # fmt: skip

@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -52,10 +53,11 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, list[str | None]]]:
     except ImportError as error:
         raise UserError(f"{path}: reading Excel files needs: pip install 'llava_jax[evaluate]'") from error
     try:
-        book = openpyxl.load_workbook(io.BytesIO(epath.Path(path).read_bytes()), read_only=True)
-        sheet = book.worksheets[0]
-        sheet.reset_dimensions()  # what programs write there may be wrong
-        rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+        with warnings.catch_warnings(action="ignore"):  # about styles and the like
+            book = openpyxl.load_workbook(io.BytesIO(epath.Path(path).read_bytes()), read_only=True)
+            sheet = book.worksheets[0]
+            sheet.reset_dimensions()  # what programs write there may be wrong
+            rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
     except (InvalidFileException, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no Excel file (XLSX): {error}") from error
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))

@@ -46,8 +46,10 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     by_id = {str(value["question_id"]): key for key, (_, value) in found.items() if "question_id" in value}
 
     def plain(line: Line) -> str:
-        ident = question_id(line)
-        return by_id.get(ident) or _picture_and_question(ident, asked_in(str(line.get("prompt"))))
+        ident, prompt = question_id(line), line.value.get("prompt")
+        if ident in by_id and (prompt is None or _asks(prompt, found[by_id[ident]][1])):
+            return by_id[ident]
+        return _picture_and_question(ident, asked_in(str(line.get("prompt"))))
 
     numbered = dict(zip((line.where for line in lines), _numbered(map(plain, lines)), strict=True))
 
@@ -72,6 +74,11 @@ def _numbered(keys: Iterable[str]) -> list[str]:
         seen[key] += 1
         result.append(key if seen[key] == 1 else f"{key} ({seen[key]})")
     return result
+
+
+def _asks(prompt: Any, entry: Any) -> bool:
+    """Whether a prompt has the entry's question: ids of other benchmarks may be the same numbers."""
+    return entry["question"].strip().lower() in str(prompt).lower()
 
 
 def _picture_and_question(image: Any, question: str) -> str:
