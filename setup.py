@@ -40,7 +40,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
     "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31", "python-multipart>=0.0.9"],
-    # The chart of `evaluate report`, and the Excel file that MMBench's server takes.
+    # The chart of `evaluate report`, and Excel files of answers, as MMBench's server takes them.
     "evaluate": ["matplotlib>=3.8", "openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],

@@ -407,6 +407,8 @@ def test_questions_are_no_answers(tmp_path: Path, score, name):
     asked = [pope(1, "cat", "yes"), pope(2, "dog", "no")]
     with pytest.raises(UserError, match="line 1: is a question, not an answer"):
         score(name, asked, write(tmp_path / "coco_pope_random.json", jsonl(asked)))
+    with pytest.raises(UserError, match="line 1: is a question, not an answer"):
+        submit(tmp_path, "vqav2", [asked[0] | {"text": f"Is there a cat?{SHORT}"}])
 
 
 def test_what_was_said_is_told_from_what_is_right(tmp_path: Path, score):
@@ -571,7 +573,7 @@ def test_submissions(tmp_path: Path, name, ident, expected):
         submit(tmp_path, name, [answer(ident, "The two dogs."), answer(ident, "A cat.")])
 
 
-POPE_ANSWER = answer(7, "yes", "Is there a cat?", category="adversarial")
+POPE_ANSWER = answer(7, "yes", "Is there a cat in the image?", category="adversarial")
 SEED_ANSWER = answer(7, "B", "Which?\nAnswer with the option's letter from the given choices directly.")
 MMBENCH_ANSWER = answer(7, "B", "Which?", round_id=1)
 
@@ -583,6 +585,9 @@ MMBENCH_ANSWER = answer(7, "B", "Which?", round_id=1)
     ("gqa", answer("VizWiz_test_1.jpg", "yes"), "question VizWiz_test_1.jpg has no id of gqa"),
     ("mm-vet", answer(262144, "yes"), "question 262144 has no id of mm-vet"),
     ("seed", answer("201307251", "yes", f"Is it?{SHORT}"), "was asked to 'Answer the question using a single word"),
+    ("vqav2", POPE_ANSWER, "line 1: question 7 is POPE's, as all others are"),
+    ("vqav2", POPE_ANSWER | {"category": "default"}, "line 1: question 7 is POPE's, as all others are"),
+    ("gqa", answer("0054c91397f2fe05", "x"), "question 0054c91397f2fe05 has no id of gqa"),
     ("gqa", SEED_ANSWER, "question 7 was asked to 'Answer with the option's letter"),
     ("seed", MMBENCH_ANSWER, "question 7 has a round_id, as answers to MMBench have"),
 ])  # fmt: skip

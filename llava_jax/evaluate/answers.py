@@ -61,6 +61,21 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     return _elements(whole, path)
 
 
+def refuse_questions(lines: Sequence[Line], suffix: str = "") -> None:
+    """Raises `UserError` where all lines are questions: files of these have a `text`, too.
+
+    Args:
+      suffix: what questions of the benchmark end with, if not with a question mark.
+    """
+
+    def asks(line: dict[str, Any]) -> bool:
+        text, ends = line.get("text"), ("?", suffix) if suffix else ("?",)
+        return isinstance(text, str) and text.endswith(ends) and "image" in line and "prompt" not in line
+
+    if lines and all(asks(line.value) for line in lines):
+        raise UserError(f"{lines[0].where}: is a question, not an answer: --answers takes what `predict` wrote")
+
+
 def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
     """Answers, which are the first of these fields, by key. Raises `UserError` at another answer of a key."""
     items = ((key(line), line.get(*names), line.where) for line in lines)
@@ -69,8 +84,8 @@ def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[st
 
 
 def _of_row(line: Line) -> Line:
-    """A row of a table, whose `answer` is what is right."""
-    values = {name: value for name, value in line.value.items() if name not in ("answer", "index", "image")}
+    """A row of a table, whose `answer` is what is right. An empty cell is an empty text, as it is in TSV."""
+    values = {name: value or "" for name, value in line.value.items() if name not in ("answer", "index", "image")}
     if not any(name in values for name in TEXTS):
         raise UserError(f"{line.where}: has no column `prediction`: is it the table of questions?")
     return Line(line.where, {"question_id": line.get(*IDS)} | values)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of categories in reviews of answers in the wild
@@ -81,6 +82,7 @@ def _box(line: Line, instance: Any) -> str:
 def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
     """The answers by question id: one to each question. Raises `UserError` for two different ones, or too few."""
     lines = {line.where: line for line in read_lines(path)}
+    refuse_questions(list(lines.values()))
 
     def texts() -> Iterator[tuple[str, str, str]]:
         for where, line in lines.items():

@@ -118,8 +118,9 @@ def mmbench_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[
                     yield str(row.index + turn * ROUND), _rotated(row, right, turn), row.where
 
     def key(line: Line) -> str:
-        index, turn = question_id(line), line.value.get("round_id", 0)
-        return str(int(index) + int(turn) * ROUND) if turn else index
+        index, turn = question_id(line), line.value.get("round_id") or 0
+        numbers = index.isdecimal() and str(turn).isdecimal()
+        return str(int(index) + int(turn) * ROUND) if numbers else f"{index}, round {turn}"
 
     return Labels(unique(labels()), key)
 
@@ -247,7 +248,7 @@ def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
     if own:
         check_asked(answers, seed_labels([own], lines, ()), own)
     ids = {question_id(line): line.get(*IDS) for line in lines}
-    rows = [{"question_id": ids[ident], "prediction": answer.text} for ident, answer in answers.items()]
+    rows = [{"question_id": ids[ident], "prediction": answer.text or ""} for ident, answer in answers.items()]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 

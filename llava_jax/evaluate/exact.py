@@ -45,7 +45,7 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are one of the right ones, but for what `normal` leaves out."""
     categories: dict[str, list[bool]] = defaultdict(list)
     for answer, label in pairs:
-        categories[label.category].append(normal(answer.text) in map(normal, label.answers))
+        categories[label.category].append(normal(answer.text or "") in map(normal, label.answers))
     right = sum(map(sum, categories.values()))
     named = {name: percent(sum(some), len(some)) for name, some in sorted(categories.items()) if name}
     return {"accuracy": percent(right, len(pairs))} | ({"by_category": named} if named else {}) | {"total": len(pairs)}
@@ -74,22 +74,22 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
 
 def read_entries(path: str) -> Iterator[Entry]:
     """What a file asks and what is right. Raises `UserError` where an entry has no answer."""
-    for number, line in enumerate(read_sheet(path) if is_sheet(path) else answer_lines(path)):
-        entry = _of_sample(line, number) if CONVERSATIONS & line.value.keys() else _of_line(line)
+    lines = read_sheet(path) if is_sheet(path) else answer_lines(path)
+    of_samples = any(CONVERSATIONS & line.value.keys() for line in lines)
+    for entry in _of_samples(path, lines) if of_samples else map(_of_line, lines):
         if not all(map(normal, entry.label.answers)) or not entry.label.answers:
-            raise UserError(f"{line.where}: the right answer to question {entry.id} is empty")
+            raise UserError(f"{entry.where}: the right answer to question {entry.id} is empty")
         yield entry
 
 
-def _of_sample(line: Line, number: int) -> Entry:
-    from llava_jax.data.records import Record  # needed by few, and slow to import
-    from llava_jax.data.sources import parse_sample
+def _of_samples(path: str, lines: Sequence[Line]) -> Iterator[Entry]:
+    from llava_jax.data.sources import LlavaJson  # few need it, and it is slow to import
 
-    sample = parse_sample(Record(line.where, number, 0, 0, line.value))
-    if len(sample.turns) < 2:
-        raise UserError(f"{line.where}: has no answer to its question")
-    (_, question), (_, answer) = sample.turns[:2]
-    return Entry(sample.id, unmarked(question), Label((answer,), _category(line)), line.where)
+    for line, sample in zip(lines, LlavaJson(path), strict=True):
+        turns = [text for role, text in sample.turns if role != "system"]
+        if len(turns) < 2:
+            raise UserError(f"{line.where}: has no answer to its question")
+        yield Entry(sample.id, unmarked(turns[0]), Label((turns[1],), _category(line)), line.where)
 
 
 def _of_line(line: Line) -> Entry:

@@ -59,7 +59,7 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
     """Raises `UserError` where `lines` are answers that nobody graded, or where no judgement has a grade."""
     for line in lines:
-        if isinstance(line.value.get("text", ""), str) and not any(name in line.value for name in GRADES):
+        if isinstance(line.value.get("text"), str | None) and not any(name in line.value for name in GRADES):
             raise UserError(
                 f"{line.where}: has no grade: first have the answers graded by `judge mm-vet --output grades.jsonl`, "
                 "then score grades.jsonl"
@@ -99,7 +99,7 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
     if own:
         asked = (str(question.id).removeprefix(PREFIX) for question in read_questions([own], "", questions))
         check_asked(answers, dict.fromkeys(asked), own)
-    texts = {f"{PREFIX}{ident}": answer.text for ident, answer in answers.items()}
+    texts = {f"{PREFIX}{ident}": answer.text or "" for ident, answer in answers.items()}
     return json.dumps(texts, indent=2).encode() + b"\n"
 
 

@@ -157,7 +157,7 @@ def submission(lines: Sequence[Line], own: str | None) -> dict[str, bytes]:
     files: dict[str, list[str]] = defaultdict(list)
     for category, picture, question, answer, _ in _entries(own):
         if (said := answers.get(_key(category, picture, question))) is not None:
-            text = " ".join(said.text.split())
+            text = " ".join((said.text or "").split())
             files[f"{category}.txt"].append("\t".join((PurePath(picture).stem + ".txt", question, answer, text)))
     return {name: ("\n".join(rows) + "\n").encode() for name, rows in files.items()}
 

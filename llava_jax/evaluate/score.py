@@ -5,9 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_lines, join
-from llava_jax.evaluate.benchmark import Benchmark
+from llava_jax.evaluate.answers import answer_lines, join, refuse_questions
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
@@ -49,19 +47,12 @@ def _score(
     """The scores, and what came of each question."""
     benchmark = require(name, "score")
     lines = answer_lines(answers, partial)
-    _check_answers(lines, benchmark)
+    refuse_questions(lines, benchmark.suffix)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
     right = benchmark.labels(labels, lines, asked)
     joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
     scores = benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
     return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
-
-
-def _check_answers(lines: Sequence[Line], benchmark: Benchmark) -> None:
-    """Raises `UserError` where all lines are questions: files of these have a `text`, too."""
-    texts = [line.value.get("text") for line in lines]
-    if texts and all(isinstance(text, str) and text.endswith(("?", benchmark.suffix or "?")) for text in texts):
-        raise UserError(f"{lines[0].where}: is a question, not an answer: --answers takes what `predict` wrote")
 
 
 def _judges(lines: Sequence[Line]) -> dict[str, str]:

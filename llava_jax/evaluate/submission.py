@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_lines, question_id
+from llava_jax.evaluate.answers import answer_lines, question_id, refuse_questions
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.pope import answers_pope
 from llava_jax.whole_file import whole_file
 
 EPILOG = f"""examples:
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = require(args.benchmark, "submission")
     lines = answer_lines(args.answers)
+    refuse_questions(lines, benchmark.suffix)
     if not args.labels:
         check_answers(args.benchmark, lines)
     content = benchmark.submission(lines, args.labels)
@@ -32,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
             file.write(content)
     else:
         _write_folder(epath.Path(args.output), content)
-    print(f"{len(lines)} answers: {args.output}")
+    distinct = {(question_id(line), line.value.get("prompt"), line.value.get("round_id")) for line in lines}
+    print(f"{len(distinct)} answers: {args.output}")
 
 
 def check_answers(name: str, lines: Sequence[Line]) -> None:
@@ -43,6 +46,8 @@ def check_answers(name: str, lines: Sequence[Line]) -> None:
     benchmark = BENCHMARKS[name]
     others = tuple({other.suffix for other in BENCHMARKS.values()} - {benchmark.suffix, ""})
     advice = "are the answers to another benchmark? If not, give its questions with --labels"
+    if lines and all(map(answers_pope, lines)):
+        raise UserError(f"{lines[0].where}: question {question_id(lines[0])} is POPE's, as all others are: {advice}")
     for line in lines:
         ident, prompt = question_id(line), line.value.get("prompt")
         if benchmark.ids and not re.fullmatch(benchmark.ids, ident):

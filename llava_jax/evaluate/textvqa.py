@@ -111,7 +111,7 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
     for key, answer in answers.items():
         where, value = entries[key]
         ident = field(value, "question_id", where)
-        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text)})
+        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text or "")})
     return json.dumps(rows).encode() + b"\n"
 
 

@@ -159,7 +159,7 @@ def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
     """The server wants all questions of its split: those of `own` that have no answer get an empty one."""
     answers = by_key(lines, question_id)
     ids = {question_id(line): line.get(*IDS) for line in lines}
-    texts = {ids[ident]: submitted(answer.text) for ident, answer in answers.items()}
+    texts = {ids[ident]: submitted(answer.text or "") for ident, answer in answers.items()}
     if own:
         asked = {str(question.id): question.id for question in read_questions([own], "", vqav2_questions)}
         check_asked(answers, asked, own)
@@ -176,7 +176,7 @@ def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
     for picture, (_, where) in answers.items():
         if not PurePath(picture).suffix:
             raise UserError(f"{where}: {picture} names no picture: --labels with the questions tells which it is")
-    return _array([{"image": picture, "answer": submitted(answer.text)} for picture, answer in answers.items()])
+    return _array([{"image": picture, "answer": submitted(answer.text or "")} for picture, answer in answers.items()])
 
 
 def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
@@ -185,9 +185,8 @@ def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
     if own:
         asked = (str(question.id) for question in read_questions([own], "", gqa_questions))
         check_asked(answers, dict.fromkeys(asked), own)
-    return _array(
-        [{"questionId": ident, "prediction": gqa_prediction(answer.text)} for ident, answer in answers.items()]
-    )
+    predictions = {ident: gqa_prediction(answer.text or "") for ident, answer in answers.items()}
+    return _array([{"questionId": ident, "prediction": text} for ident, text in predictions.items()])
 
 
 VQAV2 = Benchmark(
@@ -200,5 +199,5 @@ VIZWIZ = Benchmark(
 )  # fmt: skip
 GQA = Benchmark(
     "GQA: exact answers", gqa_questions, SHORT, labels=gqa_labels, score=score_gqa, submission=submit_gqa,
-    ids=r"[^/._]+",
+    ids=r"[^\W_]{1,10}",
 )  # fmt: skip
