@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -25,11 +25,19 @@ Key = tuple[str, str, str, int]
 Lines = dict[Key, dict[str, Any]]
 
 
-def answer_line(question: Question, text: str, model_id: str) -> dict[str, Any]:
+class Reply(NamedTuple):
+    """What a model answered: a text, or none, and why there is none."""
+
+    text: str | None
+    no_answer: str = ""
+
+
+def answer_line(question: Question, reply: Reply, model_id: str) -> dict[str, Any]:
     """An answer as the original writes it. Its id is a function of it."""
+    text, why = reply
     answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
     line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
-    return line | {"model_id": model_id, "metadata": {}} | question.extra
+    return line | {"model_id": model_id, "metadata": {"no_answer": why} if why else {}} | question.extra
 
 
 class AnswerFile:
@@ -50,9 +58,14 @@ class AnswerFile:
         self._written = time.monotonic()
         self._own: Lines = self._read(self._part) if self._part.exists() else {}
 
-    def add(self, answers: Sequence[tuple[Question, str]]) -> None:
+    def answers(self, question: Question) -> bool:
+        """Whether a question has its answer; it may be asked again where there was none."""
+        line = self.lines.get(question.key)
+        return line is not None and "no_answer" not in line.get("metadata", {})
+
+    def add(self, answers: Sequence[tuple[Question, Reply]]) -> None:
         """Keeps answers, at once on a local disk and after a while elsewhere."""
-        new = {question.key: answer_line(question, text, self.model_id) for question, text in answers}
+        new = {question.key: answer_line(question, reply, self.model_id) for question, reply in answers}
         self.lines |= new
         self._own |= new
         if not is_remote(self._part):
