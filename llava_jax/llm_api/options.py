@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import UserError, positive
-from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.remote import is_remote
+
+if TYPE_CHECKING:
+    from llava_jax.llm_api.asking import Work
 
 NO_KEY = "none"  # servers at home want no key, but the client does
 NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # what the client says itself: one answer is read and paid
@@ -70,8 +71,11 @@ def ledger_directory(args: argparse.Namespace) -> Path:
     return Path(directory)
 
 
-def work(args: argparse.Namespace, model: str, asks: bool = True) -> Work:
+def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
     """What these options say. Raises `UserError` where they name no server, unless nothing is asked."""
+    from llava_jax.llm_api.asking import Work  # only here: openai takes a second to load
+    from llava_jax.llm_api.client import Settings
+
     prices, body = Prices(*args.prices), request_body(args)
     check_budget(args.budget, prices)
     server, key = args.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
