@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -25,19 +25,12 @@ Key = tuple[str, str, str, int]
 Lines = dict[Key, dict[str, Any]]
 
 
-class Reply(NamedTuple):
-    """What a model answered: a text, or none, and why there is none."""
-
-    text: str | None
-    no_answer: str = ""
-
-
-def answer_line(question: Question, reply: Reply, model_id: str) -> dict[str, Any]:
-    """An answer as the original writes it. Its id is a function of it."""
-    text, why = reply
+def answer_line(question: Question, text: str | None, model_id: str, no_answer: str = "") -> dict[str, Any]:
+    """An answer as the original writes it. Its id is a function of it. `no_answer` is why it is none."""
     answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
     line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
-    return line | {"model_id": model_id, "metadata": {"no_answer": why} if why else {}} | question.extra
+    metadata = {"no_answer": no_answer} if no_answer else {}
+    return line | {"model_id": model_id, "metadata": metadata} | question.extra
 
 
 class AnswerFile:
@@ -61,11 +54,12 @@ class AnswerFile:
     def answers(self, question: Question) -> bool:
         """Whether a question has its answer; it may be asked again where there was none."""
         line = self.lines.get(question.key)
-        return line is not None and "no_answer" not in line.get("metadata", {})
+        return line is not None and "no_answer" not in (line.get("metadata") or ())
 
-    def add(self, answers: Sequence[tuple[Question, Reply]]) -> None:
-        """Keeps answers, at once on a local disk and after a while elsewhere."""
-        new = {question.key: answer_line(question, reply, self.model_id) for question, reply in answers}
+    def add(self, answers: Sequence[tuple[Question, str | None]], no_answer: Mapping[Key, str] | None = None) -> None:
+        """Keeps answers, at once on a local disk and after a while elsewhere. `no_answer` tells why some are none."""
+        why = no_answer or {}
+        new = {q.key: answer_line(q, text, self.model_id, why.get(q.key, "")) for q, text in answers}
         self.lines |= new
         self._own |= new
         if not is_remote(self._part):

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answer_file import AnswerFile, Reply
+from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Question
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
@@ -39,7 +39,10 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
         tasks = [_task(question, args) for question in some]
         found = list(zip(some, ask_all(asked, tasks, directory, {}, f"asking {args.model}{left}"), strict=True))
         lacking += [(question, outcome) for question, outcome in found if outcome.value is None]
-        file.add([(question, _reply(outcome)) for question, outcome in found if not outcome.open])
+        file.add(
+            [(question, _text(outcome)) for question, outcome in found if not outcome.open],
+            {question.key: outcome.reason for question, outcome in found if outcome.value is None},
+        )
     _warn([(question, outcome.reason) for question, outcome in lacking if not outcome.open])
     if still := [(question, outcome.reason) for question, outcome in lacking if outcome.open]:
         question, reason = still[0]
@@ -55,10 +58,9 @@ def _task(question: Question, args: argparse.Namespace) -> Task:
     return Task("\n".join(map(str, question.key)), partial(messages, question, args.images), str.strip, whole)
 
 
-def _reply(outcome: Outcome) -> Reply:
-    """What the model said, though it be nothing; no text where it said none."""
-    said_nothing = outcome.reason == EMPTY and outcome.text is not None
-    return Reply("" if said_nothing else outcome.value, outcome.reason)
+def _text(outcome: Outcome) -> str | None:
+    """The answer; an empty text where that is what the model said, None where there is none."""
+    return "" if outcome.reason == EMPTY and outcome.text is not None else outcome.value
 
 
 def _warn(lacking: Sequence[tuple[Question, str]]) -> None:

@@ -12,7 +12,7 @@ from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import track
 from llava_jax.data.conversation import choose_template
-from llava_jax.evaluate.answer_file import AnswerFile, Key, Reply
+from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
 from llava_jax.generate import Sampling
@@ -49,7 +49,7 @@ def _answer(
 
     def one_by_one() -> Iterator[Question]:
         for answers in answering:
-            file.add([(question, Reply(text)) for question, text in answers])
+            file.add(answers)
             yield from (question for question, _ in answers)
 
     count = sum(map(len, share))
