@@ -253,6 +253,7 @@ WHOLE = [
     {"error": "Rate limit exceeded: 20 requests per minute"},
     {"object": "error", "message": "Too many requests", "code": "429"},
     {"detail": "Too Many Requests"},
+    b'[{"error": {"code": 429, "message": "Quota exceeded", "status": "RESOURCE_EXHAUSTED"}}]',  # of Google
     IN_CHOICE,
 ]
 EVENTS = [IN_STREAM, [event(finish_reason="error", error=RATE)]]
@@ -282,6 +283,7 @@ def test_a_refusal_for_the_rate_within_an_answer_waits_and_costs_nothing(ledger:
         (completion(None, "error"), "the server gave up the answer"),
         (b"<!doctype html><title>Open WebUI</title>", "an HTML page, no answer; is the path of the URL right"),
         ({"choices": []}, "is no chat completion"),
+        ({"error": {"message": "too long", "type": "invalid_request_error", "code": None}}, "status 400: too long"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -18,6 +18,7 @@ NO_CREDIT = "insufficient_quota"  # the code of a 429 that waiting does not help
 BROKEN = ("error", "abort", "cancelled")  # finish reasons of answers that the server gave up
 FINISH_REASONS = {"max_tokens": CUT_OFF, "model_length": CUT_OFF, "refusal": FILTERED, "safety": FILTERED}
 FILTER = re.compile(r"content.?(filter|policy|management)|moderation|flagged", re.IGNORECASE)
+WRONG = ("invalid_request", "invalid_argument", "context_length", "context length")
 RATE = ("rate limit", "rate_limit", "ratelimit", "too many requests", "resource_exhausted", "overloaded")
 
 
@@ -50,6 +51,9 @@ class ServerError(Exception):
 
 def server_error(error: Any, status: int | None = None) -> ServerError:
     """An error from its JSON, which is an object, often of `message`, `code` and `param`, or a text."""
+    error = _unlisted(error)
+    if isinstance(error, Mapping) and isinstance(error.get("error"), Mapping):
+        error = error["error"]
     if not isinstance(error, Mapping):
         return ServerError(status or _status({}, str(error)), str(error))
     message = next((error[name] for name in ("message", "msg", "detail") if error.get(name)), None) or json.dumps(error)
@@ -64,7 +68,14 @@ def _status(error: Mapping[str, Any], message: str) -> int:
         if str(error.get(name)).isdigit() and 400 <= int(error[name]) < 600:
             return int(error[name])
     words = f"{error.get('code')} {error.get('type')} {error.get('status')} {message}".lower()
-    return 429 if any(word in words for word in RATE) else UNKNOWN
+    if any(word in words for word in RATE):
+        return 429
+    return 400 if any(word in words for word in WRONG) else UNKNOWN
+
+
+def _unlisted(value: Any) -> Any:
+    """Google's servers put an error into a list."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def read_json(content: bytes) -> Any:
@@ -84,6 +95,7 @@ def read_completion(completion: Any, messages: Sequence[Message], most: int) -> 
     `most` tokens were allowed, 0 for any number. Raises `NoAnswer` where there is no answer, `ServerError` where there
     is an error in its place.
     """
+    completion = _unlisted(completion)
     _check(completion)
     try:
         choice = completion["choices"][0]
