@@ -58,7 +58,11 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "difference from a base, a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
-    add("--template", default=Options.template, help="of conversations (default: %(default)s)")
+    add(
+        "--template",
+        metavar="NAME",
+        help="of conversations (default: what the tokenizer's own chat template is, or v1)",
+    )
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
     add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
