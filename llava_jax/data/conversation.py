@@ -210,9 +210,14 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
     Returns:
       The text and the spans to learn: every answer with its end mark and nothing else (equation 3 of the paper).
       The published code for `v0` learns the role names and the `###` before them as well.
+
+    Raises:
+      UserError: turns out of order, or a system prompt of `turns` for which the template has no place.
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
+        if system and "{system}" not in template.head:
+            raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
     system = template.system if system is None else system
     pieces = [template.head.replace("{system}", _clean(system, template)) if system else template.bare_head]
     length, spans = len(pieces[0]), []
@@ -249,7 +254,13 @@ def place_images(
     if position == "as_is":
         return tuple(turns)
     last = position == "random" and hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()[0] % 2 == 1
-    return tuple((role, _place(text, last=last and i == 0)) for i, (role, text) in enumerate(turns))
+    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
+    return tuple((role, _place(text, last=last and i == first)) for i, (role, text) in enumerate(turns))
+
+
+def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
+    """Whether a turn has text between its images, which `first` and `random` take out of it."""
+    return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
 
 
 def _place(text: str, last: bool) -> str:
