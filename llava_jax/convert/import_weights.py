@@ -5,6 +5,7 @@ types and bits, and every key has to be accounted for. Nothing large is read bef
 tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -76,7 +77,7 @@ def _path(places: dict[str, Located], name: str) -> Path | None:
 
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
     origins = {name: place.origin for name, place in places.items() if place.origin}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         found = _fitting(found, Path(scratch), options.fit_rows)
         template = with_im_start_end(get_template(options.template), found.config.im_start_end)
@@ -84,6 +85,16 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
         description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)
         write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
+
+
+@contextlib.contextmanager
+def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
+    """Errors within name the sources of a tokenizer, not the directory that it is copied to."""
+    sources = " or ".join(str(place.path) for name, place in places.items() if name != "vision")
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(scratch, sources)) from error
 
 
 def _fitting(found: Found, directory: Path, fit_rows: bool) -> Found:

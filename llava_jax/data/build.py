@@ -155,7 +155,7 @@ def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
 
 def _size(path: epath.Path) -> int | None:
     try:
-        return in_any_spelling(epath.Path.stat, path).length
+        return in_any_spelling(lambda file: file.stat().length, path)
     except (OSError, ValueError):  # ValueError where the name holds a null byte
         return None
 

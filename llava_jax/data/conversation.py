@@ -210,14 +210,9 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
     Returns:
       The text and the spans to learn: every answer with its end mark and nothing else (equation 3 of the paper).
       The published code for `v0` learns the role names and the `###` before them as well.
-
-    Raises:
-      UserError: turns out of order, or a system prompt of `turns` for which the template has no place.
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
-        if system and "{system}" not in template.head:
-            raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
     system = template.system if system is None else system
     pieces = [template.head.replace("{system}", _clean(system, template)) if system else template.bare_head]
     length, spans = len(pieces[0]), []
@@ -238,6 +233,12 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         pieces += added
         length += sum(map(len, added))
     return Rendered("".join(pieces), spans)
+
+
+def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+    """Raises `UserError` where `render` would leave a system prompt out, since the template has no place for one."""
+    if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
+        raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
 
 
 def place_images(

@@ -60,7 +60,7 @@ def load_image(path: str | epath.Path) -> Image.Image:
 def read_picture(path: str | epath.Path) -> bytes:
     """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file."""
     try:
-        return in_any_spelling(epath.Path.read_bytes, path)
+        return in_any_spelling(lambda file: file.read_bytes(), path)
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
 

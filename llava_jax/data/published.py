@@ -111,7 +111,8 @@ def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
-        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}; it is of sample {missing[names[0]]}"
+        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}; it is "
+        told += f"of sample {missing[names[0]]}"
         looked = names[:100]
         renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)
         if renamed:
