@@ -21,6 +21,8 @@ class UserError(Exception):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
     Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()

@@ -21,7 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax import decoding
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
+from llava_jax.data.conversation import (
+    IMAGE_TOKEN,
+    Template,
+    check_system,
+    get_template,
+    stop_strings,
+    with_im_start_end,
+)
 from llava_jax.data.detokenization import AnswerStream
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
@@ -117,6 +124,7 @@ class PromptEncoder:
 
     def encode(self, request: Request) -> Prompt:
         """Raises UserError where the request is malformed."""
+        check_system(request.turns, self.template)
         encoded = encode_turns([*request.turns, ("assistant", None)], self._begun(request.begun), self.tokenizer)
         marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         if marks != len(request.images):

@@ -5,6 +5,7 @@ types and bits, and every key has to be accounted for. Nothing large is read bef
 tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -78,7 +79,7 @@ def _path(places: dict[str, Located], name: str) -> Path | None:
 
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
     origins = {name: place.origin for name, place in places.items() if place.origin}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         found = _fitting(found, Path(scratch), options.fit_rows)
         template = _template(options.template, load_tokenizer(scratch))
@@ -109,6 +110,16 @@ def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase) -> Temp
             raise UserError(f"{problem}: --template NAME")
         print(f"warning: {problem}", file=sys.stderr)
     return template
+
+
+@contextlib.contextmanager
+def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
+    """Errors within name the sources of a tokenizer, not the directory that it is copied to."""
+    sources = " or ".join(str(place.path) for name, place in places.items() if name != "vision")
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(scratch, sources)) from error
 
 
 def _fitting(found: Found, directory: Path, fit_rows: bool) -> Found:

@@ -22,6 +22,7 @@ from etils import epath
 from llava_jax.cli import UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
+from llava_jax.data.images import in_any_spelling
 from llava_jax.data.lengths import lengths_name, measure_once
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
@@ -110,10 +111,10 @@ def _begin(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
     sizes = _sizes(images, list(uses))
-    if missing := [name for name, size in sizes.items() if size is None]:
+    if missing := {name for name, size in sizes.items() if size is None}:
         raise UserError(
-            f"{'; '.join(explain_missing(images, missing))}. Put them there, or let llava_jax.data.check --fix write "
-            "the samples that are whole, and build from these"
+            f"{'; '.join(explain_missing(images, _first_users(source, missing)))}. Put them there, or let "
+            "llava_jax.data.check --fix write the samples that are whole, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
     manifest = {
@@ -143,9 +144,18 @@ def _sizes(images: epath.Path, names: Sequence[str]) -> dict[str, int | None]:
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
 
 
+def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
+    """The id of the first sample with each of these pictures."""
+    users: dict[str, str] = {}
+    for sample in source:
+        for name in names.intersection(sample.images):
+            users.setdefault(name, sample.id)
+    return users
+
+
 def _size(path: epath.Path) -> int | None:
     try:
-        return path.stat().length
+        return in_any_spelling(lambda file: file.stat().length, path)
     except (OSError, ValueError):  # ValueError where the name holds a null byte
         return None
 

@@ -36,6 +36,7 @@ EPILOG = """example:
 """
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>")
 EXAMPLES = 20  # problems of a kind in the report
+UNREAD_KEYS = 20  # that are listed
 
 
 class Report:
@@ -129,10 +130,13 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         if args.template:
             measuring = _measuring(args, tokenizer)
-    survey, report, console = Survey(args.json), Report(), Console()
+    survey, report, console = Survey(args.json, args.image_position), Report(), Console()
     for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
+    if survey.unread:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
+        print(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         print(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
     if args.fix:

@@ -25,10 +25,12 @@ from llava_jax.data.conversation import (
     IM_START_TOKEN,
     IMAGE_TOKEN,
     Template,
+    check_system,
     place_images,
     render,
 )
-from llava_jax.data.sources import Sample
+from llava_jax.data.samples import Sample
+from llava_jax.incoming import POINTER, refuse_pointer
 from llava_jax.remote import local
 
 IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
@@ -61,6 +63,9 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
+    for file in local(directory).glob("*token*"):
+        with file.open("rb") as data:
+            refuse_pointer(data.read(len(POINTER)), epath.Path(directory) / file.name)
     try:
         tokenizer = _load(local(directory))
     except UserError:
@@ -108,9 +113,11 @@ def encode_sample(
     image_position: str = "first",
     seed: int = 0,
 ) -> Encoded:
-    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn."""
+    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn, or where it
+    has a system prompt for which the template has no place."""
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
+        check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_lines, read_text
+from llava_jax.evaluate.lines import Line, read_bytes, read_lines, read_text
 from llava_jax.thinking import after_thinking
 
 Read = TypeVar("Read")
@@ -117,7 +117,7 @@ def _elements(values: Any, path: epath.PathLike) -> list[Line]:
 
 def is_lines(path: epath.PathLike) -> bool:
     """Whether a file has an object a line: its first line is one, and either tells its id or is not the only line."""
-    first, _, rest = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    first, _, rest = read_bytes(path).lstrip().partition(b"\n")
     try:
         value = json.loads(first)
     except ValueError:

@@ -13,8 +13,10 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError
+from llava_jax.data.images import read_picture
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, system_turns
+from llava_jax.incoming import refuse_pointer
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
 
@@ -78,23 +80,26 @@ def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
 
 
 def messages(question: Question, images: str) -> list[dict[str, Any]]:
-    """The question as the user's turn, after its pictures."""
+    """The question as the user's turn, after its pictures; before it its system prompt, if it has one."""
+    system = [{"role": role, "content": text} for role, text in system_turns(question)]
     if not question.pictures:
-        return [{"role": "user", "content": question.text}]
+        return [*system, {"role": "user", "content": question.text}]
     try:
         urls = [_data_url(picture, images) for picture in question.pictures]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 
 def _data_url(picture: str | bytes, images: str) -> str:
-    data = picture if isinstance(picture, bytes) else (epath.Path(images) / picture).read_bytes()
+    data = picture if isinstance(picture, bytes) else read_picture(epath.Path(images) / picture)
+    name = picture if isinstance(picture, str) else "in the file"
+    refuse_pointer(data, f"picture {name}")
     try:
         kind = Image.open(io.BytesIO(data)).get_format_mimetype()
     except UnidentifiedImageError as error:
-        raise UserError(f"picture {picture if isinstance(picture, str) else 'in the file'}: is none") from error
+        raise UserError(f"picture {name}: is none") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
