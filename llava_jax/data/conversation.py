@@ -252,6 +252,21 @@ def place_images(
     return tuple((role, _place(text, last=last and i == 0)) for i, (role, text) in enumerate(turns))
 
 
+def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:
+    """Puts the image marks of a prompt where a model trained with `position` expects them.
+
+    `as_is` changes nothing. Otherwise they stand before the text of their turn, as `place_images` has it for `first`;
+    a model trained with `random` has seen that too. A turn that begins with all its marks is left as it is.
+    """
+    if position == "as_is":
+        return list(turns)
+    return [(role, text if _begins_with_images(text) else _place(text, last=False)) for role, text in turns]
+
+
+def _begins_with_images(text: str) -> bool:
+    return text.startswith(f"{IMAGE_TOKEN}\n" * text.count(IMAGE_TOKEN))
+
+
 def _place(text: str, last: bool) -> str:
     marks = text.count(IMAGE_TOKEN)
     if not marks:
