@@ -15,7 +15,7 @@ from rich.console import Console
 
 from llava_jax import compilation_cache, terminal, transcript
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
 from llava_jax.generate import Request, Sampling
@@ -220,7 +220,7 @@ def _path(file: str) -> epath.Path:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.chat",
         description=__doc__,
         epilog=EPILOG,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from llava_jax.cli import run
+from llava_jax.cli import Parser, run
 from llava_jax.convert import verify
 from llava_jax.convert.export import export
 from llava_jax.convert.export_original import export_original, export_projector
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.convert",
         description=__doc__,
         epilog=EXAMPLE,
