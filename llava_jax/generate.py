@@ -126,7 +126,7 @@ class PromptEncoder:
     def encode(self, request: Request) -> Prompt:
         """Raises UserError where the request is malformed."""
         turns = place_prompt_images(request.turns, self.config.image_position)
-        encoded = encode_turns([*turns, ("assistant", None)], self._begun(request.begun), self.tokenizer)
+        encoded = encode_turns([*turns, ("assistant", None)], self.template, self.tokenizer, request.begun)
         marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         if marks != len(request.images):
             raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
@@ -134,12 +134,6 @@ class PromptEncoder:
             raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
         row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
         return Prompt(row.tokens, row.image_feature_index, request.images, request.begun)
-
-    def _begun(self, text: str) -> Template:
-        """The template with answers that continue a text."""
-        text = text.strip() if self.template.strip else text
-        reply = self.template.reply + (self.template.lead + text if text else "")
-        return dataclasses.replace(self.template, reply=reply)
 
     def read(self, picture: Picture) -> np.ndarray:
         """-> uint8[H, W, 3], which can be given in place of the picture. Raises UserError where it is damaged."""

@@ -262,12 +262,12 @@ def test_images_of_a_request_go_where_the_model_was_trained_with_them(position):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_begun_answer_has_the_ids_of_the_text_whole(template, llama_tokenizer):
     template = get_template(template)
-    turns, answer = [("user", "<image>\nHow many?")], "There are 12 of them"
-    for begun in ("There", "There are ", "There are 12"):
+    turns, answer = [("user", "<image>\nHow many?"), ("assistant", "Two."), ("user", "Sure?")], "There are 12 of them"
+    for begun in ("There", "There are ", "There are 12", "\nThere"):
         prompt = PromptEncoder(CONFIG, llama_tokenizer, template).encode(Request(turns, PICTURES[:1], begun))
-        text, [(start, _)] = render([*turns, ("assistant", answer)], template)
+        text, spans = render([*turns, ("assistant", "\n" * begun.startswith("\n") + answer)], template)
         stripped = begun.strip() if template.strip else begun
-        whole = text[: text.index(answer, start) + len(stripped)].split("<image>")
+        whole = text[: text.index(stripped, spans[-1][0]) + len(stripped)].split("<image>")
         ids = [llama_tokenizer(part).input_ids[bool(i) :] for i, part in enumerate(whole)]
         assert prompt.tokens.tolist() == [*ids[0], *[0] * CONFIG.image_tokens, *ids[1]]
 

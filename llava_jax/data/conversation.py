@@ -207,7 +207,9 @@ def stop_strings(template: Template) -> list[str]:
     return [template.end.strip() or template.end]
 
 
-def render(turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None) -> Rendered:
+def render(
+    turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None, begun: str = ""
+) -> Rendered:
     """Renders turns as the model is trained on them.
 
     Args:
@@ -216,6 +218,7 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         training begins with.
       template: the text around the turns.
       system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
+      begun: what an open last turn begins with, which the answer continues.
 
     Returns:
       The text and the spans to learn: all that has to be generated after the prompt of an answer, its end mark
@@ -235,7 +238,8 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
                 before = template.between + before
             added = [before, _question(text, template), after]
         elif text is None:
-            added = [template.reply]
+            added = [template.reply, template.lead + _clean(begun, template) if begun else ""]
+            spans += [(length + len(template.reply), length + sum(map(len, added)))] if begun else []
         else:
             answer = _clean(text, template).replace(IMAGE_TOKEN, template.image)
             added = [template.reply, template.lead, answer, template.end, template.tail]
