@@ -263,7 +263,7 @@ def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
         return Description.from_json(json.loads(file.read_text()), where=str(file))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
 
 

@@ -41,18 +41,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
-    """Sets `CONFIG` and the other flags; every mistake becomes one line."""
+    """Sets `CONFIG` and the other flags, `~` expanded in all that are paths; every mistake becomes one line."""
+    argv = [_expand_home(argument) for argument in argv]
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in required if flag.value is None]
         if not missing:
-            CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
+            _expand_config(CONFIG.value)  # a file that cannot be read is noticed at its first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise cli.UserError(_unknown_key(argv) or _last_line(error)) from None
     if len(remaining) > 1:
         raise cli.UserError(f"unexpected argument {remaining[1]!r}: every option begins with --")
     if missing:
         raise cli.UserError(f"{' and '.join(missing)} must be given; see --help")
+
+
+def _expand_home(argument: str) -> str:
+    """`~/D` and `--workdir=~/D` with the home directory. No flag is a text that begins with `~` but is no path."""
+    flag, path = re.fullmatch(r"(--[\w.]+=)?(.*)", argument, re.DOTALL).groups()
+    return (flag or "") + cli.expand_home(path)
+
+
+def _expand_config(config: ConfigDict) -> None:
+    """The same for what a config file says."""
+    with config.unlocked():
+        for key, value in config.items():
+            if isinstance(value, ConfigDict):
+                _expand_config(value)
+            elif (expanded := cli.expand_home(value)) != value:
+                config[key] = expanded
 
 
 def _unknown_key(argv: list[str]) -> str | None:

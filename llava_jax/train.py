@@ -64,7 +64,11 @@ def train(config: ConfigDict, workdir: str) -> None:
     # ---- What to start from
     source = open_checkpoint(_required(config, "init"))
     _check_preset(config.model, source)
-    model = dataclasses.replace(source.config, image_aspect=config.image_aspect or source.config.image_aspect)
+    model = dataclasses.replace(
+        source.config,
+        image_aspect=config.image_aspect or source.config.image_aspect,
+        image_position=config.image_position,
+    )
     if model.im_start_end and config.stage == "pretrain":
         raise UserError(
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
@@ -351,7 +355,7 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
     if preset not in PRESETS:
         raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
     free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
-    free |= {"vision", "text"}  # compared field by field
+    free |= {"image_position", "vision", "text"}  # compared field by field
     differing = []
     for part in ("vision", "text", None):
         wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))
@@ -364,8 +368,15 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
 
 
 def _template(config: ConfigDict, source: Checkpoint) -> Template:
-    """The template of the run. A model that has learned conversations in another one is warned about."""
+    """The template of the run. A model that learned conversations in another one, or with images elsewhere, is warned
+    about."""
     if source.description.stage == "finetune":
+        learned = source.config.image_position
+        if learned != config.image_position:
+            print(
+                f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
+                file=sys.stderr,
+            )
         return choose_template(config.template, source.template)
     return get_template(config.template)
 

@@ -730,6 +730,21 @@ def test_the_processor_sees_what_we_see(template, aspect, backbones, tmp_path):
     np.testing.assert_allclose(ours, theirs[..., : ours.shape[-1]], atol=1e-5)
 
 
+def test_where_images_stand_goes_along(backbones, tmp_path):
+    flags = ["--llm", backbones[0], "--vision", backbones[1], "--image-position", "as_is"]
+    convert("import", *flags, "--output", tmp_path / "out")
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    convert("import", "--llava", tmp_path / "hf", "--output", tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").config.image_position == "as_is"
+    content = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "?"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert "USER: What is <image>\n? ASSISTANT:" in processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    convert("import", "--llava", tmp_path / "hf", "--image-position", "first", "--output", tmp_path / "first")
+    assert open_checkpoint(tmp_path / "first").config.image_position == "first"
+
+
 def test_new_rows_are_the_mean_of_the_others_and_never_win(backbones, tmp_path):
     llm, vision = backbones
     convert("import", "--llm", llm, "--vision", vision, "--output", tmp_path / "out")

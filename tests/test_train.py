@@ -667,6 +667,15 @@ def test_another_template_than_that_of_an_earlier_finetuning_warns(world, uninte
         assert ("was made with template v1, not llava_v1" in capsys.readouterr().err) is warns
 
 
+def test_where_images_stood_is_stored_and_told_where_it_changes(world, uninterrupted, tmp_path, capsys):
+    assert open_checkpoint(uninterrupted).config.image_position == "first"
+    train.train(run_config(world, init=str(uninterrupted), image_position="as_is", steps=1), str(tmp_path / "a"))
+    assert "was trained with image_position first, not as_is" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "a").config.image_position == "as_is"
+    train.train(run_config(world, init=str(tmp_path / "a"), image_position="as_is", steps=1), str(tmp_path / "b"))
+    assert "image_position" not in capsys.readouterr().err
+
+
 def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096"):
         train.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))

@@ -2,13 +2,14 @@
 
 import argparse
 
-from llava_jax.cli import run
+from llava_jax.cli import Parser, run
 from llava_jax.convert import verify
 from llava_jax.convert.export import export
 from llava_jax.convert.export_original import export_original, export_projector
 from llava_jax.convert.found import Options
 from llava_jax.convert.import_weights import import_backbones, import_llava
 from llava_jax.convert.outgoing import DTYPES
+from llava_jax.data.conversation import IMAGE_POSITIONS
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.convert",
         description=__doc__,
         epilog=EXAMPLE,
@@ -66,6 +67,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
     add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
+    add("--image-position", choices=IMAGE_POSITIONS, help="where images of a turn stood in training (default: first, "
+        "or what an export of ours says)")  # fmt: skip
     add("--select-layer", type=int, metavar="N", help="whose features are used (default: -2, or the source's)")
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
     add("--rows", choices=("source", "tokenizer"), default="source", help="of embeddings and head: all that the source "
@@ -79,6 +82,7 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         template=args.template,
         projector_type=args.projector_type,
         aspect=args.aspect,
+        image_position=args.image_position,
         select_layer=args.select_layer,
         select_feature=args.select_feature,
         seed=args.seed,

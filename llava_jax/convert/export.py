@@ -75,13 +75,14 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "preprocessor_config.json", hf_processor.write_image_processor(config))
     write_json(directory / "processor_config.json", hf_processor.write_processor(config, special.image.text))
-    (directory / "chat_template.jinja").write_text(_jinja(template, tokenizer, special.image.text), encoding="utf-8")
+    jinja = _jinja(template, tokenizer, special.image.text, config.image_position)
+    (directory / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     return special
 
 
-def _jinja(template: Template, tokenizer: PreTrainedTokenizerBase, image: str) -> str:
+def _jinja(template: Template, tokenizer: PreTrainedTokenizerBase, image: str, image_position: str) -> str:
     system = default_system(tokenizer) if template.system is None else template.system
-    return chat_template(template, system, image)
+    return chat_template(template, system, image, image_position)
 
 
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:

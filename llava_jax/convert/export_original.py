@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llava_jax.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json, kept
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, kept
 from llava_jax.convert.hf_processor import write_generation
 from llava_jax.convert.hf_text import write_text
 from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
@@ -114,6 +114,7 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "mm_use_im_start_end": config.im_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": config.image_aspect,
+        IMAGE_POSITION: config.image_position,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "tokenizer_padding_side": "right",

@@ -22,6 +22,7 @@ class Options:
     template: str | None = None  # default that of the tokenizer's own chat template, or v1
     projector_type: str | None = None  # default mlp2x_gelu
     aspect: str | None = None  # default pad, as LLaVA-1.5 was trained
+    image_position: str | None = None  # default first, as LLaVA-1.5 was trained
     select_layer: int | None = None  # default -2
     select_feature: str | None = None  # default patch
     seed: int = 0  # of a fresh projector

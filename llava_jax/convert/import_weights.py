@@ -82,6 +82,9 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         found = _fitting(found, Path(scratch), options.fit_rows)
+        if options.image_position:
+            config = dataclasses.replace(found.config, image_position=options.image_position)
+            found = dataclasses.replace(found, config=config)
         template = _template(options.template, load_tokenizer(scratch))
         stage = "finetune" if found.trained else None
         description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)

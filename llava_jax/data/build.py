@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import UserError, positive, run, track
+from llava_jax.cli import Parser, UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
 from llava_jax.data.images import in_any_spelling
@@ -238,7 +238,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.build",
         description=__doc__,
         epilog=EPILOG,

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
@@ -178,7 +178,7 @@ def _show(problem: Problem, console: Console) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.check",
         description=__doc__,
         epilog=EPILOG,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.built import Built
 from llava_jax.data.conversation import get_template
 from llava_jax.data.lengths import measure_once
@@ -189,7 +189,7 @@ def _number(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.pack",
         description=__doc__,
         epilog=EPILOG,

@@ -130,15 +130,17 @@ def encode_turns(
     turns: Sequence[tuple[str, str | None]],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
+    begun: str = "",
 ) -> Encoded:
-    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer.
+    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
+    if one is given.
 
     Raises `UserError` where the template puts images between tokens that are not in the vocabulary.
     """
     if IM_START_TOKEN in template.image:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
-    text, learned_spans = render(turns, template, system)
+    text, learned_spans = render(turns, template, system, begun)
     return _encode(text, learned_spans, tokenizer)
 
 

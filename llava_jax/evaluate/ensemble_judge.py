@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
@@ -78,7 +78,7 @@ def _option(choices: int, text: str) -> int | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge scienceqa",
         description=__doc__,
         epilog=EPILOG,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
 from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
 from llava_jax.evaluate.reviews import FAILED, parse_scores
@@ -115,7 +115,7 @@ def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge llava-bench",
         description=__doc__,
         epilog=EPILOG,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_outcomes import outcomes
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -168,7 +168,7 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score llava-bench",
         description=__doc__,
         epilog=EPILOG,

@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import WHOLE, by_key, join, read_json
 from llava_jax.evaluate.benchmark import Labels, field
 from llava_jax.evaluate.judging import prompt_hash
@@ -102,7 +102,7 @@ def _labels(path: str) -> dict[str, Line]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge mm-vet",
         description=__doc__,
         epilog=EPILOG,

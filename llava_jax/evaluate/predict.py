@@ -3,7 +3,7 @@
 import argparse
 from pathlib import PurePath
 
-from llava_jax.cli import UserError, positive
+from llava_jax.cli import Parser, UserError, positive
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate predict",
         description=__doc__,
         epilog=EPILOG,

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
@@ -71,7 +71,7 @@ def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dic
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate reference llava-bench",
         description=__doc__,
         epilog=EPILOG,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score scienceqa",
         description=__doc__,
         epilog=EPILOG,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from llava_jax.cli import Parser
 from llava_jax.evaluate.answers import answer_lines, by_key, count_absent, join
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
@@ -69,7 +70,7 @@ def _table(scores: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score",
         description=__doc__,
         epilog=EPILOG,

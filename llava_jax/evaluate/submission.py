@@ -5,7 +5,7 @@ import sys
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import answer_lines, by_key, count_absent, question_id
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
@@ -52,7 +52,7 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate submission",
         description=__doc__,
         epilog=EPILOG,

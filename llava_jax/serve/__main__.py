@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llava_jax import compilation_cache
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.models.quantization import QUANTIZATIONS
 from llava_jax.sharding import AXES, make_mesh
@@ -76,7 +76,7 @@ def _api_key(file: str | None) -> str | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.serve",
         description=__doc__,
         epilog=EPILOG,
