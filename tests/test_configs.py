@@ -26,16 +26,25 @@ def test_hyperparameters_are_the_published_ones(recipe):
     keys = ("learning_rate", "batch_rows", "epochs", "clip_norm", "template", "image_aspect", "image_position")
     assert tuple(config[key] for key in keys) == PUBLISHED[recipe]
     assert {key: config[key] for key in SHARED} == SHARED
-    assert config.model in PRESETS and config.template in TEMPLATES and config.is_locked
+    assert (
+        config.default_model in PRESETS
+        and config.model in ("", config.default_model)
+        and config.template in TEMPLATES
+        and config.is_locked
+    )
     assert 0 < config.max_rows_per_device <= 4
 
 
-def test_a_bare_recipe_is_7b_v1_5():
-    assert finetune.get_config("").model == finetune.get_config("v1.5,7b").model == "llava-v1.5-7b"
-    assert finetune.get_config("13b").model == "llava-v1.5-13b"
+def test_a_bare_recipe_is_7b_v1_5_for_a_checkpoint_of_any_size():
+    bare, full = finetune.get_config(""), finetune.get_config("v1.5,7b")
+    assert (bare.model, full.model) == ("", "llava-v1.5-7b")
+    assert bare.to_dict() | {"model": full.model} == full.to_dict()
+    assert pretrain.get_config("v0").default_model == "llava-v0-7b" and not pretrain.get_config("v0").model
+    assert finetune.get_config("13b").model == finetune.get_config("13b").default_model == "llava-v1.5-13b"
     with pytest.raises(ValueError, match="'14b' in '14b,v0' is none of 7b, 13b, v1.5, v0"):
         finetune.get_config("14b,v0")
-    assert scienceqa.get_config().model == "llava-v0-13b" and scienceqa.get_config("7b").model == "llava-v0-7b"
+    assert (scienceqa.get_config().model, scienceqa.get_config().default_model) == ("", "llava-v0-13b")
+    assert scienceqa.get_config("7b").model == scienceqa.get_config("7b").default_model == "llava-v0-7b"
     with pytest.raises(ValueError, match="'v1.5' is none of 7b, 13b"):
         scienceqa.get_config("v1.5")
 
