@@ -99,4 +99,4 @@ def get_config() -> ConfigDict:
     # workdir's.
     config.wandb = ConfigDict({"project": "", "entity": "", "name": ""})
 
-    return config
+    return config.lock()  # a recipe that sets a key which is not above is an error

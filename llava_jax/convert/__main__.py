@@ -3,12 +3,9 @@
 import argparse
 
 from llava_jax.cli import run
-from llava_jax.convert import verify
-from llava_jax.convert.export import export
-from llava_jax.convert.export_original import export_original, export_projector
-from llava_jax.convert.found import Options
-from llava_jax.convert.import_weights import import_backbones, import_llava
-from llava_jax.convert.outgoing import DTYPES
+
+# Each command imports what it needs once its arguments are known: JAX takes seconds, and --help need not wait.
+DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
@@ -58,7 +55,7 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "difference from a base, a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
-    add("--template", default=Options.template, help="of conversations (default: %(default)s)")
+    add("--template", default="v1", help="of conversations (default: %(default)s)")
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
     add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
@@ -71,6 +68,9 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    from llava_jax.convert.found import Options
+    from llava_jax.convert.import_weights import import_backbones, import_llava
+
     options = Options(
         template=args.template,
         projector_type=args.projector_type,
@@ -118,6 +118,9 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--tower goes with --layout original or projector")
     if args.layout != "original" and args.without_tower:
         parser.error("--without-tower goes with --layout original")
+    from llava_jax.convert.export import export
+    from llava_jax.convert.export_original import export_original, export_projector
+
     match args.layout:
         case "hf":
             export(args.checkpoint, args.output, args.dtype)
@@ -135,7 +138,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
         help="compares a checkpoint with a Hugging Face directory of it",
-        description=f"{verify.__doc__} Exits with 1 where anything differs.",
+        description="Compares a checkpoint with a Hugging Face directory of it: tensors, bit for bit, configuration "
+        "and, with torch installed, what both compute and say. Exits with 1 where anything differs.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -146,6 +150,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from llava_jax.convert import verify
+
     equal = True
     for finding in verify.verify(args.checkpoint, args.hf):
         print(finding, flush=True)

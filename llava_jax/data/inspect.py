@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from etils import epath
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
@@ -26,14 +28,14 @@ EPILOG = """example:
 LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
-def token_strings(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The vocabulary's name of every token, `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
-def view(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
     text = Text()
     for (is_image, learned), run_of_ids in itertools.groupby(
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         _show(((samples[i], encode(samples[i])) for i in range(count)), tokenizer)
 
 
-def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: "PreTrainedTokenizerBase") -> None:
     with _output(out) as file:
         for sample, encoded in samples:
             line = {
@@ -99,7 +101,7 @@ def _output(out: str) -> Iterator[TextIO]:
             written.unlink()
 
 
-def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: "PreTrainedTokenizerBase") -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded in samples:
         learned = int((encoded.labels != IGNORE_INDEX).sum())
