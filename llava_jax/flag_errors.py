@@ -45,6 +45,8 @@ def _message(error: Exception, argv: Sequence[str]) -> str:
     text = _text(error)
     if "no attribute 'get_config'" in text:
         return f"{file}: is no recipe: it has no function get_config"
+    if "<class 'NoneType'>" in text:
+        return f"{file}: get_config() returns no ConfigDict"
     return f"{file}: {text}" if text.startswith("get_config()") else text
 
 

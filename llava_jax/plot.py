@@ -1,7 +1,7 @@
 """Draws the losses of runs: `python -m llava_jax.plot --workdir D [D ...]`.
 
 One picture with a panel for each stage; in it the runs of that stage, losses of training as lines, of validation
-dotted. Training draws its own workdir's `loss.png` when it ends; this draws it at any time, or compares several.
+dashed. Training draws its own workdir's `loss.png` when it ends; this draws it at any time, or compares several.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def draw(runs: Mapping[str, Mapping[str, Points]], stages: Mapping[str, str], fo
     figure = Figure(figsize=(max(6.4, 4.5 * len(panels)), 3.6), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, name in enumerate(name for name in runs if stages[name] == stage):
-            _lines(axes, name, runs[name], f"C{number % 10}")
+            _lines(axes, name, runs[name], 2 * number)
         axes.set(title=_plain(stage), xlabel="step", ylabel="loss")
         shown = [loss for name in runs if stages[name] == stage for points in runs[name].values() for _, loss in points]
         axes.set_yscale("log" if min(shown) > 0 else "linear")
@@ -75,14 +75,13 @@ def draw(runs: Mapping[str, Mapping[str, Points]], stages: Mapping[str, str], fo
     return data.getvalue()
 
 
-def _lines(axes: Any, name: str, losses: Mapping[str, Points], colour: str) -> None:
-    for kind, style in zip(NAMES, ("-", ":"), strict=True):
+def _lines(axes: Any, name: str, losses: Mapping[str, Points], colour: int) -> None:
+    for number, (kind, style) in enumerate(zip(NAMES, ("-", "--"), strict=True), colour):
         if points := losses[kind]:
             steps, values = zip(*points, strict=True)
             marker = "." if len(points) < 20 else None
-            axes.plot(
-                steps, values, style, color=colour, marker=marker, label=_plain(f"{name}: {kind.replace('_', ' ')}")
-            )
+            label = _plain(f"{name}: {kind.replace('_', ' ')}")
+            axes.plot(steps, values, style, color=f"C{number % 10}", marker=marker, label=label)
 
 
 def _plain(text: str) -> str:
