@@ -1,5 +1,7 @@
 """The recipes are the published ones, and a mistyped override is one clear line."""
 
+import sys
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -106,6 +108,7 @@ def test_a_recipe_that_does_not_begin_with_all_keys_is_one_line():
 def mistake(arguments, monkeypatch) -> str:
     """The one line of a command line that is refused."""
     monkeypatch.setattr("sys.argv", ["main", *arguments])  # where config_flags looks for overrides
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # what config_flags calls any recipe
     main.flags.FLAGS.unparse_flags()
     for flag in ("config", "workdir"):
         main.flags.FLAGS[flag].value = None

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from examples.commands import command
-from examples.easy_vqa import data, tower
+from examples.easy_vqa import data
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import UserError, run
 
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     def measure(what: str, when: str, checkpoint: str) -> None:
         arguments = ("examples.smollm2.measure", "--checkpoint", f"{ROOT}/{checkpoint}", "--what", what)
         measured[f"{what}, {when}"] = json.loads(step(f"{what}, {when}", *arguments))
+
+    from examples.easy_vqa import tower  # and JAX, which takes seconds
 
     start = time.monotonic()
     data.write(ROOT / "data")

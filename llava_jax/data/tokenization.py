@@ -5,6 +5,8 @@ alone: what published checkpoints were trained on, side effects included (a Sent
 after an image with `▁`). The mask comes from character offsets and never from the lengths of parts tokenized anew.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import re
@@ -50,7 +52,7 @@ class Row(NamedTuple):
     num_images: int
 
 
-def load_tokenizer(directory: epath.PathLike) -> "PreTrainedTokenizerBase":
+def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """The fast tokenizer of an HF directory, a bare `tokenizer.model` of LLaMA included.
 
     transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
@@ -71,7 +73,7 @@ def load_tokenizer(directory: epath.PathLike) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _load(directory: Path) -> "PreTrainedTokenizerBase":
+def _load(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
 
     if (directory / "tokenizer.model").exists() and not (directory / "tokenizer.json").exists():
@@ -85,7 +87,7 @@ def _load(directory: Path) -> "PreTrainedTokenizerBase":
 def encode_sample(
     sample: Sample,
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     image_position: str = "first",
     seed: int = 0,
@@ -104,7 +106,7 @@ def encode_sample(
 def encode_turns(
     turns: Sequence[tuple[str, str | None]],
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
     """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer.
 
@@ -145,7 +147,7 @@ def truncate(encoded: Encoded, image_tokens: int, max_length: int) -> Encoded:
     return Encoded(encoded.input_ids[:kept], encoded.labels[:kept])
 
 
-def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: "PreTrainedTokenizerBase") -> Encoded:
+def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     chunks = text.split(IMAGE_TOKEN)
     tokenized = tokenizer(chunks, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     ids, labels, chunk_start = [], [], 0
@@ -182,7 +184,7 @@ def _overlap(offsets: np.ndarray, spans: list[tuple[int, int]], chunk_start: int
     return span_starts[first] < ends
 
 
-def default_system(tokenizer: "PreTrainedTokenizerBase") -> str:
+def default_system(tokenizer: PreTrainedTokenizerBase) -> str:
     """The system prompt of templates that leave it to the tokenizer (`system` None)."""
     return _default_system(str(tokenizer.chat_template))
 
@@ -197,7 +199,7 @@ def _default_system(chat_template: str) -> str:
     return match[1] if match else ""
 
 
-def require_tokens(tokenizer: "PreTrainedTokenizerBase", *tokens: str) -> None:
+def require_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> None:
     missing = [token for token in tokens if token not in tokenizer.get_added_vocab()]
     if missing:
         raise UserError(f"mm_use_im_start_end needs tokens that the tokenizer lacks: {', '.join(missing)}")
