@@ -113,11 +113,16 @@ def build(config: ConfigDict, target: Target) -> Program:
     return Program(target, config, mesh, settings, arguments, jit_step(settings, optimizer, arguments[0]))
 
 
+def preset(config: ConfigDict) -> str:
+    """The name of the preset to compile, "" for the model of the checkpoint."""
+    return config.model or ("" if config.init else config.default_model)
+
+
 def _model(config: ConfigDict) -> LlavaConfig:
-    if config.model:
-        if config.model not in PRESETS:
-            raise UserError(f"config.model is {config.model!r}, not one of {', '.join(PRESETS)}")
-        return PRESETS[config.model]
+    if name := preset(config):
+        if name not in PRESETS:
+            raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
+        return PRESETS[name]
     if config.init:
         return open_checkpoint(config.init).config
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says what is to be trained")

@@ -364,7 +364,10 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
             if a != b and field.name not in free:
                 differing.append(f"{f'{part}.' if part else ''}{field.name} {b}, not {a}")
     if differing:
-        raise UserError(f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}")
+        raise UserError(
+            f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}; "
+            "give --config.model= to train a checkpoint of any size"
+        )
 
 
 def _template(config: ConfigDict, source: Checkpoint) -> Template:

@@ -17,6 +17,8 @@ from llava_jax.data.sources import Source
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = (
     "mesh",
+    "model",  # only checked against the checkpoint
+    "default_model",
     "data.workers",
     "data.on_bad_sample",  # changes nothing of a run that came so far without
     "data.max_bad_share",

@@ -677,7 +677,7 @@ def test_where_images_stood_is_stored_and_told_where_it_changes(world, uninterru
 
 
 def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
-    with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096"):
+    with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096.*give --config.model= to"):
         train.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))
 
 

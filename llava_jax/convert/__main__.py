@@ -3,13 +3,10 @@
 import argparse
 
 from llava_jax.cli import Parser, run
-from llava_jax.convert import verify
-from llava_jax.convert.export import export
-from llava_jax.convert.export_original import export_original, export_projector
-from llava_jax.convert.found import Options
-from llava_jax.convert.import_weights import import_backbones, import_llava
-from llava_jax.convert.outgoing import DTYPES
 from llava_jax.data.conversation import IMAGE_POSITIONS
+
+# Each command imports what it needs once its arguments are known: JAX takes seconds, and --help need not wait.
+DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
@@ -78,6 +75,9 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    from llava_jax.convert.found import Options
+    from llava_jax.convert.import_weights import import_backbones, import_llava
+
     options = Options(
         template=args.template,
         projector_type=args.projector_type,
@@ -126,6 +126,9 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--tower goes with --layout original or projector")
     if args.layout != "original" and args.without_tower:
         parser.error("--without-tower goes with --layout original")
+    from llava_jax.convert.export import export
+    from llava_jax.convert.export_original import export_original, export_projector
+
     match args.layout:
         case "hf":
             export(args.checkpoint, args.output, args.dtype)
@@ -143,7 +146,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
         help="compares a checkpoint with a Hugging Face directory of it",
-        description=f"{verify.__doc__} Exits with 1 where anything differs.",
+        description="Compares a checkpoint with a Hugging Face directory of it: tensors, bit for bit, configuration "
+        "and, with torch installed, what both compute and say. Exits with 1 where anything differs.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -154,6 +158,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from llava_jax.convert import verify
+
     equal = True
     for finding in verify.verify(args.checkpoint, args.hf):
         print(finding, flush=True)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
@@ -28,6 +27,8 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.whole_file import whole_file, whole_list
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llava_jax.data.measuring import Measuring
 
 EPILOG = """example:
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report.counts else 0
 
 
-def _measuring(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> "Measuring":
+def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring":
     from llava_jax.data import measuring  # and Grain, which takes seconds
 
     encode = measuring.TextEncoder(

@@ -5,6 +5,8 @@ alone: what published checkpoints were trained on, side effects included (a Sent
 after an image with `▁`). The mask comes from character offsets and never from the lengths of parts tokenized anew.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import json
@@ -12,14 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data import sentencepiece_model
 from llava_jax.data.conversation import (
     IM_END_TOKEN,
     IM_START_TOKEN,
@@ -32,6 +32,9 @@ from llava_jax.data.conversation import (
 from llava_jax.data.samples import Sample
 from llava_jax.incoming import POINTER, refuse_pointer
 from llava_jax.remote import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
 IGNORE_INDEX = -100  # a label that is not learned
@@ -80,6 +83,10 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
+
+    from llava_jax.data import sentencepiece_model
+
     model_file = directory / "tokenizer.model"
     if (directory / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
