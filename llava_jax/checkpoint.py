@@ -43,6 +43,7 @@ from llava_jax.remote import is_remote
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.WARNING)
 
 DESCRIPTION = "llava.json"
+FROZEN = "frozen"  # in a workdir: copies of what its checkpoints take from elsewhere, see `copy_frozen`
 FORMAT = 1
 DAMAGED = "cannot be read, it may be damaged: import it again, or delete this step to go on from the one before"
 

@@ -33,7 +33,7 @@ class MetricsWriter:
         self.last_upload = time.monotonic()
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
-                kept = [line for line in (workdir / name).read_text().splitlines() if _step(line) <= start_step]
+                kept = [line for line in (workdir / name).read_text().splitlines() if step_of(line) <= start_step]
                 (self.local / name).write_text("".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
         self.tracker = tracker
@@ -79,11 +79,12 @@ class MetricsWriter:
             self._upload()
 
 
-def _step(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off by a crash in the middle of a line
+        return float("inf")
 
 
 class Screen:
