@@ -24,6 +24,7 @@ from llava_jax.checkpoint import (
     Description,
     TrainingCheckpoints,
     copy_tokenizer,
+    needed,
     open_checkpoint,
     read_description,
     write_description,
@@ -152,7 +153,8 @@ def train(config: ConfigDict, workdir: str) -> None:
         state = _restore(checkpoints, start, abstract_state(optimizer, shapes, trainable_names, mesh))
     start = start or 0
     if first:
-        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+        sources = needed(directory, description)
+        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start, sources)
         show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop

@@ -226,7 +226,7 @@ def abstract_state(
 
     The optimizer's state is sharded like the parameters.
     """
-    trainable = abstract_placed({name: jnp.float32 for name in names}, shapes, mesh)
+    trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
     moments = jax.eval_shape(optimizer.init, trainable)
     moments = jax.tree.map(with_sharding, moments, sharding.tree_shardings(mesh, moments))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)

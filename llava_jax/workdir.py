@@ -42,9 +42,9 @@ LEFTOVERS = ("checkpoints", "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPL
 def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
     """Makes `workdir` this run's: writes `config.json` and `data.json`, or compares with those that are there.
 
-    `data` is the fingerprint of the data. What a run left that failed before it had done a step is removed, whatever its
-    configuration. Raises UserError naming the differing keys, or if the data is not the data that the run was started
-    with.
+    `data` is the fingerprint of the data. What a run left that failed before it had done a step is removed, so that the
+    configuration can be corrected. Raises UserError naming the differing keys, or if the data is not the data that the
+    run was started with.
     """
     files = {"data.json": dict(data), "config.json": config.to_dict()}
     if not workdir.exists() or not any(workdir.iterdir()):
