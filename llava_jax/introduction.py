@@ -14,6 +14,7 @@ from rich.console import Console
 from llava_jax import sharding
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
+from llava_jax.data.padding import padding_of_run
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Order
 from llava_jax.data.tokenization import encode_sample, truncate
@@ -55,6 +56,8 @@ def introduce(
         lines.insert(3, _sources_line(directory, sources))
     if isinstance(order, PackedOrder):
         lines.insert(-1, _packing_line(order))
+    if padding := padding_of_run(order, lengths, layout.max_length):
+        lines.append(f"padding    {padding}")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
