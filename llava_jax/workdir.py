@@ -107,7 +107,7 @@ def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> N
     if _read(workdir / "data.json") != data:
         raise UserError(
             f"{config.data.json or config.data.built or 'config.data.mixture'}: not the data that {workdir} was "
-            "started with (other samples or lengths); put it back or choose another workdir"
+            "started with (other samples, lengths or labels); put it back or choose another workdir"
         )
 
 

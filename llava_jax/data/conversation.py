@@ -43,10 +43,14 @@ class Template:
     image: str = IMAGE_TOKEN  # how an image is marked
     strip: bool = False  # whether the white space around a turn's text goes
     captions: bool = False  # whether all of a question but its image marks is dropped
+    special: tuple[str, ...] = ()  # marks of these texts that have to be tokens of their own
 
 
 class Rendered(NamedTuple):
-    """A rendered conversation and the [start, end) character spans of its answers with their end marks."""
+    """A rendered conversation and the [start, end) character spans to learn.
+
+    A span begins where the prompt of the answer ends, so with the template's `lead`, and holds answer and end mark.
+    """
 
     text: str
     learned_spans: list[tuple[int, int]]
@@ -93,6 +97,7 @@ _V1 = Template(
     reply="ASSISTANT:",
     lead=" ",
     end="</s>",
+    special=("</s>",),
 )
 _LLAVA_LLAMA_2 = Template(
     name="llava_llama_2",
@@ -104,6 +109,7 @@ _LLAVA_LLAMA_2 = Template(
     lead=" ",
     end=" </s>",
     between="<s>[INST] ",
+    special=("<s>", "</s>"),
 )
 _MPT = Template(
     name="mpt",
@@ -113,6 +119,7 @@ _MPT = Template(
     question=("<|im_start|>user\n", "<|im_end|>"),
     reply="<|im_start|>assistant\n",
     end="<|im_end|>",
+    special=("<|im_start|>", "<|im_end|>"),
 )
 _MMTAG_IMAGE = f"<Image>{IMAGE_TOKEN}</Image>"
 
@@ -127,7 +134,7 @@ TEMPLATES: dict[str, Template] = {
         replace(_V1, name="v1_mmtag", system=_MMTAG, image=_MMTAG_IMAGE),
         replace(_LLAVA_LLAMA_2, name="llama_2", system=_LLAMA_2),
         _LLAVA_LLAMA_2,
-        replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[INST] "),
+        replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[INST] ", special=("</s>",)),
         _MPT,
         replace(_MPT, name="chatml_direct", system="Answer the questions."),
         Template(name="plain", system="", head="", question=("", ""), reply="", end="\n", captions=True),
@@ -140,6 +147,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|im_start|>assistant\n",
             end="<|im_end|>",
             tail="\n",
+            special=("<|im_start|>", "<|im_end|>"),
         ),
         Template(
             name="llama_3",
@@ -149,6 +157,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
             end="<|eot_id|>",
             strip=True,
+            special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         ),
         Template(
             name="zephyr",
@@ -158,6 +167,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|assistant|>\n",
             end="</s>",
             tail="\n",
+            special=("</s>",),
         ),
     )
 }
@@ -208,8 +218,9 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
       system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
 
     Returns:
-      The text and the spans to learn: every answer with its end mark and nothing else (equation 3 of the paper).
-      The published code for `v0` learns the role names and the `###` before them as well.
+      The text and the spans to learn: all that has to be generated after the prompt of an answer, its end mark
+      included, and nothing else (equation 3 of the paper). The published code for `v0` learns the role names and the
+      `###` before them as well.
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
@@ -228,8 +239,8 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         else:
             answer = _clean(text, template).replace(IMAGE_TOKEN, template.image)
             added = [template.reply, template.lead, answer, template.end, template.tail]
-            start = length + len(template.reply) + len(template.lead)
-            spans.append((start, start + len(answer) + len(template.end)))
+            start = length + len(template.reply)
+            spans.append((start, start + len(template.lead) + len(answer) + len(template.end)))
         pieces += added
         length += sum(map(len, added))
     return Rendered("".join(pieces), spans)
