@@ -74,7 +74,8 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
-    source = open_checkpoint(directory if resumes(directory) else _required(config, "init"))
+    resumed = resumes(directory)
+    source = open_checkpoint(directory if resumed else _required(config, "init"))
     _check_preset(config.model, source)
     model = dataclasses.replace(source.config, image_aspect=config.image_aspect or source.config.image_aspect)
     if model.im_start_end and config.stage == "pretrain":
@@ -131,7 +132,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     first = distributed.is_first()  # writes all that is written once
     if first:
         claim(directory, config, fingerprint(samples, lengths))
-        description = _describe(directory, source, model, config, frozen_names)
+        description = source.description if resumed else _describe(directory, source, model, config, frozen_names)
     distributed.barrier("workdir")
     if not first:
         description = _read_shared_description(directory)
@@ -394,10 +395,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
 def _describe(
     directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen_names: list[str]
 ) -> Description:
-    """The description that a resumed run has already, or a new one."""
-    if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
-        with contextlib.suppress(UserError):
-            return open_checkpoint(directory).description
+    """Writes the description of a new run, and its tokenizer."""
     description = Description(
         model=model,
         template=config.template,
