@@ -1,4 +1,4 @@
-"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify`."""
+"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
 
 import argparse
 
@@ -16,7 +16,9 @@ EXAMPLE = """examples:
     --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
   python -m llava_jax.convert export --checkpoint runs/pretrain --layout projector --output my-projector
-  python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf"""
+  python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf
+  python -m llava_jax.convert copy --checkpoint runs/finetune --output checkpoints/finetuned
+  python -m llava_jax.convert copy-frozen --checkpoint runs/finetune"""
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -31,10 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="import|export|verify")
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
     _add_import(commands)
     _add_export(commands)
     _add_verify(commands)
+    _add_copies(commands)
     return parser
 
 
@@ -165,6 +168,41 @@ def _verify(args: argparse.Namespace) -> int:
         print(finding, flush=True)
         equal = equal and finding.equal is not False
     return 0 if equal else 1
+
+
+def _add_copies(commands: argparse._SubParsersAction) -> None:
+    for name, copies, description in (
+        ("copy", _copy, "Writes a whole checkpoint, which needs no other one. The optimizer's state is left out."),
+        ("copy-frozen", _copy_frozen, "Copies the frozen parameters that a training workdir takes from the checkpoint "
+         "it was started from into the workdir. Afterwards that checkpoint may be moved or deleted."),
+    ):  # fmt: skip
+        parser = commands.add_parser(
+            name,
+            help=copies.__doc__,
+            description=description,
+            epilog=EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
+        if name == "copy":
+            parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
+        parser.set_defaults(function=copies)
+
+
+def _copy(args: argparse.Namespace) -> None:
+    """a training workdir to a checkpoint of its own"""
+    from llava_jax.convert.copy import copy
+
+    copy(args.checkpoint, args.output)
+    print(f"{args.output}: all parameters, without the optimizer's state")
+
+
+def _copy_frozen(args: argparse.Namespace) -> None:
+    """into a training workdir what it takes from other checkpoints"""
+    from llava_jax.convert.copy import copy_frozen
+
+    copied = copy_frozen(args.checkpoint)
+    print(f"{args.checkpoint}: {'copied from ' + ', '.join(copied) if copied else 'has a copy already'}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Report:
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
         self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # of samples to drop, by index
         self.lengths: dict[str, Any] | None = None
+        self.padding: str | None = None  # where there would be much of it
 
     def add(self, problem: Problem) -> None:
         self.counts[problem.kind] += 1
@@ -80,13 +81,14 @@ def find_problems(
     measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths."""
+    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths and padding."""
     yield from survey.read(tuple(special_tokens))
     yield from survey.duplicates()
     yield from picture_problems(survey, images, workers)
     if measuring and len(survey):
         lengths = measuring.measure(survey)
         report.lengths = measuring.describe(lengths)
+        report.padding = measuring.padding(lengths)
         yield from measuring.problems(survey, lengths)
 
 
@@ -140,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         print(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
+    if report.padding:
+        print(f"padding, one sample a row: {report.padding}", file=sys.stderr)
     if args.fix:
         rejects, kept = fix(survey, report.reasons, args.fix)
         print(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
@@ -154,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             "counts": dict(report.counts.most_common()),
             "examples": report.examples,
             "lengths": report.lengths,
+            "padding": report.padding,
         }
         with whole_file(args.report) as file:
             file.write(json.dumps(values, indent=2).encode() + b"\n")
