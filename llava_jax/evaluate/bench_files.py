@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import refuse_questions
+from llava_jax.evaluate.answers import answer_of, refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of categories in reviews of answers in the wild
@@ -25,7 +25,8 @@ class Question(NamedTuple):
 class Answer(NamedTuple):
     answer_id: Any
     model_id: str | None
-    text: str
+    text: str | None  # without its thinking; None where there is no answer
+    absent: str = ""  # why there is none
 
 
 def read_questions(questions: str, contexts: str) -> dict[str, Question]:
@@ -84,19 +85,17 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
     lines = {line.where: line for line in read_lines(path)}
     refuse_questions(list(lines.values()))
 
-    def texts() -> Iterator[tuple[str, str, str]]:
+    def said() -> Iterator[tuple[str, tuple[str | None, str], str]]:
         for where, line in lines.items():
-            ident, text = str(line.get("question_id")), line.get("text")
+            ident, answer = str(line.get("question_id")), answer_of(line, ("text",))
             if ident not in questions:
                 raise UserError(f"{where}: question {ident} is none of the {len(questions)} questions")
-            if not isinstance(text, str):
-                raise UserError(f"{where}: question {ident}: its text is no text")
-            yield ident, text, where
+            yield ident, (answer.text, answer.absent), where
 
     answers: dict[str, Answer] = {}
-    for ident, (text, where) in once(texts(), "question {key} has an answer already, another one").items():
+    for ident, (answer, where) in once(said(), "question {key} has an answer already, another one").items():
         line = lines[where].value
-        answers[ident] = Answer(line.get("answer_id", ident), line.get("model_id"), text)
+        answers[ident] = Answer(line.get("answer_id", ident), line.get("model_id"), *answer)
     if missing := [ident for ident in questions if ident not in answers]:
         raise UserError(
             f"{path}: has no answer to {len(missing)} of {len(questions)} questions, {missing[0]} the first"

@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_jax.evaluate.answers import answer_lines, join, refuse_questions
+from llava_jax.cli import Parser
+from llava_jax.evaluate.answers import answer_lines, count_absent, join, refuse_questions
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
@@ -51,7 +52,8 @@ def _score(
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
     right = benchmark.labels(labels, lines, asked)
     joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
-    scores = benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
+    absent = count_absent(answer for answer, _ in joined.pairs)
+    scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
     return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
 
 
@@ -85,7 +87,7 @@ def _table(scores: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score",
         description=__doc__,
         epilog=EPILOG,

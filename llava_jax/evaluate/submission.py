@@ -2,12 +2,13 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_lines, question_id, refuse_questions
+from llava_jax.cli import Parser, UserError
+from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.pope import answers_pope
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     refuse_questions(lines, benchmark.suffix)
     if not args.labels:
         check_answers(args.benchmark, lines)
+    if absent := count_absent(map(answer_of, lines)):
+        counts = ", ".join(f"{count} {name}" for name, count in absent.items())
+        print(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
         with whole_file(args.output) as file:
@@ -69,7 +73,7 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate submission",
         description=__doc__,
         epilog=EPILOG,
