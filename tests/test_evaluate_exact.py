@@ -83,7 +83,7 @@ def test_the_same_id_twice_is_told_by_the_prompt(score, tmp_path: Path):
     (lines({"question_id": "a", "answer": []}), "line 1: the right answer to question a is empty"),
     (lines({"question_id": "a", "answer": None}), "line 1: the right answer is neither a text nor a list"),
     (lines({"question_id": "a", "answer": "x"}, {"question_id": "a", "answer": "y"}), "line 2: .* another label"),
-    ([{"id": "a", "conversations": [{"from": "human", "value": "What?"}]}], "element 0: has no answer"),
+    ([{"id": "a", "conversations": [{"from": "human", "value": "What?"}]}], "sample 0 .id a.: has no answer"),
     ([sample("a", "What? <image>", "x")], ".id a.: 2 <image> in the text, but 1 images"),
 ])  # fmt: skip
 def test_labels_that_are_none_are_named(score, labels, message):

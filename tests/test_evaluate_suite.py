@@ -534,7 +534,7 @@ def test_a_question_of_a_published_file_may_be_there_twice(tmp_path: Path, capsy
     (asked,) = read_questions([write(tmp_path / "a.jsonl", jsonl([line, line]))], "")
     assert asked.id == 49914
     assert "a.jsonl: question number 2: repeats question 49914 word for word" in capsys.readouterr().err
-    with pytest.raises(UserError, match="b.jsonl: question number 2: question 49914 is there twice, with other pict"):
+    with pytest.raises(UserError, match="b.jsonl: question number 2: question 49914 is there twice, with other images"):
         read_questions([write(tmp_path / "b.jsonl", jsonl([line, line | {"image": "b.jpg"}]))], "")
 
 

@@ -4,12 +4,15 @@ Labels are the questions in LLaVA JSON, whose first answers are right, or object
 an array, a table), which may be a list of answers of which each is right. Both may tell a `category`.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, answer_lines, percent, question_id
+from llava_jax.data.records import Record, local_data, scan
+from llava_jax.data.samples import parse_sample, record_value
+from llava_jax.evaluate.answers import IDS, Answer, percent, question_id
 from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, unmarked
@@ -45,7 +48,7 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are one of the right ones, but for what `normal` leaves out."""
     categories: dict[str, list[bool]] = defaultdict(list)
     for answer, label in pairs:
-        categories[label.category].append(normal(answer.text or "") in map(normal, label.answers))
+        categories[label.category].append(answer.read(normal, "") in map(normal, label.answers))
     right = sum(map(sum, categories.values()))
     named = {name: percent(sum(some), len(some)) for name, some in sorted(categories.items()) if name}
     return {"accuracy": percent(right, len(pairs))} | ({"by_category": named} if named else {}) | {"total": len(pairs)}
@@ -74,22 +77,24 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
 
 def read_entries(path: str) -> Iterator[Entry]:
     """What a file asks and what is right. Raises `UserError` where an entry has no answer."""
-    lines = read_sheet(path) if is_sheet(path) else answer_lines(path)
-    of_samples = any(CONVERSATIONS & line.value.keys() for line in lines)
-    for entry in _of_samples(path, lines) if of_samples else map(_of_line, lines):
+    for entry in map(_of_line, read_sheet(path)) if is_sheet(path) else map(_of_record, scan(local_data(path), path)):
         if not all(map(normal, entry.label.answers)) or not entry.label.answers:
             raise UserError(f"{entry.where}: the right answer to question {entry.id} is empty")
         yield entry
 
 
-def _of_samples(path: str, lines: Sequence[Line]) -> Iterator[Entry]:
-    from llava_jax.data.sources import LlavaJson  # few need it, and it is slow to import
-
-    for line, sample in zip(lines, LlavaJson(path), strict=True):
-        turns = [text for role, text in sample.turns if role != "system"]
-        if len(turns) < 2:
-            raise UserError(f"{line.where}: has no answer to its question")
-        yield Entry(sample.id, unmarked(turns[0]), Label((turns[1],), _category(line)), line.where)
+def _of_record(record: Record) -> Entry:
+    value = record_value(record)
+    if not isinstance(value, dict):
+        raise UserError(f"{record.where}: is no object but {json.dumps(value)[:40]}")
+    line = Line(record.where, value)
+    if CONVERSATIONS.isdisjoint(value):
+        return _of_line(line)
+    sample = parse_sample(record)
+    turns = [text for role, text in sample.turns if role != "system"]
+    if len(turns) < 2:
+        raise UserError(f"{line.where} (id {sample.id}): has no answer to its question")
+    return Entry(sample.id, unmarked(turns[0]), Label((turns[1],), _category(line)), line.where)
 
 
 def _of_line(line: Line) -> Entry:

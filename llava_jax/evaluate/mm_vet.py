@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, by_key, check_asked, percent, read_json
+from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, percent, read_json
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
@@ -66,7 +66,8 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
                 f"{line.where}: has no grade: first have the answers graded by `judge mm-vet --output grades.jsonl`, "
                 "then score grades.jsonl"
             )
-    if lines and all(grade(Answer(line.get(*GRADES, "text"), line.where)) is None for line in lines):
+    answers = [answer_of(line, (*GRADES, "text")) for line in lines]
+    if answers and all(grade(answer) is None and not answer.absent for answer in answers):
         raise UserError(f"{lines[0].where}: has no grade, nor has any other of the {len(lines)} judgements")
     found = unique(
         (ident.removeprefix(PREFIX), Label(tuple(map(str, field(entry, "capability", where, list)))), where)

@@ -47,7 +47,7 @@ def read_questions(
     asked; or what `own` reads. Those of several files have the file's name as their category, if they have none.
 
     A question that is there again word for word is asked once. Raises `UserError` where a file has another form, or a
-    question is there again about other pictures.
+    question is there again with other images or another system prompt.
     """
 
     def asked() -> Iterator[tuple[Key, Question, str]]:
@@ -61,7 +61,11 @@ def read_questions(
                 )
                 yield whole.key, whole, f"{path}: question number {number}"
 
-    found = once(asked(), "question {key} is there twice, with other pictures", name=lambda key: key[0])
+    found = once(
+        asked(),
+        "question {key} is there twice, with other images or system prompt",
+        name=lambda key: key[0],
+    )
     if not found:
         raise UserError(f"{paths[0]}: holds no questions")
     return [question for question, _ in found.values()]
