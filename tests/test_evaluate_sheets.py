@@ -1,5 +1,6 @@
 """Tables: XLSX reads as the TSV of the same rows, and what is wrong with one is told."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import openpyxl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
@@ -59,6 +62,14 @@ def test_rows_are_those_of_the_tsv(tmp_path: Path):
     assert [line.where.rpartition(": ")[2] for line in read_sheet(first)] == ["row 2", "row 3", "row 4"]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_empty_cell_is_no_answer(tmp_path: Path, capsys, kind: str):
+    path = WRITERS[kind](tmp_path / f"a.{kind}", [ROWS[0], ROWS[1], [*ROWS[2][:-1], None], ROWS[3]])
+    evaluate.main(["score", "mmbench", f"--answers={path}", f"--labels={path}", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["circular"], scores["single"], scores["total"], scores["empty"]) == (0.0, 33.33, 3, 1)
+
+
 def test_the_upload_of_mmbench_is_scored(tmp_path: Path, capsys):
     """What `submission` writes is what `score` reads."""
     image = ["image", "Y2F0", "Y2F0", "Y2F0"]
@@ -70,6 +81,17 @@ def test_the_upload_of_mmbench_is_scored(tmp_path: Path, capsys):
     capsys.readouterr()
     evaluate.main(["score", "mmbench", f"--answers={upload}", f"--labels={own}", "--json"])
     assert json.loads(capsys.readouterr().out)["single"] == 66.67
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**9), st.binary(min_size=1, max_size=4))
+def test_damaged_bytes_end_in_rows_or_in_one_line(tmp_path: Path, at: int, damage: bytes):
+    whole = tmp_path / "whole.xlsx"
+    data = bytearray((whole if whole.exists() else Path(xlsx(whole, ROWS))).read_bytes())
+    data[at % len(data) : at % len(data) + len(damage)] = damage
+    (tmp_path / "a.xlsx").write_bytes(data)
+    with contextlib.suppress(UserError):
+        read_sheet(tmp_path / "a.xlsx")
 
 
 def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

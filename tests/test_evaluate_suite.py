@@ -697,6 +697,7 @@ def test_mme_of_another_encoding_is_named(tmp_path: Path, score, mme_labels):
 VALID = {
     "vqav2": VQAV2, "vizwiz": VIZWIZ, "textvqa": TEXTVQA, "gqa": GQA, "seed": SEED, "mm-vet": MM_VET,
     "easy-vqa": [{"id": "a", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}],
+    "exact": [{"question_id": "a", "answer": ["red", "crimson"], "category": "colour"}, {"id": "1", "answer": 2}],
 }  # fmt: skip
 anything = (
     st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.none(), max_size=2) | st.just({})

@@ -180,9 +180,9 @@ def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
     answers = by_key(lines, lambda line: pictures.get(question_id(line), question_id(line)))
     if own:
         check_asked(answers, dict.fromkeys(pictures.values()), own)
-    for picture, (_, where) in answers.items():
-        if not PurePath(picture).suffix:
-            raise UserError(f"{where}: {picture} names no picture: --labels with the questions tells which it is")
+    if unknown := next((picture for picture in answers if not PurePath(picture).suffix), None):
+        where = answers[unknown].where
+        raise UserError(f"{where}: {unknown} names no picture: --labels with the questions tells which it is")
     return _array([{"image": picture, "answer": submitted(answer.text or "")} for picture, answer in answers.items()])
 
 
