@@ -60,7 +60,7 @@ def test_without_categories_and_numbers_as_answers(score):
 
 def test_an_answer_that_says_nothing_is_wrong(score):
     assert score(answered(a="", b="..."), lines({"id": "a", "answer": "2"}, {"id": "b", "answer": "x"})) == {
-        "accuracy": 0.0, "total": 2,
+        "accuracy": 0.0, "total": 2, "empty": 1,
     }  # fmt: skip
 
 
