@@ -105,6 +105,9 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "b.xlsx").write_bytes(b"index\tprediction\n")
     with pytest.raises(UserError, match="b.xlsx: is no Excel file"):
         read_sheet(tmp_path / "b.xlsx")
+    (tmp_path / "d.xlsx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="d.xlsx: is a Git LFS pointer"):
+        read_sheet(tmp_path / "d.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(UserError, match=r"a.xlsx: reading Excel files needs: pip install 'llava_jax\[evaluate\]'"):
         read_sheet(own)

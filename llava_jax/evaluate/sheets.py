@@ -11,6 +11,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import Line, read_text
+from llava_jax.incoming import refuse_pointer
 
 SUFFIXES = (".tsv", ".xlsx")
 
@@ -51,6 +52,7 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, list[str | None]]]:
     except ImportError as error:
         raise UserError(f"{path}: reading Excel files needs: pip install 'llava_jax[evaluate]'") from error
     data = epath.Path(path).read_bytes()
+    refuse_pointer(data, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about styles and the like
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True)
