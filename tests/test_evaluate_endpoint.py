@@ -75,28 +75,40 @@ def test_the_answer_is_what_follows_the_thinking(files):
         assert [line["text"] for line in predict(files, server)] == ["black"] * 4
 
 
-@pytest.mark.parametrize(
-    ("text", "finish_reason"),
-    [("<think>\nIs it white?", "length"), ("<think>\nIs it white?", "stop"), ("Let me see. Is it white?", "length")],
-)
-def test_an_answer_that_was_cut_off_is_none(files, capsys, text, finish_reason):
-    """It is counted as such, and asked again with more tokens; without an opening mark nothing tells it from thinking,
-    unless the user does."""
-    with ScriptedLLM(reply=lambda body: text, finish_reason=finish_reason) as server:
+@pytest.mark.parametrize("finish_reason", ["length", "stop"])
+def test_thinking_without_an_end_is_no_answer(files, capsys, finish_reason):
+    """It is counted as such, and asked again with more tokens."""
+    with ScriptedLLM(reply=lambda body: "<think>\nIs it white?", finish_reason=finish_reason) as server:
         lines = predict(files, server)
         assert server.completions == 4  # the same limit would cut it again
         assert [line["text"] for line in lines] == [None] * 4
         assert lines[0]["metadata"] == {"no_answer": "cut off at --max-tokens"}
         err = capsys.readouterr().err
         assert "question sample-3: no answer (cut off at --max-tokens), which counts as wrong" in err
-        assert "4 answers were cut off: the same command asks these again with a larger --max-tokens" in err
+        assert (
+            "cut off while it thought, 4 times: the same command asks these questions again with a larger --max-tokens"
+            in err
+        )
         assert scored(files, capsys)["cut_off"] == 4
-        kept = predict(files, server, "--keep-cut-off")
-        assert [line["text"] for line in kept] == [None if "<think>" in text else text] * 4
-        assert server.completions == 4
         server.script.reply, server.script.finish_reason = (lambda body: "<think>a</think>white"), "stop"
         more = predict(files, server, "--max-new-tokens=99", f"--ledger={files / 'more'}")
-        assert {line["text"] for line in more} == {"white" if "<think>" in text else text}
+        assert {line["text"] for line in more} == {"white"}
+
+
+def test_an_answer_that_was_cut_off_counts_as_far_as_it_goes(files, capsys):
+    with ScriptedLLM(reply=lambda body: "white, since it", finish_reason="length") as server:
+        assert [line["text"] for line in predict(files, server)] == ["white, since it"] * 4
+    assert "warning: 4 answers were cut off at --max-tokens and count as far as they go" in capsys.readouterr().err
+
+
+def test_a_thinking_models_cut_off_answers_are_thoughts(files, capsys):
+    """Some servers send no opening mark: what was cut off before the closing one is told by the other answers."""
+    texts = iter(["Is it white? Or", *["I think so.</think>white"] * 3])
+
+    with ScriptedLLM(reply=lambda body: next(texts), finish_reason="length") as server:
+        told = [line["text"] for line in predict(files, server)]
+    assert sorted(map(str, told)) == ["None", "white", "white", "white"]
+    assert "cut off while it thought, 1 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
         return
     directory = ledger_directory(args)
     lacking: list[tuple[Question, Outcome]] = []
+    cut = 0
     size = AT_A_TIME if not asked.batch else max(1, len(waiting))
     for start in range(0, len(waiting), size):
         some = waiting[start : start + size]
@@ -41,10 +42,13 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
         tasks = [_task(question, args) for question in some]
         found = list(zip(some, ask_all(asked, tasks, directory, {}, f"asking {args.model}{left}"), strict=True))
         lacking += [(question, outcome) for question, outcome in found if outcome.value is None]
+        cut += sum(outcome.cut for _, outcome in found if outcome.value is not None)
         file.add(
             [(question, _text(outcome)) for question, outcome in found if not outcome.open],
             {question.key: outcome.reason for question, outcome in found if outcome.value is None},
         )
+    if cut:
+        print(f"warning: {cut} answers were cut off at --max-tokens and count as far as they go", file=sys.stderr)
     _warn([(question, outcome.reason) for question, outcome in lacking if not outcome.open])
     if still := [(question, outcome.reason) for question, outcome in lacking if outcome.open]:
         question, reason = still[0]
@@ -56,8 +60,8 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
 
 
 def _task(question: Question, args: argparse.Namespace) -> Task:
-    whole = not args.keep_cut_off
-    return Task("\n".join(map(str, question.key)), partial(messages, question, args.images), str.strip, whole)
+    name = "\n".join(map(str, question.key))
+    return Task(name, partial(messages, question, args.images), str.strip, whole=None)
 
 
 def _text(outcome: Outcome) -> str | None:
@@ -73,8 +77,8 @@ def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
         print(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
     if cut := sum(reason == CUT for _, reason in lacking):
         print(
-            f"warning: {cut} answers were cut off: the same command asks these again with a larger --max-tokens and "
-            "another --ledger; if none of it is thinking, --keep-cut-off takes them as they are",
+            f"warning: the model was cut off while it thought, {cut} times: the same command asks these questions "
+            "again with a larger --max-tokens and another --ledger",
             file=sys.stderr,
         )
 

@@ -74,9 +74,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-processes", type=positive, metavar="N", help="how many there are")
     add("--process-id", type=int, metavar="N", help="which of them this is, from 0")
 
-    add = parser.add_argument_group("with an endpoint").add_argument
-    add("--keep-cut-off", action="store_true", help="answers that were cut off at --max-tokens count as far as they go "
-        "(of a model that thinks first they may be its thoughts)")  # fmt: skip
     add_output_arguments(parser, "answers")
     add_api_arguments(parser, temperature=0.0, max_tokens="as the benchmark needs")
     args = parser.parse_args(argv)
@@ -88,7 +85,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             "--picture-last and --answer-prompter are for checkpoints: an endpoint has a template of its own"
         )
-    others = (*OF_API, "keep_cut_off") if args.checkpoint else OF_CHECKPOINT
+    others = OF_API if args.checkpoint else OF_CHECKPOINT
     if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(

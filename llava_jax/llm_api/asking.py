@@ -23,7 +23,8 @@ class Task(NamedTuple):
     name: str
     messages: Callable[[], Sequence[Message]]  # made when they are needed, since pictures take memory
     read: Callable[[str], Any]
-    whole: bool = True  # whether an answer that was cut off is none; else it is read as far as it goes
+    whole: bool | None = True  # whether an answer that was cut off is none, or else is read as far as it goes. None:
+    # it is none if the model thinks before other answers, since nothing else tells thinking from an answer then
 
 
 class Outcome(NamedTuple):
@@ -33,6 +34,7 @@ class Outcome(NamedTuple):
     value: Any
     reason: str = ""  # where there is no value
     open: bool = False  # whether the server only failed for a while: the same command asks again
+    cut: bool = False  # whether the answer ends where it was cut off
 
     @property
     def shown(self) -> str:
@@ -68,6 +70,13 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
         if ledger.open_batches() and not work.batch:
             raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
         outcomes = asyncio.run((_ask_in_batches if work.batch else _ask_all)(work, tasks, ledger, what))
+        if any(outcome.cut and task.whole is None for task, outcome in zip(tasks, outcomes, strict=True)):
+            whole = ledger.has_thinking()
+            tasks = [task._replace(whole=whole) if task.whole is None else task for task in tasks]
+            outcomes = [
+                _next(ledger, task, work.attempts) if outcome.cut else outcome
+                for task, outcome in zip(tasks, outcomes, strict=True)
+            ]
         spent = ledger.totals()
     finally:
         ledger.close()
@@ -152,9 +161,10 @@ def _next(ledger: Ledger, task: Task, attempts: int) -> Request | Outcome:
         request = Request(task.name, attempt, messages)
         if (answer := ledger.answer(request)) is None:
             return request
-        reason = no_answer(answer, task.whole)
+        reason = no_answer(answer, bool(task.whole))
         value = None if reason else task.read(answer.text)
-        outcome = Outcome(answer.text, value, reason or ("" if value is not None else "of another form"))
+        why = reason or ("" if value is not None else "of another form")
+        outcome = Outcome(answer.text, value, why, cut=answer.finish_reason == CUT_OFF)
         if value is not None or reason == CUT:  # which the same limit would cut again
             break
     return outcome
@@ -164,6 +174,6 @@ def no_answer(answer: Answer, whole: bool = True) -> str:
     """Why an answer is none; empty where it is one."""
     if answer.finish_reason == FILTERED:
         return f"stopped by a filter: {answer.text or ''}".rstrip(": ")
-    if answer.finish_reason == CUT_OFF and (whole or not answer.text):
+    if answer.finish_reason == CUT_OFF and ((whole and not answer.thought) or not answer.text):
         return CUT
     return "" if answer.text and answer.text.strip() else EMPTY

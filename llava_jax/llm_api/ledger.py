@@ -92,11 +92,14 @@ class Answer(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     usage: str = "reported"
+    thought: bool = False  # whether the model thought before the text, and that ended
 
     def after_thinking(self) -> "Answer":
         """The answer without what the model thought before it. It is cut off where the thinking does not end."""
         text = self.text and after_thinking(self.text)
-        return self._replace(text=text, finish_reason=CUT_OFF if self.text and text is None else self.finish_reason)
+        if self.text and text is None:
+            return self._replace(text=None, finish_reason=CUT_OFF)
+        return self._replace(text=text, thought=self.thought or text != self.text)
 
 
 class Batch(NamedTuple):
@@ -193,10 +196,11 @@ class Ledger:
         ).lastrowid  # fmt: skip
 
     def answered(self, row: int, answer: Answer, cost: float) -> None:
+        *stored, _ = answer  # whether it thought is told by the text
         self.db.execute(
             "UPDATE requests SET state = 'answered', finished = ?, answer = ?, finish_reason = ?, prompt_tokens = ?,"
             " completion_tokens = ?, usage = ?, cost = ? WHERE id = ?",
-            [time.time(), *answer, cost, row],
+            [time.time(), *stored, cost, row],
         )
 
     def failed(self, row: int, error: str, cost: float) -> None:
@@ -218,6 +222,11 @@ class Ledger:
         if row and row[0] != request.prompt_hash:
             raise UserError(f"{self.path}: {request.task} was asked with another prompt; choose another directory")
         return Answer(*row[1:]).after_thinking() if row else None
+
+    def has_thinking(self) -> bool:
+        """Whether the model thought before any answer."""
+        query = "SELECT answer FROM requests WHERE state = 'answered' AND answer IS NOT NULL"
+        return any(after_thinking(text) != text for (text,) in self.db.execute(query))
 
     def failures(self, request: Request) -> int:
         """How often the request has failed since the ledger was opened."""
