@@ -36,7 +36,10 @@ def of_ids(right: dict[Any, str], wrong: str = NOBODY_SAYS) -> tuple[Lines, Line
 ARTICLES = {"question_id": 5, "answer_type": "other", "answers": suite.people(*["a", "the"] * 5)}
 VQAV2 = {"annotations": [*suite.VQAV2["annotations"], ARTICLES]}
 POPE = suite.jsonl([suite.pope(1, "cat", "yes"), suite.pope(2, "dog", "no"), suite.pope(3, "car", "no")])
-EASY = [{"id": i, "conversations": [{"value": "Is it a circle?"}, {"value": i}]} for i in ("yes", "no")]
+EASY = [
+    {"id": i, "conversations": [{"from": "human", "value": "Is it a circle?"}, {"from": "gpt", "value": i}]}
+    for i in ("yes", "no")
+]
 MME = "Is there a cat?\tYes\nIs there a dog?\tNo\n"
 MME_ASKED = ("Is there a cat?", "Is there a dog?")
 
