@@ -59,12 +59,12 @@ def test_what_a_model_thinks_is_no_data(folder: Path):
 
 def test_a_refusal_for_the_rate_within_an_answer_is_no_reject(folder: Path):
     body = {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
-    left = [body] * 20
+    left = [body] * 5
     with ScriptedLLM(reply=reply, raw=lambda _: left.pop() if left else None) as server:
         assert run(folder, server, "--limit", 3, "--concurrency", 2, "--prices", 1, 2) == 0
         ledger = Ledger(folder / "out" / "ledger.sqlite")
         assert ledger.db.execute("SELECT COUNT(*), TOTAL(cost) FROM requests WHERE state = 'failed'").fetchone() == (
-            20, 0.0,
+            5, 0.0,
         )  # fmt: skip
         ledger.close()
     assert len(samples(folder)) == 3 and not rejects(folder)

@@ -119,7 +119,7 @@ def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
     texts = [Answer.of(line.value[name], line.where) for name in TEXTS if name in line.value]
     metadata = line.value.get("metadata")
     if why := metadata.get("no_answer") if isinstance(metadata, dict) else None:
-        return answer._replace(absent=CUT_OFF if str(why).startswith("cut off") else EMPTY)
+        return answer._replace(absent=CUT_OFF if str(why).startswith((CUT_OFF, "cut off")) else EMPTY)
     return answer._replace(absent=texts[0].absent if texts else "")
 
 

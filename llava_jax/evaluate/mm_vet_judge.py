@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     with whole_file(args.output) as file:
         for ident in labels:
             outcome = found.get(ident, Outcome(None, 0.0, answers[ident].absent))  # no answer is a wrong one
+            absent = answers[ident].absent
             line = {
                 "question_id": f"{PREFIX}{ident}",
                 "prompt": labels[ident].get("question"),
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 "judge": args.judge,
                 "prompt_hash": hash_,
             }
+            line |= {"metadata": {"no_answer": absent}} if absent else {}
             file.write(json.dumps(line).encode() + b"\n")
     failed = sum(outcome.value is None for outcome in outcomes)
     print(f"{args.output}: {len(labels)} grades, {failed} of them failed{told(outcomes)}", file=sys.stderr)
