@@ -40,7 +40,7 @@ from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.goodput import Goodput
-from llava_jax.introduction import introduce, show_first_sample
+from llava_jax.introduction import introduce, show_first_sample, warn_of_moved_images
 from llava_jax.machines import peak_flops
 from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
@@ -148,6 +148,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     start = start or 0
     if first:
         introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+        warn_of_moved_images(samples, lengths, config.image_position)
         show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop
