@@ -203,7 +203,8 @@ def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[N
     window.peek()
     window.at += 1  # the bracket
     separator = "," if window.peek() != "]" else "]"
-    window.at += separator == "]"
+    if separator == "]":
+        window.at += 1
     while separator == ",":
         window.peek()
         yield None, *window.read_value()
