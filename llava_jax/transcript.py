@@ -33,8 +33,17 @@ def unmarked(text: str) -> str:
 
 
 def marked(text: str, pictures: int) -> str:
-    """A question's text with its pictures, which stand before it, as in training."""
-    return f"{IMAGE_TOKEN}\n" * pictures + unmarked(text)
+    """A question's text with a mark for each of its images: marks in the text keep their places, the rest go before it.
+
+    Raises `UserError` where the text has more marks than there are images.
+    """
+    placed = text.count(IMAGE_TOKEN)
+    if placed > pictures:
+        raise UserError(
+            f"{placed} {IMAGE_TOKEN} in the message, but {pictures} images for it: attach one for each, or write "
+            "something else for the mark"
+        )
+    return f"{IMAGE_TOKEN}\n" * (pictures - placed) + text
 
 
 def dump(transcript: Transcript, ident: str) -> str:

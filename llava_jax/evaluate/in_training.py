@@ -21,7 +21,7 @@ from llava_jax import distributed
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.evaluate.answers import Answer, by_key
+from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require
 from llava_jax.evaluate.lines import Line
@@ -80,7 +80,8 @@ class Evaluation:
         pairs = self._pairs(lines)
         if distributed.is_first():
             self._write(workdir / FOLDER / str(step), lines, pairs)
-        return flatten(f"{self.name}/", self.benchmark.score(pairs))
+        absent = count_absent(answer for answer, _ in pairs)
+        return flatten(f"{self.name}/", self.benchmark.score(pairs) | absent)
 
     def _pairs(self, lines: Sequence[Line]) -> list[tuple[Answer, Any]]:
         """The answers with their labels. Raises `UserError` where a question has none."""
