@@ -68,12 +68,12 @@ def _says(value: Any) -> bool:
 # What no text of people and no program has.
 _MARKS = re.compile(
     r"<\|[a-z_]*(?:image|img|vision|video|audio)\w*\|>"  # <|image_1|>, <|vision_start|>, <|video_pad|>, <|AUDIO|>
-    r"|<(?:image|img|video|audio|picture)[ _-]?(?:\d+|pad|placeholder|here|soft_token|context)>"  # <image1>
-    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>"
-    r"|<img>[^\s<>\"'`](?:[^<>\n\"'`]*[^\s<>\"'`])?</img>|<image>[^\n<>]{0,200}</image>"  # <img>a.jpg</img>
-    r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)_\w+\]",
+    r"|<((?:image|img|video|audio|picture)[ _-]?\d+)>(?![\s\S]*</\1>)"  # <image1>, but in XML
+    r"|<(?:image|img|video|audio|picture)[ _-]?(?:pad|placeholder|here|soft_token|context)>"
+    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>|\[(?:IMG|IMAGE|VIDEO|AUDIO)_\w+\]",
     re.IGNORECASE,
 )
+_FILES = re.compile(r"<(img|image)>([^\s<>\"'`][^<>\n\"'`]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
 # Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
 _TAG = r"(?:<(?:image|img|video|audio|speech|sound)>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
@@ -90,11 +90,15 @@ def foreign_mark(text: str, question: bool) -> str | None:
     """The first mark of another format that stands in a text for an image, a video or a sound."""
     if found := _MARKS.search(text):
         return found[0]
+    if (found := _FILES.search(text)) and not _CLOSING.search(_FILES.sub("", text)):
+        return found[0]
     return next((tag for tag, alone in _tags(text) if alone), None) if question else None
 
 
 def doubtful_mark(text: str) -> str | None:
     """A tag within a line of a question: it may be meant as a mark, or as HTML."""
+    if not may_hold_marks(text):
+        return None
     return next((tag for tag, alone in _tags(text) if not alone), None)
 
 
