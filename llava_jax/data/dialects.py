@@ -5,7 +5,7 @@ these tables, such as `source` or `width`, says something about the sample and i
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llava_jax.data.conversation import IMAGE_TOKEN
@@ -19,8 +19,13 @@ _NO_VIDEO = "the model sees images only: give frames as images, or drop the samp
 _NO_SOUND = "the model hears nothing: drop the sample"
 _NO_TOOLS = "describe tools in `system`, or remove the key"
 _NO_PREFERENCES = "it is not trained on preferences: write the answer to learn into `conversations`"
-MEDIA = dict.fromkeys(("video", "videos", "video_path", "video_url"), _NO_VIDEO) | dict.fromkeys(
-    ("audio", "audios", "audio_path", "audio_url", "input_audio", "sound", "sounds", "speech"), _NO_SOUND
+_NO_OTHER = "the model sees images only: render it as one, or drop the sample"
+MEDIA = (
+    dict.fromkeys(("video", "videos", "video_path", "video_url", "frames"), _NO_VIDEO)
+    | dict.fromkeys(
+        ("audio", "audios", "audio_path", "audio_url", "input_audio", "sound", "sounds", "speech"), _NO_SOUND
+    )
+    | dict.fromkeys(("pdf", "pdfs", "document", "documents", "point_cloud"), _NO_OTHER)
 )
 # Keys of a sample that change what is learned of it -> the way out.
 UNREAD = (
@@ -40,15 +45,26 @@ UNREAD_IN_TURNS = (
     MEDIA
     | dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), "calls of tools are not trained on")
     | dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "write it into the answer, or remove the key")
+    | dict.fromkeys(("system", "system_prompt"), "write it into the sample's `system`")
+    | dict.fromkeys(("mask", "masked"), "all answers are learned alike: make a sample that ends before it")
     | dict.fromkeys(("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text")
 )
-WEIGHTS = ("loss", "weight", "loss_weight", "train", "trainable")  # of an answer; all are learned alike
+_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage")
+WEIGHTS = ("loss", "weight", "loss_weight", "loss_mask", "train", "trainable")  # of an answer; all are learned alike
 
 
 def unread_keys(value: Mapping[str, Any], has_images: bool) -> Iterator[str]:
     """What a sample's keys say that is not read. Empty values say nothing."""
     known = UNREAD if has_images else UNREAD | IMAGE_KEYS
     yield from (f"`{key}` is not read: {known[key]}" for key in value if key in known and _says(value[key]))
+
+
+def unread_texts(value: Mapping[str, Any], turns: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Keys of a sample that hold something like a question which none of its turns repeats."""
+    for key in _TEXTS:
+        text = value.get(key)
+        if isinstance(text, str) and not any(text.strip() in said for _, said in turns):
+            yield f"`{key}` is not read, and no turn says the same"
 
 
 def unread_turn_keys(turn: Mapping[str, Any], answers: bool) -> Iterator[str]:
@@ -117,7 +133,6 @@ def _tags(text: str) -> Iterator[tuple[str, bool]]:
 
 ASKED = ("instruction", "question", "query", "prompt", "problem", "input")
 ANSWERED = ("output", "answer", "answers", "response", "completion", "caption", "text", "label", "solution")
-SIMILAR = {"conversation", "dialogue", "dialog", "turns", "chat", "texts"}
 
 
 def explain_missing(value: Mapping[str, Any]) -> str:
