@@ -282,7 +282,7 @@ def test_images_may_stay_where_they_are(tmp_path, images):
 
 
 def test_keys_that_are_left_alone_are_told(tmp_path, images, capsys):
-    said = sample("b", source="gqa", system="Be brief.", video=None, question="What is it?")
+    said = sample("b", source="gqa", system="Be brief.", video=None) | {"question": "What is it?"}
     assert check(tmp_path, images, [sample("a", source="vqa", width=3), said]) == 0
     assert (
         "keys of samples that are not read: source (2), width (1), video (1), question (1)\n" in capsys.readouterr().err
