@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from llava_jax.cli import UserError
+from llava_jax.remote import is_remote
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each begins
 
@@ -24,6 +25,13 @@ def refuse_pointer_file(path: Path) -> None:
     if path.is_file():
         with open(path, "rb") as file:
             refuse_pointer(file.read(len(POINTER)), path)
+
+
+def refuse_pointers_below(directory: str | os.PathLike) -> None:
+    """The same of all files of a directory, for where one of them cannot be read. Object stores hold no clones."""
+    if not is_remote(directory):
+        for file in Path(directory).rglob("*"):
+            refuse_pointer_file(file)
 
 
 def encoding_of(head: bytes) -> str:

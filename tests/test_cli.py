@@ -61,6 +61,12 @@ def test_sigterm_lets_main_clean_up(tmp_path):
     assert process.returncode == 143 and not list(tmp_path.iterdir())
 
 
+def test_what_standard_output_lacks_is_escaped(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    shown, told = start("print('red \\u7ea2 \\u27e6a\\u27e7')").communicate(timeout=60)
+    assert (shown, told) == ("red \\u7ea2 \\u27e6a\\u27e7\n", "")
+
+
 # ------------------------------------------------------------------------------------------------- paths
 
 TEXTS = {"TEXT", "NAME", "MODEL", "M", "TYPE", "URL", "BENCH", "Q-A", "CODE", "ID", "HOST:PORT", "auto|words|MODEL"}

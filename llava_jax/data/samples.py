@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.data import dialects
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.dialects import foreign_mark
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -188,15 +187,17 @@ def _one_of(sentence: dict, *keys: str) -> tuple[str, Any]:
     said = {key: sentence[key] for key in keys if sentence.get(key) is not None}
     if len({ROLES.get(value, value) if isinstance(value, str) else str(value) for value in said.values()}) > 1:
         return " and ".join(keys), said
-    return next(iter(said.items()), (keys[0], None))
+    return next(iter(said.items()), (next((key for key in keys if key in sentence), keys[0]), None))
 
 
 def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> str:
     """The text of a `content` that is a list of texts and images, with a mark for each image."""
     texts = []
     for part in parts:
-        part = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
-        kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        keys = part if isinstance(part, dict) else {}
+        kind = keys.get("type") or next((key for key in ("text", "image") if key in keys), None)
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in _IMAGE_PARTS:
@@ -232,25 +233,28 @@ def _with_system(value: dict, turns: list[tuple[str, str]], faults: list[Fault])
     return [("system", system), *turns] if system else turns
 
 
-def _conversation_faults(turns: list[tuple[str, str]], images: tuple[str, ...]) -> Iterator[Fault]:
-    begin = 1 if turns and turns[0][0] == "system" else 0
-    talk = from_first_question(turns)[begin:]
-    for i, (role, _) in enumerate(talk):
+def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ...]) -> Iterator[Fault]:
+    talk = from_first_question(turns)
+    begin = 1 if talk and talk[0][0] == "system" else 0
+    for i, (role, _) in enumerate(talk[begin:]):
         if role == "system":
             yield Fault("order", "a later turn is of system, which only the first can be: write it into a question")
             break
         if role != ("user", "assistant")[i % 2]:
             yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
             break
-    marks = sum(text.count(IMAGE_TOKEN) for _, text in talk)
+    whole = "\0".join([text for _, text in talk[begin:]])
+    marks = whole.count(IMAGE_TOKEN)
     if marks != len(images):
         detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
         yield Fault("marks", detail)
-    if begin and IMAGE_TOKEN in turns[0][1]:
+    if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    for role, text in turns:
-        if mark := foreign_mark(text, role == "user"):
-            yield Fault("marks", f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read")
+    if begin or dialects.may_hold_marks(whole):
+        for role, text in talk:
+            if mark := dialects.foreign_mark(text, role == "user"):
+                detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"
+                yield Fault("marks", detail)
 
 
 def _structure(detail: str) -> Reading:
