@@ -27,6 +27,7 @@ BASE = [
     "pillow>=10",
     "rich>=13",
     "tensorboardX>=2.6",
+    "matplotlib>=3.8",
     "absl-py>=2",
     "etils[epath]>=1.9",
     "numpy>=1.26",
@@ -41,8 +42,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
     "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31", "python-multipart>=0.0.9"],
-    # The chart of `evaluate report`, and the Excel file that MMBench's server takes.
-    "evaluate": ["matplotlib>=3.8", "openpyxl>=3.1"],
+    # The Excel file that MMBench's server takes.
+    "evaluate": ["openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
@@ -51,8 +52,8 @@ EXTRAS = {
     "beam": ["apache-beam>=2.65"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
-    # The easy-vqa data set and what draws the loss curve.
-    "quickstart": ["easy-vqa>=1.0", "matplotlib>=3.8"],
+    # The easy-vqa data set.
+    "quickstart": ["easy-vqa>=1.0"],
     # Drives a browser that is installed already, in the tests of the web page.
     "browser": ["playwright>=1.50"],
     # Compilers for machines that are not there: no device is touched.

@@ -24,6 +24,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.conversation import (
     IMAGE_TOKEN,
     Template,
+    check_system,
     get_template,
     place_prompt_images,
     stop_strings,
@@ -125,6 +126,7 @@ class PromptEncoder:
 
     def encode(self, request: Request) -> Prompt:
         """Raises UserError where the request is malformed."""
+        check_system(request.turns, self.template)
         turns = place_prompt_images(request.turns, self.config.image_position)
         encoded = encode_turns([*turns, ("assistant", None)], self.template, self.tokenizer, request.begun)
         marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())

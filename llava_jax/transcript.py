@@ -1,7 +1,7 @@
 """A conversation that was had, as a sample of LLaVA's JSON, and back.
 
-It is one that `data.check` finds clean and that training takes. What training does not know is a key of its own:
-`system`, the system prompt, where the conversation had another than the template's.
+It is one that `data.check` finds clean and that training takes. `system` is the system prompt, where the conversation
+had another than the template's; an empty one, for none, is for the chat alone.
 """
 
 import json
@@ -13,8 +13,8 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.sources import parse_sample, record_value
+from llava_jax.data.records import local_data, scan
+from llava_jax.data.samples import parse_sample, record_value
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -80,14 +80,10 @@ def load(path: epath.Path) -> Transcript:
     records = list(islice(scan(local_data(path), path), 2))
     if len(records) != 1:
         raise UserError(f"{path}: holds more than one sample: one conversation was expected")
-    sample, system = parse_sample(records[0]), _system(records[0])
-    if len(sample.turns) % 2:
+    sample, system = parse_sample(records[0]), record_value(records[0]).get("system")
+    turns = sample.turns
+    if turns and turns[0][0] == "system":
+        (_, system), *turns = turns
+    if len(turns) % 2:
         raise UserError(f"{path}: ends with a question that has no answer: remove it")
-    return Transcript(sample.turns, [str(path.parent / name) for name in sample.images], system)
-
-
-def _system(record: Record) -> str | None:
-    system = record_value(record).get("system")
-    if not (system is None or isinstance(system, str)):
-        raise UserError(f"{record.where}: `system` is no text but {json.dumps(system)[:40]}")
-    return system
+    return Transcript(tuple(turns), [str(path.parent / name) for name in sample.images], system)

@@ -34,7 +34,7 @@ def base(tmp_path_factory):
 
 def adapt(directory, names, settings=SETTINGS, saved=(), modules=("q_proj", "down_proj", "fc1"), rank=lambda name: 4,
           scale=lambda name, rank: 8 / rank):  # fmt: skip
-    """Writes an adapter of random matrices; -> the model with it merged, W + scale B A, as `merge_and_unload` has it."""
+    """Writes an adapter of random matrices; -> the model with W + scale B A, as `merge_and_unload` has it."""
     model: LlavaForConditionalGeneration = reference.llava(CONFIG)
     generator = torch.Generator().manual_seed(0)
     held = {}

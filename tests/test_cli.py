@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import pkgutil
 import re
@@ -12,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import llava_jax
 from llava_jax import cli
@@ -118,3 +120,27 @@ def test_the_home_directory_is_meant(monkeypatch, tmp_path, capsys):
     args = report._parse(["~/a", "~/b", "c~", "--output=~"])
     assert args.runs == [str(tmp_path / "home" / "a"), str(tmp_path / "home" / "b"), "c~"]
     assert args.output == str(tmp_path / "home")
+
+
+def test_the_bar_of_a_long_name_fits_80_columns():
+    file = io.StringIO()
+    name = f"writing /data/[bold]/{'long_name/' * 20}clean.json"
+    with cli.progress_bar(Console(file=file, force_terminal=True, width=80)) as bar:
+        bar.update(bar.add_task(name, total=665000), completed=123456)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue().replace("\r", "\n"))
+    lines = [line for line in text.split("\n") if line.strip()]
+    assert all(len(line) <= 80 for line in lines)
+    assert re.fullmatch(r"123456/665000 \S+ left \S+ writing /data/\[bold\]/long_.*…", lines[-1].rstrip())
+
+
+def test_elsewhere_lines_tell_how_many_and_the_time_left_first(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert list(cli.track("ab", "reading samples")) == ["a", "b"]
+    assert capsys.readouterr().err.splitlines() == [
+        "1/2, 0:00:10 left: reading samples",
+        "2/2, 0:00:00 left: reading samples",
+    ]
+    clock = iter([0.0, 10.0])
+    assert list(cli.track(iter("a"), "reading samples")) == ["a"]
+    assert capsys.readouterr().err == "1/?, 10 s: reading samples\n"

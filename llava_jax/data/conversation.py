@@ -250,6 +250,12 @@ def render(
     return Rendered("".join(pieces), spans)
 
 
+def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+    """Raises `UserError` where `render` would leave a system prompt out, since the template has no place for one."""
+    if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
+        raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
+
+
 def place_images(
     turns: Sequence[tuple[str, str]], position: str, seed: int, sample_id: str
 ) -> tuple[tuple[str, str], ...]:
@@ -264,7 +270,13 @@ def place_images(
     if position == "as_is":
         return tuple(turns)
     last = position == "random" and hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()[0] % 2 == 1
-    return tuple((role, _place(text, last=last and i == 0)) for i, (role, text) in enumerate(turns))
+    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
+    return tuple((role, _place(text, last=last and i == first)) for i, (role, text) in enumerate(turns))
+
+
+def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
+    """Whether a turn has text between its images, which `first` and `random` take out of it."""
+    return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
 
 
 def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:

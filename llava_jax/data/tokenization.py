@@ -5,6 +5,8 @@ alone: what published checkpoints were trained on, side effects included (a Sent
 after an image with `▁`). The mask comes from character offsets and never from the lengths of parts tokenized anew.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import json
@@ -12,24 +14,27 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data import sentencepiece_model
 from llava_jax.data.conversation import (
     IM_END_TOKEN,
     IM_START_TOKEN,
     IMAGE_TOKEN,
     Template,
+    check_system,
     place_images,
     render,
 )
-from llava_jax.data.sources import Sample
+from llava_jax.data.samples import Sample
+from llava_jax.incoming import POINTER, refuse_pointer
 from llava_jax.remote import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
 IGNORE_INDEX = -100  # a label that is not learned
@@ -61,6 +66,9 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
+    for file in local(directory).glob("*token*"):
+        with file.open("rb") as data:
+            refuse_pointer(data.read(len(POINTER)), epath.Path(directory) / file.name)
     try:
         tokenizer = _load(local(directory))
     except UserError:
@@ -75,6 +83,10 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
+
+    from llava_jax.data import sentencepiece_model
+
     model_file = directory / "tokenizer.model"
     if (directory / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -108,9 +120,11 @@ def encode_sample(
     image_position: str = "first",
     seed: int = 0,
 ) -> Encoded:
-    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn."""
+    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn, or where it
+    has a system prompt for which the template has no place."""
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
+        check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from error

@@ -62,8 +62,8 @@ def main(kind: str, argv: list[str]) -> int:
         None if args.language == "any" else args.language,
         args.seed,
     )
-    given = work(args, args.model or "")
     asks = args.show is None and not args.dry_run
+    given = work(args, args.model or "", asks)
     if asks and recipe.language:
         check_language(recipe.language)
     ledger = open_ledger(given.settings, args)

@@ -16,7 +16,8 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, track
 from llava_jax.data.records import local_data, scan
-from llava_jax.data.sources import LlavaJson, Sample, record_value
+from llava_jax.data.samples import Sample, record_value
+from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
 from llava_jax.datagen.load import load
 from llava_jax.datagen.objects import Finder

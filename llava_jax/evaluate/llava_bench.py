@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = score_repeats(list(files.values()), args.legacy)
     if not scores[ALL]["n"]:
         raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
+    scores[ALL] |= Counter(review.absent for reviews in files.values() for review in reviews if review.absent)
     if lacking:
         scores[ALL]["missing"] = sum(lacking.values())
     for name in ("judge", "prompt_hash"):

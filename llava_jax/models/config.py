@@ -8,6 +8,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's pixels are in -1..1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for answering
 
 
 @dataclasses.dataclass(frozen=True)
