@@ -35,6 +35,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
+from llava_jax.incoming import refuse_pointers_below, to_utf8
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
@@ -103,6 +104,11 @@ class Checkpoint:
     @property
     def template(self) -> str:
         return self.description.template
+
+    def with_image_position(self, position: str) -> "Checkpoint":
+        """The same, asked with images at these places instead of where they stood in training."""
+        model = dataclasses.replace(self.config, image_position=position)
+        return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
     @functools.cached_property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -223,6 +229,7 @@ def _in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        refuse_pointers_below(path)
         cause = next(iter(str(error).splitlines()), "")[:500]
         raise UserError(f"{path}: {problem} ({type(error).__name__}: {cause})") from error
 
@@ -266,7 +273,7 @@ def _open_step(path: epath.Path) -> Checkpoint:
 def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
-        return Description.from_json(json.loads(file.read_text()), where=str(file))
+        return Description.from_json(json.loads(to_utf8(file.read_bytes(), file)), where=str(file))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
 

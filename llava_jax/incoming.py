@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from etils import epath
+
 from llava_jax.cli import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each begins
@@ -24,6 +26,14 @@ def refuse_pointer_file(path: Path) -> None:
     if path.is_file():
         with open(path, "rb") as file:
             refuse_pointer(file.read(len(POINTER)), path)
+
+
+def refuse_pointers_below(directory: epath.Path) -> None:
+    """The same of all files of a directory, which is asked where one of them cannot be read."""
+    for file in directory.rglob("*"):
+        if not file.is_dir():
+            with file.open("rb") as data:
+                refuse_pointer(data.read(len(POINTER)), file)
 
 
 def encoding_of(head: bytes) -> str:

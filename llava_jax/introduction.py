@@ -12,11 +12,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import sharding
+from llava_jax.cli import track
+from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
 from llava_jax.data.padding import padding_of_run
 from llava_jax.data.pipeline import TextEncoder
-from llava_jax.data.plan import Order
+from llava_jax.data.plan import Lengths, Order
+from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import encode_sample, truncate
 from llava_jax.models.llava import Params
 from llava_jax.training_step import StepSettings, TrainState
@@ -83,6 +86,20 @@ def _summary(params: Params) -> str:
         parts.setdefault(name.split(".")[0], []).append(value)
     counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in parts.items())
     return f"{counted or 'nothing'} parameters, {sum(v.nbytes for v in params.values()) / 2**20:,.1f} MiB"
+
+
+def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> None:
+    """Says of how many samples `position` moves images out of the text that stands between them."""
+    if position == "as_is":
+        return
+    several = track(np.flatnonzero(lengths.images > 1).tolist(), "looking at samples of several images")
+    moved = [sample.id for sample in (samples[i] for i in several) if has_interleaved_images(sample.turns)]
+    if moved:
+        print(
+            f"warning: {len(moved):,} samples, {moved[0]} the first, have text between the images of a turn, which "
+            f"image_position={position} moves before it: image_position=as_is keeps their places",
+            file=sys.stderr,
+        )
 
 
 def show_first_sample(sample: Any, encode: TextEncoder) -> None:

@@ -41,7 +41,7 @@ from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.goodput import Goodput
-from llava_jax.introduction import introduce, show_first_sample
+from llava_jax.introduction import introduce, show_first_sample, warn_of_moved_images
 from llava_jax.machines import peak_flops
 from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
@@ -160,6 +160,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     if first:
         sources = needed(directory, description)
         introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start, sources)
+        warn_of_moved_images(samples, lengths, config.image_position)
         show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop

@@ -68,7 +68,7 @@ def save(path: epath.Path, transcript: Transcript) -> None:
             raise UserError(f"{path} exists and is no saved conversation: choose another name") from error
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(dump(transcript, path.stem))
+        unfinished.write_bytes(dump(transcript, path.stem).encode())
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from llava_jax.cli import UserError
 from llava_jax.data import build, published, shards
+from llava_jax.data.built import Built
 from llava_jax.data.sources import LlavaJson, Sample
 
 FORMATS = {"a.jpg": "JPEG", "folder/b.png": "PNG", "c.jpg": "GIF", "d.webp": "WEBP"}  # c, as OCR-VQA names them
@@ -127,7 +129,7 @@ def test_missing_pictures_are_told_by_folder_before_anything_is_written(data, tm
     (images / "folder" / "b.png").rename(images / "folder" / "b.gif")
     (images / "a.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"1 pictures missing in \S+images, such as a.jpg; .*1 of the first 1 are there"
+        UserError, match=r"1 pictures missing in \S+images, such as a.jpg; it is of sample 0; .*1 of the first 1 are"
     ):
         run((data[0], images), tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -221,3 +223,16 @@ def test_any_sample_survives(sample):
     values = record.features.feature["conversations/value"].bytes_list.value
     assert [value.decode() for value in values] == [text for _, text in sample.turns]
     assert len(record.features.feature["images"].bytes_list.value) == len(sample.images)
+
+
+def test_system_prompts_and_names_in_another_unicode_form(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3, 2)).save(tmp_path / "images" / unicodedata.normalize("NFD", "\u00e9.png"))
+    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Red."}]
+    record = {"id": "a", "image": "\u00e9.png", "system": "Be brief.", "messages": turns}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    source = LlavaJson(tmp_path / "data.json", tmp_path / "images")
+    built = Built(run((tmp_path / "data.json", tmp_path / "images"), tmp_path / "set"))
+    assert list(built) == list(source) == list(LlavaJson(tmp_path / "set" / "text.jsonl"))
+    assert built[0].turns[0] == ("system", "Be brief.")
+    assert built.read_pictures(0, 1) == source.read_pictures(0, 1)

@@ -1,6 +1,7 @@
 """Every problem is found, named and counted, and a good data set has none."""
 
 import json
+import unicodedata
 
 import pytest
 from PIL import Image
@@ -82,6 +83,10 @@ def test_long_padding_is_reported_with_what_mends_it(tmp_path, images, bare_llam
         ("duplicate-id", sample("good"), "line 2 has the id of"),
         ("empty-answer", sample("x", answer=" \n"), "the answer to question 1 is empty"),
         ("special-token", sample("x", "<image>\n<s>old</s>"), "</s>"),
+        ("key", sample("x", video="a.mp4"), "`video` is not read"),
+        ("marks", sample("x", "<audio>\nWhat is said?", image=None), "the text of a user holds <audio>"),
+        ("marks", sample("x", "<image>\nIs <video> there?"), "warning: question 1 holds <video>"),
+        ("image-position", sample("x", "a <image> b <image>", image=["a.png"] * 2), "image_position=as_is"),
     ],
 )
 def test_a_problem_is_a_line(tmp_path, images, capsys, kind, record, detail):
@@ -259,3 +264,32 @@ def test_a_survey_is_a_source_like_the_file(tmp_path):
     survey = Survey(data)
     assert list(survey.read(())) == []
     assert list(survey) == list(LlavaJson(data)) and survey.digest == LlavaJson(data).digest
+
+
+def test_images_may_stay_where_they_are(tmp_path, images):
+    interleaved = sample("x", "a <image> b <image>", image=["a.png", "a.png"])
+    assert check(tmp_path, images, [interleaved], "--image-position", "as_is") == 0
+
+
+def test_keys_that_are_left_alone_are_told(tmp_path, images, capsys):
+    records = [sample("a", source="vqa", width=3), sample("b", source="gqa", system="Be brief.", video=None)]
+    assert check(tmp_path, images, records) == 0
+    assert "keys of samples that are not read: source (2), width (1), video (1)\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_and_files_of_other_systems(tmp_path, images, encoding, form):
+    (images / "a.png").rename(images / unicodedata.normalize(form, "caf\u00e9.png"))
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([sample("a", "<image>\n\u56fe?", image="caf\u00e9.png")], ensure_ascii=False), encoding)
+    arguments = ["--json", str(data), "--images", str(images)]
+    assert main(arguments) == main(arguments) == 0  # the second finds it in the cache
+    assert LlavaJson(data, images).read_pictures(0, 1)[0].startswith(b"\x89PNG")
+
+
+def test_a_template_without_a_system_prompt_says_so(tmp_path, images, capsys, bare_llama_dir):
+    args = ["--tokenizer", bare_llama_dir, "--template", "plain"]
+    assert check(tmp_path, images, [sample("a"), sample("b", system="Be brief.")], *args) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "b, sample b: template plain has no place for a system prompt" in line

@@ -152,3 +152,14 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line(spoil, tmp_path, model_dir
     with pytest.raises(UserError, match="damaged") as raised:
         open_checkpoint(damaged).load()
     assert "\n" not in str(raised.value)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path, model_dir):
+    clone = Path(shutil.copytree(model_dir, tmp_path / "clone"))
+    largest = max(
+        (file for file in (clone / "params").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    for file in (largest, clone / "llava.json"):
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+        with pytest.raises(UserError, match=f"{file}: is a Git LFS pointer"):
+            open_checkpoint(clone).load()

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import (
     TEMPLATES,
+    check_system,
     choose_template,
     get_template,
+    has_interleaved_images,
     place_images,
     place_prompt_images,
     render,
@@ -206,3 +208,40 @@ def test_another_template_than_the_checkpoints_warns(capsys):
 @pytest.mark.parametrize(("name", "stop"), [("v0", "###"), ("v1", "</s>"), ("llama_2", "</s>"), ("plain", "\n")])
 def test_stop_strings(name, stop):
     assert stop_strings(get_template(name)) == [stop]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_prompt_is_rendered_or_refused(name):
+    turns = [("system", "Be brief."), *TURNS]
+    template = get_template(name)
+    try:
+        check_system(turns, template)
+    except UserError as error:
+        assert name == "plain" and "template plain has no place for a system prompt" in str(error)
+    else:
+        assert "Be brief." in render(turns, template).text
+    check_system(TURNS, template)
+    check_system([("system", ""), *TURNS], template)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_system_prompt_changes_no_place_of_an_image(seed):
+    for position in ("first", "random", "as_is"):
+        alone = place_images(TURNS, position, seed, "x")
+        assert place_images([("system", "s"), *TURNS], position, seed, "x") == (("system", "s"), *alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "interleaved"),
+    [
+        ("Source: <image>\nTarget: <image>\nWhat?", True),
+        ("<image> and <image>", True),
+        ("<image>\n<image>\nCompare", False),
+        ("Compare <image>\n <image>", False),
+        ("Before <image> after", False),
+        ("none", False),
+    ],
+)
+def test_text_between_images(text, interleaved):
+    assert has_interleaved_images([("user", "q"), ("assistant", "a"), ("user", text)]) is interleaved
+    assert not has_interleaved_images([("user", "<image>\nq"), ("assistant", "a"), ("user", "b\n<image>")])

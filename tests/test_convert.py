@@ -399,9 +399,17 @@ def no_tokenizer(directory):
         file.unlink()
 
 
+def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"):
+    return lambda directory: (directory / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (overwritten("config.json"), "copy-of-[^/]+/config.json: is a Git LFS pointer"),
+        (overwritten("model.safetensors"), "copy-of-[^/]+/model.safetensors: is a Git LFS pointer.*git lfs pull"),
+        (overwritten("tokenizer.json"), "copy-of-[^/]+/tokenizer.json: is a Git LFS pointer"),
+        (overwritten("tokenizer.json", "{"), "copy-of-[^/]+: holds no tokenizer that transformers reads"),
         (no_torch_file, r"pytorch_model.bin: not a whole file of torch.save \(it is no zip\)"),
         (mixed_layers, "layers of different types: .* is F32, layers.1.mlp.up_proj.weight is F16"),
         (truncate, "not a whole safetensors file"),

@@ -1,5 +1,6 @@
 import io
 import os
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -282,3 +283,28 @@ def test_threads_agree():
     with ThreadPoolExecutor(8) as pool:
         for pixels in pool.map(lambda _: preprocess(load_image(path), 56, "pad", MEAN), range(24)):
             np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFC", "NFC")])
+def test_names_in_another_unicode_form_are_found(tmp_path, stored, asked):
+    """Archives made on macOS have e + U+0301 where JSON has U+00E9."""
+    folder = tmp_path / unicodedata.normalize("NFC", "\u00fcber")
+    folder.mkdir()
+    Image.new("RGB", (3, 2), "red").save(folder / unicodedata.normalize(stored, "caf\u00e9.png"))
+    name = unicodedata.normalize(asked, "\u00fcber/caf\u00e9.png")
+    assert load_image(tmp_path / name).size == (3, 2)
+    with pytest.raises(UserError, match="picture .*caf.*s.png: No such file"):
+        load_image(tmp_path / name.replace(".png", "s.png"))
+
+
+def test_the_very_name_wins(tmp_path):
+    for form, width in (("NFC", 1), ("NFD", 2)):
+        Image.new("RGB", (width, 1)).save(tmp_path / unicodedata.normalize(form, "\u00e9.png"))
+    for form, width in (("NFC", 1), ("NFD", 2)):
+        assert load_image(tmp_path / unicodedata.normalize(form, "\u00e9.png")).width == width
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    with pytest.raises(UserError, match="a.jpg: is a Git LFS pointer.*git lfs pull"):
+        load_image(tmp_path / "a.jpg")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.data import records
-from llava_jax.data.records import RecordFile, load_json, scan
+from llava_jax.data.records import RecordFile, load_json, local_data, scan
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 VALUES = st.recursive(
@@ -128,3 +128,66 @@ def test_threads_may_begin_at_once(path):
 
         with ThreadPoolExecutor(8) as pool:
             assert set(pool.map(read_together, range(8))) == {b"1"}
+
+
+@given(
+    values=st.lists(st.dictionaries(TEXT, TEXT, max_size=2), min_size=1, max_size=4),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]),
+    lines=st.booleans(),
+    block=st.integers(1, 40),
+)
+def test_every_unicode_encoding_is_read(path, values, encoding, lines, block):
+    text = "\n".join(json.dumps(v, ensure_ascii=False) for v in values) if lines else json.dumps(values)
+    path.write_bytes(text.encode(encoding))
+    os.utime(path, ns=(0, random.randrange(2**60)))  # no two are the same file to the cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "BLOCK", block)
+        assert read(local_data(path)) == values
+
+
+def test_what_is_in_no_encoding_is_refused(path):
+    path.write_bytes('["\u00e9"]'.encode("utf-16")[:-1])
+    with pytest.raises(UserError, match="data: is no UTF-16: truncated data; convert it to UTF-8: iconv"):
+        local_data(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    with pytest.raises(UserError, match="data: is a Git LFS pointer"):
+        local_data(path)
+
+
+SPREAD = {
+    '{"data": [{"id": 1}]}': "is one object whose 'data' holds a list of objects.*one a line, was expected",
+    '{"version": 1, "licences": [1], "\u00e9": [ {"id": "\u00e9"}]}': "is one object whose '\u00e9' holds",
+    '{"id": "a", "conversations": [{"from": "human", "value": "q"}]}': "is spread over several lines",
+    '{"id": "a", "images": ["a.jpg"], "n": {"x": [{}]}}': "is spread over several lines",
+    "{}": "is spread over several lines",
+}
+
+
+@pytest.mark.parametrize("block", [7, 4096])
+@pytest.mark.parametrize(("text", "message"), SPREAD.items())
+def test_objects_over_several_lines_are_one_error(path, text, message, block, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK", block)
+    spread = json.dumps(json.loads(text), indent=1, ensure_ascii=False).replace("{}", "{\n}")
+    for content in (spread, f"\n{spread}\n{spread}\n"):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            list(scan(path, "F"))
+    path.write_text(f"{text}\n{text}\n", encoding="utf-8")  # each on a line
+    assert len(list(scan(path, "F"))) == 2
+
+
+def test_a_huge_object_on_one_line_is_told_by_its_key(path, monkeypatch):
+    monkeypatch.setattr(records, "LONGEST", 50)
+    path.write_text(json.dumps({"data": [{"id": i} for i in range(20)]}))
+    with pytest.raises(UserError, match="whose 'data' holds a list"):
+        list(scan(path, "F"))
+
+
+@pytest.mark.parametrize("first", ["{", '{"id": ', '{"id": "a', '{"id": "a"} x', '{"a": [{"b": 1}'])
+def test_a_damaged_first_line_hides_no_others(path, first):
+    path.write_text(f'{first}\n{{"id": "b"}}\n')
+    if first.endswith("1}"):  # which the next line might continue
+        with pytest.raises(UserError, match="whose 'a' holds"):
+            list(scan(path, "F"))
+    else:
+        assert [record.value for record in scan(path, "F")] == [first.strip().encode(), b'{"id": "b"}']

@@ -727,6 +727,18 @@ def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
     assert "cut" not in told and "⟦ It is red.</s>⟧" in told
 
 
+def test_a_run_renders_system_prompts_and_warns_of_moved_images(world, tmp_path, capsys):
+    question = {"role": "user", "content": "Source: <image>\nTarget: <image>"}
+    record = {"images": ["0.png", "1.png"], "system": "Be brief.", "messages": [question, {"role": "assistant"}]}
+    record["messages"][1]["content"] = "red"
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": str(i)} | record for i in range(4)]), "utf-16")
+    train.train(run_config(world | {"json": str(data)}, steps=1), str(tmp_path / "run"))
+    told = capsys.readouterr().err
+    assert "warning: 4 samples, 0 the first, have text between the images of a turn" in told
+    assert "<s>Be brief. USER: <image>\n<image>\nSource: \nTarget:  ASSISTANT: ⟦red</s>⟧" in told
+
+
 def test_a_directory_of_something_else_is_refused(world, tmp_path):
     for name, text in (("thesis.tex", ""), ("config.json", '{"model_type": "llava"}'), ("data.json", "[]")):
         directory = tmp_path / name.partition(".")[0]

@@ -77,13 +77,17 @@ _MARKS = re.compile(
 # Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
 _TAG = r"(?:<(?:image|img|video|audio|speech|sound)>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
+_BRACKETS = re.compile(r"\[(?:IMG|IMAGE|VIDEO|AUDIO)", re.IGNORECASE)
 _CLOSING = re.compile(r"</\w|\[/\w|```")
+
+
+def may_hold_marks(text: str) -> bool:
+    """A quick look, after which most texts need no other."""
+    return text.count("<") != text.count(IMAGE_TOKEN) or ("[" in text and _BRACKETS.search(text) is not None)
 
 
 def foreign_mark(text: str, question: bool) -> str | None:
     """The first mark of another format that stands in a text for an image, a video or a sound."""
-    if text.count("<") == text.count(IMAGE_TOKEN) and "[" not in text:  # nearly all texts
-        return None
     if found := _MARKS.search(text):
         return found[0]
     return next((tag for tag, alone in _tags(text) if alone), None) if question else None

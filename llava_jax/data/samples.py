@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.data import dialects
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.dialects import foreign_mark
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -232,25 +231,28 @@ def _with_system(value: dict, turns: list[tuple[str, str]], faults: list[Fault])
     return [("system", system), *turns] if system else turns
 
 
-def _conversation_faults(turns: list[tuple[str, str]], images: tuple[str, ...]) -> Iterator[Fault]:
-    begin = 1 if turns and turns[0][0] == "system" else 0
-    talk = from_first_question(turns)[begin:]
-    for i, (role, _) in enumerate(talk):
+def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ...]) -> Iterator[Fault]:
+    talk = from_first_question(turns)
+    begin = 1 if talk and talk[0][0] == "system" else 0
+    for i, (role, _) in enumerate(talk[begin:]):
         if role == "system":
             yield Fault("order", "a later turn is of system, which only the first can be: write it into a question")
             break
         if role != ("user", "assistant")[i % 2]:
             yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
             break
-    marks = sum(text.count(IMAGE_TOKEN) for _, text in talk)
+    whole = "\0".join([text for _, text in talk[begin:]])
+    marks = whole.count(IMAGE_TOKEN)
     if marks != len(images):
         detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
         yield Fault("marks", detail)
-    if begin and IMAGE_TOKEN in turns[0][1]:
+    if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    for role, text in turns:
-        if mark := foreign_mark(text, role == "user"):
-            yield Fault("marks", f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read")
+    if begin or dialects.may_hold_marks(whole):
+        for role, text in talk:
+            if mark := dialects.foreign_mark(text, role == "user"):
+                detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"
+                yield Fault("marks", detail)
 
 
 def _structure(detail: str) -> Reading:
