@@ -43,7 +43,7 @@ def adapt(directory, names, settings=SETTINGS, saved=(), modules=("q_proj", "dow
             if name.endswith(modules):
                 r = rank(name)
                 down = torch.randn(r, module.in_features, generator=generator)
-                up = 0.05 * torch.randn(module.out_features, r, generator=generator)
+                up = 0.02 * torch.randn(module.out_features, r, generator=generator)
                 module.weight += scale(name, r) * up @ down
                 held |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         for name, parameter in model.named_parameters():
