@@ -36,7 +36,10 @@ def of_ids(right: dict[Any, str], wrong: str = NOBODY_SAYS) -> tuple[Lines, Line
 ARTICLES = {"question_id": 5, "answer_type": "other", "answers": suite.people(*["a", "the"] * 5)}
 VQAV2 = {"annotations": [*suite.VQAV2["annotations"], ARTICLES]}
 POPE = suite.jsonl([suite.pope(1, "cat", "yes"), suite.pope(2, "dog", "no"), suite.pope(3, "car", "no")])
-EASY = [{"id": i, "conversations": [{"value": "Is it a circle?"}, {"value": i}]} for i in ("yes", "no")]
+EASY = [
+    {"id": i, "conversations": [{"from": "human", "value": "Is it a circle?"}, {"from": "gpt", "value": i}]}
+    for i in ("yes", "no")
+]
 MME = "Is there a cat?\tYes\nIs there a dog?\tNo\n"
 MME_ASKED = ("Is there a cat?", "Is there a dog?")
 
@@ -51,6 +54,9 @@ def mmbench(*texts: str) -> Lines:
 
 def seed(*texts: str) -> Lines:
     return [suite.answer(i, text) for i, text in zip((101, 102, 103), texts, strict=True)]
+
+
+OWN = suite.jsonl([{"question_id": "a", "answer": "A cat.", "category": "x"}, {"question_id": "b", "answer": 2}])
 
 
 def graded(grade: float) -> Lines:
@@ -71,6 +77,7 @@ CASES: dict[str, tuple[Any, Lines, Lines]] = {
     "seed": (suite.SEED, seed("A", "B", "D"), seed("B", "A", "A")),
     "mm-vet": (suite.MM_VET, graded(1.0), graded(0.0)),
     "easy-vqa": (EASY, *of_ids({"yes": "yes", "no": "no"})),
+    "exact": (OWN, *of_ids({"a": "a cat", "b": "2"})),
 }  # fmt: skip
 
 

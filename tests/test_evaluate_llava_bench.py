@@ -49,6 +49,27 @@ def test_failures_are_counted_and_left_out(tmp_path: Path, capsys: pytest.Captur
     assert run(capsys, "--reviews", file, "--reparse")["all"]["n"] == 2
 
 
+def test_reviews_of_the_80_questions_in_text_have_the_categories_of_these(tmp_path: Path, capsys):
+    """As Vicuna's: reviews tell none."""
+    questions = [{"question_id": i, "text": "?", "category": "generic" if i < 3 else "fermi"} for i in range(1, 5)]
+    reviews = [{"question_id": i, "text": f"8 {i}\nSo.", "score": [8.0, i], "metadata": {}} for i in range(1, 5)]
+    file = write(tmp_path / "review_alpaca-13b_vicuna-13b.jsonl", reviews)
+    asked = write(tmp_path / "question.jsonl", questions)
+    scores = run(capsys, "--reviews", file, "--questions", asked)
+    assert {name: (values["relative"], values["n"]) for name, values in scores.items()} == {
+        "all": (31.25, 4), "fermi": (43.75, 2), "generic": (18.75, 2),
+    }  # fmt: skip
+    assert list(run(capsys, "--reviews", file)) == ["all"]
+
+
+def test_a_review_that_is_there_again_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = write(tmp_path / "a.jsonl", [*REVIEWS, REVIEWS[0]])
+    evaluate.main(["score", "llava-bench", "--json", "--reviews", file])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["all"]["n"] == 2
+    assert "a.jsonl: line 4: repeats question 0 word for word; it counts once" in printed.err
+
+
 def test_repeats_have_a_standard_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     files = []
     for run_, model in enumerate((6, 8, 7)):

@@ -9,7 +9,9 @@ import pytest
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.scienceqa_data import convert
+from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.questions import marked, read_questions
+from llava_jax.evaluate.scienceqa_data import convert, sample
 
 PROBLEM: dict[str, Any] = {
     "question": "Which  is it?", "choices": ["a cat", "a dog"], "answer": 1, "hint": "Look. ", "image": "image.png",
@@ -32,6 +34,30 @@ QCM = "Which is it?\nContext: Look.\nOptions: (A) a cat (B) a dog"
 ])  # fmt: skip
 def test_formats(form, question, answer):
     assert convert(PROBLEM, form) == (question, answer)
+
+
+@pytest.mark.parametrize(("problem", "question"), [
+    (PROBLEM | {"question": " Which  is it?"}, "<image>\nContext: Look.\n Which  is it?\nA. a cat\nB. a dog"),
+    (PROBLEM | {"hint": ""}, "<image>\nWhich  is it?\nA. a cat\nB. a dog"),
+    (PROBLEM | {"image": None}, "Context: Look.\nWhich  is it?\nA. a cat\nB. a dog"),
+    (BARE, "Which  is it?\nA. a cat\nB. a dog"),
+])  # fmt: skip
+def test_the_format_of_the_release(problem, question):
+    """That of its llava_test_CQM-A.json."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "B"}]
+    image = {"image": "7/image.png"} if problem["image"] else {}
+    assert sample("7", problem, "v1.5") == {"id": "7"} | image | {"conversations": turns}
+
+
+def test_questions_of_the_release_are_asked_for_a_letter(arguments, tmp_path):
+    evaluate.main([*arguments, "--split=train", "--format=v1.5"])
+    benchmark = BENCHMARKS["scienceqa"]
+    asked = read_questions([str(tmp_path / "out.json")], benchmark.suffix)
+    assert asked[1].text == (
+        "Context: Look.\nWhich  is it?\nA. a cat\nB. a dog\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert marked(asked[1]).startswith("<image>\nContext: ") and asked[1].pictures == ("1/image.png",)
 
 
 def test_what_a_problem_lacks_leaves_as_little_as_in_the_published_data():

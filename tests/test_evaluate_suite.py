@@ -18,6 +18,7 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.score import score as scores
 
@@ -125,7 +126,11 @@ def test_textvqa_asked_twice_about_a_picture(tmp_path: Path, score):
     twice = [answer("ab", "nokia", f"What brand?{SHORT}")] * 2
     assert score("textvqa", twice, labels) == {"accuracy": 50.0, "total": 2}
     with pytest.raises(UserError, match="line 3: question ab: what brand. was answered in .*line 1 already"):
-        score("textvqa", [*twice, twice[0]], labels)
+        score("textvqa", [*twice, answer("ab", "sony", f"What brand?{SHORT}")], labels)
+    # Asked once, as `predict` asks what a file of questions repeats, it counts for both.
+    outcomes = tmp_path / "textvqa.outcomes.jsonl"
+    assert score("textvqa", twice[:1], labels, f"--outcomes={outcomes}") == {"accuracy": 50.0, "total": 2}
+    assert len(read_run(str(tmp_path))["textvqa"]) == 2
 
 
 GQA = {
@@ -341,6 +346,27 @@ def test_seed(tmp_path: Path, score):
     assert (asked[0].text, asked[0].pictures, len(asked)) == ("Which?\nA. w\nB. x\nC. y\nD. z", ("101.jpg",), 2)
 
 
+def test_seed_as_published_has_a_question_twice(tmp_path: Path, score, capsys):
+    """Rows and answers that repeat others word for word are one each; those that differ are none."""
+    twice = write(tmp_path / "seed.json", SEED | {"questions": [*SEED["questions"], SEED["questions"][0]]})
+    answers = [answer(101, "A"), answer(102, "A"), answer(101, "A", answer_id="y"), answer(103, "D")]
+    assert score("seed", answers, twice) == {
+        "accuracy": 66.67, "image": 50.0, "video": 100.0,
+        "by_kind": {"Action Recognition": 100.0, "Scene Understanding": 50.0}, "total": 3, "failed": 0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="line 3: question 101 was answered in line 1 already, and otherwise"):
+        score("seed", [*answers[:2], answer(101, "B"), answers[3]], twice)
+    other = SEED["questions"][0] | {"answer": "B"}
+    differing = write(tmp_path / "other.json", SEED | {"questions": [*SEED["questions"], other]})
+    capsys.readouterr()
+    with pytest.raises(UserError, match="questions 3: question 101 has another label before"):
+        score("seed", answers, differing)
+    assert len(read_questions([twice], "", BENCHMARKS["seed"].questions)) == 2
+    assert "seed.json: question number 3: repeats question 101 word for word; it counts once" in capsys.readouterr().err
+    out = submit(tmp_path, "seed", answers, f"--labels={twice}")
+    assert [json.loads(line)["question_id"] for line in out.read_text().splitlines()] == [101, 102, 103]
+
+
 MM_VET = {
     "v1_0": {"imagename": "v1_0.png", "question": "What?", "answer": "x", "capability": ["ocr", "math"]},
     "v1_1": {"imagename": "v1_1.jpg", "question": "Why?", "answer": "y", "capability": ["rec"]},
@@ -358,6 +384,38 @@ def test_mm_vet(tmp_path: Path, score, grades):
     assert score("mm-vet", grades, write(tmp_path / "mm-vet.json", MM_VET)) == {
         "score": 60.0, "by_capability": {"math": 100.0, "ocr": 100.0, "rec": 20.0}, "total": 2, "failed": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("answers", [
+    [answer(i, text) for i, text in enumerate(("1 cat", "x is 7", "0.5"))],
+    json.dumps({"v1_0": "1 cat", "v1_1": "x is 7", "v1_2": "0.5"}),
+    [{"question_id": i, "grade": 1.0} for i in range(2)] + [answer(2, "a cat")],
+])  # fmt: skip
+def test_answers_to_mm_vet_are_no_grades(tmp_path: Path, score, answers):
+    with pytest.raises(UserError, match="has no grade: first have the answers graded by `judge mm-vet "):
+        score("mm-vet", answers, write(tmp_path / "mm-vet.json", MM_VET))
+
+
+def test_judgements_of_mm_vet_without_any_grade_are_no_score(tmp_path: Path, score):
+    failed = [{"question_id": i, "grade": -1, "content": "I cannot."} for i in range(3)]
+    with pytest.raises(UserError, match="line 1: has no grade, nor has any other of the 3 judgements"):
+        score("mm-vet", failed, write(tmp_path / "mm-vet.json", MM_VET))
+
+
+@pytest.mark.parametrize("name", ["pope", "easy-vqa"])
+def test_questions_are_no_answers(tmp_path: Path, score, name):
+    asked = [pope(1, "cat", "yes"), pope(2, "dog", "no")]
+    with pytest.raises(UserError, match="line 1: is a question, not an answer"):
+        score(name, asked, write(tmp_path / "coco_pope_random.json", jsonl(asked)))
+    with pytest.raises(UserError, match="line 1: is a question, not an answer"):
+        submit(tmp_path, "vqav2", [asked[0] | {"text": f"Is there a cat?{SHORT}"}])
+
+
+def test_what_was_said_is_told_from_what_is_right(tmp_path: Path, score):
+    """Others keep both in a line: `answer` beside `prediction` or `response` is what is right."""
+    said = [{"question_id": "q1", "answer": "yes", "prediction": "no"}, {"question_id": "q2", "answer": "blue"},
+            {"question_id": "q3", "answer": "fire hydrant", "response": "hydrant"}]  # fmt: skip
+    assert score("gqa", said, write(tmp_path / "labels.json", GQA))["accuracy"] == 0.0
 
 
 def test_easy_vqa(tmp_path: Path, score):
@@ -424,6 +482,19 @@ def test_mmbench_in_a_report(tmp_path: Path, score, capsys):
     assert (scores["circular"], scores["by_category"]) == (50.0, {"one": 100.0, "two": 0.0})
 
 
+def test_outcomes_come_into_a_folder_of_their_own_and_after_the_score(tmp_path: Path, capsys):
+    labels, answers = write(tmp_path / "l.json", GQA), write(tmp_path / "a.json", dict.fromkeys(GQA, "yes"))
+    args = ["score", "gqa", f"--answers={answers}", f"--labels={labels}", "--json"]
+    outcomes = tmp_path / "runs/a/eval/gqa.outcomes.jsonl"
+    evaluate.main([*args, f"--outcomes={outcomes}"])
+    assert len(outcomes.read_text().splitlines()) == 3
+    printed = capsys.readouterr().out
+    for name, message in (("gqa.jsonl", "has to be called"), ("l.json/gqa.outcomes.jsonl", "cannot be written")):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*args, f"--outcomes={tmp_path / name}"])
+        assert capsys.readouterr().out == printed
+
+
 # ------------------------------------------------------------------------------------------ questions' own files
 
 
@@ -442,6 +513,12 @@ def test_questions_of_the_benchmarks_own_files(tmp_path: Path):
     assert asked("mm-vet", MM_VET) == Question("v1_0", "What?", ("v1_0.png",))
 
 
+def test_texts_of_the_release_stay_as_they_are(tmp_path: Path):
+    line = {"question_id": 1, "image": "a.jpg", "text": "  What is this? \nSay it. "}
+    (asked,) = read_questions([write(tmp_path / "a.jsonl", jsonl([line]))], "")
+    assert asked.text == line["text"]
+
+
 def test_questions_of_the_release_stay_as_they_are(tmp_path: Path):
     line = {"question_id": 1, "image": "a.jpg", "text": "<image>\nIs it?" + SHORT, "category": "default"}
     sample = {"id": "2", "conversations": [{"from": "human", "value": "Which?\n<image>"}], "image": "b.jpg"}
@@ -449,8 +526,16 @@ def test_questions_of_the_release_stay_as_they_are(tmp_path: Path):
     (second,) = read_questions([write(tmp_path / "b.json", [sample])], "")
     assert first == Question(1, "Is it?" + SHORT, ("a.jpg",), {"category": "default"})
     assert second == Question("2", "Which?", ("b.jpg",), marked_text="Which?\n<image>")
-    with pytest.raises(UserError, match="c.jsonl: question 1, number 2 there, is there twice"):
-        read_questions([write(tmp_path / "c.jsonl", jsonl([line, line]))], "")
+
+
+def test_a_question_of_a_published_file_may_be_there_twice(tmp_path: Path, capsys):
+    """As 49914 in SEED-Bench's."""
+    line = {"question_id": 49914, "image": "a.jpg", "text": "Is it?"}
+    (asked,) = read_questions([write(tmp_path / "a.jsonl", jsonl([line, line]))], "")
+    assert asked.id == 49914
+    assert "a.jsonl: question number 2: repeats question 49914 word for word" in capsys.readouterr().err
+    with pytest.raises(UserError, match="b.jsonl: question number 2: question 49914 is there twice, with other images"):
+        read_questions([write(tmp_path / "b.jsonl", jsonl([line, line | {"image": "b.jpg"}]))], "")
 
 
 def test_questions_of_pope_and_mme(pope_labels, mme_labels):
@@ -483,8 +568,52 @@ def submit(tmp_path: Path, name: str, answers: list[dict[str, Any]], *more: str)
 ])  # fmt: skip
 def test_submissions(tmp_path: Path, name, ident, expected):
     assert json.loads(submit(tmp_path, name, [answer(ident, "The two dogs.")]).read_text()) == expected
+    assert json.loads(submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2).read_text()) == expected
     with pytest.raises(UserError, match="was answered in"):
-        submit(tmp_path, name, [answer(ident, "The two dogs.")] * 2)
+        submit(tmp_path, name, [answer(ident, "The two dogs."), answer(ident, "A cat.")])
+
+
+POPE_ANSWER = answer(7, "yes", "Is there a cat in the image?", category="adversarial")
+SEED_ANSWER = answer(7, "B", "Which?\nAnswer with the option's letter from the given choices directly.")
+MMBENCH_ANSWER = answer(7, "B", "Which?", round_id=1)
+
+
+@pytest.mark.parametrize(("name", "line", "message"), [
+    ("vqav2", answer("v1_7", "yes"), "line 1: question v1_7 has no id of vqav2: are the answers to another benchmark"),
+    ("vqav2", MME_ANSWERS[0], "question existence/1.png has no id of vqav2"),
+    ("vizwiz", MME_ANSWERS[0], "question existence/1.png has no id of vizwiz"),
+    ("gqa", answer("VizWiz_test_1.jpg", "yes"), "question VizWiz_test_1.jpg has no id of gqa"),
+    ("mm-vet", answer(262144, "yes"), "question 262144 has no id of mm-vet"),
+    ("seed", answer("201307251", "yes", f"Is it?{SHORT}"), "was asked to 'Answer the question using a single word"),
+    ("vqav2", POPE_ANSWER, "line 1: question 7 is POPE's, as all others are"),
+    ("vqav2", POPE_ANSWER | {"category": "default"}, "line 1: question 7 is POPE's, as all others are"),
+    ("gqa", answer("0054c91397f2fe05", "x"), "question 0054c91397f2fe05 has no id of gqa"),
+    ("gqa", SEED_ANSWER, "question 7 was asked to 'Answer with the option's letter"),
+    ("seed", MMBENCH_ANSWER, "question 7 has a round_id, as answers to MMBench have"),
+])  # fmt: skip
+def test_a_submission_refuses_answers_to_another_benchmark(tmp_path: Path, name, line, message):
+    with pytest.raises(UserError, match=message):
+        submit(tmp_path, name, [line])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "own"), [
+    ("vqav2", jsonl([{"question_id": 1, "image": "a.jpg", "text": "?"}])),
+    ("vizwiz", jsonl([{"question_id": 1, "image": "a.jpg", "text": "?"}])),
+    ("gqa", json.dumps(GQA)), ("seed", json.dumps(SEED)), ("mm-vet", json.dumps(MM_VET)), ("mmbench", table(BASE)),
+    ("textvqa", json.dumps(TEXTVQA)),
+])  # fmt: skip
+def test_a_submission_has_but_the_benchmarks_questions(tmp_path: Path, name, own):
+    """Where these are given, ids tell, and nothing is left out."""
+    file = write(tmp_path / ("own.tsv" if name == "mmbench" else "own.json"), own)
+    with pytest.raises(UserError, match="line 1: .* has no question .*: are the answers to another benchmark"):
+        submit(tmp_path, name, [POPE_ANSWER], f"--labels={file}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_submission_tells_what_is_not_answered(tmp_path: Path, capsys):
+    submit(tmp_path, "gqa", [answer("q1", "yes")], f"--labels={write(tmp_path / 'gqa.json', GQA)}")
+    assert "warning: 2 of 3 questions of" in capsys.readouterr().err
 
 
 def test_submissions_of_others_answers(tmp_path: Path):
@@ -568,6 +697,7 @@ def test_mme_of_another_encoding_is_named(tmp_path: Path, score, mme_labels):
 VALID = {
     "vqav2": VQAV2, "vizwiz": VIZWIZ, "textvqa": TEXTVQA, "gqa": GQA, "seed": SEED, "mm-vet": MM_VET,
     "easy-vqa": [{"id": "a", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "red"}]}],
+    "exact": [{"question_id": "a", "answer": ["red", "crimson"], "category": "colour"}, {"id": "1", "answer": 2}],
 }  # fmt: skip
 anything = (
     st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.none(), max_size=2) | st.just({})

@@ -1,24 +1,25 @@
 """Answers to the questions of a benchmark, as files by anybody have them, and their join with what is right.
 
 A file is JSONL with an object an answer (`question_id` and `text`, or what benchmarks' own results call them), a JSON
-array of such objects, or one object `{question id: answer}`.
+array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX) of `index` and `prediction`.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_bytes, read_lines, read_text
+from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
+from llava_jax.evaluate.sheets import is_sheet, read_sheet
 from llava_jax.thinking import after_thinking
 
 Read = TypeVar("Read")
-IDS = ("question_id", "questionId", "id", "image")
-TEXTS = ("text", "answer", "prediction", "response")
+IDS = ("question_id", "questionId", "id", "index", "image")
+TEXTS = ("text", "prediction", "response", "answer")  # the last one, as `answer` beside others is what is right
 
 
 EMPTY, CUT_OFF = "empty", "cut_off"  # why there is no answer, as it is counted beside a score
@@ -62,7 +63,7 @@ def answer_text(line: Line) -> str:
 
 
 def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
-    """The answers of a file by question id. Raises `UserError` at what is no answer, and at a second to a question.
+    """The answers of a file by question id. Raises `UserError` at what is no answer, and at another to a question.
 
     `partial` leaves out a last line that is cut off.
     """
@@ -71,6 +72,8 @@ def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answe
 
 def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """A file's answers as objects, with `question_id` and `text` where it has but one object of all."""
+    if is_sheet(path):
+        return [_of_row(line) for line in read_sheet(path)]
     if is_lines(path):
         return read_lines(path, partial)
     whole = read_json(path)
@@ -79,15 +82,34 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     return _elements(whole, path)
 
 
+def refuse_questions(lines: Sequence[Line], suffix: str = "") -> None:
+    """Raises `UserError` where all lines are questions: files of these have a `text`, too.
+
+    Args:
+      suffix: what questions of the benchmark end with, if not with a question mark.
+    """
+
+    def asks(line: dict[str, Any]) -> bool:
+        text, ends = line.get("text"), ("?", suffix) if suffix else ("?",)
+        return isinstance(text, str) and text.endswith(ends) and "image" in line and "prompt" not in line
+
+    if lines and all(asks(line.value) for line in lines):
+        raise UserError(f"{lines[0].where}: is a question, not an answer: --answers takes what `predict` wrote")
+
+
 def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-    """Answers, which are the first of these fields, by key. Raises `UserError` at the second of a key."""
-    answers: dict[str, Answer] = {}
-    for line in lines:
-        ident = key(line)
-        if ident in answers:
-            raise UserError(f"{line.where}: question {ident} was answered in {answers[ident].where} already")
-        answers[ident] = answer_of(line, names)
-    return answers
+    """Answers, which are the first of these fields, by key. Raises `UserError` at another answer of a key."""
+    items = ((key(line), answer_of(line, names)._replace(where=""), line.where) for line in lines)
+    found = once(items, "question {key} was answered in {first} already, and otherwise")
+    return {ident: answer._replace(where=where) for ident, (answer, where) in found.items()}
+
+
+def _of_row(line: Line) -> Line:
+    """A row of a table, whose `answer` is what is right. An empty cell is an empty text, as it is in TSV."""
+    values = {name: value or "" for name, value in line.value.items() if name not in ("answer", "index", "image")}
+    if not any(name in values for name in TEXTS):
+        raise UserError(f"{line.where}: has no column `prediction`: is it the table of questions?")
+    return Line(line.where, {"question_id": line.get(*IDS)} | values)
 
 
 def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
@@ -147,6 +169,18 @@ class Joined(NamedTuple):
 
     pairs: list[tuple[Answer, Any]]
     incomplete: dict[str, int]  # how many questions have no answer (`missing`), and answers no question (`unknown`)
+
+
+def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epath.PathLike) -> None:
+    """Raises `UserError` where an answer is to none of the questions of a benchmark's file; warns of those without."""
+    unknown = [ident for ident in answers if ident not in asked]
+    if unknown:
+        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
+    missing = [ident for ident in asked if ident not in answers]
+    if missing:
+        print(f"warning: {len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first",
+              file=sys.stderr)  # fmt: skip
 
 
 PARTIAL = "--partial scores what is there"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import TEXTS, Answer, question_id
-from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, question_id
+from llava_jax.evaluate.lines import Line, once
 from llava_jax.evaluate.questions import Question
 
 SHORT = "Answer the question using a single word or phrase."
@@ -18,11 +18,22 @@ Key = Callable[[Line], str]
 
 
 class Labels(dict[str, Any]):
-    """Labels by key, and how the key of an answer is told from its line: by default it's the question's id."""
+    """Labels by key, and how the key of an answer is told from its line: by default it's the question's id.
 
-    def __init__(self, labels: Mapping[str, Any], key: Key = question_id):
+    `again` has the keys of questions that were asked before in the same words, and the keys of these: where such a
+    question is answered but once, the answer counts for both.
+    """
+
+    def __init__(self, labels: Mapping[str, Any], key: Key = question_id, again: Mapping[str, str] | None = None):
         super().__init__(labels)
         self.key = key
+        self.again = again or {}
+
+    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
+        """The answers in lines, by key. Raises `UserError` at two different ones of a key."""
+        answers = by_key(lines, self.key, names)
+        shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
+        return answers | shared
 
 
 class Judged(NamedTuple):
@@ -49,6 +60,7 @@ class Benchmark:
     submission: (answers as objects, the benchmark's own file or None) -> the content of a file to hand in, or of each
       file of a folder.
     fields: of the lines of what is scored; the first that is there.
+    ids: what its question ids look like (a regular expression), by which answers to other benchmarks are told.
     """
 
     what: str
@@ -60,15 +72,12 @@ class Benchmark:
     judged: Callable[[Sequence[tuple[Answer, Any]]], Iterable[Judged]] | None = None
     submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
     fields: Sequence[str] = TEXTS
+    ids: str = ""
 
 
 def unique(pairs: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
     """A dict of (key, label, where it stands). Raises `UserError` where two labels of a key differ."""
-    labels: dict[str, Any] = {}
-    for key, label, where in pairs:
-        if labels.setdefault(key, label) != label:
-            raise UserError(f"{where}: question {key} has another label before")
-    return labels
+    return {key: label for key, (label, _) in once(pairs, "question {key} has another label before").items()}
 
 
 def field(value: Any, name: str, where: str, kind: type = object) -> Any:

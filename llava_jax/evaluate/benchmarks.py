@@ -4,6 +4,7 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate.benchmark import LETTER, Benchmark
 from llava_jax.evaluate.choices import MMBENCH, MMBENCH_CN, SEED
 from llava_jax.evaluate.easy_vqa import EASY_VQA
+from llava_jax.evaluate.exact import EXACT
 from llava_jax.evaluate.mm_vet import MM_VET
 from llava_jax.evaluate.mme import MME
 from llava_jax.evaluate.pope import POPE
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "seed": SEED,
     "mm-vet": MM_VET,
     "easy-vqa": EASY_VQA,
+    "exact": EXACT,
     # What scores these two has commands of its own.
     "scienceqa": Benchmark("ScienceQA: accuracy", suffix=LETTER, max_new_tokens=1024),
     "llava-bench": Benchmark("LLaVA-Bench: relative scores by a judge", max_new_tokens=1024),

@@ -1,19 +1,18 @@
 """Questions with options: MMBench, MMBench-CN (each asked again with its options rotated) and SEED-Bench."""
 
 import base64
-import csv
 import io
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, answer_text, percent, question_id, read_json
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, unique
-from llava_jax.evaluate.lines import Line, read_text
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.sheets import read_sheet
 
 LETTERS = "ABCD"
 LETTER_CN = "请直接回答选项字母。"
@@ -98,13 +97,10 @@ def _absent(text: str) -> bool:
 
 
 def _rows(path: str) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)  # pictures are among the fields
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     rows = []
-    for values in reader:
-        where = f"{path}: line {reader.line_num}"
+    for where, values in read_sheet(path):
         try:
-            rows.append(Row(int(field(values, "index", where)), where, {k: v or "" for k, v in values.items() if k}))
+            rows.append(Row(int(field(values, "index", where, str)), where, {k: v or "" for k, v in values.items()}))
         except ValueError as error:
             raise UserError(f"{where}: the index {values['index']} is no number") from error
     if not rows:
@@ -126,8 +122,9 @@ def mmbench_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[
                     yield str(row.index + turn * ROUND), _rotated(row, right, turn), row.where
 
     def key(line: Line) -> str:
-        index, turn = question_id(line), line.value.get("round_id", 0)
-        return str(int(index) + int(turn) * ROUND) if turn else index
+        index, turn = question_id(line), line.value.get("round_id") or 0
+        numbers = index.isdecimal() and str(turn).isdecimal()
+        return str(int(index) + int(turn) * ROUND) if numbers else f"{index}, round {turn}"
 
     return Labels(unique(labels()), key)
 
@@ -161,6 +158,8 @@ def _with_options(row: Row, options: Sequence[str]) -> str:
 
 
 def _decoded(picture: str, where: str) -> bytes:
+    if not picture:
+        raise UserError(f"{where}: has no image: the table of predictions lacks them; ask the table of questions")
     try:
         return base64.b64decode(picture, validate=True)
     except ValueError as error:
@@ -178,10 +177,11 @@ def submit_mmbench(lines: Sequence[Line], own: str | None) -> bytes:
         raise UserError("MMBench wants an Excel file: pip install 'llava_jax[evaluate]'") from error
     if any(line.value.get("round_id") for line in lines):
         raise UserError(f"{own}: asks each question once; MMBench's server wants its table with rows for the rounds")
-    answers = {question_id(line): answer_text(line) for line in lines}
+    answers = by_key(lines, question_id)
+    rows = _rows(own)
+    check_asked(answers, dict.fromkeys(str(row.index) for row in rows), own)
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet()
-    rows = _rows(own)
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in rows[0].values if name not in dropped]
 
@@ -191,7 +191,8 @@ def submit_mmbench(lines: Sequence[Line], own: str | None) -> bytes:
     add([*names[:6], "prediction", *names[6:]])
     for row in rows:
         values = [row.index if name == "index" else row.values[name] for name in names]
-        add([*values[:6], answers.get(str(row.index)), *values[6:]])
+        answer = answers.get(str(row.index))
+        add([*values[:6], answer and answer.text, *values[6:]])
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -246,7 +247,12 @@ def seed_questions(path: str) -> Iterator[Question]:
 
 
 def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
-    rows = [{"question_id": line.get(*IDS), "prediction": answer_text(line)} for line in lines]
+    """Of `own`, SEED-Bench's JSON, all questions have to be among the answers, and no others."""
+    answers = by_key(lines, question_id)
+    if own:
+        check_asked(answers, seed_labels([own], lines, ()), own)
+    ids = {question_id(line): line.get(*IDS) for line in lines}
+    rows = [{"question_id": ids[ident], "prediction": answer.text or ""} for ident, answer in answers.items()]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -259,5 +265,6 @@ MMBENCH_CN = Benchmark(
     judged=judged_mmbench, submission=submit_mmbench,
 )  # fmt: skip
 SEED = Benchmark(
-    "SEED-Bench: right letters", seed_questions, LETTER, labels=seed_labels, score=score_seed, submission=submit_seed
-)
+    "SEED-Bench: right letters", seed_questions, LETTER, labels=seed_labels, score=score_seed, submission=submit_seed,
+    ids=r"v?\d+",
+)  # fmt: skip

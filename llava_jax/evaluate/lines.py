@@ -3,13 +3,16 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.incoming import to_utf8
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 ID = re.compile(rb'"(?:question_id|questionId|id|image)": *("[^"\\]*"|-?[0-9]+)')
 
@@ -31,6 +34,39 @@ class Line(NamedTuple):
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
     return list(_lines(path, read_bytes(path).split(b"\n"), partial))
+
+
+def once(
+    items: Iterable[tuple[Key, Value, str]],
+    differs: str,
+    what: str = "question",
+    name: Callable[[Key], Any] = lambda key: key,
+) -> dict[Key, tuple[Value, str]]:
+    """The value of each key and where it stands, of (key, value, where). The same value again counts once, with a
+    warning: published files repeat some of their lines.
+
+    Args:
+      differs: what the error says of another value of a key, with `{key}` and `{first}`, where the first stands.
+      what: a key is of.
+      name: of a key, for messages.
+
+    Raises:
+      UserError: where two values of a key differ.
+    """
+    found: dict[Key, tuple[Value, str]] = {}
+    repeats = []
+    for key, value, where in items:
+        if key not in found:
+            found[key] = value, where
+        elif found[key][0] == value:
+            repeats.append((where, key))
+        else:
+            first = found[key][1].removeprefix(where.rpartition(": ")[0] + ": ")  # the file is named already
+            raise UserError(f"{where}: {differs.format(key=name(key), first=first)}")
+    if repeats:
+        (where, key), more = repeats[0], f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
+        print(f"warning: {where}: repeats {what} {name(key)}{more} word for word; it counts once", file=sys.stderr)
+    return found
 
 
 def read_text(path: epath.PathLike) -> str:

@@ -5,14 +5,14 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_outcomes import outcomes
-from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.reviews import FAILED, Review, read_reviews
 from llava_jax.evaluate.tables import aligned
@@ -110,14 +110,21 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
 
 def read_by_id(path: str | None) -> dict[str, Line]:
     """The lines of a file of questions or answers by their ids, none without a file. Raises `UserError` for an id that
-    is there twice."""
-    lines: dict[str, Line] = {}
-    for line in read_lines(path) if path else ():
-        ident = str(line.get("question_id"))
-        if ident in lines:
-            raise UserError(f"{line.where}: question {ident} stands there for the second time")
-        lines[ident] = line
-    return lines
+    two different lines have."""
+    lines = ((str(line.get("question_id")), line.value, line.where) for line in (read_lines(path) if path else ()))
+    found = once(lines, "question {key} stands there for the second time, with other content")
+    return {ident: Line(where, value) for ident, (value, where) in found.items()}
+
+
+def with_categories(reviews: Sequence[Review], questions: Mapping[str, Line]) -> list[Review]:
+    """The reviews; those that tell no category have that of their question, as the 80 of Vicuna in text have."""
+
+    def category(review: Review) -> str | None:
+        question = questions.get(review.question_id)
+        known = question.value.get("category") if question and review.category is None else None
+        return review.category if known is None else str(known)
+
+    return [review._replace(category=category(review)) for review in reviews]
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
@@ -140,8 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     if len(set(args.reviews)) < len(args.reviews):
         raise UserError("--reviews: a file is given twice; repeats are files of their own")
-    files = {path: read_reviews(path, args.partial, args.reparse, args.legacy) for path in args.reviews}
     questions = read_by_id(args.questions)
+    files = {
+        path: with_categories(read_reviews(path, args.partial, args.reparse, args.legacy), questions)
+        for path in args.reviews
+    }
     lacking = check_complete(files, questions, args.partial)
     scores = score_repeats(list(files.values()), args.legacy)
     if not scores[ALL]["n"]:
@@ -152,14 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("judge", "prompt_hash"):
         if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
             scores[ALL][name] = ", ".join(known)
+    if args.json:
+        print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
+                          for name, values in scores.items()}), flush=True)  # fmt: skip
+    else:
+        print(table(scores), flush=True)
     if args.outcomes:
         texts = (questions, read_by_id(args.answers), read_by_id(args.reference))
         write_outcomes(args.outcomes, outcomes(list(files.values()), *texts))
-    if args.json:
-        print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
-                          for name, values in scores.items()}))  # fmt: skip
-    else:
-        print(table(scores))
 
 
 def _rounded(name: str, value: Any) -> Any:

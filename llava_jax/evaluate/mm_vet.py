@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_text, percent, read_json
-from llava_jax.evaluate.benchmark import Benchmark, Labels, field
+from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, percent, read_json
+from llava_jax.evaluate.benchmark import Benchmark, Labels, field, unique
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.thinking import after_thinking
 
 PREFIX = "v1_"  # of question ids in MM-Vet's own files
+GRADES = ("grade", "score", "content")  # fields that have a grade, or the text of a judge that begins with one
 
 
 class Label(NamedTuple):
@@ -58,14 +59,28 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    found = {
-        ident.removeprefix(PREFIX): Label(
-            tuple(map(str, field(entry, "capability", f"{path}: question {ident}", list)))
-        )
+    """Raises `UserError` where `lines` are answers that nobody graded, or where no judgement has a grade."""
+    for line in lines:
+        if isinstance(line.value.get("text"), str | None) and not any(name in line.value for name in GRADES):
+            raise UserError(
+                f"{line.where}: has no grade: first have the answers graded by `judge mm-vet --output grades.jsonl`, "
+                "then score grades.jsonl"
+            )
+    answers = [answer_of(line, (*GRADES, "text")) for line in lines]
+    if answers and all(grade(answer) is None and not answer.absent for answer in answers):
+        raise UserError(f"{lines[0].where}: has no grade, nor has any other of the {len(lines)} judgements")
+    found = unique(
+        (ident.removeprefix(PREFIX), Label(tuple(map(str, field(entry, "capability", where, list)))), where)
         for path in paths
         for ident, entry in _entries(path)
-    }
-    return Labels(found, lambda line: str(line.get("question_id", "id")).removeprefix(PREFIX))
+        for where in [f"{path}: question {ident}"]
+    )
+    return Labels(found, key)
+
+
+def key(line: Line) -> str:
+    """The question of an answer or of a grade, whose id has MM-Vet's prefix or not."""
+    return str(line.get("question_id", "id")).removeprefix(PREFIX)
 
 
 def _entries(path: str) -> list[tuple[str, Any]]:
@@ -83,12 +98,15 @@ def questions(path: str) -> Iterator[Question]:
 
 def submission(lines: Sequence[Line], own: str | None) -> bytes:
     """What MM-Vet's grader reads."""
-    ids = [str(line.get("question_id")).removeprefix(PREFIX) for line in lines]
-    answers = {f"{PREFIX}{ident}": answer_text(line) for ident, line in zip(ids, lines, strict=True)}
-    return json.dumps(answers, indent=2).encode() + b"\n"
+    answers = by_key(lines, key)
+    if own:
+        asked = (str(question.id).removeprefix(PREFIX) for question in read_questions([own], "", questions))
+        check_asked(answers, dict.fromkeys(asked), own)
+    texts = {f"{PREFIX}{ident}": answer.text or "" for ident, answer in answers.items()}
+    return json.dumps(texts, indent=2).encode() + b"\n"
 
 
 MM_VET = Benchmark(
     "MM-Vet: grades by a judge", questions, max_new_tokens=1024, labels=labels, score=score, submission=submission,
-    fields=("grade", "score", "content", "text"),
+    fields=(*GRADES, "text"), ids=r"(v1_)?\d{1,3}",
 )  # fmt: skip

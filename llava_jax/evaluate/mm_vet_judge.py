@@ -10,10 +10,10 @@ import json
 import sys
 
 from llava_jax.cli import Parser, UserError
-from llava_jax.evaluate.answers import WHOLE, by_key, join, read_json
+from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, read_json, refuse_questions
 from llava_jax.evaluate.benchmark import Labels, field
 from llava_jax.evaluate.judging import prompt_hash
-from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.mm_vet import PREFIX, parse_grade
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast, told
 from llava_jax.llm_api.cost import Message
@@ -51,7 +51,9 @@ Grade:"""
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     labels = Labels(_labels(args.labels), lambda line: str(line.get("question_id", "id")).removeprefix(PREFIX))
-    answers = by_key(read_lines(args.answers), labels.key)
+    lines = answer_lines(args.answers)
+    refuse_questions(lines)
+    answers = by_key(lines, labels.key)
     joined = join(answers, labels, args.answers, partial=False, advice=WHOLE)
     graded = {ident: pair for ident, pair in zip(labels, joined.pairs, strict=True) if not pair[0].absent}
     tasks = [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_text
+from llava_jax.evaluate.answers import Answer, by_key, check_asked
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Judged, Labels, unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
@@ -152,11 +152,12 @@ def submission(lines: Sequence[Line], own: str | None) -> dict[str, bytes]:
     if own is None:
         raise UserError("--labels: MME's folder is needed, since its tool wants the right answers in the files")
     right = labels([own], lines, ())
+    answers = by_key(lines, right.key)
+    check_asked(answers, right, own)
     files: dict[str, list[str]] = defaultdict(list)
-    rows = {right.key(line): line for line in lines}
     for category, picture, question, answer, _ in _entries(own):
-        if (line := rows.get(_key(category, picture, question))) is not None:
-            text = " ".join(answer_text(line).split())
+        if (said := answers.get(_key(category, picture, question))) is not None:
+            text = " ".join((said.text or "").split())
             files[f"{category}.txt"].append("\t".join((PurePath(picture).stem + ".txt", question, answer, text)))
     return {name: ("\n".join(rows) + "\n").encode() for name, rows in files.items()}
 

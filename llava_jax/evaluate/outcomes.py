@@ -43,9 +43,13 @@ TEXTS = ("question_id", "question", "image", "answer", "reference", "judgement",
 
 
 def write_outcomes(path: epath.PathLike, outcomes: Iterable[Outcome]) -> None:
-    """Writes a file, whose name has to end as `read_run` expects."""
+    """Writes a file, in a folder that it makes. Its name has to end as `read_run` expects."""
     if not str(path).endswith(SUFFIX):
         raise UserError(f"{path}: has to be called BENCHMARK{SUFFIX}, by which `report` finds it")
+    try:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     with whole_file(path) as file:
         file.writelines(json.dumps(outcome._asdict()).encode() + b"\n" for outcome in outcomes)
 

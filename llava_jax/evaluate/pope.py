@@ -16,6 +16,7 @@ from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 
 SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+SAMPLINGS = ("adversarial", "popular", "random")
 PREFIX = "coco_pope_"
 ASKS = re.compile(r"Is there an? (.+?) in the ima\w+\?", re.IGNORECASE)  # some labels say "imange", versions differ
 
@@ -73,6 +74,12 @@ def _mean(shares: Sequence[float | None]) -> float | None:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else percent(share, 1)
+
+
+def answers_pope(line: Line) -> bool:
+    """Whether a line answers a question of POPE, as far as it tells."""
+    prompt = str(line.value.get("prompt", "")).replace(SHORT, "").strip()
+    return line.value.get("category") in SAMPLINGS or bool(ASKS.fullmatch(prompt))
 
 
 class Entry(NamedTuple):

@@ -1,7 +1,7 @@
 """The questions of a benchmark, from files of a common form or of the benchmark's own."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -12,7 +12,9 @@ from llava_jax.data.dialects import foreign_mark, unread_keys
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
 from llava_jax.evaluate.answers import is_lines, read_json
-from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.lines import Line, once
+
+Key = tuple[str, str, str, int]
 
 
 class Question(NamedTuple):
@@ -26,12 +28,12 @@ class Question(NamedTuple):
     system: str = ""  # the system prompt; "" for the template's own
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> Key:
         """What tells it from others: ids alone repeat where a benchmark's are those of its pictures or files."""
         return key_of({"question_id": self.id, "prompt": self.text, **self.extra})
 
 
-def key_of(answer: dict[str, Any]) -> tuple[str, str, str, int]:
+def key_of(answer: dict[str, Any]) -> Key:
     """The key of the question that a line answers."""
     return str(answer["question_id"]), answer["prompt"], str(answer.get("category", "")), answer.get("round_id", 0)
 
@@ -44,24 +46,29 @@ def read_questions(
     A file is JSONL (or an array) of `question_id`, `image` and `text`; LLaVA JSON, of which the first questions are
     asked; or what `own` reads. Those of several files have the file's name as their category, if they have none.
 
-    Raises `UserError` where a file has another form, or two questions are the same.
+    A question that is there again word for word is asked once. Raises `UserError` where a file has another form, or a
+    question is there again with other images or another system prompt.
     """
-    asked, seen = [], set()
-    for path in paths:
-        category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
-        for number, question in enumerate(_read(path, own), 1):
-            whole = question._replace(
-                text=_with_suffix(question.text, suffix),
-                marked_text=question.marked_text and _with_suffix(question.marked_text, suffix),
-                extra=category | question.extra,
-            )
-            if whole.key in seen:
-                raise UserError(f"{path}: question {question.id}, number {number} there, is there twice")
-            seen.add(whole.key)
-            asked.append(whole)
-    if not asked:
+
+    def asked() -> Iterator[tuple[Key, Question, str]]:
+        for path in paths:
+            category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
+            for number, question in enumerate(_read(path, own), 1):
+                whole = question._replace(
+                    text=_with_suffix(question.text, suffix),
+                    marked_text=question.marked_text and _with_suffix(question.marked_text, suffix),
+                    extra=category | question.extra,
+                )
+                yield whole.key, whole, f"{path}: question number {number}"
+
+    found = once(
+        asked(),
+        "question {key} is there twice, with other images or system prompt",
+        name=lambda key: key[0],
+    )
+    if not found:
         raise UserError(f"{paths[0]}: holds no questions")
-    return asked
+    return [question for question, _ in found.values()]
 
 
 def _read(path: str, own: Callable[[str], Iterable[Question]] | None) -> Iterable[Question]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.thinking import after_thinking
 
 FAILED = (-1.0, -1.0)  # what files have for scores where a review had none
@@ -60,23 +60,19 @@ def read_reviews(
       exactly: reads texts as the original does, see `parse_scores`.
 
     Raises:
-      UserError: at a line that is no review, at a second review of a question (in the same order of the answers), at
+      UserError: at a line that is no review, at another review of a question (in the same order of the answers), at
         reviews of several judges.
     """
-    reviews: list[Review] = []
-    seen: dict[tuple[str, bool], str] = {}
+    items = []
     for line in read_lines(path, partial):
         review = _review(line, reparse, exactly)
-        key = (review.question_id, review.swapped)
-        if key in seen:
-            raise UserError(f"{line.where}: question {review.question_id} was reviewed in {seen[key]} already")
-        seen[key] = line.where.removeprefix(f"{path}: ")
-        if reviews and (review.judge, review.prompt_hash) != (reviews[0].judge, reviews[0].prompt_hash):
+        if items and (review.judge, review.prompt_hash) != (items[0][1].judge, items[0][1].prompt_hash):
             raise UserError(f"{line.where}: is by another judge than the lines before; give each a file of its own")
-        reviews.append(review)
-    if not reviews:
+        items.append(((review.question_id, review.swapped), review, line.where))
+    if not items:
         raise UserError(f"{path}: holds no reviews")
-    return reviews
+    found = once(items, "question {key} was reviewed in {first} already, and otherwise", name=lambda key: key[0])
+    return [review for review, _ in found.values()]
 
 
 def _review(line: Line, reparse: bool, exactly: bool) -> Review:

@@ -9,6 +9,7 @@ from typing import Any
 from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
+from llava_jax.evaluate.sheets import is_sheet
 
 EPILOG = """example:
   python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
@@ -126,7 +127,7 @@ def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
 
 def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORED) -> dict[str, Answer]:
     """The answers of a file. Of a result JSON, those of the first of `stored` that it has."""
-    whole = None if is_lines(path) else read_json(path)
+    whole = None if is_sheet(path) or is_lines(path) else read_json(path)
     if not isinstance(whole, dict) or not any(isinstance(whole.get(name), dict) for name in STORED):
         return read_answers(path, partial)
     name = next((name for name in stored if isinstance(whole.get(name), dict)), None)
@@ -153,14 +154,16 @@ def main(argv: list[str] | None = None) -> None:
     joined = join(answers, problems, args.results, args.partial)
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
     scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
+    print(json.dumps(scores) if args.json else table(scores), flush=True)
     if args.outcomes:
         write_outcomes(args.outcomes, outcomes(answers, problems))
-    if args.json:
-        print(json.dumps(scores))
-        return
-    print("  ".join(f"{name:>5}" for name in COLUMNS))
-    print("  ".join("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS))
-    print(", ".join(f"{value} {name}" for name, value in scores.items() if name not in COLUMNS))
+
+
+def table(scores: Mapping[str, Any]) -> str:
+    """The scores for people."""
+    shares = ("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS)
+    counts = (f"{value} {name}" for name, value in scores.items() if name not in COLUMNS)
+    return "\n".join(["  ".join(f"{name:>5}" for name in COLUMNS), "  ".join(shares), ", ".join(counts)])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

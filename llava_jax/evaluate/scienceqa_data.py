@@ -1,7 +1,8 @@
 """Makes LLaVA JSON of ScienceQA: data to train on, and the questions of a split to answer.
 
 A format says what stands in the question and in the answer, as in QCM-LEA: Q question, C context, M choices, L lecture,
-E explanation (ScienceQA's `solution`), A answer. LEPA has headings, and `###` before the answer.
+E explanation (ScienceQA's `solution`), A answer. LEPA has headings, and `###` before the answer. Format v1.5 is that of
+the file of questions of the v1.5 release: options in lines of their own, and a letter for an answer.
 """
 
 import argparse
@@ -21,7 +22,8 @@ EPILOG = """examples (the paper's training data and its questions):
     --split test --format QCM-LEPA --output test.json
 
 Pictures are named `ID/image.png`, relative to the folder images/SPLIT of ScienceQA. The published models of the v1.5
-release answer the questions of format CQM-A."""
+release answer the questions of format v1.5, which their file llava_test_CQM-A.json has (format CQM-A is another)."""
+V1_5 = "v1.5"
 FIELDS = (*SCORED, "question", "lecture", "solution")
 QUESTION = re.compile(r"(QCM|CQM)(LE|EL|L|E)?|QC(LE|EL|L|E)M")  # explanations in the question: upper bounds
 ANSWER = re.compile(r"A(LE|EL|L|E)?|(LE|EL|L|E)A|LEPA")
@@ -32,15 +34,25 @@ def sample(ident: str, problem: Problem, form: str) -> dict:
     """The sample of a problem, with the same bytes as the original's converter makes of it."""
     question, answer = convert(problem, form)
     images = {"image": f"{ident}/{problem['image']}"} if problem["image"] else {}
-    mark = "\n<image>" if images else ""
-    turns = [{"from": "human", "value": question + mark}, {"from": "gpt", "value": answer}]
+    if images:
+        question = f"<image>\n{question}" if form == V1_5 else f"{question}\n<image>"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": ident} | images | {"conversations": turns}
 
 
 def convert(problem: Problem, form: str) -> tuple[str, str]:
     """Question and answer in a format (`check_format`)."""
+    if form == V1_5:
+        return _plain(problem), OPTIONS[problem["answer"]]
     asked, said = form.split("-")
     return _unlabelled(_question(problem, asked), "Question: "), _unlabelled(_answer(problem, said), "Answer: ")
+
+
+def _plain(problem: Problem) -> str:
+    """The question as the v1.5 release asks it, word for word: the hint, if there is one, and lettered options."""
+    hint = str(problem["hint"] or "").strip()
+    options = [f"{letter}. {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)]
+    return "\n".join([*([f"Context: {hint}"] if hint else []), problem["question"], *options])
 
 
 def _unlabelled(text: str, label: str) -> str:
@@ -83,8 +95,10 @@ def _reasons(problem: Problem, letters: str) -> str:
 def check_format(form: str) -> str:
     """Raises `UserError` for a format that isn't known."""
     asked, _, said = form.partition("-")
+    if form == V1_5:
+        return form
     if not QUESTION.fullmatch(asked) or not ANSWER.fullmatch(said):
-        raise UserError(f"--format {form}: is not of the kind QCM-LEA, QCM-LEPA, QCM-ALE, CQM-A, QCML-A")
+        raise UserError(f"--format {form}: is not of the kind QCM-LEA, QCM-LEPA, QCM-ALE, CQM-A, QCML-A, nor {V1_5}")
     return form
 
 
@@ -109,6 +123,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
     add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
     add("--split", required=True, metavar="NAME", help="train, val, test, minitrain, ...")
-    add("--format", default="QCM-LEPA", metavar="Q-A", help="QCM-LEPA, the paper's, by default")
+    add("--format", default="QCM-LEPA", metavar="Q-A", help=f"QCM-LEPA, the paper's, by default; {V1_5}, the release's")
     add("--output", required=True, metavar="F", help="LLaVA JSON")
     return parser.parse_args(argv)

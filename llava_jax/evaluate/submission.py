@@ -1,14 +1,17 @@
 """Writes answers to a benchmark in the form that its server or its tool takes."""
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 
 from etils import epath
 
 from llava_jax.cli import Parser, UserError
-from llava_jax.evaluate.answers import answer_lines, by_key, count_absent, question_id
-from llava_jax.evaluate.benchmarks import listing, require
+from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
+from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.pope import answers_pope
 from llava_jax.whole_file import whole_file
 
 EPILOG = f"""examples:
@@ -23,8 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = require(args.benchmark, "submission")
     lines = answer_lines(args.answers)
-    answers = by_key(lines, _key)  # none is there twice
-    if absent := count_absent(answers.values()):
+    refuse_questions(lines, benchmark.suffix)
+    if not args.labels:
+        check_answers(args.benchmark, lines)
+    if absent := count_absent(map(answer_of, lines)):
         counts = ", ".join(f"{count} {name}" for name, count in absent.items())
         print(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
     content = benchmark.submission(lines, args.labels)
@@ -33,13 +38,29 @@ def main(argv: list[str] | None = None) -> None:
             file.write(content)
     else:
         _write_folder(epath.Path(args.output), content)
-    print(f"{len(lines)} answers: {args.output}")
+    distinct = {(question_id(line), line.value.get("prompt"), line.value.get("round_id")) for line in lines}
+    print(f"{len(distinct)} answers: {args.output}")
 
 
-def _key(line: Line) -> str:
-    """What tells answers apart, where ids repeat in categories, rounds and pictures."""
-    rest = (str(line.value[name]) for name in ("category", "round_id", "prompt") if name in line.value)
-    return " ".join([question_id(line), *rest])
+def check_answers(name: str, lines: Sequence[Line]) -> None:
+    """Raises `UserError` where ids, prompts or fields of answers are those of another benchmark, as far as they tell.
+
+    The benchmark's own file of questions tells more: with it each answer has to be to one of these.
+    """
+    benchmark = BENCHMARKS[name]
+    others = tuple({other.suffix for other in BENCHMARKS.values()} - {benchmark.suffix, ""})
+    advice = "are the answers to another benchmark? If not, give its questions with --labels"
+    if lines and all(map(answers_pope, lines)):
+        raise UserError(f"{lines[0].where}: question {question_id(lines[0])} is POPE's, as all others are: {advice}")
+    for line in lines:
+        ident, prompt = question_id(line), line.value.get("prompt")
+        if benchmark.ids and not re.fullmatch(benchmark.ids, ident):
+            raise UserError(f"{line.where}: question {ident} has no id of {name}: {advice}")
+        if isinstance(prompt, str) and prompt.endswith(others):
+            asked = prompt.splitlines()[-1]
+            raise UserError(f"{line.where}: question {ident} was asked to '{asked}', unlike those of {name}: {advice}")
+        if "round_id" in line.value:
+            raise UserError(f"{line.where}: question {ident} has a round_id, as answers to MMBench have: {advice}")
 
 
 def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
@@ -61,7 +82,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
-    add("--labels", metavar="F", help="the benchmark's own file (textvqa, mmbench) or folder (mme), which goes into "
-        "the result; of vqav2 and vizwiz the questions of the whole split")  # fmt: skip
+    add("--labels", metavar="F", help="the benchmark's own questions, to which the answers have to belong: of textvqa, "
+        "mmbench and mme (a folder) they go into the result; of vqav2 and vizwiz those of the whole split")  # fmt: skip
     add("--output", required=True, metavar="F", help="a file; of mme, a new folder")
     return parser.parse_args(argv)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.answers import IDS, Answer
 from llava_jax.evaluate.benchmark import Benchmark, Judged
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome
@@ -21,12 +21,15 @@ def outcomes_of(
     pictures = {question.key: question.pictures for question in asked}
     every = list(benchmark.judged(pairs) if benchmark.judged else _each(benchmark, pairs, line_at))
     named = Counter(judged.name for judged in every)
+    seen: Counter[str] = Counter()
     for judged in every:
         own = [line_at[answer.where] for answer, _ in judged.pairs]
         known = next((pictures.get(key_of(line), ()) for line in own if "prompt" in line), ())
         question = _together(line.get("prompt", "") for line in own)
+        name = judged.name if named[judged.name] == 1 else f"{judged.name}: {question}"  # ids may be those of pictures
+        seen[name] += 1
         yield Outcome(
-            judged.name if named[judged.name] == 1 else f"{judged.name}: {question}",  # ids may be those of pictures
+            name if seen[name] == 1 else f"{name} ({seen[name]})",  # the same may be asked twice
             judged.categories,
             score=judged.score,
             of=judged.of,
@@ -61,7 +64,7 @@ def _together(texts: Iterator[Any]) -> str:
 
 def _name(line: dict[str, Any]) -> str:
     """What tells a question from others, where ids repeat in categories."""
-    ident = next(str(line[name]) for name in ("question_id", "questionId", "id", "image") if name in line)
+    ident = next(str(line[name]) for name in IDS if name in line)
     return " ".join([ident, *([str(line["category"])] if "category" in line else [])])
 
 

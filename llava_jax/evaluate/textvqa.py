@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_text, percent, question_id, read_json
+from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
@@ -31,30 +31,34 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
     entries = _entries(paths, lines)
-    return Labels({key: _texts(value, where) for key, (where, value) in entries.items()}, entries.key)
+    return Labels({key: _texts(value, where) for key, (where, value) in entries.items()}, entries.key, entries.again)
 
 
 def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     """Where each entry stands and what it is, by picture and question, since published answers have the picture's id;
     or by the questions' own ids. What is asked twice about a picture has its answers in the same order."""
     entries = [entry for path in paths for entry in listed(read_json(path), "data", path)]
-    keys = _numbered(
+    asked = [
         _picture_and_question(field(value, "image_id", where), field(value, "question", where, str))
         for where, value in entries
-    )
+    ]
+    keys = _numbered(asked)
+    again = {key: first for key, first in zip(keys, asked, strict=True) if key != first}
     found = dict(zip(keys, entries, strict=True))
     by_id = {str(value["question_id"]): key for key, (_, value) in found.items() if "question_id" in value}
 
     def plain(line: Line) -> str:
-        ident = question_id(line)
-        return by_id.get(ident) or _picture_and_question(ident, asked_in(str(line.get("prompt"))))
+        ident, prompt = question_id(line), line.value.get("prompt")
+        if ident in by_id and (prompt is None or _asks(prompt, found[by_id[ident]][1])):
+            return by_id[ident]
+        return _picture_and_question(ident, asked_in(str(line.get("prompt"))))
 
     numbered = dict(zip((line.where for line in lines), _numbered(map(plain, lines)), strict=True))
 
     def key(line: Line) -> str:
         return numbered[line.where] if numbered.get(line.where) in found else plain(line)
 
-    return Labels(found, key)
+    return Labels(found, key, again)
 
 
 def _texts(value: Any, where: str) -> Label:
@@ -72,6 +76,11 @@ def _numbered(keys: Iterable[str]) -> list[str]:
         seen[key] += 1
         result.append(key if seen[key] == 1 else f"{key} ({seen[key]})")
     return result
+
+
+def _asks(prompt: Any, entry: Any) -> bool:
+    """Whether a prompt has the entry's question: ids of other benchmarks may be the same numbers."""
+    return entry["question"].strip().lower() in str(prompt).lower()
 
 
 def _picture_and_question(image: Any, question: str) -> str:
@@ -98,13 +107,13 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
     if own is None:
         raise UserError("--labels: TextVQA's JSON of questions is needed, since its server wants the ids there")
     entries = _entries([own], lines)
+    answers = entries.answers(lines)
+    check_asked(answers, entries, own)
     rows = []
-    for line in lines:
-        if (key := entries.key(line)) not in entries:
-            raise UserError(f"{line.where}: {own} has no question {key}")
+    for key, answer in answers.items():
         where, value = entries[key]
         ident = field(value, "question_id", where)
-        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer_text(line))})
+        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text or "")})
     return json.dumps(rows).encode() + b"\n"
 
 

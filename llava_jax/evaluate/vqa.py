@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, answer_text, percent, question_id, read_json
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
@@ -164,33 +164,47 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
 
 def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
     """The server wants all questions of its split: those of `own` that have no answer get an empty one."""
-    answers = {str(line.get(*IDS)): (line.get(*IDS), submitted(answer_text(line))) for line in lines}
-    for question in read_questions([own], "", vqav2_questions) if own else ():
-        answers.setdefault(str(question.id), (question.id, ""))
-    return _array([{"question_id": ident, "answer": answer} for ident, answer in answers.values()])
+    answers = by_key(lines, question_id)
+    ids = {question_id(line): line.get(*IDS) for line in lines}
+    texts = {ids[ident]: submitted(answer.text or "") for ident, answer in answers.items()}
+    if own:
+        asked = {str(question.id): question.id for question in read_questions([own], "", vqav2_questions)}
+        check_asked(answers, asked, own)
+        texts |= {ident: "" for key, ident in asked.items() if key not in answers}
+    return _array([{"question_id": ident, "answer": answer} for ident, answer in texts.items()])
 
 
 def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
     """The server knows questions by their pictures, which `own` tells where the ids are others."""
     pictures = _pictures(read_questions([own], "", vizwiz_questions)) if own else {}
-    entries = []
-    for line in lines:
-        picture = pictures.get(question_id(line), question_id(line))
-        if not PurePath(picture).suffix:
-            raise UserError(f"{line.where}: {picture} names no picture: --labels with the questions tells which it is")
-        entries.append({"image": picture, "answer": submitted(answer_text(line))})
-    return _array(entries)
+    answers = by_key(lines, lambda line: pictures.get(question_id(line), question_id(line)))
+    if own:
+        check_asked(answers, dict.fromkeys(pictures.values()), own)
+    if unknown := next((picture for picture in answers if not PurePath(picture).suffix), None):
+        where = answers[unknown].where
+        raise UserError(f"{where}: {unknown} names no picture: --labels with the questions tells which it is")
+    return _array([{"image": picture, "answer": submitted(answer.text or "")} for picture, answer in answers.items()])
 
 
 def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
-    return _array([{"questionId": line.get(*IDS), "prediction": gqa_prediction(answer_text(line))} for line in lines])
+    """Of `own`, GQA's questions, all have to be among the answers, and no others."""
+    answers = by_key(lines, question_id)
+    if own:
+        asked = (str(question.id) for question in read_questions([own], "", gqa_questions))
+        check_asked(answers, dict.fromkeys(asked), own)
+    predictions = {ident: gqa_prediction(answer.text or "") for ident, answer in answers.items()}
+    return _array([{"questionId": ident, "prediction": text} for ident, text in predictions.items()])
 
 
 VQAV2 = Benchmark(
-    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=vqav2_labels, score=score_vqav2, submission=submit_vqav2
-)
+    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=vqav2_labels, score=score_vqav2, submission=submit_vqav2,
+    ids=r"\d+",
+)  # fmt: skip
 VIZWIZ = Benchmark(
     "VizWiz: soft accuracy", vizwiz_questions, SHORT, labels=vizwiz_labels, score=score_vizwiz,
-    submission=submit_vizwiz,
+    submission=submit_vizwiz, ids=r"[^/]+",
 )  # fmt: skip
-GQA = Benchmark("GQA: exact answers", gqa_questions, SHORT, labels=gqa_labels, score=score_gqa, submission=submit_gqa)
+GQA = Benchmark(
+    "GQA: exact answers", gqa_questions, SHORT, labels=gqa_labels, score=score_gqa, submission=submit_gqa,
+    ids=r"[^\W_]{1,10}",
+)  # fmt: skip

@@ -1,0 +1,113 @@
+"""Tables: XLSX reads as the TSV of the same rows, and what is wrong with one is told."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate.sheets import read_sheet
+
+ROWS = [
+    ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "prediction"],
+    [3, "Which?", None, "cat", "dog", None, None, "A", "one", "A"],
+    [1000003, "Which?", None, "dog", "cat", None, None, "B", "one", "B."],
+    [5, "How many?", None, 2, 3.0, True, None, "C", "two", "A"],
+]
+
+
+def xlsx(path: Path, rows: list[list[Any]]) -> str:
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+    return str(path)
+
+
+def tsv(path: Path, rows: list[list[Any]]) -> str:
+    texts = ("\t".join("" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row)
+             for row in rows)  # fmt: skip
+    path.write_text("\n".join(texts) + "\n")
+    return str(path)
+
+
+WRITERS = {"xlsx": xlsx, "tsv": tsv}
+
+
+@pytest.mark.parametrize("labels", WRITERS)
+@pytest.mark.parametrize("answers", WRITERS)
+def test_mmbench_of_a_table_of_predictions(tmp_path: Path, capsys, labels: str, answers: str):
+    """As VLMEvalKit writes it: what was said beside what is right, which is not taken for what was said."""
+    predicted = WRITERS[answers](tmp_path / f"model_MMBench.{answers}", ROWS)
+    own = WRITERS[labels](tmp_path / f"mmbench.{labels}", [row[:-1] for row in ROWS])
+    evaluate.main(["score", "mmbench", f"--answers={predicted}", f"--labels={own}", "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "circular": 50.0, "single": 66.67, "by_category": {"one": 100.0, "two": 0.0}, "questions": 2, "total": 3,
+        "failed": 0,
+    }  # fmt: skip
+
+
+def test_rows_are_those_of_the_tsv(tmp_path: Path):
+    first, second = (WRITERS[kind](tmp_path / f"a.{kind}", ROWS) for kind in WRITERS)
+    texts = [[line.value for line in read_sheet(path)] for path in (first, second)]
+    assert texts[1] == [{name: value or "" for name, value in row.items()} for row in texts[0]]
+    assert texts[1][2]["A"] == "2" and texts[1][2]["B"] == "3"
+    assert [line.where.rpartition(": ")[2] for line in read_sheet(first)] == ["row 2", "row 3", "row 4"]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_empty_cell_is_no_answer(tmp_path: Path, capsys, kind: str):
+    path = WRITERS[kind](tmp_path / f"a.{kind}", [ROWS[0], ROWS[1], [*ROWS[2][:-1], None], ROWS[3]])
+    evaluate.main(["score", "mmbench", f"--answers={path}", f"--labels={path}", "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["circular"], scores["single"], scores["total"], scores["empty"]) == (0.0, 33.33, 3, 1)
+
+
+def test_the_upload_of_mmbench_is_scored(tmp_path: Path, capsys):
+    """What `submission` writes is what `score` reads."""
+    image = ["image", "Y2F0", "Y2F0", "Y2F0"]
+    own = tsv(tmp_path / "mmbench.tsv", [[*row[:-1], cell] for row, cell in zip(ROWS, image, strict=True)])
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"question_id": row[0], "text": row[-1]}) + "\n" for row in ROWS[1:]))
+    upload = str(tmp_path / "upload.xlsx")
+    evaluate.main(["submission", "mmbench", f"--answers={answers}", f"--labels={own}", f"--output={upload}"])
+    capsys.readouterr()
+    evaluate.main(["score", "mmbench", f"--answers={upload}", f"--labels={own}", "--json"])
+    assert json.loads(capsys.readouterr().out)["single"] == 66.67
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**9), st.binary(min_size=1, max_size=4))
+def test_damaged_bytes_end_in_rows_or_in_one_line(tmp_path: Path, at: int, damage: bytes):
+    whole = tmp_path / "whole.xlsx"
+    data = bytearray((whole if whole.exists() else Path(xlsx(whole, ROWS))).read_bytes())
+    data[at % len(data) : at % len(data) + len(damage)] = damage
+    (tmp_path / "a.xlsx").write_bytes(data)
+    with contextlib.suppress(UserError):
+        read_sheet(tmp_path / "a.xlsx")
+
+
+def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = xlsx(tmp_path / "a.xlsx", [row[:-1] for row in ROWS])
+    with pytest.raises(UserError, match="a.xlsx: row 2: has no column `prediction`: is it the table of questions"):
+        evaluate.main(["score", "mmbench", f"--answers={own}", f"--labels={own}"])
+    with pytest.raises(UserError, match="a.xlsx: row 2: has no image"):
+        evaluate.main(["predict", "mmbench", f"--questions={own}", "--output=x", "--checkpoint=y"])
+    with pytest.raises(UserError, match="c.xlsx: row 2: has 2 cells, but the first row names 1 columns"):
+        read_sheet(xlsx(tmp_path / "c.xlsx", [["index"], [1, "A"]]))
+    (tmp_path / "b.xlsx").write_bytes(b"index\tprediction\n")
+    with pytest.raises(UserError, match="b.xlsx: is no Excel file"):
+        read_sheet(tmp_path / "b.xlsx")
+    (tmp_path / "d.xlsx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="d.xlsx: is a Git LFS pointer"):
+        read_sheet(tmp_path / "d.xlsx")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(UserError, match=r"a.xlsx: reading Excel files needs: pip install 'llava_jax\[evaluate\]'"):
+        read_sheet(own)
