@@ -8,9 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from etils import epath
-
 from llava_jax.cli import UserError
+from llava_jax.remote import is_remote
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each begins
 
@@ -28,12 +27,11 @@ def refuse_pointer_file(path: Path) -> None:
             refuse_pointer(file.read(len(POINTER)), path)
 
 
-def refuse_pointers_below(directory: epath.Path) -> None:
-    """The same of all files of a directory, which is asked where one of them cannot be read."""
-    for file in directory.rglob("*"):
-        if not file.is_dir():
-            with file.open("rb") as data:
-                refuse_pointer(data.read(len(POINTER)), file)
+def refuse_pointers_below(directory: str | os.PathLike) -> None:
+    """The same of all files of a directory, for where one of them cannot be read. Object stores hold no clones."""
+    if not is_remote(directory):
+        for file in Path(directory).rglob("*"):
+            refuse_pointer_file(file)
 
 
 def encoding_of(head: bytes) -> str:

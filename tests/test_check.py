@@ -84,6 +84,7 @@ def test_long_padding_is_reported_with_what_mends_it(tmp_path, images, bare_llam
         ("empty-answer", sample("x", answer=" \n"), "the answer to question 1 is empty"),
         ("special-token", sample("x", "<image>\n<s>old</s>"), "</s>"),
         ("key", sample("x", video="a.mp4"), "`video` is not read"),
+        ("key", sample("x", context="It is red."), "warning: `context` is not read, and no turn says the same"),
         ("marks", sample("x", "<audio>\nWhat is said?", image=None), "the text of a user holds <audio>"),
         ("marks", sample("x", "<image>\nIs <video> there?"), "warning: question 1 holds <video>"),
         ("image-position", sample("x", "a <image> b <image>", image=["a.png"] * 2), "image_position=as_is"),
@@ -281,9 +282,11 @@ def test_images_may_stay_where_they_are(tmp_path, images):
 
 
 def test_keys_that_are_left_alone_are_told(tmp_path, images, capsys):
-    records = [sample("a", source="vqa", width=3), sample("b", source="gqa", system="Be brief.", video=None)]
-    assert check(tmp_path, images, records) == 0
-    assert "keys of samples that are not read: source (2), width (1), video (1)\n" in capsys.readouterr().err
+    said = sample("b", source="gqa", system="Be brief.", video=None) | {"question": "What is it?"}
+    assert check(tmp_path, images, [sample("a", source="vqa", width=3), said]) == 0
+    assert (
+        "keys of samples that are not read: source (2), width (1), video (1), question (1)\n" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])

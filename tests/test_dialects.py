@@ -53,6 +53,9 @@ def test_what_can_only_be_a_mark_is_one_in_answers_too(mark):
         "import <image.h>",
         "Is '<audio>' an element of HTML?",
         "[IMG]http://a/b.png[/IMG] is BBCode",
+        "<item><img>http://a/b.jpg</img></item>\nParse this XML.",
+        "<image1>a.jpg</image1>\nWhat is wrong with this XML?",
+        "<img> and </img> are tags",
         "List<image> and vector<video> in C++ templates</T>",
     ],
 )

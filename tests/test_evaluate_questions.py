@@ -36,7 +36,7 @@ def write(path, value, encoding="utf-8", lines=False):
         SAMPLE | {"conversations": [{"from": "gpt", "value": "Hello!"}, *TURNS]},
         {"id": 7, "images": ["a.jpg"], "messages": [{"role": "user", "content": "<image>\nWhat is it?"}]},
         LINE,
-        {"question_id": 7, "images": ["a.jpg"], "question": "<image>\nWhat is it?"},
+        {"question_id": 7, "images": ["a.jpg"], "text": "<image>\nWhat is it?"},
         LINE | {"images": ["a.jpg"], "answer": "A cat.", "source": "x"},
     ],
 )
@@ -110,7 +110,7 @@ FAULTS = [
     (SAMPLE | {"history": [["q", "a"]]}, r"\(id 7\): `history` is not read"),
     (SAMPLE | {"conversations": [TURNS[1]], "image": None}, r"\(id 7\): has no question"),
     ({"instruction": "q", "output": "a"}, "looks like a format of `instruction` and `output`"),
-    ([1], "is no object"),
+    ("What?", "is no object"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Records stream out of files block by block as if these were parsed at once, and are found again by their place."""
 
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from llava_jax.cli import UserError
 from llava_jax.data import records
 from llava_jax.data.records import RecordFile, load_json, local_data, scan
 
+NEWER = itertools.count(1)  # times of files
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
@@ -68,6 +70,13 @@ def test_arrays_that_are_no_json_are_refused_where_they_break(path, value, cut, 
             assert str(caught.value).endswith(f"{error.msg}: {place}")
         else:
             assert read(path) == expected
+
+
+@pytest.mark.parametrize("text", ["[]]", "[] 1", "[1]]", "[1][2]"])
+def test_what_follows_an_array_is_an_error(path, text):
+    path.write_text(text)
+    with pytest.raises(UserError, match="is no JSON: Extra data"):
+        read(path)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -139,7 +148,7 @@ def test_threads_may_begin_at_once(path):
 def test_every_unicode_encoding_is_read(path, values, encoding, lines, block):
     text = "\n".join(json.dumps(v, ensure_ascii=False) for v in values) if lines else json.dumps(values)
     path.write_bytes(text.encode(encoding))
-    os.utime(path, ns=(0, random.randrange(2**60)))  # no two are the same file to the cache
+    os.utime(path, ns=(0, next(NEWER)))  # no two are the same file to the cache
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "BLOCK", block)
         assert read(local_data(path)) == values

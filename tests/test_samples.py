@@ -89,6 +89,8 @@ FAULTS = [
     ("key", "turn 2: `tool_calls`", SAMPLE | {"conversations": [QUESTION, ANSWER | {"tool_calls": [{}]}]}),
     ("key", "turn 2: `reasoning_content`", messages("q", "a") | {"messages": [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]}),
+    ("key", "turn 1: `system` is not read", SAMPLE | {"conversations": [QUESTION | {"system": "s"}, ANSWER]}),
+    ("key", "turn 2: `mask` is not read", SAMPLE | {"conversations": [QUESTION, ANSWER | {"mask": True}]}),
     ("key", "turn 1: `images`", SAMPLE | {"conversations": [QUESTION | {"images": ["b.jpg"]}, ANSWER]}),
     ("order", "a later turn is of system", SAMPLE | {"conversations": [QUESTION, {"from": "system", "value": "s"}]}),
     ("marks", "the system prompt holds <image>", SAMPLE | {"system": "<image>"}),

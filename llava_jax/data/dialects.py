@@ -5,7 +5,7 @@ these tables, such as `source` or `width`, says something about the sample and i
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llava_jax.data.conversation import IMAGE_TOKEN
@@ -19,8 +19,13 @@ _NO_VIDEO = "the model sees images only: give frames as images, or drop the samp
 _NO_SOUND = "the model hears nothing: drop the sample"
 _NO_TOOLS = "describe tools in `system`, or remove the key"
 _NO_PREFERENCES = "it is not trained on preferences: write the answer to learn into `conversations`"
-MEDIA = dict.fromkeys(("video", "videos", "video_path", "video_url"), _NO_VIDEO) | dict.fromkeys(
-    ("audio", "audios", "audio_path", "audio_url", "input_audio", "sound", "sounds", "speech"), _NO_SOUND
+_NO_OTHER = "the model sees images only: render it as one, or drop the sample"
+MEDIA = (
+    dict.fromkeys(("video", "videos", "video_path", "video_url", "frames"), _NO_VIDEO)
+    | dict.fromkeys(
+        ("audio", "audios", "audio_path", "audio_url", "input_audio", "sound", "sounds", "speech"), _NO_SOUND
+    )
+    | dict.fromkeys(("pdf", "pdfs", "document", "documents", "point_cloud"), _NO_OTHER)
 )
 # Keys of a sample that change what is learned of it -> the way out.
 UNREAD = (
@@ -40,15 +45,26 @@ UNREAD_IN_TURNS = (
     MEDIA
     | dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), "calls of tools are not trained on")
     | dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "write it into the answer, or remove the key")
+    | dict.fromkeys(("system", "system_prompt"), "write it into the sample's `system`")
+    | dict.fromkeys(("mask", "masked"), "all answers are learned alike: make a sample that ends before it")
     | dict.fromkeys(("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text")
 )
-WEIGHTS = ("loss", "weight", "loss_weight", "train", "trainable")  # of an answer; all are learned alike
+_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage")
+WEIGHTS = ("loss", "weight", "loss_weight", "loss_mask", "train", "trainable")  # of an answer; all are learned alike
 
 
 def unread_keys(value: Mapping[str, Any], has_images: bool) -> Iterator[str]:
     """What a sample's keys say that is not read. Empty values say nothing."""
     known = UNREAD if has_images else UNREAD | IMAGE_KEYS
     yield from (f"`{key}` is not read: {known[key]}" for key in value if key in known and _says(value[key]))
+
+
+def unread_texts(value: Mapping[str, Any], turns: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Keys of a sample that hold something like a question which none of its turns repeats."""
+    for key in _TEXTS:
+        text = value.get(key)
+        if isinstance(text, str) and not any(text.strip() in said for _, said in turns):
+            yield f"`{key}` is not read, and no turn says the same"
 
 
 def unread_turn_keys(turn: Mapping[str, Any], answers: bool) -> Iterator[str]:
@@ -68,12 +84,12 @@ def _says(value: Any) -> bool:
 # What no text of people and no program has.
 _MARKS = re.compile(
     r"<\|[a-z_]*(?:image|img|vision|video|audio)\w*\|>"  # <|image_1|>, <|vision_start|>, <|video_pad|>, <|AUDIO|>
-    r"|<(?:image|img|video|audio|picture)[ _-]?(?:\d+|pad|placeholder|here|soft_token|context)>"  # <image1>
-    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>"
-    r"|<img>[^\s<>\"'`](?:[^<>\n\"'`]*[^\s<>\"'`])?</img>|<image>[^\n<>]{0,200}</image>"  # <img>a.jpg</img>
-    r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)_\w+\]",
+    r"|<((?:image|img|video|audio|picture)[ _-]?\d+)>(?![\s\S]*</\1>)"  # <image1>, but in XML
+    r"|<(?:image|img|video|audio|picture)[ _-]?(?:pad|placeholder|here|soft_token|context)>"
+    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>|\[(?:IMG|IMAGE|VIDEO|AUDIO)_\w+\]",
     re.IGNORECASE,
 )
+_FILES = re.compile(r"<(img|image)>([^\s<>\"'`][^<>\n\"'`]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
 # Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
 _TAG = r"(?:<(?:image|img|video|audio|speech|sound)>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
@@ -90,11 +106,15 @@ def foreign_mark(text: str, question: bool) -> str | None:
     """The first mark of another format that stands in a text for an image, a video or a sound."""
     if found := _MARKS.search(text):
         return found[0]
+    if (found := _FILES.search(text)) and not _CLOSING.search(_FILES.sub("", text)):
+        return found[0]
     return next((tag for tag, alone in _tags(text) if alone), None) if question else None
 
 
 def doubtful_mark(text: str) -> str | None:
     """A tag within a line of a question: it may be meant as a mark, or as HTML."""
+    if not may_hold_marks(text):
+        return None
     return next((tag for tag, alone in _tags(text) if not alone), None)
 
 
@@ -113,7 +133,6 @@ def _tags(text: str) -> Iterator[tuple[str, bool]]:
 
 ASKED = ("instruction", "question", "query", "prompt", "problem", "input")
 ANSWERED = ("output", "answer", "answers", "response", "completion", "caption", "text", "label", "solution")
-SIMILAR = {"conversation", "dialogue", "dialog", "turns", "chat", "texts"}
 
 
 def explain_missing(value: Mapping[str, Any]) -> str:

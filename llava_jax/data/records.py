@@ -3,7 +3,6 @@
 Whatever the size of the file, no more of it is in memory than a block and a record.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
 BOM = b"\xef\xbb\xbf"
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_OBJECTS = re.compile(r"\[[ \t\n\r]*\{")
+_LIST = re.compile(r"\[[ \t\n\r]*")
 
 
 class Record(NamedTuple):
@@ -141,10 +140,12 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
     file.seek(start)
     while not (line := file.readline(LONGEST)).strip():
         pass
-    if len(line) < LONGEST:
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            json.loads(line.decode("latin-1"))
+    try:
+        if len(line) < LONGEST:
+            json.JSONDecoder().raw_decode(line.decode("latin-1").lstrip())
             return
+    except (json.JSONDecodeError, RecursionError):
+        pass
     file.seek(start)
     try:
         key = _list_key(_Window(file, start, name))
@@ -174,7 +175,7 @@ def _list_key(window: "_Window") -> str | None:
             window.fail("Expecting ':' delimiter", window.at)
         window.at += 1
         window.peek()
-        if window.looking_at(_OBJECTS):
+        if window.at_list_of_objects():
             return str(json.loads(key) if isinstance(key, bytes) else key)
         window.read_value()
         separator = window.peek()
@@ -202,6 +203,8 @@ def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[N
     window.peek()
     window.at += 1  # the bracket
     separator = "," if window.peek() != "]" else "]"
+    if separator == "]":
+        window.at += 1
     while separator == ",":
         window.peek()
         yield None, *window.read_value()
@@ -209,7 +212,7 @@ def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[N
         if separator not in ("]", ","):
             window.fail("Expecting ',' delimiter", window.at)
         window.at += 1
-    if window.peek() not in ("", "]"):
+    if window.peek():
         window.fail("Extra data", window.at)
 
 
@@ -245,18 +248,18 @@ class _Window:
                 continue
             except RecursionError:
                 self.fail("nested too deeply for a sample", self.at)
-            if stop == len(self.text) and self._grow():  # a number might go on
+            if len(self.text) - stop <= 2 and self._grow():  # a number might go on, as 1e-5 does after 1
                 continue
             start, self.at = self.at, stop
             if not (raw := self.text[start:stop]).isascii():
                 value = raw.encode("latin-1")
             return self.base + start, self.base + stop, value
 
-    def looking_at(self, pattern: re.Pattern[str]) -> bool:
-        """Whether what is next, in a few characters, is like that."""
-        while len(self.text) - self.at < 1024 and self._grow():
+    def at_list_of_objects(self) -> bool:
+        """Whether that is next, by its first two characters."""
+        while (found := _LIST.match(self.text, self.at)) and found.end() == len(self.text) and self._grow():
             pass
-        return pattern.match(self.text, self.at) is not None
+        return found is not None and self.text.startswith("{", found.end())
 
     def fail(self, message: str, position: int) -> NoReturn:
         line, line_start = self._line_at(position)

@@ -187,15 +187,17 @@ def _one_of(sentence: dict, *keys: str) -> tuple[str, Any]:
     said = {key: sentence[key] for key in keys if sentence.get(key) is not None}
     if len({ROLES.get(value, value) if isinstance(value, str) else str(value) for value in said.values()}) > 1:
         return " and ".join(keys), said
-    return next(iter(said.items()), (keys[0], None))
+    return next(iter(said.items()), (next((key for key in keys if key in sentence), keys[0]), None))
 
 
 def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> str:
     """The text of a `content` that is a list of texts and images, with a mark for each image."""
     texts = []
     for part in parts:
-        part = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
-        kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        keys = part if isinstance(part, dict) else {}
+        kind = keys.get("type") or next((key for key in ("text", "image") if key in keys), None)
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in _IMAGE_PARTS:

@@ -11,7 +11,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.dialects import READ, doubtful_mark
+from llava_jax.data.dialects import READ, doubtful_mark, unread_texts
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, record_value, sample_id
 
@@ -80,6 +80,8 @@ class Survey(Sequence[Sample]):
                 self._add(sample, record.index)
                 yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
                 yield from _text_problems(sample, special_tokens, record.index)
+                for detail in unread_texts(value, sample.turns):
+                    yield Problem("key", ident, detail, record.index, warning=True)
                 if self.image_position != "as_is":
                     yield from _place_problems(sample, record.index)
         self.ids.append(key)

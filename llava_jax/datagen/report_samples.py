@@ -71,7 +71,7 @@ class Shown:
             id=sample.id,
             image=sample.images[0] if sample.images else "",
             group=self.kind or kind_of(sample),
-            turns=[text.replace(IMAGE_TOKEN, "").strip() for _, text in sample.turns],
+            turns=[text.replace(IMAGE_TOKEN, "").strip() for role, text in sample.turns if role != "system"],
             context=context,
             unsupported=list(claims.unsupported.values()) if claims else [],
             uncovered=sorted(claims.boxes - claims.covered) if claims else [],

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import track
+from llava_jax.cli import UserError, track
 from llava_jax.data.images import load_image
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Case, Row
@@ -112,7 +112,7 @@ def _cell(interval: Interval | None, sign: str) -> str:
 
 def _article(case: Case, runs: Sequence[str], images: epath.PathLike | None) -> str:
     first = case.outcomes[0]
-    picture = f'<img alt="" src="{_picture(epath.Path(images) / first.image)}">' if images and first.image else ""
+    picture = f'<img alt="" src="{_picture(first, images)}">' if images and first.image else ""
     reference = f'<div class="reference"><b>reference</b>{_pre(first.reference)}</div>' if first.reference else ""
     answers = "".join(_answer(run, outcome) for run, outcome in zip(runs, case.outcomes, strict=True))
     groups = _text(json.dumps(_groups(case)))
@@ -136,9 +136,12 @@ def _text(text: str) -> str:
     return html.escape(str(text))
 
 
-def _picture(path: epath.Path) -> str:
-    """A small copy of a picture."""
-    image = load_image(path)
+def _picture(outcome: Outcome, images: epath.PathLike) -> str:
+    """A small copy of a question's picture."""
+    try:
+        image = load_image(epath.Path(images) / outcome.image)
+    except UserError as error:
+        raise UserError(f"question {outcome.question_id}: {error}") from error
     image.thumbnail((PICTURE, PICTURE))
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=85)
