@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from llava_jax.cli import track
+from llava_jax.cli import Parser, track
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -164,7 +164,7 @@ def write_json(path: Path, count: int | None = None, pictures: int = 1000, seed:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="example: python benchmarks/synthetic.py --json /tmp/mix665k.json --images /tmp/pictures",
         formatter_class=argparse.RawDescriptionHelpFormatter,

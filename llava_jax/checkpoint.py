@@ -105,6 +105,11 @@ class Checkpoint:
     def template(self) -> str:
         return self.description.template
 
+    def with_image_position(self, position: str) -> "Checkpoint":
+        """The same, asked with images at these places instead of where they stood in training."""
+        model = dataclasses.replace(self.config, image_position=position)
+        return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
+
     @functools.cached_property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and types of the parameters held here, without those of the sources."""

@@ -61,12 +61,6 @@ def test_sigterm_lets_main_clean_up(tmp_path):
     assert process.returncode == 143 and not list(tmp_path.iterdir())
 
 
-def test_what_standard_output_lacks_is_escaped(monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
-    shown, told = start("print('red \\u7ea2 \\u27e6a\\u27e7')").communicate(timeout=60)
-    assert (shown, told) == ("red \\u7ea2 \\u27e6a\\u27e7\n", "")
-
-
 # ------------------------------------------------------------------------------------------------- paths
 
 TEXTS = {"TEXT", "NAME", "MODEL", "M", "TYPE", "URL", "BENCH", "Q-A", "CODE", "ID", "HOST:PORT", "auto|words|MODEL"}
@@ -150,3 +144,9 @@ def test_elsewhere_lines_tell_how_many_and_the_time_left_first(capsys, monkeypat
     clock = iter([0.0, 10.0])
     assert list(cli.track(iter("a"), "reading samples")) == ["a"]
     assert capsys.readouterr().err == "1/?, 10 s: reading samples\n"
+
+
+def test_what_standard_output_lacks_is_escaped(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    shown, told = start("print('red \\u7ea2 \\u27e6a\\u27e7')").communicate(timeout=60)
+    assert (shown, told) == ("red \\u7ea2 \\u27e6a\\u27e7\n", "")

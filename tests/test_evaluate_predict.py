@@ -1,5 +1,6 @@
 """Predicting with a tiny checkpoint: batches against one by one, interrupted and resumed, and what goes wrong."""
 
+import dataclasses
 import json
 import os
 import re
@@ -151,6 +152,26 @@ def test_reasons_first_asks_for_the_answer_after_them(made, generator, tmp_path)
     (reasons,) = generator.answer([request], sampling)
     (said,) = generator.answer([Request(turns, request.images, reasons.strip() + ANSWER_IS)], sampling)
     assert answer["text"] == f"{reasons.strip()}\n The answer is {said.strip()}"
+
+
+@pytest.mark.parametrize("position", ["first", "as_is"])
+def test_images_stand_where_the_model_was_trained_with_them(position, made, tmp_path):
+    checkpoint = tiny.checkpoint(tmp_path, tiny.config(image_position=position))
+    text = "From <image> to <image>, what changed?"
+    question = {"question_id": 1, "image": ["0.png", "1.png"], "text": text}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    flags = [f"--checkpoint={checkpoint}", f"--questions={tmp_path / 'q.jsonl'}"]
+    images = [made / "images/0.png", made / "images/1.png"]
+    generator = Generator.from_checkpoint(open_checkpoint(made / "model"))  # the same weights, images as_is
+    generator.prompts.config = dataclasses.replace(generator.config, image_position="as_is")
+    bare = text.replace("<image>", "")
+    for more, seen in {
+        (): text if position == "as_is" else f"<image>\n<image>\n{bare}",
+        ("--picture-last",): f"{bare}\n<image>\n<image>",
+    }.items():
+        (answer,) = predict(made, tmp_path / f"{len(more)}.jsonl", *flags, *more)
+        expected = generator.answer([Request([("user", seen)], images)], Sampling(max_new_tokens=6))
+        assert [answer["text"]] == expected
 
 
 def test_batches_keep_pictures_together_and_lengths_apart():

@@ -5,11 +5,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.endpoint import messages
+from llava_jax.evaluate.in_training import request
 from llava_jax.evaluate.questions import Question, marked, read_questions
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
@@ -74,6 +76,24 @@ def test_places_of_marks_are_kept(tmp_path):
     (asked,) = read_questions([write(tmp_path / "a.jsonl", [value], lines=True)], "Briefly.")
     assert asked.marked_text == f"{text}\nBriefly." and "<image>" not in asked.text
     assert asked.text.endswith("\nBriefly.") and asked.pictures == ("a.jpg", "b.jpg")
+
+
+def test_a_model_that_saw_images_in_their_places_is_asked_so(tmp_path):
+    text = "Source: <image>\nTarget: <image>"
+    image = tmp_path / "a.png"
+    Image.new("RGB", (2, 2)).save(image)
+    value = {"question_id": 1, "images": ["a.png", "a.png"], "text": text}
+    (asked,) = read_questions([write(tmp_path / "a.jsonl", [value], lines=True)], "Briefly.")
+    first = "<image>\n<image>\nSource: \nTarget:\nBriefly."
+    assert marked(asked, image_position="as_is") == f"{text}\nBriefly."
+    assert marked(asked) == marked(asked, image_position="random") == first
+    assert marked(asked, picture_last=True, image_position="as_is").endswith("\nBriefly.\n<image>\n<image>")
+    assert request(asked, str(tmp_path), "as_is").turns == [("user", f"{text}\nBriefly.")]
+    (message,) = messages(asked, str(tmp_path))
+    assert [part.get("text", part["type"]) for part in message["content"]] == [
+        "Source: ", "image_url", "\nTarget: ", "image_url", "\nBriefly."]  # fmt: skip
+    (message,) = messages(asked._replace(marked_text="", text="What?"), str(tmp_path))
+    assert [part.get("text", part["type"]) for part in message["content"]] == ["image_url", "image_url", "What?"]
 
 
 FAULTS = [

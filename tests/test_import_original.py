@@ -246,12 +246,16 @@ def spoilt_adapter(**fields):
         ({"of_tomorrow": {"rank": 2}}, None, "of_tomorrow is {'rank': 2}, which is not supported"),
         ({"init_lora_weights": "pissa_niter_16"}, None, "is 'pissa_niter_16', which changes the base"),
         ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
-        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save is"),
+        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save has lm_head, of which it has no"),
         ({"r": 8}, None, r"q_proj.weight is \(48, 48\) in the base, A is \(4, 48\)"),
         ({"r": None}, None, "r is None"),
         ({}, lambda held: held.popitem(), "has lora_A alone"),
         ({}, lambda held: held.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": 0}), "layers.9"),
-        ({}, lambda held: held.update({"base_model.model.model.embed_tokens.lora_embedding_A": 0}), "no LoRA matrix"),
+        (
+            {},
+            lambda held: held.update({"base_model.model.model.embed_tokens.lora_embedding_A": 0}),
+            "neither a LoRA matrix",
+        ),
     ],
 )
 def test_adapters_that_are_refused(settings, change, message, made, tmp_path):

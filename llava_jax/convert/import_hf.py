@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_jax.cli import UserError
 from llava_jax.convert import hf_config
+from llava_jax.convert.adapter import base_name, with_adapter
 from llava_jax.convert.found import (
     Found,
     Options,
@@ -21,8 +22,8 @@ from llava_jax.convert.found import (
 from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
-from llava_jax.convert.language_model import copy_tokenizer, open_language_model, read_if_there
-from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source
+from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_if_there
+from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.tensors import open_directory, read_json
 from llava_jax.models.config import VisionConfig
@@ -77,11 +78,31 @@ def open_tower(directory: Path, tower: VisionConfig) -> Source:
     return Source(open_directory(directory), CLIP, dropped=CONSTANTS + CLIP_REST + POOLING[tower.kind])
 
 
-def find_llava(directory: Path, options: Options) -> Found:
+def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Found:
+    """A LLaVA and an adapter of PEFT that was trained with it."""
+    if base is None:
+        raise UserError(
+            f"{adapter}: is an adapter of a LLaVA of transformers: give --base DIR, the model that it was trained "
+            f"from{base_name(adapter)}"
+        )
+    settings = read_json(base / "config.json")
+    if settings.get("model_type") != "llava" or "text_config" not in settings:
+        raise UserError(
+            f"{base}: is no LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
+            "its config.json"
+        )
+    return find_llava(base, options, adapter)
+
+
+def find_llava(directory: Path, options: Options, adapter: Path | None = None) -> Found:
+    """A LLaVA, to which an `adapter` is added if one is given, with its tokenizer if it brings one."""
     where = str(directory / "config.json")
     source_json = read_json(directory / "config.json")
     found = hf_config.read_llava(source_json, where)
-    source = Source(open_directory(directory), LLAVA, dropped=CONSTANTS + POOLING[found.vision.kind])
+    tensors = open_directory(directory)
+    if adapter:
+        tensors = with_adapter(tensors, adapter, finder(tensors, LLAVA))
+    source = Source(tensors, LLAVA, dropped=CONSTANTS + POOLING[found.vision.kind])
     images = read_image_settings(directory, found.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
@@ -111,7 +132,8 @@ def find_llava(directory: Path, options: Options) -> Found:
         "generation_config": read_if_there(directory / "generation_config.json"),
     }
     parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)
-    return Found(config, parts, hf, functools.partial(copy_tokenizer, directory), trained=True)
+    tokenizer = adapter if adapter and has_tokenizer(adapter) else directory
+    return Found(config, parts, hf, functools.partial(copy_tokenizer, tokenizer), trained=True)
 
 
 def _assume_padding(directory: Path) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.convert import hf_config
+from llava_jax.convert import adapter, hf_config
+from llava_jax.convert.adapter import base_name, is_adapter, with_adapter, without_peft
 from llava_jax.convert.found import (
     Found,
     Options,
@@ -38,8 +39,8 @@ from llava_jax.convert.language_model import (
     read_if_there,
 )
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
-from llava_jax.convert.projector_file import open_projector, with_new_tokens, without_peft
-from llava_jax.convert.sums import is_difference, overlaid, with_adapter, with_base
+from llava_jax.convert.projector_file import open_projector, with_new_tokens
+from llava_jax.convert.sums import is_difference, overlaid, with_base
 from llava_jax.convert.tensors import has_weights, open_directory, open_files, read_json
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -51,11 +52,7 @@ _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False,
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 _TRAINING += (IMAGE_POSITION,)
 
-_ADAPTER = (
-    ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
-    ("adapter_model.bin", "adapter_model.bin.index.json"),
-)
-_ADAPTER_SETTINGS, _BESIDES, _PROJECTOR = "adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin"
+_BESIDES, _PROJECTOR = "non_lora_trainables.bin", "mm_projector.bin"
 
 
 def is_original(config: Json) -> bool:
@@ -116,24 +113,22 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
 
 def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[LanguageModel, bool]:
     """The decoder with the projector, and with the tower if that is there; and whether it was trained as a whole."""
-    if (directory / _ADAPTER_SETTINGS).exists():
-        adapter = read_json(directory / _ADAPTER_SETTINGS)
-        model = _base(base, directory, "an adapter", adapter.get("base_model_name_or_path"))
-        low_rank = without_peft(open_directory(directory, _ADAPTER))
-        tensors = with_adapter(model.tensors, low_rank, adapter, str(directory / _ADAPTER_SETTINGS))
+    if is_adapter(directory):
+        model = _base(base, directory, "an adapter", base_name(directory))
+        tensors = with_adapter(model.tensors, directory)
         if (directory / _BESIDES).exists():
             tensors = overlaid(tensors, without_peft(open_files([directory / _BESIDES])))
         return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
     if has_weights(directory):
         return _whole(directory, settings, base), True
     if (directory / _PROJECTOR).exists():
-        model = _base(base, directory, "a projector alone", settings.get("_name_or_path"))
+        model = _base(base, directory, "a projector alone", _named(settings))
         file = open_projector(directory / _PROJECTOR)
         model = with_new_tokens(model, file)
         return model._replace(tensors=overlaid(model.tensors, file.projector)), False
     raise UserError(
         f"{directory}: neither a model's weights (model.safetensors, pytorch_model.bin or an index of one) nor an "
-        f"adapter ({_ADAPTER_SETTINGS}) nor {_PROJECTOR}; a projector in another file goes with --llm, --vision and "
+        f"adapter ({adapter.SETTINGS}) nor {_PROJECTOR}; a projector in another file goes with --llm, --vision and "
         "--projector"
     )
 
@@ -141,7 +136,7 @@ def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[Langua
 def _whole(directory: Path, settings: Json, base: Path | None) -> LanguageModel:
     tensors = open_directory(directory)
     if is_difference(tensors):
-        model = _base(base, directory, "the difference from a base", settings.get("_name_or_path"))
+        model = _base(base, directory, "the difference from a base", _named(settings))
         tensors = with_base(tensors, model.tensors, str(directory))
         write_tokenizer = _tokenizer(directory, model)
     elif base:
@@ -151,9 +146,13 @@ def _whole(directory: Path, settings: Json, base: Path | None) -> LanguageModel:
     return LanguageModel(str(directory / "config.json"), settings, {}, tensors, write_tokenizer)
 
 
-def _base(path: Path | None, directory: Path, what: str, name: str | None) -> LanguageModel:
+def _named(settings: Json) -> str:
+    name = settings.get("_name_or_path")
+    return f" ({name})" if name else ""
+
+
+def _base(path: Path | None, directory: Path, what: str, named: str) -> LanguageModel:
     if path is None:
-        named = f" ({name})" if name else ""
         raise UserError(f"{directory}: is {what}: give --base DIR, the model that it was trained from{named}")
     model = open_language_model(path)
     if is_difference(model.tensors):

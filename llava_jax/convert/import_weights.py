@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
 from llava_jax.cli import UserError, track
+from llava_jax.convert.adapter import is_adapter
 from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.hub import Located, locate
-from llava_jax.convert.import_hf import find_backbones, find_llava
+from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
+from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
 from llava_jax.convert.read_ahead import read_ahead
@@ -60,8 +62,14 @@ def import_llava(
     refuse_existing(output)
     places = _located(llava=directory, base=base, vision=vision)
     path = places["llava"].path
-    if is_original(read_json(path / "config.json")):
+    adapter = is_adapter(path)
+    # An adapter of a LLaVA of transformers mostly comes without the model's config.json.
+    if is_original((read_if_there if adapter else read_json)(path / "config.json")):
         found = find_original(path, _path(places, "base"), _path(places, "vision"), options)
+    elif vision and adapter:
+        raise UserError(f"{directory}: an adapter of a LLaVA of transformers, which has its tower: leave --vision out")
+    elif adapter:
+        found = find_adapted_llava(path, _path(places, "base"), options)
     elif base or vision:
         raise UserError(f"{directory}: a LLaVA of transformers, which is whole: leave --base and --vision out")
     else:

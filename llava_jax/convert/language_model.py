@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.convert.adapter import base_name, is_adapter
 from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
-from llava_jax.convert.tensors import Tensors, open_directory, read_json
+from llava_jax.convert.tensors import Tensors, has_weights, open_directory, read_json
 from llava_jax.incoming import refuse_pointer_file
 
 
@@ -28,6 +29,9 @@ def open_language_model(path: Path) -> LanguageModel:
     """Raises UserError where there is none."""
     if path.is_file():
         return _open_gguf(path)
+    if is_adapter(path) and not has_weights(path):
+        raise UserError(f"{path}: is an adapter of PEFT{base_name(path)}: merge it first (merge_and_unload), or give "
+                        "a LLaVA's with --llava and --base")  # fmt: skip
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not (path / "config.json").exists():
         raise UserError(f"{path}: holds {', '.join(file.name for file in ggufs)}: give one of these files itself")

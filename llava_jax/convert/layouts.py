@@ -15,7 +15,7 @@ of the original LLaVA: a LLaMA with `model.mm_projector` and, in some, `model.vi
 import collections
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +155,12 @@ class Source:
         places = [(name, leaf) for (held, leaf), name in self._names.items() if held == part]
         found = collections.Counter(name.removesuffix(leaf) for name, leaf in places if name.endswith(leaf))
         return found.most_common(1)[0][0] if found else f"{part} " * bool(places)
+
+
+def finder(tensors: Tensors, layout: Layout) -> Callable[[str], str]:
+    """How these tensors call what another version of the layout calls by a name; the name itself if they lack it."""
+    names = {place: name for name in tensors.names if (place := _place(name, layout))}
+    return lambda name: names.get(_place(name, layout), name)
 
 
 def _place(name: str, layout: Layout) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.convert.adapter import without_peft
 from llava_jax.convert.language_model import LanguageModel
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.sums import concatenated, overlaid, with_rows
@@ -34,11 +35,6 @@ def open_projector(path: Path) -> ProjectorFile:
     held = {name: tensors[name] for name in tensors.names}
     embeddings = held.pop(EMBEDDINGS, None)
     return ProjectorFile(path, Tensors(held), embeddings)
-
-
-def without_peft(tensors: Tensors) -> Tensors:
-    """Names as they were before PEFT wrapped the model."""
-    return Tensors({name.removeprefix("base_model.model."): tensors[name] for name in tensors.names})
 
 
 def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:

@@ -128,7 +128,7 @@ class Answering:
             raise UserError(f"question {asker.id}: {error}") from error
 
     def _request(self, question: Question, pictures: dict[str | bytes, np.ndarray], begun: str = "") -> Request:
-        text = marked(question, self.asking.picture_last)
+        text = marked(question, self.asking.picture_last, self.generators[0].config.image_position)
         turns = [*system_turns(question), ("user", text)]
         return Request(turns, [pictures[name] for name in question.pictures], begun)
 

@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from etils import epath
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from llava_jax.cli import UserError
 from llava_jax.data.images import read_picture
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import Question, system_turns
+from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.incoming import refuse_pointer
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
@@ -84,7 +85,8 @@ def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
 
 
 def messages(question: Question, images: str) -> list[dict[str, Any]]:
-    """The question as the user's turn, after its pictures; before it its system prompt, if it has one."""
+    """The question as the user's turn, its images where the file has them, else before its text; before it its system
+    prompt, if it has one."""
     system = [{"role": role, "content": text} for role, text in system_turns(question)]
     if not question.pictures:
         return [*system, {"role": "user", "content": question.text}]
@@ -92,8 +94,11 @@ def messages(question: Question, images: str) -> list[dict[str, Any]]:
         urls = [_data_url(picture, images) for picture in question.pictures]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    texts = question.marked_text.split(MARK) if question.marked_text else [*[""] * len(urls), question.text]
+    parts = [{"type": "text", "text": text} if text else None for text in texts]
+    content = [part for pair in zip_longest(parts, pictures) for part in pair if part]
+    return [*system, {"role": "user", "content": content}]
 
 
 def _data_url(picture: str | bytes, images: str) -> str:

@@ -47,7 +47,9 @@ class Evaluation:
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
         self.images = config.evaluate.images
-        self.requests = [request(question, self.images) for question in self.questions]
+        self.requests = [
+            request(question, self.images, self.prompts.config.image_position) for question in self.questions
+        ]
         self.generator: Generator | None = None  # its programs; between evaluations it has no weights
 
     def due(self, step: int, steps: int) -> bool:
@@ -114,7 +116,7 @@ def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: in
     return [asked[index] for index in sorted(chosen)]
 
 
-def request(question: Question, images: str) -> Request:
+def request(question: Question, images: str, image_position: str = "first") -> Request:
     """A question for the generator."""
     if any(isinstance(picture, bytes) for picture in question.pictures):
         check_pictures(question, images)
@@ -122,7 +124,7 @@ def request(question: Question, images: str) -> Request:
         decode_image(picture) if isinstance(picture, bytes) else epath.Path(images) / picture
         for picture in question.pictures
     ]
-    return Request([*system_turns(question), ("user", marked(question))], pictures)
+    return Request([*system_turns(question), ("user", marked(question, image_position=image_position))], pictures)
 
 
 def check_pictures(question: Question, images: str) -> None:

@@ -45,6 +45,8 @@ def _answer(
         print(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
+    if asking.picture_last:
+        checkpoint = checkpoint.with_image_position("as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
 
     def one_by_one() -> Iterator[Question]:

@@ -132,10 +132,14 @@ def _placed(question: Question) -> Question:
     return bare if usual else bare._replace(marked_text=question.text)
 
 
-def marked(question: Question, picture_last: bool = False) -> str:
-    """Its text with a mark for each picture, before it as in training, or after it."""
+def marked(question: Question, picture_last: bool = False, image_position: str = "first") -> str:
+    """Its text with a mark for each image: before it, after it with `picture_last`, or for a model that was trained
+    with images `as_is` where the file has them."""
     marks = [MARK] * len(question.pictures)
-    return "\n".join([question.text, *marks] if picture_last else [*marks, question.text])
+    if picture_last:
+        return "\n".join([question.text, *marks])
+    in_place = question.marked_text if image_position == "as_is" else ""
+    return in_place or "\n".join([*marks, question.text])
 
 
 def unmarked(text: str) -> str:
