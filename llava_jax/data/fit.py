@@ -1,10 +1,13 @@
 """Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
 
+import sys
+
 import numpy as np
+from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, Template, render
+from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 _QUESTION = ("user", "What is it?")
@@ -70,6 +73,24 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     if not tokenizer.chat_template:
         return None
     return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
+
+
+def chosen_template(name: str | None, tokenizer: PreTrainedTokenizerBase, where: epath.PathLike) -> Template:
+    """The template of that name or, for None, the one that the chat template of the tokenizer at `where` is.
+
+    Raises UserError where the tokenizer has no chat template, or one that is none of ours, and where they do not fit; a
+    mark that is no token is a warning on standard error.
+    """
+    template = template_of(tokenizer) if name is None else get_template(name)
+    if template is None:
+        what = "a chat template that is none of the templates" if tokenizer.chat_template else "no chat template"
+        raise UserError(f"{where}: has {what}: name the template of the conversations, such as --template v1")
+    if name is None:
+        print(f"template {template.name}, which is the chat template of {where}", file=sys.stderr)
+    require_fit(template, tokenizer)
+    if problem := missing_marks(template, tokenizer):
+        print(f"warning: {problem}", file=sys.stderr)
+    return template
 
 
 def _missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import UserError, run, track
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -72,8 +72,10 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    template = get_template(args.template)
+    from llava_jax.data.fit import chosen_template  # and transformers, which takes seconds
+
     tokenizer = load_tokenizer(args.tokenizer)
+    template = chosen_template(args.template, tokenizer, args.tokenizer)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
@@ -168,7 +170,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", required=True, help="conversation template, such as v1")
+    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
     parser.add_argument("--seed", type=int, default=0, help="of image position random")
     parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")
