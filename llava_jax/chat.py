@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from llava_jax import compilation_cache, terminal, transcript
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
 from llava_jax.remote import is_remote
@@ -30,7 +30,7 @@ EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune
 
 Of a pipe every line is a message, as if it were typed."""
-HELP = """/image FILE   adds a picture to your next message
+HELP = """/image FILE   adds a picture to your next message: before its text, or where the text has an <image>
 /system TEXT  sets the system prompt; without TEXT it is the template's own
 /save FILE    writes the conversation as LLaVA JSON, with where its pictures are
 /load FILE    goes on with a conversation that was saved
@@ -227,7 +227,7 @@ def _path(file: str) -> epath.Path:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.chat",
         description=__doc__,
         epilog=EPILOG,

@@ -3,12 +3,14 @@
 import argparse
 import datetime
 import math
+import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -25,6 +27,8 @@ class UserError(Exception):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
     Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
@@ -53,6 +57,38 @@ def report(error: BaseException) -> tuple[int, str]:
             return 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
     print(message, file=sys.stderr)
     return status, message.removeprefix("error: ")
+
+
+PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
+    expand it in `--output ~/file`, but not in `--output=~/file`."""
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar in PATHS:
+                setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
+        return parsed, rest
+
+
+def expand_home(value: Any) -> Any:
+    """The value with the home directory for the `~` that a path in it begins with. What holds no text is left alone."""
+    match value:
+        case str():
+            return os.path.expanduser(value)
+        case Path():
+            return value.expanduser()
+        case list() | tuple():
+            return type(value)(map(expand_home, value))
+        case dict():
+            return {key: expand_home(each) for key, each in value.items()}
+        case _:
+            return value
 
 
 def positive(text: str) -> int:

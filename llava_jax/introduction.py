@@ -1,6 +1,7 @@
 """What a run says before its first step: what is trained, on what, and the first sample as the model sees it."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from rich.console import Console
 from llava_jax import sharding
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
+from llava_jax.data.padding import padding_of_run
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Order
 from llava_jax.data.tokenization import encode_sample, truncate
@@ -31,8 +33,9 @@ def introduce(
     state: TrainState,
     frozen: Params,
     start: int,
+    sources: Sequence[str],
 ) -> None:
-    """Says what is about to happen."""
+    """Says what is about to happen. `sources`: other checkpoints, which the run's take their frozen parameters from."""
     layout = settings.layout
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
     device = jax.devices()[0]
@@ -49,9 +52,20 @@ def introduce(
         f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
         + (f", resuming after step {start:,}" if start else ""),
     ]
+    if sources:
+        lines.insert(3, _sources_line(directory, sources))
     if isinstance(order, PackedOrder):
         lines.insert(-1, _packing_line(order))
+    if padding := padding_of_run(order, lengths, layout.max_length):
+        lines.append(f"padding    {padding}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _sources_line(directory: epath.Path, sources: Sequence[str]) -> str:
+    return (
+        f"needs      {', '.join(sources)}, as the frozen parameters are not stored here; to copy them: "
+        f"python -m llava_jax.convert copy-frozen --checkpoint {directory}"
+    )
 
 
 def _packing_line(order: PackedOrder) -> str:

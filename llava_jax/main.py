@@ -8,6 +8,7 @@ The same command again resumes. configs/common.py explains every key. On several
 on TPU pods and under SLURM as it is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
-    """Sets `CONFIG` and the other flags; every mistake becomes one line."""
+    """Sets `CONFIG` and the other flags, `~` expanded in all that are paths; every mistake becomes one line."""
+    argv = [_expand_home(argument) for argument in argv]
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in required if flag.value is None]
@@ -49,12 +51,29 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
                 CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
             if not isinstance(CONFIG.value, ConfigDict):
                 raise cli.UserError(f"{file}: get_config() returns no ConfigDict")
+            _expand_config(CONFIG.value)
     except Exception as error:  # whatever a recipe raises
         raise cli.UserError(flag_errors.explain(error, argv)) from None
     if len(remaining) > 1:
         raise cli.UserError(f"unexpected argument {remaining[1]!r}: every option begins with --")
     if missing:
         raise cli.UserError(f"{' and '.join(missing)} must be given; see --help")
+
+
+def _expand_home(argument: str) -> str:
+    """`~/D` and `--workdir=~/D` with the home directory. No flag is a text that begins with `~` but is no path."""
+    flag, path = re.fullmatch(r"(--[\w.]+=)?(.*)", argument, re.DOTALL).groups()
+    return (flag or "") + cli.expand_home(path)
+
+
+def _expand_config(config: ConfigDict) -> None:
+    """The same for what a config file says."""
+    with config.unlocked():
+        for key, value in config.items():
+            if isinstance(value, ConfigDict):
+                _expand_config(value)
+            elif (expanded := cli.expand_home(value)) != value:
+                config[key] = expanded
 
 
 if __name__ == "__main__":

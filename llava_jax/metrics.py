@@ -20,9 +20,9 @@ UPLOAD_SECONDS = 60
 class MetricsWriter:
     """Appends to `metrics.jsonl` and others, TensorBoard and `tracker`, a `wandb.Run` or None.
 
-    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is). Object stores cannot
-    append, so logs for a remote workdir are written locally and copied there every `UPLOAD_SECONDS`, in the background,
-    and on `flush` and `close`.
+    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is), and all of it where
+    the run begins anew. Object stores cannot append, so logs for a remote workdir are written locally and copied there
+    every `UPLOAD_SECONDS`, in the background, and on `flush` and `close`.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int, tracker: Any | None = None):
@@ -32,7 +32,8 @@ class MetricsWriter:
         self.last_upload = time.monotonic()
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
-                kept = [line for line in (workdir / name).read_text().splitlines() if _step(line) <= start_step]
+                lines = (workdir / name).read_text().splitlines() if start_step else []
+                kept = [line for line in lines if step_of(line) <= start_step]
                 (self.local / name).write_text("".join(line + "\n" for line in kept))
         from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
 
@@ -80,11 +81,12 @@ class MetricsWriter:
             self._upload()
 
 
-def _step(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off by a crash in the middle of a line
+        return float("inf")
 
 
 class Screen:

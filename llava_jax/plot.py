@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.plot",
         description=__doc__,
         epilog=EPILOG,

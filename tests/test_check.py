@@ -46,6 +46,29 @@ def test_a_good_data_set(tmp_path, images, bare_llama_dir, capsys):
     assert captured.out == "" and "no problems" in captured.err
 
 
+def test_long_padding_is_reported_with_what_mends_it(tmp_path, images, bare_llama_dir, capsys):
+    """It is no problem of the data: the exit status stays 0."""
+    args = [
+        "--tokenizer",
+        bare_llama_dir,
+        "--template",
+        "v1",
+        "--image-tokens",
+        4,
+        "--report",
+        tmp_path / "report.json",
+    ]
+    records = [sample(f"{i}") for i in range(8)]
+    assert check(tmp_path, images, records, *args, "--max-length", 512) == 0
+    told = capsys.readouterr().err
+    line = "padding, one sample a row: 90% of positions: --config.max_length=52 leaves 0% and cuts no sample"
+    assert line in told and "--config.pack=True leaves" in told
+    assert json.loads((tmp_path / "report.json").read_text())["padding"].startswith("90% of positions")
+    assert check(tmp_path, images, records, *args, "--max-length", 64) == 0
+    assert "padding" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["padding"] is None
+
+
 @pytest.mark.parametrize(
     ("kind", "record", "detail"),
     [

@@ -116,3 +116,29 @@ def mistake(arguments, monkeypatch) -> str:
         main.parse_flags(["main", *arguments], (main.CONFIG, main.WORKDIR))
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_the_home_directory_is_meant_in_every_path_of_a_run(monkeypatch, tmp_path):
+    """By flags, which shells leave alone, and in config files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from configs.finetune import get_config as recipe\n"
+        "def get_config(arg):\n"
+        "    config = recipe(arg)\n"
+        "    config.init = '~/stage 1'\n"
+        "    with config.unlocked():\n"
+        "        config.data.mixture = ({'json': '~/a.json', 'images': '~'}, {'built': '~/b', 'weight': 0.5})\n"
+        "    return config.lock()\n"
+    )
+    arguments = ["main", "--config=~/mine.py:13b", "--workdir", "~/run", "--config.evaluate.labels=~/labels"]
+    monkeypatch.setattr("sys.argv", arguments)
+    main.flags.FLAGS.unparse_flags()
+    main.parse_flags(arguments, (main.CONFIG, main.WORKDIR))
+    config = main.CONFIG.value
+    assert (main.WORKDIR.value, config.init) == (f"{tmp_path}/run", f"{tmp_path}/stage 1")
+    assert config.evaluate.labels == f"{tmp_path}/labels"
+    assert config.data.mixture == (
+        {"json": f"{tmp_path}/a.json", "images": str(tmp_path)},
+        {"built": f"{tmp_path}/b", "weight": 0.5},
+    )
+    assert config.is_locked

@@ -10,6 +10,7 @@ from llava_jax.data.conversation import (
     choose_template,
     get_template,
     place_images,
+    place_prompt_images,
     render,
     stop_strings,
     with_im_start_end,
@@ -149,6 +150,15 @@ def test_images_first():
         ("user", "q "),
     )
     assert place_images(turns, "as_is", 0, "id") == tuple(turns)
+
+
+def test_images_of_a_prompt_stand_where_the_model_saw_them():
+    turns = [("system", "<b>"), ("user", " at <image>\n and <image> "), ("assistant", "a"), ("user", "<image>\n  q ")]
+    assert place_prompt_images(turns, "as_is") == turns
+    for position in ("first", "random"):
+        placed = place_prompt_images(turns, position)
+        assert placed[1] == place_images(turns, "first", 0, "id")[1]
+        assert [placed[i] for i in (0, 2, 3)] == [turns[i] for i in (0, 2, 3)]  # whose text keeps its white space
 
 
 def test_random_order_is_even_and_a_function_of_seed_and_id():

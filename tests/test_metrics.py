@@ -27,6 +27,16 @@ def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_run_that_begins_anew_keeps_no_line(tmp_path):
+    """It evaluates step 0 again."""
+    for _ in range(2):
+        writer = MetricsWriter(epath.Path(tmp_path), 0)
+        writer.write(0, {"pope/accuracy": 1.0})
+        writer.write(1, {"loss": 1.0})
+        writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
 FIGURES = {
     "loss": 1.5,
     "learning_rate": 1e-3,

@@ -19,9 +19,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import UserError, positive, run, track
+from llava_jax.cli import Parser, UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.images import in_any_spelling
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
 from llava_jax.data.sources import LlavaJson
@@ -111,10 +112,10 @@ def _begin(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
     sizes = _sizes(images, list(uses))
-    if missing := [name for name, size in sizes.items() if size is None]:
+    if missing := {name for name, size in sizes.items() if size is None}:
         raise UserError(
-            f"{'; '.join(explain_missing(images, missing))}. Put them there, or let llava_jax.data.check --fix write "
-            "the samples that are whole, and build from these"
+            f"{'; '.join(explain_missing(images, _first_users(source, missing)))}. Put them there, or let "
+            "llava_jax.data.check --fix write the samples that are whole, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
     manifest = {
@@ -144,9 +145,18 @@ def _sizes(images: epath.Path, names: Sequence[str]) -> dict[str, int | None]:
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
 
 
+def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
+    """The id of the first sample with each of these pictures."""
+    users: dict[str, str] = {}
+    for sample in source:
+        for name in names.intersection(sample.images):
+            users.setdefault(name, sample.id)
+    return users
+
+
 def _size(path: epath.Path) -> int | None:
     try:
-        return path.stat().length
+        return in_any_spelling(lambda file: file.stat().length, path)
     except (OSError, ValueError):  # ValueError where the name holds a null byte
         return None
 
@@ -235,7 +245,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.build",
         description=__doc__,
         epilog=EPILOG,

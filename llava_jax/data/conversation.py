@@ -207,7 +207,9 @@ def stop_strings(template: Template) -> list[str]:
     return [template.end.strip() or template.end]
 
 
-def render(turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None) -> Rendered:
+def render(
+    turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None, begun: str = ""
+) -> Rendered:
     """Renders turns as the model is trained on them.
 
     Args:
@@ -216,6 +218,7 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         training begins with.
       template: the text around the turns.
       system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
+      begun: what an open last turn begins with, which the answer continues.
 
     Returns:
       The text and the spans to learn: all that has to be generated after the prompt of an answer, its end mark
@@ -235,7 +238,8 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
                 before = template.between + before
             added = [before, _question(text, template), after]
         elif text is None:
-            added = [template.reply]
+            added = [template.reply, template.lead + _clean(begun, template) if begun else ""]
+            spans += [(length + len(template.reply), length + sum(map(len, added)))] if begun else []
         else:
             answer = _clean(text, template).replace(IMAGE_TOKEN, template.image)
             added = [template.reply, template.lead, answer, template.end, template.tail]
@@ -244,6 +248,12 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         pieces += added
         length += sum(map(len, added))
     return Rendered("".join(pieces), spans)
+
+
+def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+    """Raises `UserError` where `render` would leave a system prompt out, since the template has no place for one."""
+    if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
+        raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
 
 
 def place_images(
@@ -260,7 +270,28 @@ def place_images(
     if position == "as_is":
         return tuple(turns)
     last = position == "random" and hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()[0] % 2 == 1
-    return tuple((role, _place(text, last=last and i == 0)) for i, (role, text) in enumerate(turns))
+    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
+    return tuple((role, _place(text, last=last and i == first)) for i, (role, text) in enumerate(turns))
+
+
+def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
+    """Whether a turn has text between its images, which `first` and `random` take out of it."""
+    return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
+
+
+def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:
+    """Puts the image marks of a prompt where a model trained with `position` expects them.
+
+    `as_is` changes nothing. Otherwise they stand before the text of their turn, as `place_images` has it for `first`;
+    a model trained with `random` has seen that too. A turn that begins with all its marks is left as it is.
+    """
+    if position == "as_is":
+        return list(turns)
+    return [(role, text if _begins_with_images(text) else _place(text, last=False)) for role, text in turns]
+
+
+def _begins_with_images(text: str) -> bool:
+    return text.startswith(f"{IMAGE_TOKEN}\n" * text.count(IMAGE_TOKEN))
 
 
 def _place(text: str, last: bool) -> str:

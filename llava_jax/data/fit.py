@@ -68,6 +68,13 @@ def missing_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
     return f"template {template.name} does not fit the tokenizer: {pieces}{end}; {_others(template, tokenizer)}"
 
 
+def end_of_answer(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer in a training text; None where that takes several."""
+    labels = encode_turns([_QUESTION, ("assistant", "A cat")], template, tokenizer).labels
+    last = int(labels[labels != IGNORE_INDEX][-1])
+    return last if tokenizer.decode([last]) in (template.end, template.end.strip()) else None
+
+
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     """The template that renders as the tokenizer's own chat template does; None where it has none, or another."""
     if not tokenizer.chat_template:

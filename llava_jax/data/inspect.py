@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
@@ -161,7 +161,7 @@ def _limit(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.inspect",
         description=__doc__,
         epilog=EPILOG,

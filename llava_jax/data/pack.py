@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
@@ -191,7 +191,7 @@ def _number(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.pack",
         description=__doc__,
         epilog=EPILOG,

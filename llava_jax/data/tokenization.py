@@ -25,10 +25,12 @@ from llava_jax.data.conversation import (
     IM_START_TOKEN,
     IMAGE_TOKEN,
     Template,
+    check_system,
     place_images,
     render,
 )
-from llava_jax.data.sources import Sample
+from llava_jax.data.samples import Sample
+from llava_jax.incoming import POINTER, refuse_pointer
 from llava_jax.remote import local
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
+    for file in local(directory).glob("*token*"):
+        with file.open("rb") as data:
+            refuse_pointer(data.read(len(POINTER)), epath.Path(directory) / file.name)
     try:
         tokenizer = _load(local(directory))
     except UserError:
@@ -115,9 +120,11 @@ def encode_sample(
     image_position: str = "first",
     seed: int = 0,
 ) -> Encoded:
-    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn."""
+    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn, or where it
+    has a system prompt for which the template has no place."""
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
+        check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from error
@@ -130,15 +137,17 @@ def encode_turns(
     turns: Sequence[tuple[str, str | None]],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
+    begun: str = "",
 ) -> Encoded:
-    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer.
+    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
+    if one is given.
 
     Raises `UserError` where the template puts images between tokens that are not in the vocabulary.
     """
     if IM_START_TOKEN in template.image:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
-    text, learned_spans = render(turns, template, system)
+    text, learned_spans = render(turns, template, system, begun)
     return _encode(text, learned_spans, tokenizer)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
@@ -113,7 +113,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate report",
         description=__doc__,
         epilog=EPILOG,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax import compilation_cache
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.models.config import QUANTIZATIONS
 
@@ -77,7 +77,7 @@ def _api_key(file: str | None) -> str | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.serve",
         description=__doc__,
         epilog=EPILOG,
