@@ -132,7 +132,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, nargs="+", metavar="D", help="training workdirs")
+    parser.add_argument("--workdir", required=True, nargs="+", action="extend", metavar="D", help="training workdirs")
     parser.add_argument("--output", metavar="F", help=f"a .png, .svg or .pdf file (default: {LOSS} in the workdir)")
     args = parser.parse_args(argv)
     if len(args.workdir) > 1 and not args.output:
