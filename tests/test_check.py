@@ -145,12 +145,6 @@ def test_without_a_template_lengths_are_those_of_the_tokenizers_own(
         check(tmp_path, images, records, "--tokenizer", tmp_path / "other", "--max-length", 64)
 
 
-def test_a_template_whose_marks_are_no_tokens_is_told_with_the_one_to_choose(tmp_path, images, capsys, smollm2_dir):
-    assert check(tmp_path, images, [sample("a")], "--tokenizer", smollm2_dir, "--template", "v1") == 0
-    told = capsys.readouterr().err
-    assert "warning: template v1 does not fit the tokenizer: </s> is" in told and "choose template chatml" in told
-
-
 def test_special_tokens_are_the_tokenizers(tmp_path, images, capsys, smollm2_dir):
     records = [sample("a", "<image> <|im_end|>"), sample("b", "<image> <s>")]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)

@@ -22,6 +22,7 @@ from etils import epath
 from llava_jax.cli import Parser, UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
@@ -228,7 +229,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _encoder(args: argparse.Namespace) -> "TextEncoder":
-    from llava_jax.data.fit import chosen_template
     from llava_jax.data.pipeline import TextEncoder  # and JAX and Grain, which take seconds
 
     tokenizer = load_tokenizer(args.tokenizer)

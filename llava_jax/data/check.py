@@ -20,6 +20,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
@@ -168,7 +169,6 @@ def main(argv: list[str] | None = None) -> int:
 def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
     """How lengths are measured; None, which is said, where nobody asks for them and no template is known."""
     from llava_jax.data import measuring  # and Grain, which takes seconds
-    from llava_jax.data.fit import chosen_template
 
     try:
         template = chosen_template(args.template, tokenizer, args.tokenizer)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -72,8 +73,6 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    from llava_jax.data.fit import chosen_template  # and transformers, which takes seconds
-
     tokenizer = load_tokenizer(args.tokenizer)
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     encode = partial(

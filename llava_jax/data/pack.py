@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
@@ -151,7 +152,6 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     from llava_jax.data.built import Built  # only now: JAX and Grain take seconds
-    from llava_jax.data.fit import chosen_template
     from llava_jax.data.lengths import measure_once
     from llava_jax.data.pipeline import TextEncoder
 
