@@ -97,6 +97,7 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     labels = _labels(workdirs)
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
     picture = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(output).write_bytes(picture)
 
 
