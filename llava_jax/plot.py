@@ -97,6 +97,7 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     labels = _labels(workdirs)
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
     picture = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
+    epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
     epath.Path(output).write_bytes(picture)
 
 
@@ -132,7 +133,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, nargs="+", metavar="D", help="training workdirs")
+    parser.add_argument("--workdir", required=True, nargs="+", action="extend", metavar="D", help="training workdirs")
     parser.add_argument("--output", metavar="F", help=f"a .png, .svg or .pdf file (default: {LOSS} in the workdir)")
     args = parser.parse_args(argv)
     if len(args.workdir) > 1 and not args.output:

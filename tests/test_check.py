@@ -12,6 +12,7 @@ from llava_jax.data import pictures
 from llava_jax.data.check import main
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.survey import Survey
+from llava_jax.data.tokenization import load_tokenizer
 
 LONG = "word " * 100
 
@@ -123,6 +124,33 @@ def test_lengths_count_the_tokens_of_images(tmp_path, images, capsys, smollm2_di
     assert check(tmp_path, images, records, *args, 200) == 1
 
 
+def test_without_a_template_lengths_are_those_of_the_tokenizers_own(
+    tmp_path, images, capsys, smollm2_dir, bare_llama_dir
+):
+    records = [sample("long", answer=LONG)]
+    reports = []
+    for template in ([], ["--template", "chatml"]):
+        args = ["--tokenizer", smollm2_dir, *template, "--report", tmp_path / "report.json", "--max-length", 64]
+        assert check(tmp_path, images, records, *args) == 1
+        captured = capsys.readouterr()
+        assert ("template chatml, which is the chat template of" in captured.err) is not bool(template)
+        reports.append((captured.out, json.loads((tmp_path / "report.json").read_text())["lengths"]))
+    assert reports[0] == reports[1] and reports[0][0].startswith("too-long, long, ") and reports[0][1]["samples"] == 1
+
+    assert check(tmp_path, images, records, "--tokenizer", bare_llama_dir) == 0
+    told = capsys.readouterr().err
+    assert f"lengths are not measured: {bare_llama_dir}: has no chat template: name" in told and "no problems" in told
+    with pytest.raises(UserError, match="has no chat template: name the template of the conversations, such as --tem"):
+        check(tmp_path, images, records, "--tokenizer", bare_llama_dir, "--max-length", 64)
+    with pytest.raises(UserError, match="did you mean v1"):
+        check(tmp_path, images, records, "--tokenizer", bare_llama_dir, "--template", "v1_")
+    other = load_tokenizer(smollm2_dir)
+    other.chat_template = "{{ messages[0]['content'] }}"
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has a chat template that is none of the templates: name the template"):
+        check(tmp_path, images, records, "--tokenizer", tmp_path / "other", "--max-length", 64)
+
+
 def test_a_template_that_does_not_fit_the_tokenizer(tmp_path, images, capsys, smollm2_dir):
     args = ["--tokenizer", smollm2_dir, "--max-length", 2048, "--template"]
     assert check(tmp_path, images, [sample("a")], *args, "v1") == 1
@@ -160,8 +188,9 @@ def test_bad_arguments(tmp_path, images):
         check(tmp_path, tmp_path / "nowhere", [sample("a")])
     with pytest.raises(UserError, match="no such file"):
         main(["--json", str(tmp_path / "no.json"), "--images", str(images)])
-    with pytest.raises(SystemExit):
-        check(tmp_path, images, [sample("a")], "--max-length", 5)
+    for option in (["--max-length", 5], ["--template", "v1"]):
+        with pytest.raises(SystemExit):
+            check(tmp_path, images, [sample("a")], *option)
 
 
 def fixed(tmp_path, images, capsys, text, out, *args):

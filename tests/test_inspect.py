@@ -65,6 +65,17 @@ def test_view_marks_what_is_learned(data, tokenizer, tmp_path, capsys):
     assert "\x1b[1;32m" in capture.get() and "It is 0." in view(encoded, tokenizer).plain[start:end]
 
 
+def test_without_a_template_it_is_the_tokenizers_own(data, smollm2_dir, bare_llama_dir, capsys):
+    args = ["--json", str(data), "--jsonl", "-", "--tokenizer"]
+    main([*args, str(smollm2_dir), "--template", "chatml"])
+    expected = capsys.readouterr()
+    main([*args, str(smollm2_dir)])
+    shown = capsys.readouterr()
+    assert shown.out == expected.out and "template chatml, which is the chat template of" in shown.err
+    with pytest.raises(UserError, match="has no chat template: name the template"):
+        main([*args, str(bare_llama_dir)])
+
+
 def test_images_are_read_only_where_their_folder_is_given(data, bare_llama_dir, tmp_path, capsys):
     args = ["--json", str(data), "--tokenizer", str(bare_llama_dir), "--template", "v1"]
     main(args)

@@ -36,8 +36,8 @@ def test_the_command(tmp_path, capsys):
     assert Image.open(run / "loss.png").format == "PNG"
     first, second = workdir(tmp_path / "a" / "finetune", [0.0, 2.0]), workdir(tmp_path / "b" / "finetune", [3.0])
     stage_1 = workdir(tmp_path / "a" / "pretrain", [4.0], stage="pretrain")
-    output = tmp_path / "all.svg"
-    plot.main(["--workdir", str(first), f"{second}/", str(stage_1), "--output", str(output)])
+    output = tmp_path / "new" / "all.svg"
+    plot.main(["--workdir", str(first), f"{second}/", f"--workdir={stage_1}", "--output", str(output)])
     text = output.read_text()
     assert all(f"<!-- {name} -->" in text for name in ("a/finetune: loss", "b/finetune: loss", "a/pretrain: loss"))
     assert text.count("<!-- loss -->") == 2, "the axes of a panel for each stage"

@@ -21,7 +21,8 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
-from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
+from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
@@ -231,7 +232,8 @@ def _encoder(args: argparse.Namespace) -> "TextEncoder":
     from llava_jax.data.pipeline import TextEncoder  # and JAX and Grain, which take seconds
 
     tokenizer = load_tokenizer(args.tokenizer)
-    return TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length, args.image_position)
+    template = chosen_template(args.template, tokenizer, args.tokenizer)
+    return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)
 
 
 def _beam_config(options: str) -> tfds.download.DownloadConfig:
@@ -267,7 +269,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="trust pictures: do not decode them to find damaged ones (data.check did)",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
-    parser.add_argument("--template", help="conversation template, such as v1 (with --tokenizer)")
+    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--max-length", type=positive, default=2048, metavar="N", help="config.max_length (2048)")
     parser.add_argument("--image-tokens", type=positive, default=576, metavar="P", help="tokens an image takes (576)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
@@ -277,8 +279,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="write on Apache Beam: its options, as runner=DataflowRunner,project=P,region=R",
     )
     args = parser.parse_args(argv)
-    if bool(args.tokenizer) != bool(args.template):
-        parser.error("--tokenizer and --template go together")
+    if args.template and not args.tokenizer:
+        parser.error("--template needs --tokenizer")
     return args
 
 

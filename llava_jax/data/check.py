@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, track
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
@@ -131,8 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
-        if args.template:
-            measuring = _measuring(args, tokenizer)
+        measuring = _measuring(args, tokenizer)
     survey, report, console = Survey(args.json, args.image_position), Report(), Console()
     for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
         report.add(problem)
@@ -166,11 +166,19 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report.counts else 0
 
 
-def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring":
+def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
+    """How lengths are measured; None, which is said, where nobody asks for them and no template is known."""
     from llava_jax.data import measuring  # and Grain, which takes seconds
 
+    try:
+        template = chosen_template(args.template, tokenizer, args.tokenizer)
+    except UserError as error:
+        if args.template is not None or args.max_length is not None:
+            raise
+        print(f"lengths are not measured: {error}", file=sys.stderr)
+        return None
     encode = measuring.TextEncoder(
-        get_template(args.template), tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
+        template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
     )
     return measuring.Measuring(encode, args.max_length, args.workers)
 
@@ -193,7 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
     parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer directory, to measure lengths")
-    parser.add_argument("--template", help="conversation template, such as v1")
+    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")
     parser.add_argument("--image-tokens", type=int, default=576, metavar="P", help="tokens an image takes (576)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
@@ -206,8 +214,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("--workers has to be 1 or more")
-    if args.max_length is not None and not (args.tokenizer and args.template):
-        parser.error("--max-length needs --tokenizer and --template")
+    for option, value in (("--max-length", args.max_length), ("--template", args.template)):
+        if value is not None and not args.tokenizer:
+            parser.error(f"{option} needs --tokenizer")
     return args
 
 

@@ -1,11 +1,13 @@
 """Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, Template, render
+from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 if TYPE_CHECKING:
@@ -81,6 +83,21 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
     if not tokenizer.chat_template:
         return None
     return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
+
+
+def chosen_template(name: str | None, tokenizer: "PreTrainedTokenizerBase", where: epath.PathLike) -> Template:
+    """The template of that name or, for None, the one that the chat template of the tokenizer at `where` is.
+
+    Raises UserError where the tokenizer has no chat template, or one that is none of ours.
+    """
+    if name is not None:
+        return get_template(name)
+    own = template_of(tokenizer)
+    if own is None:
+        what = "a chat template that is none of the templates" if tokenizer.chat_template else "no chat template"
+        raise UserError(f"{where}: has {what}: name the template of the conversations, such as --template v1")
+    print(f"template {own.name}, which is the chat template of {where}", file=sys.stderr)
+    return own
 
 
 def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, track
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
-from llava_jax.data.fit import missing_marks, require_fit
+from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -73,8 +73,8 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
+    template = chosen_template(args.template, tokenizer, args.tokenizer)
     require_fit(template, tokenizer)
     if misfit := missing_marks(template, tokenizer):
         print(f"warning: {misfit}", file=sys.stderr)
@@ -172,7 +172,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", required=True, help="conversation template, such as v1")
+    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
     parser.add_argument("--seed", type=int, default=0, help="of image position random")
     parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")

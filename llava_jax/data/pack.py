@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, run, track
-from llava_jax.data.conversation import get_template
+from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
     tokenizer = load_tokenizer(args.tokenizer)
-    encode = TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
+    template = chosen_template(args.template, tokenizer, args.tokenizer)
+    encode = TextEncoder(template, tokenizer, args.image_tokens, args.max_length)
     lengths = measure_once(source, encode, args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
@@ -200,7 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
     data.add_argument("--built", metavar="DIR", help="what llava_jax.data.build made")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", required=True, help="conversation template, such as v1")
+    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--max-length", type=_number, default=2048, metavar="N", help="longer samples are cut (2048)")
     parser.add_argument("--image-tokens", type=_number, default=576, metavar="P", help="tokens an image takes (576)")
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
