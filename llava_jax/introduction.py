@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import sharding
+from llava_jax.data.fit import missing_marks
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
 from llava_jax.data.padding import padding_of_run
@@ -86,11 +87,13 @@ def _summary(params: Params) -> str:
 
 
 def show_first_sample(sample: Any, encode: TextEncoder) -> None:
-    """The first sample as the model sees it, what is learned marked."""
+    """The first sample as the model sees it, what is learned marked; before it what does not fit its tokenizer."""
     encoded = encode_sample(
         sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if misfit := missing_marks(encode.template, encode.tokenizer):
+        console.print(f"warning: {misfit}", markup=False)
     kept = truncate(encoded, encode.image_tokens, encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""

@@ -117,6 +117,15 @@ def test_lengths_count_the_tokens_of_images(tmp_path, images, capsys, smollm2_di
     assert check(tmp_path, images, records, *args, 200) == 1
 
 
+def test_a_template_that_does_not_fit_the_tokenizer(tmp_path, images, capsys, smollm2_dir):
+    args = ["--tokenizer", smollm2_dir, "--max-length", 2048, "--template"]
+    assert check(tmp_path, images, [sample("a")], *args, "v1") == 1
+    assert "template, -, warning: template v1 does not fit the tokenizer: </s> is 3 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="template llama_3 does not fit the tokenizer: an answer's prompt ends with"):
+        check(tmp_path, images, [sample("a")], *args, "llama_3")
+    assert check(tmp_path, images, [sample("a")], *args, "chatml") == 0
+
+
 def test_special_tokens_are_the_tokenizers(tmp_path, images, capsys, smollm2_dir):
     records = [sample("a", "<image> <|im_end|>"), sample("b", "<image> <s>")]
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)

@@ -74,6 +74,15 @@ def test_a_model_decides_over_the_tokenizer_json_made_of_it(llama_dir, processor
     assert ids_of(load_tokenizer(tmp_path / "saved"), "  Hello  World") == processor.encode("  Hello  World")
 
 
+def test_a_text_that_begins_with_a_space_gets_another(llama_dir, processor, tmp_path):
+    """As the text after an image does, `<image> ASSISTANT:`; transformers 5 adds none, also by a tokenizer.json."""
+    tokenizer = load_tokenizer(llama_dir)
+    tokenizer.save_pretrained(tmp_path)
+    assert ids_of(LlamaTokenizer.from_pretrained(tmp_path), " ASSISTANT:") != processor.encode(" ASSISTANT:")
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        assert ids_of(each, " ASSISTANT:") == processor.encode(" ASSISTANT:")
+
+
 def test_wrong_merges_without_the_model_are_told(llama_dir, tmp_path, capsys):
     LlamaTokenizer.from_pretrained(llama_dir).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").unlink(missing_ok=True)

@@ -1,11 +1,15 @@
 """Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import TEMPLATES, Template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _QUESTION = ("user", "What is it?")
 # Beginnings that tokenizers treat differently. Those with white space `encode_turns` sees to, sample by sample.
@@ -28,7 +32,7 @@ _ANSWERS = (
 )
 
 
-def require_fit(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Checks that the ids of a prompt are those that training texts begin with, and that labels begin right after.
 
     Raises UserError naming the template and the tokens on which that fails: the model would learn to continue a prompt
@@ -50,7 +54,7 @@ def require_fit(template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def missing_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """What is wrong where a mark of the template, such as the end of an answer, is no token of the tokenizer.
 
     Here answers still end where the text of the end mark does; an exported model never stops in other programs.
@@ -65,21 +69,21 @@ def missing_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> str
     return f"template {template.name} does not fit the tokenizer: {pieces}{end}; {_others(template, tokenizer)}"
 
 
-def end_of_answer(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_answer(template: Template, tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token that ends an answer in a training text; None where that takes several."""
     labels = encode_turns([_QUESTION, ("assistant", "A cat")], template, tokenizer).labels
     last = int(labels[labels != IGNORE_INDEX][-1])
     return last if tokenizer.decode([last]) in (template.end, template.end.strip()) else None
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> Template | None:
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
     """The template that renders as the tokenizer's own chat template does; None where it has none, or another."""
     if not tokenizer.chat_template:
         return None
     return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
 
 
-def _missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     vocab = tokenizer.get_vocab()
     return [
         mark
@@ -88,7 +92,7 @@ def _missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str
     ]
 
 
-def _others(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The way out of a template that does not fit."""
     own = template_of(tokenizer)
     if own is not None and own.name != template.name:
@@ -98,7 +102,7 @@ def _others(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"choose a template whose marks it has ({names})" if names else "choose one without such marks (llava_v0)"
 
 
-def _renders_as(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase") -> bool:
     question, answer, system = ("user", "q1"), ("assistant", "a1"), ("system", "s")
     alike = [
         _alike(template, tokenizer, turns) for turns in ([question], [question, answer], [question, answer, question])
@@ -107,7 +111,7 @@ def _renders_as(template: Template, tokenizer: PreTrainedTokenizerBase) -> bool:
     return all(alike) and _alike(template, tokenizer, [system, question]) is not False
 
 
-def _alike(template: Template, tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> bool | None:
+def _alike(template: Template, tokenizer: "PreTrainedTokenizerBase", turns: list[tuple[str, str]]) -> bool | None:
     """Whether both render the turns, and the prompt of an answer after a question, alike. None: it does not render."""
     asks = turns[-1][0] == "user"
     messages = [{"role": role, "content": text} for role, text in turns]

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.fit import missing_marks, require_fit
 from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
+    require_fit(template, tokenizer)
+    if misfit := missing_marks(template, tokenizer):
+        print(f"warning: {misfit}", file=sys.stderr)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError
+from llava_jax.data.fit import missing_marks
 from llava_jax.data.lengths import measure_once
 from llava_jax.data.padding import padding_of_samples
 from llava_jax.data.pipeline import TextEncoder, encode_text
@@ -50,6 +51,8 @@ class Measuring:
         return padding_of_samples(lengths, self.maximum) if self.maximum else None
 
     def problems(self, survey: Survey, lengths: Lengths) -> Iterator[Problem]:
+        if misfit := missing_marks(self.encode.template, self.encode.tokenizer):
+            yield Problem("template", "-", misfit, -1, warning=True)
         for number in np.flatnonzero(lengths.tokens == 0).tolist():
             if any(role == "assistant" for role, _ in survey[number].turns):  # else it is told already
                 yield self._nothing_learned(survey, number, UNLIMITED)

@@ -60,13 +60,7 @@ def follow(model: ModelProto, tokenizer: PreTrainedTokenizerBase, where: Path) -
     backend = tokenizer.backend_tokenizer
     vocab = backend.get_vocab(with_added_tokens=False)
     backend.model = BPE(vocab, _merges(model, vocab), fuse_unk=True, byte_fallback=True)
-    # Metaspace adds its character before a text unless the text begins with it. No text begins with a space once its
-    # spaces are replaced, so the first one always adds a space, of which the second makes what the pieces have.
-    prepend = ("always" if tokenizer.legacy else "first") if model.normalizer_spec.add_dummy_prefix else "never"
-    backend.normalizer = Replace(" ", SPACE)
-    backend.pre_tokenizer = Sequence(
-        [Metaspace(" ", prepend_scheme=prepend, split=False), Metaspace(SPACE, prepend_scheme="never", split=False)]
-    )
+    begin_with_space(tokenizer, model.normalizer_spec.add_dummy_prefix)
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     for text in _PROBES:
         if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
@@ -74,6 +68,20 @@ def follow(model: ModelProto, tokenizer: PreTrainedTokenizerBase, where: Path) -
                 f"{where}: no fast tokenizer gives the ids of this SentencePiece model for {text!r}, since it "
                 "normalizes text in a way that is not supported: save a tokenizer.json beside it"
             )
+
+
+def begin_with_space(tokenizer: PreTrainedTokenizerBase, begin: bool = True) -> None:
+    """Makes a tokenizer of LLaMA's kind add a space before a text, also before one that begins with a space.
+
+    Metaspace adds its character unless the text begins with that. No text begins with a space once its spaces are
+    replaced, so the first one always adds a space, of which the second makes what the pieces have.
+    """
+    prepend = ("always" if tokenizer.legacy else "first") if begin else "never"
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Replace(" ", SPACE)
+    backend.pre_tokenizer = Sequence(
+        [Metaspace(" ", prepend_scheme=prepend, split=False), Metaspace(SPACE, prepend_scheme="never", split=False)]
+    )
 
 
 def has_wrong_merges(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -90,10 +90,11 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
     model_file = directory / "tokenizer.model"
     if (directory / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
-        if isinstance(tokenizer, LlamaTokenizer) and model_file.exists():
-            model = sentencepiece_model.read_model(model_file)
-            if sentencepiece_model.fits(model, tokenizer):
+        if isinstance(tokenizer, LlamaTokenizer):
+            sentencepiece_model.begin_with_space(tokenizer, tokenizer.add_prefix_space is not False)
+            # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
+            model = sentencepiece_model.read_model(model_file) if model_file.exists() else None
+            if model and sentencepiece_model.fits(model, tokenizer):
                 sentencepiece_model.follow(model, tokenizer, model_file)
         if sentencepiece_model.has_wrong_merges(tokenizer):
             print(
