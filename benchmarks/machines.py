@@ -138,7 +138,7 @@ def text_only_changes(target: str, per_device: int) -> dict[str, int]:
 
 
 def with_versions_of_maxtext() -> str:
-    """How far our peaks, compiled with MaxText's versions, are from those of the versions installed."""
+    """How our peaks, compiled with MaxText's versions, compare with those of the versions installed."""
     theirs, differences = stored(MAXTEXT_VERSIONS), []
     for target, per_device in MAXTEXT:
         changes = text_only_changes(target, per_device)
@@ -149,8 +149,8 @@ def with_versions_of_maxtext() -> str:
     if not differences:
         return "Ours were not compiled with MaxText's versions."
     return (
-        f"Compiled with MaxText's versions, ours differ by at most {max(differences):.2f} GiB in the "
-        f"{len(differences)} of {len(MAXTEXT)} rows that were compiled with both."
+        f"{len(differences)} of the {len(MAXTEXT)} rows were compiled with MaxText's versions, too: the peaks of "
+        f"{sum(difference < 0.01 for difference in differences)} are the same to 0.01 GiB."
     )
 
 
