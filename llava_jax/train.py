@@ -195,19 +195,12 @@ def train(config: ConfigDict, workdir: str) -> None:
                 profile.close()
         if not first:
             return
-        before, clock = clock, goodput.step_seconds()
-        seconds = clock - before
+        seconds, clock = goodput.step_seconds() - clock, goodput.step_seconds()
         values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
         if config.projector_learning_rate:
             values["projector_learning_rate"] = float(rates["projector"](step - 1))
         values |= {"bad_samples": bad.count} if skip_bad else {}
-        values |= {
-            "tokens_per_second": counts["tokens"] / seconds,
-            "images_per_second": counts["images"] / seconds,
-            "learned_share": counts["learned"] / max(counts["tokens"], 1),
-            "padding_share": 1 - counts["tokens"] / counts["positions"],
-            "seconds": seconds,
-        }
+        values |= _speed(counts, seconds) | {"seconds": seconds}
         if peak:
             mfu = flops.mfu(step_flops, seconds, jax.device_count(), peak)
             values |= {f"mfu_{convention}": value for convention, value in mfu.items()}
@@ -421,6 +414,16 @@ def _describe(
     copy_tokenizer(source.tokenizer_dir, directory / "tokenizer")
     write_description(directory, description)
     return description
+
+
+def _speed(counts: dict[str, float], seconds: float) -> dict[str, float]:
+    """What `count_tokens` found in a batch, by the second and as shares."""
+    return {
+        "tokens_per_second": counts["tokens"] / seconds,
+        "images_per_second": counts["images"] / seconds,
+        "learned_share": counts["learned"] / max(counts["tokens"], 1),
+        "padding_share": 1 - counts["tokens"] / counts["positions"],
+    }
 
 
 def count_tokens(lengths: Lengths, rows: Sequence[tuple[int, ...]], layout: Layout) -> dict[str, float]:

@@ -18,7 +18,6 @@ from llava_jax.metrics import BAD_SAMPLES, METRICS, step_of
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = (
-    "model",  # only compared with the checkpoint
     "mesh",
     "model",  # only checked against the checkpoint
     "default_model",
