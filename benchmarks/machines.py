@@ -2,8 +2,12 @@
 
     python benchmarks/machines.py > docs/machines.md
 
-Takes an hour on two cores. Every row is one run of preflight with the arguments that the table names; results are
-kept in runs/machines.jsonl, so that what is interrupted goes on where it was. Remove that file after changing the step.
+Takes an hour on two cores. Every row is one run of preflight with the arguments that the table names. Results are kept
+in runs/machines.jsonl with the versions of the compilers, so that an interrupted run resumes; rows of other versions
+are compiled again. Remove that file after changing the step.
+
+With --peer, in an environment with MaxText's versions of jax and libtpu, it compiles only the rows that are compared
+with MaxText, prints their table, and keeps them for the next docs/machines.md, which tells the difference.
 """
 
 import importlib.metadata
@@ -18,10 +22,11 @@ from typing import Any
 GiB = 2**30
 RESULTS = Path("runs/machines.jsonl")
 
-# Peak GiB a device of MaxText 0.2.5 (jax 0.12.0.1, libtpu 0.0.50.1), compiled for the same machines by
+# Peak GiB a device of MaxText 0.2.5, compiled with these versions for the same machines by
 #   python -m maxtext.trainers.pre_train.train_compile CONFIG model_name=llama2-7b attention=flash scan_layers=true \
 #     remat_policy=full max_target_length=2048 compile_topology=v5e-16 per_device_batch_size=1 ...
 # with its defaults: bfloat16 computation, float32 weights, gradients and moments, AdamW, pure FSDP.
+MAXTEXT_VERSIONS = {"jax": "0.12.0.1", "libtpu": "0.0.50.1"}
 MAXTEXT = {
     ("v5e:4x4", 1): 8.12,
     ("v5e:4x4", 4): 11.30,
@@ -32,7 +37,8 @@ MAXTEXT = {
     ("v6e:4x4", 1): 8.11,
     ("v6e:4x4", 4): 11.08,
 }
-# A plain step of 150 lines with cuDNN attention and automatic FSDP, jax 0.10.2.
+# A plain step of 150 lines with cuDNN attention and automatic FSDP.
+PLAIN_VERSIONS = {"jax": "0.10.2"}
 PLAIN_GPU = {("h100:8", 1): 13.82, ("h100:8", 4): 16.51, ("h100:8", 8): 20.10}
 
 RECIPES = {
@@ -61,7 +67,7 @@ INTRODUCTION = """\
 Made by `python benchmarks/machines.py > docs/machines.md`. No accelerator was at hand: all of this is what the
 compilers of TPUs (libtpu) and GPUs (the CUDA plugin of JAX) say of the training step, compiled ahead of time on a
 machine with two cores. Nothing here was run on the machines it names; the times are lower bounds from their data
-sheets, not measurements. jax {jax}, libtpu {libtpu}.
+sheets, not measurements. Compiled with {versions}.
 
 GiB are per device. *Needed* is the peak that the compiler reports, on GPUs with a margin of 2 GiB and more for what it
 does not count; *available* is what libtpu lets a program use, or three quarters of a GPU's memory, JAX's default.
@@ -71,31 +77,42 @@ picture, and every position is learned, which is the worst case.
 """
 
 
+def installed() -> dict[str, str]:
+    """Versions of what compiles here."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
 def preflight(recipe: str, target: str, **changes: Any) -> dict[str, Any]:
-    """One run of the command, its JSON."""
-    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "llava_jax.preflight",
-        f"--config=configs/{recipe}",
-        f"--target={target}",
-        "--json",
-    ]
-    shown = " ".join(command[1:] + overrides)
-    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for one in known:
-        if one["command"] == shown:
-            return one["result"]
+    """One run of the command with the versions installed, its JSON."""
+    command = command_of(recipe, target, changes)
+    versions = installed()
+    known = stored(versions)
+    if (shown := " ".join(command)) in known:
+        return known[shown]
     print(shown, file=sys.stderr, flush=True)
-    run = subprocess.run([*command, *overrides], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if run.returncode not in (0, 3):
         raise SystemExit(run.stderr)
     result = json.loads(run.stdout)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
-        file.write(json.dumps({"command": shown, "result": result}) + "\n")
+        file.write(json.dumps({"command": shown, "versions": versions, "result": result}) + "\n")
     return result
+
+
+def command_of(recipe: str, target: str, changes: dict[str, Any]) -> list[str]:
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    return ["-m", "llava_jax.preflight", f"--config=configs/{recipe}", f"--target={target}", "--json", *overrides]
+
+
+def stored(versions: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Command -> result of the runs with these versions."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {one["command"]: one["result"] for one in lines if one.get("versions") == versions}
+
+
+def spelled(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def devices_of(target: str) -> int:
@@ -116,17 +133,32 @@ def gib(value: float | None) -> str:
     return "?" if value is None else f"{value / GiB:.2f}"
 
 
+def text_only_changes(target: str, per_device: int) -> dict[str, int]:
+    return {"image_slots": -1, "max_rows_per_device": per_device, "batch_rows": per_device * devices_of(target)}
+
+
+def with_versions_of_maxtext() -> str:
+    """How far our peaks, compiled with MaxText's versions, are from those of the versions installed."""
+    theirs, differences = stored(MAXTEXT_VERSIONS), []
+    for target, per_device in MAXTEXT:
+        changes = text_only_changes(target, per_device)
+        shown = " ".join(command_of("finetune.py:7b", target, changes))
+        if shown in theirs:
+            here = preflight("finetune.py:7b", target, **changes)["memory"]["needed"]
+            differences.append(abs(theirs[shown]["memory"]["needed"] - here) / GiB)
+    if not differences:
+        return "Ours were not compiled with MaxText's versions."
+    return (
+        f"Compiled with MaxText's versions, ours differ by at most {max(differences):.2f} GiB in the "
+        f"{len(differences)} of {len(MAXTEXT)} rows that were compiled with both."
+    )
+
+
 def text_only(peers: dict[tuple[str, int], float]) -> str:
     """The decoder alone, at the shapes at which peers were compiled."""
     rows = []
     for (target, per_device), peer in peers.items():
-        result = preflight(
-            "finetune.py:7b",
-            target,
-            image_slots=-1,
-            max_rows_per_device=per_device,
-            batch_rows=per_device * devices_of(target),
-        )
+        result = preflight("finetune.py:7b", target, **text_only_changes(target, per_device))
         memory, collectives = result["memory"], result["collectives"]
         peak = memory["needed"] - memory["margin"]
         rows.append(
@@ -156,12 +188,19 @@ def recipe_row(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    print(INTRODUCTION.format(jax=importlib.metadata.version("jax"), libtpu=importlib.metadata.version("libtpu")))
+    if sys.argv[1:] == ["--peer"]:
+        if installed() != MAXTEXT_VERSIONS:
+            raise SystemExit(f"installed are {spelled(installed())}, not {spelled(MAXTEXT_VERSIONS)}")
+        print(text_only(MAXTEXT))
+        return
+    print(INTRODUCTION.format(versions=spelled(installed())))
     print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
     print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS")
     print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
+    print(f"Ours: {spelled(installed())}. MaxText 0.2.5: {spelled(MAXTEXT_VERSIONS)}. {with_versions_of_maxtext()}\n")
     print(text_only(MAXTEXT), flush=True)
     print("## Against a plain step on GPUs: the same, cuDNN attention\n")
+    print(f"Ours: {spelled(installed())}. The plain step: {spelled(PLAIN_VERSIONS)}.\n")
     print(text_only(PLAIN_GPU), flush=True)
     print("## Memory by remat policy: stage 2, 7B, `--config.remat=...`\n")
     results = [[with_policy(name, policy) for policy in POLICIES] for name in POLICY_TARGETS]

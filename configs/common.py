@@ -12,6 +12,8 @@ def get_config() -> ConfigDict:
     config.init = ""
     # The preset whose shapes the checkpoint must have ("" takes any): see llava_jax/models/config.py.
     config.model = ""
+    # The preset that preflight compiles where neither `model` nor `init` says which.
+    config.default_model = ""
     # How conversations are written: see llava_jax/data/conversation.py.
     config.template = "v1"
     # Where a picture stands in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
@@ -97,4 +99,4 @@ def get_config() -> ConfigDict:
     # workdir's.
     config.wandb = ConfigDict({"project": "", "entity": "", "name": ""})
 
-    return config
+    return config.lock()  # a recipe that sets a key which is not above is an error

@@ -3,15 +3,14 @@
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.recipes import MAX_ROWS_PER_DEVICE, parse
+from configs.recipes import parse, set_size
 
 
 def get_config(arg: str = "") -> ConfigDict:
     size, recipe = parse(arg)
     config = common.get_config()
     config.stage = "finetune"
-    config.model = f"llava-{recipe}-{size}"
-    config.max_rows_per_device = MAX_ROWS_PER_DEVICE[size]
+    set_size(config, recipe, size)
     config.learning_rate = 2e-5
     config.save_every = 1000
     if recipe == "v0":  # LLaVA-Instruct 158K (paper, section 4.2 and appendix C)

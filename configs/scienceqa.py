@@ -7,17 +7,15 @@ The paper's recipe (section 5.2): 12 epochs, reasoning before the answer, which 
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.recipes import MAX_ROWS_PER_DEVICE
+from configs.recipes import MAX_ROWS_PER_DEVICE, set_size
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    size = arg or "13b"
-    if size not in MAX_ROWS_PER_DEVICE:
+    if arg and arg not in MAX_ROWS_PER_DEVICE:
         raise ValueError(f"{arg!r} is none of {', '.join(MAX_ROWS_PER_DEVICE)}")
     config = common.get_config()
     config.stage = "finetune"
-    config.model = f"llava-v0-{size}"
-    config.max_rows_per_device = MAX_ROWS_PER_DEVICE[size]
+    set_size(config, "v0", arg or None, published="13b")
     config.template = "llava_v0"
     config.image_position = "as_is"  # after the question, where the data has it
     config.image_aspect = "square"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 
 EPILOG = """example, after make quickstart and make test-browser:
   .venv/bin/python -m llava_jax.serve --checkpoint runs/quickstart/finetune --port 8000 &
@@ -42,9 +42,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
     parser.add_argument("--image", default=_easy_vqa_picture(), type=Path, metavar="F", help="to ask about")
     parser.add_argument("--output", default="docs/images/demo.png", type=Path, metavar="F")

@@ -24,7 +24,16 @@ from llava_jax.machines import GiB
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import abstract_params
 from llava_jax.targets import Target
-from llava_jax.training_step import StepSettings, TrainState, frozen_dtype, jit_step, step_settings
+from llava_jax.training_step import (
+    StepSettings,
+    TrainState,
+    abstract_placed,
+    abstract_state,
+    frozen_dtype,
+    jit_step,
+    step_settings,
+    with_sharding,
+)
 
 # Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
 GPU_MARGIN = 2 * GiB
@@ -113,11 +122,16 @@ def build(config: ConfigDict, target: Target) -> Program:
     return Program(target, config, mesh, settings, arguments, jit_step(settings, optimizer, arguments[0]))
 
 
+def preset(config: ConfigDict) -> str:
+    """The name of the preset to compile, "" for the model of the checkpoint."""
+    return config.model or ("" if config.init else config.default_model)
+
+
 def _model(config: ConfigDict) -> LlavaConfig:
-    if config.model:
-        if config.model not in PRESETS:
-            raise UserError(f"config.model is {config.model!r}, not one of {', '.join(PRESETS)}")
-        return PRESETS[config.model]
+    if name := preset(config):
+        if name not in PRESETS:
+            raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
+        return PRESETS[name]
     if config.init:
         return open_checkpoint(config.init).config
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says what is to be trained")
@@ -143,19 +157,11 @@ def _arguments(config: ConfigDict, settings: StepSettings, mesh: Mesh) -> tuple[
     shapes = abstract_params(settings.model)
     names = optim.trainable_names(shapes, config.stage)
     stored = frozen_dtype(config, mesh.devices.flat[0].platform)
-
-    def placed(name: str, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        shape = shapes[name].shape
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.param_sharding(mesh, name, shape))
-
-    trainable = {name: placed(name, jnp.float32) for name in names}
-    frozen = {name: placed(name, stored(name, shapes[name].dtype)) for name in shapes if name not in trainable}
-    moments = jax.eval_shape(optim.make_optimizer(config, names, STEPS).init, trainable)
-    moments = jax.tree.map(_with_sharding, moments, sharding.tree_shardings(mesh, moments))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    state = abstract_state(optim.make_optimizer(config, names, STEPS), shapes, names, mesh)
+    dtypes = {name: stored(name, leaf.dtype) for name, leaf in shapes.items() if name not in state.trainable}
     rows = sharding.batch_sharding(mesh)
-    batch = {name: _with_sharding(array, rows) for name, array in abstract_batch(settings.layout).items()}
-    return TrainState(step, trainable, moments), frozen, batch
+    batch = {name: with_sharding(array, rows) for name, array in abstract_batch(settings.layout).items()}
+    return state, abstract_placed(dtypes, shapes, mesh), batch
 
 
 def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
@@ -163,10 +169,6 @@ def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     rows = {name: jax.ShapeDtypeStruct((layout.batch_rows, layout.max_length), jnp.int32) for name in PADDING}
     shape = (layout.groups, layout.image_slots, layout.image_size, layout.image_size, 3)
     return rows | {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 # ----------------------------------------------------------------------------------------------------- compiling it

@@ -7,21 +7,22 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 from PIL import Image
 from rich.console import Console
 
 from llava_jax import compilation_cache, terminal, transcript
-from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
-from llava_jax.generate import Request, Sampling
 from llava_jax.remote import is_remote
-from llava_jax.serve.engine import Engine
 from llava_jax.transcript import marked, unmarked
+
+if TYPE_CHECKING:
+    from llava_jax.generate import Request, Sampling
+    from llava_jax.serve.engine import Engine
 
 EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg --prompt "What is this?"
@@ -29,7 +30,7 @@ EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune
 
 Of a pipe every line is a message, as if it were typed."""
-HELP = """/image FILE   adds a picture to your next message
+HELP = """/image FILE   adds a picture to your next message: before its text, or where the text has an <image>
 /system TEXT  sets the system prompt; without TEXT it is the template's own
 /save FILE    writes the conversation as LLaVA JSON, with where its pictures are
 /load FILE    goes on with a conversation that was saved
@@ -63,8 +64,10 @@ class Conversation:
         self.waiting.append(_attached(file))
         return self.waiting[-1].image
 
-    def ask(self, text: str) -> Request:
+    def ask(self, text: str) -> "Request":
         """The request of the next message."""
+        from llava_jax.generate import Request
+
         system = [] if self.system is None else [("system", self.system)]
         images = [picture.image for picture in [*self.pictures, *self.waiting]]
         return Request([*system, *self.turns, ("user", marked(text, len(self.waiting)))], images)
@@ -90,11 +93,11 @@ class Conversation:
 class Answerer:
     """An engine and how it is asked."""
 
-    engine: Engine
-    sampling: Sampling
+    engine: "Engine"
+    sampling: "Sampling"
     max_new_tokens: int | None
 
-    def stream(self, request: Request) -> Iterator[str]:
+    def stream(self, request: "Request") -> Iterator[str]:
         """The answer in pieces. Raises UserError where the context has no room for it."""
         longest = self.max_new_tokens or max(1, min(LONGEST_ANSWER, self.engine.room(request)))
         answer = self.engine.submit(request, dataclasses.replace(self.sampling, max_new_tokens=longest))
@@ -107,6 +110,10 @@ class Answerer:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
+    from llava_jax.checkpoint import open_checkpoint  # only now: JAX takes seconds, and a typing error need not wait
+    from llava_jax.generate import Sampling
+    from llava_jax.serve.engine import Engine
+
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     if args.max_new_tokens is not None:
         sampling = dataclasses.replace(sampling, max_new_tokens=args.max_new_tokens)  # which checks it
@@ -220,7 +227,7 @@ def _path(file: str) -> epath.Path:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.chat",
         description=__doc__,
         epilog=EPILOG,

@@ -7,6 +7,7 @@
     W/                   a training workdir
       llava.json tokenizer/
       checkpoints/STEP/    Orbax: `params` (the trained ones, float32), `optimizer`, and the description
+      frozen/ID/           what `convert copy-frozen` writes: the parameters that come from the checkpoint of that `id`
 
 A checkpoint of training holds what was trained; the description says which directory each frozen parameter
 comes from, so that it is stored once and leaves bit-equal. Nothing is decided by the name of a path.
@@ -43,6 +44,7 @@ from llava_jax.remote import is_remote
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.WARNING)
 
 DESCRIPTION = "llava.json"
+FROZEN = "frozen"  # in a workdir: copies of what its checkpoints take from elsewhere, by their `id`
 FORMAT = 1
 DAMAGED = "cannot be read, it may be damaged: import it again, or delete this step to go on from the one before"
 
@@ -119,6 +121,8 @@ class Checkpoint:
         return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
 
     def _open(self, source: Source) -> "Checkpoint":
+        if has_copy(self.root, source):
+            return open_checkpoint(frozen_copy(self.root, source))
         for path in (self.root / source.relative, epath.Path(source.path)):
             if path.exists():
                 found = open_checkpoint(path)
@@ -126,7 +130,7 @@ class Checkpoint:
                     return found
         raise UserError(
             f"{self.root}: its frozen parameters come from {source.path}, which is gone or was written anew since; "
-            "put the original back"
+            "put the original back (convert copy-frozen would have brought them into the workdir)"
         )
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -263,8 +267,22 @@ def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
         return Description.from_json(json.loads(file.read_text()), where=str(file))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
+
+
+def frozen_copy(workdir: epath.Path, source: Source) -> epath.Path:
+    """The place in a workdir for a copy of what it takes from a source."""
+    return workdir / FROZEN / source.id
+
+
+def has_copy(workdir: epath.Path, source: Source) -> bool:
+    return (frozen_copy(workdir, source) / DESCRIPTION).exists()  # which is written last
+
+
+def needed(workdir: epath.Path, description: Description) -> list[str]:
+    """The checkpoints elsewhere that those of a workdir take parameters from."""
+    return [source.path for source in description.sources if not has_copy(workdir, source)]
 
 
 def _always(value: Any, _name: str) -> Any:
@@ -313,12 +331,26 @@ def write_model(
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        if not is_remote(partial):
-            check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
-        with _in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
-            for name, layer, values in pieces:
-                writer.write(name, layer, values)
-        write_description(partial, description)
+        _write_weights(partial, shapes, pieces, description)
+
+
+def write_part(
+    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+) -> None:
+    """Some parameters of the model that `description` is of, for checkpoints that name it as a source."""
+    with new_directory(directory) as partial:
+        _write_weights(partial, shapes, pieces, description)
+
+
+def _write_weights(
+    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+) -> None:
+    if not is_remote(directory):
+        check_free(directory, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
+    with _in_one_line(directory, "cannot be written"), ArrayWriter(directory / "params", shapes) as writer:
+        for name, layer, values in pieces:
+            writer.write(name, layer, values)
+    write_description(directory, description)
 
 
 def check_free(directory: os.PathLike, size: int) -> None:

@@ -1,15 +1,21 @@
 """What every command shares: one-line errors, exit statuses and progress."""
 
 import argparse
+import datetime
+import math
+import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 Item = TypeVar("Item")
 
@@ -21,6 +27,8 @@ class UserError(Exception):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
     Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
@@ -51,6 +59,38 @@ def report(error: BaseException) -> tuple[int, str]:
     return status, message.removeprefix("error: ")
 
 
+PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
+    expand it in `--output ~/file`, but not in `--output=~/file`."""
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar in PATHS:
+                setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
+        return parsed, rest
+
+
+def expand_home(value: Any) -> Any:
+    """The value with the home directory for the `~` that a path in it begins with. What holds no text is left alone."""
+    match value:
+        case str():
+            return os.path.expanduser(value)
+        case Path():
+            return value.expanduser()
+        case list() | tuple():
+            return type(value)(map(expand_home, value))
+        case dict():
+            return {key: expand_home(each) for key, each in value.items()}
+        case _:
+            return value
+
+
 def positive(text: str) -> int:
     """The type of options that count something."""
     if (value := int(text)) < 1:
@@ -58,16 +98,41 @@ def positive(text: str) -> int:
     return value
 
 
+WIDTH = 80  # columns of a line that is not on a terminal
+
+
+class _Description(ProgressColumn):
+    """What is being done, in what the other columns leave of the line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 def progress_bar(console: Console | None = None) -> Progress:
-    """The progress bar of every long command (terminals only)."""
+    """The progress bar of every long command (terminals only): items done, in all and time left come first."""
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("left"),
+        BarColumn(bar_width=10),
+        _Description(table_column=Column()),
         console=console or Console(stderr=True),
     )
+
+
+def time_left(seconds: float) -> str:
+    """`1:23:45`, as the progress bar has it."""
+    return str(datetime.timedelta(seconds=math.ceil(seconds)))
+
+
+def fitting(parts: Iterable[str], width: int) -> str:
+    """As many of the parts as fit in a line of `width` columns, two spaces between them; the first one always does."""
+    line, *others = parts
+    for part in others:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += f"  {part}"
+    return line
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
@@ -85,4 +150,5 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
         now = time.monotonic()
         if now - last >= every:
             last = now
-            print(f"{description}: {done}/{total or '?'} after {now - start:.0f} s", file=sys.stderr, flush=True)
+            left = f"{time_left((now - start) / done * (total - done))} left" if total else f"{now - start:.0f} s"
+            print(f"{done}/{total or '?'}, {left}: {description}", file=sys.stderr, flush=True)

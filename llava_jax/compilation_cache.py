@@ -2,9 +2,6 @@
 
 import os
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-
 from llava_jax.data.cache import directory
 
 
@@ -16,6 +13,9 @@ def use(path: str) -> None:
     """
     if not path:
         return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
     compilation_cache.reset_cache()  # it may have decided before that there is none
     compilation_cache.set_cache_dir(path)
     if "://" in path:

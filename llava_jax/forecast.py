@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llava_jax import flops, hlo, sharding, targets
-from llava_jax.ahead import Compiled, Program, available_memory, build, compile_program, state_bytes
+from llava_jax.ahead import Compiled, Program, available_memory, build, compile_program, preset, state_bytes
 
 # Custom calls that are attention: their FLOPs are not in the HLO.
 ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
@@ -36,7 +36,7 @@ def report(config: ConfigDict, name: str, memory_fraction: float | None = None) 
         "device_kind": program.mesh.devices.flat[0].device_kind,
         "mesh": sharding.axis_sizes(program.mesh),
         "stage": config.stage,
-        "model": config.model,
+        "model": preset(config),
         "remat": settings.remat,
         "dtype": settings.dtype.name,
         "batch_rows": settings.layout.batch_rows,

@@ -21,7 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax import decoding
 from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
+from llava_jax.data.conversation import (
+    IMAGE_TOKEN,
+    Template,
+    check_system,
+    get_template,
+    place_prompt_images,
+    stop_strings,
+    with_im_start_end,
+)
 from llava_jax.data.detokenization import AnswerStream
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.prompts import Picture, Prompt, PromptBatch, assemble, bucket, share_beginnings
@@ -39,11 +47,12 @@ HEADROOM = 128  # slots for the answer that a cache has at least when it is made
 @dataclasses.dataclass(frozen=True)
 class Request:
     """Turns (role, text) as `data.conversation.render` takes them, the last one the user's, and a picture for each
-    `<image>` in them, in their order. The same picture is best given as the same path or object."""
+    `<image>` in them, in their order. The same picture is best given as the same path or object. Where the model was
+    trained with images before the text, its `PromptEncoder` puts the marks there."""
 
     turns: Sequence[tuple[str, str]]
     images: Sequence[Picture] = ()
-    begun: str = ""  # what the answer goes on from; no part of it
+    begun: str = ""  # what the answer continues; no part of it
 
     def __str__(self) -> str:
         question = " ".join(self.turns[-1][1].split()) if self.turns else ""
@@ -117,19 +126,16 @@ class PromptEncoder:
 
     def encode(self, request: Request) -> Prompt:
         """Raises UserError where the request is malformed."""
-        encoded = encode_turns([*request.turns, ("assistant", None)], self._begun(request.begun), self.tokenizer)
+        check_system(request.turns, self.template)
+        turns = place_prompt_images(request.turns, self.config.image_position)
+        encoded = encode_turns([*turns, ("assistant", None)], self.template, self.tokenizer, request.begun)
         marks = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         if marks != len(request.images):
             raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} pictures")
         if len(encoded.input_ids) == 0:
             raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
         row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
-        return Prompt(row.tokens, row.image_feature_index, request.images)
-
-    def _begun(self, text: str) -> Template:
-        """The template with answers that go on from a text."""
-        reply = self.template.reply + (self.template.lead + text if text else "")
-        return dataclasses.replace(self.template, reply=reply)
+        return Prompt(row.tokens, row.image_feature_index, request.images, request.begun)
 
     def read(self, picture: Picture) -> np.ndarray:
         """-> uint8[H, W, 3], which can be given in place of the picture. Raises UserError where it is damaged."""
@@ -138,9 +144,9 @@ class PromptEncoder:
         image = picture if isinstance(picture, Image.Image) else load_image(picture)
         return preprocess(image, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
 
-    def answer_stream(self, sampling: Sampling) -> AnswerStream:
-        """The text of an answer to come."""
-        return AnswerStream(self.tokenizer, self.stop_ids, [*self.stop_strings, *sampling.stop])
+    def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
+        """The text of an answer to come, which continues `begun`."""
+        return AnswerStream(self.tokenizer, self.stop_ids, [*self.stop_strings, *sampling.stop], begun)
 
 
 def default_dtype() -> jnp.dtype:
@@ -211,7 +217,7 @@ class Generator:
 
     def _pieces(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
         """Answers a batch; yields after every dispatch, of at most `max_steps` tokens, what is new of each answer."""
-        streams = [self.prompts.answer_stream(sampling) for _ in prompts]
+        streams = [self.prompts.answer_stream(sampling, prompt.begun) for prompt in prompts]
         rows = bucket(len(prompts))
         choice = _choice(sampling, prompts, rows) if sampling.temperature > 0 else None
         lengths = [len(prompt.tokens) for prompt in prompts]

@@ -64,6 +64,12 @@ class Goodput:
                 return
             yield item
 
+    def step_seconds(self) -> float:
+        """What steps have taken so far, with waiting for their data but without compiling, saving and evaluating: by
+        its growth the speed of a step is judged."""
+        self._charge()
+        return self.seconds["step"] + self.seconds["data"]
+
     def done(self, step: int) -> None:
         """Counts a step whose metrics are known."""
         self.step, self.steps_done = step, self.steps_done + 1

@@ -1,6 +1,7 @@
 """What a run says before its first step: what is trained, on what, and the first sample as the model sees it."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import sharding
+from llava_jax.data.fit import missing_marks
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
+from llava_jax.data.padding import padding_of_run
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Order
 from llava_jax.data.tokenization import encode_sample, truncate
@@ -31,8 +34,9 @@ def introduce(
     state: TrainState,
     frozen: Params,
     start: int,
+    sources: Sequence[str],
 ) -> None:
-    """Says what is about to happen."""
+    """Says what is about to happen. `sources`: other checkpoints, which the run's take their frozen parameters from."""
     layout = settings.layout
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
     device = jax.devices()[0]
@@ -49,9 +53,20 @@ def introduce(
         f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
         + (f", resuming after step {start:,}" if start else ""),
     ]
+    if sources:
+        lines.insert(3, _sources_line(directory, sources))
     if isinstance(order, PackedOrder):
         lines.insert(-1, _packing_line(order))
+    if padding := padding_of_run(order, lengths, layout.max_length):
+        lines.append(f"padding    {padding}")
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _sources_line(directory: epath.Path, sources: Sequence[str]) -> str:
+    return (
+        f"needs      {', '.join(sources)}, as the frozen parameters are not stored here; to copy them: "
+        f"python -m llava_jax.convert copy-frozen --checkpoint {directory}"
+    )
 
 
 def _packing_line(order: PackedOrder) -> str:
@@ -72,11 +87,13 @@ def _summary(params: Params) -> str:
 
 
 def show_first_sample(sample: Any, encode: TextEncoder) -> None:
-    """The first sample as the model sees it, what is learned marked."""
+    """The first sample as the model sees it, what is learned marked; before it what does not fit its tokenizer."""
     encoded = encode_sample(
         sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if misfit := missing_marks(encode.template, encode.tokenizer):
+        console.print(f"warning: {misfit}", markup=False)
     kept = truncate(encoded, encode.image_tokens, encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,11 @@ BELOW_1 = ("beta1", "beta2")
 
 def check(config: ConfigDict) -> None:
     """Raises UserError that lists every value that makes no sense."""
-    problems = list(_problems(config))
+    try:
+        problems = list(_problems(config))
+    except (AttributeError, KeyError) as error:
+        missing = re.search(r"\w+", str(error).rpartition("attribute")[2] or str(error))
+        raise UserError(f"the config has no key {missing[0]!r}: a recipe begins with common.get_config()") from None
     if problems:
         raise UserError("; ".join(f"config.{problem}" for problem in problems))
 

@@ -3,15 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
-from llava_jax.cli import progress_bar
+from llava_jax.cli import WIDTH, fitting, progress_bar, time_left
 from llava_jax.remote import is_remote, new_local, upload
 
 METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
@@ -21,9 +20,9 @@ UPLOAD_SECONDS = 60
 class MetricsWriter:
     """Appends to `metrics.jsonl` and others, TensorBoard and `tracker`, a `wandb.Run` or None.
 
-    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is). Object stores cannot
-    append, so logs for a remote workdir are written locally and copied there every `UPLOAD_SECONDS`, in the background,
-    and on `flush` and `close`.
+    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is), and all of it where
+    the run begins anew. Object stores cannot append, so logs for a remote workdir are written locally and copied there
+    every `UPLOAD_SECONDS`, in the background, and on `flush` and `close`.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int, tracker: Any | None = None):
@@ -33,8 +32,11 @@ class MetricsWriter:
         self.last_upload = time.monotonic()
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
-                kept = [line for line in (workdir / name).read_text().splitlines() if _step(line) <= start_step]
+                lines = (workdir / name).read_text().splitlines() if start_step else []
+                kept = [line for line in lines if step_of(line) <= start_step]
                 (self.local / name).write_text("".join(line + "\n" for line in kept))
+        from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
+
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
         self.tracker = tracker
 
@@ -79,18 +81,23 @@ class MetricsWriter:
             self._upload()
 
 
-def _step(line: str) -> float:
+def step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off by a crash in the middle of a line
+        return float("inf")
 
 
 class Screen:
-    """A progress bar with the newest figures on a terminal, a line every few seconds elsewhere."""
+    """A progress bar with the newest figures on a terminal, a line every few seconds elsewhere.
+
+    Each is one line with the step, the number of steps and the time left first, and then as many figures as fit.
+    """
 
     def __init__(self, start_step: int, steps: int, every: float = 5.0):
         self.steps, self.every, self.last = steps, every, 0.0
+        self.begun: tuple[int, float] | None = None  # the first step that was shown, and when: it was compiled before
         console = Console(stderr=True)
         self.bar = progress_bar(console) if console.is_terminal else None
         if self.bar:
@@ -98,25 +105,38 @@ class Screen:
             self.bar.start()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        text = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  grad {metrics['grad_norm']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['images_per_second']:.1f} images/s  "
-            f"learned {metrics['learned_share']:.0%}  padding {metrics['padding_share']:.0%}"
-        )
-        if "mfu_full" in metrics:
-            text += f"  MFU {metrics['mfu_full']:.1%} (causal {metrics['mfu_causal']:.1%})"
+        now = time.monotonic()
+        self.begun = self.begun or (step, now)
         if self.bar:
-            self.bar.update(self.task, completed=step, description=text)
-        elif step == self.steps or time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic()
-            self.say(f"step {step}/{self.steps}  {text}")
+            counted = 2 * len(f"{self.steps}") + len("/ 0:00:00 left ---------- ")
+            figures = fitting(_figures(metrics), max(self.bar.console.width - counted, 1))
+            self.bar.update(self.task, completed=step, description=figures)
+        elif step == self.steps or now - self.last >= self.every:
+            self.last = now
+            first, began = self.begun
+            left = time_left((now - began) / (step - first) * (self.steps - step)) if step > first else "-:--:--"
+            self.say(fitting([f"step {step}/{self.steps}, {left} left", *_figures(metrics)], WIDTH))
 
     def say(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+
+
+def _figures(metrics: Mapping[str, float]) -> Iterator[str]:
+    """The figures of a step for the screen, those that are looked at most first."""
+    yield f"loss {metrics['loss']:.4f}"
+    yield f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    yield f"lr {metrics['learning_rate']:.2e}"
+    yield f"grad {metrics['grad_norm']:.2f}"
+    if "mfu_full" in metrics:
+        yield f"MFU {metrics['mfu_full']:.1%}"
+        yield f"(causal {metrics['mfu_causal']:.1%})"
+    yield f"{metrics['images_per_second']:.1f} images/s"
+    yield f"learned {metrics['learned_share']:.0%}"
+    yield f"padding {metrics['padding_share']:.0%}"

@@ -22,12 +22,16 @@ class Profile:
         self.window = range(start, start + steps)
         self.running = False
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Within, the step is dispatched; the trace begins before the first one of the window."""
+    def begin(self, step: int) -> None:
+        """Starts the trace before the first step of the window."""
         if step in self.window and not self.running:
             jax.profiler.start_trace(str(self.directory))
             self.running = True
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Within, the step is dispatched; starts the trace where that has not been done."""
+        self.begin(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 

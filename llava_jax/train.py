@@ -7,13 +7,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
@@ -24,6 +24,7 @@ from llava_jax.checkpoint import (
     Description,
     TrainingCheckpoints,
     copy_tokenizer,
+    needed,
     open_checkpoint,
     read_description,
     write_description,
@@ -44,10 +45,20 @@ from llava_jax.introduction import introduce, show_first_sample
 from llava_jax.machines import peak_flops
 from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
+from llava_jax.models.llava import Params
 from llava_jax.profiling import Profile
 from llava_jax.stopping import catch_signals
-from llava_jax.training_step import TrainState, eval_step, frozen_dtype, init_state, jit_step, step_settings
-from llava_jax.workdir import claim, fingerprint
+from llava_jax.training_step import (
+    TrainState,
+    abstract_placed,
+    abstract_state,
+    eval_step,
+    frozen_dtype,
+    init_state,
+    jit_step,
+    step_settings,
+)
+from llava_jax.workdir import claim, fingerprint, resumes
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -62,9 +73,15 @@ def train(config: ConfigDict, workdir: str) -> None:
     mesh = sharding.make_mesh(config.mesh.to_dict())
 
     # ---- What to start from
-    source = open_checkpoint(_required(config, "init"))
+    # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
+    resumed = resumes(directory)
+    source = open_checkpoint(directory if resumed else _required(config, "init"))
     _check_preset(config.model, source)
-    model = dataclasses.replace(source.config, image_aspect=config.image_aspect or source.config.image_aspect)
+    model = dataclasses.replace(
+        source.config,
+        image_aspect=config.image_aspect or source.config.image_aspect,
+        image_position=config.image_position,
+    )
     if model.im_start_end and config.stage == "pretrain":
         raise UserError(
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
@@ -119,7 +136,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     first = distributed.is_first()  # writes all that is written once
     if first:
         claim(directory, config, fingerprint(samples, lengths))
-        description = _describe(directory, source, model, config, frozen_names)
+        description = source.description if resumed else _describe(directory, source, model, config, frozen_names)
     distributed.barrier("workdir")
     if not first:
         description = _read_shared_description(directory)
@@ -128,26 +145,21 @@ def train(config: ConfigDict, workdir: str) -> None:
     optimizer = optim.make_optimizer(config, trainable_names, steps)
     checkpoints = TrainingCheckpoints(directory, description, config.keep)
     start = _common_start(directory, checkpoints.latest)
-    held = source if start is None else open_checkpoint(directory)  # refuses sources that were rewritten since
-    shapes = held.abstract()
+    shapes = source.abstract()
     sharding.check_replicated(mesh, shapes)
-
-    def place(name: str) -> NamedSharding:
-        return sharding.param_sharding(mesh, name, shapes[name].shape)
-
-    frozen = held.load(frozen_names, frozen_dtype(config, jax.default_backend()), place)
-    trainable = source.load(trainable_names, lambda name, stored: jnp.float32, place)
-    state = init_state(optimizer, trainable, mesh)
+    loaded = frozen_dtype(config, jax.default_backend())
+    frozen = _load(source, {name: loaded(name, shapes[name].dtype) for name in frozen_names}, mesh)
     if start is None:
+        state = init_state(optimizer, _load(source, dict.fromkeys(trainable_names, jnp.float32), mesh), mesh)
         # A full disk or a wrong path fails now, not after a day.
         with goodput.measure("checkpoint"):
             checkpoints.save(0, state.trainable, state.optimizer, wait=True)
     else:
-        restored = checkpoints.restore(start, state.trainable, state.optimizer)
-        state = TrainState(jax.device_put(jnp.int32(start), state.step.sharding), *restored)
+        state = _restore(checkpoints, start, abstract_state(optimizer, shapes, trainable_names, mesh))
     start = start or 0
     if first:
-        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start)
+        sources = needed(directory, description)
+        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start, sources)
         show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop
@@ -165,7 +177,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(writer))
     if first and start == 0 and skip_bad:
         bad.tell(bad.of_texts(samples, encode), writer, screen)
-    began = clock = time.monotonic()
+    began, clock = time.monotonic(), goodput.step_seconds()
 
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
         """Waits for a step's metrics, checks and writes them."""
@@ -182,7 +194,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 profile.close()
         if not first:
             return
-        seconds, clock = time.monotonic() - clock, time.monotonic()
+        before, clock = clock, goodput.step_seconds()
+        seconds = clock - before
         values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
         if config.projector_learning_rate:
             values["projector_learning_rate"] = float(rates["projector"](step - 1))
@@ -202,7 +215,6 @@ def train(config: ConfigDict, workdir: str) -> None:
             writer.write(step, values)
 
     def validate(step: int) -> None:
-        nonlocal clock
         total, count = 0.0, 0
         for batch, found in validation_batches.iterate_with_bad(0, validation.epoch_steps(0), config.data.workers):
             bad.note(step, found, "validation")
@@ -213,16 +225,13 @@ def train(config: ConfigDict, workdir: str) -> None:
         if first:
             writer.write(step, {"validation_loss": loss})
             screen.say(f"step {step}: validation loss {loss:.4f}")
-        clock = time.monotonic()
 
     def ask(step: int) -> None:
         """Has the model of this step answer a benchmark."""
-        nonlocal clock
         scores = asked.run(step, state.trainable | frozen, settings.dtype, directory)
         if first:
             writer.write(step, scores)
             screen.say(f"step {step}: " + "  ".join(f"{name} {score:g}" for name, score in scores.items()))
-        clock = time.monotonic()
 
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
@@ -244,7 +253,12 @@ def train(config: ConfigDict, workdir: str) -> None:
         pending = None  # metrics are read one step late, so that the device never waits for the host
         read_ahead = goodput.waiting("data", batches.iterate_with_bad(start, steps, config.data.workers))
         for step, (batch, found) in enumerate(read_ahead, start + 1):
-            with profile.step(step), goodput.measure("compile" if step == start + 1 else "step"):
+            if step == start + 1:
+                with goodput.measure("compile"):
+                    step_fn = step_fn.lower(state, frozen, put(batch)).compile()
+            with goodput.measure("profile"):
+                profile.begin(step)
+            with profile.step(step):
                 state, metrics = step_fn(state, frozen, put(batch))
             if pending:
                 report(*pending)
@@ -268,7 +282,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 leaves = bool(stop or verdict) or step == steps
                 with goodput.measure("checkpoint"):
                     checkpoints.save(step, state.trainable, state.optimizer, wait=leaves)
-                goodput.write()
+                    goodput.write()
                 if first:
                     writer.flush()
             if verdict:
@@ -344,6 +358,18 @@ def _common_start(directory: epath.Path, latest: int | None) -> int | None:
     return latest
 
 
+def _load(source: Checkpoint, dtypes: Mapping[str, jnp.dtype], mesh: Mesh) -> Params:
+    """Parameters of a checkpoint in these types, by name, each read where it will lie."""
+    places = abstract_placed(dtypes, source.abstract(), mesh)
+    return source.load(dtypes, lambda name, stored: dtypes[name], lambda name: places[name].sharding)
+
+
+def _restore(checkpoints: TrainingCheckpoints, step: int, like: TrainState) -> TrainState:
+    """The state after a step. Nothing else of its size is made: `like` has shapes with shardings, not arrays."""
+    trainable, optimizer = checkpoints.restore(step, like.trainable, like.optimizer)
+    return TrainState(jax.device_put(jnp.int32(step), like.step.sharding), trainable, optimizer)
+
+
 def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
     """The sizes of the preset must be those of the checkpoint; rows of the vocabulary may have been added."""
     if not preset:
@@ -351,7 +377,7 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
     if preset not in PRESETS:
         raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
     free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
-    free |= {"vision", "text"}  # compared field by field
+    free |= {"image_position", "vision", "text"}  # compared field by field
     differing = []
     for part in ("vision", "text", None):
         wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))
@@ -360,12 +386,22 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
             if a != b and field.name not in free:
                 differing.append(f"{f'{part}.' if part else ''}{field.name} {b}, not {a}")
     if differing:
-        raise UserError(f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}")
+        raise UserError(
+            f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}; "
+            "give --config.model= to train a checkpoint of any size"
+        )
 
 
 def _template(config: ConfigDict, source: Checkpoint) -> Template:
-    """The template of the run. A model that has learned conversations in another one is warned about."""
+    """The template of the run. A model that learned conversations in another one, or with images elsewhere, is warned
+    about."""
     if source.description.stage == "finetune":
+        learned = source.config.image_position
+        if learned != config.image_position:
+            print(
+                f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
+                file=sys.stderr,
+            )
         return choose_template(config.template, source.template)
     return get_template(config.template)
 
@@ -373,10 +409,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
 def _describe(
     directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen_names: list[str]
 ) -> Description:
-    """The description that a resumed run has already, or a new one."""
-    if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
-        with contextlib.suppress(UserError):
-            return open_checkpoint(directory).description
+    """Writes the description of a new run, and its tokenizer."""
     description = Description(
         model=model,
         template=config.template,

@@ -5,7 +5,7 @@ update. `train` runs it and `ahead` compiles it for machines that are elsewhere;
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -219,9 +219,38 @@ def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: 
     return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)
 
 
+def abstract_state(
+    optimizer: optax.GradientTransformation, shapes: Mapping[str, Any], names: Iterable[str], mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state that trains the parameters `names`, whose shapes are in `shapes`.
+
+    The optimizer's state is sharded like the parameters.
+    """
+    trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    moments = jax.tree.map(with_sharding, moments, sharding.tree_shardings(mesh, moments))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
+
+
+def abstract_placed(
+    dtypes: Mapping[str, jnp.dtype], shapes: Mapping[str, Any], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters by name in these types, with the shapes of `shapes`, placed on the mesh."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            shapes[name].shape, dtype, sharding=sharding.param_sharding(mesh, name, shapes[name].shape)
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def with_sharding(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
 def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
-    """Step 0, the optimizer's state sharded like the parameters from the moment it exists."""
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    shardings = sharding.tree_shardings(mesh, shapes)
+    """Step 0 of these values, sharded as `abstract_state` says from the moment it exists."""
+    like = abstract_state(optimizer, trainable, trainable, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like.optimizer)
     optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(mesh)), trainable, optimizer_state)
+    return TrainState(jax.device_put(jnp.int32(0), like.step.sharding), trainable, optimizer_state)

@@ -1,7 +1,7 @@
 """A conversation that was had, as a sample of LLaVA's JSON, and back.
 
-It is one that `data.check` finds clean and that training takes. What training does not know is a key of its own:
-`system`, the system prompt, where the conversation had another than the template's.
+It is one that `data.check` finds clean and that training takes. `system` is the system prompt, where the conversation
+had another than the template's; an empty one, for none, is for the chat alone.
 """
 
 import json
@@ -13,8 +13,8 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.sources import parse_sample, record_value
+from llava_jax.data.records import local_data, scan
+from llava_jax.data.samples import parse_sample, record_value
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -33,8 +33,17 @@ def unmarked(text: str) -> str:
 
 
 def marked(text: str, pictures: int) -> str:
-    """A question's text with its pictures, which stand before it, as in training."""
-    return f"{IMAGE_TOKEN}\n" * pictures + unmarked(text)
+    """A question's text with a mark for each of its images: marks in the text keep their places, the rest go before it.
+
+    Raises `UserError` where the text has more marks than there are images.
+    """
+    placed = text.count(IMAGE_TOKEN)
+    if placed > pictures:
+        raise UserError(
+            f"{placed} {IMAGE_TOKEN} in the message, but {pictures} images for it: attach one for each, or write "
+            "something else for the mark"
+        )
+    return f"{IMAGE_TOKEN}\n" * (pictures - placed) + text
 
 
 def dump(transcript: Transcript, ident: str) -> str:
@@ -71,14 +80,10 @@ def load(path: epath.Path) -> Transcript:
     records = list(islice(scan(local_data(path), path), 2))
     if len(records) != 1:
         raise UserError(f"{path}: holds more than one sample: one conversation was expected")
-    sample, system = parse_sample(records[0]), _system(records[0])
-    if len(sample.turns) % 2:
+    sample, system = parse_sample(records[0]), record_value(records[0]).get("system")
+    turns = sample.turns
+    if turns and turns[0][0] == "system":
+        (_, system), *turns = turns
+    if len(turns) % 2:
         raise UserError(f"{path}: ends with a question that has no answer: remove it")
-    return Transcript(sample.turns, [str(path.parent / name) for name in sample.images], system)
-
-
-def _system(record: Record) -> str | None:
-    system = record_value(record).get("system")
-    if not (system is None or isinstance(system, str)):
-        raise UserError(f"{record.where}: `system` is no text but {json.dumps(system)[:40]}")
-    return system
+    return Transcript(tuple(turns), [str(path.parent / name) for name in sample.images], system)

@@ -1,6 +1,7 @@
 """Every mesh trains the same model, and answers alike. Run by tests/test_meshes.py with eight fake devices."""
 
 import functools
+import gc
 import re
 
 import jax
@@ -122,24 +123,39 @@ def test_rings_of_a_torus(monkeypatch):
 
 
 def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
+    """Into shapes with shardings: nothing but the state is made, and a step donates all of it."""
     description = Description(MODEL, "v1", stage="finetune")
     config = make_config("finetune")
-    states = [start("finetune", mesh_of(sizes), MODEL, config)[1] for sizes in ((1, 8, 1), (2, 2, 2))]
-    saved, other = states
+    optimizer, saved, _ = start("finetune", mesh_of((1, 8, 1)), MODEL, config)
     saved = saved._replace(trainable=jax.tree.map(lambda x: x + 1, saved.trainable))
     checkpoints = TrainingCheckpoints(tmp_path, description, keep=1)
     checkpoints.save(3, saved.trainable, saved.optimizer, wait=True)
-    trainable, optimizer = checkpoints.restore(3, other.trainable, other.optimizer)
+    values = jax.device_get(saved)
+    del saved
+    for sizes in ((2, 2, 2), (2, 4, 1)):
+        mesh = mesh_of(sizes)
+        _, fresh, frozen = start("finetune", mesh, MODEL, config)
+        like = training_step.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
+        assert jax.tree.map(lambda leaf: leaf.sharding, like) == jax.tree.map(lambda leaf: leaf.sharding, fresh)
+        del fresh
+        trainable, optimizer_state = checkpoints.restore(3, like.trainable, like.optimizer)
+        state = training_step.TrainState(jax.device_put(3, like.step.sharding), trainable, optimizer_state)
+        assert live_bytes() == sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
+        leaves = (jax.tree.leaves(tree) for tree in (state, like, values._replace(step=3)))
+        for restored, shape, value in zip(*leaves, strict=True):
+            assert (restored.sharding, restored.dtype, restored.shape) == (shape.sharding, shape.dtype, shape.shape)
+            np.testing.assert_array_equal(restored, value)
+        (batch,) = random_batches(MODEL, 1, rows=16)
+        step = training_step.jit_step(settings_for(MODEL, batch, mesh=mesh), optimizer, like)
+        given = jax.tree.leaves(state)
+        state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        assert all(leaf.is_deleted() for leaf in given)
     checkpoints.close()
-    for restored, like, value in zip(
-        *(
-            jax.tree.leaves((s.trainable, s.optimizer))
-            for s in (other._replace(trainable=trainable, optimizer=optimizer), other, saved)
-        ),
-        strict=True,
-    ):
-        assert restored.sharding == like.sharding
-        np.testing.assert_array_equal(restored, value)
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def test_a_device_holds_its_part_of_every_matrix_and_of_its_moments():

@@ -25,7 +25,7 @@ def echo(body: dict[str, Any]) -> str:
 class Script:
     """What the server does: how it answers, and how often each fault strikes."""
 
-    reply: Callable[[dict[str, Any]], str] = echo
+    reply: Callable[[dict[str, Any]], Any] = echo  # the message's content
     latency: float = 0.0  # seconds
     held: threading.Event | None = None  # while it is set, nothing is answered
     faults: dict[str, float] = field(default_factory=dict)  # probability of each of FAULTS
@@ -34,6 +34,8 @@ class Script:
     window: str = "bucket"  # how they are counted: bucket, fixed (each minute), sliding (the last 60 s)
     retry_after: float = 0.5  # seconds, of these
     finish_reason: str = "stop"
+    raw: Callable[[dict[str, Any]], Any] = lambda body: None  # JSON or bytes instead of a completion; a list are events
+    refusal: Any = None  # the JSON of a 400 to every request
     seed: int = 0
 
 
@@ -176,6 +178,11 @@ class ScriptedLLM:
             case "empty":
                 self._send(writer, 200, {"choices": []})
                 return True
+        if self.script.refusal is not None:
+            self._send(writer, 400, self.script.refusal)
+            return True
+        if (raw := self.script.raw(body)) is not None:
+            return await self._raw(raw, writer)
         completion = self._completion(body, fault)
         if fault == "dropped":
             return False
@@ -195,7 +202,8 @@ class ScriptedLLM:
                 return 500, error("the server had an error")
             case "refused":
                 return 400, error("this prompt is not taken")
-        return 200, self._completion(body, fault)
+        raw = self.script.raw(body)
+        return 200, self._completion(body, fault) if raw is None else raw
 
     def _fault(self) -> str | None:
         dice = self.random.random()
@@ -209,7 +217,7 @@ class ScriptedLLM:
         self.completions += 1
         text = self.script.reply(body)
         prompt = sum(len(message["content"]) for message in body["messages"]) // 4
-        usage: Any = {"prompt_tokens": prompt, "completion_tokens": max(1, len(text) // 4)}
+        usage: Any = {"prompt_tokens": prompt, "completion_tokens": max(1, len(text or "") // 4)}
         if fault == "no_usage":
             usage = None
         if fault == "wrong_usage":
@@ -225,10 +233,22 @@ class ScriptedLLM:
             "usage": usage,
         }
 
+    async def _raw(self, raw: Any, writer: asyncio.StreamWriter) -> bool:
+        if not isinstance(raw, list):
+            kind = "text/html" if isinstance(raw, bytes) else "application/json"
+            self._send(writer, 200, raw, {"Content-Type": kind})
+            return True
+        writer.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for event in raw:
+            self._chunk(writer, b"data: " + json.dumps(event).encode() + b"\n\n")
+        self._chunk(writer, b"data: [DONE]\n\n")
+        self._chunk(writer, b"")
+        return True
+
     async def _stream(self, completion: dict[str, Any], writer: asyncio.StreamWriter, cut: bool) -> bool:
         writer.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         text, usage = completion["choices"][0]["message"]["content"], completion.pop("usage")
-        deltas = re.findall(r"(?s).{1,40}", text)
+        deltas = re.findall(r"(?s).{1,40}", text or "")
         for delta in deltas[: len(deltas) // 2 if cut else None]:
             self._event(writer, completion, [{"index": 0, "delta": {"content": delta}, "finish_reason": None}])
             await asyncio.sleep(0)

@@ -1,5 +1,6 @@
 """The terminal: one prompt, a session over a pipe, commands and mistakes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -165,8 +166,16 @@ def test_help_is_shown_on_request(session):
         assert command in err
 
 
-def test_a_mark_typed_by_hand_is_no_picture(session, generator):
-    assert session("He<image>llo")[0] == answer(generator, "Hello") + "\n"
+def test_a_mark_typed_by_hand_is_the_place_of_a_picture(session, engine, generator, picture, monkeypatch):
+    out, err = session("He<image>llo")
+    assert (out, err.count("error: 1 <image> in the message, but 0 images")) == ("", 1)
+    lines = (f"/image {picture}", f"/image {picture}", "Compare it with <image>, please.")
+    first = answer(generator, "<image>\n<image>\nCompare it with , please.", images=[picture] * 2)
+    assert session(*lines)[0] == f"{first}\n"
+    for prompts in (engine._prompts, generator.prompts):
+        monkeypatch.setattr(prompts, "config", dataclasses.replace(prompts.config, image_position="as_is"))
+    as_is = answer(generator, "<image>\nCompare it with <image>, please.", images=[picture] * 2)
+    assert session(*lines)[0] == f"{as_is}\n"
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, engine, generator, monkeypatch):

@@ -1,11 +1,16 @@
 """The Jinja of an export renders what `render` does."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.data.conversation import TEMPLATES, place_images, render
 from llava_jax.data.tokenization import default_system
+from llava_jax.serve.schema import UserMessage
+from llava_jax.serve.turns import Marks, read_messages
 
 CONVERSATIONS = {
     "question": [("user", "What is it?"), ("assistant", None)],
@@ -45,6 +50,29 @@ def test_lists_of_images_and_texts(template, images, text):
     source = chat_template(template, system)
     rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
     assert rendered[0] == render(turns, template, system).text
+
+
+PARTS = st.sampled_from([{"type": "image"}, {"type": "image_url"}]) | st.builds(
+    lambda text: {"type": "text", "text": text}, st.text(" a\n{", max_size=4)
+)
+
+
+@given(parts=st.lists(PARTS, min_size=1, max_size=6))
+@pytest.mark.parametrize("name", ["v1", "llama_3"])
+def test_lists_for_a_model_that_saw_images_among_the_text(name, parts, tokenizer):
+    """As the server reads the same parts, but that texts in a row are one."""
+    template, whole = TEMPLATES[name], []
+    for part in parts:
+        if whole and part["type"] == whole[-1]["type"] == "text":
+            whole[-1] = {"type": "text", "text": whole[-1]["text"] + part["text"]}
+        else:
+            whole.append(part if part["type"] == "text" else {"type": "image_url", "image_url": "a"})
+    message = TypeAdapter(UserMessage).validate_python({"role": "user", "content": whole})
+    turns, *_ = read_messages([message], Marks(tokenizer, template), interleaved=True)
+    source = chat_template(template, "Hi", image_position="as_is")
+    messages = [{"role": "user", "content": parts}]
+    rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert rendered[0] == render([*turns, ("assistant", None)], template, "Hi").text
 
 
 def test_another_name_of_the_image_token():

@@ -45,6 +45,29 @@ def test_a_good_data_set(tmp_path, images, bare_llama_dir, capsys):
     assert captured.out == "" and "no problems" in captured.err
 
 
+def test_long_padding_is_reported_with_what_mends_it(tmp_path, images, bare_llama_dir, capsys):
+    """It is no problem of the data: the exit status stays 0."""
+    args = [
+        "--tokenizer",
+        bare_llama_dir,
+        "--template",
+        "v1",
+        "--image-tokens",
+        4,
+        "--report",
+        tmp_path / "report.json",
+    ]
+    records = [sample(f"{i}") for i in range(8)]
+    assert check(tmp_path, images, records, *args, "--max-length", 512) == 0
+    told = capsys.readouterr().err
+    line = "padding, one sample a row: 90% of positions: --config.max_length=52 leaves 0% and cuts no sample"
+    assert line in told and "--config.pack=True leaves" in told
+    assert json.loads((tmp_path / "report.json").read_text())["padding"].startswith("90% of positions")
+    assert check(tmp_path, images, records, *args, "--max-length", 64) == 0
+    assert "padding" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["padding"] is None
+
+
 @pytest.mark.parametrize(
     ("kind", "record", "detail"),
     [
@@ -92,6 +115,15 @@ def test_lengths_count_the_tokens_of_images(tmp_path, images, capsys, smollm2_di
     assert "images of 16) will be cut to 128" in lines[0]
     assert check(tmp_path, images, records, *args, 200, "--image-tokens", 16) == 0
     assert check(tmp_path, images, records, *args, 200) == 1
+
+
+def test_a_template_that_does_not_fit_the_tokenizer(tmp_path, images, capsys, smollm2_dir):
+    args = ["--tokenizer", smollm2_dir, "--max-length", 2048, "--template"]
+    assert check(tmp_path, images, [sample("a")], *args, "v1") == 1
+    assert "template, -, warning: template v1 does not fit the tokenizer: </s> is 3 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="template llama_3 does not fit the tokenizer: an answer's prompt ends with"):
+        check(tmp_path, images, [sample("a")], *args, "llama_3")
+    assert check(tmp_path, images, [sample("a")], *args, "chatml") == 0
 
 
 def test_special_tokens_are_the_tokenizers(tmp_path, images, capsys, smollm2_dir):

@@ -129,6 +129,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):
         open_checkpoint(model_dir)
 
 
+def test_where_images_stand_is_stored_and_before_the_text_where_it_is_not(tmp_path):
+    model_dir = tiny.checkpoint(tmp_path, tiny.config(image_position="as_is"))
+    assert open_checkpoint(model_dir).config.image_position == "as_is"
+    description = json.loads((model_dir / "llava.json").read_text())
+    (model_dir / "llava.json").write_text(
+        json.dumps(description | {"model": description["model"] | {"image_position": 1}})
+    )
+    with pytest.raises(UserError, match="image_position is 1, not"):
+        open_checkpoint(model_dir)
+    del description["model"]["image_position"]  # as checkpoints of earlier versions
+    (model_dir / "llava.json").write_text(json.dumps(description))
+    assert open_checkpoint(model_dir).config.image_position == "first"
+
+
 @pytest.mark.parametrize("spoil", ["truncate", "remove"])
 def test_a_damaged_checkpoint_is_an_error_of_one_line(spoil, tmp_path, model_dir):
     damaged = Path(shutil.copytree(model_dir, tmp_path / "damaged"))

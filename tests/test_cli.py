@@ -1,11 +1,25 @@
 """Exit statuses and what is left behind, from real processes."""
 
+import argparse
+import importlib
+import io
+import os
+import pkgutil
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+import llava_jax
+from llava_jax import cli
+from llava_jax.data import check
+from llava_jax.datagen.generate import conversation
+from llava_jax.evaluate import report
 
 
 def start(body: str, *args: str) -> subprocess.Popen:
@@ -45,3 +59,88 @@ def test_sigterm_lets_main_clean_up(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 143 and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- paths
+
+TEXTS = {"TEXT", "NAME", "MODEL", "M", "TYPE", "URL", "BENCH", "Q-A", "CODE", "ID", "HOST:PORT", "auto|words|MODEL"}
+NO_METAVAR = {"--template", "--host", "--help", "--beam"}
+
+
+class Captured(Exception):
+    pass
+
+
+def parsers(monkeypatch) -> dict[str, cli.Parser]:
+    """The parser of every command, those below others included, by what it is called."""
+    found = {}
+
+    def capture(parser, *_):
+        found[parser.prog] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update({each.prog: each for each in action.choices.values()})
+        raise Captured
+
+    monkeypatch.setattr(cli.Parser, "parse_args", capture)
+    names = [module.name for module in pkgutil.walk_packages(llava_jax.__path__, "llava_jax.")]
+    files = {name: Path(importlib.util.find_spec(name).origin).read_text() for name in names}
+    assert [name for name, text in files.items() if re.search(r"ArgumentParser\(\n? *prog", text)] == []
+    for name in [name for name, text in files.items() if "= Parser(" in text]:
+        main = conversation if name == "llava_jax.datagen.generate" else importlib.import_module(name).main
+        with pytest.raises(Captured):
+            main([])
+    return found
+
+
+def test_every_option_of_every_command_is_known_to_be_a_path_or_not(monkeypatch):
+    found = parsers(monkeypatch)
+    assert len(found) > 24, found.keys()
+    for prog, parser in found.items():
+        assert isinstance(parser, cli.Parser)
+        for action in parser._actions:
+            path = action.metavar in cli.PATHS
+            text = action.metavar in TEXTS or NO_METAVAR.intersection(action.option_strings)
+            other = action.nargs == 0 or action.choices is not None or action.type not in (None, str)
+            assert path or text or other, f"{prog} {action.option_strings}: is {action.metavar} a path?"
+            default = action.default if isinstance(action.default, str) else ""
+            assert path or os.sep not in default, f"{prog} {action.option_strings}"
+
+
+def test_the_home_directory_is_meant(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    home = Path("home")
+    (home / "images").mkdir(parents=True)
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (home / "data.json").write_text(f'[{{"id": "1", "conversations": {turns!r}}}]'.replace("'", '"'))
+    assert not check.main(["--json=~/data.json", "--images=~", "--report=~/report.json", "--fix", "~/fixed.json"])
+    assert {file.name for file in home.iterdir()} >= {"data.json", "report.json", "fixed.json"}
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+    args = report._parse(["~/a", "~/b", "c~", "--output=~"])
+    assert args.runs == [str(tmp_path / "home" / "a"), str(tmp_path / "home" / "b"), "c~"]
+    assert args.output == str(tmp_path / "home")
+
+
+def test_the_bar_of_a_long_name_fits_80_columns():
+    file = io.StringIO()
+    name = f"writing /data/[bold]/{'long_name/' * 20}clean.json"
+    with cli.progress_bar(Console(file=file, force_terminal=True, width=80)) as bar:
+        bar.update(bar.add_task(name, total=665000), completed=123456)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue().replace("\r", "\n"))
+    lines = [line for line in text.split("\n") if line.strip()]
+    assert all(len(line) <= 80 for line in lines)
+    assert re.fullmatch(r"123456/665000 \S+ left \S+ writing /data/\[bold\]/long_.*…", lines[-1].rstrip())
+
+
+def test_elsewhere_lines_tell_how_many_and_the_time_left_first(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert list(cli.track("ab", "reading samples")) == ["a", "b"]
+    assert capsys.readouterr().err.splitlines() == [
+        "1/2, 0:00:10 left: reading samples",
+        "2/2, 0:00:00 left: reading samples",
+    ]
+    clock = iter([0.0, 10.0])
+    assert list(cli.track(iter("a"), "reading samples")) == ["a"]
+    assert capsys.readouterr().err == "1/?, 10 s: reading samples\n"

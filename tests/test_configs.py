@@ -1,9 +1,12 @@
 """The recipes are the published ones, and a mistyped override is one clear line."""
 
+import sys
+
 import pytest
+from ml_collections import ConfigDict
 
 from configs import finetune, pretrain, scienceqa
-from llava_jax import main
+from llava_jax import knobs, main
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import TEMPLATES
 from llava_jax.models.config import PRESETS
@@ -26,16 +29,25 @@ def test_hyperparameters_are_the_published_ones(recipe):
     keys = ("learning_rate", "batch_rows", "epochs", "clip_norm", "template", "image_aspect", "image_position")
     assert tuple(config[key] for key in keys) == PUBLISHED[recipe]
     assert {key: config[key] for key in SHARED} == SHARED
-    assert config.model in PRESETS and config.template in TEMPLATES and config.is_locked
+    assert (
+        config.default_model in PRESETS
+        and config.model in ("", config.default_model)
+        and config.template in TEMPLATES
+        and config.is_locked
+    )
     assert 0 < config.max_rows_per_device <= 4
 
 
-def test_a_bare_recipe_is_7b_v1_5():
-    assert finetune.get_config("").model == finetune.get_config("v1.5,7b").model == "llava-v1.5-7b"
-    assert finetune.get_config("13b").model == "llava-v1.5-13b"
+def test_a_bare_recipe_is_7b_v1_5_for_a_checkpoint_of_any_size():
+    bare, full = finetune.get_config(""), finetune.get_config("v1.5,7b")
+    assert (bare.model, full.model) == ("", "llava-v1.5-7b")
+    assert bare.to_dict() | {"model": full.model} == full.to_dict()
+    assert pretrain.get_config("v0").default_model == "llava-v0-7b" and not pretrain.get_config("v0").model
+    assert finetune.get_config("13b").model == finetune.get_config("13b").default_model == "llava-v1.5-13b"
     with pytest.raises(ValueError, match="'14b' in '14b,v0' is none of 7b, 13b, v1.5, v0"):
         finetune.get_config("14b,v0")
-    assert scienceqa.get_config().model == "llava-v0-13b" and scienceqa.get_config("7b").model == "llava-v0-7b"
+    assert (scienceqa.get_config().model, scienceqa.get_config().default_model) == ("", "llava-v0-13b")
+    assert scienceqa.get_config("7b").model == scienceqa.get_config("7b").default_model == "llava-v0-7b"
     with pytest.raises(ValueError, match="'v1.5' is none of 7b, 13b"):
         scienceqa.get_config("v1.5")
 
@@ -57,10 +69,76 @@ def test_a_bare_recipe_is_7b_v1_5():
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
+    assert message in mistake(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax ({file}, line 1)"),
+        ("import json\nimport no_such_module", "No module named 'no_such_module' ({file}, line 2)"),
+        ("from configs.recipes import nothing", "({file}, line 1)"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError: division by zero ({file}, line 2)"),
+        ("def get_config():\n    assert False", "AssertionError ({file}, line 2)"),
+        ("import json\ndef get_config():\n    return json.loads('{{')", "({file}, line 3)"),
+        ("def get_config():\n    return open('/nowhere')", "'/nowhere' ({file}, line 2)"),
+        ("def get_config():\n    return int('x')", "invalid literal for int() with base 10: 'x' ({file}, line 2)"),
+        ("def get_config(a, b):\n    pass", "{file}: get_config() missing 2 required positional arguments"),
+        ("size = 7", "{file}: is no recipe: it has no function get_config"),
+        ("def get_config():\n    pass", "{file}: get_config() returns no ConfigDict"),
+        (
+            "from configs import common\ndef get_config():\n    c = common.get_config()\n    c.learing_rate = 1\n",
+            "the config has no key 'learing_rate'; the nearest is 'learning_rate' ({file}, line 4)",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_one_line_with_its_place(text, message, tmp_path, monkeypatch):
+    file = tmp_path / "recipe.py"
+    file.write_text(text.replace("{{", "{"))
+    for more in ([], ["--config.steps=3"]):
+        told = mistake([f"--config={file}", "--workdir=w", *more], monkeypatch)
+        assert message.format(file=file) in told and len(told) < 200
+
+
+def test_a_recipe_that_does_not_begin_with_all_keys_is_one_line():
+    with pytest.raises(UserError, match="the config has no key 'stage': a recipe begins with common.get_config"):
+        knobs.check(ConfigDict({"steps": 1}))
+
+
+def mistake(arguments, monkeypatch) -> str:
+    """The one line of a command line that is refused."""
     monkeypatch.setattr("sys.argv", ["main", *arguments])  # where config_flags looks for overrides
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # what config_flags calls any recipe
     main.flags.FLAGS.unparse_flags()
     for flag in ("config", "workdir"):
         main.flags.FLAGS[flag].value = None
     with pytest.raises(UserError) as error:
         main.parse_flags(["main", *arguments], (main.CONFIG, main.WORKDIR))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_home_directory_is_meant_in_every_path_of_a_run(monkeypatch, tmp_path):
+    """By flags, which shells leave alone, and in config files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from configs.finetune import get_config as recipe\n"
+        "def get_config(arg):\n"
+        "    config = recipe(arg)\n"
+        "    config.init = '~/stage 1'\n"
+        "    with config.unlocked():\n"
+        "        config.data.mixture = ({'json': '~/a.json', 'images': '~'}, {'built': '~/b', 'weight': 0.5})\n"
+        "    return config.lock()\n"
+    )
+    arguments = ["main", "--config=~/mine.py:13b", "--workdir", "~/run", "--config.evaluate.labels=~/labels"]
+    monkeypatch.setattr("sys.argv", arguments)
+    main.flags.FLAGS.unparse_flags()
+    main.parse_flags(arguments, (main.CONFIG, main.WORKDIR))
+    config = main.CONFIG.value
+    assert (main.WORKDIR.value, config.init) == (f"{tmp_path}/run", f"{tmp_path}/stage 1")
+    assert config.evaluate.labels == f"{tmp_path}/labels"
+    assert config.data.mixture == (
+        {"json": f"{tmp_path}/a.json", "images": str(tmp_path)},
+        {"built": f"{tmp_path}/b", "weight": 0.5},
+    )
+    assert config.is_locked

@@ -10,6 +10,7 @@ from llava_jax.data.conversation import (
     choose_template,
     get_template,
     place_images,
+    place_prompt_images,
     render,
     stop_strings,
     with_im_start_end,
@@ -101,7 +102,7 @@ def test_spans_are_the_answers_and_their_end_marks(name, pairs, opened):
     text, spans = render(turns, template)
     answers = [answer.strip() if template.strip else answer for _, answer in pairs]
     assert [text[start:end].replace(template.image, "<image>") for start, end in spans] == [
-        answer + template.end for answer in answers
+        template.lead + answer + template.end for answer in answers
     ]
     assert all(template.end.endswith(stop) or stop == template.end for stop in stop_strings(template))
 
@@ -112,7 +113,7 @@ def test_a_prompt_is_the_beginning_of_its_training_text(name, pairs):
     template, turns = get_template(name), as_turns(pairs)
     prompt = render([*turns[:-1], ("assistant", None)], template).text
     text, spans = render(turns, template)
-    assert text.startswith(prompt) and text[len(prompt) : spans[-1][0]] == template.lead
+    assert text.startswith(prompt) and spans[-1][0] == len(prompt)
 
 
 @pytest.mark.parametrize(("name", "jinja"), [("llama_3", LLAMA_3), ("zephyr", ZEPHYR)])
@@ -149,6 +150,15 @@ def test_images_first():
         ("user", "q "),
     )
     assert place_images(turns, "as_is", 0, "id") == tuple(turns)
+
+
+def test_images_of_a_prompt_stand_where_the_model_saw_them():
+    turns = [("system", "<b>"), ("user", " at <image>\n and <image> "), ("assistant", "a"), ("user", "<image>\n  q ")]
+    assert place_prompt_images(turns, "as_is") == turns
+    for position in ("first", "random"):
+        placed = place_prompt_images(turns, position)
+        assert placed[1] == place_images(turns, "first", 0, "id")[1]
+        assert [placed[i] for i in (0, 2, 3)] == [turns[i] for i in (0, 2, 3)]  # whose text keeps its white space
 
 
 def test_random_order_is_even_and_a_function_of_seed_and_id():

@@ -29,6 +29,7 @@ from llava_jax import cli
 from llava_jax.checkpoint import TrainingCheckpoints, absolute, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
+from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 from llava_jax.data.conversation import get_template, place_images, render
@@ -722,9 +723,26 @@ def test_the_processor_sees_what_we_see(template, aspect, backbones, tmp_path):
     }
     batch["image_feature_index"][0, np.array(expanded) == image_id] = np.arange(P)
     with torch.no_grad():
-        theirs = load(tmp_path / "hf")(**inputs).logits.numpy()
+        # In float64: what differs is the rounding of one side alone, whatever the instructions of the CPU are.
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        theirs = load(tmp_path / "hf").double()(**inputs).logits.numpy()
     ours = our_logits(checkpoint.config, checkpoint.load(), batch)
     np.testing.assert_allclose(ours, theirs[..., : ours.shape[-1]], atol=1e-5)
+
+
+def test_where_images_stand_goes_along(backbones, tmp_path):
+    flags = ["--llm", backbones[0], "--vision", backbones[1], "--image-position", "as_is"]
+    convert("import", *flags, "--output", tmp_path / "out")
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    convert("import", "--llava", tmp_path / "hf", "--output", tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").config.image_position == "as_is"
+    content = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "?"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert "USER: What is <image>\n? ASSISTANT:" in processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    convert("import", "--llava", tmp_path / "hf", "--image-position", "first", "--output", tmp_path / "first")
+    assert open_checkpoint(tmp_path / "first").config.image_position == "first"
 
 
 def test_new_rows_are_the_mean_of_the_others_and_never_win(backbones, tmp_path):
@@ -841,3 +859,69 @@ def test_the_checkpoint_holds_the_whole_model(llava_dir, tmp_path):
     assert {name: leaf.shape for name, leaf in checkpoint.abstract().items()} == {
         name: leaf.shape for name, leaf in abstract_params(CONFIG).items()
     }
+
+
+# Template and tokenizer
+
+
+FIT_ROWS = ("--rows", "tokenizer")
+CHATML_MARKS = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
+
+
+def with_chat_template(backbones, copy_of, jinja: str | None, specials=CHATML_MARKS, eos="</s>") -> Path:
+    """The language model with another tokenizer."""
+    llm = copy_of(backbones[0])
+    tokenizer = byte_level(specials, eos=eos)
+    tokenizer.chat_template = jinja
+    tokenizer.save_pretrained(llm)
+    return llm
+
+
+def test_the_template_is_that_of_the_tokenizers_chat_template(backbones, copy_of, tmp_path, capsys):
+    llm = with_chat_template(backbones, copy_of, chat_template(get_template("chatml_direct"), "Answer the questions."))
+    convert("import", "--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--output", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").template == "chatml_direct"
+    assert "template chatml_direct: the tokenizer's own chat template is that one\n" in capsys.readouterr().err
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    convert("import", "--llava", tmp_path / "hf", "--output", tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").template == "chatml_direct"
+
+
+def test_another_chat_template_is_told(backbones, copy_of, tmp_path, capsys):
+    llm = with_chat_template(backbones, copy_of, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    convert("import", "--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--output", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").template == "v1"
+    assert "the tokenizer's own chat template is none that is known here" in capsys.readouterr().err
+
+
+def test_a_template_whose_marks_are_no_tokens(backbones, copy_of, tmp_path, capsys):
+    llm = with_chat_template(backbones, copy_of, None, specials=("<s>", "<|end|>", "<pad>"), eos="<|end|>")
+    flags = ["--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"template v1 does not fit the tokenizer: </s> is \d tokens .*--template NAME"):
+        convert("import", *flags)
+    assert not (tmp_path / "out").exists()
+    convert("import", *flags, "--template", "v1")  # asked for
+    assert "warning: template v1 does not fit the tokenizer: </s> is" in capsys.readouterr().err
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    assert "so an exported model does not stop after an answer" in capsys.readouterr().err
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["stop_strings"] == ["</s>"]
+
+
+@pytest.mark.parametrize(("template", "end"), [("v1", "</s>"), ("chatml_direct", "<|im_end|>"), ("plain", "\n")])
+def test_an_export_stops_where_answers_end(template, end, backbones, copy_of, tmp_path):
+    llm = with_chat_template(backbones, copy_of, None)
+    flags = ["--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--template", template]
+    convert("import", *flags, "--output", tmp_path / "out")
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    ids = generation["eos_token_id"]
+    decoded = [load_tokenizer(tmp_path / "hf").decode([id]) for id in (ids if isinstance(ids, list) else [ids])]
+    assert end in decoded and "stop_strings" not in generation
+
+
+def test_an_export_whose_answers_end_with_a_text_stops_there(backbones, tmp_path):
+    """`###` is several tokens; `generate` of transformers stops at it once it is given the tokenizer."""
+    flags = ["--llm", backbones[0], "--vision", backbones[1], "--template", "llava_v0"]
+    convert("import", *flags, "--output", tmp_path / "out")
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    assert load(tmp_path / "hf").generation_config.stop_strings == ["###"]

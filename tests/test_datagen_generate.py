@@ -41,6 +41,35 @@ def test_from_contexts_to_samples(folder: Path, capsys: pytest.CaptureFixture):
     assert check.main(["--json", str(folder / "out" / "llava.json"), "--images", str(folder)]) == 0
 
 
+def test_what_a_model_thinks_is_no_data(folder: Path):
+    """Not even where it has no end, after which the same is asked again."""
+
+    def thinks(body: dict[str, Any]) -> str:
+        text = reply(body)
+        unclosed = "Dog number 3." in body["messages"][-1]["content"]
+        return f"<think>\nQuestion:\nWhat?\n===\nAnswer:\nA dog.\n{'' if unclosed else '</think>'}\n{text}"
+
+    with ScriptedLLM(reply=reply) as server:
+        run(folder, server, "--limit", 6, output="plain")
+    with ScriptedLLM(reply=thinks) as server:
+        assert run(folder, server, "--limit", 6) == 0
+    assert samples(folder) == [sample for sample in samples(folder, "plain") if sample["id"] != "3"]
+    assert rejects(folder) == {"3": "cut-off"}
+
+
+def test_a_refusal_for_the_rate_within_an_answer_is_no_reject(folder: Path):
+    body = {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 429}}
+    left = [body] * 20
+    with ScriptedLLM(reply=reply, raw=lambda _: left.pop() if left else None) as server:
+        assert run(folder, server, "--limit", 3, "--concurrency", 2, "--prices", 1, 2) == 0
+        ledger = Ledger(folder / "out" / "ledger.sqlite")
+        assert ledger.db.execute("SELECT COUNT(*), TOTAL(cost) FROM requests WHERE state = 'failed'").fetchone() == (
+            20, 0.0,
+        )  # fmt: skip
+        ledger.close()
+    assert len(samples(folder)) == 3 and not rejects(folder)
+
+
 def test_output_does_not_depend_on_the_order_of_answers(folder: Path):
     def five(body: dict[str, Any]) -> str:
         asked = body["messages"][-1]["content"]

@@ -48,6 +48,18 @@ def test_only_certain_text_is_given_away(llama_tokenizer):
     assert [piece for piece in pieces if piece != piece.rstrip()] == []
 
 
+@each_tokenizer
+@given(words=st.lists(st.sampled_from(["it", "12", "🦙", "été", "\n"]), min_size=2), data=st.data())
+def test_what_a_begun_answer_continues_with_keeps_its_space(tokenizer, words, data):
+    cut = data.draw(st.integers(1, len(words) - 1))
+    begun, whole = " ".join(words[:cut]), " ".join(words)
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    known = tokenizer.encode(begun, add_special_tokens=False)
+    assume(ids[: len(known)] == known)
+    pieces = pieces_of(AnswerStream(tokenizer, begun=begun), ids[len(known) :])
+    assert "".join(pieces) == whole[len(begun) :].rstrip()
+
+
 def test_an_unfinished_character_at_the_end_is_dropped(tokenizer):
     ids = tokenizer.encode("so 🦙", add_special_tokens=False)
     assert "".join(pieces_of(AnswerStream(tokenizer), ids[:-1])) == "so"

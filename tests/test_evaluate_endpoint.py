@@ -13,6 +13,7 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.llm_api import client as client_module
 from llava_jax.llm_api.cost import estimate_tokens, most_tokens
 
 
@@ -24,6 +25,11 @@ def look(body: dict[str, Any]) -> str:
     picture, text = content
     _, _, data = picture["image_url"]["url"].partition("data:image/png;base64,")
     return f"{Image.open(io.BytesIO(base64.b64decode(data))).size} {text['text']}\n"
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
 
 
 @pytest.fixture
@@ -52,6 +58,103 @@ def test_no_answer_is_a_wrong_one(files, capsys):
     with ScriptedLLM(reply=lambda body: " ") as server:
         assert [line["text"] for line in predict(files, server)] == [""] * 4
     assert "question sample-0: no answer (empty), which counts as wrong" in capsys.readouterr().err
+
+
+THINKING = "<think>\nIs it white? I can't see it.\n</think>\n\nblack"
+
+
+def scored(files: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    given = [f"--answers={files / 'a.jsonl'}", f"--labels={files / 'data.json'}", "--json"]
+    evaluate.main(["score", "easy-vqa", *given])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_answer_is_what_follows_the_thinking(files):
+    with ScriptedLLM(reply=lambda body: THINKING) as server:
+        assert [line["text"] for line in predict(files, server)] == ["black"] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason"),
+    [("<think>\nIs it white?", "length"), ("<think>\nIs it white?", "stop"), ("Let me see. Is it white?", "length")],
+)
+def test_an_answer_that_was_cut_off_is_none(files, capsys, text, finish_reason):
+    """It is counted as such, and asked again with more tokens; without an opening mark nothing tells it from thinking,
+    unless the user does."""
+    with ScriptedLLM(reply=lambda body: text, finish_reason=finish_reason) as server:
+        lines = predict(files, server)
+        assert server.completions == 4  # the same limit would cut it again
+        assert [line["text"] for line in lines] == [None] * 4
+        assert lines[0]["metadata"] == {"no_answer": "cut off at --max-tokens"}
+        err = capsys.readouterr().err
+        assert "question sample-3: no answer (cut off at --max-tokens), which counts as wrong" in err
+        assert "4 answers were cut off: the same command asks these again with a larger --max-tokens" in err
+        assert scored(files, capsys)["cut_off"] == 4
+        kept = predict(files, server, "--keep-cut-off")
+        assert [line["text"] for line in kept] == [None if "<think>" in text else text] * 4
+        assert server.completions == 4
+        server.script.reply, server.script.finish_reason = (lambda body: "<think>a</think>white"), "stop"
+        more = predict(files, server, "--max-new-tokens=99", f"--ledger={files / 'more'}")
+        assert {line["text"] for line in more} == {"white" if "<think>" in text else text}
+
+
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "why"),
+    [
+        ({"content": None, "reasoning_content": "It is white."}, "stop", "empty"),
+        ({"content": None}, "content_filter", "stopped by a filter"),
+        ({"content": None, "refusal": "I can't say."}, "stop", "stopped by a filter: I can't say."),
+    ],
+)
+def test_no_text_is_no_answer(files, capsys, message, finish_reason, why):
+    """What the server thinks or refuses apart from the answer is none of it."""
+    body = {"choices": [{"message": message, "finish_reason": finish_reason}]}
+    with ScriptedLLM(raw=lambda _: body) as server:
+        lines = predict(files, server)
+    assert [(line["text"], line["metadata"]["no_answer"]) for line in lines] == [(None, why)] * 4
+    scores = scored(files, capsys)
+    assert (scores["accuracy"], scores["empty"]) == (0.0, 4)
+
+
+def test_what_fails_for_a_while_stays_open(files):
+    """It is no answer, no file says so, and the same command asks again."""
+    error = {"choices": None, "error": {"message": "Provider returned error", "code": 502}}
+    with ScriptedLLM(raw=lambda body: error if "Say white" in json.dumps(body) else None, reply=look) as server:
+        with pytest.raises(UserError, match="1 of 4 questions have no answer yet, sample-3 the first .server-error"):
+            predict(files, server, "--concurrency=1")
+        assert not (files / "a.jsonl").exists()
+        asked, server.script.raw = server.completions, lambda body: None
+        assert all(line["text"] for line in predict(files, server)) and server.completions == asked + 1
+
+
+def test_the_options_of_an_endpoint_are_those_of_judges(files, capsys, monkeypatch):
+    bodies: list[dict[str, Any]] = []
+    with ScriptedLLM(reply=lambda body: bodies.append(body) or "white") as server:
+        given = ["predict", "easy-vqa", f"--questions={files / 'data.json'}", f"--images={files / 'images'}"]
+        evaluate.main([*given, "--model=m", f"--output={files / 'none.jsonl'}", "--dry-run"])
+        assert capsys.readouterr().out.startswith("m: 4 requests of about 3,") and not bodies
+        predict(files, server, '--body={"max_completion_tokens": 64, "temperature": null}', '--body={"n_best": 2}')
+        assert {key: bodies[0][key] for key in bodies[0] if key not in ("messages", "model")} == {
+            "max_completion_tokens": 64, "n_best": 2,
+        }  # fmt: skip
+        (files / "a.jsonl").unlink()
+        single = predict(files, server, f"--ledger={files / 'single'}", "--max-tokens=7")
+        assert bodies[-1]["max_tokens"] == 7 and bodies[-1]["temperature"] == 0.0
+        (files / "a.jsonl").unlink()
+        asked = server.completions
+        assert predict(files, server, "--batch", "--poll=0.01", f"--ledger={files / 'batched'}") == single
+        assert server.completions == asked + 4 and len(server.batches.batches) == 1
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for wrong, message in (
+        (["--model=m"], "whom to ask. --base-url URL"),
+        (["--model=m", "--base-url=localhost:8000/v1"], "has to begin with http"),
+        (["--checkpoint=c", "--body={}"], "--body: is for endpoints, not for a checkpoint"),
+        (["--model=m", f"--endpoint={server.url}", "--batch-rows=3"], "--batch-rows: is for checkpoints"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*given, f"--output={files / 'c.jsonl'}", *wrong])
+    assert not list(files.glob("c.jsonl*"))
 
 
 def test_mistakes(files):

@@ -1,5 +1,6 @@
 """A benchmark answered during training: by one process, by two, and what's wrong with it told before the first step."""
 
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -91,6 +92,39 @@ def test_scores_rise_and_the_answers_are_kept(
     folders = [str(tmp_path / "run" / "evaluations" / str(step)) for step in (0, STEPS)]
     evaluate.main(["report", *folders, "--json", "--resamples", "10"])
     assert json.loads(capsys.readouterr().out)["rows"][0]["differences"][str(STEPS)]["value"] == 100
+
+
+def test_an_evaluation_before_the_first_step_locks_no_workdir(world: dict[str, str], tmp_path: Path, monkeypatch):
+    """Nor is anything of it left when the run is corrected."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="sample-"):
+        train.train(config(world, steps=2, **{"data.images": str(empty)}), str(workdir))
+    assert [line["step"] for line in metrics(workdir)] == [0]
+    with monkeypatch.context() as patch:
+        live = live_around_evaluations(patch)
+        train.train(config(world, steps=2, **{"evaluate.limit": 3}), str(workdir))
+    lines = [(line["step"], line.get("easy-vqa/total")) for line in metrics(workdir)]
+    assert lines == [(0, 3), (1, None), (2, None), (2, 3)]
+    assert all(after <= before for before, after in live) and len(live) == 2
+    with pytest.raises(UserError, match="data.images"):
+        train.train(config(world, steps=2, **{"data.images": str(empty)}), str(workdir))
+
+
+def live_around_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Bytes of the arrays before and after each: none of the weights that it has copied stays."""
+    found, run = [], Evaluation.run
+
+    def measured(self: Evaluation, *args: Any) -> dict[str, float]:
+        before = sum(array.nbytes for array in jax.live_arrays())
+        scores = run(self, *args)
+        gc.collect()
+        found.append((before, sum(array.nbytes for array in jax.live_arrays())))
+        return scores
+
+    monkeypatch.setattr(Evaluation, "run", measured)
+    return found
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -133,6 +133,47 @@ def test_what_cannot_be_parsed_is_asked_again_then_counted(tmp_path: Path, files
     assert good["tuple"] == [8.0, 7.0] and failed["tuple"] == [-1.0, -1.0] and failed["content"] == "Both are fine."
 
 
+def test_what_a_judge_thinks_is_no_review(tmp_path: Path, files: list[str]):
+    """A reply that was cut off counts as far as it goes, since the scores come first, but not within its thinking."""
+    texts = {"A dog": "<think>\n9 9\n</think>\n\n8 6\nFine.", "fridge": "<think>\n9 9\nThe second"}
+    with ScriptedLLM(
+        reply=lambda body: next(text for what, text in texts.items() if what in body["messages"][-1]["content"]),
+        finish_reason="length",
+    ) as server:
+        judge(server, files, tmp_path / "r.jsonl")
+        assert server.completions == 2
+    good, failed = read(tmp_path / "r.jsonl")
+    assert (good["content"], good["tuple"]) == ("8 6\nFine.", [8.0, 6.0])
+    assert (failed["content"], failed["tuple"]) == ("no answer: cut off at --max-tokens", [-1.0, -1.0])
+
+
+def test_answers_to_be_judged_are_read_without_thinking(tmp_path: Path, files: list[str]):
+    """No answer of the model is marked as such; a reference without one is a mistake."""
+    texts = ["<think>Hm.</think>four", "<think>\nHm"]
+    lines = [{"question_id": i, "text": text} for i, text in enumerate(texts)]
+    write(tmp_path / "answers.jsonl", lines)
+    with ScriptedLLM(reply=by_length) as server:
+        judge(server, files, tmp_path / "r.jsonl")
+        four, none = read(tmp_path / "r.jsonl")
+        assert four["content"] == "9 4\nBecause." and "no_answer" not in four
+        assert none["content"] == "9 0\nBecause." and none["no_answer"] == "cut_off"
+        write(tmp_path / "reference.jsonl", lines)
+        with pytest.raises(UserError, match="question 1: the reference, which counts as 100, has no answer"):
+            judge(server, files, tmp_path / "other.jsonl")
+
+
+def test_a_review_that_the_server_failed_at_is_asked_for_again(tmp_path: Path, files: list[str], capsys):
+    error = {"choices": None, "error": {"message": "Provider returned error", "code": 502}}
+    with ScriptedLLM(raw=lambda body: error if "fridge" in json.dumps(body) else None, reply=by_length) as server:
+        judge(server, files, tmp_path / "r.jsonl", "--concurrency", "1")
+        assert "1 of them without scores (1 as the server failed: the same command asks" in capsys.readouterr().err
+        failed = read(tmp_path / "r.jsonl")[1]
+        assert failed["content"].startswith("no answer: server-error: status 502") and failed["tuple"] == [-1, -1]
+        server.script.raw = lambda body: None
+        judge(server, files, tmp_path / "r.jsonl")
+    assert [review["tuple"] for review in read(tmp_path / "r.jsonl")] == [[9.0, 4.0], [9.0, 4.0]]
+
+
 def test_batches_bring_what_single_requests_do(tmp_path: Path, files: list[str]):
     """The second round asks again what could not be parsed."""
     asked: list[str] = []

@@ -108,7 +108,7 @@ def test_parser(content: str, scores: Any, exactly: Any):
     (lambda text: text[:-20], "line 3: the last one, is cut off"),
     (lambda text: text.replace("}\n", "\n", 1), "line 1: is no JSON"),
     (lambda text: text.replace("Fine", "Fin\u00e9").encode("latin-1"), "line 1: is not UTF-8"),
-    (lambda text: text.encode("utf-16"), "is UTF-16"),
+    (lambda text: text.encode("utf-16")[:-1], "is no UTF-16: truncated data"),
     (lambda text: text.replace("[9, 4.5]", '"9 4"'), "question 2: its tuple 9 4 is not two numbers"),
     (lambda text: text.replace('"question_id": 1,', ""), "line 2: has no question_id"),
     (lambda text: "[1, 2]\n", "is no JSON object"),

@@ -59,6 +59,27 @@ def test_grades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         evaluate.main(args)
 
 
+def test_no_answer_has_the_grade_0_and_no_judge_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    labels, answers, output = tmp_path / "mm-vet.json", tmp_path / "answers.jsonl", tmp_path / "grades.jsonl"
+    labels.write_text(json.dumps(LABELS))
+    lines = [{"question_id": "v1_0", "text": ""}, {"question_id": "v1_1", "text": "<think>Delft?</think>Leiden"},
+             {"question_id": "v1_2", "text": None, "metadata": {"no_answer": "cut off at --max-tokens"}}]  # fmt: skip
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked: list[str] = []
+    args = ["--labels", str(labels)]
+    with ScriptedLLM(
+        reply=lambda body: asked.append(body["messages"][-1]["content"]) or "<think>0</think>1.0"
+    ) as server:
+        evaluate.main(["judge", "mm-vet", "--answers", str(answers), *args, "--judge", "gpt-4", "--output", str(output),
+                       "--base-url", server.url])  # fmt: skip
+    assert len(asked) == 1 and "Answer: Leiden\n" in asked[0]
+    capsys.readouterr()
+    evaluate.main(["score", "mm-vet", "--answers", str(output), *args, "--json"])
+    scores = json.loads(capsys.readouterr().out)
+    expected = {"score": 33.33, "total": 3, "failed": 0, "empty": 1, "cut_off": 1}
+    assert {name: scores[name] for name in expected} == expected
+
+
 def test_outcomes_of_labelled_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The report's percentages are the scores'."""
     sample = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat colour?"},

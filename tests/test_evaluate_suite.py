@@ -448,7 +448,7 @@ def test_questions_of_the_release_stay_as_they_are(tmp_path: Path):
     (first,) = read_questions([write(tmp_path / "a.jsonl", jsonl([line]))], BENCHMARKS["pope"].suffix)
     (second,) = read_questions([write(tmp_path / "b.json", [sample])], "")
     assert first == Question(1, "Is it?" + SHORT, ("a.jpg",), {"category": "default"})
-    assert second == Question("2", "Which?", ("b.jpg",))
+    assert second == Question("2", "Which?", ("b.jpg",), marked_text="Which?\n<image>")
     with pytest.raises(UserError, match="c.jsonl: question 1, number 2 there, is there twice"):
         read_questions([write(tmp_path / "c.jsonl", jsonl([line, line]))], "")
 
@@ -546,9 +546,10 @@ def test_mme_submission(tmp_path: Path, mme_labels):
     ("mmbench", "index\tquestion\n", "has no rows"),
     ("seed", {"questions": []}, "has no question_type"),
     ("mmbench", table(BASE).replace("she", "sh\u00e9").encode("latin-1"), "line 3: is not UTF-8 .byte 0xe9"),
-    ("pope", jsonl([pope(1, "cat", "yes")]).encode("utf-16"), "is UTF-16, not UTF-8"),
+    ("pope", jsonl([pope(1, "cat", "yes")]).encode("utf-16")[:-1], "is no UTF-16: truncated data"),
     ("textvqa", {"data": [{"image_id": "a", "question": "?", "answers": [1]}]}, "data 0: its answers are no texts"),
-    ("easy-vqa", [{"id": "1", "conversations": [{"value": "?"}]}], "element 0: has no answer to its question"),
+    ("easy-vqa", [{"id": "1", "conversations": [{"from": "human", "value": "?"}]}], "sample 1 has no answer to its"),
+    ("easy-vqa", [{"id": "1", "conversations": [{"value": "?"}]}], "sample 0 .id 1.: turn 1 is from null"),
     ("gqa", {"q": {"answer": 1, "types": {"structural": "query"}}}, "question q: its answer is no text but 1"),
     ("sciencequa", {}, "sciencequa: is no such benchmark; choose from vqav2"),
 ])  # fmt: skip

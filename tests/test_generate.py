@@ -18,8 +18,10 @@ from PIL import Image
 from llava_jax import generate
 from llava_jax.checkpoint import Description, open_checkpoint, save_model
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template, get_template
+from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
 from llava_jax.data.prompts import share_beginnings
+from llava_jax.data.sources import Sample
+from llava_jax.data.tokenization import encode_sample, expand
 from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import build
@@ -243,6 +245,31 @@ def test_pictures_and_marks_have_to_agree():
     for request in (question("<image>\nIt?"), question("It?", PICTURES[0])):
         with pytest.raises(UserError, match=r"'(<image> )?It\?': \d <image> in the text, but \d pictures"):
             generator().answer([request], SHORT)
+
+
+@pytest.mark.parametrize("position", ["first", "as_is"])
+def test_images_of_a_request_go_where_the_model_was_trained_with_them(position):
+    text = " Look at <image>, then "
+    sample = Sample("id", ("a.jpg",), (("user", text), ("assistant", "x")))
+    trained = expand(encode_sample(sample, TEMPLATE, tokenizer(), image_position=position), CONFIG.image_tokens, 1000)
+    prompts = PromptEncoder(dataclasses.replace(CONFIG, image_position=position), tokenizer(), TEMPLATE)
+    prompt = prompts.encode(question(text, PICTURES[0]))
+    length = len(prompt.tokens)
+    assert prompt.tokens.tolist() == trained.tokens[:length].tolist()
+    assert prompt.image_feature_index.tolist() == trained.image_feature_index[:length].tolist()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_begun_answer_has_the_ids_of_the_text_whole(template, llama_tokenizer):
+    template = get_template(template)
+    turns, answer = [("user", "<image>\nHow many?"), ("assistant", "Two."), ("user", "Sure?")], "There are 12 of them"
+    for begun in ("There", "There are ", "There are 12", "\nThere"):
+        prompt = PromptEncoder(CONFIG, llama_tokenizer, template).encode(Request(turns, PICTURES[:1], begun))
+        text, spans = render([*turns, ("assistant", "\n" * begun.startswith("\n") + answer)], template)
+        stripped = begun.strip() if template.strip else begun
+        whole = text[: text.index(stripped, spans[-1][0]) + len(stripped)].split("<image>")
+        ids = [llama_tokenizer(part).input_ids[bool(i) :] for i, part in enumerate(whole)]
+        assert prompt.tokens.tolist() == [*ids[0], *[0] * CONFIG.image_tokens, *ids[1]]
 
 
 def test_an_empty_prompt_is_refused():

@@ -19,7 +19,7 @@ TEXTS = [
 ]
 
 
-def byte_level(specials=("<s>", "</s>", "<pad>"), vocab_size=300):
+def byte_level(specials=("<s>", "</s>", "<pad>"), vocab_size=300, eos="</s>"):
     """A small byte-level BPE, as the quickstart trains one."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,9 +31,7 @@ def byte_level(specials=("<s>", "</s>", "<pad>"), vocab_size=300):
         show_progress=False,
     )
     bpe.train_from_iterator(["what is the colour of the shape? blue, a circle"] * 2, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=eos, pad_token="<pad>")
 
 
 def written(tokenizer, special, directory):

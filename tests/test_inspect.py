@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from llava_jax.cli import UserError
@@ -62,6 +63,39 @@ def test_view_marks_what_is_learned(data, tokenizer, tmp_path, capsys):
         console.print(view(encoded, tokenizer))
     (start, end) = next((span.start, span.end) for span in view(encoded, tokenizer).spans if span.style == LEARNED)
     assert "\x1b[1;32m" in capture.get() and "It is 0." in view(encoded, tokenizer).plain[start:end]
+
+
+def test_images_are_read_only_where_their_folder_is_given(data, bare_llama_dir, tmp_path, capsys):
+    args = ["--json", str(data), "--tokenizer", str(bare_llama_dir), "--template", "v1"]
+    main(args)
+    assert "pixels" not in capsys.readouterr().out
+    samples = json.loads(data.read_text())
+    samples[1]["image"] = "[b]wide.png"
+    del samples[2]["image"]
+    samples[2]["conversations"][0]["value"] = "Text only"
+    data.write_text(json.dumps(samples))
+    images = tmp_path / "images"
+    with pytest.raises(UserError, match="images: no such folder of images"):
+        main([*args, "--images", str(images)])
+    images.mkdir()
+    Image.new("RGB", (30, 20)).save(images / "absent.jpg")
+    Image.new("RGB", (7, 5)).save(images / "[b]wide.png")
+    main([*args, "--images", str(images)])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if "pixels" in line] == ["absent.jpg: 30 x 20 pixels", "[b]wide.png: 7 x 5 pixels"]
+    main([*args, "--images", str(images), "--jsonl", "-"])
+    lines = [json.loads(line)["images"] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        [{"name": "absent.jpg", "width": 30, "height": 20}],
+        [{"name": "[b]wide.png", "width": 7, "height": 5}],
+        [],
+    ]
+    (images / "absent.jpg").write_bytes((images / "absent.jpg").read_bytes()[:200])
+    with pytest.raises(UserError, match="sample 0: picture absent.jpg is damaged"):
+        main([*args, "--images", str(images)])
+    (images / "absent.jpg").unlink()
+    with pytest.raises(UserError, match="sample 0: .*absent.jpg: No such file"):
+        main([*args, "--images", str(images)])
 
 
 def test_bad_input(data, bare_llama_dir, tmp_path, capsys):

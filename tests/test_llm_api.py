@@ -11,8 +11,10 @@ import pytest
 from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
+from llava_jax.llm_api import asking
 from llava_jax.llm_api import client as client_module
-from llava_jax.llm_api.client import Client, Settings, Stopped
+from llava_jax.llm_api.asking import Outcome, Task, Work
+from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget, BudgetSpent, Prices, most_tokens
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
@@ -227,3 +229,195 @@ def test_tokens_have_a_rate_of_their_own():
     assert all(refused.wait(0.0, 100.0) == 0 for _ in range(10))
     refused.refuse(1.0, Refusal(9.0, of_tokens=True), 100.0)
     assert refused.tokens.rate == pytest.approx(900 / 10) and refused.requests.rate == float("inf")
+
+
+# ------------------------------------------------------------------------------------------------- what is no answer
+
+
+def completion(content: Any, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "message": {"role": "assistant", "content": content} | message,
+    }
+    return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 3}}
+
+
+def event(**choice: Any) -> dict[str, Any]:
+    return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {}, "finish_reason": None} | choice]}
+
+
+RATE = {"message": "Provider returned error", "code": 429, "metadata": {"raw": "Too Many Requests"}}
+IN_STREAM = [event(delta={"content": "No"}), {"choices": [], "error": RATE}]
+IN_CHOICE = completion("No") | {"choices": [{"finish_reason": "error", "message": {"content": "N"}, "error": RATE}]}
+
+
+WHOLE = [
+    {"id": None, "choices": None, "error": RATE},
+    {"error": {"message": "Slow down", "code": "rate_limit_exceeded"}},
+    {"error": "Rate limit exceeded: 20 requests per minute"},
+    {"object": "error", "message": "Too many requests", "code": "429"},
+    {"detail": "Too Many Requests"},
+    b'[{"error": {"code": 429, "message": "Quota exceeded", "status": "RESOURCE_EXHAUSTED"}}]',  # of Google
+    IN_CHOICE,
+]
+EVENTS = [IN_STREAM, [event(finish_reason="error", error=RATE)]]
+
+
+@pytest.mark.parametrize(
+    ("body", "stream"),
+    [*((body, stream) for body in WHOLE for stream in (False, True)), *((body, True) for body in EVENTS)],
+)
+def test_a_refusal_for_the_rate_within_an_answer_waits_and_costs_nothing(ledger: Ledger, body: Any, stream: bool):
+    """It may come more often than a request is tried."""
+    left = [body] * 4
+    with ScriptedLLM(raw=lambda _: left.pop() if left else None) as server:
+        check_answers(ask_all(server, ledger, 1, stream=stream, tries=2))
+        assert len(server.times) == 5 and server.completions == 1
+    assert states(ledger) == {"answered": 1, "failed": 4}
+    assert ledger.db.execute("SELECT TOTAL(cost) FROM requests WHERE state = 'failed'").fetchone() == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "no such key", "code": 401}}, "status 401: no such key"),
+        ({"error": {"message": "more credits", "code": 402}}, "status 402: more credits"),
+        ({"error": {"message": "spent", "code": "insufficient_quota"}}, "spent"),
+        ({"error": {"message": "Provider returned error", "code": 502}}, "no answer .status 502: Provider"),
+        (completion(None, "error"), "the server gave up the answer"),
+        (b"<!doctype html><title>Open WebUI</title>", "an HTML page, no answer; is the path of the URL right"),
+        ({"choices": []}, "is no chat completion"),
+        ({"error": {"message": "too long", "type": "invalid_request_error", "code": None}}, "status 400: too long"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_within_an_answer_is_that_error(ledger: Ledger, body: Any, message: str, stream: bool):
+    with ScriptedLLM(raw=lambda _: body) as server:
+        (error,) = ask_all(server, ledger, 1, stream=stream, tries=2)
+    assert isinstance(error, UserError) and message.replace(".", "") in str(error).replace("(", "").replace(".", "")
+    assert states(ledger) == {"failed": len(server.times)}
+
+
+def test_a_prompt_that_a_filter_stops_is_refused_alone(ledger: Ledger):
+    body = {"error": {"message": "Your input was flagged", "code": 403, "metadata": {"reasons": ["violence"]}}}
+    with ScriptedLLM(raw=lambda asked: body if "number 1." in asked["messages"][0]["content"] else None) as server:
+        answers = ask_all(server, ledger, 3)
+    assert isinstance(answers[1], Refused) and [answers[i].text for i in (0, 2)] == [
+        f"You said: This is the number {i}." for i in (0, 2)
+    ]
+
+
+THINKING = "<think>\nIs it? I do not know.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "finish_reason", "kept"),
+    [
+        (completion(THINKING + "No"), "No", "stop", THINKING + "No"),
+        (completion("<think>\nIs it"), None, "length", "<think>\nIs it"),
+        (completion("Is it", "length"), "Is it", "length", "Is it"),
+        (completion(None, reasoning_content="It is no."), None, "stop", None),
+        (completion(None, "length", reasoning_content="It is"), None, "length", None),
+        (completion(""), "", "stop", ""),
+        (completion(None, refusal="I can't."), "I can't.", "content_filter", "I can't."),
+        (completion(None, "content_filter"), None, "content_filter", None),
+        (completion([{"type": "thinking", "thinking": []}, {"type": "text", "text": "No"}]), "No", "stop", "No"),
+        (completion("half \ud83d"), "half ?", "stop", "half ?"),
+        ([event(delta={"content": "<think>a</th"}), event(delta={"content": "ink>No"}, finish_reason="stop")], "No",
+         "stop", "<think>a</think>No"),
+        ([event(delta={"reasoning_content": "No?"}), event(finish_reason="length")], None, "length", None),
+    ],
+)  # fmt: skip
+def test_an_answer_is_what_follows_the_thinking(ledger: Ledger, body: Any, text: str | None, finish_reason: str, kept):
+    """The ledger keeps it as it came, and what comes from there is the same."""
+    with ScriptedLLM(raw=lambda _: body) as server:
+        (answer,) = ask_all(server, ledger, 1, stream=isinstance(body, list))
+        assert (answer.text, answer.finish_reason) == (text, finish_reason)
+        assert ask_all(server, ledger, 1) == [answer] and len(server.times) == 1
+    assert ledger.db.execute("SELECT answer FROM requests").fetchall() == [(kept,)]
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "option"),
+    [
+        ({"max_tokens": 9, "temperature": 0.0},
+         {"message": "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."},
+         """add --body '{"max_tokens": null, "max_completion_tokens": 9}'"""),
+        ({"max_tokens": 9, "temperature": 0.0}, {"message": "Unsupported value", "param": "temperature"},
+         """add --body '{"temperature": null}'"""),
+        ({"max_tokens": 9}, {"message": "max_tokens is too large: 9. This model's context has 8."}, "smaller --max"),
+        ({"max_tokens": 9}, {"message": "the picture is none"}, "the picture is none"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("within", [False, True])
+def test_a_refused_parameter_is_named_with_the_option_that_mends_it(
+    tmp_path: Path, body: dict[str, Any], error: dict[str, Any], option: str, within: bool
+):
+    """After which the same ledger takes other parameters, as nothing was answered."""
+    with ScriptedLLM() as server:
+        if within:
+            server.script.raw = lambda _: {"error": error | {"code": 400}}
+        else:
+            server.script.refusal = {"error": error}
+        task = Task("a", lambda: [{"role": "user", "content": "A?"}], str.strip)
+        work = Work(Settings("m", body, server.url, "key"))
+        with pytest.raises(UserError, match="status 400") as caught:
+            ask_in(tmp_path, work, task)
+        assert str(caught.value).endswith(option) or option in str(caught.value)
+        server.script.raw, server.script.refusal = (lambda _: None), None
+        other = work._replace(settings=work.settings._replace(body={"max_tokens": 7}))
+        assert ask_in(tmp_path, other, task)[0].value == "You said: A?"
+        with pytest.raises(UserError, match="made for other work .body"):
+            ask_in(tmp_path, work, task)
+
+
+def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:
+    return asking.ask_all(work, tasks, directory, {}, "asking")
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    ("body", "reason", "asked", "open_"),
+    [
+        (completion(None), "empty", 3, False),
+        (completion(" "), "empty", 3, False),
+        (completion("<think>\nIs it", "length"), "cut off at --max-tokens", 1, False),
+        (completion("Is it a", "length"), "cut off at --max-tokens", 1, False),
+        (completion(None, "content_filter"), "stopped by a filter", 3, False),
+        (completion(None, refusal="I can't."), "stopped by a filter: I can't.", 3, False),
+        ({"error": {"message": "not this one", "code": 400}}, "refused-by-server: status 400: not this one", 1, False),
+        ({"error": {"message": "broken", "code": 500}}, "server-error: ", 8, True),
+    ],
+)
+def test_why_there_is_no_answer(tmp_path: Path, body: Any, reason: str, asked: int, open_: bool, batch: bool):
+    """A value is never made of it, though another task is answered; and where the server fails it stays open."""
+
+    def raw(request: dict[str, Any]) -> Any:
+        return body if request["messages"][0]["content"] == "A?" else None
+
+    tasks = [Task(name, lambda name=name: [{"role": "user", "content": f"{name}?"}], str.strip) for name in "BA"]
+    with ScriptedLLM(raw=raw) as server:
+        settings = Settings("m", {"max_tokens": 9}, server.url, "key", concurrency=1)
+        work = Work(settings, batch=batch, poll=0.01)
+        other, none = ask_in(tmp_path, work, *tasks)
+        assert other.value == "You said: B?" and none.value is None
+        assert none.reason.startswith(reason) and none.open == open_
+        if not batch:
+            assert len(server.times) == 1 + asked
+        server.script.raw = lambda _: None
+        again = ask_in(tmp_path, work, *tasks)[1]
+        assert (again.value == "You said: A?") == (open_ or reason.startswith("refused"))  # what was answered stays
+
+
+def test_what_is_refused_for_the_rate_in_a_batch_stays_open(tmp_path: Path):
+    task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)
+    with ScriptedLLM(raw=lambda _: {"error": RATE}) as server:
+        work = Work(Settings("m", {"max_tokens": 9}, server.url, "key", prices=PRICES), batch=True, poll=0.01)
+        with pytest.raises(UserError, match="status 429: Provider returned error .Too Many Requests.*goes on"):
+            ask_in(tmp_path, work, task)
+        server.script.raw = lambda _: None
+        assert ask_in(tmp_path, work, task)[0].value == "You said: A?"
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert states(ledger) == {"unsent": 1, "answered": 1} and ledger.totals().cost < 1e-3
+    ledger.close()

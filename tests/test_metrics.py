@@ -1,8 +1,12 @@
 """What a run writes down survives a crash without doubling."""
 
+import io
 import json
+import re
 
+import pytest
 from etils import epath
+from rich.console import Console
 
 from llava_jax import metrics
 from llava_jax.metrics import MetricsWriter, Screen
@@ -23,25 +27,74 @@ def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_off_a_terminal_the_screen_prints_plain_lines(capsys):
-    screen = Screen(0, 2)
-    metrics = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens_per_second": 1e4, "images_per_second": 3.0}
-    metrics |= {"learned_share": 0.123, "padding_share": 0.5}
-    screen.show(1, metrics)
-    screen.show(2, metrics)
+def test_a_run_that_begins_anew_keeps_no_line(tmp_path):
+    """It evaluates step 0 again."""
+    for _ in range(2):
+        writer = MetricsWriter(epath.Path(tmp_path), 0)
+        writer.write(0, {"pope/accuracy": 1.0})
+        writer.write(1, {"loss": 1.0})
+        writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+FIGURES = {
+    "loss": 1.5,
+    "learning_rate": 1e-3,
+    "grad_norm": 2.0,
+    "tokens_per_second": 1e4,
+    "images_per_second": 3.0,
+    "learned_share": 0.123,
+    "padding_share": 0.5,
+    "mfu_full": 0.375,
+    "mfu_causal": 0.25,
+}
+ALL = "loss 1.5000  10,000 tokens/s  lr 1.00e-03  grad 2.00  MFU 37.5%  (causal 25.0%)  3.0 images/s  learned 12%  "
+ALL += "padding 50%"
+
+
+def test_off_a_terminal_the_screen_prints_plain_lines_of_80_columns(capsys, monkeypatch):
+    clock = iter([100.0, 104.0, 110.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    screen = Screen(5194, 5197, every=0)
+    for step in (5195, 5196, 5197):
+        screen.show(step, FIGURES)
     screen.close()
-    told = capsys.readouterr().err
-    assert (
-        "step 2/2  loss 1.5000  lr 1.00e-03  grad 2.00  10,000 tokens/s  3.0 images/s  learned 12%  padding 50%" in told
-    )
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 5195/5197, -:--:-- left",
+        "step 5196/5197, 0:00:04 left",
+        "step 5197/5197, 0:00:00 left",
+    ]
+    for line in lines:
+        assert len(line) <= 80 and line.split("  ", 1)[1] == "loss 1.5000  10,000 tokens/s  lr 1.00e-03"
 
 
-def test_mfu_is_shown_in_both_conventions(capsys):
-    used = {"mfu_full": 0.375, "mfu_causal": 0.25}
-    shown = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "learned_share")
-    screen = Screen(0, 1)
-    screen.show(1, dict.fromkeys((*shown, "padding_share"), 0.5) | used)
-    assert capsys.readouterr().err.endswith("padding 50%  MFU 37.5% (causal 25.0%)\n")
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def lines(self) -> list[str]:
+        """What was drawn, without what moves the cursor and colours."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue().replace("\r", "\n"))
+        return [line.rstrip() for line in text.split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 200])
+def test_on_a_terminal_the_bar_is_one_line_with_step_total_and_time_left_first(width, monkeypatch):
+    terminal = Terminal()
+    console = Console(file=terminal, force_terminal=True, width=width)
+    monkeypatch.setattr(metrics, "Console", lambda stderr: console)
+    screen = Screen(0, 665000)
+    screen.show(123456, FIGURES)
+    screen.say("step 123456: a line [with brackets]")
+    screen.bar.refresh()
+    screen.close()
+    assert "step 123456: a line [with brackets]" in terminal.lines()
+    line = terminal.lines()[-1]
+    head, figures = re.fullmatch(r"(123456/665000 \S+ left \S+) (.+)", line).groups()
+    assert len(line) <= width and ALL.startswith(figures) and "loss 1.5000" in figures
+    if width == 200:
+        assert figures == ALL
 
 
 def test_logs_of_a_remote_workdir_are_staged_and_a_failing_upload_only_warns(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from configs import common
+from configs import common, finetune
 from llava_jax import ahead, forecast, preflight, targets
 from llava_jax.cli import UserError
 from llava_jax.machines import GiB
@@ -155,6 +155,16 @@ def test_smallest_slice(monkeypatch):
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="neither config.model .* nor config.init"):
         forecast.report(small_config(model=""), "cpu")
+    with pytest.raises(UserError, match="config.model is 'no-such', not one of"):
+        forecast.report(small_config(model="", default_model="no-such"), "cpu")
+
+
+def test_a_recipe_without_a_size_compiles_the_published_one():
+    assert ahead.preset(finetune.get_config()) == "llava-v1.5-7b"
+    assert ahead.preset(finetune.get_config("v0,13b")) == "llava-v0-13b"
+    config = finetune.get_config()
+    config.init = "runs/import"
+    assert ahead.preset(config) == "", "the model is the checkpoint's"
 
 
 def test_a_table_has_a_line_a_target(reports):
@@ -166,7 +176,7 @@ def test_a_table_has_a_line_a_target(reports):
 
 
 RECIPE = """
-from configs import common
+from configs import common, finetune
 from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
 
 PRESETS["small"] = LlavaConfig(

@@ -24,6 +24,11 @@ from llava_jax.serve.app import create_app
 from llava_jax.serve.engine import Engine, QueueFull
 
 HELLO = [{"role": "user", "content": "Hello"}]
+BEGUN = [*HELLO, {"role": "assistant", "content": "Well, it"}]
+
+
+def parts(*content, role: str = "user") -> dict:
+    return {"messages": [{"role": role, "content": list(content)}]}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +144,32 @@ def test_a_conversation_with_pictures(client, engine):
         ("user", "<image>\nAnd this?"),
     ]
     assert create(client, messages).choices[0].message.content == greedy(engine, turns, [first, second])
+
+
+def test_a_url_needs_no_object_around_it(client):
+    def ask(image_url):
+        content = [{"type": "image_url", "image_url": image_url}, {"type": "text", "text": "What is it?"}]
+        return create(client, [{"role": "user", "content": content}]).choices[0].message.content
+
+    assert ask(data_url(picture(0))) == ask({"url": data_url(picture(0))})
+
+
+@pytest.mark.parametrize("options", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_an_answer_continues_a_last_message_of_the_assistant(client, engine, options):
+    request = Request([("user", "Hello")], begun="Well, it")
+    expected = "".join(piece.text for piece in engine.submit(request, Sampling(max_new_tokens=6)))
+    completion = create(client, BEGUN, extra_body=options)
+    assert completion.choices[0].message.content == expected
+    assert completion.usage.prompt_tokens == engine.count_tokens(request) > engine.count_tokens(Request(request.turns))
+
+
+def test_what_continues_a_text_keeps_the_white_space_between(engine):
+    texts = []
+    for letter in "efilmqz":
+        answer = engine.submit(Request([("user", "Hello")], begun=letter), Sampling(max_new_tokens=3))
+        texts.append("".join(piece.text for piece in answer))
+        assert engine.tokenizer.decode(answer.tokens).startswith(texts[-1])
+    assert any(text.startswith(" ") for text in texts)
 
 
 def test_what_came_back_can_be_sent_again(client):
@@ -313,7 +344,25 @@ def test_what_changes_nothing_is_accepted(client):
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages.0.content.0", "invalid_value"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages", "invalid_value"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "Hi"}]}, "messages", "invalid_value"),
+        ({"continue_final_message": True}, None, "invalid_value"),
+        ({"add_generation_prompt": False}, None, "invalid_value"),
+        ({"messages": BEGUN, "continue_final_message": False}, None, "invalid_value"),
+        ({"messages": BEGUN, "add_generation_prompt": True}, None, "invalid_value"),
+        (
+            parts({"type": "text", "text": "a", "cache_control": {}}),
+            "messages.0.content.0.cache_control",
+            "unknown_parameter",
+        ),
+        (parts({"type": "text", "text": 5}), "messages.0.content.0.text", "invalid_value"),
+        (parts({"type": "text"}), "messages.0.content.0.text", "missing_required_parameter"),
+        (
+            parts({"type": "image_url", "image_url": {"url": "x"}, "uuid": 1}),
+            "messages.0.content.0.uuid",
+            "unknown_parameter",
+        ),
+        (parts({"type": "image_url", "image_url": {"url": 1}}), "messages.0.content.0.image_url.url", "invalid_value"),
+        (parts({"type": "image_url", "image_url": 1}), "messages.0.content.0.image_url", "invalid_value"),
+        (parts({"type": "text", "text": 5}, role="system"), "messages.0.content.0.text", "invalid_value"),
         ({"messages": [*HELLO, {"role": "system", "content": "Hi"}]}, "messages.1.role", "invalid_value"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),

@@ -12,8 +12,8 @@ from llava_jax.serve.schema import Message
 from llava_jax.serve.turns import Marks, read_messages
 
 
-def read(marks: Marks, *messages):
-    return read_messages([TypeAdapter(Message).validate_python(message) for message in messages], marks)
+def read(marks: Marks, *messages, interleaved: bool = False):
+    return read_messages([TypeAdapter(Message).validate_python(message) for message in messages], marks, interleaved)
 
 
 def image(url: str) -> dict:
@@ -36,6 +36,27 @@ def test_pictures_of_a_turn_stand_before_its_text(marks):
     assert turns.urls == [("messages.1.content.1.image_url.url", "a"), ("messages.1.content.3.image_url.url", "b")]
 
 
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ([text("Compare"), image("a"), text("and"), image("b")], "Compare\n<image>\nand\n<image>"),
+        ([text("Compare "), image("a"), text(" and "), image("b"), text(".")], "Compare <image> and <image>\n."),
+        ([image("a"), image("b"), text("a"), text("b")], "<image>\n<image>\na\nb"),
+        ([image("a")], "<image>"),
+        ([text("<image>"), image("a")], "< image>\n<image>"),
+    ],
+)
+def test_pictures_keep_their_places_for_models_that_were_trained_so(marks, content, expected):
+    turns = read(marks, {"role": "user", "content": content}, interleaved=True)
+    assert turns.turns == [("user", expected)]
+
+
+def test_a_last_message_of_the_assistant_is_what_the_answer_continues(marks):
+    parts = [text("It</s> "), text("is ")]
+    turns = read(marks, {"role": "user", "content": "x"}, {"role": "assistant", "content": parts})
+    assert turns == ([("user", "x")], [], "It< /s> \nis ")
+
+
 def test_messages_of_one_role_in_a_row_are_one_turn(marks):
     turns = read(
         marks,
@@ -48,7 +69,7 @@ def test_messages_of_one_role_in_a_row_are_one_turn(marks):
     assert turns.turns == [("user", "<image>\nWhat is it?"), ("assistant", "A\ncat."), ("user", "Sure?")]
 
 
-@pytest.mark.parametrize("roles", ["s", "a", "au", "ua", "us", "usu", "sau"])
+@pytest.mark.parametrize("roles", ["s", "a", "au", "sa", "us", "usu", "sau"])
 def test_orders_that_no_model_was_trained_on(marks, roles):
     names = {"s": "system", "u": "user", "a": "assistant"}
     with pytest.raises(ApiError) as error:

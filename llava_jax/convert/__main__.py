@@ -1,14 +1,12 @@
-"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify`."""
+"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
 
 import argparse
 
-from llava_jax.cli import run
-from llava_jax.convert import verify
-from llava_jax.convert.export import export
-from llava_jax.convert.export_original import export_original, export_projector
-from llava_jax.convert.found import Options
-from llava_jax.convert.import_weights import import_backbones, import_llava
-from llava_jax.convert.outgoing import DTYPES
+from llava_jax.cli import Parser, run
+from llava_jax.data.conversation import IMAGE_POSITIONS
+
+# Each command imports what it needs once its arguments are known: JAX takes seconds, and --help need not wait.
+DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLE = """examples:
   python -m llava_jax.convert import --llm vicuna-7b --vision clip-vit-large-patch14 --output checkpoints/start
@@ -18,7 +16,9 @@ EXAMPLE = """examples:
     --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
   python -m llava_jax.convert export --checkpoint runs/pretrain --layout projector --output my-projector
-  python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf"""
+  python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf
+  python -m llava_jax.convert copy --checkpoint runs/finetune --output checkpoints/finetuned
+  python -m llava_jax.convert copy-frozen --checkpoint runs/finetune"""
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -27,16 +27,17 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.convert",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="import|export|verify")
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
     _add_import(commands)
     _add_export(commands)
     _add_verify(commands)
+    _add_copies(commands)
     return parser
 
 
@@ -58,10 +59,16 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "difference from a base, a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
-    add("--template", default=Options.template, help="of conversations (default: %(default)s)")
+    add(
+        "--template",
+        metavar="NAME",
+        help="of conversations (default: what the tokenizer's own chat template is, or v1)",
+    )
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
     add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
+    add("--image-position", choices=IMAGE_POSITIONS, help="where images of a turn stood in training (default: first, "
+        "or what an export of ours says)")  # fmt: skip
     add("--select-layer", type=int, metavar="N", help="whose features are used (default: -2, or the source's)")
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
     add("--rows", choices=("source", "tokenizer"), default="source", help="of embeddings and head: all that the source "
@@ -71,10 +78,14 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    from llava_jax.convert.found import Options
+    from llava_jax.convert.import_weights import import_backbones, import_llava
+
     options = Options(
         template=args.template,
         projector_type=args.projector_type,
         aspect=args.aspect,
+        image_position=args.image_position,
         select_layer=args.select_layer,
         select_feature=args.select_feature,
         seed=args.seed,
@@ -118,6 +129,9 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--tower goes with --layout original or projector")
     if args.layout != "original" and args.without_tower:
         parser.error("--without-tower goes with --layout original")
+    from llava_jax.convert.export import export
+    from llava_jax.convert.export_original import export_original, export_projector
+
     match args.layout:
         case "hf":
             export(args.checkpoint, args.output, args.dtype)
@@ -135,7 +149,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
         help="compares a checkpoint with a Hugging Face directory of it",
-        description=f"{verify.__doc__} Exits with 1 where anything differs.",
+        description="Compares a checkpoint with a Hugging Face directory of it: tensors, bit for bit, configuration "
+        "and, with torch installed, what both compute and say. Exits with 1 where anything differs.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -146,11 +161,48 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from llava_jax.convert import verify
+
     equal = True
     for finding in verify.verify(args.checkpoint, args.hf):
         print(finding, flush=True)
         equal = equal and finding.equal is not False
     return 0 if equal else 1
+
+
+def _add_copies(commands: argparse._SubParsersAction) -> None:
+    for name, copies, description in (
+        ("copy", _copy, "Writes a whole checkpoint, which needs no other one. The optimizer's state is left out."),
+        ("copy-frozen", _copy_frozen, "Copies the frozen parameters that a training workdir takes from the checkpoint "
+         "it was started from into the workdir. Afterwards that checkpoint may be moved or deleted."),
+    ):  # fmt: skip
+        parser = commands.add_parser(
+            name,
+            help=copies.__doc__,
+            description=description,
+            epilog=EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
+        if name == "copy":
+            parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
+        parser.set_defaults(function=copies)
+
+
+def _copy(args: argparse.Namespace) -> None:
+    """a training workdir to a checkpoint of its own"""
+    from llava_jax.convert.copy import copy
+
+    copy(args.checkpoint, args.output)
+    print(f"{args.output}: all parameters, without the optimizer's state")
+
+
+def _copy_frozen(args: argparse.Namespace) -> None:
+    """into a training workdir what it takes from other checkpoints"""
+    from llava_jax.convert.copy import copy_frozen
+
+    copied = copy_frozen(args.checkpoint)
+    print(f"{args.checkpoint}: {'copied from ' + ', '.join(copied) if copied else 'has a copy already'}")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,31 @@ import re
 
 from llava_jax.data.conversation import IMAGE_TOKEN, Template
 
-# A message's content is a string, or a list of texts and images; of these the images come first, a line each.
+# A message's content is a string, or a list of texts and images. Models that were trained with images before the text
+# get those of a list there, a line each.
+_IMAGES_FIRST = """\
+        {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
+        {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+        {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
+"""
+# Others get them where the list has them, a line each unless a text has white space of its own beside an image.
+_IMAGES_AS_IS = """\
+        {%- set flat = namespace(text='', image=false) -%}
+        {%- for part in content -%}
+            {%- set image = part['type'] in ['image', 'image_url'] -%}
+            {%- set piece = <<image mark>> if image else part['text'] -%}
+            {%- set spaced = not (flat.text[-1:] | trim and piece[:1] | trim) -%}
+            {%- set flat.text = flat.text ~ ('\\n' if (image or flat.image) and not spaced else '') ~ piece -%}
+            {%- set flat.image = image if piece else flat.image -%}
+        {%- endfor -%}
+        {{- flat.text -}}
+"""
 _JINJA = """\
 {%- macro flat(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
-        {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
-        {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
-    {%- endif -%}
+<<parts>>    {%- endif -%}
 {%- endmacro -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system = <<system>> -%}
@@ -39,13 +54,16 @@ _JINJA = """\
 """
 
 
-def chat_template(template: Template, system: str, image_token: str = IMAGE_TOKEN) -> str:
+def chat_template(
+    template: Template, system: str, image_token: str = IMAGE_TOKEN, image_position: str = "first"
+) -> str:
     """Jinja that renders messages as `data.conversation.render` renders turns.
 
     Args:
       template: the text around the turns.
       system: the system prompt where the messages bring none.
       image_token: what the processor's tokenizer calls an image.
+      image_position: where images stood in training, see `data.conversation.place_prompt_images`.
     """
     image = template.image.replace(IMAGE_TOKEN, image_token)
     clean = " | trim" if template.strip else ""
@@ -69,7 +87,8 @@ def chat_template(template: Template, system: str, image_token: str = IMAGE_TOKE
         "end": _quoted(template.end + template.tail),
         "reply prompt": _quoted(template.reply),
     }
-    return re.sub("<<([a-z ]+)>>", lambda match: values[match[1]], _JINJA)
+    jinja = _JINJA.replace("<<parts>>", _IMAGES_AS_IS if image_position == "as_is" else _IMAGES_FIRST)
+    return re.sub("<<([a-z ]+)>>", lambda match: values[match[1]], jinja)
 
 
 def _quoted(text: str) -> str:

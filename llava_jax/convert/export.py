@@ -6,6 +6,7 @@ processor, to which the image is a token inside one text, gives no `▁` there (
 The model is the same: equal ids, equal logits.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llava_jax.convert.outgoing import common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.data.conversation import Template, get_template, stop_strings, with_im_start_end
+from llava_jax.data.fit import end_of_answer, missing_marks
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
 
@@ -61,22 +63,26 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
     write_tokenizer(tokenizer, special, directory)
     written = load_tokenizer(directory)
     special_ids = {f"{kind}_token_id": getattr(written, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    ends = [tokenizer.encode(text, add_special_tokens=False) for text in stop_strings(template)]
-    end_ids = [ids[0] for ids in ends if len(ids) == 1]
+    if problem := missing_marks(template, tokenizer):
+        print(f"warning: {problem}", file=sys.stderr)
+    end_id = end_of_answer(template, tokenizer)
 
     dtype = dtype or common_dtype(checkpoint)
     write_json(directory / "config.json", hf_config.write_llava(config, source, special, written.pad_token_id, dtype))
-    generation = hf_processor.write_generation(hf.get("generation_config", {}), special_ids, end_ids)
+    generation = hf_processor.write_generation(
+        hf.get("generation_config", {}), special_ids, end_id, stop_strings(template)
+    )
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "preprocessor_config.json", hf_processor.write_image_processor(config))
     write_json(directory / "processor_config.json", hf_processor.write_processor(config, special.image.text))
-    (directory / "chat_template.jinja").write_text(_jinja(template, tokenizer, special.image.text), encoding="utf-8")
+    jinja = _jinja(template, tokenizer, special.image.text, config.image_position)
+    (directory / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     return special
 
 
-def _jinja(template: Template, tokenizer: PreTrainedTokenizerBase, image: str) -> str:
+def _jinja(template: Template, tokenizer: PreTrainedTokenizerBase, image: str, image_position: str) -> str:
     system = default_system(tokenizer) if template.system is None else template.system
-    return chat_template(template, system, image)
+    return chat_template(template, system, image, image_position)
 
 
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:

@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 from llava_jax.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json, kept
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, kept
 from llava_jax.convert.hf_processor import write_generation
 from llava_jax.convert.hf_text import write_text
 from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.convert.torch_save import save_torch
+from llava_jax.data.conversation import get_template, with_im_start_end
+from llava_jax.data.fit import end_of_answer
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, LlavaConfig
 
@@ -51,8 +53,11 @@ def export_original(
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+    template = with_im_start_end(get_template(checkpoint.template), checkpoint.config.im_start_end)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    generation = write_generation(checkpoint.description.hf.get("generation_config", {}), ids, [])
+    generation = write_generation(
+        checkpoint.description.hf.get("generation_config", {}), ids, end_of_answer(template, tokenizer), []
+    )
     parts = tuple(part for part in PARTS if with_tower or part != "vision")
     with new_export(output) as directory:
         copy_tokenizer(checkpoint.tokenizer_dir, directory)
@@ -109,6 +114,7 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "mm_use_im_start_end": config.im_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": config.image_aspect,
+        IMAGE_POSITION: config.image_position,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "tokenizer_padding_side": "right",

@@ -19,9 +19,10 @@ from llava_jax.models.projector import num_projector_layers
 class Options:
     """What the user asks for; None leaves it to the source, or to the default where that doesn't say."""
 
-    template: str = "v1"
+    template: str | None = None  # default that of the tokenizer's own chat template, or v1
     projector_type: str | None = None  # default mlp2x_gelu
     aspect: str | None = None  # default pad, as LLaVA-1.5 was trained
+    image_position: str | None = None  # default first, as LLaVA-1.5 was trained
     select_layer: int | None = None  # default -2
     select_feature: str | None = None  # default patch
     seed: int = 0  # of a fresh projector

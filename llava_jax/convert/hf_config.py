@@ -12,7 +12,7 @@ read as 10000 by transformers 4.
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json, get, kept, require, require_multiple
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, kept, require, require_multiple
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.models.clip import ACTIVATIONS
@@ -51,6 +51,7 @@ class LlavaSource(NamedTuple):
     image_token_index: int  # marks positions of images
     linear_projector: bool  # no activation between the two layers of the projector
     im_start_end: bool
+    image_position: str
 
 
 def read_vision(config: Json, where: str) -> VisionConfig:
@@ -92,6 +93,7 @@ def read_llava(config: Json, where: str) -> LlavaSource:
         image_token_index=get(config, "image_token_index", get(config, "image_token_id", 32000, where), where),
         linear_projector=activation == "linear",
         im_start_end=get(config, "mm_use_im_start_end", False, where),
+        image_position=get(config, IMAGE_POSITION, "first", where),
     )
 
 
@@ -116,6 +118,7 @@ def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_i
         "image_token_index": special.image.id,
         "pad_token_id": pad_id,
         "image_seq_length": config.image_tokens,
+        IMAGE_POSITION: config.image_position,
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": select_strategy(config),
         "projector_hidden_act": "linear" if linear else "gelu",

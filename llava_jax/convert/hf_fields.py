@@ -6,6 +6,8 @@ from llava_jax.cli import UserError
 
 Json = dict[str, Any]
 
+IMAGE_POSITION = "image_position"  # of no other project: where images stood in training, "first" where it is absent
+
 # Fields about the file and not about the model.
 _NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 

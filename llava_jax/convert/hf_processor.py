@@ -91,14 +91,17 @@ def write_processor(config: LlavaConfig, image_token: str) -> Json:
     }
 
 
-def write_generation(source: Json, special_ids: dict[str, int | None], end_ids: list[int]) -> Json:
+def write_generation(
+    source: Json, special_ids: dict[str, int | None], end_id: int | None, end_texts: list[str]
+) -> Json:
     """The `generation_config.json`: the source's, without what save_pretrained refuses.
 
     Args:
       source: that of the import; may be empty.
       special_ids: the tokenizer's by the names `bos_token_id`, `eos_token_id`, `pad_token_id`; of the first two the
         source's count where it has them, while padding is what the tokenizer does.
-      end_ids: tokens that end an answer, which have to be among the `eos_token_id`.
+      end_id: the token that ends an answer, which has to be among the `eos_token_id`.
+      end_texts: the texts that end one where no token does: `stop_strings`, with which `generate` wants the tokenizer.
     """
     values = {name: id for name, id in special_ids.items() if id is not None}
     values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}
@@ -108,9 +111,11 @@ def write_generation(source: Json, special_ids: dict[str, int | None], end_ids: 
         values = {field: value for field, value in values.items() if field not in _SAMPLING}
     known = values.get("eos_token_id", [])
     known = known if isinstance(known, list) else [known]
-    ids = known + [id for id in end_ids if id not in known]
+    ids = known + [id for id in (end_id,) if id is not None and id not in known]
     if ids:
         values["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    if end_id is None and end_texts:
+        values["stop_strings"] = end_texts
     return values
 
 

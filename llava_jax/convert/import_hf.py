@@ -92,6 +92,7 @@ def find_llava(directory: Path, options: Options) -> Found:
         select_layer=found.select_layer,
         select_feature=found.select_feature,
         im_start_end=found.im_start_end,
+        image_position=found.image_position,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
         image_mean=images.mean,
         image_std=images.std,

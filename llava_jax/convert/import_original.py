@@ -26,7 +26,7 @@ from llava_jax.convert.found import (
     refuse,
     refuse_contradiction,
 )
-from llava_jax.convert.hf_fields import Json, get, require
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, require
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
@@ -49,6 +49,7 @@ _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
 _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
 # Fields about training, which no decoder has; nor has one any with mm_ in its name.
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
+_TRAINING += (IMAGE_POSITION,)
 
 _ADAPTER = (
     ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
@@ -90,6 +91,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         select_layer=select_layer,
         select_feature=select_feature,
         im_start_end=im_start_end,
+        image_position=get(settings, IMAGE_POSITION, "first", where),
         image_aspect=options.aspect or _aspect(settings, where),
         image_mean=tower.images.mean,
         image_std=tower.images.std,

@@ -5,6 +5,7 @@ types and bits, and every key has to be accounted for. Nothing large is read bef
 tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
 from llava_jax.cli import UserError, track
@@ -27,7 +29,8 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, get_template, with_im_start_end
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template
+from llava_jax.data.fit import missing_marks, require_fit, template_of
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
@@ -76,14 +79,50 @@ def _path(places: dict[str, Located], name: str) -> Path | None:
 
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
     origins = {name: place.origin for name, place in places.items() if place.origin}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         found = _fitting(found, Path(scratch), options.fit_rows)
-        template = with_im_start_end(get_template(options.template), found.config.im_start_end)
+        if options.image_position:
+            config = dataclasses.replace(found.config, image_position=options.image_position)
+            found = dataclasses.replace(found, config=config)
+        template = _template(options.template, load_tokenizer(scratch))
         stage = "finetune" if found.trained else None
         description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)
         write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
+
+
+def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template asked for, or that of the tokenizer's own chat template, or else v1.
+
+    Raises UserError where it cannot be used with the tokenizer; warns of one asked for whose marks are no tokens.
+    """
+    own = None if requested else template_of(tokenizer)
+    template = own or get_template(requested or "v1")
+    if own:
+        print(f"template {own.name}: the tokenizer's own chat template is that one", file=sys.stderr)
+    elif tokenizer.chat_template and not requested:
+        print(
+            "template v1, of LLaVA-1.5: the tokenizer's own chat template is none that is known here "
+            "(--template NAME chooses another)",
+            file=sys.stderr,
+        )
+    require_fit(template, tokenizer)
+    if problem := missing_marks(template, tokenizer):
+        if not requested:
+            raise UserError(f"{problem}: --template NAME")
+        print(f"warning: {problem}", file=sys.stderr)
+    return template
+
+
+@contextlib.contextmanager
+def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
+    """Errors within name the sources of a tokenizer, not the directory that it is copied to."""
+    sources = " or ".join(str(place.path) for name, place in places.items() if name != "vision")
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(scratch, sources)) from error
 
 
 def _fitting(found: Found, directory: Path, fit_rows: bool) -> Found:

@@ -11,6 +11,7 @@ from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors, open_directory, read_json
+from llava_jax.incoming import refuse_pointer_file
 
 
 class LanguageModel(NamedTuple):
@@ -53,11 +54,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise UserError(f"{source}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
     for name in TOKENIZER_FILES:
         if (source / name).exists():
+            refuse_pointer_file(source / name)
             shutil.copy(source / name, target / name)
 
 
 def _open_gguf(path: Path) -> LanguageModel:
     """Of the whole model in memory: GGUF's numbers are quantized, and come out as float32."""
+    refuse_pointer_file(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

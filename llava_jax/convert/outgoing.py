@@ -15,7 +15,6 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry, to_hf_tensor
 from llava_jax.convert.shards import Tensor
 
-DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("vision", "projector", "llm", "head")
 _ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # those with a row for each token
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import StoredTensor, read_numbers
 from llava_jax.convert.torch_files import open_torch
+from llava_jax.incoming import refuse_pointer_file, to_utf8
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,6 +69,7 @@ def open_files(files: Iterable[Path]) -> Tensors:
     """The tensors of all these files, of which no two may have the same name."""
     held: dict[str, StoredTensor] = {}
     for path in files:
+        refuse_pointer_file(path)
         found = open_torch(path) if path.suffix in (".bin", ".pt", ".pth") else open_safetensors(path)
         twice = sorted(set(held) & set(found))
         if twice:
@@ -124,7 +126,7 @@ def _open_shards(index: Path) -> Tensors:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(to_utf8(path.read_bytes(), path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

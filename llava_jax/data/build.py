@@ -13,21 +13,23 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import UserError, positive, run, track
+from llava_jax.cli import Parser, UserError, positive, run, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS, get_template
-from llava_jax.data.lengths import lengths_name, measure_once
-from llava_jax.data.pipeline import TextEncoder
+from llava_jax.data.images import in_any_spelling
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from llava_jax.data.pipeline import TextEncoder
 
 EPILOG = """example:
   python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
@@ -48,7 +50,7 @@ def build(
     workers: int = 0,
     decode: bool = True,
     published: Published | None = None,
-    encode: TextEncoder | None = None,
+    encode: "TextEncoder | None" = None,
     beam: tfds.download.DownloadConfig | None = None,
 ) -> None:
     """Builds, or goes on building, a data set.
@@ -110,10 +112,10 @@ def _begin(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
     sizes = _sizes(images, list(uses))
-    if missing := [name for name, size in sizes.items() if size is None]:
+    if missing := {name for name, size in sizes.items() if size is None}:
         raise UserError(
-            f"{'; '.join(explain_missing(images, missing))}. Put them there, or let llava_jax.data.check --fix write "
-            "the samples that are whole, and build from these"
+            f"{'; '.join(explain_missing(images, _first_users(source, missing)))}. Put them there, or let "
+            "llava_jax.data.check --fix write the samples that are whole, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
     manifest = {
@@ -143,9 +145,18 @@ def _sizes(images: epath.Path, names: Sequence[str]) -> dict[str, int | None]:
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
 
 
+def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
+    """The id of the first sample with each of these pictures."""
+    users: dict[str, str] = {}
+    for sample in source:
+        for name in names.intersection(sample.images):
+            users.setdefault(name, sample.id)
+    return users
+
+
 def _size(path: epath.Path) -> int | None:
     try:
-        return path.stat().length
+        return in_any_spelling(lambda file: file.stat().length, path)
     except (OSError, ValueError):  # ValueError where the name holds a null byte
         return None
 
@@ -163,8 +174,10 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
         put(offsets, directory / OFFSETS)
 
 
-def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
+def _write_lengths(directory: epath.Path, source: LlavaJson, encode: "TextEncoder") -> None:
     """Measures all samples and writes what `cache` would: whoever opens the data set has it in the cache."""
+    from llava_jax.data.lengths import lengths_name, measure_once
+
     path = directory / f"{lengths_name(source, encode)}.npz"
     if path.exists():
         return
@@ -214,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
-def _encoder(args: argparse.Namespace) -> TextEncoder:
+def _encoder(args: argparse.Namespace) -> "TextEncoder":
+    from llava_jax.data.pipeline import TextEncoder  # and JAX and Grain, which take seconds
+
     tokenizer = load_tokenizer(args.tokenizer)
     return TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length, args.image_position)
 
@@ -228,7 +243,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.build",
         description=__doc__,
         epilog=EPILOG,

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -113,22 +113,27 @@ def local_file(path: str | os.PathLike, show: bool = True) -> Path:
     """The file itself or, of a remote one, a copy that the next call finds, if the file is still the same."""
     if not is_remote(path):
         return Path(path)
-    copies = directory() / f"copy-{digest(os.fspath(path))}"
+    return derived("copy", path, lambda target: _copy(epath.Path(path), target, show))
+
+
+def derived(kind: str, path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+    """A local file that `write` makes of the one at `path`, which the next call finds if that is still the same."""
+    copies = directory() / f"{kind}-{digest(os.fspath(path))}"
     copy = copies / digest(version(path))
-    if copy.exists():
-        return copy
-    shutil.rmtree(copies, ignore_errors=True)  # of what the file was before
-    try:
-        return _copy(epath.Path(path), copy, show)
-    except OSError:  # nowhere to keep it
-        return _copy(epath.Path(path), new_local() / copy.name, show)
+    if not copy.exists():
+        shutil.rmtree(copies, ignore_errors=True)  # of what the file was before
+        try:
+            write(copy)
+        except OSError:  # nowhere to keep it
+            copy = new_local() / copy.name
+            write(copy)
+    return copy
 
 
-def _copy(source: epath.Path, target: Path, show: bool) -> Path:
+def _copy(source: epath.Path, target: Path, show: bool) -> None:
     blocks = -(-source.stat().length // COPY_BYTES)
     with source.open("rb") as remote, replacing(target) as file:
         read = iter(lambda: remote.read(COPY_BYTES), b"")
         told = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
         for block in track(read, told, blocks) if show else read:
             file.write(block)
-    return target

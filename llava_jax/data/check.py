@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
@@ -28,6 +27,8 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.whole_file import whole_file, whole_list
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llava_jax.data.measuring import Measuring
 
 EPILOG = """example:
@@ -36,6 +37,7 @@ EPILOG = """example:
 """
 LLAMA_SPECIAL_TOKENS = ("<s>", "</s>")
 EXAMPLES = 20  # problems of a kind in the report
+UNREAD_KEYS = 20  # that are listed
 
 
 class Report:
@@ -46,6 +48,7 @@ class Report:
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
         self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # of samples to drop, by index
         self.lengths: dict[str, Any] | None = None
+        self.padding: str | None = None  # where there would be much of it
 
     def add(self, problem: Problem) -> None:
         self.counts[problem.kind] += 1
@@ -78,13 +81,14 @@ def find_problems(
     measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths."""
+    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths and padding."""
     yield from survey.read(tuple(special_tokens))
     yield from survey.duplicates()
     yield from picture_problems(survey, images, workers)
     if measuring and len(survey):
         lengths = measuring.measure(survey)
         report.lengths = measuring.describe(lengths)
+        report.padding = measuring.padding(lengths)
         yield from measuring.problems(survey, lengths)
 
 
@@ -129,12 +133,17 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         if args.template:
             measuring = _measuring(args, tokenizer)
-    survey, report, console = Survey(args.json), Report(), Console()
+    survey, report, console = Survey(args.json, args.image_position), Report(), Console()
     for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
+    if survey.unread:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
+        print(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         print(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
+    if report.padding:
+        print(f"padding, one sample a row: {report.padding}", file=sys.stderr)
     if args.fix:
         rejects, kept = fix(survey, report.reasons, args.fix)
         print(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
@@ -149,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             "counts": dict(report.counts.most_common()),
             "examples": report.examples,
             "lengths": report.lengths,
+            "padding": report.padding,
         }
         with whole_file(args.report) as file:
             file.write(json.dumps(values, indent=2).encode() + b"\n")
@@ -156,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report.counts else 0
 
 
-def _measuring(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> "Measuring":
+def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring":
     from llava_jax.data import measuring  # and Grain, which takes seconds
 
     encode = measuring.TextEncoder(
@@ -174,7 +184,7 @@ def _show(problem: Problem, console: Console) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.check",
         description=__doc__,
         epilog=EPILOG,

@@ -43,10 +43,14 @@ class Template:
     image: str = IMAGE_TOKEN  # how an image is marked
     strip: bool = False  # whether the white space around a turn's text goes
     captions: bool = False  # whether all of a question but its image marks is dropped
+    special: tuple[str, ...] = ()  # marks of these texts that have to be tokens of their own
 
 
 class Rendered(NamedTuple):
-    """A rendered conversation and the [start, end) character spans of its answers with their end marks."""
+    """A rendered conversation and the [start, end) character spans to learn.
+
+    A span begins where the prompt of the answer ends, so with the template's `lead`, and holds answer and end mark.
+    """
 
     text: str
     learned_spans: list[tuple[int, int]]
@@ -93,6 +97,7 @@ _V1 = Template(
     reply="ASSISTANT:",
     lead=" ",
     end="</s>",
+    special=("</s>",),
 )
 _LLAVA_LLAMA_2 = Template(
     name="llava_llama_2",
@@ -104,6 +109,7 @@ _LLAVA_LLAMA_2 = Template(
     lead=" ",
     end=" </s>",
     between="<s>[INST] ",
+    special=("<s>", "</s>"),
 )
 _MPT = Template(
     name="mpt",
@@ -113,6 +119,7 @@ _MPT = Template(
     question=("<|im_start|>user\n", "<|im_end|>"),
     reply="<|im_start|>assistant\n",
     end="<|im_end|>",
+    special=("<|im_start|>", "<|im_end|>"),
 )
 _MMTAG_IMAGE = f"<Image>{IMAGE_TOKEN}</Image>"
 
@@ -127,7 +134,7 @@ TEMPLATES: dict[str, Template] = {
         replace(_V1, name="v1_mmtag", system=_MMTAG, image=_MMTAG_IMAGE),
         replace(_LLAVA_LLAMA_2, name="llama_2", system=_LLAMA_2),
         _LLAVA_LLAMA_2,
-        replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[INST] "),
+        replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[INST] ", special=("</s>",)),
         _MPT,
         replace(_MPT, name="chatml_direct", system="Answer the questions."),
         Template(name="plain", system="", head="", question=("", ""), reply="", end="\n", captions=True),
@@ -140,6 +147,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|im_start|>assistant\n",
             end="<|im_end|>",
             tail="\n",
+            special=("<|im_start|>", "<|im_end|>"),
         ),
         Template(
             name="llama_3",
@@ -149,6 +157,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
             end="<|eot_id|>",
             strip=True,
+            special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         ),
         Template(
             name="zephyr",
@@ -158,6 +167,7 @@ TEMPLATES: dict[str, Template] = {
             reply="<|assistant|>\n",
             end="</s>",
             tail="\n",
+            special=("</s>",),
         ),
     )
 }
@@ -197,7 +207,9 @@ def stop_strings(template: Template) -> list[str]:
     return [template.end.strip() or template.end]
 
 
-def render(turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None) -> Rendered:
+def render(
+    turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None, begun: str = ""
+) -> Rendered:
     """Renders turns as the model is trained on them.
 
     Args:
@@ -206,10 +218,12 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
         training begins with.
       template: the text around the turns.
       system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
+      begun: what an open last turn begins with, which the answer continues.
 
     Returns:
-      The text and the spans to learn: every answer with its end mark and nothing else (equation 3 of the paper).
-      The published code for `v0` learns the role names and the `###` before them as well.
+      The text and the spans to learn: all that has to be generated after the prompt of an answer, its end mark
+      included, and nothing else (equation 3 of the paper). The published code for `v0` learns the role names and the
+      `###` before them as well.
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
@@ -224,15 +238,22 @@ def render(turns: Sequence[tuple[str, str | None]], template: Template, system: 
                 before = template.between + before
             added = [before, _question(text, template), after]
         elif text is None:
-            added = [template.reply]
+            added = [template.reply, template.lead + _clean(begun, template) if begun else ""]
+            spans += [(length + len(template.reply), length + sum(map(len, added)))] if begun else []
         else:
             answer = _clean(text, template).replace(IMAGE_TOKEN, template.image)
             added = [template.reply, template.lead, answer, template.end, template.tail]
-            start = length + len(template.reply) + len(template.lead)
-            spans.append((start, start + len(answer) + len(template.end)))
+            start = length + len(template.reply)
+            spans.append((start, start + len(template.lead) + len(answer) + len(template.end)))
         pieces += added
         length += sum(map(len, added))
     return Rendered("".join(pieces), spans)
+
+
+def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+    """Raises `UserError` where `render` would leave a system prompt out, since the template has no place for one."""
+    if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
+        raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
 
 
 def place_images(
@@ -249,7 +270,28 @@ def place_images(
     if position == "as_is":
         return tuple(turns)
     last = position == "random" and hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()[0] % 2 == 1
-    return tuple((role, _place(text, last=last and i == 0)) for i, (role, text) in enumerate(turns))
+    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), 0)
+    return tuple((role, _place(text, last=last and i == first)) for i, (role, text) in enumerate(turns))
+
+
+def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
+    """Whether a turn has text between its images, which `first` and `random` take out of it."""
+    return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
+
+
+def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:
+    """Puts the image marks of a prompt where a model trained with `position` expects them.
+
+    `as_is` changes nothing. Otherwise they stand before the text of their turn, as `place_images` has it for `first`;
+    a model trained with `random` has seen that too. A turn that begins with all its marks is left as it is.
+    """
+    if position == "as_is":
+        return list(turns)
+    return [(role, text if _begins_with_images(text) else _place(text, last=False)) for role, text in turns]
+
+
+def _begins_with_images(text: str) -> bool:
+    return text.startswith(f"{IMAGE_TOKEN}\n" * text.count(IMAGE_TOKEN))
 
 
 def _place(text: str, last: bool) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+CONTEXT = 32  # characters of a begun answer: enough to decode the space before a word
 _INCOMPLETE = "\ufffd"  # what tokenizers decode the first bytes of an unfinished character to
 
 
@@ -43,19 +44,25 @@ class AnswerStream:
       tokenizer: SentencePiece or byte-level BPE.
       stop_ids: tokens that end the answer.
       stop_strings: text that ends it, wherever the borders of tokens are. None of either is part of the answer.
+      begun: text that the answer continues, with white space where it has some. No part of what is returned.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = (), stop_strings: Sequence[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Collection[int] = (),
+        stop_strings: Sequence[str] = (),
+        begun: str = "",
     ):
         self.finished = False
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._stop_strings = tuple(stop_strings)
-        self._ids: list[int] = []
-        self._window = self._decoded = 0  # ids[:decoded] are text already, ids[window:decoded] the last of them
+        self._ids: list[int] = tokenizer.encode(begun[-CONTEXT:], add_special_tokens=False) if begun else []
+        # ids[:decoded] are text already, ids[window:decoded] the last of them.
+        self._window, self._decoded = 0, len(self._ids)
         self._held = ""  # text that may still turn out to be a stop string, or white space at the end
-        self._begun = False
+        self._begun = bool(begun)
 
     def push(self, token: int) -> str:
         """The next token; after the answer's end it changes nothing."""

@@ -12,17 +12,23 @@ What a file means before that, where libraries differ:
 Nothing here changes global state, so any number of threads may read at once.
 """
 
+import contextlib
 import functools
 import io
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
 from PIL import ExifTags, Image
 
 from llava_jax.cli import UserError
+from llava_jax.incoming import refuse_pointer
+
+T = TypeVar("T")
 
 ASPECTS = ("square", "pad", "resize")
 
@@ -32,6 +38,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
 MAX_PIXELS = 2 * 89_478_485
 
+_FORMS = ("NFC", "NFD")  # of names, in which they may be stored
 _BAND_ROWS = 1024  # rows padded and resized at a time
 
 _UPRIGHT = {
@@ -53,9 +60,25 @@ def load_image(path: str | epath.Path) -> Image.Image:
 def read_picture(path: str | epath.Path) -> bytes:
     """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file."""
     try:
-        return epath.Path(path).read_bytes()
+        return in_any_spelling(lambda file: file.read_bytes(), path)
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> T:
+    """What `look` makes of `path` or, where no file is there, of one that differs in Unicode normalisation alone.
+
+    JSON has mostly composed characters (NFC), archives made on macOS decomposed ones (NFD).
+    """
+    path = epath.Path(path)
+    try:
+        return look(path)
+    except FileNotFoundError:
+        forms = [{part: None} | {unicodedata.normalize(form, part): None for form in _FORMS} for part in path.parts]
+        for parts in itertools.islice(itertools.product(*forms), 1, None):  # the first one is `path` itself
+            with contextlib.suppress(FileNotFoundError):
+                return look(epath.Path(*parts))
+        raise
 
 
 def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -64,6 +87,7 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
     Raises:
       UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
     """
+    refuse_pointer(data, f"picture {name}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _refuse_huge(*image.size, max_pixels)

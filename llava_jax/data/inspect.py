@@ -1,4 +1,5 @@
-"""Shows what the model will see of a data set: its tokens, and which of them are learned. Reads no pictures."""
+"""Shows what the model will see of a data set: its tokens, and which of them are learned. Without --images it reads no
+images; with it those of the samples that are shown, and says how large they are."""
 
 import argparse
 import itertools
@@ -8,17 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from etils import epath
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import UserError, run, track
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN, get_template
+from llava_jax.data.fit import missing_marks, require_fit
+from llava_jax.data.images import decode_image
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
@@ -26,14 +31,30 @@ EPILOG = """example:
 LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
-def token_strings(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+class ImageSize(NamedTuple):
+    """An image of a sample, upright, in pixels."""
+
+    name: str
+    width: int
+    height: int
+
+
+class Shown(NamedTuple):
+    """What is shown of a sample."""
+
+    sample: Sample
+    encoded: Encoded
+    images: list[ImageSize] | None  # None where they are not read
+
+
+def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The vocabulary's name of every token, `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
-def view(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
     text = Text()
     for (is_image, learned), run_of_ids in itertools.groupby(
@@ -54,27 +75,50 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
+    require_fit(template, tokenizer)
+    if misfit := missing_marks(template, tokenizer):
+        print(f"warning: {misfit}", file=sys.stderr)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
-    samples = LlavaJson(args.json)
+    if args.images is not None and not epath.Path(args.images).is_dir():
+        raise UserError(f"{args.images}: no such folder of images")
+    samples = LlavaJson(args.json, args.images or "")
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
+
+    def shown(index: int) -> Shown:
+        sample = samples[index]
+        return Shown(sample, encode(sample), None if args.images is None else image_sizes(samples, index))
+
     if args.jsonl:
-        indices = track(range(count), "encoding samples")
-        _write_jsonl(args.jsonl, ((samples[i], encode(samples[i])) for i in indices), tokenizer)
+        _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), tokenizer)
     else:
-        _show(((samples[i], encode(samples[i])) for i in range(count)), tokenizer)
+        _show(map(shown, range(count)), tokenizer)
 
 
-def _write_jsonl(out: str, samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+def image_sizes(samples: LlavaJson, index: int) -> list[ImageSize]:
+    """The images of a sample, as training reads them. Raises UserError naming the image and the sample."""
+    sample = samples[index]
+    sizes = []
+    for name, data in zip(sample.images, samples.read_pictures(index, len(sample.images)), strict=True):
+        try:
+            sizes.append(ImageSize(name, *decode_image(data, name).size))
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from error
+    return sizes
+
+
+def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
     with _output(out) as file:
-        for sample, encoded in samples:
+        for sample, encoded, images in samples:
             line = {
                 "id": sample.id,
                 "input_ids": encoded.input_ids.tolist(),
                 "labels": encoded.labels.tolist(),
                 "tokens": token_strings(encoded, tokenizer),
             }
+            if images is not None:
+                line["images"] = [image._asdict() for image in images]
             print(json.dumps(line), file=file)
 
 
@@ -99,13 +143,15 @@ def _output(out: str) -> Iterator[TextIO]:
             written.unlink()
 
 
-def _show(samples: Iterator[tuple[Sample, Encoded]], tokenizer: PreTrainedTokenizerBase) -> None:
+def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
     console = Console(highlight=False, soft_wrap=True)
-    for sample, encoded in samples:
+    for sample, encoded, sizes in samples:
         learned = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
         console.rule(Text(f"{sample.id}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        for name, width, height in sizes or ():
+            console.print(Text(f"{name}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))
 
 
@@ -117,13 +163,14 @@ def _limit(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.inspect",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
+    parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
     parser.add_argument("--template", required=True, help="conversation template, such as v1")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")

@@ -16,7 +16,7 @@ from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import default_system
 
-LENGTHS = 1  # raise it when samples of the same texts are encoded or counted otherwise
+LENGTHS = 2  # raise it when samples of the same texts are encoded or counted otherwise
 
 
 def measure_once(source: Source, encode: TextEncoder, workers: int = 0, skip_bad: bool = False) -> Lengths:

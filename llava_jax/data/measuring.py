@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError
+from llava_jax.data.fit import missing_marks
 from llava_jax.data.lengths import measure_once
+from llava_jax.data.padding import padding_of_samples
 from llava_jax.data.pipeline import TextEncoder, encode_text
 from llava_jax.data.plan import Lengths
 from llava_jax.data.survey import Problem, Survey
@@ -44,7 +46,13 @@ class Measuring:
         histogram = [{"from": low, "below": high, "samples": count} for (low, high), count in bins]
         return {"samples": len(tokens), "tokens": int(tokens.sum()), **sizes, "histogram": histogram}
 
+    def padding(self, lengths: Lengths) -> str | None:
+        """What is to be said about padding, see `padding_of_samples`; None without a maximal length."""
+        return padding_of_samples(lengths, self.maximum) if self.maximum else None
+
     def problems(self, survey: Survey, lengths: Lengths) -> Iterator[Problem]:
+        if misfit := missing_marks(self.encode.template, self.encode.tokenizer):
+            yield Problem("template", "-", misfit, -1, warning=True)
         for number in np.flatnonzero(lengths.tokens == 0).tolist():
             if any(role == "assistant" for role, _ in survey[number].turns):  # else it is told already
                 yield self._nothing_learned(survey, number, UNLIMITED)

@@ -11,13 +11,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, run, track
-from llava_jax.data.built import Built
+from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import get_template
-from llava_jax.data.lengths import measure_once
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
-from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
@@ -154,6 +151,10 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
+    from llava_jax.data.built import Built  # only now: JAX and Grain take seconds
+    from llava_jax.data.lengths import measure_once
+    from llava_jax.data.pipeline import TextEncoder
+
     source = Built(args.built) if args.built else LlavaJson(args.json)
     tokenizer = load_tokenizer(args.tokenizer)
     encode = TextEncoder(get_template(args.template), tokenizer, args.image_tokens, args.max_length)
@@ -189,7 +190,7 @@ def _number(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.data.pack",
         description=__doc__,
         epilog=EPILOG,

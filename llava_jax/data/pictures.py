@@ -15,8 +15,8 @@ from etils import epath
 
 from llava_jax.cli import UserError, track
 from llava_jax.data import cache
-from llava_jax.data.images import load_image
-from llava_jax.data.sources import Fault
+from llava_jax.data.images import in_any_spelling, load_image
+from llava_jax.data.samples import Fault
 from llava_jax.data.survey import Problem, Survey
 
 AT_ONCE = 256
@@ -75,7 +75,7 @@ def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> It
 def _look(path: epath.Path, name: str, good: GoodPictures) -> tuple[Fault | None, int | None]:
     """The fault of a picture, or the key of one that is newly found good."""
     try:
-        version = cache.version(path)
+        version = in_any_spelling(cache.version, path)
     except FileNotFoundError:
         return Fault("missing-image", f"{path} does not exist"), None
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte

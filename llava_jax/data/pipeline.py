@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.cli import UserError, track
 from llava_jax.data import schedule
 from llava_jax.data.conversation import Template
+from llava_jax.data.fit import require_fit
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Lengths, Order, groups_of
 from llava_jax.data.sources import Sample, Source
@@ -52,7 +53,10 @@ READ_THREADS = min(16, 4 * (os.cpu_count() or 1))  # mostly waiting for storage 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """sample -> the positions it takes of a row: rendered, tokenized, images expanded, truncated."""
+    """sample -> the positions it takes of a row: rendered, tokenized, images expanded, truncated.
+
+    Raises UserError where template and tokenizer do not fit.
+    """
 
     template: Template
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +64,9 @@ class TextEncoder:
     max_length: int
     image_position: str = "first"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_fit(self.template, self.tokenizer)
 
     def __call__(self, sample: Sample) -> Row:
         encoded = encode_sample(

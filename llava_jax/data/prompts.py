@@ -18,6 +18,7 @@ class Prompt(NamedTuple):
     tokens: np.ndarray
     image_feature_index: np.ndarray
     pictures: Sequence[Picture]
+    begun: str = ""  # what the answer continues, which the prompt ends with
 
 
 class PromptBatch(NamedTuple):
@@ -80,7 +81,7 @@ def share_beginnings(prompts: Sequence[Prompt]) -> Shared | None:
     numbers: dict[Any, int] = {}
     beginnings, ends, beginning_of = [], [], []
     for prompt in prompts:
-        tokens, index, pictures = prompt
+        tokens, index, pictures = prompt[:3]
         cut = int(np.max(np.flatnonzero(index >= 0), initial=-1)) + 1
         key = (tokens[:cut].tobytes(), index[:cut].tobytes(), *map(_key, pictures))
         if key not in numbers:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
 import tensorflow_datasets as tfds
@@ -102,13 +102,17 @@ def count_problems(published: Published, samples: int, text_only: int) -> Iterat
         yield f"{text_only:,} samples without a picture where {published.json} has {published.text_only:,}"
 
 
-def explain_missing(images: epath.Path, missing: Iterable[str]) -> Iterator[str]:
-    """Pictures that are not there, by folder, and where it looks like it what became of them."""
+def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[str]:
+    """Pictures that are not there, by folder, and where it looks like it what became of them.
+
+    Args: `missing`, their names -> the id of a sample with each.
+    """
     folders = collections.defaultdict(list)
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
-        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}"
+        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}; it is "
+        told += f"of sample {missing[names[0]]}"
         looked = names[:100]
         renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)
         if renamed:

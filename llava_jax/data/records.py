@@ -3,6 +3,7 @@
 Whatever the size of the file, no more of it is in memory than a block and a record.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data import cache
+from llava_jax.incoming import POINTER, broken, encoding_of, refuse_pointer
 from llava_jax.remote import new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
@@ -22,6 +24,7 @@ LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
 BOM = b"\xef\xbb\xbf"
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_OBJECTS = re.compile(r"\[[ \t\n\r]*\{")
 
 
 class Record(NamedTuple):
@@ -71,10 +74,29 @@ class RecordFile:
 
 
 def local_data(path: epath.PathLike) -> Path:
-    """A file of records on this machine: the file itself, or a copy of a remote one."""
+    """A file of records in UTF-8 on this machine: the file itself, or a copy of a remote one or one in UTF-16.
+
+    Raises `UserError` where it does not exist, is a Git LFS pointer or breaks its encoding.
+    """
     if not epath.Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    return cache.local_file(path)
+    file = cache.local_file(path)
+    with file.open("rb") as data:
+        head = data.read(len(POINTER))
+    refuse_pointer(head, path)
+    encoding = encoding_of(head[:4])
+    if encoding.startswith("utf-8"):
+        return file
+    return cache.derived("utf8", os.path.abspath(file), lambda target: _write_utf8(file, encoding, target, path))
+
+
+def _write_utf8(file: Path, encoding: str, target: Path, name: epath.PathLike) -> None:
+    try:
+        with file.open(encoding=encoding, newline="") as text, cache.replacing(target) as out:
+            while block := text.read(BLOCK):
+                out.write(block.encode())
+    except UnicodeDecodeError as error:
+        raise broken(name, encoding, error) from error
 
 
 def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
@@ -84,13 +106,16 @@ def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
     that are not ASCII.
 
     Raises:
-      UserError: at what is no JSON array, at a record that is too long, at the end of a file that holds none.
+      UserError: at what is no JSON array, at a record that is too long, at the end of a file that holds none; for an
+        object that is no line of JSONL, but spread over several lines.
     """
     with file.open("rb") as data:
         begin = len(BOM) if data.read(len(BOM)) == BOM else 0
         data.seek(begin)
         while (first := data.read(1)).isspace():
             pass
+        if first == b"{":
+            _refuse_spread_object(data, begin, name)
         data.seek(begin)
         index = -1
         for index, (line, start, stop, value) in enumerate((_array if first == b"[" else _lines)(data, begin, name)):
@@ -106,9 +131,57 @@ def load_json(data: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: is no JSON: {error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is no UTF-8: {error}") from error
+        raise UserError(f"{where}: is no UTF-8: {error}; convert it: iconv -t utf-8") from error
     except RecursionError as error:
         raise UserError(f"{where}: is nested too deeply for a sample") from error
+
+
+def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> None:
+    """Raises `UserError` where the file begins with an object whose first line is not all of it."""
+    file.seek(start)
+    while not (line := file.readline(LONGEST)).strip():
+        pass
+    if len(line) < LONGEST:
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            json.loads(line.decode("latin-1"))
+            return
+    file.seek(start)
+    try:
+        key = _list_key(_Window(file, start, name))
+    except UserError:
+        return  # a damaged line, which is named with its number
+    expected = "a JSON array of samples, or one a line, was expected"
+    if key in (None, "conversations", "messages"):
+        raise UserError(
+            f"{name}: begins with an object that is spread over several lines: {expected}: jq -c . OLD > NEW.jsonl "
+            "writes each on a line"
+        )
+    raise UserError(
+        f"{name}: is one object whose {key!r} holds a list of objects: {expected}: jq '.[{json.dumps(key)}]' "
+        "OLD > NEW.json writes the list alone"
+    )
+
+
+def _list_key(window: "_Window") -> str | None:
+    """The first key of an object that holds a list of objects, None without one. Raises `UserError` for no JSON."""
+    window.peek()
+    window.at += 1  # the brace
+    separator = "," if window.peek() != "}" else "}"
+    while separator == ",":
+        window.peek()
+        key = window.read_value()[2]
+        if window.peek() != ":":
+            window.fail("Expecting ':' delimiter", window.at)
+        window.at += 1
+        window.peek()
+        if window.looking_at(_OBJECTS):
+            return str(json.loads(key) if isinstance(key, bytes) else key)
+        window.read_value()
+        separator = window.peek()
+        window.at += 1
+    if separator != "}":
+        window.fail("Expecting ',' delimiter", window.at)
+    return None
 
 
 def _lines(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[str, int, int, bytes]]:
@@ -178,6 +251,12 @@ class _Window:
             if not (raw := self.text[start:stop]).isascii():
                 value = raw.encode("latin-1")
             return self.base + start, self.base + stop, value
+
+    def looking_at(self, pattern: re.Pattern[str]) -> bool:
+        """Whether what is next, in a few characters, is like that."""
+        while len(self.text) - self.at < 1024 and self._grow():
+            pass
+        return pattern.match(self.text, self.at) is not None
 
     def fail(self, message: str, position: int) -> NoReturn:
         line, line_start = self._line_at(position)

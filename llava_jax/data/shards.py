@@ -33,7 +33,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image, read_picture
-from llava_jax.data.sources import Sample, image_names, turns_of
+from llava_jax.data.samples import ROLES, Sample
 from llava_jax.remote import is_remote
 
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
@@ -132,7 +132,8 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 def sample_of_line(line: bytes) -> Sample:
     """What `line_of` wrote."""
     value = json.loads(line)
-    return Sample(value["id"], image_names(value), turns_of(value))
+    turns = tuple((ROLES[turn["from"]], turn["value"]) for turn in value["conversations"])
+    return Sample(value["id"], tuple(value.get("image", ())), turns)
 
 
 def line_of(sample: Sample) -> bytes:
@@ -145,7 +146,7 @@ def line_of(sample: Sample) -> bytes:
 
 
 def conversation_of(sample: Sample) -> list[dict[str, str]]:
-    names = {"user": "human", "assistant": "gpt"}
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
     return [{"from": names[role], "value": text} for role, text in sample.turns]
 
 

@@ -1,6 +1,7 @@
 """What one pass over a file of any size tells of its records: their faults, and some 60 bytes of each to go on with."""
 
 import array
+import collections
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -9,8 +10,10 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
+from llava_jax.data.conversation import has_interleaved_images
+from llava_jax.data.dialects import READ, doubtful_mark
 from llava_jax.data.records import Record, RecordFile, local_data, scan
-from llava_jax.data.sources import ROLES, Sample, find_faults, parse_sample, record_value, sample_id
+from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, record_value, sample_id
 
 
 class Problem(NamedTuple):
@@ -29,10 +32,15 @@ class Problem(NamedTuple):
 
 
 class Survey(Sequence[Sample]):
-    """The records of a file that are samples: a `Source` of texts, once `read` has gone through."""
+    """The records of a file that are samples: a `Source` of texts, once `read` has gone through.
 
-    def __init__(self, path: epath.PathLike):
+    Attributes:
+      unread: the keys of records that are left alone, and of how many.
+    """
+
+    def __init__(self, path: epath.PathLike, image_position: str = "first"):
         self.path = path
+        self.image_position = image_position
         self.file = local_data(path)
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array
@@ -40,6 +48,7 @@ class Survey(Sequence[Sample]):
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
         self.names, self.users = array.array("q"), array.array("q")  # hashes of picture names, and whose they are
+        self.unread: collections.Counter[str] = collections.Counter()
         self._digest = hashlib.sha256()
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
@@ -62,14 +71,17 @@ class Survey(Sequence[Sample]):
         else:
             ident = sample_id(record, value)
             key = hash(ident)
-            faults = list(find_faults(value))
-            yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in faults)
-            if not faults:
-                sample = parse_sample(record)
+            reading = read_sample(value)
+            yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in reading.faults)
+            if not reading.faults:
+                self.unread.update(value.keys() - READ)
+                sample = Sample(ident, reading.images, from_first_question(reading.turns))
                 content = hash(sample)
                 self._add(sample, record.index)
-                yield from _order_problems(sample, value, record.index)
+                yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
                 yield from _text_problems(sample, special_tokens, record.index)
+                if self.image_position != "as_is":
+                    yield from _place_problems(sample, record.index)
         self.ids.append(key)
         self.contents.append(content)
 
@@ -119,19 +131,30 @@ def _first_equal(hashes: array.array) -> np.ndarray:
     return first[inverse]
 
 
-def _order_problems(sample: Sample, value: dict, index: int) -> Iterator[Problem]:
-    if ROLES[value["conversations"][0]["from"]] != "user":
+def _order_problems(sample: Sample, began_with_answer: bool, index: int) -> Iterator[Problem]:
+    if began_with_answer:
         yield Problem("order", sample.id, "begins with an answer, which training drops", index, warning=True)
-    if len(sample.turns) % 2:
+    if sample.turns and sample.turns[-1][0] == "user":
         yield Problem("order", sample.id, "ends with a question that has no answer", index, warning=True)
 
 
 def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
-    for i, (role, text) in enumerate(sample.turns, 1):
+    questions = 0
+    for role, text in sample.turns:
+        questions += role == "user"
         if role == "assistant" and not text.strip():
-            yield Problem("empty-answer", sample.id, f"the answer to question {i // 2} is empty", index)
+            yield Problem("empty-answer", sample.id, f"the answer to question {questions} is empty", index)
         for token in special_tokens:
             if token in text:
                 yield Problem("special-token", sample.id, f"the text of a {role} holds {token}", index, warning=True)
+        if role == "user" and (mark := doubtful_mark(text)):
+            detail = f"question {questions} holds {mark}: if it is meant as a mark, nothing stands for it"
+            yield Problem("marks", sample.id, detail, index, warning=True)
     if not any(role == "assistant" for role, _ in sample.turns):
         yield Problem("nothing-learned", sample.id, "has no answer to learn from", index)
+
+
+def _place_problems(sample: Sample, index: int) -> Iterator[Problem]:
+    if has_interleaved_images(sample.turns):
+        detail = "has text between the images of a turn, which are moved before it: image_position=as_is keeps them"
+        yield Problem("image-position", sample.id, detail, index, warning=True)

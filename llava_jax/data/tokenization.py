@@ -5,16 +5,19 @@ alone: what published checkpoints were trained on, side effects included (a Sent
 after an image with `▁`). The mask comes from character offsets and never from the lengths of parts tokenized anew.
 """
 
+from __future__ import annotations
+
 import functools
+import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import (
@@ -22,11 +25,16 @@ from llava_jax.data.conversation import (
     IM_START_TOKEN,
     IMAGE_TOKEN,
     Template,
+    check_system,
     place_images,
     render,
 )
-from llava_jax.data.sources import Sample
+from llava_jax.data.samples import Sample
+from llava_jax.incoming import POINTER, refuse_pointer
 from llava_jax.remote import local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
 IGNORE_INDEX = -100  # a label that is not learned
@@ -49,7 +57,7 @@ class Row(NamedTuple):
 
 
 def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of an HF directory, a bare `tokenizer.model` of LLaMA included.
+    """The fast tokenizer of an HF directory, a bare `tokenizer.model` of LLaMA included, whose ids are SentencePiece's.
 
     transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
     holds. It also forgets `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept.
@@ -58,8 +66,13 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
+    for file in local(directory).glob("*token*"):
+        with file.open("rb") as data:
+            refuse_pointer(data.read(len(POINTER)), epath.Path(directory) / file.name)
     try:
         tokenizer = _load(local(directory))
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises no other class for a broken file
         raise UserError(f"{directory}: holds no tokenizer that transformers reads: {error}") from error
     if not tokenizer.is_fast:
@@ -70,12 +83,34 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
-    if (directory / "tokenizer.model").exists() and not (directory / "tokenizer.json").exists():
-        config_file = directory / "tokenizer_config.json"
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
-        if config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-            return LlamaTokenizer.from_pretrained(directory, add_bos_token=config.get("add_bos_token", True))
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
+
+    from llava_jax.data import sentencepiece_model
+
+    model_file = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        if isinstance(tokenizer, LlamaTokenizer):
+            sentencepiece_model.begin_with_space(tokenizer, tokenizer.add_prefix_space is not False)
+            # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
+            model = sentencepiece_model.read_model(model_file) if model_file.exists() else None
+            if model and sentencepiece_model.fits(model, tokenizer):
+                sentencepiece_model.follow(model, tokenizer, model_file)
+        if sentencepiece_model.has_wrong_merges(tokenizer):
+            print(
+                f"warning: {directory / 'tokenizer.json'}: joins two spaces, as transformers 5 converts LLaMA's "
+                "tokenizer.model, which does not: put that file beside it, and its ids count",
+                file=sys.stderr,
+            )
+        return tokenizer
+    config_file = directory / "tokenizer_config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if not (is_llama and model_file.exists()):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = LlamaTokenizer.from_pretrained(directory, add_bos_token=config.get("add_bos_token", True))
+    sentencepiece_model.follow(sentencepiece_model.read_model(model_file), tokenizer, model_file)
+    return tokenizer
 
 
 def encode_sample(
@@ -86,9 +121,11 @@ def encode_sample(
     image_position: str = "first",
     seed: int = 0,
 ) -> Encoded:
-    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn."""
+    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn, or where it
+    has a system prompt for which the template has no place."""
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
+        check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from error
@@ -101,15 +138,17 @@ def encode_turns(
     turns: Sequence[tuple[str, str | None]],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
+    begun: str = "",
 ) -> Encoded:
-    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer.
+    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
+    if one is given.
 
     Raises `UserError` where the template puts images between tokens that are not in the vocabulary.
     """
     if IM_START_TOKEN in template.image:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
-    text, learned_spans = render(turns, template, system)
+    text, learned_spans = render(turns, template, system, begun)
     return _encode(text, learned_spans, tokenizer)
 
 
@@ -141,41 +180,99 @@ def truncate(encoded: Encoded, image_tokens: int, max_length: int) -> Encoded:
     return Encoded(encoded.input_ids[:kept], encoded.labels[:kept])
 
 
+class _Piece(NamedTuple):
+    """A part of a text that is tokenized by itself, and its tokens."""
+
+    after_image: bool
+    ids: np.ndarray  # int32[N], without BOS unless it begins the text
+    starts: np.ndarray  # int64[N]: the first character of each in the whole text, not decreasing
+    ends: np.ndarray  # int64[N]: the one after its last
+    added: np.ndarray  # bool[N]: by the tokenizer, not found in the text
+
+
 def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    chunks = text.split(IMAGE_TOKEN)
-    tokenized = tokenizer(chunks, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
-    ids, labels, chunk_start = [], [], 0
-    for i, chunk in enumerate(chunks):
-        chunk_ids = np.array(tokenized["input_ids"][i], np.int32)
-        added = np.array(tokenized["special_tokens_mask"][i], bool)  # by the tokenizer, not found in the text
-        offsets = np.array(tokenized["offset_mapping"][i], np.int64).reshape(-1, 2) + chunk_start
-        chunk_labels = np.where(_overlap(offsets, learned_spans, chunk_start) & ~added, chunk_ids, IGNORE_INDEX)
-        if i:
+    if not learned_spans:
+        pieces = _tokenize(text, (), tokenizer)
+        return _joined(pieces, [np.zeros(len(piece.ids), bool) for piece in pieces])
+    spans = np.array(learned_spans)
+    pieces = _tokenize(text, (), tokenizer)
+    if cuts := _straddled(pieces, spans[:, 0]):
+        # White space that an answer begins with may share a token with the end of its prompt, which generation never
+        # gives: "\n" comes with the prompt and is followed by "\n", not by the token "\n\n". There the text is cut.
+        uncut, pieces = pieces, _tokenize(text, cuts, tokenizer)
+        _require_same_text(uncut, pieces, text[cuts[0] :], tokenizer)
+    return _joined(pieces, [_overlap(piece, spans) & ~piece.added for piece in pieces])
+
+
+def _joined(pieces: list[_Piece], learned: list[np.ndarray]) -> Encoded:
+    ids, labels = [], []
+    for piece, mask in zip(pieces, learned, strict=True):
+        if piece.after_image:
             ids.append([IMAGE_TOKEN_INDEX])
             labels.append([IGNORE_INDEX])
-            chunk_ids, chunk_labels = chunk_ids[~added], chunk_labels[~added]
-        ids.append(chunk_ids)
-        labels.append(chunk_labels)
-        chunk_start += len(chunk) + len(IMAGE_TOKEN)
+        ids.append(piece.ids)
+        labels.append(np.where(mask, piece.ids, IGNORE_INDEX))
     return Encoded(np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32))
 
 
-def _overlap(offsets: np.ndarray, spans: list[tuple[int, int]], chunk_start: int) -> np.ndarray:
-    """Which tokens overlap one of the sorted spans: bool[N] of offsets int[N, 2].
+def _tokenize(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    """Tokenizes the chunks between images, cut at these characters, each by itself."""
+    parts, start = [], 0  # (text, its first character, whether an image is before it)
+    for i, chunk in enumerate(text.split(IMAGE_TOKEN)):
+        end = start + len(chunk)
+        bounds = [start, *(cut for cut in cuts if start < cut < end), end]
+        parts += [(text[a:b], a, i > 0 and a == start) for a, b in itertools.pairwise(bounds)]
+        start = end + len(IMAGE_TOKEN)
+    tokenized = tokenizer(
+        [part for part, _, _ in parts], return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+    )
+    pieces = []
+    for i, (_, begin, after_image) in enumerate(parts):
+        added = np.array(tokenized["special_tokens_mask"][i], bool)
+        kept = ~added if i else np.full(added.shape, True)
+        ids = np.array(tokenized["input_ids"][i], np.int32)
+        offsets = np.array(tokenized["offset_mapping"][i], np.int64).reshape(-1, 2)[kept] + begin
+        pieces.append(_Piece(after_image, ids[kept], *_extents(offsets, begin), added[kept]))
+    return pieces
+
+
+def _extents(offsets: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends of the tokens of a part of a text, which begins at `begin`, by offsets int[N, 2].
 
     Some tokenizers leave white space out of their offsets; a token takes what lies between it and the one before.
     One with an empty offset still counts as a character, since it has to be learned where it stands in an answer.
     """
-    if not spans:
-        return np.zeros(len(offsets), bool)
     starts, ends = offsets.T
-    previous_ends = np.maximum.accumulate(np.concatenate([[chunk_start], ends]))[:-1]
+    previous_ends = np.maximum.accumulate(np.concatenate([[begin], ends]))[:-1]
     starts = np.minimum(starts, previous_ends)
-    ends = np.maximum(ends, starts + 1)
-    span_starts, span_ends = np.array(spans).T
-    first = np.searchsorted(span_ends, starts, side="right")  # the first span that ends after the token's start
-    span_starts = np.append(span_starts, np.iinfo(np.int64).max)
-    return span_starts[first] < ends
+    return starts, np.maximum(ends, starts + 1)
+
+
+def _overlap(piece: _Piece, spans: np.ndarray) -> np.ndarray:
+    """Which tokens overlap one of the sorted spans, int[S, 2]: bool[N]."""
+    first = np.searchsorted(spans[:, 1], piece.starts, side="right")  # the first span that ends after the token's start
+    return np.append(spans[:, 0], np.iinfo(np.int64).max)[first] < piece.ends
+
+
+def _straddled(pieces: list[_Piece], positions: np.ndarray) -> list[int]:
+    """Those of the sorted positions that lie within a token."""
+    found = []
+    for piece in pieces:
+        ends = np.maximum.accumulate(piece.ends)
+        first = np.searchsorted(ends, positions, side="right")  # the first token that ends after the position
+        within = np.append(piece.starts, np.iinfo(np.int64).max)[first] < positions
+        found += positions[within].tolist()
+    return found
+
+
+def _require_same_text(uncut: list[_Piece], cut: list[_Piece], answer: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` where tokens change the text that they are cut in, as SentencePiece's do by a space."""
+    before, after = (tokenizer.decode(np.concatenate([piece.ids for piece in pieces])) for pieces in (uncut, cut))
+    if before != after:
+        raise UserError(
+            f"the tokenizer joins the end of the prompt and the beginning of the answer {answer[:20]!r} in one token, "
+            "so that no prompt can be continued by this answer: choose a template made for the tokenizer"
+        )
 
 
 def default_system(tokenizer: PreTrainedTokenizerBase) -> str:

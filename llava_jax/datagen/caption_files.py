@@ -12,7 +12,7 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.sources import ROLES, record_value
+from llava_jax.data.samples import ROLES, record_value
 
 CAPTION_KEYS = ("caption", "blip_caption")
 SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would take for more than text

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import Parser, UserError, track
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
 from llava_jax.whole_file import whole_list
@@ -58,7 +58,7 @@ def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.datagen captions",
         description=__doc__,
         epilog=EPILOG,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.cli import UserError, positive, track
+from llava_jax.cli import Parser, UserError, positive, track
 from llava_jax.data.plan import permutation
 from llava_jax.datagen.caption_files import read_captions
 from llava_jax.datagen.captions import add_caption_arguments
@@ -164,7 +164,7 @@ def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: 
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.datagen filter",
         description=__doc__,
         epilog=EPILOG,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epath
 
-from llava_jax.cli import UserError, positive
+from llava_jax.cli import Parser, UserError, positive
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
@@ -62,8 +62,8 @@ def main(kind: str, argv: list[str]) -> int:
         None if args.language == "any" else args.language,
         args.seed,
     )
-    given = work(args, args.model or "")
     asks = args.show is None and not args.dry_run
+    given = work(args, args.model or "", asks)
     if asks and recipe.language:
         check_language(recipe.language)
     ledger = open_ledger(given.settings, args)
@@ -159,7 +159,7 @@ def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | No
 
 
 def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m llava_jax.datagen {kind}",
         description=__doc__,
         epilog=EPILOG.format(kind=kind),

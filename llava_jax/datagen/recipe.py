@@ -15,7 +15,7 @@ from llava_jax.datagen.parsing import Fault, Turns, parse_conversation, parse_de
 from llava_jax.datagen.prompts import Prompts
 from llava_jax.datagen.rules import REPAIRS, find_fault, find_refusal
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.ledger import ACCEPTED, Answer, Request
+from llava_jax.llm_api.ledger import ACCEPTED, CUT_OFF, FILTERED, Answer, Request
 
 KINDS = ("conversation", "detail", "reasoning")
 
@@ -71,10 +71,12 @@ def give_up(recipe: Recipe, context: Context, answers: Sequence[Answer], reason:
 
 def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
     """The turns of an answer, or what is wrong with it."""
-    if answer.finish_reason == "content_filter":
+    if answer.finish_reason == FILTERED:
         return Fault("refusal", "the server's filter")
-    if answer.finish_reason == "length":
-        return Fault("cut-off", "max_tokens")
+    if answer.finish_reason == CUT_OFF:
+        return Fault("cut-off", "max_tokens" if answer.text else "its thinking does not end")
+    if answer.text is None:
+        return Fault("empty", "the answer has no text")
     turns = _parse(recipe, context, answer.text)
     if isinstance(turns, Fault):
         return find_refusal(answer.text) or turns  # a refusal keeps to no form
@@ -92,7 +94,7 @@ def _parse(recipe: Recipe, context: Context, text: str) -> Turns | Fault:
 
 
 def _ask_again(recipe: Recipe, answer: Answer, fault: Fault) -> list[Message]:
-    if not answer.text.strip():
+    if not answer.text or not answer.text.strip():
         return []  # the same again: servers do not take empty messages
     complaint = REPAIRS[fault.reason].format(detail=fault.detail, language=f"the language {recipe.language!r}")
     return [{"role": "assistant", "content": answer.text}, {"role": "user", "content": complaint}]

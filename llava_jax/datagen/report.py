@@ -14,9 +14,10 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, positive, track
+from llava_jax.cli import Parser, UserError, positive, track
 from llava_jax.data.records import local_data, scan
-from llava_jax.data.sources import LlavaJson, Sample, record_value
+from llava_jax.data.samples import Sample, record_value
+from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
 from llava_jax.datagen.load import load
 from llava_jax.datagen.objects import Finder
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.datagen report",
         description=__doc__,
         epilog=EPILOG,

@@ -25,11 +25,12 @@ Key = tuple[str, str, str, int]
 Lines = dict[Key, dict[str, Any]]
 
 
-def answer_line(question: Question, text: str, model_id: str) -> dict[str, Any]:
-    """An answer as the original writes it. Its id is a function of it."""
+def answer_line(question: Question, text: str | None, model_id: str, no_answer: str = "") -> dict[str, Any]:
+    """An answer as the original writes it. Its id is a function of it. `no_answer` is why it is none."""
     answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
     line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
-    return line | {"model_id": model_id, "metadata": {}} | question.extra
+    metadata = {"no_answer": no_answer} if no_answer else {}
+    return line | {"model_id": model_id, "metadata": metadata} | question.extra
 
 
 class AnswerFile:
@@ -50,9 +51,15 @@ class AnswerFile:
         self._written = time.monotonic()
         self._own: Lines = self._read(self._part) if self._part.exists() else {}
 
-    def add(self, answers: Sequence[tuple[Question, str]]) -> None:
-        """Keeps answers, at once on a local disk and after a while elsewhere."""
-        new = {question.key: answer_line(question, text, self.model_id) for question, text in answers}
+    def answers(self, question: Question) -> bool:
+        """Whether a question has its answer; it may be asked again where there was none."""
+        line = self.lines.get(question.key)
+        return line is not None and "no_answer" not in (line.get("metadata") or ())
+
+    def add(self, answers: Sequence[tuple[Question, str | None]], no_answer: Mapping[Key, str] | None = None) -> None:
+        """Keeps answers, at once on a local disk and after a while elsewhere. `no_answer` tells why some are none."""
+        why = no_answer or {}
+        new = {q.key: answer_line(q, text, self.model_id, why.get(q.key, "")) for q, text in answers}
         self.lines |= new
         self._own |= new
         if not is_remote(self._part):

@@ -20,7 +20,7 @@ from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.evaluate.questions import Question, marked
+from llava_jax.evaluate.questions import Question, marked, system_turns
 from llava_jax.generate import Generator, Request, Sampling
 
 READERS = 4  # threads of a process
@@ -129,7 +129,8 @@ class Answering:
 
     def _request(self, question: Question, pictures: dict[str | bytes, np.ndarray], begun: str = "") -> Request:
         text = marked(question, self.asking.picture_last)
-        return Request([("user", text)], [pictures[name] for name in question.pictures], begun)
+        turns = [*system_turns(question), ("user", text)]
+        return Request(turns, [pictures[name] for name in question.pictures], begun)
 
     def _answer(self, generator: Generator, prepared: queue.Queue, done: queue.Queue, stop: threading.Event) -> None:
         try:

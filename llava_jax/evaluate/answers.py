@@ -6,28 +6,49 @@ array of such objects, or one object `{question id: answer}`.
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_lines, read_text
+from llava_jax.evaluate.lines import Line, read_bytes, read_lines, read_text
+from llava_jax.thinking import after_thinking
 
+Read = TypeVar("Read")
 IDS = ("question_id", "questionId", "id", "image")
 TEXTS = ("text", "answer", "prediction", "response")
 
 
+EMPTY, CUT_OFF = "empty", "cut_off"  # why there is no answer, as it is counted beside a score
+
+
 class Answer(NamedTuple):
-    value: Any  # text, or an option's index
+    value: Any  # text without its thinking, an option's index, or a grade
     where: str  # file and line, for errors
+    absent: str = ""  # why there is no answer, which counts as a wrong one in every benchmark; empty where there is one
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> "Answer":
+        """An answer as it stands in a file."""
+        if not isinstance(value, str):
+            return cls(value, where)
+        final = after_thinking(value)
+        return cls(final, where, CUT_OFF if final is None else "" if final.strip() else EMPTY)
 
     @property
-    def text(self) -> str:
-        """Raises `UserError` where it is no text."""
+    def text(self) -> str | None:
+        """None where there is no answer. Raises `UserError` where it is no text."""
+        if self.absent:
+            return None
         if not isinstance(self.value, str):
             raise UserError(f"{self.where}: the answer is no text but {json.dumps(self.value)[:40]}")
         return self.value
+
+    def read(self, reader: Callable[[str], Read], absent: Read) -> Read:
+        """What `reader` makes of the text; `absent` where there is none."""
+        return absent if self.text is None else reader(self.text)
 
 
 def question_id(line: Line) -> str:
@@ -36,8 +57,8 @@ def question_id(line: Line) -> str:
 
 
 def answer_text(line: Line) -> str:
-    """What a line answers. Raises `UserError` where it is no text."""
-    return Answer(line.get(*TEXTS), line.where).text
+    """What a line answers, to be handed in: an empty text where that is nothing. Raises `UserError` for no text."""
+    return answer_of(line).text or ""
 
 
 def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
@@ -65,8 +86,24 @@ def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[st
         ident = key(line)
         if ident in answers:
             raise UserError(f"{line.where}: question {ident} was answered in {answers[ident].where} already")
-        answers[ident] = Answer(line.get(*names), line.where)
+        answers[ident] = answer_of(line, names)
     return answers
+
+
+def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
+    """The first of these fields. There is no answer where that is a grade of a text that answers nothing, or that text,
+    or where the line says so."""
+    answer = Answer.of(line.get(*names), line.where)
+    texts = [Answer.of(line.value[name], line.where) for name in TEXTS if name in line.value]
+    metadata = line.value.get("metadata")
+    if why := metadata.get("no_answer") if isinstance(metadata, dict) else None:
+        return answer._replace(absent=CUT_OFF if str(why).startswith("cut off") else EMPTY)
+    return answer._replace(absent=texts[0].absent if texts else "")
+
+
+def count_absent(answers: Iterable[Answer]) -> dict[str, int]:
+    """How many answers are `empty`, and how many were `cut_off`; nothing of what there is none of."""
+    return dict(Counter(answer.absent for answer in answers if answer.absent))
 
 
 def _elements(values: Any, path: epath.PathLike) -> list[Line]:
@@ -80,7 +117,7 @@ def _elements(values: Any, path: epath.PathLike) -> list[Line]:
 
 def is_lines(path: epath.PathLike) -> bool:
     """Whether a file has an object a line: its first line is one, and either tells its id or is not the only line."""
-    first, _, rest = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    first, _, rest = read_bytes(path).lstrip().partition(b"\n")
     try:
         value = json.loads(first)
     except ValueError:

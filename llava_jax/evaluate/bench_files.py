@@ -7,6 +7,7 @@ Questions have `question_id`, `image`, `text` and `category`. Descriptions are o
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import answer_of
 from llava_jax.evaluate.lines import Line, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of categories in reviews of answers in the wild
@@ -23,7 +24,8 @@ class Question(NamedTuple):
 class Answer(NamedTuple):
     answer_id: Any
     model_id: str | None
-    text: str
+    text: str | None  # without its thinking; None where there is no answer
+    absent: str = ""  # why there is none
 
 
 def read_questions(questions: str, contexts: str) -> dict[str, Question]:
@@ -82,10 +84,8 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
             raise UserError(f"{line.where}: question {ident} is none of the {len(questions)} questions")
         if ident in answers:
             raise UserError(f"{line.where}: question {ident} has an answer already")
-        text = line.get("text")
-        if not isinstance(text, str):
-            raise UserError(f"{line.where}: question {ident}: its text is no text")
-        answers[ident] = Answer(line.value.get("answer_id", ident), line.value.get("model_id"), text)
+        said = answer_of(line, ("text",))
+        answers[ident] = Answer(line.value.get("answer_id", ident), line.value.get("model_id"), said.text, said.absent)
     if missing := [ident for ident in questions if ident not in answers]:
         raise UserError(
             f"{path}: has no answer to {len(missing)} of {len(questions)} questions, {missing[0]} the first"

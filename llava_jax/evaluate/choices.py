@@ -40,6 +40,10 @@ def choose(text: str, options: Mapping[str, str]) -> str:
     return named[0] if len(named) == 1 else ""
 
 
+def _chosen(answer: Answer, label: Label) -> str:
+    return answer.read(lambda text: choose(text, dict(label.options)), "")
+
+
 def score_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """A question counts as right if it's answered right in all its rounds (`circular`); `single` is over all answers.
     `failed` answers tell no option."""
@@ -47,7 +51,7 @@ def score_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     categories: dict[str, set[str]] = defaultdict(set)
     failed = 0
     for answer, label in pairs:
-        chosen = choose(answer.text, dict(label.options))
+        chosen = _chosen(answer, label)
         failed += not chosen
         rounds[label.question].append(chosen == label.right)
         categories[label.category].add(label.question)
@@ -72,7 +76,7 @@ def judged_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> Iterator[Judged]:
     for answer, label in pairs:
         questions[label.question].append((answer, label))
     for question, rounds in questions.items():
-        right = all(choose(answer.text, dict(label.options)) == label.right for answer, label in rounds)
+        right = all(_chosen(answer, label) == label.right for answer, label in rounds)
         yield Judged(question, rounds, (rounds[0][1].category,), float(right))
 
 
@@ -207,13 +211,13 @@ def score_seed(pairs: Sequence[tuple[Answer, SeedLabel]]) -> dict[str, Any]:
     groups: dict[str, list[bool]] = defaultdict(list)
     kinds: dict[str, list[bool]] = defaultdict(list)
     for answer, label in pairs:
-        right = answer.text.strip() == label.right
+        right = answer.read(str.strip, "") == label.right
         for group in ("accuracy", label.medium):
             groups[group].append(right)
         kinds[label.kind].append(right)
     scores = {group: percent(sum(right), len(right)) for group, right in groups.items()}
     by_kind = {kind: percent(sum(right), len(right)) for kind, right in sorted(kinds.items())}
-    failed = sum(answer.text.strip() not in set(LETTERS) for answer, _ in pairs)
+    failed = sum(answer.read(str.strip, "") not in set(LETTERS) for answer, _ in pairs)
     return scores | {"by_kind": by_kind, "total": len(pairs), "failed": failed}
 
 

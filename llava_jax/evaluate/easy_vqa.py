@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, percent, read_json
-from llava_jax.evaluate.benchmark import Benchmark, Labels, field, listed, unique
+from llava_jax.data.sources import LlavaJson
+from llava_jax.evaluate.answers import Answer, percent
+from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, unmarked
 
@@ -41,12 +42,12 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
     def found() -> Iterator[tuple[str, Label, str]]:
         for path in paths:
-            for where, sample in listed(read_json(path), "", path):
-                turns = field(sample, "conversations", where, list)
+            for sample in LlavaJson(path):
+                turns = [text for role, text in sample.turns if role != "system"]
                 if len(turns) < 2:
-                    raise UserError(f"{where}: has no answer to its question")
-                question, answer = (field(turn, "value", where, str) for turn in turns[:2])
-                yield str(field(sample, "id", where)), Label(answer, kind(unmarked(question), answer)), where
+                    raise UserError(f"{path}: sample {sample.id} has no answer to its question")
+                question, answer = turns[:2]
+                yield sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}"
 
     return Labels(unique(found()))
 

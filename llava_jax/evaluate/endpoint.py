@@ -4,80 +4,105 @@ so that no answer is paid twice."""
 import argparse
 import base64
 import io
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError
+from llava_jax.data.images import read_picture
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import Question
-from llava_jax.llm_api.asking import Task, Work, ask_all
-from llava_jax.llm_api.client import Settings
-from llava_jax.llm_api.cost import Prices, check_budget
-from llava_jax.llm_api.options import NO_KEY
+from llava_jax.evaluate.questions import Question, system_turns
+from llava_jax.incoming import refuse_pointer
+from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
+from llava_jax.llm_api.options import ledger_directory, work
 
 AT_A_TIME = 512  # questions whose pictures are in memory
+NAMED = 10  # questions without an answer
 
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
+    """Raises `UserError` where the server failed at some questions for a while: these stay without an answer."""
     file = AnswerFile(args.output, questions, args.model_id)
-    waiting = [question for question in questions if question.key not in file.lines]
-    for start in range(0, len(waiting), AT_A_TIME):
-        some = waiting[start : start + AT_A_TIME]
-        tasks = [Task("\n".join(map(str, question.key)), messages(question, args.images), _answer) for question in some]
-        left = f", {len(waiting) - start} left" if len(waiting) > AT_A_TIME else ""
-        outcomes = ask_all(_work(args), tasks, Path(f"{args.output}.ledger"), {}, f"asking {args.model}{left}")
-        for question, outcome in zip(some, outcomes, strict=True):
-            if outcome.value is None:
-                reason = outcome.text.strip() or "empty"
-                print(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
-        file.add([(question, outcome.value or "") for question, outcome in zip(some, outcomes, strict=True)])
+    waiting = [question for question in questions if not file.answers(question)]
+    asked = _work(args)
+    if args.dry_run:
+        print(f"{args.model}: {forecast(asked, [_task(question, args) for question in waiting])}")
+        return
+    directory = ledger_directory(args)
+    lacking: list[tuple[Question, Outcome]] = []
+    size = AT_A_TIME if not asked.batch else max(1, len(waiting))
+    for start in range(0, len(waiting), size):
+        some = waiting[start : start + size]
+        left = f", {len(waiting) - start} left" if len(waiting) > size else ""
+        tasks = [_task(question, args) for question in some]
+        found = list(zip(some, ask_all(asked, tasks, directory, {}, f"asking {args.model}{left}"), strict=True))
+        lacking += [(question, outcome) for question, outcome in found if outcome.value is None]
+        file.add(
+            [(question, _text(outcome)) for question, outcome in found if not outcome.open],
+            {question.key: outcome.reason for question, outcome in found if outcome.value is None},
+        )
+    _warn([(question, outcome.reason) for question, outcome in lacking if not outcome.open])
+    if still := [(question, outcome.reason) for question, outcome in lacking if outcome.open]:
+        question, reason = still[0]
+        raise UserError(
+            f"{args.output}: {len(still)} of {len(questions)} questions have no answer yet, {question.id} the first "
+            f"({reason}); the same command asks them again"
+        )
     print(f"{file.finish(file.lines)} answers: {args.output}", file=sys.stderr)
 
 
+def _task(question: Question, args: argparse.Namespace) -> Task:
+    whole = not args.keep_cut_off
+    return Task("\n".join(map(str, question.key)), partial(messages, question, args.images), str.strip, whole)
+
+
+def _text(outcome: Outcome) -> str | None:
+    """The answer; an empty text where that is what the model said, None where there is none."""
+    return "" if outcome.reason == EMPTY and outcome.text is not None else outcome.value
+
+
+def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
+    """Names the questions that have no answer for good."""
+    for question, reason in lacking[:NAMED]:
+        print(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
+    if len(lacking) > NAMED:
+        print(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
+    if cut := sum(reason == CUT for _, reason in lacking):
+        print(
+            f"warning: {cut} answers were cut off: the same command asks these again with a larger --max-tokens and "
+            "another --ledger; if none of it is thinking, --keep-cut-off takes them as they are",
+            file=sys.stderr,
+        )
+
+
 def messages(question: Question, images: str) -> list[dict[str, Any]]:
-    """The question as the user's turn, after its pictures."""
+    """The question as the user's turn, after its pictures; before it its system prompt, if it has one."""
+    system = [{"role": role, "content": text} for role, text in system_turns(question)]
     if not question.pictures:
-        return [{"role": "user", "content": question.text}]
+        return [*system, {"role": "user", "content": question.text}]
     try:
         urls = [_data_url(picture, images) for picture in question.pictures]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+    return [*system, {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 
 def _data_url(picture: str | bytes, images: str) -> str:
-    data = picture if isinstance(picture, bytes) else (epath.Path(images) / picture).read_bytes()
+    data = picture if isinstance(picture, bytes) else read_picture(epath.Path(images) / picture)
+    name = picture if isinstance(picture, str) else "in the file"
+    refuse_pointer(data, f"picture {name}")
     try:
         kind = Image.open(io.BytesIO(data)).get_format_mimetype()
     except UnidentifiedImageError as error:
-        raise UserError(f"picture {picture if isinstance(picture, str) else 'in the file'}: is none") from error
+        raise UserError(f"picture {name}: is none") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _answer(text: str) -> str | None:
-    return text.strip() or None
-
-
 def _work(args: argparse.Namespace) -> Work:
-    prices = Prices(*args.prices)
-    check_budget(args.budget, prices)
-    body = {"temperature": args.temperature, "max_tokens": args.max_new_tokens}
-    body |= {"top_p": args.top_p, "seed": args.seed} if args.temperature else {}
-    settings = Settings(
-        args.model,
-        body,
-        args.endpoint,
-        os.environ.get("OPENAI_API_KEY") or NO_KEY,
-        concurrency=args.concurrency,
-        requests_a_minute=args.requests_a_minute,
-        prices=prices,
-        timeout=args.timeout,
-    )
-    return Work(settings, args.budget)
+    sampling = {"top_p": args.top_p, "seed": args.seed} if args.temperature else {}
+    return work(argparse.Namespace(**{**vars(args), "body": [sampling, *args.body]}), args.model)

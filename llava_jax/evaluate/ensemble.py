@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import WHOLE, join
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, STORED, Problem, choice, read_problems, read_results, score
@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score scienceqa-ensemble",
         description=__doc__,
         epilog=EPILOG,

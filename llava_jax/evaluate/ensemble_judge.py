@@ -9,11 +9,11 @@ import functools
 import json
 import sys
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
-from llava_jax.llm_api.asking import Task, ask_all, forecast
+from llava_jax.llm_api.asking import Task, ask_all, forecast, told
 from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if not pairs:
         raise UserError(f"{args.ours}: nothing to judge: both give the same option to every problem")
     tasks = [
-        Task(ident, messages(pair.problem, ours[ident].text, other[ident].text),
+        Task(ident, functools.partial(messages, pair.problem, ours[ident].text or "", other[ident].text or ""),
              functools.partial(_option, len(pair.problem["choices"])))
         for ident, pair in pairs.items()
     ]  # fmt: skip
@@ -56,10 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"judging by {args.judge}")
     with whole_file(args.output) as file:
         for ident, outcome in zip(pairs, outcomes, strict=True):
-            line = {"question_id": ident, "text": outcome.text, "judge": args.judge, "prompt_hash": hash_}
+            line = {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
             file.write(json.dumps(line).encode() + b"\n")
     failed = sum(outcome.value is None for outcome in outcomes)
-    print(f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option", file=sys.stderr)
+    print(
+        f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option{told(outcomes)}", file=sys.stderr
+    )
 
 
 def messages(problem: Problem, ours: str, other: str) -> list[Message]:
@@ -76,7 +78,7 @@ def _option(choices: int, text: str) -> int | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge scienceqa",
         description=__doc__,
         epilog=EPILOG,

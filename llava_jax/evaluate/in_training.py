@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax import distributed
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
-from llava_jax.data.images import decode_image
-from llava_jax.evaluate.answers import Answer, by_key
+from llava_jax.data.images import decode_image, load_image
+from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
-from llava_jax.evaluate.questions import Question, marked, read_questions
+from llava_jax.evaluate.questions import Question, marked, read_questions, system_turns
 from llava_jax.evaluate.suite_outcomes import outcomes_of
 from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
@@ -46,7 +46,8 @@ class Evaluation:
         self.labels = [config.evaluate.labels]
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
-        self.requests = [request(question, config.evaluate.images) for question in self.questions]
+        self.images = config.evaluate.images
+        self.requests = [request(question, self.images) for question in self.questions]
         self.generator: Generator | None = None  # its programs; between evaluations it has no weights
 
     def due(self, step: int, steps: int) -> bool:
@@ -61,7 +62,12 @@ class Evaluation:
             self.generator = Generator(model, self.prompts)
         else:
             self.generator.decoder.hold(model)
-        texts = self.generator.answer(self.requests[first::count], sampling)
+        try:
+            texts = self.generator.answer(self.requests[first::count], sampling)
+        except UserError:
+            for question in self.questions[first::count]:
+                check_pictures(question, self.images)  # which names the question, if a picture is at fault
+            raise
         self.generator.decoder.let_go()
         share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         answers = [""] * len(self.questions)
@@ -74,7 +80,8 @@ class Evaluation:
         pairs = self._pairs(lines)
         if distributed.is_first():
             self._write(workdir / FOLDER / str(step), lines, pairs)
-        return flatten(f"{self.name}/", self.benchmark.score(pairs))
+        absent = count_absent(answer for answer, _ in pairs)
+        return flatten(f"{self.name}/", self.benchmark.score(pairs) | absent)
 
     def _pairs(self, lines: Sequence[Line]) -> list[tuple[Answer, Any]]:
         """The answers with their labels. Raises `UserError` where a question has none."""
@@ -109,11 +116,22 @@ def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: in
 
 def request(question: Question, images: str) -> Request:
     """A question for the generator."""
+    if any(isinstance(picture, bytes) for picture in question.pictures):
+        check_pictures(question, images)
     pictures = [
         decode_image(picture) if isinstance(picture, bytes) else epath.Path(images) / picture
         for picture in question.pictures
     ]
-    return Request([("user", marked(question))], pictures)
+    return Request([*system_turns(question), ("user", marked(question))], pictures)
+
+
+def check_pictures(question: Question, images: str) -> None:
+    """Raises `UserError` that names the question where a picture of it cannot be read."""
+    try:
+        for picture in question.pictures:
+            decode_image(picture) if isinstance(picture, bytes) else load_image(epath.Path(images) / picture)
+    except UserError as error:
+        raise UserError(f"question {question.id}: {error}") from error
 
 
 def answer_line(number: int, question: Question, text: str, step: int) -> Line:

@@ -5,6 +5,7 @@ where it was interrupted, and pays for no review twice.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -12,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
 from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
 from llava_jax.evaluate.reviews import FAILED, parse_scores
-from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast, told
 from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
@@ -33,17 +34,25 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     questions = read_questions(args.questions, args.context)
     reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
+    if absent := [ident for ident, answer in reference.items() if answer.absent]:
+        raise UserError(f"{args.reference}: question {absent[0]}: the reference, which counts as 100, has no answer")
     rules = read_rules(args.rule_file) if args.rule_file else RULES
     hash_ = rules_hash(rules, [question.category for question in questions.values()], args.system)
     cases = [(ident, swapped) for ident in questions for swapped in ((False, True) if args.both_orders else (False,))]
 
     def prompt(ident: str, swapped: bool) -> list[Message]:
         question = questions[ident]
-        item = Answered(question.context, question.text, reference[ident].text, model[ident].text)
+        answer = model[ident].text or ""  # what the judge is shown where there is none; the score of that is the lowest
+        item = Answered(question.context, question.text, reference[ident].text, answer)
         return messages(item, rules[question.category], swapped, args.system)
 
     tasks = [
-        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}", prompt(ident, swapped), parse_scores)
+        Task(
+            f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
+            functools.partial(prompt, ident, swapped),
+            parse_scores,
+            whole=False,
+        )  # the scores come first
         for repeat in range(args.repeats)
         for ident, swapped in cases
     ]
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 | {"judge": judge, "prompt_hash": hash_}
                 for number, ((ident, swapped), outcome) in enumerate(zip(cases, part, strict=True), 1)
             ]
-            _write(_output(args, judge, repeat), reviews)
+            _write(_output(args, judge, repeat), reviews, told(part))
 
 
 def _parts(outcomes: Sequence[Outcome], size: int) -> Iterator[Sequence[Outcome]]:
@@ -79,12 +88,12 @@ def _review(
         "answer1_id": first.answer_id,
         "answer2_id": second.answer_id,
         "category": question.category,
-        "content": outcome.text,
+        "content": outcome.shown,
         "tuple": list(scores[::-1] if swapped else scores),
         "answer_model": model.model_id,
         "reference_model": reference.model_id,
     }
-    return review | ({"swapped": True} if swapped else {})
+    return review | ({"swapped": True} if swapped else {}) | ({"no_answer": model.absent} if model.absent else {})
 
 
 def _output(args: argparse.Namespace, judge: str, repeat: int) -> Path:
@@ -98,15 +107,15 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-def _write(path: Path, reviews: Sequence[dict[str, Any]]) -> None:
+def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
     with whole_file(path) as file:
         file.writelines(json.dumps(review).encode() + b"\n" for review in reviews)
     failed = sum(review["tuple"] == list(FAILED) for review in reviews)
-    print(f"{path}: {len(reviews)} reviews, {failed} of them without scores", file=sys.stderr)
+    print(f"{path}: {len(reviews)} reviews, {failed} of them without scores{more}", file=sys.stderr)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge llava-bench",
         description=__doc__,
         epilog=EPILOG,

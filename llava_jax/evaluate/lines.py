@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.incoming import to_utf8
 
 ID = re.compile(rb'"(?:question_id|questionId|id|image)": *("[^"\\]*"|-?[0-9]+)')
 
@@ -29,12 +30,12 @@ class Line(NamedTuple):
 
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
-    return list(_lines(path, _read_bytes(path).split(b"\n"), partial))
+    return list(_lines(path, read_bytes(path).split(b"\n"), partial))
 
 
 def read_text(path: epath.PathLike) -> str:
     """The text of a file. Raises `UserError` with the line where it is not UTF-8."""
-    data = _read_bytes(path)
+    data = read_bytes(path)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -44,12 +45,9 @@ def read_text(path: epath.PathLike) -> str:
         ) from error
 
 
-def _read_bytes(path: epath.PathLike) -> bytes:
-    """Without the mark that some programs begin UTF-8 with."""
-    data = epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
-    return data
+def read_bytes(path: epath.PathLike) -> bytes:
+    """What is in a text file, in UTF-8 without a byte order mark."""
+    return to_utf8(epath.Path(path).read_bytes(), path)
 
 
 def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[Line]:

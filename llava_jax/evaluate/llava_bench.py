@@ -4,12 +4,13 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_outcomes import outcomes
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -145,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = score_repeats(list(files.values()), args.legacy)
     if not scores[ALL]["n"]:
         raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
+    scores[ALL] |= Counter(review.absent for reviews in files.values() for review in reviews if review.absent)
     if lacking:
         scores[ALL]["missing"] = sum(lacking.values())
     for name in ("judge", "prompt_hash"):
@@ -166,7 +168,7 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score llava-bench",
         description=__doc__,
         epilog=EPILOG,

@@ -10,6 +10,7 @@ from llava_jax.evaluate.answers import Answer, answer_text, percent, read_json
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.thinking import after_thinking
 
 PREFIX = "v1_"  # of question ids in MM-Vet's own files
 
@@ -34,14 +35,15 @@ def grade(answer: Answer) -> float | None:
     if isinstance(value, dict):  # MM-Vet's own grader keeps lists of repeats
         value = value.get("score", value.get("content"))
     values = value if isinstance(value, list) else [value]
-    grades = [parse_grade(value) if isinstance(value, str) else value for value in values]
+    grades = [parse_grade(after_thinking(value) or "") if isinstance(value, str) else value for value in values]
     known = [g for g in grades if isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g <= 1]
     return sum(known) / len(known) if known else None
 
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Mean grades in percent, of all and by capability. `failed` judgements have no grade and are left out."""
-    grades = [(grade(answer), label) for answer, label in pairs]
+    """Mean grades in percent, of all and by capability. `failed` judgements have no grade and are left out; where there
+    is no answer the grade is 0."""
+    grades = [(0.0 if answer.absent else grade(answer), label) for answer, label in pairs]
     by_capability: dict[str, list[float]] = defaultdict(list)
     for value, label in grades:
         for capability in label.capabilities if value is not None else ():

@@ -5,16 +5,17 @@ instructions than the benchmark's own are not comparable with published ones.
 """
 
 import argparse
+import functools
 import json
 import sys
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.answers import WHOLE, by_key, join, read_json
 from llava_jax.evaluate.benchmark import Labels, field
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.mm_vet import PREFIX, parse_grade
-from llava_jax.llm_api.asking import Task, ask_all, forecast
+from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast, told
 from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
@@ -52,29 +53,32 @@ def main(argv: list[str] | None = None) -> None:
     labels = Labels(_labels(args.labels), lambda line: str(line.get("question_id", "id")).removeprefix(PREFIX))
     answers = by_key(read_lines(args.answers), labels.key)
     joined = join(answers, labels, args.answers, partial=False, advice=WHOLE)
+    graded = {ident: pair for ident, pair in zip(labels, joined.pairs, strict=True) if not pair[0].absent}
     tasks = [
-        Task(ident, messages(label, answer.text), parse_grade)
-        for ident, (answer, label) in zip(labels, joined.pairs, strict=True)
+        Task(ident, functools.partial(messages, label, answer.text), parse_grade, whole=False)  # the grade comes first
+        for ident, (answer, label) in graded.items()
     ]
     asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
     if args.dry_run:
         print(f"{args.judge}: {forecast(asked, tasks)}")
         return
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"grading by {args.judge}")
+    found = dict(zip(graded, outcomes, strict=True))
     with whole_file(args.output) as file:
-        for ident, outcome in zip(labels, outcomes, strict=True):
+        for ident in labels:
+            outcome = found.get(ident, Outcome(None, 0.0, answers[ident].absent))  # no answer is a wrong one
             line = {
                 "question_id": f"{PREFIX}{ident}",
                 "prompt": labels[ident].get("question"),
                 "text": answers[ident].text,
-                "content": outcome.text,
+                "content": outcome.shown,
                 "grade": outcome.value if outcome.value is not None else -1,
                 "judge": args.judge,
                 "prompt_hash": hash_,
             }
             file.write(json.dumps(line).encode() + b"\n")
     failed = sum(outcome.value is None for outcome in outcomes)
-    print(f"{args.output}: {len(outcomes)} grades, {failed} of them failed", file=sys.stderr)
+    print(f"{args.output}: {len(labels)} grades, {failed} of them failed{told(outcomes)}", file=sys.stderr)
 
 
 def messages(label: Line, answer: str) -> list[Message]:
@@ -98,7 +102,7 @@ def _labels(path: str) -> dict[str, Line]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate judge mm-vet",
         description=__doc__,
         epilog=EPILOG,

@@ -38,7 +38,7 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Of each category accuracy and accuracy+ (pictures both of whose answers are right), in percent; their sum is the
     score. `failed` answers are neither yes nor no."""
     pictures: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    read = [(read_answer(answer.text), label) for answer, label in pairs]
+    read = [(answer.read(read_answer, "other"), label) for answer, label in pairs]
     for answer, label in read:
         pictures[label.category][label.picture].append(answer == label.right)
     categories = {category: _score(list(by_picture.values())) for category, by_picture in sorted(pictures.items())}
@@ -59,7 +59,7 @@ def judged(pairs: Sequence[tuple[Answer, Label]]) -> Iterator[Judged]:
         pictures[label.category, label.picture].append((answer, label))
     in_category = Counter(category for category, _ in pictures)
     for (category, picture), own in pictures.items():
-        scores = _score([[read_answer(answer.text) == label.right for answer, label in own]])
+        scores = _score([[answer.read(read_answer, "other") == label.right for answer, label in own]])
         part = next(part for part, names in PARTS.items() if category in names)
         yield Judged(
             f"{category}/{picture}", own, (part, category), scores["score"] / 100, 2.0, 1 / in_category[category]

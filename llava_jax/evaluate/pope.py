@@ -35,11 +35,15 @@ def says_no(text: str) -> bool:
     return not {"No", "not", "no"}.isdisjoint(words)
 
 
+def says_yes(text: str) -> bool:
+    return not says_no(text)
+
+
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """In percent, by sampling and on average over these (the published number is the average F1)."""
-    categories: dict[str, list[tuple[bool, bool]]] = {}
+    categories: dict[str, list[tuple[bool | None, bool]]] = {}
     for answer, label in pairs:
-        categories.setdefault(label.category, []).append((not says_no(answer.text), label.present))
+        categories.setdefault(label.category, []).append((answer.read(says_yes, None), label.present))
     shares = {category: _shares(answers) for category, answers in sorted(categories.items())}
     means = {name: _mean([share[name] for share in shares.values()]) for name in SHARES}
     by_category = {
@@ -49,12 +53,16 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     return {name: _percent(mean) for name, mean in means.items()} | {"by_category": by_category, "total": len(pairs)}
 
 
-def _shares(answers: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
-    """Of (said yes, is there); None of nothing."""
+def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
+    """Of (said yes, is there); None of nothing. Where nothing was said (None) that is wrong, but no yes."""
     right = sum(said == present for said, present in answers)
-    found = sum(said and present for said, present in answers)
-    said, present = sum(said for said, _ in answers), sum(present for _, present in answers)
-    parts = ((2 * found, said + present), (right, len(answers)), (found, said), (found, present), (said, len(answers)))
+    found = sum(bool(said and present) for said, present in answers)
+    false = sum(said is not False and not present for said, present in answers)
+    yes, present = sum(said is True for said, _ in answers), sum(present for _, present in answers)
+    parts = (
+        (2 * found, found + false + present), (right, len(answers)), (found, found + false), (found, present),
+        (yes, len(answers)),
+    )  # fmt: skip
     return {name: part / whole if whole else None for name, (part, whole) in zip(SHARES, parts, strict=True)}
 
 

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import PurePath
 
-from llava_jax.cli import UserError, positive
+from llava_jax.cli import Parser, UserError, positive
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.questions import read_questions
+from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
 
 EPILOG = f"""examples:
   python -m llava_jax.evaluate predict pope --questions llava_pope_test.jsonl --images val2014 \\
@@ -21,24 +22,29 @@ benchmarks:
 {listing("what")}"""
 
 
+OF_CHECKPOINT = (
+    "template", "batch_rows", "devices_each", "coordinator", "num_processes", "process_id"
+)  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = require(args.benchmark, "what")
     suffix = benchmark.suffix if args.suffix is None else args.suffix
     questions = read_questions(args.questions, suffix, benchmark.questions)[: args.limit]
-    if args.max_new_tokens is None:
-        args.max_new_tokens = benchmark.max_new_tokens
+    if args.max_tokens is None:
+        args.max_tokens = benchmark.max_new_tokens
     if args.model_id is None:
         args.model_id = args.model or PurePath(args.checkpoint.rstrip("/")).name
-    if args.endpoint:
-        from llava_jax.evaluate.endpoint import predict
-    else:
+    if args.checkpoint:
         from llava_jax.evaluate.prediction import predict  # imports JAX
+    else:
+        from llava_jax.evaluate.endpoint import predict
     predict(args, questions)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate predict",
         description=__doc__,
         epilog=EPILOG,
@@ -48,16 +54,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")
     add("--images", default="", metavar="DIR", help="the folder that names of pictures are relative to")
-    add("--output", required=True, metavar="F", help="where the answers go, JSONL")
     add("--checkpoint", metavar="D", help="an import, a workdir or a step of it")
-    add("--endpoint", metavar="URL", help="of an OpenAI-compatible server, with its /v1; the key is in OPENAI_API_KEY")
-    add("--model", metavar="NAME", help="the endpoint's model")
+    add("--model", metavar="NAME", help="instead of a checkpoint, the model of an endpoint")
     add("--model-id", metavar="NAME", help="by whom answers are said to be (default: the model, or the checkpoint's "
         "folder)")  # fmt: skip
     add("--suffix", metavar="TEXT", help="what follows each question, '' for nothing (default: as for v1.5)")
     add("--limit", type=positive, metavar="N", help="the first N questions only")
-    add("--max-new-tokens", type=positive, metavar="N", help="of an answer (default: as the benchmark needs)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest with this probability")
     add("--seed", type=int, default=0, help="of sampling")
 
@@ -73,19 +75,24 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--process-id", type=int, metavar="N", help="which of them this is, from 0")
 
     add = parser.add_argument_group("with an endpoint").add_argument
-    add("--concurrency", type=positive, default=16, metavar="N", help="requests under way (default: 16)")
-    add("--requests-a-minute", type=float, metavar="N", help="that the server is known to take")
-    add("--prices", type=float, nargs=2, default=(0.0, 0.0), metavar="$", help="dollars for a million tokens of "
-        "prompts and of answers")  # fmt: skip
-    add("--budget", type=float, metavar="$", help="dollars that may be spent in all, with --prices")
-    add("--timeout", type=float, default=600.0, metavar="S", help="seconds for an answer (default: 600)")
+    add("--keep-cut-off", action="store_true", help="answers that were cut off at --max-tokens count as far as they go "
+        "(of a model that thinks first they may be its thoughts)")  # fmt: skip
+    add_output_arguments(parser, "answers")
+    add_api_arguments(parser, temperature=0.0, max_tokens="as the benchmark needs")
     args = parser.parse_args(argv)
-    if bool(args.checkpoint) == bool(args.endpoint):
+    if args.checkpoint and args.base_url or not (args.checkpoint or args.base_url or args.model):
         raise UserError("give either --checkpoint or --endpoint with --model")
-    if args.endpoint and not args.model:
+    if not args.checkpoint and not args.model:
         raise UserError("--endpoint needs --model, the name of the model there")
-    if args.endpoint and (args.picture_last or args.answer_prompter):
+    if not args.checkpoint and (args.picture_last or args.answer_prompter):
         raise UserError(
             "--picture-last and --answer-prompter are for checkpoints: an endpoint has a template of its own"
         )
+    others = (*OF_API, "keep_cut_off") if args.checkpoint else OF_CHECKPOINT
+    if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(
+            f"{option}: is for endpoints, not for a checkpoint" if args.checkpoint
+            else f"{option}: is for checkpoints: an endpoint has a template and devices of its own"
+        )  # fmt: skip
     return args

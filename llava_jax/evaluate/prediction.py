@@ -21,7 +21,7 @@ START_SECONDS = 300  # until all processes have met
 
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_new_tokens)
+    sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_tokens)
     asking = Asking(args.images, sampling, args.batch_rows, args.picture_last, args.answer_prompter)
     with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
         file = AnswerFile(args.output, questions, args.model_id, jax.process_index())

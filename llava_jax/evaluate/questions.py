@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.data.conversation import IMAGE_TOKEN as MARK
+from llava_jax.data.dialects import foreign_mark, unread_keys
+from llava_jax.data.records import Record, local_data, scan
+from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
 from llava_jax.evaluate.answers import is_lines, read_json
-from llava_jax.evaluate.lines import Line, read_lines
-
-MARK = "<image>"
+from llava_jax.evaluate.lines import Line
 
 
 class Question(NamedTuple):
@@ -20,6 +22,8 @@ class Question(NamedTuple):
     text: str  # without marks of pictures
     pictures: tuple[str | bytes, ...] = ()  # names below the folder of pictures, or what is in their files
     extra: dict[str, Any] = {}  # what goes into the line of the answer, besides
+    marked_text: str = ""  # with its marks, where they stand elsewhere in the file than in lines before the text
+    system: str = ""  # the system prompt; "" for the template's own
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -37,8 +41,8 @@ def read_questions(
 ) -> list[Question]:
     """The questions of all files, each followed by `suffix` if it does not end with it.
 
-    A file is JSONL of `question_id`, `image` and `text`; LLaVA JSON, of which the first turns are asked; or what `own`
-    reads. Those of several files have the file's name as their category, if they have none.
+    A file is JSONL (or an array) of `question_id`, `image` and `text`; LLaVA JSON, of which the first questions are
+    asked; or what `own` reads. Those of several files have the file's name as their category, if they have none.
 
     Raises `UserError` where a file has another form, or two questions are the same.
     """
@@ -46,7 +50,11 @@ def read_questions(
     for path in paths:
         category = {"category": epath.Path(path).stem} if len(paths) > 1 else {}
         for number, question in enumerate(_read(path, own), 1):
-            whole = question._replace(text=_with_suffix(question.text, suffix), extra=category | question.extra)
+            whole = question._replace(
+                text=_with_suffix(question.text, suffix),
+                marked_text=question.marked_text and _with_suffix(question.marked_text, suffix),
+                extra=category | question.extra,
+            )
             if whole.key in seen:
                 raise UserError(f"{path}: question {question.id}, number {number} there, is there twice")
             seen.add(whole.key)
@@ -57,34 +65,64 @@ def read_questions(
 
 
 def _read(path: str, own: Callable[[str], Iterable[Question]] | None) -> Iterable[Question]:
-    if epath.Path(path).suffix not in (".json", ".jsonl") and own:
+    if own and (epath.Path(path).suffix not in (".json", ".jsonl") or not _is_common(path)):
         return own(path)
+    return map(_question, scan(local_data(path), path))
+
+
+def _is_common(path: str) -> bool:
+    """Whether a file has one of the forms that all benchmarks share."""
     if is_lines(path):
-        return [_of_line(line) for line in read_lines(path)]
+        return True
     value = read_json(path)
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "conversations" in value[0]:
-        return [_of_sample(sample, f"{path}: element {number}") for number, sample in enumerate(value)]
-    if own is None:
-        raise UserError(f"{path}: is neither JSONL of question_id, image and text, nor LLaVA JSON")
-    return own(path)
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not {"conversations", "messages", "text"}.isdisjoint(first)
+
+
+def _question(record: Record) -> Question:
+    """Of a line of questions, or of a sample."""
+    value = record_value(record)
+    keys = set(value) if isinstance(value, dict) else set()
+    if keys & {"text", "question", "question_id"} and not keys & {"conversations", "messages"}:
+        return _of_line(Line(record.where, value))
+    sample = parse_sample(record)
+    system = next((text for role, text in sample.turns if role == "system"), "")
+    text = next((text for role, text in sample.turns if role == "user"), None)
+    if text is None:
+        raise UserError(f"{record.where} (id {sample.id}): has no question")
+    pictures = sample.images[: text.count(MARK)]
+    ident = value.get("id")
+    return _placed(Question(record.index if ident is None else ident, text, pictures, system=system))
 
 
 def _of_line(line: Line) -> Question:
-    text = line.get("text", "question")
+    """Its text has a mark for each picture, or none, and is then asked after them."""
+    ident, text = line.get("question_id", "id"), line.get("text", "question")
+    where = f"{line.where}: question {ident}"
     if not isinstance(text, str):
-        raise UserError(f"{line.where}: the text of question {line.get('question_id')} is no text")
-    image = line.value.get("image")
+        raise UserError(f"{where}: its text is no text but {json.dumps(text)[:40]}")
+    pictures, system = image_names(line.value), system_prompt(line.value)
+    for fault in (pictures, system):
+        if isinstance(fault, Fault):
+            raise UserError(f"{where}: {fault.detail}")
+    for detail in unread_keys(line.value, bool(pictures)):
+        raise UserError(f"{where}: {detail}")
+    if foreign := foreign_mark(text, question=True):
+        raise UserError(f"{where}: its text holds {foreign}, which marks nothing here: {MARK} is read")
+    marks = text.count(MARK)
+    if marks not in (0, len(pictures)):
+        raise UserError(
+            f"{where}: {marks} {MARK} in the text, but {len(pictures)} images: there has to be one for each"
+        )
     extra = {"category": line.value["category"]} if "category" in line.value else {}
-    return Question(line.get("question_id", "id"), unmarked(text), (image,) if image else (), extra)
+    return _placed(Question(ident, text, pictures, extra, system=system))
 
 
-def _of_sample(sample: Any, where: str) -> Question:
-    try:
-        images = sample.get("image") or ()
-        text = sample["conversations"][0]["value"]
-        return Question(sample["id"], unmarked(text), (images,) if isinstance(images, str) else tuple(images))
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: is no sample of LLaVA JSON: {json.dumps(sample)[:60]}") from error
+def _placed(question: Question) -> Question:
+    """A question whose text has its marks, with text and marks apart."""
+    bare = question._replace(text=unmarked(question.text))
+    usual = MARK not in question.text or marked(bare) == question.text
+    return bare if usual else bare._replace(marked_text=question.text)
 
 
 def marked(question: Question, picture_last: bool = False) -> str:
@@ -94,7 +132,13 @@ def marked(question: Question, picture_last: bool = False) -> str:
 
 
 def unmarked(text: str) -> str:
-    return text.replace(MARK, "").strip()
+    """The text without its marks and the space around it; one that has none as it is."""
+    return text.replace(MARK, "").strip() if MARK in text else text
+
+
+def system_turns(question: Question) -> list[tuple[str, str]]:
+    """What stands before the question in a conversation."""
+    return [("system", question.system)] if question.system else []
 
 
 def _with_suffix(text: str, suffix: str) -> str:

@@ -4,12 +4,13 @@ The same command goes on where it was interrupted; no answer is paid twice.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
@@ -31,7 +32,10 @@ SYSTEM = (
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     questions = read_questions(args.questions, args.context)
-    tasks = [Task(f"{ident}, reference", messages(question), _not_empty) for ident, question in questions.items()]
+    tasks = [
+        Task(f"{ident}, reference", functools.partial(messages, question), str.strip)
+        for ident, question in questions.items()
+    ]
     asked, hash_ = work(args, args.model), prompt_hash(SYSTEM)
     if args.dry_run:
         print(f"{args.model}: {forecast(asked, tasks)}")
@@ -39,8 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
         if outcome.value is None:
-            raise UserError(f"question {ident}: no answer ({outcome.text or 'empty'}); the same command with more "
-                            f"--attempts than {args.attempts} goes on")  # fmt: skip
+            raise UserError(
+                f"question {ident}: no answer ({outcome.reason}); "
+                + ("the same command asks again" if outcome.open else f"give more --attempts than {args.attempts}")
+            )
     with whole_file(args.output) as file:
         for question, outcome in zip(questions.values(), outcomes, strict=True):
             file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
@@ -50,10 +56,6 @@ def main(argv: list[str] | None = None) -> None:
 def messages(question: Question) -> list[Message]:
     content = f"{question.context.strip()}\n\nQuestion: {question.text}"
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-
-
-def _not_empty(text: str) -> str | None:
-    return text.strip() or None
 
 
 def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dic
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate reference llava-bench",
         description=__doc__,
         epilog=EPILOG,

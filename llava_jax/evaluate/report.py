@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
@@ -90,6 +89,8 @@ def _json_row(row: Row, names: Sequence[str]) -> dict[str, Any]:
 
 def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> None:
     """The values for TensorBoard: a run's step is the number that its directory's name ends with, or 0."""
+    from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
+
     directory = new_local() if is_remote(output) else output
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         digits = re.search(r"\d+$", path.rstrip("/"))
@@ -112,7 +113,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate report",
         description=__doc__,
         epilog=EPILOG,

@@ -3,16 +3,13 @@
 import io
 from collections.abc import Sequence
 
-from llava_jax.cli import UserError
 from llava_jax.evaluate.comparison import Row
 
 
 def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
-    """The chart as PNG. Raises `UserError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the chart needs matplotlib: pip install 'llava_jax[evaluate]'") from error
+    """The chart as PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6.0, 0.35 * len(rows) * (len(runs) + 1)), 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(runs)

@@ -11,8 +11,10 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.thinking import after_thinking
 
 FAILED = (-1.0, -1.0)  # what files have for scores where a review had none
+LOWEST = 1.0  # that a judge gives
 Scores = tuple[float, float]
 
 
@@ -24,6 +26,7 @@ class Review(NamedTuple):
     judge: str | None  # the judge's model
     prompt_hash: str | None  # of the judge's instructions
     content: str = ""  # what the judge wrote
+    absent: str = ""  # why there was no answer of the model: its score is the lowest, whatever the judge gave
 
 
 def parse_scores(content: str, exactly: bool = False) -> Scores | None:
@@ -82,6 +85,7 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
     content = line.get("content", "text") if stored is None else line.value.get("content", line.value.get("text", ""))
     if not isinstance(content, str):
         raise UserError(f"{line.where}: question {line.get('question_id')}: its content is no text")
+    content = after_thinking(content) or ""
     if stored is None:
         scores = parse_scores(content, exactly)
         scores = scores[::-1] if scores and swapped else scores
@@ -89,6 +93,9 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
         scores = _valid(stored)
     else:
         raise UserError(f"{line.where}: question {line.get('question_id')}: its tuple {stored} is not two numbers")
+    absent = str(line.value.get("no_answer", ""))
+    if scores and absent:
+        scores = (scores[0], min(scores[1], LOWEST))
     return Review(
         str(line.get("question_id")),
         None if line.value.get("category") is None else str(line.value["category"]),
@@ -97,4 +104,5 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
         line.value.get("judge"),
         line.value.get("prompt_hash"),
         content,
+        absent,
     )

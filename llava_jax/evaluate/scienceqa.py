@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, is_lines, join, percent, read_answers, read_json
+from llava_jax.cli import Parser, UserError
+from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
 EPILOG = """example:
@@ -74,7 +74,7 @@ def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> 
             score=float(option == right),
             question="\n".join([problem.get("question", ""), *map(_labelled, OPTIONS, problem["choices"])]),
             image=f"{ident}/{problem['image']}" if problem["image"] else "",
-            answer=str(answers[ident].value),
+            answer="" if answers[ident].absent else str(answers[ident].value),
             reference=_labelled(OPTIONS[right], problem["choices"][right]),
         )
 
@@ -87,7 +87,7 @@ def choice(answer: Answer, problem: Problem) -> int:
     """The option of an answer, which is a text or an index."""
     choices = len(problem["choices"])
     if isinstance(answer.value, bool) or not isinstance(answer.value, int):
-        return extract(answer.text, choices)
+        return answer.read(lambda text: extract(text, choices), FAILED)
     return answer.value if 0 <= answer.value < choices else FAILED
 
 
@@ -132,12 +132,14 @@ def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORE
     name = next((name for name in stored if isinstance(whole.get(name), dict)), None)
     if name is None:
         raise UserError(f"{path}: stores no texts (`outputs`) that options could be read from")
-    answers = {ident: Answer(value, f"{path}: question {ident}") for ident, value in whole[name].items()}
+    answers = {ident: Answer.of(value, f"{path}: question {ident}") for ident, value in whole[name].items()}
     return answers if name == "outputs" else {ident: _index(answer) for ident, answer in answers.items()}
 
 
 def _index(answer: Answer) -> Answer:
     """A stored index, which may be a number written as text."""
+    if answer.absent:
+        return answer
     try:
         return answer._replace(value=int(str(answer.value)))
     except ValueError:
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = read_results(args.results, args.partial, ("outputs",) if args.reextract else STORED)
     joined = join(answers, problems, args.results, args.partial)
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
-    scores |= joined.incomplete
+    scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
     if args.outcomes:
         write_outcomes(args.outcomes, outcomes(answers, problems))
     if args.json:
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score scienceqa",
         description=__doc__,
         epilog=EPILOG,

@@ -10,7 +10,7 @@ import re
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
 from llava_jax.whole_file import whole_list
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate questions scienceqa",
         description=__doc__,
         epilog=EPILOG,

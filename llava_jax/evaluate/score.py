@@ -5,7 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from llava_jax.evaluate.answers import answer_lines, by_key, join
+from llava_jax.cli import Parser
+from llava_jax.evaluate.answers import answer_lines, by_key, count_absent, join
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -37,7 +38,8 @@ def score(
     joined = join(by_key(lines, right.key, benchmark.fields), right, answers, partial)
     if outcomes:
         write_outcomes(outcomes, outcomes_of(benchmark, joined.pairs, lines, asked))
-    return benchmark.score(joined.pairs) | joined.incomplete | _judges(lines)
+    absent = count_absent(answer for answer, _ in joined.pairs)
+    return benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
 
 
 def _judges(lines: Sequence[Line]) -> dict[str, str]:
@@ -68,7 +70,7 @@ def _table(scores: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate score",
         description=__doc__,
         epilog=EPILOG,

@@ -1,11 +1,12 @@
 """Writes answers to a benchmark in the form that its server or its tool takes."""
 
 import argparse
+import sys
 
 from etils import epath
 
-from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_lines, by_key, question_id
+from llava_jax.cli import Parser, UserError
+from llava_jax.evaluate.answers import answer_lines, by_key, count_absent, question_id
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.whole_file import whole_file
@@ -22,7 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = require(args.benchmark, "submission")
     lines = answer_lines(args.answers)
-    by_key(lines, _key)  # none is there twice
+    answers = by_key(lines, _key)  # none is there twice
+    if absent := count_absent(answers.values()):
+        counts = ", ".join(f"{count} {name}" for name, count in absent.items())
+        print(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
         with whole_file(args.output) as file:
@@ -48,7 +52,7 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.evaluate submission",
         description=__doc__,
         epilog=EPILOG,

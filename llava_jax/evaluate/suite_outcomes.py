@@ -34,7 +34,8 @@ def outcomes_of(
             question=question,
             image=known[0] if known and isinstance(known[0], str) else "",
             answer=_together(
-                line.get("text", answer.value) for line, (answer, _) in zip(own, judged.pairs, strict=True)
+                "" if answer.absent else Answer.of(line.get("text", answer.value), "").value
+                for line, (answer, _) in zip(own, judged.pairs, strict=True)
             ),
             reference=_together(getattr(label, "right", "") for _, label in judged.pairs),
             judgement=_together(line.get("content", "") for line in own),

@@ -23,7 +23,9 @@ APART = ("Reference OCR token:", SHORT)
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Soft accuracy of answers normalised as people's."""
-    accuracies = [soft_accuracy(submitted(a.text), [submitted(text) for text in label.answers]) for a, label in pairs]
+    accuracies = [
+        soft_accuracy(a.read(submitted, None), [submitted(text) for text in label.answers]) for a, label in pairs
+    ]
     return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
 
 

@@ -32,26 +32,33 @@ class Label(NamedTuple):
 def score_vqav2(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Soft accuracy as the challenge's server computes it of what the published models submitted: where people agree,
     answers are compared as they are."""
-    return _by_kind([(label.kind, _vqav2_accuracy(submitted(answer.text), label.answers)) for answer, label in pairs])
+    return _by_kind(
+        [(label.kind, _vqav2_accuracy(answer.read(submitted, None), label.answers)) for answer, label in pairs]
+    )
 
 
-def _vqav2_accuracy(answer: str, people: Sequence[str]) -> float:
+def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
     people = [" ".join(text.split("\n")).replace("\t", " ").strip() for text in people]
     if len(set(people)) > 1:
-        answer, people = official(answer), [official(text) for text in people]
+        answer, people = answer if answer is None else official(answer), [official(text) for text in people]
     return soft_accuracy(answer, people)
 
 
 def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The same by VizWiz's server, which normalises the answer and never what people said."""
     return _by_kind(
-        [(label.kind, soft_accuracy(official(submitted(answer.text)), label.answers)) for answer, label in pairs]
+        [
+            (label.kind, soft_accuracy(answer.read(lambda text: official(submitted(text)), None), label.answers))
+            for answer, label in pairs
+        ]
     )
 
 
 def score_gqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are exactly right, but for case and full stops at the end."""
-    return _by_kind([(label.kind, float(gqa_prediction(answer.text) == label.answers[0])) for answer, label in pairs])
+    return _by_kind(
+        [(label.kind, float(answer.read(gqa_prediction, None) == label.answers[0])) for answer, label in pairs]
+    )
 
 
 def gqa_prediction(text: str) -> str:

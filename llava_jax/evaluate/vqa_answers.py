@@ -72,9 +72,9 @@ def _words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Of an answer beside those of people: a third for each of them who says the same, at most 1, on average over
-    leaving out each of them in turn."""
+def soft_accuracy(answer: str | None, answers: Sequence[str]) -> float:
+    """Of an answer, or None, beside those of people: a third for each of them who says the same, at most 1, on average
+    over leaving out each of them in turn."""
     same = list(answers).count(answer)
     # Left out is one of those who say the same, or one of the others.
     people = len(answers)

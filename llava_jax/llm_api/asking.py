@@ -1,6 +1,7 @@
 """Asks a model all of many tasks, each until an answer to it can be read, and goes on where an earlier run ended."""
 
 import asyncio
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,25 +9,35 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError, track
 from llava_jax.llm_api.batches import TRIES, Batches
-from llava_jax.llm_api.client import Client, Refused, Settings, Stopped
+from llava_jax.llm_api.client import REFUSED, SERVER_ERROR, Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
-from llava_jax.llm_api.ledger import Ledger, Request
+from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer, Ledger, Request
 from llava_jax.llm_api.stopping import stopped_by_signals
+
+CUT, EMPTY = "cut off at --max-tokens", "empty"  # why an answer is none
 
 
 class Task(NamedTuple):
     """A prompt, and what reads the answer to it: None where it's no good and another is wanted."""
 
     name: str
-    messages: Sequence[Message]
+    messages: Callable[[], Sequence[Message]]  # made when they are needed, since pictures take memory
     read: Callable[[str], Any]
+    whole: bool = True  # whether an answer that was cut off is none; else it is read as far as it goes
 
 
 class Outcome(NamedTuple):
-    """The last answer and what was read from it: None where none was any good, or the server refused the prompt."""
+    """What was read from the last answer, or why nothing could be."""
 
-    text: str
+    text: str | None  # the answer, without its thinking
     value: Any
+    reason: str = ""  # where there is no value
+    open: bool = False  # whether the server only failed for a while: the same command asks again
+
+    @property
+    def shown(self) -> str:
+        """The text for files that keep what was answered."""
+        return self.text or f"no answer: {self.reason}"
 
 
 class Work(NamedTuple):
@@ -70,10 +81,16 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
 
 def forecast(work: Work, tasks: Sequence[Task]) -> str:
     """What asking all would cost, without an answer that has to be asked for again."""
-    prompt = sum(estimate_tokens(task.messages) for task in tasks)
+    prompt = sum(estimate_tokens(task.messages()) for task in tasks)
     completion = work.settings.most_completion_tokens * len(tasks)
     cost = work.settings.prices.cost(prompt, completion)
     return f"{len(tasks)} requests of about {prompt:,} tokens, answers of up to {completion:,}: up to about ${cost:.2f}"
+
+
+def told(outcomes: Sequence[Outcome]) -> str:
+    """For the line that ends a command: how many have no value since the server failed for a while."""
+    count = sum(outcome.open for outcome in outcomes)
+    return f" ({count} as the server failed: the same command asks again)" if count else ""
 
 
 async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
@@ -94,11 +111,12 @@ async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str)
 
 
 async def _ask(client: Client, task: Task, attempts: int) -> Outcome:
+    task = task._replace(messages=functools.cache(task.messages))
     while isinstance(step := _next(client.ledger, task, attempts), Request):
         try:
             await client.ask(step)
         except Refused as error:
-            return Outcome(str(error), None)
+            return Outcome(None, None, str(error), open=error.reason == SERVER_ERROR)
     return step
 
 
@@ -113,10 +131,10 @@ async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, wha
                 f"{ledger.path}: awaits an answer to {name}, which is not asked here; choose another directory"
             )
         if name in given_up:
-            return Outcome(given_up[name], None)
+            return Outcome(None, None, f"{REFUSED}: {given_up[name]}")
         step = _next(ledger, by_name[name], work.attempts)
         if isinstance(step, Request) and ledger.failures(step) >= TRIES:
-            return Outcome(f"{TRIES} tries failed", None)
+            return Outcome(None, None, f"{SERVER_ERROR}: {TRIES} tries failed", open=True)
         return step
 
     async with Batches(work.settings, ledger, work.budget, next_of, work.poll) as batches:
@@ -129,12 +147,23 @@ async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, wha
 
 def _next(ledger: Ledger, task: Task, attempts: int) -> Request | Outcome:
     """The request that comes next after the answers in the ledger, or what these come to."""
-    text = ""
+    messages, outcome = task.messages(), Outcome(None, None)
     for attempt in range(attempts):
-        request = Request(task.name, attempt, task.messages)
+        request = Request(task.name, attempt, messages)
         if (answer := ledger.answer(request)) is None:
             return request
-        text = answer.text
-        if (value := task.read(text)) is not None:
-            return Outcome(text, value)
-    return Outcome(text, None)
+        reason = no_answer(answer, task.whole)
+        value = None if reason else task.read(answer.text)
+        outcome = Outcome(answer.text, value, reason or ("" if value is not None else "of another form"))
+        if value is not None or reason == CUT:  # which the same limit would cut again
+            break
+    return outcome
+
+
+def no_answer(answer: Answer, whole: bool = True) -> str:
+    """Why an answer is none; empty where it is one."""
+    if answer.finish_reason == FILTERED:
+        return f"stopped by a filter: {answer.text or ''}".rstrip(": ")
+    if answer.finish_reason == CUT_OFF and (whole or not answer.text):
+        return CUT
+    return "" if answer.text and answer.text.strip() else EMPTY

@@ -17,9 +17,10 @@ import httpx2
 import openai
 
 from llava_jax.cli import UserError
-from llava_jax.llm_api.client import HOPELESS, PASSING, NoAnswer, Settings, api, backoff, first_cause, read_completion
+from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
 from llava_jax.llm_api.cost import budget_spent, most_tokens
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
+from llava_jax.llm_api.replies import HOPELESS, NoAnswer, ServerError, read_completion, server_error
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI takes 50,000 and 200 MB
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -181,31 +182,40 @@ class Batches:
         file.write(b"\n")
 
     def _note(self, batch: Batch, lines: Iterable[bytes], status: str) -> dict[str, str]:
-        refused = {}
+        """Raises `UserError` where the server took no request at all, which may succeed later."""
+        refused: dict[str, str] = {}
+        turned_away: list[ServerError] = []
         tasks = dict(self.ledger.batched(batch.number))
+        count = len(tasks)
         with self.ledger.transaction():
             for row, response in _responses(lines):
                 if task := tasks.pop(row, None):
-                    why = self._note_response(row, self.request_of(task), response)
-                    refused |= {task: why} if why else {}
+                    try:
+                        self._note_response(row, self.request_of(task), response)
+                    except ServerError as error:
+                        if error.of_rate or error.hopeless:
+                            turned_away.append(error)  # its row is as good as never sent
+                            continue
+                        self.ledger.failed(row, str(error), 0.0)
+                        if not error.passing:
+                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings.body)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
+        if turned_away and (len(turned_away) == count or turned_away[-1].hopeless):
+            raise UserError(f"{self.api.base_url}: {turned_away[-1]}; the same command goes on")
         return refused
 
-    def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> str | None:
-        """Returns why the request is refused for good, if it is."""
-        status = response.get("status_code")
+    def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> None:
+        """Raises `ServerError` where the response is one."""
+        status, body = response.get("status_code"), response.get("body")
         if status != 200:
-            error = f"status {status}: {json.dumps(response.get('body'))[:300]}"
-            self.ledger.failed(row, error, 0.0)
-            passing = type(status) is not int or status >= 500 or status in (429, *PASSING)
-            return None if passing else error
+            told = body.get("error", body) if isinstance(body, dict) else body
+            raise server_error(told, status if type(status) is int else None)
         try:
-            answer = read_completion(response.get("body"), request.messages, self.settings.most_completion_tokens)
+            answer = read_completion(body, request.messages, self.settings.most_completion_tokens)
         except NoAnswer as error:
             self.ledger.failed(row, str(error), self.worst_cost(request))
-            return None
+            return
         self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
-        return None
 
     def _error(self, error: Exception) -> UserError:
         return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command goes on")

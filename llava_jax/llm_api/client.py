@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -16,14 +17,14 @@ import httpx2
 import openai
 
 from llava_jax.cli import UserError
-from llava_jax.llm_api.cost import Budget, Message, Prices, estimate_tokens, most_tokens
+from llava_jax.llm_api.cost import Budget, Prices, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
+from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, read_json, server_error
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
 LONG = 60.0  # seconds of waiting that are worth a word
-HOPELESS = (401, 403, 404, 405)  # the same for every request: key, model or address are wrong
-PASSING = (408, 409, 425)  # and all from 500 on
+REFUSED, SERVER_ERROR = "refused-by-server", "server-error"  # of a prompt, for good or for a while
 
 
 class Settings(NamedTuple):
@@ -59,14 +60,6 @@ class Refused(Exception):
         self.reason, self.detail = reason, detail
 
 
-class NoAnswer(Exception):
-    """A try that brought no answer; another may. `charged` if what it cost is not known."""
-
-    def __init__(self, error: object, charged: bool = False, refusal: Refusal | None = None):
-        super().__init__(" ".join(str(error).split())[:300])
-        self.charged, self.refusal = charged, refusal
-
-
 class Client:
     """Every request goes through the ledger. One answer to a request is all that is ever paid, wherever it is known.
 
@@ -87,7 +80,7 @@ class Client:
         self._refusals = 0  # in a row
 
     async def ask(self, request: Request) -> Answer:
-        """The answer: the ledger's, if it has one. The same request must not be asked twice at a time.
+        """The answer without its thinking: the ledger's, if it has one. A request must not be asked twice at a time.
 
         Raises `Stopped`, `Refused`, `BudgetSpent`, or `UserError` where no request can succeed.
         """
@@ -98,7 +91,7 @@ class Client:
         while True:
             try:
                 async with self._slots:
-                    return await self._try(request)
+                    return (await self._try(request)).after_thinking()
             except NoAnswer as failure:
                 if failure.refusal:
                     self._check_patience(failure)
@@ -106,7 +99,7 @@ class Client:
                 failures += 1
                 if failures >= self.settings.tries:
                     if self.answered_at > begin:
-                        raise Refused("server-error", str(failure)) from failure
+                        raise Refused(SERVER_ERROR, str(failure)) from failure
                     raise UserError(
                         f"{self.api.base_url}: gives no answer ({failure}); the same command goes on"
                     ) from failure
@@ -183,16 +176,25 @@ class Client:
     # -------------------------------------------------------------------------------------------------- one try
 
     async def _send(self, request: Request) -> Answer:
+        headers: Mapping[str, str] = {}
         try:
             async with asyncio.timeout(self.settings.timeout):
-                completion = await (self._streamed if self.settings.stream else self._whole)(request)
+                completion, headers = await (self._streamed if self.settings.stream else self._whole)(request)
+            return read_completion(completion, request.messages, self.settings.most_completion_tokens)
+        except ServerError as error:
+            raise self._failure(error, headers) from error
         except openai.APIStatusError as error:
-            raise self._status_failure(error) from error
+            told = server_error(error.body or error.message, error.status_code)
+            raise self._failure(told, error.response.headers) from error
         except (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError) as error:  # cut off, too late, no JSON
+            if body := getattr(error, "body", None):  # in the middle of a stream, of which some may be charged
+                failure = self._failure(server_error(body), headers)
+                failure.charged = isinstance(failure, NoAnswer) and not failure.refusal
+                raise failure from error
             raise NoAnswer(first_cause(error), charged=not _never_sent(error)) from error
-        return read_completion(completion, request.messages, self.settings.most_completion_tokens)
 
-    async def _whole(self, request: Request) -> Any:
+    async def _whole(self, request: Request) -> tuple[Any, Mapping[str, str]]:
+        """A completion, and the headers that it came with."""
         # As chat.completions.create, which looks at all messages and the answer for longer than all the rest takes.
         response = await self.api.post(
             "/chat/completions",
@@ -200,13 +202,10 @@ class Client:
             content=b'{"messages": %b, %b' % (request.messages_json, self._rest),
             options={"headers": self._headers(request)},
         )
-        try:
-            return json.loads(response.content)
-        except (ValueError, RecursionError) as error:
-            raise NoAnswer(f"the answer is no JSON: {error}", charged=True) from error
+        return read_json(response.content), response.headers
 
-    async def _streamed(self, request: Request) -> Any:
-        """A streamed answer, put together as if it had come whole."""
+    async def _streamed(self, request: Request) -> tuple[Any, Mapping[str, str]]:
+        """The same of a streamed answer, put together as if it had come whole."""
         arguments = {
             "model": self.settings.model,
             "messages": request.messages,
@@ -215,34 +214,52 @@ class Client:
             "extra_body": self.settings.body,
             "extra_headers": self._headers(request),
         }
-        texts, finish_reason, usage = [], None, None
+        texts, refusals, finish_reason, error, usage = [], [], None, None, None
         async with await self.api.chat.completions.create(**arguments) as stream:
+            headers = stream.response.headers
+            if "event-stream" not in headers.get("content-type", "event-stream"):  # an error, or it does not stream
+                return read_json(await stream.response.aread()), headers
             async for chunk in stream:
                 usage = chunk.usage.model_dump() if chunk.usage else usage
-                for choice in chunk.choices:
-                    texts.append(choice.delta.content or "")
+                for choice in chunk.choices or ():
+                    texts += [choice.delta.content] if choice.delta and choice.delta.content is not None else []
+                    refusals += [choice.delta.refusal] if choice.delta and choice.delta.refusal else []
                     finish_reason = choice.finish_reason or finish_reason
-        if finish_reason is None:
+                    error = getattr(choice, "error", None) or error
+        if finish_reason is None and error is None:
             raise NoAnswer("the stream was cut", charged=True)
-        choice = {"message": {"content": "".join(texts)}, "finish_reason": finish_reason}
-        return {"choices": [choice], "usage": usage}
+        message = {"content": "".join(texts) if texts else None, "refusal": "".join(refusals)}
+        choice = {"message": message, "finish_reason": finish_reason, "error": error}
+        return {"choices": [choice], "usage": usage}, headers
 
     def _headers(self, request: Request) -> dict[str, str]:
         return {"Idempotency-Key": idempotency_key(self.settings.model, request)}
 
-    def _status_failure(self, error: openai.APIStatusError) -> Exception:
-        status, code = error.status_code, str(getattr(error, "code", ""))
-        message = f"status {status}: {error.message}"
-        if status == 429 and code != "insufficient_quota":
+    def _failure(self, error: ServerError, headers: Mapping[str, str]) -> Exception:
+        """What an error by the server comes to: another try, this prompt's refusal, or the end of all."""
+        if error.of_rate:
             self._refusals += self.limit.pause is None
-            wait = retry_after(error.response.headers)
+            wait = retry_after(headers)
             wait = backoff(self._refusals) if wait is None else wait
-            return NoAnswer(message, refusal=Refusal(wait, _of_tokens(error)))
-        if status >= 500 or status in PASSING:
-            return NoAnswer(message)
-        if status in (*HOPELESS, 429) or not self.ledger.answer_count():
-            return UserError(f"{self.api.base_url}: {message}")
-        return Refused("refused-by-server", " ".join(message.split()))
+            return NoAnswer(error, refusal=Refusal(wait, _of_tokens(error, headers)))
+        if error.passing:
+            return NoAnswer(error)
+        if error.hopeless or not error.filtered and not self.ledger.answer_count():
+            return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings.body)}")
+        return Refused(REFUSED, str(error))
+
+
+def way_out(error: ServerError, body: Mapping[str, Any]) -> str:
+    """What mends a refused parameter, of those in `body`; empty where the error names none."""
+    named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", str(error))]
+    if "max_tokens" in named and re.search(r"too (large|many|long)|context|at most|less than|exceed", str(error)):
+        return ": give a smaller --max-tokens"
+    if not named or error.status not in (400, 422):
+        return ""
+    changes: dict[str, Any] = dict.fromkeys(named)
+    if "max_tokens" in named:
+        changes["max_completion_tokens"] = body["max_tokens"]
+    return f": add --body '{json.dumps(changes)}'"
 
 
 def api(settings: Settings) -> openai.AsyncOpenAI:
@@ -281,39 +298,8 @@ def retry_after(headers: Any) -> float | None:
     return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
 
 
-def read_completion(completion: Any, messages: Sequence[Message], most: int) -> Answer:
-    """The answer in a chat completion's JSON, with estimates where the server's count of tokens cannot be true.
-
-    `most` tokens were allowed, 0 for any number. Raises `NoAnswer` where there is no answer.
-    """
-    try:
-        choice = completion["choices"][0]
-        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        finish_reason = choice.get("finish_reason") or "stop"
-        text = text.encode(errors="replace").decode()  # half surrogate pairs cannot be stored
-    except (LookupError, TypeError, AttributeError) as error:
-        raise NoAnswer(f"the answer is no chat completion: {json.dumps(completion)[:100]}", charged=True) from error
-    most = most or sys.maxsize
-    usage = completion.get("usage")
-    if _possible(usage, text, most_tokens(messages), most):
-        return Answer(text, finish_reason, usage["prompt_tokens"], usage["completion_tokens"])
-    written = min(estimate_tokens([{"content": text}]), most)
-    return Answer(text, finish_reason, estimate_tokens(messages), written, "estimated")
-
-
-def _possible(usage: Any, text: str, most_prompt: int, most_completion: int) -> bool:
-    """Whether the server's count of tokens can be true."""
-    if not isinstance(usage, dict):
-        return False
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(prompt) is not int or type(completion) is not int:
-        return False
-    return 0 < prompt <= most_prompt and bool(text) <= completion <= most_completion
-
-
-def _of_tokens(error: openai.APIStatusError) -> bool:
-    left = error.response.headers.get("x-ratelimit-remaining-tokens")
-    return left == "0" or "tokens per min" in error.message
+def _of_tokens(error: ServerError, headers: Mapping[str, str]) -> bool:
+    return headers.get("x-ratelimit-remaining-tokens") == "0" or "tokens per min" in str(error)
 
 
 def first_cause(error: BaseException) -> str:

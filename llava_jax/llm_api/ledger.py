@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.llm_api.cost import Message, estimate_tokens
+from llava_jax.thinking import after_thinking
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS requests (
   completion_tokens INTEGER,
   usage TEXT,                      -- reported by the server, or estimated
   cost REAL NOT NULL DEFAULT 0,    -- dollars; where what was charged is not known (yet), the most it can be
-  answer TEXT,
+  answer TEXT,                     -- as it came, with its thinking; NULL where it had no text
   finish_reason TEXT,
   verdict TEXT,                    -- accepted, or why the answer was no good
   error TEXT,
@@ -80,14 +81,22 @@ class Request:
         return hashlib.sha256(self.messages_json).hexdigest()
 
 
+CUT_OFF, FILTERED = "length", "content_filter"
+
+
 class Answer(NamedTuple):
     """What a model said. `finish_reason` is the API's: stop, length, content_filter."""
 
-    text: str
+    text: str | None  # None where the server sent none
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     usage: str = "reported"
+
+    def after_thinking(self) -> "Answer":
+        """The answer without what the model thought before it. It is cut off where the thinking does not end."""
+        text = self.text and after_thinking(self.text)
+        return self._replace(text=text, finish_reason=CUT_OFF if self.text and text is None else self.finish_reason)
 
 
 class Batch(NamedTuple):
@@ -113,7 +122,7 @@ class Ledger:
         self._new = [] if path.exists() else [path, *(folder for folder in path.parents if not folder.exists())]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.model, self.parameters = path, model, json.dumps(parameters or {}, sort_keys=True)
-        self._lock = _lock(path.parent)
+        self._lock, self._opened = _lock(path.parent), time.time()
         try:
             self.db = sqlite3.connect(path, isolation_level=None)
             self.db.execute("PRAGMA journal_mode = WAL")
@@ -152,17 +161,24 @@ class Ledger:
         self.db.execute("COMMIT")
 
     def identify(self, identity: dict[str, Any]) -> None:
-        """Makes it the ledger of this work. Raises `UserError` with what differs if it is that of another."""
+        """Makes it the ledger of this work. Raises `UserError` with what differs if it is that of another, of which
+        something was answered: what was only refused can be asked again with other options."""
         wanted = {key: json.dumps(value, sort_keys=True) for key, value in identity.items()}
         found = dict(self.db.execute("SELECT key, value FROM identity"))
-        if found:
+        if found and self._in_use():
             changes = [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in sorted({*wanted, *found})
                        if wanted.get(key) != found.get(key)]  # fmt: skip
             if changes:
                 raise UserError(f"{self.path} was made for other work ({'; '.join(changes)}); choose another directory")
         else:
             with self.transaction():
+                self.db.execute("DELETE FROM identity")
                 self.db.executemany("INSERT INTO identity VALUES (?, ?)", wanted.items())
+
+    def _in_use(self) -> bool:
+        """Whether a request was answered, or may be, or a task has its result."""
+        requests = "EXISTS (SELECT 1 FROM requests WHERE state NOT IN ('failed', 'unsent'))"
+        return bool(self.db.execute(f"SELECT {requests} OR EXISTS (SELECT 1 FROM results)").fetchone()[0])
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -190,7 +206,10 @@ class Ledger:
         )
 
     def answer(self, request: Request) -> Answer | None:
-        """What was answered to a request, if it was. Raises `UserError` where the same attempt had another prompt."""
+        """What was answered to a request, if it was, without its thinking.
+
+        Raises `UserError` where the same attempt had another prompt.
+        """
         query = (
             "SELECT prompt_hash, answer, finish_reason, prompt_tokens, completion_tokens, usage FROM requests"
             " WHERE task = ? AND attempt = ? AND state = 'answered'"
@@ -198,12 +217,12 @@ class Ledger:
         row = self.db.execute(query, [request.task, request.attempt]).fetchone()
         if row and row[0] != request.prompt_hash:
             raise UserError(f"{self.path}: {request.task} was asked with another prompt; choose another directory")
-        return Answer(*row[1:]) if row else None
+        return Answer(*row[1:]).after_thinking() if row else None
 
     def failures(self, request: Request) -> int:
-        """How often the request has failed."""
-        query = "SELECT COUNT(*) FROM requests WHERE task = ? AND attempt = ? AND state = 'failed'"
-        return self.db.execute(query, [request.task, request.attempt]).fetchone()[0]
+        """How often the request has failed since the ledger was opened."""
+        query = "SELECT COUNT(*) FROM requests WHERE task = ? AND attempt = ? AND state = 'failed' AND finished >= ?"
+        return self.db.execute(query, [request.task, request.attempt, self._opened]).fetchone()[0]
 
     def last_answer(self, task: str) -> str | None:
         """The text of the last answer to a task, if there is one."""

@@ -4,29 +4,39 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import UserError, positive
-from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.remote import is_remote
 
-NO_KEY = "none"  # servers at home want none, but the client does
+if TYPE_CHECKING:
+    from llava_jax.llm_api.asking import Work
+
+NO_KEY = "none"  # servers at home want no key, but the client does
 NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # what the client says itself: one answer is read and paid
 
 
+# The options below without those that mean something for a checkpoint, too.
+OF_API = (
+    "base_url", "body", "attempts", "concurrency", "requests_a_minute", "tokens_a_minute", "timeout", "prices",
+    "budget", "batch", "poll", "dry_run", "ledger",
+)  # fmt: skip
+
+
 def add_api_arguments(
-    parser: argparse.ArgumentParser, temperature: float, max_tokens: int, concurrency: int = 16
+    parser: argparse.ArgumentParser, temperature: float, max_tokens: int | str, concurrency: int = 16
 ) -> None:
-    """Adds all options but that of the model."""
+    """Adds all options but that of the model. `max_tokens` may be words that tell the default, which is then None."""
     add = parser.add_argument_group("the API").add_argument
-    add("--base-url", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: OPENAI_BASE_URL, or "
-        "OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
+    add("--base-url", "--endpoint", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: "
+        "OPENAI_BASE_URL, or OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
     add("--temperature", type=float, default=temperature, metavar="T", help="default: %(default)s")
-    add("--max-tokens", type=positive, default=max_tokens, metavar="N", help="of an answer (default: %(default)s)")
-    add("--body", type=_object, default={}, metavar="JSON",
-        help='more of each request, as {"top_p": 0.9} or {"stream": true}; null takes away what is there')  # fmt: skip
+    add("--max-tokens", "--max-new-tokens", type=positive, default=max_tokens if isinstance(max_tokens, int) else None,
+        metavar="N", help=f"of an answer (default: {max_tokens})")  # fmt: skip
+    add("--body", type=_object, action="append", default=[], metavar="JSON",
+        help='more of each request, as {"top_p": 0.9} or {"stream": true}; null takes away what is there, as in '
+        '{"max_tokens": null, "max_completion_tokens": 1024}; may be given several times')  # fmt: skip
     add("--attempts", type=positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
     add(
         "--concurrency",
@@ -61,17 +71,27 @@ def ledger_directory(args: argparse.Namespace) -> Path:
     return Path(directory)
 
 
-def work(args: argparse.Namespace, model: str) -> Work:
-    """What these options say."""
+def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
+    """What these options say. Raises `UserError` where they name no server, unless nothing is asked."""
+    from llava_jax.llm_api.asking import Work  # only here: openai takes a second to load
+    from llava_jax.llm_api.client import Settings
+
     prices, body = Prices(*args.prices), request_body(args)
     check_budget(args.budget, prices)
-    at_home = args.base_url or os.environ.get("OPENAI_BASE_URL")
+    server, key = args.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
+    if server and not server.startswith(("http://", "https://")):
+        raise UserError(f"--base-url {server}: has to begin with http:// or https://, as http://localhost:8000/v1")
+    if asks and not (args.dry_run or server or key):
+        raise UserError(
+            "whom to ask? --base-url URL (or OPENAI_BASE_URL) is a server's address, with its /v1; for OpenAI's own "
+            "OPENAI_API_KEY has to hold a key"
+        )
     stream = bool(body.pop("stream", False))
     settings = Settings(
         model,
         body,
-        args.base_url,
-        os.environ.get("OPENAI_API_KEY") or (NO_KEY if at_home else None),
+        server,
+        key or NO_KEY,
         args.concurrency,
         args.requests_a_minute,
         args.tokens_a_minute,
@@ -84,10 +104,12 @@ def work(args: argparse.Namespace, model: str) -> Work:
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
     """What goes into every request besides model and messages."""
-    body = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    if "max_completion_tokens" in args.body:
+    body, given = {"temperature": args.temperature, "max_tokens": args.max_tokens}, {}
+    for more in args.body:
+        given |= more
+    if "max_completion_tokens" in given:
         del body["max_tokens"]
-    return {key: value for key, value in {**body, **args.body}.items() if value is not None}
+    return {key: value for key, value in {**body, **given}.items() if value is not None}
 
 
 def _amount(text: str) -> float:

@@ -8,6 +8,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's pixels are in -1..1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for answering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model, and how its pictures are prepared."""
+    """The whole model, how its images are prepared, and where they stand in a question."""
 
     vision: VisionConfig
     text: TextConfig
@@ -99,6 +100,7 @@ class LlavaConfig:
     select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
     select_feature: str = "patch"  # drops the class token, if there is one; "cls_patch" keeps it
     image_aspect: str = "pad"  # how a picture becomes a square: "square" (crop), "pad" or "resize"
+    image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
     im_start_end: bool = False  # whether images stand between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
@@ -110,6 +112,8 @@ class LlavaConfig:
             raise ValueError("select_feature is 'cls_patch', but the vision tower has no class token")
         if self.image_aspect not in ("square", "pad", "resize"):
             raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
+        if self.image_position not in ("random", "first", "as_is"):
+            raise ValueError(f"image_position is {self.image_position!r}, not 'random', 'first' or 'as_is'")
         if not 0 <= self.vision_layers_used <= self.vision.num_layers:
             raise ValueError(f"select_layer {self.select_layer} is not among {self.vision.num_layers} layers")
 

@@ -7,8 +7,6 @@ from flax import nnx
 from llava_jax.models.layers import Linear, add_bias, broadcast_last
 from llava_jax.models.llama import Llama
 
-QUANTIZATIONS = (None, "int8")
-
 
 class Int8Linear(nnx.Module):
     """A `Linear` with int8 `kernel` [in, out] and a float32 `scale` [out]: the largest weight of an output is 127.

@@ -7,14 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from llava_jax import compilation_cache
-from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import UserError, run
+from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
-from llava_jax.models.quantization import QUANTIZATIONS
-from llava_jax.sharding import AXES, make_mesh
+from llava_jax.models.config import QUANTIZATIONS
 
 DTYPES = ("float32", "bfloat16")
 
@@ -28,6 +24,11 @@ docs/serving.md has more: pictures, keys, systemd, nginx."""
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
+    import jax.numpy as jnp  # only now: it takes seconds, and a typing error need not wait
+
+    from llava_jax.checkpoint import open_checkpoint
+    from llava_jax.sharding import make_mesh
+
     try:  # what the extra `serve` brings
         from llava_jax.serve.app import create_app
         from llava_jax.serve.engine import Engine
@@ -76,7 +77,7 @@ def _api_key(file: str | None) -> str | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava_jax.serve",
         description=__doc__,
         epilog=EPILOG,
@@ -121,6 +122,8 @@ def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def _mesh(text: str) -> dict[str, int]:
     """`tensor=4`, `tensor=2,fsdp=2`: the sizes of axes."""
+    from llava_jax.sharding import AXES
+
     sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
     if not all(axis in AXES and size.isdecimal() for axis, size in sizes.items()):
         raise argparse.ArgumentTypeError(f"{text!r} does not look like tensor=4 or tensor=2,fsdp=2")

@@ -57,7 +57,7 @@ class Batch:
 
     def enter(self, answer: Answer, prompt: PreparedPrompt) -> None:
         """Takes a free slot."""
-        stream = self._prompts.answer_stream(answer.sampling)
+        stream = self._prompts.answer_stream(answer.sampling, answer.request.begun)
         self.running.append(Running(answer, prompt, self._free.pop(), stream, prompt_number(prompt.tokens)))
 
     def step(self) -> list[Answer]:

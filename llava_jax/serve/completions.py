@@ -45,6 +45,7 @@ class Chat:
     def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
         self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
         self._marks = Marks(engine.tokenizer, engine.template)
+        self._interleaved = engine.config.image_position == "as_is"
         self._most_pictures = engine.context // engine.config.image_tokens
         self._most_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
@@ -62,9 +63,9 @@ class Chat:
     async def _submit(self, body: ChatRequest) -> Answers:
         if body.model != self._model:
             raise unknown_model(body.model, self._model)
-        turns, urls = read_messages(body.messages, self._marks)
-        self._refuse_oversize(body.n or 1, turns, urls)
-        request = generate.Request(turns, await self._reader.read(urls))
+        turns, urls, begun = read_messages(body.messages, self._marks, self._interleaved)
+        self._refuse_oversize(body.n or 1, [*(text for _, text in turns), begun], urls)
+        request = generate.Request(turns, await self._reader.read(urls), begun)
         longest = body.max_completion_tokens or body.max_tokens
         if longest is None:
             longest = max(1, await anyio.to_thread.run_sync(self._engine.room, request))
@@ -72,7 +73,7 @@ class Chat:
         await answers.submit()
         return answers
 
-    def _refuse_oversize(self, n: int, turns: Sequence[tuple[str, str]], urls: Sequence[tuple[str, str]]) -> None:
+    def _refuse_oversize(self, n: int, texts: Sequence[str], urls: Sequence[tuple[str, str]]) -> None:
         """What is far beyond the context is not worth to be decoded or tokenized; what never fits, to be queued."""
         if n > (most := self._engine.capacity):
             what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
@@ -85,7 +86,7 @@ class Chat:
                 "too_many_images",
                 "messages",
             )
-        characters = sum(len(text) for _, text in turns)
+        characters = sum(map(len, texts))
         if characters > self._most_characters:
             raise ApiError(
                 400,

@@ -19,8 +19,8 @@ from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import Template
 from llava_jax.generate import PromptEncoder, Request, Sampling, default_dtype
+from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.llava import Llava, abstract_params, build
-from llava_jax.models.quantization import QUANTIZATIONS
 from llava_jax.serve.answer import (
     Alternative,
     Answer,

@@ -85,19 +85,24 @@ def from_validation(error: RequestValidationError) -> ApiError:
     }.get(first["type"], "invalid_value")
     if first["loc"] == ("body",) and not isinstance(error.body, dict):
         return ApiError(400, "the body has to be a JSON object, sent with Content-Type: application/json", code)
-    return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], code, param)
+    what = "is no field that is known here: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    return ApiError(400, f"{param}: {what}" if param else what, code, param)
 
 
 def _path(location: tuple[str | int, ...], body: Any, missing: bool) -> str | None:
     """`messages.0.content`: of pydantic's location, which names between them the types that it tried, what is there in
     the body, and at the end what is missing there."""
-    path = []
-    for key in location:
-        if isinstance(body, dict) and key in body or isinstance(body, list) and isinstance(key, int):
-            body = body[key]
-        elif not (missing and key is location[-1]):
-            continue
-        path.append(str(key))
+    path: list[str] = []
+    type_named = False  # of the object at hand; its name may be that of a field, too
+    for i, key in enumerate(location, 1):
+        last = i == len(location)
+        if not (type_named or last) and isinstance(body, dict) and key in (body.get("type"), body.get("role")):
+            type_named = True
+        elif isinstance(body, dict) and key in body or isinstance(body, list) and isinstance(key, int):
+            path.append(str(key))
+            body, type_named = body[key], False
+        elif missing and last:
+            path.append(str(key))
     return ".".join(path) or None
 
 

@@ -61,7 +61,7 @@ def write_zip(messages: Sequence[Message], file: Path) -> None:
 
 
 def _turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], marked(text_of(message), len(files_of(message)))) for message in messages]
+    return [(message["role"], marked(unmarked(text_of(message)), len(files_of(message)))) for message in messages]
 
 
 def _text_part(text: str) -> dict[str, str]:

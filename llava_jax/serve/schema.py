@@ -63,9 +63,17 @@ class ImageURL(Strict):
     )
 
 
+def _as_image_url(value: Any) -> Any:
+    if not isinstance(value, dict | str):
+        raise PydanticCustomError("image_url", 'has to be {"url": ...} or the URL alone')
+    return {"url": value} if isinstance(value, str) else value
+
+
 class ImagePart(Strict):
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: Annotated[ImageURL, BeforeValidator(_as_image_url, json_schema_input_type=ImageURL | str)] = Field(
+        description='`{"url": ...}`, or the URL alone.'
+    )
     prompt_cache_breakpoint: Ignored = None
 
 
@@ -129,6 +137,10 @@ class ChatRequest(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     logprobs: bool | None = None
     top_logprobs: Integer(0, 20) | None = None
+    continue_final_message: bool | None = Field(
+        None, description="Of vLLM's API: a last message of the assistant is what the answer continues, as by default."
+    )
+    add_generation_prompt: bool | None = Field(None, description="Of vLLM's API: the opposite.")
 
     user: Ignored = None
     metadata: Ignored = None
@@ -166,4 +178,11 @@ class ChatRequest(Strict):
             raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
+        continued = self.messages[-1].role == "assistant"
+        if self.continue_final_message is (not continued) or self.add_generation_prompt is continued:
+            raise PydanticCustomError(
+                "continue_final_message",
+                "the answer continues the last message if that is the assistant's: with such a message send "
+                "continue_final_message true and add_generation_prompt false, else the opposite, or send neither",
+            )
         return self

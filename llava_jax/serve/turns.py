@@ -1,4 +1,4 @@
-"""From the messages of a request to the turns that the model was trained on."""
+"""From the messages of a request to the turns that the model was trained on, and the beginning of an answer."""
 
 import itertools
 import re
@@ -17,6 +17,7 @@ class Turns(NamedTuple):
 
     turns: list[tuple[str, str]]
     urls: list[tuple[str, str]]
+    begun: str = ""  # what the answer continues: the text of a last message of the assistant
 
 
 class Marks:
@@ -33,30 +34,50 @@ class Marks:
         return self._beginning.sub(r"\g<0> ", text)
 
 
-def read_messages(messages: Sequence[Message], marks: Marks) -> Turns:
-    """Messages in a row of one role are one turn. As in training, a turn's pictures stand before its text.
+def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool = False) -> Turns:
+    """Messages in a row of one role are one turn.
 
-    Raises ApiError where the messages do not alternate, or where the last one leaves nothing to answer.
+    Args:
+      messages: of the request.
+      marks: what text must not contain.
+      interleaved: whether images keep their places among the texts, as for a model trained so; else they stand before
+        the text of their turn.
+
+    Raises ApiError where the messages do not alternate, the user first.
     """
     turns, urls = [], []
     for role, group in itertools.groupby(enumerate(messages), key=lambda item: _role(item[1])):
-        texts, pictures = [], []
+        parts, pictures = [], []
         for i, message in group:
             if role == "system" and i:
                 field = f"messages.{i}.role"
                 raise ApiError(400, f"{field}: a system message has to be the first", "invalid_value", field)
             for field, part in _parts(message, f"messages.{i}.content"):
                 if isinstance(part, TextPart):
-                    texts.append(marks.disarm(part.text))
+                    parts += [marks.disarm(part.text)] if part.text else []
                 else:
+                    parts.append(IMAGE_TOKEN)
                     pictures.append((f"{field}.image_url.url", part.image_url.url))
-        turns.append((role, f"{IMAGE_TOKEN}\n" * len(pictures) + "\n".join(texts)))
+        turns.append((role, _interleaved(parts) if interleaved else "\n".join(sorted(parts, key=_is_text))))
         urls += pictures
-    roles = [role for role, _ in turns if role != "system"]
-    if not roles or roles[0] != "user" or roles[-1] != "user":
-        what = "messages: the first, but for a system message, and the last have to be the user's"
+    if next((role for role, _ in turns if role != "system"), None) != "user":
+        what = "messages: the first, but for a system message, has to be the user's"
         raise ApiError(400, what, "invalid_value", "messages")
-    return Turns(turns, urls)
+    begun = turns.pop()[1] if turns[-1][0] == "assistant" else ""
+    return Turns(turns, urls, begun)
+
+
+def _is_text(part: str) -> bool:
+    return part != IMAGE_TOKEN  # no text is: it would be disarmed
+
+
+def _interleaved(parts: Sequence[str]) -> str:
+    """Texts and images a line each, unless a text has white space of its own beside an image."""
+    text = "".join(parts[:1])
+    for before, part in itertools.pairwise(parts):
+        spaced = _is_text(before) != _is_text(part) and (before[-1:].isspace() or part[:1].isspace())
+        text += part if spaced else f"\n{part}"
+    return text
 
 
 def _role(message: Message) -> str:

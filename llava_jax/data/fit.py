@@ -1,0 +1,124 @@
+"""Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_jax.cli import UserError
+from llava_jax.data.conversation import TEMPLATES, Template, render
+from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUESTION = ("user", "What is it?")
+# Beginnings that tokenizers treat differently. Those with white space `encode_turns` sees to, sample by sample.
+_ANSWERS = (
+    "A cat.",
+    "a cat",
+    "2",
+    "3 cats.",
+    "été",
+    "日本",
+    "Ответ",
+    "(a)",
+    "'s",
+    '"x"',
+    "- x",
+    "...",
+    "🧑",
+    "<b>",
+    "",
+)
+
+
+def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Checks that the ids of a prompt are those that training texts begin with, and that labels begin right after.
+
+    Raises UserError naming the template and the tokens on which that fails: the model would learn to continue a prompt
+    that it never gets.
+    """
+    prompt = encode_turns([_QUESTION, ("assistant", None)], template, tokenizer).input_ids
+    for answer in _ANSWERS:
+        try:
+            ids, labels = encode_turns([_QUESTION, ("assistant", answer)], template, tokenizer)
+        except UserError as error:
+            raise UserError(f"template {template.name}: {error}") from None
+        same = len(ids) > len(prompt) and np.array_equal(ids[: len(prompt)], prompt)
+        if not same or labels[len(prompt)] == IGNORE_INDEX or (labels[: len(prompt)] != IGNORE_INDEX).any():
+            first = int(np.argmin([*(ids[: len(prompt)] == prompt[: len(ids)]), False]))
+            asked, trained = (tokenizer.convert_ids_to_tokens(some[first:][:3].tolist()) for some in (prompt, ids))
+            raise UserError(
+                f"template {template.name} does not fit the tokenizer: an answer's prompt ends with {asked}, where "
+                f"the training text of the answer {answer!r} has {trained}; {_others(template, tokenizer)}"
+            )
+
+
+def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What is wrong where a mark of the template, such as the end of an answer, is no token of the tokenizer.
+
+    Here answers still end where the text of the end mark does; an exported model never stops in other programs.
+    """
+    missing = _missing(template, tokenizer)
+    if not missing:
+        return None
+    pieces = ", ".join(
+        f"{mark} is {len(parts)} tokens {parts}" for mark in missing if (parts := tokenizer.tokenize(mark))
+    )
+    end = ", so an exported model does not stop after an answer" if template.end.strip() in missing else ""
+    return f"template {template.name} does not fit the tokenizer: {pieces}{end}; {_others(template, tokenizer)}"
+
+
+def end_of_answer(template: Template, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that ends an answer in a training text; None where that takes several."""
+    labels = encode_turns([_QUESTION, ("assistant", "A cat")], template, tokenizer).labels
+    last = int(labels[labels != IGNORE_INDEX][-1])
+    return last if tokenizer.decode([last]) in (template.end, template.end.strip()) else None
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
+    """The template that renders as the tokenizer's own chat template does; None where it has none, or another."""
+    if not tokenizer.chat_template:
+        return None
+    return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
+
+
+def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    vocab = tokenizer.get_vocab()
+    return [
+        mark
+        for mark in template.special
+        if mark not in vocab or vocab[mark] not in tokenizer.encode(f"a{mark}b", add_special_tokens=False)
+    ]
+
+
+def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The way out of a template that does not fit."""
+    own = template_of(tokenizer)
+    if own is not None and own.name != template.name:
+        return f"choose template {own.name}, which its own chat template is"
+    fitting = [other.name for other in TEMPLATES.values() if other.special and not _missing(other, tokenizer)]
+    names = ", ".join(name for name in fitting if name != template.name)
+    return f"choose a template whose marks it has ({names})" if names else "choose one without such marks (llava_v0)"
+
+
+def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    question, answer, system = ("user", "q1"), ("assistant", "a1"), ("system", "s")
+    alike = [
+        _alike(template, tokenizer, turns) for turns in ([question], [question, answer], [question, answer, question])
+    ]
+    # Some chat templates refuse system prompts.
+    return all(alike) and _alike(template, tokenizer, [system, question]) is not False
+
+
+def _alike(template: Template, tokenizer: "PreTrainedTokenizerBase", turns: list[tuple[str, str]]) -> bool | None:
+    """Whether both render the turns, and the prompt of an answer after a question, alike. None: it does not render."""
+    asks = turns[-1][0] == "user"
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    except Exception:  # a chat template is a program: it may raise anything
+        return None
+    system = default_system(tokenizer) if template.system is None else None
+    ours = render([*turns, ("assistant", None)] if asks else turns, template, system).text
+    return rendered in (ours, f"{tokenizer.bos_token}{ours}")  # render leaves BOS to the tokenizer

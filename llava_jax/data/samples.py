@@ -1,0 +1,274 @@
+"""A sample, and what makes one of a JSON value: the keys that are read, in either of their spellings, and all faults.
+
+Turns are `conversations` of `from` and `value`, as LLaVA has them, or `messages` of `role` and `content`, as OpenAI
+has them. What is understood is used; what would change what is learned and is not understood is a fault (`dialects`).
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.data import dialects
+from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.dialects import foreign_mark
+from llava_jax.data.records import Record, load_json
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name
+}
+_PLAIN = {"id", "image", "conversations"}  # the keys of most samples, about which no more has to be asked
+_IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation and the names of its images, one for every `<image>` in its turns, in their order."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]  # (role, text): perhaps one of 'system'; 'user' and 'assistant' in turn
+
+
+class Fault(NamedTuple):
+    """Why a record is no sample."""
+
+    kind: str
+    detail: str
+
+
+class Reading(NamedTuple):
+    """What a JSON value says, as far as it has no faults."""
+
+    faults: list[Fault]
+    images: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()  # all, a first answer included
+
+
+def parse_sample(record: Record) -> Sample:
+    """The sample of a record; one that begins with an answer loses it, as published. Raises `UserError`."""
+    value = record_value(record)
+    reading = read_sample(value)
+    for fault in reading.faults:
+        raise UserError(f"{record.where} (id {sample_id(record, value)}): {fault.detail}")
+    return Sample(sample_id(record, value), reading.images, from_first_question(reading.turns))
+
+
+def record_value(record: Record) -> Any:
+    """The JSON value of a record. Raises `UserError` for a line that is no JSON."""
+    return load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
+
+
+def sample_id(record: Record, value: Any) -> str:
+    """The id of a record, its index where it has none."""
+    given = value.get("id") if isinstance(value, dict) else None
+    return str(record.index if given is None else given)
+
+
+def find_faults(value: Any) -> list[Fault]:
+    """All that keeps a JSON value from being a sample; those of a kind that hides others come alone."""
+    return read_sample(value).faults
+
+
+def from_first_question(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Without an answer to nothing, which may stand before it."""
+    roles = [role for role, _ in turns[:2]]
+    if roles[:1] == ["assistant"]:
+        return tuple(turns[1:])
+    return (turns[0], *turns[2:]) if roles == ["system", "assistant"] else tuple(turns)
+
+
+def read_sample(value: Any) -> Reading:
+    """What a JSON value says, or all of its faults."""
+    if not isinstance(value, dict):
+        return _structure(f"is no object but {_shown(value)}")
+    if not isinstance(value.get("id"), str | int | None):
+        return _structure(f"`id` is neither text nor a number but {_shown(value['id'])}")
+    images, sentences = image_names(value), _sentences(value)
+    for fault in (images, sentences):
+        if isinstance(fault, Fault):
+            return Reading([fault])
+    faults: list[Fault] = []
+    named: list[str] = []  # images, by parts of a `content`
+    turns = _plain_turns(sentences) or [_turn(n, sentence, faults, named) for n, sentence in enumerate(sentences, 1)]
+    if named and images and tuple(named) != images:
+        faults.append(Fault("structure", f"`content` names images {_shown(named)}, `image` {_shown(images)}"))
+    images = images or tuple(named)
+    if turns[0][0] == "system" or not value.keys() <= _PLAIN:
+        turns = _with_system(value, turns, faults)
+        faults += [Fault("key", detail) for detail in dialects.unread_keys(value, bool(images))]
+    return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
+
+
+def image_names(value: dict) -> tuple[str, ...] | Fault:
+    """The images that an object names, as `image` or `images`; a name, a list of names, or nothing."""
+    given = []
+    for key in ("image", "images"):
+        images = value.get(key)
+        if not (images is None or isinstance(images, str) or _all_strings(images)):
+            return Fault("structure", f"`image` is neither a name nor a list of names but {_shown(images)}")
+        if images:
+            given.append((images,) if isinstance(images, str) else tuple(images))
+    if len(given) == 2 and given[0] != given[1]:
+        return Fault("key", f"`image` is {_shown(value['image'])}, but `images` {_shown(value['images'])}: keep one")
+    return given[0] if given else ()
+
+
+def system_prompt(value: dict, first: str = "") -> str | Fault:
+    """The system prompt that an object names, or that its `first` turn is; "" for the template's own."""
+    prompts = {"the first turn": first, **{key: value[key] for key in ("system", "system_prompt") if key in value}}
+    for key, text in prompts.items():
+        if not isinstance(text, str | None) or not _encodable(text or ""):
+            return Fault("structure", f"`{key}` is no text but {_shown(text)}")
+    said = {key: text for key, text in prompts.items() if (text or "").strip()}
+    if len(set(said.values())) > 1:
+        texts = ", ".join(f"{key} {_shown(text)}" for key, text in said.items())
+        return Fault("key", f"has several system prompts, {texts}: keep one")
+    return next(iter(said.values()), "")
+
+
+def _sentences(value: dict) -> list | Fault:
+    """The turns as they stand in a record."""
+    given = [value[key] for key in ("conversations", "messages") if value.get(key)]
+    if len(given) == 2 and given[0] != given[1]:
+        return Fault("key", "`conversations` and `messages` hold other turns: keep one")
+    sentences = given[0] if given else value.get("conversations")
+    if not isinstance(sentences, list) or not sentences:
+        hint = dialects.explain_missing(value) if sentences is None else ""
+        return Fault("structure", f"`conversations` is no list of turns but {_shown(sentences)}{hint}")
+    return sentences
+
+
+def _plain_turns(sentences: list) -> list[tuple[str, str]] | None:
+    """Role and text of turns of `from` and `value` alone, as nearly all are; None where a turn is another."""
+    try:
+        turns = [(ROLES[sentence["from"]], sentence["value"]) for sentence in sentences if len(sentence) == 2]
+        plain = len(turns) == len(sentences) and all(text.isascii() or _encodable(text) for _, text in turns)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return turns if plain else None
+
+
+def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> tuple[str, str]:
+    """Role and text of any turn. Adds to the faults, and to the images that `content` names."""
+
+    def fault(kind: str, detail: str) -> None:
+        faults.append(Fault(kind, detail))
+
+    if not isinstance(sentence, dict):
+        fault("structure", f"turn {number} is no object but {_shown(sentence)}")
+        return "", ""
+    (_, speaker), (content, text) = (_one_of(sentence, *keys) for keys in (("from", "role"), ("value", "content")))
+    if isinstance(text, list):
+        text = _joined(number, text, faults, named)
+    role = ROLES.get(speaker, "") if isinstance(speaker, str) else ""
+    if not role:
+        keys = "" if speaker is not None else f", its keys are {', '.join(map(str, sentence))}"
+        fault("role", f"turn {number} is from {_shown(speaker)}{keys}: human and gpt are known")
+    if not isinstance(text, str):
+        fault("structure", f"`{content}` of turn {number} is no text but {_shown(text)}")
+        text = ""
+    elif not _encodable(text):
+        fault("structure", f"`{content}` of turn {number} is no valid Unicode: it holds half a surrogate pair")
+    for detail in dialects.unread_turn_keys(sentence, answers=role == "assistant"):
+        fault("key", f"turn {number}: {detail}")
+    return role, text
+
+
+def _one_of(sentence: dict, *keys: str) -> tuple[str, Any]:
+    """The first of two keys that says something, and what; where they say different things, both."""
+    said = {key: sentence[key] for key in keys if sentence.get(key) is not None}
+    if len({ROLES.get(value, value) if isinstance(value, str) else str(value) for value in said.values()}) > 1:
+        return " and ".join(keys), said
+    return next(iter(said.items()), (keys[0], None))
+
+
+def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> str:
+    """The text of a `content` that is a list of texts and images, with a mark for each image."""
+    texts = []
+    for part in parts:
+        part = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
+        kind = part.get("type") or next((key for key in ("text", "image") if key in part), None)
+        if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in _IMAGE_PARTS:
+            texts.append(IMAGE_TOKEN)
+            name = _image_of(part)
+            if name and re.match(r"data:|https?://", name):
+                faults.append(Fault("structure", f"turn {number} has an image by its URL: save it to a file"))
+            elif name:
+                named.append(name)
+        else:
+            faults.append(Fault("structure", f"turn {number} has a part {_shown(part)}: text and image are read"))
+    return "\n".join(texts)
+
+
+def _image_of(part: dict) -> str | None:
+    """The name in a part like {"type": "image", "image": NAME} or {"type": "image_url", "image_url": {"url": NAME}}."""
+    for key in ("image", "image_url", "path", "url"):
+        held = part.get(key)
+        if isinstance(held, dict):
+            held = held.get("url")
+        if isinstance(held, str):
+            return held
+    return None
+
+
+def _with_system(value: dict, turns: list[tuple[str, str]], faults: list[Fault]) -> list[tuple[str, str]]:
+    """The turns with the system prompt of the record first, if it has one."""
+    first, turns = (turns[0][1], turns[1:]) if turns[0][0] == "system" else ("", turns)
+    system = system_prompt(value, first)
+    if isinstance(system, Fault):
+        faults.append(system)
+        return turns
+    return [("system", system), *turns] if system else turns
+
+
+def _conversation_faults(turns: list[tuple[str, str]], images: tuple[str, ...]) -> Iterator[Fault]:
+    begin = 1 if turns and turns[0][0] == "system" else 0
+    talk = from_first_question(turns)[begin:]
+    for i, (role, _) in enumerate(talk):
+        if role == "system":
+            yield Fault("order", "a later turn is of system, which only the first can be: write it into a question")
+            break
+        if role != ("user", "assistant")[i % 2]:
+            yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
+            break
+    marks = sum(text.count(IMAGE_TOKEN) for _, text in talk)
+    if marks != len(images):
+        detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
+        yield Fault("marks", detail)
+    if begin and IMAGE_TOKEN in turns[0][1]:
+        yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
+    for role, text in turns:
+        if mark := foreign_mark(text, role == "user"):
+            yield Fault("marks", f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read")
+
+
+def _structure(detail: str) -> Reading:
+    return Reading([Fault("structure", detail)])
+
+
+def _all_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -1,0 +1,144 @@
+"""Draws the losses of runs: `python -m llava_jax.plot --workdir D [D ...]`.
+
+One picture with a panel for each stage; in it the runs of that stage, losses of training as lines, of validation
+dashed. Training draws its own workdir's `loss.png` when it ends; this draws it at any time, or compares several.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from etils import epath
+
+from llava_jax.cli import Parser, UserError, run
+
+EPILOG = """examples:
+  python -m llava_jax.plot --workdir runs/finetune
+  python -m llava_jax.plot --workdir runs/a runs/b --output losses.svg
+"""
+LOSS = "loss.png"
+METRICS = "metrics.jsonl"
+NAMES = ("loss", "validation_loss")
+FORMATS = ("png", "svg", "pdf")
+Points = list[tuple[int, float]]
+
+
+def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
+    """Name -> (step, loss) of a workdir; raises UserError where nothing was written yet, or a line is damaged."""
+    file = epath.Path(workdir) / METRICS
+    if not file.exists():
+        raise UserError(f"{workdir}: holds no {METRICS}: is it a training workdir that has come to its first step?")
+    lines = file.read_text().splitlines()
+    losses: dict[str, Points] = {name: [] for name in NAMES}
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            for name in NAMES:
+                if name in values:
+                    losses[name].append((int(values["step"]), float(values[name])))
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):  # the last one may be cut off by a crash, or being written
+                raise UserError(f"{file}: line {number}: is no line of metrics ({error})") from None
+    if not any(losses.values()):
+        raise UserError(f"{file}: holds no losses yet")
+    return losses
+
+
+def stage_of(workdir: epath.PathLike) -> str:
+    """The stage that a workdir trains, "" where it does not say."""
+    try:
+        return str(json.loads((epath.Path(workdir) / "config.json").read_text())["stage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def draw(runs: Mapping[str, Mapping[str, Points]], stages: Mapping[str, str], format: str = "png") -> bytes:
+    """The picture of runs, by name; `stages` has the stage of each."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(stages[name] for name in runs))
+    figure = Figure(figsize=(max(6.4, 4.5 * len(panels)), 3.6), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, name in enumerate(name for name in runs if stages[name] == stage):
+            _lines(axes, name, runs[name], 2 * number)
+        axes.set(title=_plain(stage), xlabel="step", ylabel="loss")
+        shown = [loss for name in runs if stages[name] == stage for points in runs[name].values() for _, loss in points]
+        axes.set_yscale("log" if min(shown) > 0 else "linear")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+    data = io.BytesIO()
+    figure.savefig(data, format=format, dpi=120)
+    return data.getvalue()
+
+
+def _lines(axes: Any, name: str, losses: Mapping[str, Points], colour: int) -> None:
+    for number, (kind, style) in enumerate(zip(NAMES, ("-", "--"), strict=True), colour):
+        if points := losses[kind]:
+            steps, values = zip(*points, strict=True)
+            marker = "." if len(points) < 20 else None
+            label = _plain(f"{name}: {kind.replace('_', ' ')}")
+            axes.plot(steps, values, style, color=f"C{number % 10}", marker=marker, label=label)
+
+
+def _plain(text: str) -> str:
+    """Without what matplotlib would typeset."""
+    return text.replace("$", r"\$")
+
+
+def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
+    """Draws the losses of workdirs into a file."""
+    suffix = PurePosixPath(output).suffix.removeprefix(".").lower()
+    if suffix not in FORMATS:
+        raise UserError(f"{output}: a picture is .{', .'.join(FORMATS)}")
+    labels = _labels(workdirs)
+    runs = {label: read_losses(workdir) for label, workdir in labels.items()}
+    picture = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
+    epath.Path(output).write_bytes(picture)
+
+
+def _labels(workdirs: Sequence[str]) -> dict[str, str]:
+    """A name for each workdir, the end of its path that tells it from the others."""
+    paths = {workdir: PurePosixPath(workdir.rstrip("/") or "/").parts for workdir in dict.fromkeys(workdirs)}
+    for parts in range(1, max(map(len, paths.values())) + 1):
+        labels = {"/".join(path[-parts:]): workdir for workdir, path in paths.items()}
+        if len(labels) == len(paths):
+            return labels
+    return {workdir: workdir for workdir in paths}
+
+
+def plot_own(workdir: str) -> None:
+    """What training does at its end: no reason to fail."""
+    try:
+        plot([workdir], epath.Path(workdir) / LOSS)
+    except Exception as error:  # of matplotlib or of whichever storage client
+        print(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    output = args.output or str(epath.Path(args.workdir[0]) / LOSS)
+    plot(args.workdir, output)
+    print(output)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m llava_jax.plot",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, nargs="+", metavar="D", help="training workdirs")
+    parser.add_argument("--output", metavar="F", help=f"a .png, .svg or .pdf file (default: {LOSS} in the workdir)")
+    args = parser.parse_args(argv)
+    if len(args.workdir) > 1 and not args.output:
+        parser.error("several workdirs need --output F")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""Loads the CUDA plugin of JAX without the lines that it logs where there is no CUDA driver.
+
+Several of its shared libraries hold a stub of the CUDA runtime that logs "Could not find cuda drivers" as the library
+is loaded, before any log level (TF_CPP_MIN_LOG_LEVEL) is read. That is no fault: the plugin may be there only to
+compile for hardware you don't have. All other lines are written as they are.
+"""
+
+import contextlib
+import importlib.machinery
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+_DROPPED = re.compile(rb"WARNING: All log messages before absl::InitializeLog\(\)|I\d{4} .*\bcudart_stub\.cc:")
+
+
+@contextlib.contextmanager
+def without_driver_lines() -> Iterator[None]:
+    """Within, what libraries write to file descriptor 2 is held back, and at the end written without these lines."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed: nobody reads it
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        if sys.stderr:
+            sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if not _DROPPED.match(line):
+                    os.write(2, line)
+
+
+class _LibraryLoader(importlib.machinery.ExtensionFileLoader):
+    """Loads a module that is a shared library."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        with without_driver_lines():
+            return super().create_module(spec)
+
+
+class _PluginLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module whose `initialize`, which JAX calls when it first looks for devices, loads a shared library."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        module.initialize = without_driver_lines()(module.initialize)
+
+
+_LOADERS = {  # the modules, what loads them in Python, and what does here
+    r"jax_cuda\d+_plugin\.\w+": (importlib.machinery.ExtensionFileLoader, _LibraryLoader),
+    r"jax_plugins\.xla_cuda\d+": (importlib.machinery.SourceFileLoader, _PluginLoader),
+}
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        for pattern, (usual, quiet) in _LOADERS.items():
+            if re.fullmatch(pattern, name):
+                spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+                if spec and type(spec.loader) is usual:
+                    spec.loader = quiet(spec.loader.name, spec.loader.path)
+                return spec
+        return None
+
+
+def install() -> None:
+    """Has these loaders used wherever JAX is imported from now on."""
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)

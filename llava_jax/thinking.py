@@ -1,0 +1,19 @@
+"""Reasoning models write their thoughts before the answer, between marks that some servers leave in the text."""
+
+import re
+
+_NAMES = r"(?:[a-z]+:)?think(?:ing)?|thought"  # <seed:think> is ByteDance's
+_OPEN = re.compile(rf"<(?:{_NAMES})>|\[THINK\]|◁think▷", re.IGNORECASE)
+_CLOSE = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the last `</think>` of a text; the text itself where it has no such mark.
+
+    The opening mark may be absent, as it is where the chat template ends with it. None where the thinking does not end,
+    so that no answer follows.
+    """
+    *thoughts, rest = _CLOSE.split(text)
+    if _OPEN.search(rest):
+        return None
+    return rest.strip() if thoughts else text

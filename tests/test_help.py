@@ -1,0 +1,68 @@
+"""Every command explains itself at once: nothing that takes seconds is imported before its arguments are known."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from llava_jax.datagen.__main__ import COMMANDS as DATAGEN
+from llava_jax.evaluate.__main__ import COMMANDS as EVALUATE
+
+HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi", "gradio"]
+# Module -> its subcommands, each the words before --help.
+COMMANDS = {
+    "llava_jax.main": [""],
+    "llava_jax.preflight": [""],
+    "llava_jax.plot": [""],
+    "llava_jax.chat": [""],
+    "llava_jax.serve": [""],
+    "llava_jax.xla_flags": [""],
+    "llava_jax.convert": ["", "import", "export", "verify"],
+    "llava_jax.data.check": [""],
+    "llava_jax.data.inspect": [""],
+    "llava_jax.data.build": [""],
+    "llava_jax.data.pack": [""],
+    "llava_jax.datagen": ["", *DATAGEN],
+    "llava_jax.evaluate": ["", *EVALUATE],
+    "examples.easy_vqa.quickstart": [""],
+    "examples.smollm2.recipe": [""],
+}
+# Shows its own messages for each, and what of HEAVY was imported by then.
+RUN = """
+import contextlib, io, json, runpy, sys
+module, commands, heavy = json.loads(sys.argv[1])
+for command in commands:
+    sys.argv = [module, *command.split(), "--help"]
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    imported = [name for name in heavy if name in sys.modules]
+    print(json.dumps([command, status, len(shown.getvalue().splitlines()), imported]))
+"""
+
+
+def test_the_list_is_of_all_commands():
+    package = Path(__file__).parent.parent / "llava_jax"
+    runnable = [file for file in package.rglob("*.py") if 'if __name__ == "__main__":' in file.read_text()]
+    names = {".".join(file.relative_to(package.parent).with_suffix("").parts) for file in runnable}
+    names = {name.removesuffix(".__main__") for name in names}
+    assert names - {"llava_jax.hlo"} == {name for name in COMMANDS if name.startswith("llava_jax")}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_imports_nothing_that_takes_seconds(module):
+    arguments = json.dumps([module, COMMANDS[module], HEAVY])
+    code = textwrap.dedent(RUN)
+    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [command for command, *_ in results] == COMMANDS[module]
+    for command, status, lines, imported in results:
+        assert (command, status, imported) == (command, 0, []) and lines > 3
