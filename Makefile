@@ -32,7 +32,7 @@ test-browser: $(VENV)/.browser
 COMPAT := 4.51.3 4.57.6 5.0.0
 
 test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
-	$(BIN)/python -m pytest -n 0 --timeout 1800 tests/compat.py
+	$(BIN)/python -m pytest -n 0 tests/compat.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -250,10 +250,13 @@ def assumed_cudnn() -> Iterator[None]:
 def nothing_cached() -> Iterator[None]:
     """Within, JAX's compilation cache is off: it can't read back programs for machines that are not there."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks only once whether there is one
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

@@ -7,12 +7,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".pytest_cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most of a test's time is compiling what runs once, on small arrays. `optimized` compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Devices that share a busy core wait for each other: the defaults of 30 and 40 s would end the process.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_timeout_seconds=1800 "
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=1800 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1800",
+)
 
 import atexit
 import importlib.util
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -29,6 +39,28 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)  # the same on every machine
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_see_the_base_install() -> Iterator[None]:
+    """What `base_install/sitecustomize.py` does, in every process that a test starts."""
+    paths = [os.fspath(Path(__file__).with_name("base_install")), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compiles as for users, here and in processes that are started: for bits that depend on it, and other machines."""
+    less = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+        yield
+    jax.config.update("jax_disable_most_optimizations", less == "1")
+    jax.clear_caches()
 
 
 def _package_file(package: str, name: str) -> Path:

@@ -23,10 +23,10 @@ FAULTS = {"error": 0.05, "overload": 0.02, "cut": 0.05, "dropped": 0.02, "malfor
 
 
 def kill_until_done(
-    folder: Path, server: ScriptedLLM, count: int, kills: int, longest: float, concurrency: int = 32, seed: int = 0
+    folder: Path, server: ScriptedLLM, count: int, kills: int, most: int, concurrency: int = 32, seed: int = 0
 ) -> int:
-    """Runs a command that makes data of `count` contexts and kills it up to `kills` times, `longest` seconds after its
-    first request at the latest. Returns how often it was killed."""
+    """Runs a command that makes data of `count` contexts and kills it up to `kills` times, after at most `most` of its
+    requests. Returns how often it was killed."""
     write_contexts(folder, count)
     command = [
         sys.executable, "-m", "llava_jax.datagen", "reasoning", "--captions", folder / "contexts.jsonl",
@@ -37,7 +37,7 @@ def kill_until_done(
     rng = random.Random(seed)
     for killed in range(kills + 1):
         with subprocess.Popen(list(map(str, command)), env=environment, stdout=-1, stderr=-1, text=True) as process:
-            if killed < kills and not _ends(process, server, rng.uniform(0, longest)):
+            if killed < kills and not _ends(process, server, rng.randint(1, most)):
                 process.kill()
                 continue
             out, error = process.communicate()
@@ -46,12 +46,10 @@ def kill_until_done(
         return killed
 
 
-def _ends(process: subprocess.Popen, server: ScriptedLLM, seconds: float) -> bool:
-    """Whether the process comes to its end within so many seconds of its first request."""
-    before, deadline = len(server.asked), float("inf")
-    while process.poll() is None and time.monotonic() < deadline:
-        if deadline == float("inf") and len(server.asked) > before:
-            deadline = time.monotonic() + seconds
+def _ends(process: subprocess.Popen, server: ScriptedLLM, requests: int) -> bool:
+    """Whether the process comes to its end before it has sent so many requests."""
+    before = len(server.asked)
+    while process.poll() is None and len(server.asked) - before < requests:
         time.sleep(0.01)
     return process.poll() is not None
 
@@ -91,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ScriptedLLM(reply=reply, latency=0.1, faults=FAULTS) as server:
-        killed = kill_until_done(Path(folder), server, args.contexts, args.kills, 1.0, seed=args.seed)
+        killed = kill_until_done(Path(folder), server, args.contexts, args.kills, 100, seed=args.seed)
         check(Path(folder), server, args.contexts)
         print(f"killed {killed} times in {time.monotonic() - begin:.0f} s")
 

@@ -27,6 +27,7 @@ class Script:
 
     reply: Callable[[dict[str, Any]], Any] = echo  # the message's content
     latency: float = 0.0  # seconds
+    held: threading.Event | None = None  # while it is set, nothing is answered
     faults: dict[str, float] = field(default_factory=dict)  # probability of each of FAULTS
     refusals: int = 0  # of the first requests, with 429
     requests_a_minute: float = 0  # what is more is refused, if not 0
@@ -159,6 +160,8 @@ class ScriptedLLM:
             return True
         fault = self._fault()
         await asyncio.sleep(self.script.latency + (SLOW if fault == "slow" else 0))
+        while self.script.held and self.script.held.is_set():
+            await asyncio.sleep(0.01)
         match fault:
             case "error":
                 self._send(writer, 500, error("the server had an error"))

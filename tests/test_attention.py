@@ -171,6 +171,7 @@ def test_a_vision_tower_has_577_tokens_and_heads_of_64(backend, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("window", [None, 100])
 def test_rows_of_a_cache_are_attended_to_alone_as_among_many_to_the_last_bit(window):
     rng = np.random.default_rng(0)

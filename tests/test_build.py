@@ -100,9 +100,8 @@ def test_killed_in_a_shard_it_goes_on_and_ends_with_the_same_bytes(data, built, 
     options = ["--json", data[0], "--images", images, "--output", output, "--shards", 4, "--workers", 1]
     process = subprocess.Popen([sys.executable, "-m", "llava_jax.data.build", *map(str, options)])
     whole = [output / shards.SHARD_NAME.format(index=i, count=4) for i in range(2)]
-    deadline = time.monotonic() + 60
     while not (whole[1].exists() and list(output.glob("*.partial"))):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

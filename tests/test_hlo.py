@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax import hlo, targets
 
 targets.prepare_environment()
+pytestmark = pytest.mark.usefixtures("optimized")
 
 LAYERS, ROWS, T, D, F = 3, 2, 128, 256, 1024
 # A layer's products 2 T D F twice: forward, twice backward, and the first once more, since the layer is rematerialised.

@@ -2,8 +2,9 @@
 
 import asyncio
 import email.utils
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,9 +119,10 @@ def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None):
     assert client_module.retry_after(headers) == seconds
 
 
-def test_a_date_in_retry_after_is_waited_for():
-    date = email.utils.formatdate(time.time() + 90, usegmt=True)
-    assert 88 <= client_module.retry_after({"retry-after": date}) <= 90
+def test_a_date_in_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    date = email.utils.formatdate(1_000_090, usegmt=True)
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(time=lambda: 1_000_000.0))
+    assert client_module.retry_after({"retry-after": date}) == 90
 
 
 def test_retry_after_is_honoured(ledger: Ledger):
@@ -187,9 +189,12 @@ def test_stop_drains(ledger: Ledger):
             while len(server.times) < 4:
                 await asyncio.sleep(0.01)
             client.stop.set()
+            held.clear()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with ScriptedLLM(latency=0.5) as server:
+    held = threading.Event()
+    held.set()
+    with ScriptedLLM(held=held) as server:
         answers = asyncio.run(run(server))
     check_answers(answers[:4])
     assert all(isinstance(answer, Stopped) for answer in answers[4:])

@@ -5,14 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).with_name("eight_devices.py")
 
 
-@pytest.mark.timeout(900)
 def test_on_eight_devices():
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS)]
-    run = subprocess.run(command, cwd=TESTS.parent.parent, env=environment, capture_output=True, text=True, timeout=890)
+    run = subprocess.run(command, cwd=TESTS.parent.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -184,10 +184,8 @@ def test_iteration_can_be_left(batches):
     first = next(iterator)
     iterator.close()
     assert digest(first) == digest(batches[0])
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while threading.active_count() > before:
         time.sleep(SLOW)
-    assert threading.active_count() <= before
 
 
 def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(folder, source, encode):

@@ -17,6 +17,7 @@ from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConf
 from llava_jax.models.llava import abstract_params
 
 targets.prepare_environment()
+pytestmark = pytest.mark.usefixtures("optimized")
 
 MiB = 2**20
 # Two layers as wide as is quick to compile; heads of 128 and a short text, as kernels for attention want it.

@@ -45,7 +45,7 @@ def start(store: FakeGcs, cwd: Path, *arguments: str, devices: int = 2) -> subpr
 
 
 def finish(*processes: subprocess.Popen) -> str:
-    told = [process.communicate(timeout=200)[0] for process in processes]
+    told = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(told)
     return "\n".join(told)
 

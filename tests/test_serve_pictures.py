@@ -5,7 +5,6 @@ import base64
 import http.server
 import io
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -140,7 +139,7 @@ class Web(http.server.BaseHTTPRequestHandler):
             case "large":
                 self._send(200, b"x" * (pictures.MAX_REMOTE_BYTES + 1))
             case "slow":
-                time.sleep(0.5)
+                self.rfile.read(1)  # until the client leaves
             case "host":
                 self._send(200, self.headers["Host"].encode())
             case _:

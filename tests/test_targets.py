@@ -4,6 +4,7 @@ import importlib.util
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from llava_jax import machines, targets
 from llava_jax.cli import UserError
@@ -90,3 +91,19 @@ def test_cudnn_is_assumed_only_within():
         assert fused_attention_stablehlo.check_cudnn_version() >= 91000
         raise RuntimeError
     assert fused_attention_stablehlo.check_cudnn_version is before
+
+
+def test_the_compilation_cache_is_off_within_and_back_afterwards(tmp_path):
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.set_cache_dir(str(tmp_path))
+    try:
+        with targets.nothing_cached():
+            jax.jit(lambda x: x * 3 + 1)(1.0)
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: x * 3 + 2)(1.0)
+        assert "/jax/compilation_cache/cache_misses" in events and list(tmp_path.glob("*-cache"))
+    finally:
+        compilation_cache.reset_cache()
+        compilation_cache.set_cache_dir(before)

@@ -27,9 +27,7 @@ def config():
 def logged(workdir: Path) -> list[dict]:
     """The metrics in the file that `wandb sync` would send, once W&B's own process has written all of it."""
     (file,) = workdir.glob("wandb/offline-run-*/run-*.wandb")
-    end = time.monotonic() + 60
     while not (records := read_records(file.read_bytes())) or records[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < end
         time.sleep(0.1)
     history = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
     return [{item.nested_key[0]: json.loads(item.value_json) for item in items} for items in history]

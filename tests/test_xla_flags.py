@@ -68,7 +68,8 @@ for options in json.loads(sys.argv[2]):
 
 def compile_with(platform: str, options: list[dict], variables: dict[str, str] | None = None):
     """The digests of the program, compiled with each set of options in a process with these variables."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    of_tests = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    clean = {name: value for name, value in os.environ.items() if name not in of_tests}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(TOPOLOGIES[platform]), json.dumps(options)],
         env=clean | NO_TPU | {"JAX_ENABLE_COMPILATION_CACHE": "false"} | (variables or {}),
