@@ -33,6 +33,7 @@ COMMANDS = {
 # Shows its own messages for each, and what of HEAVY was imported by then.
 RUN = """
 import contextlib, io, json, runpy, sys
+sys.modules.pop("torch", None)  # which tests hide from the processes that they start
 module, commands, heavy = json.loads(sys.argv[1])
 for command in commands:
     sys.argv = [module, *command.split(), "--help"]
