@@ -110,7 +110,7 @@ def show_first_sample(sample: Any, encode: TextEncoder) -> None:
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if misfit := missing_marks(encode.template, encode.tokenizer):
-        console.print(f"warning: {misfit}", markup=False)
+        console.print(f"warning: {misfit} (--config.template=NAME)", markup=False)
     kept = truncate(encoded, encode.image_tokens, encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""
