@@ -22,6 +22,8 @@ NOBODY_SAYS = "zzz"
 FILTERED = {"text": None, "metadata": {"no_answer": "stopped by a filter"}}
 ABSENT = [  # what an answer may be that is none, and how it is counted
     ({"text": ""}, "empty"), ({"text": " \n"}, "empty"), ({"text": "<think>No.</think>"}, "empty"), (FILTERED, "empty"),
+    ({"text": None}, "empty"), ({"text": float("nan")}, "empty"), ({"text": "\u200b"}, "empty"),
+    ({"text": "Failed to obtain answer via API."}, "empty"),
     ({"text": "<think>\nYes, I see"}, "cut_off"), ({"text": "A</think>B<think>A"}, "cut_off"),
     ({"text": None, "metadata": {"no_answer": "cut off at --max-tokens"}}, "cut_off"),
 ]  # fmt: skip
@@ -48,6 +50,11 @@ def mme(*texts: str) -> Lines:
     return [suite.answer("existence/1.png", text, asked) for text, asked in zip(texts, MME_ASKED, strict=True)]
 
 
+def textvqa(*texts: str) -> Lines:
+    return [suite.answer(entry["question_id"], text, entry["question"])
+            for text, entry in zip(texts, suite.TEXTVQA["data"], strict=True)]  # fmt: skip
+
+
 def mmbench(*texts: str) -> Lines:
     return [suite.answer(i, text) for i, text in zip((3, 5), texts, strict=True)]
 
@@ -68,7 +75,7 @@ CASES: dict[str, tuple[Any, Lines, Lines]] = {
     "vqav2": (VQAV2, *of_ids({1: "yes", 2: "3", 3: "dog", 4: "The Beach", 5: "a"})),
     "gqa": (suite.GQA, *of_ids({"q1": "yes", "q2": "red", "q3": "fire hydrant"})),
     "vizwiz": (suite.VIZWIZ, *of_ids({"a.jpg": "unanswerable", "b.jpg": "can", "c.jpg": "can"})),
-    "textvqa": (suite.TEXTVQA, *of_ids({7: "nokia", 8: "98"})),
+    "textvqa": (suite.TEXTVQA, textvqa("nokia", "98"), textvqa(NOBODY_SAYS, NOBODY_SAYS)),
     "pope": (POPE, [suite.answer(i, t) for i, t in ((1, "yes"), (2, "no"), (3, "no"))],
              [suite.answer(i, t) for i, t in ((1, "no"), (2, "yes"), (3, "yes"))]),
     "mme": (MME, mme("Yes", "No"), mme("No", "Yes")),
@@ -136,8 +143,8 @@ def test_the_table_counts_what_is_absent(tmp_path: Path, labels, capsys: pytest.
     evaluate.main(["score", "pope", "--answers", file, "--labels", *labels("pope")])
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert (rows["accuracy"], rows["recall"], rows["yes_ratio"], rows["empty"]) == ("0.00", "0.00", "0.00", "3")
-    with pytest.raises(UserError, match="line 1: the answer is no text but null"):  # which nobody explains
-        of("pope", tmp_path, [line | {"text": None} for line in lines], labels("pope"))
+    with pytest.raises(UserError, match="line 1: the answer is no text but 7"):
+        of("pope", tmp_path, [line | {"text": 7} for line in lines], labels("pope"))
 
 
 def test_outcomes_show_no_thinking(tmp_path: Path, labels):
@@ -152,7 +159,7 @@ def test_outcomes_show_no_thinking(tmp_path: Path, labels):
 def test_scienceqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
     (tmp_path / "splits.json").write_text(json.dumps({"test": list(TEXTS)}))
-    texts = {"4": "<think>The answer is B.</think>A", "5": "", "6": "The answer is C. <think>", "9": "", "10": "B"}
+    texts = {"4": "<think>The answer is B.</think>A", "5": None, "6": "The answer is C. <think>", "9": "", "10": "B"}
     lines = [suite.answer(ident, text) for ident, text in texts.items()]
     lines[3] |= FILTERED
     for content in (suite.jsonl(lines), json.dumps({"outputs": texts})):

@@ -13,6 +13,7 @@ from llava_jax.llm_api.client import REFUSED, SERVER_ERROR, Client, Refused, Set
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer, Ledger, Request
 from llava_jax.llm_api.stopping import stopped_by_signals
+from llava_jax.thinking import says_nothing
 
 CUT, EMPTY = "cut off at --max-tokens", "empty"  # why an answer is none
 
@@ -176,4 +177,4 @@ def no_answer(answer: Answer, whole: bool = True) -> str:
         return f"stopped by a filter: {answer.text or ''}".rstrip(": ")
     if answer.finish_reason == CUT_OFF and ((whole and not answer.thought) or not answer.text):
         return CUT
-    return "" if answer.text and answer.text.strip() else EMPTY
+    return EMPTY if says_nothing(answer.text or "") else ""
