@@ -207,9 +207,9 @@ class Batches:
     def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> None:
         """Raises `ServerError` where the response is one."""
         status, body = response.get("status_code"), response.get("body")
+        status = int(status) if str(status).isdecimal() else None  # some write it as text
         if status != 200:
-            told = body.get("error", body) if isinstance(body, dict) else body
-            raise server_error(told, status if type(status) is int else None)
+            raise server_error(body, status)
         try:
             answer = read_completion(body, request.messages, self.settings.most_completion_tokens)
         except NoAnswer as error:

@@ -20,7 +20,7 @@ from llava_jax.cli import UserError
 from llava_jax.llm_api.cost import Budget, Prices, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
-from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, read_json, server_error
+from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, read_json, server_error, whole_completion
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
 LONG = 60.0  # seconds of waiting that are worth a word
@@ -206,31 +206,19 @@ class Client:
 
     async def _streamed(self, request: Request) -> tuple[Any, Mapping[str, str]]:
         """The same of a streamed answer, put together as if it had come whole."""
-        arguments = {
-            "model": self.settings.model,
-            "messages": request.messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "extra_body": self.settings.body,
-            "extra_headers": self._headers(request),
-        }
-        texts, refusals, finish_reason, error, usage = [], [], None, None, None
-        async with await self.api.chat.completions.create(**arguments) as stream:
+        async with await self.api.post(
+            "/chat/completions",
+            cast_to=object,
+            content=b'{"messages": %b, "stream": true, "stream_options": {"include_usage": true}, %b'
+            % (request.messages_json, self._rest),
+            options={"headers": self._headers(request)},
+            stream=True,
+            stream_cls=openai.AsyncStream[object],
+        ) as stream:
             headers = stream.response.headers
             if "event-stream" not in headers.get("content-type", "event-stream"):  # an error, or it does not stream
                 return read_json(await stream.response.aread()), headers
-            async for chunk in stream:
-                usage = chunk.usage.model_dump() if chunk.usage else usage
-                for choice in chunk.choices or ():
-                    texts += [choice.delta.content] if choice.delta and choice.delta.content is not None else []
-                    refusals += [choice.delta.refusal] if choice.delta and choice.delta.refusal else []
-                    finish_reason = choice.finish_reason or finish_reason
-                    error = getattr(choice, "error", None) or error
-        if finish_reason is None and error is None:
-            raise NoAnswer("the stream was cut", charged=True)
-        message = {"content": "".join(texts) if texts else None, "refusal": "".join(refusals)}
-        choice = {"message": message, "finish_reason": finish_reason, "error": error}
-        return {"choices": [choice], "usage": usage}, headers
+            return whole_completion([chunk async for chunk in stream]), headers
 
     def _headers(self, request: Request) -> dict[str, str]:
         return {"Idempotency-Key": idempotency_key(self.settings.model, request)}
