@@ -382,6 +382,18 @@ def test_an_answer_is_what_follows_the_thinking(ledger: Ledger, body: Any, text:
          """add --body '{"temperature": null}'"""),
         ({"max_tokens": 9}, {"message": "max_tokens is too large: 9. This model's context has 8."}, "smaller --max"),
         ({"max_tokens": 9}, {"message": "the picture is none"}, "the picture is none"),
+        ({"max_tokens": 9}, {"message": "This model's maximum context length is 8 tokens. However, you requested 9."},
+         ": give a smaller --max-tokens"),
+        ({"max_tokens": 9}, {"message": "Could not finish the message because max_tokens or model output limit was "
+          "reached. Please try again with higher max_tokens."}, ": give a larger --max-tokens"),
+        ({"max_completion_tokens": 9}, {"message": "Invalid 'max_output_tokens': integer below minimum value."},
+         ": give a larger max_completion_tokens in --body"),
+        ({"max_completion_tokens": 9}, {"message": "Unrecognized request argument supplied: max_completion_tokens"},
+         """add --body '{"max_completion_tokens": null, "max_tokens": 9}'"""),
+        ({"temperature": 0.7, "top_p": 1.0}, {"message": "`temperature` and `top_p` cannot both be specified"},
+         """add --body '{"top_p": null}'"""),
+        ({"max_tokens": 9}, {"message": "'messages[0].role' does not support 'system' with this model."},
+         ": the model takes no system prompt, as this command sends"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("within", [False, True])

@@ -198,7 +198,7 @@ class Batches:
                             continue
                         self.ledger.failed(row, str(error), 0.0)
                         if not error.passing:
-                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings.body)}"
+                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
         if turned_away and (len(turned_away) == count or turned_away[-1].hopeless):
             raise UserError(f"{self.api.base_url}: {turned_away[-1]}; the same command goes on")

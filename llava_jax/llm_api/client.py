@@ -24,6 +24,10 @@ from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, re
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
 LONG = 60.0  # seconds of waiting that are worth a word
+ANSWER_LENGTH = re.compile(r"max_\w*tokens|context.length|\bcontext\b", re.IGNORECASE)  # what errors about it name
+TOO_LONG = re.compile(r"too (large|many|long|high)|context|at most|less than|exceed|reduce", re.IGNORECASE)
+TOO_SHORT = re.compile(r"too (small|low)|at least|minimum|greater than|higher|larger", re.IGNORECASE)
+NO_SYSTEM = re.compile(r"system.{0,9} role|role.{0,40}\bsystem\b|system (message|prompt)s? (is|are) not", re.IGNORECASE)
 REFUSED, SERVER_ERROR = "refused-by-server", "server-error"  # of a prompt, for good or for a while
 
 
@@ -233,20 +237,33 @@ class Client:
         if error.passing:
             return NoAnswer(error)
         if error.hopeless or not error.filtered and not self.ledger.answer_count():
-            return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings.body)}")
+            return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings)}")
         return Refused(REFUSED, str(error))
 
 
-def way_out(error: ServerError, body: Mapping[str, Any]) -> str:
-    """What mends a refused parameter, of those in `body`; empty where the error names none."""
-    named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", str(error))]
-    if "max_tokens" in named and re.search(r"too (large|many|long)|context|at most|less than|exceed", str(error)):
-        return ": give a smaller --max-tokens"
-    if not named or error.status not in (400, 422):
+def way_out(error: ServerError, settings: Settings) -> str:
+    """What mends a refused parameter, of those that are sent; empty where the error names none."""
+    text, body = str(error), settings.body | ({"stream": True, "stream_options": {}} if settings.stream else {})
+    limit = next((name for name in ("max_completion_tokens", "max_tokens") if name in body), "")
+    if limit and ANSWER_LENGTH.search(f"{error.parameter} {error.code} {text}"):
+        option = "--max-tokens" if limit == "max_tokens" else f"{limit} in --body"
+        for size, words in (("smaller", TOO_LONG), ("larger", TOO_SHORT)):
+            if words.search(text):
+                return f": give a {size} {option}"
+    if error.status not in (400, 422):
         return ""
+    named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", text)]
+    if not named:
+        return ": the model takes no system prompt, as this command sends" if NO_SYSTEM.search(text) else ""
     changes: dict[str, Any] = dict.fromkeys(named)
-    if "max_tokens" in named:
-        changes["max_completion_tokens"] = body["max_tokens"]
+    if {"temperature", "top_p"} <= changes.keys():  # which some models take one by one
+        del changes["temperature"]
+    if "stream_options" in changes:
+        changes = {"stream": None}
+    if "max_tokens" in changes:
+        changes["max_completion_tokens"] = body.get("max_completion_tokens", body["max_tokens"])
+    elif "max_completion_tokens" in changes:
+        changes["max_tokens"] = body["max_completion_tokens"]
     return f": add --body '{json.dumps(changes)}'"
 
 
