@@ -79,6 +79,8 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """A file's answers as objects, with `question_id` and `text` where it has but one object of all."""
     if is_sheet(path):
         return [_of_row(line) for line in read_sheet(path)]
+    if epath.Path(path).suffix.lower() in (".xls", ".csv"):
+        raise UserError(f"{path}: save the table as XLSX or TSV, which are read")
     if is_lines(path):
         return read_lines(path, partial)
     whole = read_json(path)
