@@ -233,6 +233,12 @@ def test_what_the_command_says_itself_is_not_taken_from_the_body(folder: Path, c
         assert f"holds {name}, which the command says itself" in capsys.readouterr().err
 
 
+def test_a_longest_answer_is_a_number(folder: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        run(folder, None, "--body", '{"max_completion_tokens": "100"}', "--model", "m")
+    assert 'has max_completion_tokens "100", which is no whole number' in capsys.readouterr().err
+
+
 def test_answers_can_be_streamed(folder: Path):
     asked = []
     with ScriptedLLM(reply=lambda body: asked.append(body) or reply(body), faults={"cut": 0.1}) as server:

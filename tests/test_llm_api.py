@@ -39,7 +39,7 @@ def request(number: int) -> Request:
 
 
 def settings(server: ScriptedLLM, **more: Any) -> Settings:
-    return Settings("m", {"max_tokens": 100}, server.url, "key", prices=PRICES, **more)
+    return Settings("m", {"max_tokens": 100}, **{"base_url": server.url} | more, api_key="key", prices=PRICES)
 
 
 def ask_all(server: ScriptedLLM, ledger: Ledger, count: int, budget: float | None = None, **more: Any) -> list[Any]:
@@ -416,6 +416,13 @@ def test_a_refused_parameter_is_named_with_the_option_that_mends_it(
         assert ask_in(tmp_path, other, task)[0].value == "You said: A?"
         with pytest.raises(UserError, match="made for other work .body"):
             ask_in(tmp_path, work, task)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1/chat/completions"])
+def test_an_address_without_its_path_is_told(ledger: Ledger, path: str):
+    with ScriptedLLM() as server:
+        (error,) = ask_all(server, ledger, 1, base_url=server.url.removesuffix("/v1") + path)
+    assert isinstance(error, UserError) and "status 404" in str(error) and "It ends with /v1" in str(error)
 
 
 def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:

@@ -27,6 +27,7 @@ LONG = 60.0  # seconds of waiting that are worth a word
 ANSWER_LENGTH = re.compile(r"max_\w*tokens|context.length|\bcontext\b", re.IGNORECASE)  # what errors about it name
 TOO_LONG = re.compile(r"too (large|many|long|high)|context|at most|less than|exceed|reduce", re.IGNORECASE)
 TOO_SHORT = re.compile(r"too (small|low)|at least|minimum|greater than|higher|larger", re.IGNORECASE)
+ODD_ADDRESS = re.compile(r"://[^/]+/?$|/(chat/)?completions/?$")  # without a path, or with that of the request
 NO_SYSTEM = re.compile(r"system.{0,9} role|role.{0,40}\bsystem\b|system (message|prompt)s? (is|are) not", re.IGNORECASE)
 REFUSED, SERVER_ERROR = "refused-by-server", "server-error"  # of a prompt, for good or for a while
 
@@ -250,6 +251,8 @@ def way_out(error: ServerError, settings: Settings) -> str:
         for size, words in (("smaller", TOO_LONG), ("larger", TOO_SHORT)):
             if words.search(text):
                 return f": give a {size} {option}"
+    if error.status == 404 and ODD_ADDRESS.search(settings.base_url or ""):
+        return ": is the address right? It ends with /v1, as http://localhost:8000/v1"
     if error.status not in (400, 422):
         return ""
     named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", text)]

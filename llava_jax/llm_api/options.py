@@ -130,4 +130,7 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError("has to be a JSON object")
     if taken := sorted(NOT_IN_BODY & value.keys()):
         raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which the command says itself")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (most := value.get(name)) is not None and (type(most) is not int or most < 1):
+            raise argparse.ArgumentTypeError(f"has {name} {json.dumps(most)}, which is no whole number from 1 on")
     return value
