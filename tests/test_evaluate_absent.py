@@ -156,6 +156,15 @@ def test_outcomes_show_no_thinking(tmp_path: Path, labels):
     assert [(outcome["answer"], outcome["score"]) for outcome in found] == [("yes", 1.0), ("", 0.0)]
 
 
+def test_outcomes_of_reviews_show_no_thinking(tmp_path: Path):
+    reviews = [{"question_id": i, "content": "8 4", "tuple": [8, 4]} for i in (1, 2)]
+    said = [{"question_id": 1, "text": "<think>So.</think>Yes"}, {"question_id": 2, "text": None}]
+    files = [suite.write(tmp_path / name, suite.jsonl(lines)) for name, lines in (("r", reviews), ("a", said))]
+    out = tmp_path / "b.outcomes.jsonl"
+    evaluate.main(["score", "llava-bench", f"--reviews={files[0]}", f"--answers={files[1]}", f"--outcomes={out}"])
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == ["Yes", ""]
+
+
 def test_scienceqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
     (tmp_path / "splits.json").write_text(json.dumps({"test": list(TEXTS)}))
