@@ -1,12 +1,16 @@
 """Ids and masks against plain readings of the published algorithm, on two real tokenizers and wild text."""
 
+import functools
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
@@ -156,6 +160,52 @@ def test_v1_equals_the_published_code(llama_dir, turns):
     prompt = render(turns, V1).text
     assert encoded.input_ids.tolist() == published_ids(prompt, tokenizer)
     assert encoded.labels.tolist() == published_v1_labels(prompt, tokenizer)
+
+
+class PublishedTokenizer:
+    """LLaMA's slow tokenizer of transformers 4.37, which published checkpoints were trained with, on SentencePiece."""
+
+    add_bos_token = True
+
+    def __init__(self, directory, legacy):
+        self.pieces, self.legacy = SentencePieceProcessor(model_file=str(directory / "tokenizer.model")), legacy
+        self.unknown = len(self.pieces.encode("<unk>"))
+
+    def __call__(self, text):
+        parts = re.split("(<s>|</s>|<unk>)", text if self.legacy else text and "▁" + text.replace("▁", " "))
+        ids = [1]
+        for i, part in enumerate(parts):
+            if part in ("<unk>", "<s>", "</s>"):
+                ids.append(("<unk>", "<s>", "</s>").index(part))
+            elif part and (self.legacy or not (i or part[0] in "▁ ")):
+                ids += self.pieces.encode(part)
+            elif part:  # without a space in front of it
+                ids += self.pieces.encode("<unk>" + part)[self.unknown :]
+        return SimpleNamespace(input_ids=ids)
+
+
+WORDS = [
+    *"the cat dog Hello World def f(): return 1 23 yes 日本 été ① x=1 . ! “quote” 🧑‍🚀 -- ## $5 <b>b</b>".split(),
+    "",
+    "\t",
+]
+sentences = st.lists(st.sampled_from([*WORDS, "\n", "\n\n    if"]), min_size=1, max_size=9).map(" ".join)
+
+
+@functools.cache
+def both(llama_dir):
+    tokenizer = load_tokenizer(llama_dir)
+    return tokenizer, PublishedTokenizer(llama_dir, tokenizer.legacy)
+
+
+@given(pairs=st.lists(st.tuples(sentences, sentences), min_size=1, max_size=4), image=st.booleans())
+def test_ids_and_labels_equal_the_published_code_with_its_own_tokenizer(llama_dir, pairs, image):
+    ours, theirs = both(llama_dir)
+    turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    turns[0] = ("user", "<image>\n" * image + turns[0][1].strip())
+    encoded, prompt = encode_turns(turns, V1, ours), render(turns, V1).text
+    assert encoded.input_ids.tolist() == published_ids(prompt, theirs)
+    assert encoded.labels.tolist() == published_v1_labels(prompt, theirs)
 
 
 @pytest.mark.parametrize(
