@@ -338,7 +338,7 @@ def write_model(
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        _write_weights(partial, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, pieces, description)
 
 
 def write_part(
@@ -346,18 +346,23 @@ def write_part(
 ) -> None:
     """Some parameters of the model that `description` is of, for checkpoints that name it as a source."""
     with new_directory(directory) as partial:
-        _write_weights(partial, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, pieces, description)
 
 
 def _write_weights(
-    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+    partial: epath.Path,
+    directory: epath.Path,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    pieces: Iterable[Piece],
+    description: Description,
 ) -> None:
-    if not is_remote(directory):
-        check_free(directory, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
-    with _in_one_line(directory, "cannot be written"), ArrayWriter(directory / "params", shapes) as writer:
+    """Into `partial`, which becomes `directory` and is called that in errors."""
+    if not is_remote(partial):
+        check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
+    with _in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
         for name, layer, values in pieces:
             writer.write(name, layer, values)
-    write_description(directory, description)
+    write_description(partial, description)
 
 
 def check_free(directory: os.PathLike, size: int) -> None:

@@ -32,6 +32,12 @@ def of_ids(right: dict[Any, str], wrong: str = NOBODY_SAYS) -> tuple[Lines, Line
                  for texts in (right, dict.fromkeys(right)))  # fmt: skip
 
 
+def textvqa(*texts: str) -> Lines:
+    """By its own ids, which are known by the questions."""
+    asked = ((entry["question_id"], entry["question"]) for entry in suite.TEXTVQA["data"])
+    return [suite.answer(ident, text, question) for (ident, question), text in zip(asked, texts, strict=True)]
+
+
 # Nothing is what is left of these articles, but it is not said.
 ARTICLES = {"question_id": 5, "answer_type": "other", "answers": suite.people(*["a", "the"] * 5)}
 VQAV2 = {"annotations": [*suite.VQAV2["annotations"], ARTICLES]}
@@ -68,7 +74,7 @@ CASES: dict[str, tuple[Any, Lines, Lines]] = {
     "vqav2": (VQAV2, *of_ids({1: "yes", 2: "3", 3: "dog", 4: "The Beach", 5: "a"})),
     "gqa": (suite.GQA, *of_ids({"q1": "yes", "q2": "red", "q3": "fire hydrant"})),
     "vizwiz": (suite.VIZWIZ, *of_ids({"a.jpg": "unanswerable", "b.jpg": "can", "c.jpg": "can"})),
-    "textvqa": (suite.TEXTVQA, *of_ids({7: "nokia", 8: "98"})),
+    "textvqa": (suite.TEXTVQA, textvqa("nokia", "98"), textvqa(NOBODY_SAYS, NOBODY_SAYS)),
     "pope": (POPE, [suite.answer(i, t) for i, t in ((1, "yes"), (2, "no"), (3, "no"))],
              [suite.answer(i, t) for i, t in ((1, "no"), (2, "yes"), (3, "yes"))]),
     "mme": (MME, mme("Yes", "No"), mme("No", "Yes")),

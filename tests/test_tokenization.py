@@ -185,7 +185,31 @@ class PublishedTokenizer:
 
 
 WORDS = [
-    *"the cat dog Hello World def f(): return 1 23 yes 日本 été ① x=1 . ! “quote” 🧑‍🚀 -- ## $5 <b>b</b>".split(),
+    *[
+        "the",
+        "cat",
+        "dog",
+        "Hello",
+        "World",
+        "def",
+        "f():",
+        "return",
+        "1",
+        "23",
+        "yes",
+        "日本",
+        "été",
+        "①",
+        "x=1",
+        ".",
+        "!",
+        "“quote”",
+        "🧑\u200d🚀",
+        "--",
+        "##",
+        "$5",
+        "<b>b</b>",
+    ],
     "",
     "\t",
 ]

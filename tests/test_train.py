@@ -580,9 +580,6 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
     assert account["step"] < 1000 and account["data"] < 1000 and account["profile"] >= 2000
 
 
-MEMORY = Path(__file__).with_name("run_memory.py")
-
-
 def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     """Of a hundred million parameters, in processes of their own: nothing but the state and what is frozen is alive,
     and at no time is there a second state, or the trainable weights of the source, beside it."""
@@ -598,8 +595,8 @@ def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     assert trainable > 4e8
     runs = []
     for stop in ("1", "0"):
-        command = [sys.executable, str(MEMORY), str(tmp_path / "config.json"), str(tmp_path / "run"), stop]
-        run = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.run_memory", str(tmp_path / "config.json"), str(tmp_path / "run"), stop]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout.splitlines()[-1]))
     fresh, resumed = runs
