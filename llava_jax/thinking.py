@@ -2,9 +2,17 @@
 
 import re
 
-_NAMES = r"(?:[a-z]+:)?think(?:ing)?|thought"  # <seed:think> is ByteDance's
-_OPEN = re.compile(rf"<(?:{_NAMES})>|\[THINK\]|◁think▷", re.IGNORECASE)
-_CLOSE = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_NAMES = r"(?:[a-z]+:)?think(?:ing)?|thought|reasoning"  # <seed:think> is ByteDance's
+_OPEN = re.compile(
+    rf"<(?:{_NAMES})\s*>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|begin_of_thought\|>"
+    r"|<\|channel\|>(?:analysis|commentary)\b|<\|channel>thought\b",  # of gpt-oss and of Gemma 4
+    re.IGNORECASE,
+)
+_CLOSE = re.compile(
+    rf"</(?:{_NAMES})\s*>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|end_of_thought\|>"
+    r"|<\|channel\|>final<\|message\|>|<channel\|>",
+    re.IGNORECASE,
+)
 
 
 def after_thinking(text: str) -> str | None:
@@ -17,3 +25,8 @@ def after_thinking(text: str) -> str | None:
     if _OPEN.search(rest):
         return None
     return rest.strip() if thoughts else text
+
+
+def says_nothing(text: str) -> bool:
+    """Whether nothing of a text can be seen: it is empty, or white space and marks such as U+200B."""
+    return not any(character.isprintable() and character != " " for character in text)

@@ -70,6 +70,23 @@ def test_a_refusal_for_the_rate_within_an_answer_is_no_reject(folder: Path):
     assert len(samples(folder)) == 3 and not rejects(folder)
 
 
+@pytest.mark.parametrize("more", [(), ("--batch", "--poll", 0.01)])
+def test_where_the_server_fails_for_a_while_contexts_stay_open(folder: Path, capsys: pytest.CaptureFixture, more):
+    broken = {"error": {"message": "Provider returned error", "code": 502}}
+    failing = {"2", "3"}
+
+    def raw(body: dict[str, Any]) -> Any:
+        return broken if any(f"Dog number {i}." in str(body["messages"][-1]) for i in failing) else None
+
+    with ScriptedLLM(reply=reply, raw=raw) as server:
+        assert run(folder, server, "--limit", 6, "--concurrency", 2, *more) == 1
+        assert [sample["id"] for sample in samples(folder)] == list("0145") and not rejects(folder)
+        assert "2 contexts have no verdict yet" in capsys.readouterr().err
+        failing.clear()
+        assert run(folder, server, "--limit", 6, "--concurrency", 2, *more) == 0
+    assert [sample["id"] for sample in samples(folder)] == list("012345")
+
+
 def test_output_does_not_depend_on_the_order_of_answers(folder: Path):
     def five(body: dict[str, Any]) -> str:
         asked = body["messages"][-1]["content"]
@@ -214,6 +231,12 @@ def test_what_the_command_says_itself_is_not_taken_from_the_body(folder: Path, c
         with pytest.raises(SystemExit):
             run(folder, None, "--body", body, "--model", "m")
         assert f"holds {name}, which the command says itself" in capsys.readouterr().err
+
+
+def test_a_longest_answer_is_a_number(folder: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        run(folder, None, "--body", '{"max_completion_tokens": "100"}', "--model", "m")
+    assert 'has max_completion_tokens "100", which is no whole number' in capsys.readouterr().err
 
 
 def test_answers_can_be_streamed(folder: Path):

@@ -22,6 +22,8 @@ NOBODY_SAYS = "zzz"
 FILTERED = {"text": None, "metadata": {"no_answer": "stopped by a filter"}}
 ABSENT = [  # what an answer may be that is none, and how it is counted
     ({"text": ""}, "empty"), ({"text": " \n"}, "empty"), ({"text": "<think>No.</think>"}, "empty"), (FILTERED, "empty"),
+    ({"text": None}, "empty"), ({"text": float("nan")}, "empty"), ({"text": "\u200b"}, "empty"),
+    ({"text": "Failed to obtain answer via API."}, "empty"),
     ({"text": "<think>\nYes, I see"}, "cut_off"), ({"text": "A</think>B<think>A"}, "cut_off"),
     ({"text": None, "metadata": {"no_answer": "cut off at --max-tokens"}}, "cut_off"),
 ]  # fmt: skip
@@ -52,6 +54,11 @@ MME_ASKED = ("Is there a cat?", "Is there a dog?")
 
 def mme(*texts: str) -> Lines:
     return [suite.answer("existence/1.png", text, asked) for text, asked in zip(texts, MME_ASKED, strict=True)]
+
+
+def textvqa(*texts: str) -> Lines:
+    return [suite.answer(entry["question_id"], text, entry["question"])
+            for text, entry in zip(texts, suite.TEXTVQA["data"], strict=True)]  # fmt: skip
 
 
 def mmbench(*texts: str) -> Lines:
@@ -142,8 +149,8 @@ def test_the_table_counts_what_is_absent(tmp_path: Path, labels, capsys: pytest.
     evaluate.main(["score", "pope", "--answers", file, "--labels", *labels("pope")])
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert (rows["accuracy"], rows["recall"], rows["yes_ratio"], rows["empty"]) == ("0.00", "0.00", "0.00", "3")
-    with pytest.raises(UserError, match="line 1: the answer is no text but null"):  # which nobody explains
-        of("pope", tmp_path, [line | {"text": None} for line in lines], labels("pope"))
+    with pytest.raises(UserError, match="line 1: the answer is no text but 7"):
+        of("pope", tmp_path, [line | {"text": 7} for line in lines], labels("pope"))
 
 
 def test_outcomes_show_no_thinking(tmp_path: Path, labels):
@@ -155,10 +162,19 @@ def test_outcomes_show_no_thinking(tmp_path: Path, labels):
     assert [(outcome["answer"], outcome["score"]) for outcome in found] == [("yes", 1.0), ("", 0.0)]
 
 
+def test_outcomes_of_reviews_show_no_thinking(tmp_path: Path):
+    reviews = [{"question_id": i, "content": "8 4", "tuple": [8, 4]} for i in (1, 2)]
+    said = [{"question_id": 1, "text": "<think>So.</think>Yes"}, {"question_id": 2, "text": None}]
+    files = [suite.write(tmp_path / name, suite.jsonl(lines)) for name, lines in (("r", reviews), ("a", said))]
+    out = tmp_path / "b.outcomes.jsonl"
+    evaluate.main(["score", "llava-bench", f"--reviews={files[0]}", f"--answers={files[1]}", f"--outcomes={out}"])
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == ["Yes", ""]
+
+
 def test_scienceqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
     (tmp_path / "splits.json").write_text(json.dumps({"test": list(TEXTS)}))
-    texts = {"4": "<think>The answer is B.</think>A", "5": "", "6": "The answer is C. <think>", "9": "", "10": "B"}
+    texts = {"4": "<think>The answer is B.</think>A", "5": None, "6": "The answer is C. <think>", "9": "", "10": "B"}
     lines = [suite.answer(ident, text) for ident, text in texts.items()]
     lines[3] |= FILTERED
     for content in (suite.jsonl(lines), json.dumps({"outputs": texts})):

@@ -1,5 +1,6 @@
 """Predicting with a model behind an API, against a scripted server."""
 
+import argparse
 import base64
 import io
 import json
@@ -14,6 +15,7 @@ from scripted_llm import ScriptedLLM
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import options
 from llava_jax.llm_api.cost import estimate_tokens, most_tokens
 
 
@@ -157,7 +159,22 @@ def test_the_options_of_an_endpoint_are_those_of_judges(files, capsys, monkeypat
         asked = server.completions
         assert predict(files, server, "--batch", "--poll=0.01", f"--ledger={files / 'batched'}") == single
         assert server.completions == asked + 4 and len(server.batches.batches) == 1
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        (files / "a.jsonl").unlink()
+        given_by_body = ["--top-p=0.5", "--seed=3", '--body={"temperature": 0.7, "max_completion_tokens": null}']
+        monkeypatch.setenv("OPENAI_API_KEY", "key\r\n")  # as of a file of another system
+        predict(files, server, f"--ledger={files / 'sampled'}", *given_by_body)
+        assert {key: bodies[-1][key] for key in bodies[-1] if key not in ("model", "messages")} == {
+            "temperature": 0.7, "top_p": 0.5, "seed": 3, "max_tokens": 8,
+        }  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", "ключ")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: holds characters that no key has"):
+        evaluate.main([*given, "--model=m", f"--output={files / 'c.jsonl'}"])
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    parser = argparse.ArgumentParser()
+    options.add_api_arguments(parser, temperature=0.0, max_tokens=9)
+    assert options.work(parser.parse_args([]), "m").settings.base_url == "https://api.openai.com/v1"
+    monkeypatch.delenv("OPENAI_API_KEY")
     for wrong, message in (
         (["--model=m"], "whom to ask. --base-url URL"),
         (["--model=m", "--base-url=localhost:8000/v1"], "has to begin with http"),

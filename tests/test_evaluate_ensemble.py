@@ -49,6 +49,16 @@ def test_complement(args: list[str], capsys: pytest.CaptureFixture[str]):
     assert (result["differ"], result["other_failed"], result["upper"]) == (3, 2, 80.0)
 
 
+def test_answers_that_are_none_are_counted(tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]):
+    ours = [{"question_id": ident, "text": None if ident == "1" else text} for ident, text in OURS.items()]
+    (tmp_path / "ours").write_text("".join(json.dumps(line) + "\n" for line in ours))
+    (tmp_path / "other").write_text(json.dumps({"outputs": OTHER | {"2": "<think>So", "3": " "}}))
+    result = score(capsys, *args)
+    assert {name: result[name] for name in ("ours_empty", "other_empty", "other_cut_off")} == {
+        "ours_empty": 1, "other_empty": 1, "other_cut_off": 1,
+    }  # fmt: skip
+
+
 def test_indices_serve_where_there_are_no_texts(tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]):
     """Of 3 and 5 the other guessed the last option, which is right once."""
     (tmp_path / "other").write_text(json.dumps({"results": {"1": 0, "2": 1, "3": 2, "4": 0, "5": 2}}))

@@ -58,6 +58,11 @@ def test_without_categories_and_numbers_as_answers(score):
     }  # fmt: skip
 
 
+def test_a_category_may_be_zero(score):
+    labels = lines(*({"question_id": i, "answer": "yes", "category": i} for i in (0, 1)))
+    assert score(answered(**{"0": "yes", "1": "no"}), labels)["by_category"] == {"0": 100.0, "1": 0.0}
+
+
 def test_an_answer_that_says_nothing_is_wrong(score):
     assert score(answered(a="", b="..."), lines({"id": "a", "answer": "2"}, {"id": "b", "answer": "x"})) == {
         "accuracy": 0.0, "total": 2, "empty": 1,

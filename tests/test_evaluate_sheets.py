@@ -1,8 +1,11 @@
 """Tables: XLSX reads as the TSV of the same rows, and what is wrong with one is told."""
 
 import contextlib
+import datetime
+import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,36 @@ def test_damaged_bytes_end_in_rows_or_in_one_line(tmp_path: Path, at: int, damag
         read_sheet(tmp_path / "a.xlsx")
 
 
+def test_a_formula_has_the_value_that_excel_computed(tmp_path: Path):
+    """An answer that begins with `=` is stored as a formula, too, and has none."""
+    path = Path(xlsx(tmp_path / "a.xlsx", [["index", "prediction"], [1, "=1+1"], [2, "=5"]]))
+    parts = {}
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    sheet = parts["xl/worksheets/sheet1.xml"]
+    assert sheet.count(b"<f>1+1</f><v/>") + sheet.count(b"<f>1+1</f><v />") + sheet.count(b"<f>1+1</f><v></v>") == 1
+    for empty in (b"<v/>", b"<v />", b"<v></v>"):
+        sheet = sheet.replace(b"<f>1+1</f>" + empty, b"<f>1+1</f><v>2</v>")
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as file:
+        for name, part in (parts | {"xl/worksheets/sheet1.xml": sheet}).items():
+            file.writestr(name, part)
+    path.write_bytes(changed.getvalue())
+    assert [line.value["prediction"] for line in read_sheet(path)] == ["2", "=5"]
+
+
+def test_further_sheets_and_empty_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "a.xlsx"
+    book = openpyxl.load_workbook(xlsx(path, [[], ["index", "prediction"], [], [1.0, "A"]]))
+    book.create_sheet("empty")
+    book.create_sheet("second").append(["index", "prediction"])
+    book.save(path)
+    assert [(line.where, line.value) for line in read_sheet(path)] == [
+        (f"{path}: row 4", {"index": "1", "prediction": "A"})
+    ]
+    assert capsys.readouterr().err == f"warning: {path}: its first sheet is read; the others (second) are not\n"
+
+
 def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     own = xlsx(tmp_path / "a.xlsx", [row[:-1] for row in ROWS])
     with pytest.raises(UserError, match="a.xlsx: row 2: has no column `prediction`: is it the table of questions"):
@@ -102,6 +135,18 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, monkeypatch: pytest.
         evaluate.main(["predict", "mmbench", f"--questions={own}", "--output=x", "--checkpoint=y"])
     with pytest.raises(UserError, match="c.xlsx: row 2: has 2 cells, but the first row names 1 columns"):
         read_sheet(xlsx(tmp_path / "c.xlsx", [["index"], [1, "A"]]))
+    for kind, write in WRITERS.items():
+        with pytest.raises(UserError, match=f"e.{kind}: .* 1: names column prediction twice"):
+            read_sheet(write(tmp_path / f"e.{kind}", [["index", "prediction", "prediction"], [1, "A", "B"]]))
+    with pytest.raises(UserError, match="f.xlsx: row 2: has a date .2024-01-02.*format it as text"):
+        read_sheet(xlsx(tmp_path / "f.xlsx", [["index"], [datetime.date(2024, 1, 2)]]))
+    (tmp_path / "a.csv").write_text("index,prediction\n3,A\n")
+    with pytest.raises(UserError, match="a.csv: save the table as XLSX or TSV"):
+        evaluate.main(["score", "mmbench", f"--answers={tmp_path / 'a.csv'}", f"--labels={own}"])
+    said = tsv(tmp_path / "h.tsv", [["index", "prediction"], [1, "A"]])
+    fifth = tsv(tmp_path / "g.tsv", [["index", "A", "B", "E", "answer"], [1, "a", "b", "e", "A"]])
+    with pytest.raises(UserError, match="g.tsv: line 2: has an option E: MMBench has up to four"):
+        evaluate.main(["score", "mmbench", f"--answers={said}", f"--labels={fifth}"])
     (tmp_path / "b.xlsx").write_bytes(b"index\tprediction\n")
     with pytest.raises(UserError, match="b.xlsx: is no Excel file"):
         read_sheet(tmp_path / "b.xlsx")

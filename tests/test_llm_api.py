@@ -39,7 +39,7 @@ def request(number: int) -> Request:
 
 
 def settings(server: ScriptedLLM, **more: Any) -> Settings:
-    return Settings("m", {"max_tokens": 100}, server.url, "key", prices=PRICES, **more)
+    return Settings("m", {"max_tokens": 100}, **{"base_url": server.url} | more, api_key="key", prices=PRICES)
 
 
 def ask_all(server: ScriptedLLM, ledger: Ledger, count: int, budget: float | None = None, **more: Any) -> list[Any]:
@@ -260,8 +260,21 @@ WHOLE = [
     {"detail": "Too Many Requests"},
     b'[{"error": {"code": 429, "message": "Quota exceeded", "status": "RESOURCE_EXHAUSTED"}}]',  # of Google
     IN_CHOICE,
+    {"error": "Provider unavailable", "code": 429},
+    {"error": True, "message": "Slow down", "statusCode": "429"},
+    {"error": {"message": {"message": "Slow down", "code": 429.0}}},
+    {"errors": [{"message": "upstream returned 429"}]},
+    {"error": {"message": "try later", "code": "Throttling.RateQuota"}},
+    {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}},  # of MiniMax
+    {"error_code": 18, "error_msg": "Open api qps request limit reached"},  # of Baidu
 ]
-EVENTS = [IN_STREAM, [event(finish_reason="error", error=RATE)]]
+EVENTS = [
+    [event(delta={"content": "N"}), {"object": "error", "message": "Too many requests", "code": 429}],
+    [{"detail": "Too Many Requests"}],
+    [{"error": "overloaded"}],
+    IN_STREAM,
+    [event(finish_reason="error", error=RATE)],
+]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +296,7 @@ def test_a_refusal_for_the_rate_within_an_answer_waits_and_costs_nothing(ledger:
     [
         ({"error": {"message": "no such key", "code": 401}}, "status 401: no such key"),
         ({"error": {"message": "more credits", "code": 402}}, "status 402: more credits"),
-        ({"error": {"message": "spent", "code": "insufficient_quota"}}, "spent"),
+        ({"error": {"message": "spent", "code": "insufficient_quota"}}, "status 429: spent"),
         ({"error": {"message": "Provider returned error", "code": 502}}, "no answer .status 502: Provider"),
         (completion(None, "error"), "the server gave up the answer"),
         (b"<!doctype html><title>Open WebUI</title>", "an HTML page, no answer; is the path of the URL right"),
@@ -299,8 +312,25 @@ def test_an_error_within_an_answer_is_that_error(ledger: Ledger, body: Any, mess
     assert states(ledger) == {"failed": len(server.times)}
 
 
-def test_a_prompt_that_a_filter_stops_is_refused_alone(ledger: Ledger):
-    body = {"error": {"message": "Your input was flagged", "code": 403, "metadata": {"reasons": ["violence"]}}}
+@pytest.mark.parametrize(
+    "events", [["hello"], [5], [{"choices": [None]}], [{"choices": 5}], [event(delta={"content": 5})]]
+)
+def test_a_stream_of_something_else_is_one_line(ledger: Ledger, events: list[Any]):
+    with ScriptedLLM(raw=lambda _: events) as server:
+        (error,) = ask_all(server, ledger, 1, stream=True, tries=2)
+    assert isinstance(error, UserError) and "no chunk of an answer" in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "Your input was flagged", "code": 403, "metadata": {"reasons": ["violence"]}},
+        {"message": "The response was filtered", "code": "content_filter"},
+        {"message": "Output data may contain inappropriate content.", "code": "data_inspection_failed"},
+    ],
+)
+def test_a_prompt_that_a_filter_stops_is_refused_alone(ledger: Ledger, error: dict[str, Any]):
+    body = {"error": error}
     with ScriptedLLM(raw=lambda asked: body if "number 1." in asked["messages"][0]["content"] else None) as server:
         answers = ask_all(server, ledger, 3)
     assert isinstance(answers[1], Refused) and [answers[i].text for i in (0, 2)] == [
@@ -322,6 +352,10 @@ THINKING = "<think>\nIs it? I do not know.\n</think>\n\n"
         (completion(""), "", "stop", ""),
         (completion(None, refusal="I can't."), "I can't.", "content_filter", "I can't."),
         (completion(None, "content_filter"), None, "content_filter", None),
+        (completion(None, "content_filter: SAFETY"), None, "content_filter", None),
+        (completion(None, "PROHIBITED_CONTENT"), None, "content_filter", None),
+        (completion(["N", {"text": "o"}]), "No", "stop", "No"),
+        ([event(delta={"content": [{"type": "text", "text": "No"}]}, finish_reason="stop")], "No", "stop", "No"),
         (completion([{"type": "thinking", "thinking": []}, {"type": "text", "text": "No"}]), "No", "stop", "No"),
         (completion("half \ud83d"), "half ?", "stop", "half ?"),
         ([event(delta={"content": "<think>a</th"}), event(delta={"content": "ink>No"}, finish_reason="stop")], "No",
@@ -348,6 +382,18 @@ def test_an_answer_is_what_follows_the_thinking(ledger: Ledger, body: Any, text:
          """add --body '{"temperature": null}'"""),
         ({"max_tokens": 9}, {"message": "max_tokens is too large: 9. This model's context has 8."}, "smaller --max"),
         ({"max_tokens": 9}, {"message": "the picture is none"}, "the picture is none"),
+        ({"max_tokens": 9}, {"message": "This model's maximum context length is 8 tokens. However, you requested 9."},
+         ": give a smaller --max-tokens"),
+        ({"max_tokens": 9}, {"message": "Could not finish the message because max_tokens or model output limit was "
+          "reached. Please try again with higher max_tokens."}, ": give a larger --max-tokens"),
+        ({"max_completion_tokens": 9}, {"message": "Invalid 'max_output_tokens': integer below minimum value."},
+         ": give a larger max_completion_tokens in --body"),
+        ({"max_completion_tokens": 9}, {"message": "Unrecognized request argument supplied: max_completion_tokens"},
+         """add --body '{"max_completion_tokens": null, "max_tokens": 9}'"""),
+        ({"temperature": 0.7, "top_p": 1.0}, {"message": "`temperature` and `top_p` cannot both be specified"},
+         """add --body '{"top_p": null}'"""),
+        ({"max_tokens": 9}, {"message": "'messages[0].role' does not support 'system' with this model."},
+         ": the model takes no system prompt, as this command sends"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("within", [False, True])
@@ -370,6 +416,13 @@ def test_a_refused_parameter_is_named_with_the_option_that_mends_it(
         assert ask_in(tmp_path, other, task)[0].value == "You said: A?"
         with pytest.raises(UserError, match="made for other work .body"):
             ask_in(tmp_path, work, task)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1/chat/completions"])
+def test_an_address_without_its_path_is_told(ledger: Ledger, path: str):
+    with ScriptedLLM() as server:
+        (error,) = ask_all(server, ledger, 1, base_url=server.url.removesuffix("/v1") + path)
+    assert isinstance(error, UserError) and "status 404" in str(error) and "It ends with /v1" in str(error)
 
 
 def ask_in(directory: Path, work: Work, *tasks: Task) -> list[Outcome]:

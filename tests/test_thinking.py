@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_jax.thinking import after_thinking
+from llava_jax.thinking import after_thinking, says_nothing
 
-ANSWERS = st.text().filter(lambda text: "think" not in text.lower() and "thought" not in text.lower())
+NAMES = ("think", "thought", "reasoning", "channel")
+ANSWERS = st.text().filter(lambda text: not any(name in text.lower() for name in NAMES))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,13 @@ ANSWERS = st.text().filter(lambda text: "think" not in text.lower() and "thought
         ("<thinking>a</thinking>b", "b"),
         ("<thought>a", None),
         ("<seed:think>a</seed:think>b", "b"),
+        ("<reasoning>a</reasoning>\nb", "b"),
+        ("<think>a</think >b", "b"),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "b"),
+        ("<|channel|>analysis<|message|>a", None),
+        ("<|channel>thought\na<channel|>b", "b"),
+        ("<|START_THINKING|>a<|END_THINKING|>b", "b"),
+        ("<|begin_of_thought|>a<|end_of_thought|>b", "b"),
         ("I think so </p>", "I think so </p>"),
         ("", ""),
     ],
@@ -40,3 +48,8 @@ def test_no_thought_is_an_answer(thought: str, answer: str, opened: bool):
     assert after_thinking(text) == answer.strip()
     assert after_thinking(answer) == answer
     assert after_thinking(f"{answer}<think>") is None
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u3000\u00ad", "\u2060 \t"])
+def test_what_cannot_be_seen_says_nothing(text: str):
+    assert says_nothing(text) and not says_nothing(text + "é") and not says_nothing("。")

@@ -36,10 +36,9 @@ def _requests(recipe: Recipe, ledger: Ledger, pending: Iterator[Context], refuse
         step, answers = _next(recipe, ledger, context)
         if isinstance(step, Request) and context.id in refused:
             step = give_up(recipe, context, answers, "refused-by-server", refused[context.id])
-        elif isinstance(step, Request) and ledger.failures(step) >= TRIES:
-            step = give_up(recipe, context, answers, "server-error", f"{TRIES} tries failed")
         if isinstance(step, Request):
-            yield step
+            if ledger.failures(step) < TRIES:  # else it stays open, until the same command asks again
+                yield step
         else:
             ledger.conclude(context.id, step.reason, step.value, step.attempts)
 

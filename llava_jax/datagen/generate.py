@@ -99,7 +99,10 @@ def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
 
 
 def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespace) -> int:
-    """Asks about every context that has no verdict, then writes what came of it, which it does if stopped, too."""
+    """Asks about every context that has no verdict, then writes what came of it, which it does if stopped, too.
+
+    Returns 1 where the server failed at some for a while, which stay open.
+    """
     if ledger.open_batches() and not given.batch:
         raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
     pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
@@ -115,8 +118,10 @@ def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespa
             tell(counts, ledger, Path(args.output))
     if caught:
         return 128 + caught
+    if not ledger.verdicts():
+        raise UserError(f"{ledger.path}: the server failed at all contexts; the same command asks again")
     report(recipe.kind, counts, ledger, args)
-    return 0
+    return 1 if counts.missing else 0
 
 
 def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ REPAIRS = {
     "wrong-language": "Write it again in {language}.",
 }
 # The others are not asked for again: near-duplicate, since what else was written is not the model's to know;
-# refused-by-server and server-error, which bring no answer to mend.
+# refused-by-server, which brings no answer to mend.
 
 
 def _any(*patterns: str) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from llava_jax.cli import track
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
 from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import Client, Refused, Stopped
+from llava_jax.llm_api.client import SERVER_ERROR, Client, Refused, Stopped
 from llava_jax.llm_api.cost import Budget
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.llm_api.stopping import stopped_by_signals
@@ -33,7 +33,8 @@ async def _work(pending: Iterator[Context], recipe: Recipe, client: Client, turn
         for context in pending:
             if client.stop.is_set():
                 return
-            verdict = await _talk(recipe, context, client, turn)
+            if (verdict := await _talk(recipe, context, client, turn)) is None:
+                continue
             client.ledger.conclude(context.id, verdict.reason, verdict.value, verdict.attempts)
     except Stopped:
         pass
@@ -42,7 +43,8 @@ async def _work(pending: Iterator[Context], recipe: Recipe, client: Client, turn
         raise
 
 
-async def _talk(recipe: Recipe, context: Context, client: Client, turn: asyncio.Lock) -> Verdict:
+async def _talk(recipe: Recipe, context: Context, client: Client, turn: asyncio.Lock) -> Verdict | None:
+    """None where the server failed for a while: the context stays open, and the same command asks about it again."""
     answers = []
     while True:
         async with turn:  # one answer is read in each round of the event loop: what can be sent or received goes first
@@ -53,6 +55,8 @@ async def _talk(recipe: Recipe, context: Context, client: Client, turn: asyncio.
         try:
             answers.append(await client.ask(step))
         except Refused as refused:
+            if refused.reason == SERVER_ERROR:
+                return None
             return give_up(recipe, context, answers, refused.reason, refused.detail)
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
-from llava_jax.thinking import after_thinking
+from llava_jax.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
 IDS = ("question_id", "questionId", "id", "index", "image")
@@ -23,6 +23,7 @@ TEXTS = ("text", "prediction", "response", "answer")  # the last one, as `answer
 
 
 EMPTY, CUT_OFF = "empty", "cut_off"  # why there is no answer, as it is counted beside a score
+API_FAILED = "Failed to obtain answer via API"  # what VLMEvalKit writes in place of an answer
 
 
 class Answer(NamedTuple):
@@ -32,11 +33,15 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, value: Any, where: str) -> "Answer":
-        """An answer as it stands in a file."""
+        """An answer as it stands in a file, where null, or the NaN of tables, is none."""
+        if value is None or value != value:
+            return cls(None, where, EMPTY)
         if not isinstance(value, str):
             return cls(value, where)
         final = after_thinking(value)
-        return cls(final, where, CUT_OFF if final is None else "" if final.strip() else EMPTY)
+        if final is None:
+            return cls(None, where, CUT_OFF)
+        return cls(final, where, EMPTY if says_nothing(final) or final.startswith(API_FAILED) else "")
 
     @property
     def text(self) -> str | None:
@@ -74,6 +79,8 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """A file's answers as objects, with `question_id` and `text` where it has but one object of all."""
     if is_sheet(path):
         return [_of_row(line) for line in read_sheet(path)]
+    if epath.Path(path).suffix.lower() in (".xls", ".csv"):
+        raise UserError(f"{path}: save the table as XLSX or TSV, which are read")
     if is_lines(path):
         return read_lines(path, partial)
     whole = read_json(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from llava_jax.evaluate.answers import answer_of
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.evaluate.reviews import Review
@@ -15,8 +16,8 @@ def outcomes(files: Sequence[Sequence[Review]], questions: Texts, answers: Texts
     for review in (review for file in files for review in file):
         reviews.setdefault(review.question_id, []).append(review)
     return [
-        _outcome(ident, of_it, _text(questions, ident, "image"), _text(questions, ident), _text(answers, ident),
-                 _text(reference, ident))
+        _outcome(ident, of_it, _text(questions, ident, "image"), _text(questions, ident), _said(answers, ident),
+                 _said(reference, ident))
         for ident, of_it in reviews.items()
     ]  # fmt: skip
 
@@ -41,3 +42,8 @@ def _outcome(ident: str, reviews: Sequence[Review], image: str, question: str, a
 
 def _text(lines: Texts, ident: str, name: str = "text") -> str:
     return str(lines[ident].value.get(name, "")) if ident in lines else ""
+
+
+def _said(lines: Texts, ident: str) -> str:
+    """An answer without its thinking."""
+    return answer_of(lines[ident], ("text",)).text or "" if ident in lines else ""

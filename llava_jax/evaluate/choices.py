@@ -100,9 +100,12 @@ def _rows(path: str) -> list[Row]:
     rows = []
     for where, values in read_sheet(path):
         try:
-            rows.append(Row(int(field(values, "index", where, str)), where, {k: v or "" for k, v in values.items()}))
+            row = Row(int(field(values, "index", where, str)), where, {k: v or "" for k, v in values.items()})
         except ValueError as error:
             raise UserError(f"{where}: the index {values['index']} is no number") from error
+        if not _absent(row.values.get("E", "")):
+            raise UserError(f"{where}: has an option E: MMBench has up to four, is it the table of another benchmark?")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows

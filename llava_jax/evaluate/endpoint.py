@@ -22,6 +22,7 @@ from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, f
 from llava_jax.llm_api.options import ledger_directory, work
 
 AT_A_TIME = 512  # questions whose pictures are in memory
+GREEDY = {"top_p": 1.0, "seed": 0}  # the defaults of sampling
 NAMED = 10  # questions without an answer
 
 
@@ -113,5 +114,7 @@ def _data_url(picture: str | bytes, images: str) -> str:
 
 
 def _work(args: argparse.Namespace) -> Work:
-    sampling = {"top_p": args.top_p, "seed": args.seed} if args.temperature else {}
+    sampling = {"top_p": args.top_p, "seed": args.seed}
+    if not args.temperature:  # greedy, unless --body says otherwise: what was asked for goes out nevertheless
+        sampling = {name: value for name, value in sampling.items() if value != GREEDY[name]}
     return work(argparse.Namespace(**{**vars(args), "body": [sampling, *args.body]}), args.model)

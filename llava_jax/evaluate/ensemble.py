@@ -6,7 +6,8 @@ where they differ the judge's answer does (`judge scienceqa`), or the model's wh
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llava_jax.cli import Parser, UserError
@@ -28,6 +29,7 @@ class Pair(NamedTuple):
     problem: Problem
     ours: int
     other: int
+    absent: tuple[str, str] = ("", "")  # why there is no answer of ours, and of the other
 
     @property
     def differ(self) -> bool:
@@ -38,14 +40,20 @@ def read_pairs(args: argparse.Namespace) -> dict[str, Pair]:
     """By problem, what both chose: by their texts where there are any, since older result JSONs store a guess as the
     index of what has no option. Raises `UserError` where either lacks an answer."""
     problems = read_problems(args.problems, args.splits, args.split)
-    chosen = []
-    for path in (args.ours, args.other):
-        joined = join(read_results(path, stored=STORED[::-1]), problems, path, partial=False, advice=WHOLE)
-        chosen.append([choice(answer, problem) for answer, problem in joined.pairs])
+    joined = [
+        join(read_results(path, stored=STORED[::-1]), problems, path, partial=False, advice=WHOLE).pairs
+        for path in (args.ours, args.other)
+    ]
     return {
-        ident: Pair(problem, *options)
-        for ident, problem, options in zip(problems, problems.values(), zip(*chosen, strict=True), strict=True)
+        ident: Pair(problem, choice(ours, problem), choice(other, problem), (ours.absent, other.absent))
+        for (ident, problem), (ours, _), (other, _) in zip(problems.items(), *joined, strict=True)
     }
+
+
+def _absent(pairs: Iterable[Pair]) -> dict[str, int]:
+    """How many answers of either are none, as `ours_empty` or `other_cut_off`."""
+    whose = zip(("ours", "other"), zip(*(pair.absent for pair in pairs), strict=True), strict=True)
+    return dict(Counter(f"{name}_{why}" for name, reasons in whose for why in reasons if why))
 
 
 def complement(pair: Pair) -> int:
@@ -76,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         "differ": len(differing),
         "other_failed": sum(pair.other == FAILED for pair in pairs.values()),
         "upper": round(100 * right / len(pairs), 2),
+        **_absent(pairs.values()),
         **known,
     }
     if args.json:

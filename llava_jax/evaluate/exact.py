@@ -108,7 +108,8 @@ def _of_line(line: Line) -> Entry:
 
 
 def _category(line: Line) -> str:
-    return str(line.value.get("category") or "")
+    category = line.value.get("category")
+    return "" if category is None else str(category)
 
 
 EXACT = Benchmark("own questions: exact answers", labels=labels, score=score)

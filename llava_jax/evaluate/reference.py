@@ -13,7 +13,8 @@ from typing import Any
 from llava_jax.cli import Parser, UserError
 from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import prompt_hash
-from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task, ask_all, forecast
+from llava_jax.llm_api.client import REFUSED
 from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 from llava_jax.whole_file import whole_file
@@ -43,14 +44,17 @@ def main(argv: list[str] | None = None) -> None:
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
         if outcome.value is None:
-            raise UserError(
-                f"question {ident}: no answer ({outcome.reason}); "
-                + ("the same command asks again" if outcome.open else f"give more --attempts than {args.attempts}")
-            )
+            raise UserError(f"question {ident}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
     with whole_file(args.output) as file:
         for question, outcome in zip(questions.values(), outcomes, strict=True):
             file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
     print(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
+
+
+def _advice(outcome: Outcome, attempts: int) -> str:
+    if outcome.open or outcome.reason.startswith(REFUSED):
+        return "the same command asks again"
+    return LONGER if outcome.reason == CUT else f"give more --attempts than {attempts}"
 
 
 def messages(question: Question) -> list[Message]:

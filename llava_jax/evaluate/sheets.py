@@ -1,7 +1,9 @@
 """Tables whose first row names the columns, as MMBench and VLMEvalKit write them: TSV, and Excel's XLSX."""
 
 import csv
+import datetime
 import io
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,11 +26,15 @@ def is_sheet(path: epath.PathLike) -> bool:
 def read_sheet(path: epath.PathLike) -> list[Line]:
     """The rows as objects of texts by column; None where a cell of XLSX is empty. Of XLSX the first sheet is read.
 
-    Raises `UserError` where a row has more cells than there are columns, or what reads XLSX is not installed.
+    Raises `UserError` where a row has more cells than there are columns, two columns have the same name, or what reads
+    XLSX is not installed.
     """
     rows = _xlsx(path) if epath.Path(path).suffix.lower() == ".xlsx" else _tsv(path)
-    _, names = next(rows, ("", ()))
-    return list(_objects([str(name or "") for name in names], rows))
+    where, names = next(rows, ("", ()))
+    names = [str(name or "") for name in names]
+    if twice := next((name for i, name in enumerate(names) if name and name in names[:i]), None):
+        raise UserError(f"{where}: names column {twice} twice")
+    return list(_objects(names, rows))
 
 
 def _objects(names: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[Line]:
@@ -46,26 +52,45 @@ def _tsv(path: epath.PathLike) -> Iterator[tuple[str, list[str]]]:
     return ((f"{path}: line {reader.line_num}", row) for row in reader if row)
 
 
-def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, list[str | None]]]:
+def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
     try:
-        import openpyxl
+        import openpyxl  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: reading Excel files needs: pip install 'llava_jax[evaluate]'") from error
     data = epath.Path(path).read_bytes()
     refuse_pointer(data, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about styles and the like
-            book = openpyxl.load_workbook(io.BytesIO(data), read_only=True)
-            sheet = book.worksheets[0]
-            sheet.reset_dimensions()  # what programs write there may be wrong
-            rows = [[_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)]
+            rows, others = _cells(data)
+            if any(isinstance(cell, str) and cell.startswith("=") for row in rows for cell in row):
+                # A formula has the value that Excel computed; an answer such as "=5" is no formula and has none.
+                computed, _ = _cells(data, computed=True)
+                rows = [[a if b is None else b for a, b in zip(*pair, strict=False)]
+                        for pair in zip(rows, computed, strict=True)]  # fmt: skip
     except Exception as error:  # damaged files raise whatever their part of openpyxl, zip or XML does
         raise UserError(f"{path}: is no Excel file (XLSX): {error}") from error
-    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+    if others:
+        print(f"warning: {path}: its first sheet is read; the others ({', '.join(others)}) are not", file=sys.stderr)
+    numbered = ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+    numbered = itertools.dropwhile(lambda item: not any(item[1]), numbered)  # empty rows above the names
+    return ((where, [_text(cell, where) for cell in row]) for where, row in numbered)
 
 
-def _text(cell: Any) -> str | None:
-    """A cell as the text that a TSV would have."""
+def _cells(data: bytes, computed: bool = False) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """The values of the first sheet, with formulas or what they come to; and the names of further sheets."""
+    import openpyxl
+
+    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=computed)
+    first, *others = book.worksheets
+    first.reset_dimensions()  # what programs write there may be wrong
+    rows = list(first.iter_rows(values_only=True))
+    return rows, [sheet.title for sheet in others if any(map(any, sheet.iter_rows(values_only=True)))]
+
+
+def _text(cell: Any, where: str) -> str | None:
+    """A cell as the text that a TSV would have. Raises `UserError` for a date, which Excel makes of texts like 1/2."""
     if cell is None or isinstance(cell, str):
         return cell or None
+    if isinstance(cell, datetime.date | datetime.time):
+        raise UserError(f"{where}: has a date ({cell}), which Excel may have made of another text: format it as text")
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)

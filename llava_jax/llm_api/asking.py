@@ -13,8 +13,10 @@ from llava_jax.llm_api.client import REFUSED, SERVER_ERROR, Client, Refused, Set
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer, Ledger, Request
 from llava_jax.llm_api.stopping import stopped_by_signals
+from llava_jax.thinking import says_nothing
 
 CUT, EMPTY = "cut off at --max-tokens", "empty"  # why an answer is none
+LONGER = "give a larger --max-tokens and another --ledger"  # what helps where answers are cut off
 
 
 class Task(NamedTuple):
@@ -97,9 +99,11 @@ def forecast(work: Work, tasks: Sequence[Task]) -> str:
 
 
 def told(outcomes: Sequence[Outcome]) -> str:
-    """For the line that ends a command: how many have no value since the server failed for a while."""
-    count = sum(outcome.open for outcome in outcomes)
-    return f" ({count} as the server failed: the same command asks again)" if count else ""
+    """For the line that ends a command: how many have no value for what can be mended."""
+    failed, cut = sum(outcome.open for outcome in outcomes), sum(outcome.reason == CUT for outcome in outcomes)
+    notes = [f"{failed} as the server failed: the same command asks again"] if failed else []
+    notes += [f"{cut} {CUT}: {LONGER}"] if cut else []
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
@@ -176,4 +180,4 @@ def no_answer(answer: Answer, whole: bool = True) -> str:
         return f"stopped by a filter: {answer.text or ''}".rstrip(": ")
     if answer.finish_reason == CUT_OFF and ((whole and not answer.thought) or not answer.text):
         return CUT
-    return "" if answer.text and answer.text.strip() else EMPTY
+    return EMPTY if says_nothing(answer.text or "") else ""

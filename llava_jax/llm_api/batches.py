@@ -198,7 +198,7 @@ class Batches:
                             continue
                         self.ledger.failed(row, str(error), 0.0)
                         if not error.passing:
-                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings.body)}"
+                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
         if turned_away and (len(turned_away) == count or turned_away[-1].hopeless):
             raise UserError(f"{self.api.base_url}: {turned_away[-1]}; the same command goes on")
@@ -207,9 +207,9 @@ class Batches:
     def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> None:
         """Raises `ServerError` where the response is one."""
         status, body = response.get("status_code"), response.get("body")
+        status = int(status) if str(status).isdecimal() else None  # some write it as text
         if status != 200:
-            told = body.get("error", body) if isinstance(body, dict) else body
-            raise server_error(told, status if type(status) is int else None)
+            raise server_error(body, status)
         try:
             answer = read_completion(body, request.messages, self.settings.most_completion_tokens)
         except NoAnswer as error:

@@ -20,10 +20,15 @@ from llava_jax.cli import UserError
 from llava_jax.llm_api.cost import Budget, Prices, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
-from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, read_json, server_error
+from llava_jax.llm_api.replies import NoAnswer, ServerError, read_completion, read_json, server_error, whole_completion
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 60.0  # seconds
 LONG = 60.0  # seconds of waiting that are worth a word
+ANSWER_LENGTH = re.compile(r"max_\w*tokens|context.length|\bcontext\b", re.IGNORECASE)  # what errors about it name
+TOO_LONG = re.compile(r"too (large|many|long|high)|context|at most|less than|exceed|reduce", re.IGNORECASE)
+TOO_SHORT = re.compile(r"too (small|low)|at least|minimum|greater than|higher|larger", re.IGNORECASE)
+ODD_ADDRESS = re.compile(r"://[^/]+/?$|/(chat/)?completions/?$")  # without a path, or with that of the request
+NO_SYSTEM = re.compile(r"system.{0,9} role|role.{0,40}\bsystem\b|system (message|prompt)s? (is|are) not", re.IGNORECASE)
 REFUSED, SERVER_ERROR = "refused-by-server", "server-error"  # of a prompt, for good or for a while
 
 
@@ -206,31 +211,19 @@ class Client:
 
     async def _streamed(self, request: Request) -> tuple[Any, Mapping[str, str]]:
         """The same of a streamed answer, put together as if it had come whole."""
-        arguments = {
-            "model": self.settings.model,
-            "messages": request.messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "extra_body": self.settings.body,
-            "extra_headers": self._headers(request),
-        }
-        texts, refusals, finish_reason, error, usage = [], [], None, None, None
-        async with await self.api.chat.completions.create(**arguments) as stream:
+        async with await self.api.post(
+            "/chat/completions",
+            cast_to=object,
+            content=b'{"messages": %b, "stream": true, "stream_options": {"include_usage": true}, %b'
+            % (request.messages_json, self._rest),
+            options={"headers": self._headers(request)},
+            stream=True,
+            stream_cls=openai.AsyncStream[object],
+        ) as stream:
             headers = stream.response.headers
             if "event-stream" not in headers.get("content-type", "event-stream"):  # an error, or it does not stream
                 return read_json(await stream.response.aread()), headers
-            async for chunk in stream:
-                usage = chunk.usage.model_dump() if chunk.usage else usage
-                for choice in chunk.choices or ():
-                    texts += [choice.delta.content] if choice.delta and choice.delta.content is not None else []
-                    refusals += [choice.delta.refusal] if choice.delta and choice.delta.refusal else []
-                    finish_reason = choice.finish_reason or finish_reason
-                    error = getattr(choice, "error", None) or error
-        if finish_reason is None and error is None:
-            raise NoAnswer("the stream was cut", charged=True)
-        message = {"content": "".join(texts) if texts else None, "refusal": "".join(refusals)}
-        choice = {"message": message, "finish_reason": finish_reason, "error": error}
-        return {"choices": [choice], "usage": usage}, headers
+            return whole_completion([chunk async for chunk in stream]), headers
 
     def _headers(self, request: Request) -> dict[str, str]:
         return {"Idempotency-Key": idempotency_key(self.settings.model, request)}
@@ -245,20 +238,35 @@ class Client:
         if error.passing:
             return NoAnswer(error)
         if error.hopeless or not error.filtered and not self.ledger.answer_count():
-            return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings.body)}")
+            return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings)}")
         return Refused(REFUSED, str(error))
 
 
-def way_out(error: ServerError, body: Mapping[str, Any]) -> str:
-    """What mends a refused parameter, of those in `body`; empty where the error names none."""
-    named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", str(error))]
-    if "max_tokens" in named and re.search(r"too (large|many|long)|context|at most|less than|exceed", str(error)):
-        return ": give a smaller --max-tokens"
-    if not named or error.status not in (400, 422):
+def way_out(error: ServerError, settings: Settings) -> str:
+    """What mends a refused parameter, of those that are sent; empty where the error names none."""
+    text, body = str(error), settings.body | ({"stream": True, "stream_options": {}} if settings.stream else {})
+    limit = next((name for name in ("max_completion_tokens", "max_tokens") if name in body), "")
+    if limit and ANSWER_LENGTH.search(f"{error.parameter} {error.code} {text}"):
+        option = "--max-tokens" if limit == "max_tokens" else f"{limit} in --body"
+        for size, words in (("smaller", TOO_LONG), ("larger", TOO_SHORT)):
+            if words.search(text):
+                return f": give a {size} {option}"
+    if error.status == 404 and ODD_ADDRESS.search(settings.base_url or ""):
+        return ": is the address right? It ends with /v1, as http://localhost:8000/v1"
+    if error.status not in (400, 422):
         return ""
+    named = [name for name in body if name == error.parameter or re.search(rf"\b{re.escape(name)}\b", text)]
+    if not named:
+        return ": the model takes no system prompt, as this command sends" if NO_SYSTEM.search(text) else ""
     changes: dict[str, Any] = dict.fromkeys(named)
-    if "max_tokens" in named:
-        changes["max_completion_tokens"] = body["max_tokens"]
+    if {"temperature", "top_p"} <= changes.keys():  # which some models take one by one
+        del changes["temperature"]
+    if "stream_options" in changes:
+        changes = {"stream": None}
+    if "max_tokens" in changes:
+        changes["max_completion_tokens"] = body.get("max_completion_tokens", body["max_tokens"])
+    elif "max_completion_tokens" in changes:
+        changes["max_tokens"] = body["max_completion_tokens"]
     return f": add --body '{json.dumps(changes)}'"
 
 

@@ -13,6 +13,7 @@ from llava_jax.remote import is_remote
 if TYPE_CHECKING:
     from llava_jax.llm_api.asking import Work
 
+OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"  # servers at home want no key, but the client does
 NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # what the client says itself: one answer is read and paid
 
@@ -78,7 +79,9 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
 
     prices, body = Prices(*args.prices), request_body(args)
     check_budget(args.budget, prices)
-    server, key = args.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
+    server, key = args.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isascii():
+        raise UserError("OPENAI_API_KEY: holds characters that no key has: is it a placeholder?")
     if server and not server.startswith(("http://", "https://")):
         raise UserError(f"--base-url {server}: has to begin with http:// or https://, as http://localhost:8000/v1")
     if asks and not (args.dry_run or server or key):
@@ -90,7 +93,7 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
     settings = Settings(
         model,
         body,
-        server,
+        server or OPENAI,  # said here, as the client would take an empty OPENAI_BASE_URL for an address
         key or NO_KEY,
         args.concurrency,
         args.requests_a_minute,
@@ -107,7 +110,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     body, given = {"temperature": args.temperature, "max_tokens": args.max_tokens}, {}
     for more in args.body:
         given |= more
-    if "max_completion_tokens" in given:
+    if given.get("max_completion_tokens") is not None:
         del body["max_tokens"]
     return {key: value for key, value in {**body, **given}.items() if value is not None}
 
@@ -127,4 +130,7 @@ def _object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError("has to be a JSON object")
     if taken := sorted(NOT_IN_BODY & value.keys()):
         raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which the command says itself")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (most := value.get(name)) is not None and (type(most) is not int or most < 1):
+            raise argparse.ArgumentTypeError(f"has {name} {json.dumps(most)}, which is no whole number from 1 on")
     return value

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llava_jax.llm_api.cost import Message, estimate_tokens, most_tokens
@@ -16,10 +16,26 @@ HOPELESS = (401, 402, 403, 404, 405)  # the same for every request: key, credit,
 PASSING = (408, 409, 425)  # and all from 500 on
 NO_CREDIT = "insufficient_quota"  # the code of a 429 that waiting does not help
 BROKEN = ("error", "abort", "cancelled")  # finish reasons of answers that the server gave up
-FINISH_REASONS = {"max_tokens": CUT_OFF, "model_length": CUT_OFF, "refusal": FILTERED, "safety": FILTERED}
-FILTER = re.compile(r"content.?(filter|policy|management)|moderation|flagged", re.IGNORECASE)
-WRONG = ("invalid_request", "invalid_argument", "context_length", "context length")
-RATE = ("rate limit", "rate_limit", "ratelimit", "too many requests", "resource_exhausted", "overloaded")
+FINISH_REASONS = {
+    **dict.fromkeys(("max_tokens", "model_length", "max_output_tokens"), CUT_OFF),
+    **dict.fromkeys(("refusal", "safety", "image_safety", "prohibited_content", "blocklist", "spii", "recitation",
+                     "content_filtered", "guardrail_intervened"), FILTERED),
+}  # fmt: skip
+FILTER = re.compile(
+    r"content.?(filter|policy|management)|moderation|flagged|data.?inspection|inappropriate content|safety system",
+    re.IGNORECASE,
+)
+WRONG = (
+    "invalid_request", "invalid_argument", "context_length", "context length", "unsupported", "not supported",
+    "unrecognized", "not permitted",
+)  # fmt: skip
+RATE = (
+    "rate limit", "rate_limit", "ratelimit", "too many requests", "resource_exhausted", "overloaded", "throttl", "qps",
+)  # fmt: skip
+CODES = ("code", "status", "status_code", "statusCode", "http_code", "http_status")  # fields that may have a status
+STATUS = re.compile(r"[45][0-9]{2}(?:\.0)?")
+MESSAGES = ("message", "msg", "detail", "error_msg", "status_msg")
+WITHIN = ("error", "errors", "base_resp", "message")  # fields whose object is the error; base_resp is MiniMax's
 
 
 class NoAnswer(Exception):
@@ -50,27 +66,35 @@ class ServerError(Exception):
 
 
 def server_error(error: Any, status: int | None = None) -> ServerError:
-    """An error from its JSON, which is an object, often of `message`, `code` and `param`, or a text."""
-    error = _unlisted(error)
-    if isinstance(error, Mapping) and isinstance(error.get("error"), Mapping):
-        error = error["error"]
-    if not isinstance(error, Mapping):
-        return ServerError(status or _status({}, str(error)), str(error))
-    message = next((error[name] for name in ("message", "msg", "detail") if error.get(name)), None) or json.dumps(error)
+    """An error from its JSON: a text, or an object of `message`, `code` and `param`, which may lie in others."""
+    error = _flat(error)
+    message = next((error[name] for name in MESSAGES if error.get(name)), None) or json.dumps(error)
     raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), Mapping) else None  # of OpenRouter's source
     message = f"{message} ({raw})" if raw else str(message)
-    return ServerError(status or _status(error, message), message, error.get("code"), error.get("param"))
+    code = NO_CREDIT if NO_CREDIT in (error.get("code"), error.get("type")) else error.get("code")
+    return ServerError(status or _status(error, message), message, code, error.get("param"))
+
+
+def _flat(error: Any) -> Mapping[str, Any]:
+    """The fields of an error and of what it lies in, of which the inner ones count."""
+    error = _unlisted(error)
+    if not isinstance(error, Mapping):
+        return {"message": str(error)}
+    for name in WITHIN:
+        if isinstance(inner := _unlisted(error.get(name)), Mapping):
+            return _flat({field: value for field, value in error.items() if field != name} | dict(inner))
+    return {"message": error["error"], **error} if isinstance(error.get("error"), str) else error
 
 
 def _status(error: Mapping[str, Any], message: str) -> int:
     """The status of HTTP that an error stands for."""
-    for name in ("code", "status", "status_code"):
-        if str(error.get(name)).isdigit() and 400 <= int(error[name]) < 600:
-            return int(error[name])
-    words = f"{error.get('code')} {error.get('type')} {error.get('status')} {message}".lower()
-    if any(word in words for word in RATE):
+    for name in CODES:
+        if STATUS.fullmatch(str(error.get(name))):
+            return int(float(error[name]))
+    words = " ".join(str(error.get(name)) for name in ("code", "type", "status", "error")) + f" {message}"
+    if any(word in words.lower() for word in (*RATE, NO_CREDIT)) or re.search(r"\b429\b", words):
         return 429
-    return 400 if any(word in words for word in WRONG) else UNKNOWN
+    return 400 if FILTER.search(words) or any(word in words.lower() for word in WRONG) else UNKNOWN
 
 
 def _unlisted(value: Any) -> Any:
@@ -100,7 +124,7 @@ def read_completion(completion: Any, messages: Sequence[Message], most: int) -> 
     try:
         choice = completion["choices"][0]
         text, refusal = _text(choice["message"].get("content")), choice["message"].get("refusal")
-        finish_reason = str(choice.get("finish_reason") or "stop").lower()
+        finish_reason = str(choice.get("finish_reason") or "stop").lower().partition(":")[0]  # "content_filter: SAFETY"
         finish_reason = FINISH_REASONS.get(finish_reason, finish_reason)
         if not text and refusal:
             text, finish_reason = str(refusal), FILTERED
@@ -114,15 +138,41 @@ def read_completion(completion: Any, messages: Sequence[Message], most: int) -> 
     return Answer(text, finish_reason, estimate_tokens(messages), written, "estimated")
 
 
+def whole_completion(chunks: Iterable[Any]) -> dict[str, Any]:
+    """The completion that was sent in chunks. Raises as `read_completion`."""
+    texts: list[str] = []
+    refusals: list[str] = []
+    finish_reason, usage = None, None
+    for chunk in chunks:
+        _check(chunk)
+        try:
+            usage = chunk.get("usage") or usage
+            for choice in chunk.get("choices") or ():
+                delta = choice.get("delta") or {}
+                texts += [text] if (text := _text(delta.get("content"))) is not None else []
+                refusals += [delta["refusal"]] if delta.get("refusal") else []
+                finish_reason = choice.get("finish_reason") or finish_reason
+        except (LookupError, TypeError, AttributeError) as error:
+            raise NoAnswer(f"the stream has no chunk of an answer: {json.dumps(chunk)[:100]}", charged=True) from error
+    if finish_reason is None:
+        raise NoAnswer("the stream was cut", charged=True)
+    message = {"content": "".join(texts) if texts else None, "refusal": "".join(refusals)}
+    return {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage}
+
+
 def _check(completion: Any) -> None:
     """Raises `ServerError` where a completion, or its choice, is or has an error."""
     if not isinstance(completion, Mapping):
         return
     choices = completion.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
-    is_error = completion.get("object") == "error" or not choices and completion.keys() & {"message", "msg", "detail"}
-    if error := completion.get("error") or choice.get("error") or (completion if is_error else None):
-        raise server_error(error)
+    has_error = any(completion.get(name) for name in ("error", "errors"))
+    if has_error or completion.get("object") == "error" or not choices and completion.keys() & {*MESSAGES, *CODES}:
+        raise server_error({name: value for name, value in completion.items() if name != "choices"})
+    if not choices and completion.get("base_resp"):
+        raise server_error(completion["base_resp"])
+    if choice.get("error"):
+        raise server_error(choice["error"])
     if choice.get("finish_reason") in BROKEN:
         raise ServerError(UNKNOWN, f"the server gave up the answer (finish_reason {choice['finish_reason']})")
 
@@ -130,7 +180,8 @@ def _check(completion: Any) -> None:
 def _text(content: Any) -> str | None:
     """The text of a message: its content, or the parts of it that are text and not thinking."""
     if isinstance(content, list):
-        texts = [part["text"] for part in content if part.get("type") in ("text", "output_text")]
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        texts = [part["text"] for part in parts if part.get("type", "text") in ("text", "output_text")]
         content = "".join(texts) if texts else None
     # Half surrogate pairs cannot be stored.
     return None if content is None else content.encode(errors="replace").decode()
