@@ -264,10 +264,23 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def _open_step(path: epath.Path) -> Checkpoint:
     with _in_one_line(path, DAMAGED):
-        metadata = ocp.checkpointables_metadata(path).custom_metadata
-        description = Description.from_json(metadata or {}, where=str(path))
+        metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
     root = path.parent.parent
+    with _in_one_line(path, DAMAGED):
+        description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+
+
+def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
+    """What steps of earlier versions do not say, `image_position` of the model, as the configuration of their run."""
+    model, file = metadata.get("model"), workdir / "config.json"
+    if model is None or "image_position" in model or not file.exists():
+        return {}
+    try:
+        position = json.loads(file.read_text())["image_position"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
+    return {"model": model | {"image_position": position}}
 
 
 def read_description(directory: epath.Path) -> Description:

@@ -527,6 +527,25 @@ def stop_at(step: int, config, workdir: Path) -> None:
         train.count_tokens = count_tokens
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(world, tmp_path):
+    """By a signal at step 2, which is saved first, and by a crash after the last step was saved."""
+    config = run_config(world, steps=4, eval_every=2)
+    config.data.holdout = 2
+    for name in ("whole", "stopped"):
+        if name == "stopped":
+            stop_at(2, config, tmp_path / name)
+            assert [line for line in metrics(tmp_path / name) if "validation_loss" in line] == []
+        train.train(config, str(tmp_path / name))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    file = tmp_path / "stopped" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert "validation_loss" in lines[-1]
+    for kept in (lines[:-1], lines):  # written by the crash or not
+        file.write_text("".join(kept))
+        train.train(config, str(tmp_path / "stopped"))
+        assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_finished_run_stays_as_it_is(world, uninterrupted):
     before = final(uninterrupted)
     train.train(run_config(world), str(uninterrupted))
