@@ -103,7 +103,8 @@ def read_sample(value: Any) -> Reading:
     images = images or tuple(named)
     if turns[0][0] == "system" or not value.keys() <= _PLAIN:
         turns = _with_system(value, turns, faults)
-        faults += [Fault("key", detail) for detail in dialects.unread_keys(value, bool(images))]
+        details = (*dialects.unread_keys(value, bool(images)), *dialects.unlearned(value))
+        faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
 
 
