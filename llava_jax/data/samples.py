@@ -25,6 +25,7 @@ ROLES = {
 }
 _PLAIN = {"id", "image", "conversations"}  # the keys of most samples, about which no more has to be asked
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
+_URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -116,6 +117,8 @@ def image_names(value: dict) -> tuple[str, ...] | Fault:
         if not (images is None or isinstance(images, str) or _all_strings(images)):
             return Fault("structure", f"`image` is neither a name nor a list of names but {_shown(images)}")
         if images:
+            if any(map(_URL.match, [images] if isinstance(images, str) else images)):
+                return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
             given.append((images,) if isinstance(images, str) else tuple(images))
     if len(given) == 2 and given[0] != given[1]:
         return Fault("key", f"`image` is {_shown(value['image'])}, but `images` {_shown(value['images'])}: keep one")
@@ -204,7 +207,7 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
         elif kind in _IMAGE_PARTS:
             texts.append(IMAGE_TOKEN)
             name = _image_of(part)
-            if name and re.match(r"data:|https?://", name):
+            if name and _URL.match(name):
                 faults.append(Fault("structure", f"turn {number} has an image by its URL: save it to a file"))
             elif name:
                 named.append(name)
