@@ -116,7 +116,7 @@ FAULTS = [
     ("structure", "an image by its URL", messages([image_part("data:image/png;base64,xx"), TEXT], "a")),
     ("structure", "turn 1 has a part", messages([{"type": "video", "video": "a.mp4"}, TEXT], "a")),
     ("structure", '`image` is "https://a/b.jpg", a URL', SAMPLE | {"image": "https://a/b.jpg"}),
-    ("structure", '`images` is ["data:image/png;base64,', messages("<image>", "a", images=["data:image/png;base64,xx"])),
+    ("structure", '`images` is ["data:image/png;base64,', SAMPLE | {"images": ["data:image/png;base64,xx"]}),
     ("structure", "turn 1 has a part 3", messages([3], "a")),
     ("structure", "`content` names images", messages([image_part("b.jpg"), TEXT], "a", image="a.jpg")),
     ("marks", "2 <image> in the text, but 1 images", messages([image_part("a.jpg"), image_part()], "a")),

@@ -74,7 +74,7 @@ class Survey(Sequence[Sample]):
             reading = read_sample(value)
             yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in reading.faults)
             if not reading.faults:
-                self.unread.update(value.keys() - READ)
+                self.unread.update(key for key in value if key not in READ)
                 sample = Sample(ident, reading.images, from_first_question(reading.turns))
                 content = hash(sample)
                 self._add(sample, record.index)
