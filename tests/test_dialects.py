@@ -117,6 +117,7 @@ def test_keys_that_carry_meaning_are_named_where_they_say_something():
         ({"prompt": "q", "completion": "a"}, "`prompt` and `completion`"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences"),
         ({"url": "x", "caption": "a"}, "`caption`"),
+        ({"questions": [{"question_id": 1, "text": "q"}]}, "its `questions` holds a list of samples"),
         ({"data": [{"conversations": []}]}, "its `data` holds a list of samples"),
         ({"texts": [{"user": "q", "assistant": "a"}]}, "its `texts` is a list of objects of user, assistant"),
         ({"id": "x"}, "its keys are id"),

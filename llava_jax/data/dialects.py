@@ -58,7 +58,8 @@ UNREAD_IN_TURNS = (
     | dict.fromkeys(("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text")
 )
 _MISSPELLED = {key.title(): f"write it in lower case, `{key}`" for key in READ - {"id"}}
-_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage")
+_CHOICES = ("choices", "options")
+_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage", *_CHOICES)
 # Whether an answer is learned, and how much.
 WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "loss_mask", "calculate_loss", "train", "trainable",
            "training", "train_on_turn")  # fmt: skip
@@ -81,12 +82,13 @@ def unlearned(value: Mapping[str, Any]) -> Iterator[str]:
             yield f"`{key}` is {value[key]}, but {_NO_WEIGHTS}: drop the sample"
 
 
-def unread_texts(value: Mapping[str, Any], turns: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Keys of a sample that hold something like a question which none of its turns repeats."""
+def unread_texts(value: Mapping[str, Any], texts: Iterable[str]) -> Iterator[str]:
+    """Keys of a sample that hold something like a question, or choices, which none of its texts repeats."""
     for key in _TEXTS:
-        text = value.get(key)
-        if isinstance(text, str) and not any(text.strip() in said for _, said in turns):
-            yield f"`{key}` is not read, and no turn says the same"
+        said = value.get(key)
+        said = [said] if isinstance(said, str) else said if key in _CHOICES and isinstance(said, list) else []
+        if any(isinstance(part, str) and not any(part.strip() in text for text in texts) for part in said):
+            yield key
 
 
 def unread_turn_keys(turn: Mapping[str, Any], answers: bool) -> Iterator[str]:
@@ -181,7 +183,7 @@ def explain_missing(value: Mapping[str, Any]) -> str:
         return f"; it looks like preferences: {_NO_PREFERENCES}"
     for key, held in value.items():
         if isinstance(held, list) and held and isinstance(held[0], dict):
-            if not {"conversations", "messages"}.isdisjoint(held[0]):
+            if not {"conversations", "messages", "question_id", "question"}.isdisjoint(held[0]):
                 return f"; its `{key}` holds a list of samples: jq '.[\"{key}\"]' OLD > NEW.json writes the list alone"
             keys = ", ".join(held[0])
             return f"; its `{key}` is a list of objects of {keys}: {_TURNS}"
