@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data import dialects
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -213,7 +213,7 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
                 named.append(name)
         else:
             faults.append(Fault("structure", f"turn {number} has a part {_shown(part)}: text and image are read"))
-    return "\n".join(texts)
+    return join_parts([text for text in texts if text])
 
 
 def _image_of(part: dict) -> str | None:
