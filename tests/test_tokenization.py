@@ -354,6 +354,13 @@ def test_a_tokenizer_saved_again_is_the_same(llama_dir, smollm2_dir, tmp_path):
             assert again(tmp_path / directory.name)(text).input_ids == tokenizer(text).input_ids
 
 
+def test_a_tokenizer_that_ends_every_text_is_an_error(bare_llama_dir, tmp_path):
+    shutil.copy(bare_llama_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_eos_token": true}')
+    with pytest.raises(UserError, match="adds </s> to every text, .* set add_eos_token to false"):
+        load_tokenizer(tmp_path)
+
+
 def test_what_is_no_tokenizer_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such tokenizer directory"):
         load_tokenizer(tmp_path / "lmsys")
