@@ -264,10 +264,23 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def _open_step(path: epath.Path) -> Checkpoint:
     with _in_one_line(path, DAMAGED):
-        metadata = ocp.checkpointables_metadata(path).custom_metadata
-        description = Description.from_json(metadata or {}, where=str(path))
+        metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
     root = path.parent.parent
+    with _in_one_line(path, DAMAGED):
+        description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+
+
+def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
+    """What steps of earlier versions do not say, `image_position` of the model, as the configuration of their run."""
+    model, file = metadata.get("model"), workdir / "config.json"
+    if model is None or "image_position" in model or not file.exists():
+        return {}
+    try:
+        position = json.loads(file.read_text())["image_position"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
+    return {"model": model | {"image_position": position}}
 
 
 def read_description(directory: epath.Path) -> Description:
@@ -338,7 +351,7 @@ def write_model(
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        _write_weights(partial, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, pieces, description)
 
 
 def write_part(
@@ -346,18 +359,23 @@ def write_part(
 ) -> None:
     """Some parameters of the model that `description` is of, for checkpoints that name it as a source."""
     with new_directory(directory) as partial:
-        _write_weights(partial, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, pieces, description)
 
 
 def _write_weights(
-    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+    partial: epath.Path,
+    directory: epath.Path,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    pieces: Iterable[Piece],
+    description: Description,
 ) -> None:
-    if not is_remote(directory):
-        check_free(directory, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
-    with _in_one_line(directory, "cannot be written"), ArrayWriter(directory / "params", shapes) as writer:
+    """Into `partial`, which becomes `directory` and is called that in errors."""
+    if not is_remote(partial):
+        check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
+    with _in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
         for name, layer, values in pieces:
             writer.write(name, layer, values)
-    write_description(directory, description)
+    write_description(partial, description)
 
 
 def check_free(directory: os.PathLike, size: int) -> None:

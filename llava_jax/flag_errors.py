@@ -14,7 +14,7 @@ from llava_jax.cli import UserError
 
 # Errors whose message says enough without their name.
 _PLAIN = (flags.Error, UserError, ValueError, ImportError, OSError, KeyError)
-_LOCKED = re.compile(r'Key "(.*?)" does not exist.*Did you mean "(.*?)"', re.DOTALL)
+_LOCKED = re.compile(r'Key "(.*?)" does not exist(?:.*Did you mean "(.*?)")?', re.DOTALL)
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
@@ -54,7 +54,7 @@ def _text(error: BaseException) -> str:
     """The last line of the message; where there are several, the others are a traceback or a list of all keys."""
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if unknown := _LOCKED.search(message):
-        return f"the config has no key {unknown[1]!r}; the nearest is {unknown[2]!r}"
+        return f"the config has no key {unknown[1]!r}" + (f"; the nearest is {unknown[2]!r}" if unknown[2] else "")
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     name = "" if lines and isinstance(error, _PLAIN) else type(error).__name__
     return ": ".join(filter(None, [name, re.sub(r"^\w+Error: |^\[Errno \d+\] ", "", lines[-1]) if lines else ""]))

@@ -36,12 +36,13 @@ class Goodput:
     def open(self, workdir: epath.Path, start_step: int) -> None:
         """Continues the account of a run that resumes after `start_step`; steps beyond it will be done again."""
         self.file, self.step = workdir / "goodput.json", start_step
-        earlier = _read(self.file)
-        if earlier:
-            self.seconds = {kind: earlier["seconds"].get(kind, 0.0) + self.seconds[kind] for kind in KINDS}
-            self.starts += earlier["starts"]
-            self.steps_done = earlier["steps_done"]
-            self.steps_repeated = earlier["steps_repeated"] + max(earlier["step"] - start_step, 0)
+        # The account is no part of the training: where it is damaged, it begins anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            earlier = json.loads(self.file.read_bytes())
+            seconds = {kind: earlier["seconds"].get(kind, 0.0) + self.seconds[kind] for kind in KINDS}
+            repeated = earlier["steps_repeated"] + max(earlier["step"] - start_step, 0)
+            starts, done = self.starts + earlier["starts"], self.steps_done + earlier["steps_done"]
+            self.seconds, self.starts, self.steps_done, self.steps_repeated = seconds, starts, done, repeated
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
@@ -114,12 +115,3 @@ class Goodput:
         now = time.monotonic()
         self.seconds[self.kind] += now - self.since
         self.since = now
-
-
-def _read(file: epath.Path) -> dict | None:
-    """The account of earlier starts. It is no part of the training: where it is damaged, it begins anew."""
-    try:
-        account = json.loads(file.read_text())
-        return account if isinstance(account["seconds"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -61,18 +61,22 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
 
 
 def _expand_home(argument: str) -> str:
-    """`~/D` and `--workdir=~/D` with the home directory. No flag is a text that begins with `~` but is no path."""
-    flag, path = re.fullmatch(r"(--[\w.]+=)?(.*)", argument, re.DOTALL).groups()
+    """`~/D`, `--workdir=~/D` and `-workdir=~/D` with the home directory. No flag is a text that begins with `~` but is
+    no path."""
+    flag, path = re.fullmatch(r"(--?[\w.]+=)?(.*)", argument, re.DOTALL).groups()
     return (flag or "") + cli.expand_home(path)
 
 
 def _expand_config(config: ConfigDict) -> None:
-    """The same for what a config file says."""
+    """The same for what a config file says. A ConfigDict in a sequence, such as a set of a mixture, becomes a dict."""
     with config.unlocked():
         for key, value in config.items():
             if isinstance(value, ConfigDict):
                 _expand_config(value)
-            elif (expanded := cli.expand_home(value)) != value:
+                continue
+            if isinstance(value, list | tuple):
+                value = type(value)(each.to_dict() if isinstance(each, ConfigDict) else each for each in value)
+            if (expanded := cli.expand_home(value)) != config[key]:
                 config[key] = expanded
 
 

@@ -1,6 +1,7 @@
 """What a run writes down: files of lines, TensorBoard, Weights & Biases where asked, one line or bar on the screen."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -32,9 +33,11 @@ class MetricsWriter:
         self.last_upload = time.monotonic()
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
-                lines = (workdir / name).read_text().splitlines() if start_step else []
+                lines = (workdir / name).read_bytes().splitlines() if start_step else []
                 kept = [line for line in lines if step_of(line) <= start_step]
-                (self.local / name).write_text("".join(line + "\n" for line in kept))
+                partial = self.local / f"{name}.partial"  # so that a crash now loses no line
+                partial.write_bytes(b"".join(line + b"\n" for line in kept))
+                partial.replace(self.local / name)
         from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
 
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
@@ -81,12 +84,12 @@ class MetricsWriter:
             self._upload()
 
 
-def step_of(line: str) -> float:
-    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off."""
+def step_of(line: bytes) -> float:
+    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off or left other bytes."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Screen:

@@ -32,7 +32,7 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
     file = epath.Path(workdir) / METRICS
     if not file.exists():
         raise UserError(f"{workdir}: holds no {METRICS}: is it a training workdir that has come to its first step?")
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()
     losses: dict[str, Points] = {name: [] for name in NAMES}
     for number, line in enumerate(lines, 1):
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import signal
 import sys
@@ -43,7 +44,7 @@ from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.goodput import Goodput
 from llava_jax.introduction import introduce, show_first_sample, warn_of_moved_images
 from llava_jax.machines import peak_flops
-from llava_jax.metrics import BAD_SAMPLES, MetricsWriter, Screen
+from llava_jax.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import Params
 from llava_jax.profiling import Profile
@@ -227,6 +228,12 @@ def train(config: ConfigDict, workdir: str) -> None:
             writer.write(step, scores)
             screen.say(f"step {step}: " + "  ".join(f"{name} {score:g}" for name, score in scores.items()))
 
+    def due(step: int) -> tuple[bool, bool]:
+        """Whether a step ends with the validation loss, and with the benchmark."""
+        last = step == steps
+        validates = len(held_out) > 0 and (last or bool(config.eval_every) and step % config.eval_every == 0)
+        return validates, bool(asked) and asked.due(step, steps)
+
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
         found = bad.gather(f"bad samples of {when}") if skip_bad else []
@@ -244,6 +251,14 @@ def train(config: ConfigDict, workdir: str) -> None:
         if asked and start == 0:  # where its model began; what is wrong with the benchmark shows now
             with goodput.measure("evaluation"):
                 ask(0)
+        if start:  # a crash or a signal may have come between the saving of this step and its evaluation
+            written = _names_written(writer, start)
+            evaluate, ask_now = due(start)
+            with goodput.measure("evaluation"):
+                if evaluate and "validation_loss" not in written:
+                    validate(start)
+                if ask_now and not any(name.startswith(f"{asked.name}/") for name in written):
+                    ask(start)
         pending = None  # metrics are read one step late, so that the device never waits for the host
         read_ahead = goodput.waiting("data", batches.iterate_with_bad(start, steps, config.data.workers))
         for step, (batch, found) in enumerate(read_ahead, start + 1):
@@ -261,10 +276,8 @@ def train(config: ConfigDict, workdir: str) -> None:
             bad.come_to([index for row in rows for index in row])
             bad.note(step, found)
             stop, anything_bad = signals.exchange(request.signal or 0, len(bad.pending))
-            evaluate = len(held_out) and (step == steps or (config.eval_every and step % config.eval_every == 0))
-            ask_now = asked and asked.due(step, steps)
-            # Who is told to leave has no time for either.
-            evaluate, ask_now = (wanted and (not stop or step == steps) for wanted in (evaluate, ask_now))
+            # Who is told to leave has no time to evaluate: the next start does.
+            evaluate, ask_now = (wanted and (not stop or step == steps) for wanted in due(step))
             save = step == steps or step % config.save_every == 0
             if anything_bad or save or stop:
                 tell_bad(f"step {step}")
@@ -312,6 +325,14 @@ def _bad_pictures(writer: MetricsWriter | None) -> int:
     """How many were found before this start, which the first process knows, who has the writer."""
     found = sum(line["part"] == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
     return int(distributed.gather("bad pictures so far", np.array([found]))[0][0])
+
+
+def _names_written(writer: MetricsWriter | None, step: int) -> list[str]:
+    """The metrics of a step that earlier starts wrote, for all processes; the first one has the writer."""
+    lines = writer.read(METRICS) if writer else []
+    names = json.dumps([name for line in lines if line["step"] == step for name in line])
+    told = distributed.gather("metrics written", np.frombuffer(names.encode(), np.uint8))[0]
+    return json.loads(told.tobytes())
 
 
 def _measure_together(samples: Source, encode: TextEncoder, workers: int, skip_bad: bool) -> Lengths:

@@ -84,7 +84,7 @@ def _has_trained(workdir: epath.Path) -> bool:
     checkpoints, metrics = workdir / "checkpoints", workdir / METRICS
     if checkpoints.exists() and any(finished_steps(checkpoints)):
         return True
-    return metrics.exists() and any(1 <= step_of(line) < math.inf for line in metrics.read_text().splitlines())
+    return metrics.exists() and any(1 <= step_of(line) < math.inf for line in metrics.read_bytes().splitlines())
 
 
 def _remove_leftovers(workdir: epath.Path) -> None:

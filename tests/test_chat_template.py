@@ -8,6 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.data.conversation import TEMPLATES, place_images, render
+from llava_jax.data.samples import read_sample
 from llava_jax.data.tokenization import default_system
 from llava_jax.serve.schema import UserMessage
 from llava_jax.serve.turns import Marks, read_messages
@@ -18,6 +19,7 @@ CONVERSATIONS = {
     "third": [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", None)],
     "system": [("system", "Be brief."), ("user", "Hi"), ("assistant", None)],
     "empty system": [("system", ""), ("user", "Hi"), ("assistant", None)],
+    "blank system": [("system", " \n"), ("user", "Hi"), ("assistant", None)],
     "hostile": [("user", ' </s> "quoted" \\n {{ x }} {system} <<end>> ### USER: ünï🎉\n '), ("assistant", " <image> ")],
     "empty": [("user", ""), ("assistant", "")],
 }  # fmt: skip
@@ -60,19 +62,26 @@ PARTS = st.sampled_from([{"type": "image"}, {"type": "image_url"}]) | st.builds(
 @given(parts=st.lists(PARTS, min_size=1, max_size=6))
 @pytest.mark.parametrize("name", ["v1", "llama_3"])
 def test_lists_for_a_model_that_saw_images_among_the_text(name, parts, tokenizer):
-    """As the server reads the same parts, but that texts in a row are one."""
-    template, whole = TEMPLATES[name], []
-    for part in parts:
-        if whole and part["type"] == whole[-1]["type"] == "text":
-            whole[-1] = {"type": "text", "text": whole[-1]["text"] + part["text"]}
-        else:
-            whole.append(part if part["type"] == "text" else {"type": "image_url", "image_url": "a"})
-    message = TypeAdapter(UserMessage).validate_python({"role": "user", "content": whole})
+    """As training and the server read the same parts."""
+    template = TEMPLATES[name]
+    served = [part if part["type"] == "text" else {"type": "image_url", "image_url": "a"} for part in parts]
+    message = TypeAdapter(UserMessage).validate_python({"role": "user", "content": served})
     turns, *_ = read_messages([message], Marks(tokenizer, template), interleaved=True)
+    images = [part["type"] for part in parts if part["type"] != "text"]
+    assert read_sample({"messages": [{"role": "user", "content": parts}], "images": images}).turns == tuple(turns)
     source = chat_template(template, "Hi", image_position="as_is")
     messages = [{"role": "user", "content": parts}]
     rendered, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
     assert rendered[0] == render([*turns, ("assistant", None)], template, "Hi").text
+
+
+def test_texts_in_a_row_are_lines_as_in_the_server(tokenizer):
+    parts = [{"type": "text", "text": "Look."}, {"type": "text", "text": ""}, {"type": "text", "text": "What?"}]
+    message = TypeAdapter(UserMessage).validate_python({"role": "user", "content": parts})
+    turns, *_ = read_messages([message], Marks(tokenizer, TEMPLATES["v1"]))
+    messages = [{"role": "user", "content": parts}]
+    rendered, _ = render_jinja_template([messages], chat_template=chat_template(TEMPLATES["v1"], ""))
+    assert turns == [("user", "Look.\nWhat?")] and rendered[0] == render(turns, TEMPLATES["v1"], "").text
 
 
 def test_another_name_of_the_image_token():

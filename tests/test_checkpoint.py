@@ -143,6 +143,25 @@ def test_where_images_stand_is_stored_and_before_the_text_where_it_is_not(tmp_pa
     assert open_checkpoint(model_dir).config.image_position == "first"
 
 
+def test_steps_of_earlier_versions_say_by_their_configuration_where_images_stood(tmp_path, model_dir, monkeypatch):
+    def without_position(self):
+        values = to_json(self)
+        del values["model"]["image_position"]
+        return values
+
+    to_json = Description.to_json
+    monkeypatch.setattr(Description, "to_json", without_position)
+    checkpoints, workdir, *_ = trained(tmp_path, model_dir, steps=(2,))
+    checkpoints.close()
+    assert open_checkpoint(workdir).config.image_position == "first"
+    (workdir / "config.json").write_text(json.dumps({"image_position": "as_is"}))
+    for path in (workdir, workdir / "checkpoints" / "2"):
+        assert open_checkpoint(path).config.image_position == "as_is"
+    (workdir / "config.json").write_text('{"image_pos')
+    with pytest.raises(UserError, match="config.json: damaged"):
+        open_checkpoint(workdir)
+
+
 @pytest.mark.parametrize("spoil", ["truncate", "remove"])
 def test_a_damaged_checkpoint_is_an_error_of_one_line(spoil, tmp_path, model_dir):
     damaged = Path(shutil.copytree(model_dir, tmp_path / "damaged"))

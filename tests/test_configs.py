@@ -90,6 +90,10 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
             "from configs import common\ndef get_config():\n    c = common.get_config()\n    c.learing_rate = 1\n",
             "the config has no key 'learing_rate'; the nearest is 'learning_rate' ({file}, line 4)",
         ),
+        (
+            "from configs import common\ndef get_config():\n    c = common.get_config()\n    c.zzz = 1\n",
+            "the config has no key 'zzz' ({file}, line 4)",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_line_with_its_place(text, message, tmp_path, monkeypatch):
@@ -123,14 +127,16 @@ def test_the_home_directory_is_meant_in_every_path_of_a_run(monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(
         "from configs.finetune import get_config as recipe\n"
+        "from ml_collections import ConfigDict\n"
         "def get_config(arg):\n"
         "    config = recipe(arg)\n"
         "    config.init = '~/stage 1'\n"
         "    with config.unlocked():\n"
-        "        config.data.mixture = ({'json': '~/a.json', 'images': '~'}, {'built': '~/b', 'weight': 0.5})\n"
+        "        built = ConfigDict({'built': '~/b', 'weight': 0.5})\n"
+        "        config.data.mixture = ({'json': '~/a.json', 'images': '~'}, built)\n"
         "    return config.lock()\n"
     )
-    arguments = ["main", "--config=~/mine.py:13b", "--workdir", "~/run", "--config.evaluate.labels=~/labels"]
+    arguments = ["main", "--config=~/mine.py:13b", "-workdir=~/run", "--config.evaluate.labels=~/labels"]
     monkeypatch.setattr("sys.argv", arguments)
     main.flags.FLAGS.unparse_flags()
     main.parse_flags(arguments, (main.CONFIG, main.WORKDIR))

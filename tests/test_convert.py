@@ -39,6 +39,7 @@ from llava_jax.generate import Generator, Request
 from llava_jax.models.llava import abstract_params
 from llava_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("optimized")  # logits are compared to 1e-5: as users' programs compute them
 TOKENIZER = byte_level(specials=("<s>", "</s>", "<pad>", "<image>"))
 TEXT = dataclasses.replace(reference.TEXT, vocab_size=len(TOKENIZER))
 CONFIG = dataclasses.replace(reference.LLAVA, text=TEXT)

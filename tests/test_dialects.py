@@ -25,6 +25,11 @@ MARKS = {
     "(<image>./</image>)\nWhat?": "<image>./</image>",
     "[IMG_BREAK]What?": "[IMG_BREAK]",
     "<|AUDIO|>What?": "<|AUDIO|>",
+    "<image:1> <image #2>\nWhich?": "<image:1>",
+    "<video/>\nWhat happens?": "<video/>",
+    "[VIDEO]\nWhat happens?": "[VIDEO]",
+    "<video>\nWhen does <ref>the cat</ref> jump?": "<video>",
+    "<img><IMG_CONTEXT></img>\nWhat?": "<IMG_CONTEXT>",
 }
 
 
@@ -57,6 +62,14 @@ def test_what_can_only_be_a_mark_is_one_in_answers_too(mark):
         "<image1>a.jpg</image1>\nWhat is wrong with this XML?",
         "<img> and </img> are tags",
         "List<image> and vector<video> in C++ templates</T>",
+        "labels = annotations[image_id][img_idx]",
+        "unsigned char pixels[IMG_HEIGHT][IMAGE_WIDTH], sound[AUDIO_LEN];",
+        "![a cat]([IMAGE_URL]) [VIDEO_TITLE] a[IMG_END]",
+        "<div>\n<img>\n<p>How do I center it?",
+        "<audio>\n<source src=a.mp3>\ndoes not play",
+        "Qwen2-VL pads with `<|image_pad|>`, and `<image1>` is Phi's.",
+        "```\ndocker rmi <image1> <image2>\n```",
+        "What does <img>${url}</img> do in this template?",
     ],
 )
 def test_ordinary_text_has_no_marks(text):
@@ -65,6 +78,11 @@ def test_ordinary_text_has_no_marks(text):
 
 def test_answers_may_begin_with_tags_of_html():
     assert foreign_mark("<video> plays films, <audio> sound.", question=False) is None
+
+
+@pytest.mark.parametrize("text", ["A script:\n[VIDEO] A beach.\n[AUDIO] Waves.", "[Video] How?", "[image]\nMenu"])
+def test_brackets_in_lines_of_a_question_are_doubtful(text):
+    assert foreign_mark(text, question=True) is None and doubtful_mark(text)
 
 
 def test_a_tag_within_a_question_is_doubtful():
@@ -99,6 +117,7 @@ def test_keys_that_carry_meaning_are_named_where_they_say_something():
         ({"prompt": "q", "completion": "a"}, "`prompt` and `completion`"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences"),
         ({"url": "x", "caption": "a"}, "`caption`"),
+        ({"questions": [{"question_id": 1, "text": "q"}]}, "its `questions` holds a list of samples"),
         ({"data": [{"conversations": []}]}, "its `data` holds a list of samples"),
         ({"texts": [{"user": "q", "assistant": "a"}]}, "its `texts` is a list of objects of user, assistant"),
         ({"id": "x"}, "its keys are id"),

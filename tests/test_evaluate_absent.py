@@ -34,6 +34,12 @@ def of_ids(right: dict[Any, str], wrong: str = NOBODY_SAYS) -> tuple[Lines, Line
                  for texts in (right, dict.fromkeys(right)))  # fmt: skip
 
 
+def textvqa(*texts: str) -> Lines:
+    """By its own ids, which are known by the questions."""
+    asked = ((entry["question_id"], entry["question"]) for entry in suite.TEXTVQA["data"])
+    return [suite.answer(ident, text, question) for (ident, question), text in zip(asked, texts, strict=True)]
+
+
 # Nothing is what is left of these articles, but it is not said.
 ARTICLES = {"question_id": 5, "answer_type": "other", "answers": suite.people(*["a", "the"] * 5)}
 VQAV2 = {"annotations": [*suite.VQAV2["annotations"], ARTICLES]}

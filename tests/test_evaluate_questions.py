@@ -47,6 +47,18 @@ def test_every_spelling_is_the_same_question(tmp_path, value, lines, encoding):
     assert read_questions([path], "Briefly.") == [ASKED._replace(text="What is it?\nBriefly.")]
 
 
+def test_what_stands_beside_the_text_and_is_not_asked_is_told(tmp_path, capsys):
+    lines = [
+        LINE | {"hint": "It is red.", "choices": ["a cat", "a dog"]},
+        LINE | {"question_id": 8, "hint": "It purrs."},
+    ]
+    lines.append(LINE | {"question_id": 9, "question": "<image>\nWhat is it?", "options": ["is it", 3], "context": ""})
+    path = write(tmp_path / "q.jsonl", lines, lines=True)
+    assert len(read_questions([path], "")) == 3
+    told = "`hint` (2), `choices` (1) beside the text of questions is not read, and no text says the same"
+    assert capsys.readouterr().err == f"warning: {path}: {told}\n"
+
+
 def test_system_prompts_are_asked_with(tmp_path):
     system = {"from": "system", "value": "Be brief."}
     values = [SAMPLE | {"system": "Be brief."}, SAMPLE | {"id": 8, "conversations": [system, *TURNS]}]

@@ -87,7 +87,7 @@ def test_it_is_written_now_and_then(time, tmp_path):
     assert json.loads((tmp_path / "goodput.json").read_text())["step"] == 2
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"seconds": 1}'])
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"seconds": 1}', '{"seconds": {}}', '{"seconds": {"step": null}}'])
 def test_a_damaged_account_begins_anew(tmp_path, damaged):
     (tmp_path / "goodput.json").write_text(damaged)
     goodput = Goodput()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.cli import UserError
 from llava_jax.datagen.__main__ import COMMANDS as DATAGEN
 from llava_jax.evaluate.__main__ import COMMANDS as EVALUATE
+from llava_jax.evaluate.__main__ import main as evaluate
 
 HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi", "gradio"]
 # Module -> its subcommands, each the words before --help.
@@ -20,13 +22,13 @@ COMMANDS = {
     "llava_jax.chat": [""],
     "llava_jax.serve": [""],
     "llava_jax.xla_flags": [""],
-    "llava_jax.convert": ["", "import", "export", "verify"],
+    "llava_jax.convert": ["", "import", "export", "verify", "copy", "copy-frozen"],
     "llava_jax.data.check": [""],
     "llava_jax.data.inspect": [""],
     "llava_jax.data.build": [""],
     "llava_jax.data.pack": [""],
     "llava_jax.datagen": ["", *DATAGEN],
-    "llava_jax.evaluate": ["", *EVALUATE],
+    "llava_jax.evaluate": ["", *EVALUATE, "reference", "judge", "questions"],
     "examples.easy_vqa.quickstart": [""],
     "examples.smollm2.recipe": [""],
 }
@@ -67,3 +69,9 @@ def test_help_imports_nothing_that_takes_seconds(module):
     assert [command for command, *_ in results] == COMMANDS[module]
     for command, status, lines, imported in results:
         assert (command, status, imported) == (command, 0, []) and lines > 3
+
+
+def test_a_command_without_its_benchmark_is_an_error_that_names_it(capsys):
+    with pytest.raises(UserError, match="^'judge answers.jsonl' is no command"):
+        evaluate(["judge", "answers.jsonl"])
+    assert "  judge mm-vet " in capsys.readouterr().err

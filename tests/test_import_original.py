@@ -16,6 +16,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.tokenization import load_tokenizer
 
 # The reference's heads are narrower than OpenAI's, whose width an import without --vision takes for granted.
+pytestmark = pytest.mark.usefixtures("optimized")  # logits are compared to 1e-5: as users' programs compute them
 WIDE = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, hidden_size=128, num_heads=2))
 NAMES = {
     "model.language_model.": "model.",

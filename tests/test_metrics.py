@@ -18,12 +18,13 @@ def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
         writer.write(step, {"loss": float(step)})
     writer.close()
     file = tmp_path / "metrics.jsonl"
-    file.write_text(file.read_text() + '{"step": 4, "lo')
+    file.write_bytes(b'3\n{"step": "x"}\n' + file.read_bytes() + b'{"step": 2, "\xff\0\n{"step": 4, "lo')
     writer = MetricsWriter(epath.Path(tmp_path), 2)
     writer.write(3, {"loss": 30.0})
     writer.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
     assert list((tmp_path / "tensorboard").iterdir())
 
 

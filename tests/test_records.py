@@ -200,3 +200,40 @@ def test_a_damaged_first_line_hides_no_others(path, first):
             list(scan(path, "F"))
     else:
         assert [record.value for record in scan(path, "F")] == [first.strip().encode(), b'{"id": "b"}']
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\x1f\x8b\x08\x00", "data: is compressed by gzip: gunzip it"),
+        (b"PK\x03\x04\x14\x00", "data: is a ZIP archive"),
+        (b"PAR1\x15\x04", "data: is Parquet: .*to_json"),
+    ],
+)
+def test_files_that_are_no_text_are_named(path, text, message):
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        local_data(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        local_data(tmp_path)
+
+
+def test_a_control_character_in_the_first_line_is_told_where_it_stands(path):
+    path.write_text('{"id": "a\tb"}\n{"id": "b"}\n')
+    first, second = scan(path, "F")
+    assert second.value == b'{"id": "b"}'
+    with pytest.raises(UserError, match="Invalid control character"):
+        load_json(first.value, first.where)
+
+
+def test_several_values_in_a_row_are_told(path):
+    path.write_text('{"id": "a"} {"id": "b"}\n')
+    (line,) = scan(path, "F")
+    with pytest.raises(UserError, match="line 1: is no JSON: Extra data.*; several values stand in a row: jq -c"):
+        load_json(line.value, line.where)
+    path.write_text('[{"id": "a"}]\n[{"id": "b"}]\n')
+    with pytest.raises(UserError, match="Extra data, a second array .*: line 2 column 1"):
+        list(scan(path, "F"))

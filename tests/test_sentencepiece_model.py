@@ -100,6 +100,21 @@ def test_special_tokens_and_legacy_stay(llama_dir):
     assert tokenizer.decode(ids_of(tokenizer, "  a  b")) == "  a  b"
 
 
+def test_a_tokenizer_json_says_whether_it_is_legacy_where_its_configuration_does_not(llama_dir, tmp_path):
+    """As transformers 4 saved it, which reads it as it is; 5 builds it anew."""
+    legacy = load_tokenizer(llama_dir).legacy
+    values = json.loads(load_tokenizer(llama_dir).backend_tokenizer.to_str())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    first = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    values |= {"normalizer": prepend if legacy else None, "pre_tokenizer": None if legacy else first}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a</s>USER:  2"
+    assert tokenizer.legacy is legacy and ids_of(tokenizer, text) == ids_of(load_tokenizer(llama_dir), text)
+
+
 @pytest.mark.parametrize(
     ("kind", "rule", "told"), [("unigram", "identity", "of type unigram"), ("bpe", "nmt_nfkc", "normalizes")]
 )

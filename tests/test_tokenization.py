@@ -185,10 +185,24 @@ class PublishedTokenizer:
 
 
 WORDS = [
-    *"the cat dog Hello World def f(): return 1 23 yes 日本 été ① x=1 . ! “quote” 🧑‍🚀 -- ## $5 <b>b</b>".split(),
-    "",
-    "\t",
+    "the",
+    "cat",
+    "Hello",
+    "World",
+    "def f():",
+    "return",
+    "1",
+    "23",
+    "yes",
+    "日本",
+    "été",
+    "①",
+    "x=1",
+    ".",
+    "!",
+    "“q”",
 ]
+WORDS += ["🧑‍🚀", "--", "##", "$5", "<b>b</b>", "", "\t"]
 sentences = st.lists(st.sampled_from([*WORDS, "\n", "\n\n    if"]), min_size=1, max_size=9).map(" ".join)
 
 
@@ -338,6 +352,13 @@ def test_a_tokenizer_saved_again_is_the_same(llama_dir, smollm2_dir, tmp_path):
         tokenizer.save_pretrained(tmp_path / directory.name)
         for again in (load_tokenizer, AutoTokenizer.from_pretrained):
             assert again(tmp_path / directory.name)(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_tokenizer_that_ends_every_text_is_an_error(bare_llama_dir, tmp_path):
+    shutil.copy(bare_llama_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_eos_token": true}')
+    with pytest.raises(UserError, match="adds </s> to every text, .* set add_eos_token to false"):
+        load_tokenizer(tmp_path)
 
 
 def test_what_is_no_tokenizer_is_an_error(tmp_path):

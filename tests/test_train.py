@@ -527,6 +527,25 @@ def stop_at(step: int, config, workdir: Path) -> None:
         train.count_tokens = count_tokens
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(world, tmp_path):
+    """By a signal at step 2, which is saved first, and by a crash after the last step was saved."""
+    config = run_config(world, steps=4, eval_every=2)
+    config.data.holdout = 2
+    for name in ("whole", "stopped"):
+        if name == "stopped":
+            stop_at(2, config, tmp_path / name)
+            assert [line for line in metrics(tmp_path / name) if "validation_loss" in line] == []
+        train.train(config, str(tmp_path / name))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    file = tmp_path / "stopped" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert "validation_loss" in lines[-1]
+    for kept in (lines[:-1], lines):  # written by the crash or not
+        file.write_text("".join(kept))
+        train.train(config, str(tmp_path / "stopped"))
+        assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_finished_run_stays_as_it_is(world, uninterrupted):
     before = final(uninterrupted)
     train.train(run_config(world), str(uninterrupted))
@@ -580,9 +599,6 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
     assert account["step"] < 1000 and account["data"] < 1000 and account["profile"] >= 2000
 
 
-MEMORY = Path(__file__).with_name("run_memory.py")
-
-
 def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     """Of a hundred million parameters, in processes of their own: nothing but the state and what is frozen is alive,
     and at no time is there a second state, or the trainable weights of the source, beside it."""
@@ -598,8 +614,8 @@ def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     assert trainable > 4e8
     runs = []
     for stop in ("1", "0"):
-        command = [sys.executable, str(MEMORY), str(tmp_path / "config.json"), str(tmp_path / "run"), stop]
-        run = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.run_memory", str(tmp_path / "config.json"), str(tmp_path / "run"), stop]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout.splitlines()[-1]))
     fresh, resumed = runs

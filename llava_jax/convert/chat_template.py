@@ -5,22 +5,25 @@ import re
 
 from llava_jax.data.conversation import IMAGE_TOKEN, Template
 
-# A message's content is a string, or a list of texts and images. Models that were trained with images before the text
-# get those of a list there, a line each.
+# A message's content is a string, or a list of texts and images, a line each. Models that were trained with images
+# before the text get those of a list there.
 _IMAGES_FIRST = """\
         {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
-        {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+        {%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | select -%}
+        {%- set text = texts | join('\\n') -%}
         {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
 """
-# Others get them where the list has them, a line each unless a text has white space of its own beside an image.
+# Others get them where the list has them, as `data.conversation.join_parts` does.
 _IMAGES_AS_IS = """\
         {%- set flat = namespace(text='', image=false) -%}
         {%- for part in content -%}
             {%- set image = part['type'] in ['image', 'image_url'] -%}
             {%- set piece = <<image mark>> if image else part['text'] -%}
-            {%- set spaced = not (flat.text[-1:] | trim and piece[:1] | trim) -%}
-            {%- set flat.text = flat.text ~ ('\\n' if (image or flat.image) and not spaced else '') ~ piece -%}
-            {%- set flat.image = image if piece else flat.image -%}
+            {%- if piece -%}
+                {%- set spaced = image != flat.image and not (flat.text[-1:] | trim and piece[:1] | trim) -%}
+                {%- set flat.text = flat.text ~ ('\\n' if flat.text and not spaced else '') ~ piece -%}
+                {%- set flat.image = image -%}
+            {%- endif -%}
         {%- endfor -%}
         {{- flat.text -}}
 """

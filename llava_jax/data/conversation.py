@@ -14,6 +14,7 @@ An empty question or answer is rendered like any other; the published code takes
 
 import difflib
 import hashlib
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -227,8 +228,8 @@ def render(
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
-    system = template.system if system is None else system
-    pieces = [template.head.replace("{system}", _clean(system, template)) if system else template.bare_head]
+    system = _clean(template.system if system is None else system, template)
+    pieces = [template.head.replace("{system}", system) if system else template.bare_head]
     length, spans = len(pieces[0]), []
     for i, (role, text) in enumerate(turns):
         _check_turn(i, role, text, last=i == len(turns) - 1)
@@ -277,6 +278,15 @@ def place_images(
 def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
     """Whether a turn has text between its images, which `first` and `random` take out of it."""
     return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
+
+
+def join_parts(parts: Sequence[str]) -> str:
+    """One text of texts and image marks, a line each, unless a text has white space of its own beside a mark."""
+    text = "".join(parts[:1])
+    for before, part in itertools.pairwise(parts):
+        beside = (before == IMAGE_TOKEN) != (part == IMAGE_TOKEN)
+        text += part if beside and (before[-1:].isspace() or part[:1].isspace()) else f"\n{part}"
+    return text
 
 
 def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ _NO_VIDEO = "the model sees images only: give frames as images, or drop the samp
 _NO_SOUND = "the model hears nothing: drop the sample"
 _NO_TOOLS = "describe tools in `system`, or remove the key"
 _NO_PREFERENCES = "it is not trained on preferences: write the answer to learn into `conversations`"
+_NO_WEIGHTS = "all answers are learned alike"
 _NO_OTHER = "the model sees images only: render it as one, or drop the sample"
 MEDIA = (
     dict.fromkeys(("video", "videos", "video_path", "video_url", "frames"), _NO_VIDEO)
@@ -32,39 +33,62 @@ UNREAD = (
     MEDIA
     | dict.fromkeys(("tools", "functions"), _NO_TOOLS)
     | dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag"), _NO_PREFERENCES)
+    | dict.fromkeys(
+        ("system_message", "system_msg", "system_instruction", "systemprompt", "sys"), "write it into `system`"
+    )
     | {"history": "write the earlier turns into `conversations`, before the others"}
 )
 # Other names of images, which say something about `image` where that is there.
 IMAGE_KEYS = dict.fromkeys(
-    ("image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_name", "img",
-     "img_path", "picture", "pictures"),
+    ("image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_name", "image_list",
+     "image_id", "image_ids", "image_base64", "image_bytes", "img", "imgs", "img_path", "img_paths", "img_id",
+     "picture", "pictures"),
     "images are read from `image` or `images`: rename the key",
 )  # fmt: skip
 # The same of a turn.
 UNREAD_IN_TURNS = (
     MEDIA
     | dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), "calls of tools are not trained on")
-    | dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "write it into the answer, or remove the key")
+    | dict.fromkeys(
+        ("reasoning_content", "reasoning_details", "reasoning", "thinking", "think", "thought", "thoughts"),
+        "write it into the answer, or remove the key",
+    )
     | dict.fromkeys(("system", "system_prompt"), "write it into the sample's `system`")
-    | dict.fromkeys(("mask", "masked"), "all answers are learned alike: make a sample that ends before it")
+    | dict.fromkeys(("mask", "masked"), f"{_NO_WEIGHTS}: make a sample that ends before it")
     | dict.fromkeys(("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text")
 )
-_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage")
-WEIGHTS = ("loss", "weight", "loss_weight", "loss_mask", "train", "trainable")  # of an answer; all are learned alike
+_MISSPELLED = {key.title(): f"write it in lower case, `{key}`" for key in READ - {"id"}}
+_CHOICES = ("choices", "options")
+_TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage", *_CHOICES)
+# Whether an answer is learned, and how much.
+WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "loss_mask", "calculate_loss", "train", "trainable",
+           "training", "train_on_turn")  # fmt: skip
 
 
 def unread_keys(value: Mapping[str, Any], has_images: bool) -> Iterator[str]:
     """What a sample's keys say that is not read. Empty values say nothing."""
     known = UNREAD if has_images else UNREAD | IMAGE_KEYS
-    yield from (f"`{key}` is not read: {known[key]}" for key in value if key in known and _says(value[key]))
+    for key, held in value.items():
+        if _says(held) and (reason := known.get(key.lower()) or _MISSPELLED.get(key)):
+            yield f"`{key}` is not read: {reason}"
 
 
-def unread_texts(value: Mapping[str, Any], turns: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Keys of a sample that hold something like a question which none of its turns repeats."""
+def unlearned(value: Mapping[str, Any]) -> Iterator[str]:
+    """What a sample's keys say about its answers: that they are not to be learned."""
+    if value.get("label") is False:  # of KTO
+        yield f"`label` is false, as of a bad answer: {_NO_PREFERENCES}"
+    for key in WEIGHTS:
+        if value.get(key) == 0:  # as False is
+            yield f"`{key}` is {value[key]}, but {_NO_WEIGHTS}: drop the sample"
+
+
+def unread_texts(value: Mapping[str, Any], texts: Iterable[str]) -> Iterator[str]:
+    """Keys of a sample that hold something like a question, or choices, which none of its texts repeats."""
     for key in _TEXTS:
-        text = value.get(key)
-        if isinstance(text, str) and not any(text.strip() in said for _, said in turns):
-            yield f"`{key}` is not read, and no turn says the same"
+        said = value.get(key)
+        said = [said] if isinstance(said, str) else said if key in _CHOICES and isinstance(said, list) else []
+        if any(isinstance(part, str) and not any(part.strip() in text for text in texts) for part in said):
+            yield key
 
 
 def unread_turn_keys(turn: Mapping[str, Any], answers: bool) -> Iterator[str]:
@@ -72,7 +96,7 @@ def unread_turn_keys(turn: Mapping[str, Any], answers: bool) -> Iterator[str]:
         if key in UNREAD_IN_TURNS and _says(value):
             yield f"`{key}` is not read: {UNREAD_IN_TURNS[key]}"
         elif answers and key in WEIGHTS and value not in (None, 1):  # True equals 1
-            yield f"`{key}` is {value}, but all answers are learned alike: make a sample that ends before it"
+            yield f"`{key}` is {value}, but {_NO_WEIGHTS}: make a sample that ends before it"
 
 
 def _says(value: Any) -> bool:
@@ -84,17 +108,24 @@ def _says(value: Any) -> bool:
 # What no text of people and no program has.
 _MARKS = re.compile(
     r"<\|[a-z_]*(?:image|img|vision|video|audio)\w*\|>"  # <|image_1|>, <|vision_start|>, <|video_pad|>, <|AUDIO|>
-    r"|<((?:image|img|video|audio|picture)[ _-]?\d+)>(?![\s\S]*</\1>)"  # <image1>, but in XML
-    r"|<(?:image|img|video|audio|picture)[ _-]?(?:pad|placeholder|here|soft_token|context)>"
-    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>|\[(?:IMG|IMAGE|VIDEO|AUDIO)_\w+\]",
+    r"|<((?:image|img|video|audio|picture)[ _:-]?#?\d+)>(?![\s\S]*</\1>)"  # <image1>, but in XML
+    r"|<(?:image|img|video|audio|picture)[ _-]?(?:pad|placeholder|here|soft_token|context|content)>"
+    r"|<(?:start|end)_of_(?:image|img|video|audio)>|<im_patch>|<ref-object>"
+    r"|(?<![\w)\]])\[(?-i:IMG_BREAK|IMG_END|BEGIN_AUDIO)\]",  # and no index, as in pixels[IMG_END]
     re.IGNORECASE,
 )
-_FILES = re.compile(r"<(img|image)>([^\s<>\"'`][^<>\n\"'`]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
+_FILES = re.compile(r"<(img|image)>([^\s<>\"'`{}$][^<>\n\"'`{}]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
 # Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
-_TAG = r"(?:<(?:image|img|video|audio|speech|sound)>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
+_TAG = r"(?:<(?:image|img|video|audio|speech|sound)\s*/?>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
-_BRACKETS = re.compile(r"\[(?:IMG|IMAGE|VIDEO|AUDIO)", re.IGNORECASE)
-_CLOSING = re.compile(r"</\w|\[/\w|```")
+_BRACKETS = re.compile(r"\[(?:BEGIN_)?(?:IMG|IMAGE|VIDEO|AUDIO)", re.IGNORECASE)
+_CODE = re.compile(r"```[\s\S]*?(?:```|\Z)|`[^`\n]*`")
+_GROUNDING = re.compile(r"</(?:ref|box|quad|point)>")  # which formats of images have
+_HTML = re.compile(
+    r"</\w|\[/\w|<!doctype|<(?:a|body|br|button|div|form|h[1-6]|head|html|input|li|ol|p|script|section|source|span|style"
+    r"|table|td|tr|track|ul)\b",
+    re.IGNORECASE,
+)
 
 
 def may_hold_marks(text: str) -> bool:
@@ -103,10 +134,11 @@ def may_hold_marks(text: str) -> bool:
 
 
 def foreign_mark(text: str, question: bool) -> str | None:
-    """The first mark of another format that stands in a text for an image, a video or a sound."""
-    if found := _MARKS.search(text):
+    """The first mark of another format that stands in a text for an image, a video or a sound. Code holds none."""
+    plain = _CODE.sub("", text)
+    if found := _MARKS.search(plain):
         return found[0]
-    if (found := _FILES.search(text)) and not _CLOSING.search(_FILES.sub("", text)):
+    if (found := _FILES.search(plain)) and not _is_html(_FILES.sub("", plain)):
         return found[0]
     return next((tag for tag, alone in _tags(text) if alone), None) if question else None
 
@@ -118,15 +150,25 @@ def doubtful_mark(text: str) -> str | None:
     return next((tag for tag, alone in _tags(text) if not alone), None)
 
 
+def _is_html(text: str) -> bool:
+    return "```" in text or _HTML.search(_GROUNDING.sub("", text)) is not None
+
+
 def _tags(text: str) -> Iterator[tuple[str, bool]]:
-    """Tags that may be marks, and whether they stand where marks do: before a line, or after it."""
-    if _CLOSING.search(text):
+    """Tags that may be marks, and whether they stand where marks do: before a line, or after it.
+
+    Scripts of films have lines that begin with [VIDEO], so that is no mark but where the text begins with it.
+    """
+    if _is_html(text):
         return
     for tag in _TAGS.finditer(text):
         if tag[0] != IMAGE_TOKEN:
             before = _TAGS.sub("", text[: tag.start()].rpartition("\n")[2]).strip()
             after = _TAGS.sub("", text[tag.end() :].partition("\n")[0]).strip()
-            yield tag[0], not before or (not after and before[-1] in ".?!:")
+            alone = not before or (not after and before[-1] in ".?!:")
+            if tag[0][0] == "[" and tag[0] != "[IMG]":
+                alone = tag[0].isupper() and not _TAGS.sub("", text[: tag.start()]).strip() and not after
+            yield tag[0], alone
 
 
 # ---- Formats
@@ -141,7 +183,7 @@ def explain_missing(value: Mapping[str, Any]) -> str:
         return f"; it looks like preferences: {_NO_PREFERENCES}"
     for key, held in value.items():
         if isinstance(held, list) and held and isinstance(held[0], dict):
-            if not {"conversations", "messages"}.isdisjoint(held[0]):
+            if not {"conversations", "messages", "question_id", "question"}.isdisjoint(held[0]):
                 return f"; its `{key}` holds a list of samples: jq '.[\"{key}\"]' OLD > NEW.json writes the list alone"
             keys = ", ".join(held[0])
             return f"; its `{key}` is a list of objects of {keys}: {_TURNS}"

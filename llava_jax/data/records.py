@@ -21,6 +21,16 @@ from llava_jax.remote import new_local
 BLOCK = 4 * 2**20  # bytes read at a time
 LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
 BOM = b"\xef\xbb\xbf"
+# How files that are no text begin -> what makes text of them.
+_BINARY = {
+    b"\x1f\x8b": "compressed by gzip: gunzip it",
+    b"PK\x03\x04": "a ZIP archive: unzip it",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard: unzstd it",
+    b"BZh": "compressed by bzip2: bunzip2 it",
+    b"\xfd7zXZ\x00": "compressed by xz: unxz it",
+    b"PAR1": "Parquet: write it as JSON, such as by pandas.read_parquet(OLD).to_json(NEW, orient='records')",
+    b"ARROW1": "Arrow: write it as JSON, such as by datasets.Dataset.from_file(OLD).to_json(NEW)",
+}
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LIST = re.compile(r"\[[ \t\n\r]*")
@@ -75,14 +85,16 @@ class RecordFile:
 def local_data(path: epath.PathLike) -> Path:
     """A file of records in UTF-8 on this machine: the file itself, or a copy of a remote one or one in UTF-16.
 
-    Raises `UserError` where it does not exist, is a Git LFS pointer or breaks its encoding.
+    Raises `UserError` where it does not exist, is a Git LFS pointer, compressed or a table, or breaks its encoding.
     """
     if not epath.Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'is a folder, not a file' if epath.Path(path).is_dir() else 'no such file'}")
     file = cache.local_file(path)
     with file.open("rb") as data:
         head = data.read(len(POINTER))
     refuse_pointer(head, path)
+    if kind := next((kind for start, kind in _BINARY.items() if head.startswith(start)), None):
+        raise UserError(f"{path}: is {kind}; a JSON array of samples, or one a line, was expected")
     encoding = encoding_of(head[:4])
     if encoding.startswith("utf-8"):
         return file
@@ -128,7 +140,9 @@ def load_json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode())
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is no JSON: {error}") from error
+        several = error.msg == "Extra data" and error.doc[error.pos] in "{["
+        hint = "; several values stand in a row: jq -c . OLD > NEW.jsonl writes each on a line" if several else ""
+        raise UserError(f"{where}: is no JSON: {error}{hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is no UTF-8: {error}; convert it: iconv -t utf-8") from error
     except RecursionError as error:
@@ -144,7 +158,10 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
         if len(line) < LONGEST:
             json.JSONDecoder().raw_decode(line.decode("latin-1").lstrip())
             return
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError as error:
+        if error.pos < len(line.strip()):
+            return  # the line is damaged, not cut off
+    except RecursionError:
         pass
     file.seek(start)
     try:
@@ -212,8 +229,9 @@ def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[N
         if separator not in ("]", ","):
             window.fail("Expecting ',' delimiter", window.at)
         window.at += 1
-    if window.peek():
-        window.fail("Extra data", window.at)
+    if extra := window.peek():
+        hint = ", a second array where one of all samples was expected (jq -s add joins them)" if extra == "[" else ""
+        window.fail(f"Extra data{hint}", window.at)
 
 
 class _Window:

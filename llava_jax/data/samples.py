@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data import dialects
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -25,6 +25,7 @@ ROLES = {
 }
 _PLAIN = {"id", "image", "conversations"}  # the keys of most samples, about which no more has to be asked
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
+_URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -103,7 +104,8 @@ def read_sample(value: Any) -> Reading:
     images = images or tuple(named)
     if turns[0][0] == "system" or not value.keys() <= _PLAIN:
         turns = _with_system(value, turns, faults)
-        faults += [Fault("key", detail) for detail in dialects.unread_keys(value, bool(images))]
+        details = (*dialects.unread_keys(value, bool(images)), *dialects.unlearned(value))
+        faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
 
 
@@ -115,6 +117,8 @@ def image_names(value: dict) -> tuple[str, ...] | Fault:
         if not (images is None or isinstance(images, str) or _all_strings(images)):
             return Fault("structure", f"`image` is neither a name nor a list of names but {_shown(images)}")
         if images:
+            if any(map(_URL.match, [images] if isinstance(images, str) else images)):
+                return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
             given.append((images,) if isinstance(images, str) else tuple(images))
     if len(given) == 2 and given[0] != given[1]:
         return Fault("key", f"`image` is {_shown(value['image'])}, but `images` {_shown(value['images'])}: keep one")
@@ -203,13 +207,13 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
         elif kind in _IMAGE_PARTS:
             texts.append(IMAGE_TOKEN)
             name = _image_of(part)
-            if name and re.match(r"data:|https?://", name):
+            if name and _URL.match(name):
                 faults.append(Fault("structure", f"turn {number} has an image by its URL: save it to a file"))
             elif name:
                 named.append(name)
         else:
             faults.append(Fault("structure", f"turn {number} has a part {_shown(part)}: text and image are read"))
-    return "\n".join(texts)
+    return join_parts([text for text in texts if text])
 
 
 def _image_of(part: dict) -> str | None:

@@ -84,6 +84,13 @@ def begin_with_space(tokenizer: PreTrainedTokenizerBase, begin: bool = True) -> 
     )
 
 
+def begins_every_part(values: dict) -> bool:
+    """Whether a tokenizer.json adds a space to each text between special tokens, as a `legacy` tokenizer does."""
+    steps = [values.get("normalizer") or {}, values.get("pre_tokenizer") or {}]
+    steps += [step for outer in steps for step in outer.get("normalizers", outer.get("pretokenizers", []))]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") == "always" for step in steps)
+
+
 def has_wrong_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a fast tokenizer with LLaMA's or Mistral's pieces ranks the merge of two spaces first.
 

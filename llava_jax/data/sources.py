@@ -24,7 +24,7 @@ from llava_jax.data.samples import Sample, find_faults, parse_sample
 
 __all__ = ["LlavaJson", "Sample", "Source", "digest_of", "find_faults", "parse_sample"]
 
-INDEX = 2  # of the caches of files: raise it when another version would find other faults or digests
+INDEX = 3  # of the caches of files: raise it when another version would find other faults or digests
 
 
 class Source(Protocol):

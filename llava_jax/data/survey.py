@@ -74,13 +74,14 @@ class Survey(Sequence[Sample]):
             reading = read_sample(value)
             yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in reading.faults)
             if not reading.faults:
-                self.unread.update(value.keys() - READ)
+                self.unread.update(key for key in value if key not in READ)
                 sample = Sample(ident, reading.images, from_first_question(reading.turns))
                 content = hash(sample)
                 self._add(sample, record.index)
                 yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
                 yield from _text_problems(sample, special_tokens, record.index)
-                for detail in unread_texts(value, sample.turns):
+                for text in unread_texts(value, [text for _, text in sample.turns]):
+                    detail = f"`{text}` is not read, and no turn says the same"
                     yield Problem("key", ident, detail, record.index, warning=True)
                 if self.image_position != "as_is":
                     yield from _place_problems(sample, record.index)

@@ -62,7 +62,7 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
     holds. It also forgets `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept.
     The directory may be remote (`gs://`). Raises `UserError` where there is no tokenizer, or none that knows character
-    offsets.
+    offsets, and for one that ends every text.
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
@@ -77,6 +77,11 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
         raise UserError(f"{directory}: holds no tokenizer that transformers reads: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} knows no character offsets: save a tokenizer.json")
+    if tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
+        raise UserError(
+            f"{directory}: adds {tokenizer.eos_token} to every text, a prompt included: set add_eos_token to false in "
+            "its tokenizer_config.json (templates have end marks of their own)"
+        )
     if hasattr(tokenizer, "legacy"):
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
@@ -88,9 +93,13 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
     from llava_jax.data import sentencepiece_model
 
     model_file = directory / "tokenizer.model"
-    if (directory / "tokenizer.json").exists():
+    config_file = directory / "tokenizer_config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if (json_file := directory / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         if isinstance(tokenizer, LlamaTokenizer):
+            if config.get("legacy") is None:  # then transformers 4 does what the file says, and 5 forgets it
+                tokenizer.legacy = sentencepiece_model.begins_every_part(json.loads(json_file.read_text("utf-8")))
             sentencepiece_model.begin_with_space(tokenizer, tokenizer.add_prefix_space is not False)
             # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
             model = sentencepiece_model.read_model(model_file) if model_file.exists() else None
@@ -103,8 +112,6 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
                 file=sys.stderr,
             )
         return tokenizer
-    config_file = directory / "tokenizer_config.json"
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
     is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
     if not (is_llama and model_file.exists()):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from llava_jax.cli import run
+from llava_jax.cli import UserError, run
 
 COMMANDS = {  # what is typed: module with `main(argv)`, which is imported when it's called, and what it does
     "predict": ("llava_jax.evaluate.predict", "answers to the questions of any benchmark: `predict BENCH`"),
@@ -26,13 +26,17 @@ def main(argv: list[str] | None = None) -> int | None:
     for words in (2, 1):
         if (command := " ".join(argv[:words])) in COMMANDS:
             return importlib.import_module(COMMANDS[command][0]).main(argv[words:])
-    asked = bool(argv) and argv[0] in ("-h", "--help")
-    print(_help(), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    if {"-h", "--help"}.intersection(argv):  # of `judge`, too, which takes the name of a benchmark
+        print(_help())
+        return 0
+    print(_help(), file=sys.stderr)
+    if argv:
+        raise UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+    return 2
 
 
 def _help() -> str:
-    lines = [f"  {command:<24}{what}" for command, (_, what) in COMMANDS.items()]
+    lines = [f"  {command:<26}{what}" for command, (_, what) in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m llava_jax.evaluate COMMAND ... (COMMAND --help has its options)", "", __doc__, "", *lines]
     )

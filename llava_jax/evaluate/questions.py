@@ -1,6 +1,8 @@
 """The questions of a benchmark, from files of a common form or of the benchmark's own."""
 
+import collections
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +10,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN as MARK
-from llava_jax.data.dialects import foreign_mark, unread_keys
+from llava_jax.data.dialects import foreign_mark, unread_keys, unread_texts
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
 from llava_jax.evaluate.answers import is_lines, read_json
@@ -74,7 +76,22 @@ def read_questions(
 def _read(path: str, own: Callable[[str], Iterable[Question]] | None) -> Iterable[Question]:
     if own and (epath.Path(path).suffix not in (".json", ".jsonl") or not _is_common(path)):
         return own(path)
-    return map(_question, scan(local_data(path), path))
+    return _common(path)
+
+
+def _common(path: str) -> Iterator[Question]:
+    """The questions of a file of a form that all benchmarks share. Warns of texts that are not asked."""
+    unread = collections.Counter()
+    for record in scan(local_data(path), path):
+        yield (question := _question(record))
+        texts = [question.text, marked(question), question.marked_text, question.system]
+        unread.update(unread_texts(record_value(record), texts))
+    if unread:
+        keys = ", ".join(f"`{key}` ({count:,})" for key, count in unread.items())
+        print(
+            f"warning: {path}: {keys} beside the text of questions is not read, and no text says the same",
+            file=sys.stderr,
+        )
 
 
 def _is_common(path: str) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, stop_strings
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, join_parts, stop_strings
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import Message, Part, TextPart
 
@@ -58,7 +58,7 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
                 else:
                     parts.append(IMAGE_TOKEN)
                     pictures.append((f"{field}.image_url.url", part.image_url.url))
-        turns.append((role, _interleaved(parts) if interleaved else "\n".join(sorted(parts, key=_is_text))))
+        turns.append((role, join_parts(parts) if interleaved else "\n".join(sorted(parts, key=_is_text))))
         urls += pictures
     if next((role for role, _ in turns if role != "system"), None) != "user":
         what = "messages: the first, but for a system message, has to be the user's"
@@ -69,15 +69,6 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
 
 def _is_text(part: str) -> bool:
     return part != IMAGE_TOKEN  # no text is: it would be disarmed
-
-
-def _interleaved(parts: Sequence[str]) -> str:
-    """Texts and images a line each, unless a text has white space of its own beside an image."""
-    text = "".join(parts[:1])
-    for before, part in itertools.pairwise(parts):
-        spaced = _is_text(before) != _is_text(part) and (before[-1:].isspace() or part[:1].isspace())
-        text += part if spaced else f"\n{part}"
-    return text
 
 
 def _role(message: Message) -> str:
