@@ -56,11 +56,6 @@ def mme(*texts: str) -> Lines:
     return [suite.answer("existence/1.png", text, asked) for text, asked in zip(texts, MME_ASKED, strict=True)]
 
 
-def textvqa(*texts: str) -> Lines:
-    return [suite.answer(entry["question_id"], text, entry["question"])
-            for text, entry in zip(texts, suite.TEXTVQA["data"], strict=True)]  # fmt: skip
-
-
 def mmbench(*texts: str) -> Lines:
     return [suite.answer(i, text) for i, text in zip((3, 5), texts, strict=True)]
 
