@@ -63,6 +63,7 @@ def test_what_can_only_be_a_mark_is_one_in_answers_too(mark):
         "<img> and </img> are tags",
         "List<image> and vector<video> in C++ templates</T>",
         "labels = annotations[image_id][img_idx]",
+        "[IMG](https://example.com/a.png)",
         "unsigned char pixels[IMG_HEIGHT][IMAGE_WIDTH], sound[AUDIO_LEN];",
         "![a cat]([IMAGE_URL]) [VIDEO_TITLE] a[IMG_END]",
         "<div>\n<img>\n<p>How do I center it?",

@@ -116,7 +116,7 @@ _MARKS = re.compile(
 )
 _FILES = re.compile(r"<(img|image)>([^\s<>\"'`{}$][^<>\n\"'`{}]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
 # Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
-_TAG = r"(?:<(?:image|img|video|audio|speech|sound)\s*/?>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\])"
+_TAG = r"(?:<(?:image|img|video|audio|speech|sound)\s*/?>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\](?!\())"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
 _BRACKETS = re.compile(r"\[(?:BEGIN_)?(?:IMG|IMAGE|VIDEO|AUDIO)", re.IGNORECASE)
 _CODE = re.compile(r"```[\s\S]*?(?:```|\Z)|`[^`\n]*`")
@@ -161,14 +161,19 @@ def _tags(text: str) -> Iterator[tuple[str, bool]]:
     """
     if _is_html(text):
         return
-    for tag in _TAGS.finditer(text):
-        if tag[0] != IMAGE_TOKEN:
-            before = _TAGS.sub("", text[: tag.start()].rpartition("\n")[2]).strip()
-            after = _TAGS.sub("", text[tag.end() :].partition("\n")[0]).strip()
-            alone = not before or (not after and before[-1] in ".?!:")
-            if tag[0][0] == "[" and tag[0] != "[IMG]":
-                alone = tag[0].isupper() and not _TAGS.sub("", text[: tag.start()]).strip() and not after
-            yield tag[0], alone
+    begun = False  # whether something stands in the lines before
+    for line in text.split("\n"):
+        said = [between.strip() for between in _TAGS.split(line)]
+        after = max((i for i, between in enumerate(said) if between), default=-1)
+        before = ""
+        for i, tag in enumerate(_TAGS.findall(line)):
+            before = said[i] or before
+            alone = not before or (after <= i and before[-1] in ".?!:")
+            if tag[0] == "[" and tag != "[IMG]":
+                alone = tag.isupper() and not begun and after < 0
+            if tag != IMAGE_TOKEN:
+                yield tag, alone
+        begun = begun or after >= 0
 
 
 # ---- Formats
