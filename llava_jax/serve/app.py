@@ -69,7 +69,9 @@ def create_app(
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
     refused = {status: {"model": errors.ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 500, 503)}
 
-    @app.post("/v1/chat/completions", responses=refused, response_model=ChatCompletion)
+    streamed = {200: {"description": "An answer, or with `stream` its events.", "content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/chat/completions", responses=refused | streamed, response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await chat.respond(body, request)
 
