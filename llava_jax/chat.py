@@ -30,7 +30,7 @@ EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune
 
 Of a pipe every line is a message, as if it were typed."""
-HELP = """/image FILE   adds a picture to your next message: before its text, or where the text has an <image>
+HELP = """/image FILE   adds an image to your next message: before its text, or where the text has an <image>
 /system TEXT  sets the system prompt; without TEXT it is the template's own
 /save FILE    writes the conversation as LLaVA JSON, with where its pictures are
 /load FILE    goes on with a conversation that was saved

@@ -133,7 +133,7 @@ def test_without_a_template_lengths_are_those_of_the_tokenizers_own(
         args = ["--tokenizer", smollm2_dir, *template, "--report", tmp_path / "report.json", "--max-length", 64]
         assert check(tmp_path, images, records, *args) == 1
         captured = capsys.readouterr()
-        assert ("template chatml, which is the chat template of" in captured.err) is not bool(template)
+        assert ("template chatml, which is the tokenizer's own chat template" in captured.err) is not bool(template)
         reports.append((captured.out, json.loads((tmp_path / "report.json").read_text())["lengths"]))
     assert reports[0] == reports[1] and reports[0][0].startswith("too-long, long, ") and reports[0][1]["samples"] == 1
 

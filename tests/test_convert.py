@@ -890,7 +890,7 @@ def test_the_template_is_that_of_the_tokenizers_chat_template(backbones, copy_of
     llm = with_chat_template(backbones, copy_of, chat_template(get_template("chatml_direct"), "Answer the questions."))
     convert("import", "--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--output", tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").template == "chatml_direct"
-    assert "template chatml_direct: the tokenizer's own chat template is that one\n" in capsys.readouterr().err
+    assert "template chatml_direct, which is the tokenizer's own chat template\n" in capsys.readouterr().err
     convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
     convert("import", "--llava", tmp_path / "hf", "--output", tmp_path / "again")
     assert open_checkpoint(tmp_path / "again").template == "chatml_direct"
@@ -900,7 +900,9 @@ def test_another_chat_template_is_told(backbones, copy_of, tmp_path, capsys):
     llm = with_chat_template(backbones, copy_of, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     convert("import", "--llm", llm, "--vision", backbones[1], *FIT_ROWS, "--output", tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").template == "v1"
-    assert "the tokenizer's own chat template is none that is known here" in capsys.readouterr().err
+    assert (
+        "template v1, since the tokenizer has a chat template that is none of the templates" in capsys.readouterr().err
+    )
 
 
 def test_a_template_whose_marks_are_no_tokens(backbones, copy_of, tmp_path, capsys):

@@ -71,7 +71,7 @@ def test_without_a_template_it_is_the_tokenizers_own(data, smollm2_dir, bare_lla
     expected = capsys.readouterr()
     main([*args, str(smollm2_dir)])
     shown = capsys.readouterr()
-    assert shown.out == expected.out and "template chatml, which is the chat template of" in shown.err
+    assert shown.out == expected.out and "template chatml, which is the tokenizer's own chat template" in shown.err
     with pytest.raises(UserError, match="has no chat template: name the template"):
         main([*args, str(bare_llama_dir)])
 

@@ -31,8 +31,8 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import read_json
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template, get_template
-from llava_jax.data.fit import missing_marks, require_fit, template_of
+from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
+from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
@@ -89,32 +89,24 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     origins = {name: place.origin for name, place in places.items() if place.origin}
     with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
-        found = _fitting(found, Path(scratch), options.fit_rows)
+        tokenizer = load_tokenizer(scratch)
+        found = _fitting(found, tokenizer, options.fit_rows)
         if options.image_position:
             config = dataclasses.replace(found.config, image_position=options.image_position)
             found = dataclasses.replace(found, config=config)
-        template = _template(options.template, load_tokenizer(scratch))
+        template = _template(options.template, tokenizer, scratch)
         stage = "finetune" if found.trained else None
         description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)
         write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
 
 
-def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template asked for, or that of the tokenizer's own chat template, or else v1.
+def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:
+    """The template asked for, or the tokenizer's own, or else v1, as LLaVA-1.5 was trained.
 
     Raises UserError where it cannot be used with the tokenizer; warns of one asked for whose marks are no tokens.
     """
-    own = None if requested else template_of(tokenizer)
-    template = own or get_template(requested or "v1")
-    if own:
-        print(f"template {own.name}: the tokenizer's own chat template is that one", file=sys.stderr)
-    elif tokenizer.chat_template and not requested:
-        print(
-            "template v1, of LLaVA-1.5: the tokenizer's own chat template is none that is known here "
-            "(--template NAME chooses another)",
-            file=sys.stderr,
-        )
+    template = chosen_template(requested, tokenizer, where, default="v1")
     require_fit(template, tokenizer)
     if problem := missing_marks(template, tokenizer):
         if not requested:
@@ -133,9 +125,8 @@ def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
         raise UserError(str(error).replace(scratch, sources)) from error
 
 
-def _fitting(found: Found, directory: Path, fit_rows: bool) -> Found:
+def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -> Found:
     """Says now what would otherwise be found out after training. With `fit_rows`, rows as the tokenizer has ids."""
-    tokenizer = load_tokenizer(directory)
     if found.config.im_start_end:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     rows, needed = found.config.text.vocab_size, 1 + max(tokenizer.get_vocab().values())

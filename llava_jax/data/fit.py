@@ -85,18 +85,23 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
     return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
 
 
-def chosen_template(name: str | None, tokenizer: "PreTrainedTokenizerBase", where: epath.PathLike) -> Template:
-    """The template of that name or, for None, the one that the chat template of the tokenizer at `where` is.
+def chosen_template(
+    name: str | None, tokenizer: "PreTrainedTokenizerBase", where: epath.PathLike, default: str | None = None
+) -> Template:
+    """The template of that name or, for None, the one that the tokenizer's chat template is, or else the default.
 
-    Raises UserError where the tokenizer has no chat template, or one that is none of ours.
+    What is not asked for by name is reported on standard error. Raises UserError where there is none of these.
     """
     if name is not None:
         return get_template(name)
     own = template_of(tokenizer)
     if own is None:
         what = "a chat template that is none of the templates" if tokenizer.chat_template else "no chat template"
-        raise UserError(f"{where}: has {what}: name the template of the conversations, such as --template v1")
-    print(f"template {own.name}, which is the chat template of {where}", file=sys.stderr)
+        if default is None:
+            raise UserError(f"{where}: has {what}: name the template of the conversations, such as --template v1")
+        print(f"template {default}, since the tokenizer has {what}; --template NAME chooses another", file=sys.stderr)
+        return get_template(default)
+    print(f"template {own.name}, which is the tokenizer's own chat template", file=sys.stderr)
     return own
 
 

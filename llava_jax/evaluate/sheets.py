@@ -54,17 +54,17 @@ def _tsv(path: epath.PathLike) -> Iterator[tuple[str, list[str]]]:
 
 def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
     try:
-        import openpyxl  # noqa: F401
+        from openpyxl import load_workbook
     except ImportError as error:
         raise UserError(f"{path}: reading Excel files needs: pip install 'llava_jax[evaluate]'") from error
     data = epath.Path(path).read_bytes()
     refuse_pointer(data, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about styles and the like
-            rows, others = _cells(data)
+            rows, others = _cells(load_workbook(io.BytesIO(data), read_only=True))
             if any(isinstance(cell, str) and cell.startswith("=") for row in rows for cell in row):
                 # A formula has the value that Excel computed; an answer such as "=5" is no formula and has none.
-                computed, _ = _cells(data, computed=True)
+                computed, _ = _cells(load_workbook(io.BytesIO(data), read_only=True, data_only=True))
                 rows = [[a if b is None else b for a, b in zip(*pair, strict=False)]
                         for pair in zip(rows, computed, strict=True)]  # fmt: skip
     except Exception as error:  # damaged files raise whatever their part of openpyxl, zip or XML does
@@ -76,11 +76,8 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
     return ((where, [_text(cell, where) for cell in row]) for where, row in numbered)
 
 
-def _cells(data: bytes, computed: bool = False) -> tuple[list[tuple[Any, ...]], list[str]]:
-    """The values of the first sheet, with formulas or what they come to; and the names of further sheets."""
-    import openpyxl
-
-    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=computed)
+def _cells(book: Any) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """The values of the first sheet of an openpyxl workbook, and the names of further sheets."""
     first, *others = book.worksheets
     first.reset_dimensions()  # what programs write there may be wrong
     rows = list(first.iter_rows(values_only=True))
