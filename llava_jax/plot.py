@@ -1,6 +1,6 @@
 """Draws the losses of runs: `python -m llava_jax.plot --workdir D [D ...]`.
 
-One picture with a panel for each stage; in it the runs of that stage, losses of training as lines, of validation
+One figure with a panel for each stage; in it the runs of that stage, losses of training as lines, of validation
 dashed. Training draws its own workdir's `loss.png` when it ends; this draws it at any time, or compares several.
 """
 
@@ -57,7 +57,7 @@ def stage_of(workdir: epath.PathLike) -> str:
 
 
 def draw(runs: Mapping[str, Mapping[str, Points]], stages: Mapping[str, str], format: str = "png") -> bytes:
-    """The picture of runs, by name; `stages` has the stage of each."""
+    """The chart of runs, by name; `stages` has the stage of each."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(stages[name] for name in runs))
@@ -93,12 +93,12 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     """Draws the losses of workdirs into a file."""
     suffix = PurePosixPath(output).suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
-        raise UserError(f"{output}: a picture is .{', .'.join(FORMATS)}")
+        raise UserError(f"{output}: a chart is .{', .'.join(FORMATS)}")
     labels = _labels(workdirs)
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
-    picture = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
+    chart = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(output).write_bytes(picture)
+    epath.Path(output).write_bytes(chart)
 
 
 def _labels(workdirs: Sequence[str]) -> dict[str, str]:

@@ -132,6 +132,7 @@ def test_parser(content: str, scores: Any, exactly: Any):
     (lambda text: text.encode("utf-16")[:-1], "is no UTF-16: truncated data"),
     (lambda text: text.replace("[9, 4.5]", '"9 4"'), "question 2: its tuple 9 4 is not two numbers"),
     (lambda text: text.replace('"question_id": 1,', ""), "line 2: has no question_id"),
+    (lambda text: text.replace('"question_id": 1,', '"question_id": null,'), "line 2: question_id is null"),
     (lambda text: "[1, 2]\n", "is no JSON object"),
     (lambda text: "\n", "holds no reviews"),
     (lambda text: text.splitlines()[1], "none of the 1 reviews has scores"),

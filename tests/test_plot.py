@@ -66,7 +66,7 @@ def test_nothing_to_draw_is_an_error_and_for_training_a_warning(tmp_path, text, 
 
 def test_bad_arguments(tmp_path, capsys):
     run = workdir(tmp_path / "run", [3.0])
-    with pytest.raises(UserError, match=r"losses.txt: a picture is .png, .svg, .pdf"):
+    with pytest.raises(UserError, match=r"losses.txt: a chart is .png, .svg, .pdf"):
         plot.main(["--workdir", str(run), "--output", str(tmp_path / "losses.txt")])
     with pytest.raises(SystemExit):
         plot.main(["--workdir", str(run), str(run)])

@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 
 def question_id(line: Line) -> str:
     """What tells questions apart in most benchmarks."""
-    return str(line.get(*IDS))
+    return line.text(*IDS)
 
 
 def answer_text(line: Line) -> str:

@@ -36,12 +36,12 @@ def read_questions(questions: str, contexts: str) -> dict[str, Question]:
 
     def asked() -> Iterator[tuple[str, Question, str]]:
         for line in read_lines(questions):
-            ident, image = str(line.get("question_id")), str(line.get("image"))
+            ident, image = line.text("question_id"), line.text("image")
             if image not in described:
                 raise UserError(f"{line.where}: question {ident}: {contexts} has no description of its picture {image}")
             context, prefix = described[image]
-            category = prefix + str(line.get("category"))
-            yield ident, Question(line.get("question_id"), category, str(line.get("text")), context, image), line.where
+            category = prefix + line.text("category")
+            yield ident, Question(line.get("question_id"), category, line.text("text"), context, image), line.where
 
     found = once(asked(), "question {key} stands there for the second time, with other content")
     if not found:
@@ -51,7 +51,7 @@ def read_questions(questions: str, contexts: str) -> dict[str, Question]:
 
 def read_contexts(path: str) -> dict[str, tuple[str, str]]:
     """By picture: its description, and the prefix of the categories of its questions."""
-    lines = ((str(line.get("image")), _description(line), line.where) for line in read_lines(path))
+    lines = ((line.text("image"), _description(line), line.where) for line in read_lines(path))
     found = once(lines, "picture {key} has another description before", what="picture")
     return {image: description for image, (description, _) in found.items()}
 
@@ -87,7 +87,7 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
 
     def said() -> Iterator[tuple[str, tuple[str | None, str], str]]:
         for where, line in lines.items():
-            ident, answer = str(line.get("question_id")), answer_of(line, ("text",))
+            ident, answer = line.text("question_id"), answer_of(line, ("text",))
             if ident not in questions:
                 raise UserError(f"{where}: question {ident} is none of the {len(questions)} questions")
             yield ident, (answer.text, answer.absent), where

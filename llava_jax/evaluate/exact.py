@@ -68,7 +68,7 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
         ident = question_id(line)
         if len(texts.get(ident, ())) < 2:
             return ident
-        prompt = str(line.get("prompt"))
+        prompt = line.text("prompt")
         known = [text for text in texts[ident] if prompt == text or prompt.startswith(f"{text}\n")]
         return key(ident, max(known, key=len, default=prompt))
 
@@ -103,7 +103,7 @@ def _of_line(line: Line) -> Entry:
     if not all(isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers):
         raise UserError(f"{line.where}: the right answer is neither a text nor a list of texts")
     question = str(line.value.get("question", line.value.get("text", "")))
-    ident = str(line.get(*IDS))
+    ident = line.text(*IDS)
     return Entry(ident, unmarked(question), Label(tuple(map(str, answers)), _category(line)), line.where)
 
 

@@ -30,6 +30,13 @@ class Line(NamedTuple):
                 return self.value[name]
         raise UserError(f"{self.where}: has no {' or '.join(names)}")
 
+    def text(self, *names: str) -> str:
+        """The same of a field that has to say something: an id, or a text. Raises `UserError` where it is null."""
+        value = self.get(*names)
+        if value is None:
+            raise UserError(f"{self.where}: {' or '.join(names)} is null")
+        return str(value)
+
 
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""

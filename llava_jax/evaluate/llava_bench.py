@@ -111,7 +111,7 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
 def read_by_id(path: str | None) -> dict[str, Line]:
     """The lines of a file of questions or answers by their ids, none without a file. Raises `UserError` for an id that
     two different lines have."""
-    lines = ((str(line.get("question_id")), line.value, line.where) for line in (read_lines(path) if path else ()))
+    lines = ((line.text("question_id"), line.value, line.where) for line in (read_lines(path) if path else ()))
     found = once(lines, "question {key} stands there for the second time, with other content")
     return {ident: Line(where, value) for ident, (value, where) in found.items()}
 

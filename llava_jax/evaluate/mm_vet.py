@@ -80,7 +80,7 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
 
 def key(line: Line) -> str:
     """The question of an answer or of a grade, whose id has MM-Vet's prefix or not."""
-    return str(line.get("question_id", "id")).removeprefix(PREFIX)
+    return line.text("question_id", "id").removeprefix(PREFIX)
 
 
 def _entries(path: str) -> list[tuple[str, Any]]:

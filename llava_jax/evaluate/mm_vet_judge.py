@@ -50,7 +50,7 @@ Grade:"""
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    labels = Labels(_labels(args.labels), lambda line: str(line.get("question_id", "id")).removeprefix(PREFIX))
+    labels = Labels(_labels(args.labels), lambda line: line.text("question_id", "id").removeprefix(PREFIX))
     lines = answer_lines(args.answers)
     refuse_questions(lines)
     answers = by_key(lines, labels.key)

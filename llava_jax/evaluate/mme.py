@@ -80,11 +80,11 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
         for path in paths
         for category, picture, question, answer, where in _entries(path)
     )
-    return Labels(found, lambda line: _key(*_place(line), str(line.get("prompt"))))
+    return Labels(found, lambda line: _key(*_place(line), line.text("prompt")))
 
 
 def _place(line: Line) -> tuple[str, str]:
-    category, _, picture = str(line.get("question_id")).partition("/")
+    category, _, picture = line.text("question_id").partition("/")
     return category, picture
 
 

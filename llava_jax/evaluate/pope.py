@@ -120,7 +120,7 @@ def _read(path: str) -> Iterator[Entry]:
         label = line.get("label")
         if label not in ("yes", "no"):
             raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
-        key = _key(category, (str(line.get("image")),), str(line.get("text")))
+        key = _key(category, (line.text("image"),), line.text("text"))
         yield Entry(question_id(line), key, Label(category, label == "yes"), line.where)
 
 

@@ -93,7 +93,7 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
     if scores and absent:
         scores = (scores[0], min(scores[1], LOWEST))
     return Review(
-        str(line.get("question_id")),
+        line.text("question_id"),
         None if line.value.get("category") is None else str(line.value["category"]),
         scores,
         swapped,

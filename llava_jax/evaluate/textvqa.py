@@ -51,7 +51,7 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
         ident, prompt = question_id(line), line.value.get("prompt")
         if ident in by_id and (prompt is None or _asks(prompt, found[by_id[ident]][1])):
             return by_id[ident]
-        return _picture_and_question(ident, asked_in(str(line.get("prompt"))))
+        return _picture_and_question(ident, asked_in(line.text("prompt")))
 
     numbered = dict(zip((line.where for line in lines), _numbered(map(plain, lines)), strict=True))
 

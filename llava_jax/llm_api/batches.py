@@ -20,7 +20,7 @@ from llava_jax.cli import UserError
 from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
 from llava_jax.llm_api.cost import budget_spent, most_tokens
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
-from llava_jax.llm_api.replies import HOPELESS, NoAnswer, ServerError, read_completion, server_error
+from llava_jax.llm_api.replies import PERMANENT, NoAnswer, ServerError, read_completion, server_error
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI takes 50,000 and 200 MB
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -193,14 +193,14 @@ class Batches:
                     try:
                         self._note_response(row, self.request_of(task), response)
                     except ServerError as error:
-                        if error.of_rate or error.hopeless:
+                        if error.of_rate or error.permanent:
                             turned_away.append(error)  # its row is as good as never sent
                             continue
                         self.ledger.failed(row, str(error), 0.0)
-                        if not error.passing:
+                        if not error.transient:
                             refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
-        if turned_away and (len(turned_away) == count or turned_away[-1].hopeless):
+        if turned_away and (len(turned_away) == count or turned_away[-1].permanent):
             raise UserError(f"{self.api.base_url}: {turned_away[-1]}; the same command goes on")
         return refused
 
@@ -222,7 +222,7 @@ class Batches:
 
 
 def _for_good(error: Exception) -> bool:
-    return getattr(error, "status_code", 500) in (*HOPELESS, 400)
+    return getattr(error, "status_code", 500) in (*PERMANENT, 400)
 
 
 def _responses(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -235,9 +235,9 @@ class Client:
             wait = retry_after(headers)
             wait = backoff(self._refusals) if wait is None else wait
             return NoAnswer(error, refusal=Refusal(wait, _of_tokens(error, headers)))
-        if error.passing:
+        if error.transient:
             return NoAnswer(error)
-        if error.hopeless or not error.filtered and not self.ledger.answer_count():
+        if error.permanent or not error.filtered and not self.ledger.answer_count():
             return UserError(f"{self.api.base_url}: {str(error).rstrip('.')}{way_out(error, self.settings)}")
         return Refused(REFUSED, str(error))
 

@@ -12,8 +12,8 @@ from llava_jax.llm_api.limits import Refusal
 
 LONGEST = 300  # characters of what a server says
 UNKNOWN = 500  # the status of an error that tells none: another try may do
-HOPELESS = (401, 402, 403, 404, 405)  # the same for every request: key, credit, model or address are wrong
-PASSING = (408, 409, 425)  # and all from 500 on
+PERMANENT = (401, 402, 403, 404, 405)  # the same for every request: key, credit, model or address are wrong
+TRANSIENT = (408, 409, 425)  # and all from 500 on
 NO_CREDIT = "insufficient_quota"  # the code of a 429 that waiting does not help
 BROKEN = ("error", "abort", "cancelled")  # finish reasons of answers that the server gave up
 FINISH_REASONS = {
@@ -52,8 +52,8 @@ class ServerError(Exception):
     Attributes:
       filtered: it is about this prompt, which a filter stops.
       of_rate: it asks to wait.
-      passing: another try may do.
-      hopeless: every request has it.
+      transient: another try may do.
+      permanent: every request has it.
     """
 
     def __init__(self, status: int, message: str, code: object = None, parameter: object = None):
@@ -61,8 +61,8 @@ class ServerError(Exception):
         self.status, self.code, self.parameter = status, str(code or ""), str(parameter or "")
         self.filtered = status in (400, 403) and bool(FILTER.search(f"{self.code} {self}"))
         self.of_rate = status == 429 and self.code != NO_CREDIT
-        self.passing = status >= 500 or status in PASSING
-        self.hopeless = status in HOPELESS and not self.filtered or self.code == NO_CREDIT
+        self.transient = status >= 500 or status in TRANSIENT
+        self.permanent = status in PERMANENT and not self.filtered or self.code == NO_CREDIT
 
 
 def server_error(error: Any, status: int | None = None) -> ServerError:
