@@ -181,6 +181,11 @@ def test_what_came_back_can_be_sent_again(client):
     assert len(texts) == 1
 
 
+def test_every_seed_of_64_bits_is_one(client):
+    for seed in (2**64 - 1, -(2**63), -9223372036854776000):
+        assert create(client, temperature=1, seed=seed, max_tokens=2).choices[0].message.content is not None
+
+
 def test_several_answers_and_seeds(client):
     def texts(**options) -> list[str]:
         completion = create(client, n=3, temperature=2, **options)
@@ -372,7 +377,7 @@ def test_what_changes_nothing_is_accepted(client):
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"n": 1000}, "n", "invalid_value"),
         ({"n": 13}, "n", "invalid_value"),  # the engine holds twelve
-        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"seed": 10**20 + 1}, "seed", "invalid_value"),
         ({"stop": ["", "a"]}, "stop.0", "invalid_value"),
         ({"stop": list("abcde")}, "stop", "invalid_value"),
         ({"top_logprobs": 3}, None, "invalid_value"),

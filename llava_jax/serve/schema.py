@@ -118,6 +118,8 @@ class StreamOptions(Strict):
 
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 Count = Integer(1, 2**31 - 1)
+# Any of 64 bits, also as JavaScript writes it: JSON.stringify(-(2 ** 63)) is -9223372036854776000.
+Seed = Integer(-(10**20), 10**20)
 
 
 class ChatRequest(Strict):
@@ -133,7 +135,7 @@ class ChatRequest(Strict):
     top_k: Integer(-1, 2**31 - 1) | None = Field(
         None, description="Not of OpenAI's API: among so many likeliest tokens; 0 and -1 for all."
     )
-    seed: Integer(-(2**63), 2**63 - 1) | None = Field(None, description="By default another each time.")
+    seed: Seed | None = Field(None, description="By default another each time.")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     logprobs: bool | None = None
     top_logprobs: Integer(0, 20) | None = None
