@@ -262,3 +262,26 @@ def test_a_checkpoint_of_stage_one_describes_a_picture(tmp_path, picture, capsys
         [Request([("user", "<image>")], [picture])], Sampling(max_new_tokens=4)
     )
     assert capsys.readouterr().out == f"{expected[0]}\n"
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/dev/zero", "pipe.png", "zeros.png", "folder.png"])
+def test_a_conversation_of_others_names_images_below_its_folder_alone(session, tmp_path, name):
+    (tmp_path / "talk").mkdir()
+    tiny.add_irregular(tmp_path / "talk")
+    turns = [{"from": "human", "value": "<image>\nIt?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "talk/talk.json").write_text(json.dumps([{"image": name, "conversations": turns}]))
+    out, err = session(f"/load {tmp_path}/talk/talk.json", f"/image {tmp_path}/talk/pipe.png", "/image /dev/zero")
+    assert out == "" and len(err.splitlines()) == 3
+    assert all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_images_from_elsewhere_are_loaded_by_an_option(session, tmp_path, picture):
+    (tmp_path / "talk").mkdir()
+    _, err = session(f"/image {picture}", "It?", f"/save {tmp_path}/talk/talk.json", f"/save {tmp_path}/talk.json")
+    assert err == ""
+    names = [json.loads((tmp_path / file).read_text())[0]["image"] for file in ("talk/talk.json", "talk.json")]
+    assert names == [str(picture), picture.name]
+    load = f"/load {tmp_path}/talk/talk.json"
+    assert "--allow-absolute-images" in session(load)[1]
+    assert session(load, args=("--allow-absolute-images",)) == ("", "")
+    assert session(f"/load {tmp_path}/talk.json") == ("", "")

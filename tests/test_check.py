@@ -4,6 +4,7 @@ import json
 import unicodedata
 
 import pytest
+import tiny
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -334,3 +335,27 @@ def test_a_template_without_a_system_prompt_says_so(tmp_path, images, capsys, ba
     assert check(tmp_path, images, [sample("a"), sample("b", system="Be brief.")], *args) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert "b, sample b: template plain has no place for a system prompt" in line
+
+
+@pytest.mark.parametrize("name", tiny.OUTSIDE + tiny.IRREGULAR)
+def test_images_outside_the_folder_and_what_is_no_file(tmp_path, images, capsys, name):
+    tiny.add_irregular(images)
+    assert check(tmp_path, images, [sample("good"), sample("x", image=name), sample("y", image=[name] * 2,
+                                    question="<image><image>")]) == 1  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    kind = "bad-image" if name in tiny.IRREGULAR else "image-name"
+    assert [line.split(", ")[:2] for line in lines] == [[kind, "x"], [kind, "y"]]
+
+
+def test_links_are_followed_and_absolute_names_are_allowed_by_an_option(tmp_path, images, capsys):
+    tiny.add_irregular(images)
+    (images / "disk").symlink_to(tmp_path)
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    inside = [sample(name, image=name) for name in ("disk/secret.png", "link.png", "disk/../a.png", "./a.png")]
+    assert check(tmp_path, images, inside) == 0
+    absolute = [*inside, sample("x", image=str(tmp_path / "secret.png"))]
+    assert check(tmp_path, images, absolute) == 1
+    assert "--allow-absolute-images" in capsys.readouterr().out
+    assert check(tmp_path, images, absolute, "--allow-absolute-images") == 0
+    assert check(tmp_path, images, [sample("x", image="/dev/zero")], "--allow-absolute-images") == 1
+    assert check(tmp_path, images, [sample("x", image="../secret.png")], "--allow-absolute-images") == 1

@@ -1,6 +1,9 @@
 """A tiny model, a tokenizer and a data set on disk, for tests of what uses them."""
 
+import contextlib
 import json
+import os
+import socket
 from pathlib import Path
 
 import jax
@@ -20,6 +23,21 @@ TEXT = [
     "What colour is it? It is red. It is green. It is blue. It is white.",
 ]
 VOCAB = 400
+
+
+# Names of images that no folder has: `add_irregular` makes the last ones.
+OUTSIDE = ["../secret.png", "a/../../secret.png", "/dev/zero", "．．/secret.png", "C:\\secret.png", "a\0.png"]
+IRREGULAR = ["pipe.png", "zeros.png", "folder.png", "socket.png"]
+
+
+def add_irregular(folder: Path) -> None:
+    """A picture above a folder, and in it what is there but is no file: to open some of them blocks for ever."""
+    Image.new("RGB", (4, 4)).save(folder.parent / "secret.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zeros.png").symlink_to("/dev/zero")
+    (folder / "folder.png").mkdir()
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as made:  # a path may have 107 characters
+        made.bind("socket.png")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -21,6 +21,7 @@ from rich.text import Text
 from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
     survey, report, console = Survey(args.json, args.image_position), Report(), Console()
-    for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
+    for problem in find_problems(survey, folder_of(args), report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
     if survey.unread:
@@ -200,6 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add_allow_absolute(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer directory, to measure lengths")
     parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")

@@ -19,6 +19,7 @@ from llava_jax.cli import Parser, UserError, run, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
 
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.images is not None and not epath.Path(args.images).is_dir():
         raise UserError(f"{args.images}: no such folder of images")
-    samples = LlavaJson(args.json, args.images or "")
+    samples = LlavaJson(args.json, folder_of(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
     def shown(index: int) -> Shown:
@@ -171,6 +172,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
+    add_allow_absolute(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
     parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")

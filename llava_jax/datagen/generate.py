@@ -15,6 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
@@ -89,7 +90,7 @@ def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
     """The ledger with the contexts in it. Where these cannot be read, no new one is left behind."""
     ledger = Ledger(Path(args.output) / LEDGER, settings.model, settings.body)
     try:
-        left_out = load(ledger, args.captions, args.instances, args.images)
+        left_out = load(ledger, args.captions, args.instances, folder_of(args))
     except BaseException:
         ledger.discard()
         raise
@@ -128,7 +129,7 @@ def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) 
     directory = Path(args.output)
     samples = LlavaJson(directory / SAMPLES) if counts.verdicts.get(ACCEPTED) else ()
     rejects = read_rejects(str(directory / REJECTS))
-    write_report(directory / REPORT, samples, args.images, ledger, rejects, kind, title=f"{kind}: {directory}")
+    write_report(directory / REPORT, samples, folder_of(args), ledger, rejects, kind, title=f"{kind}: {directory}")
 
 
 def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:
@@ -174,6 +175,7 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--images", required=True, metavar="DIR", help="the folder of pictures; what is not there is left out")
+    add_allow_absolute(parser)
     add("--limit", type=positive, metavar="N", help="the first N only; a larger one later goes on")
 
     add = parser.add_argument_group("what is asked, what is taken").add_argument

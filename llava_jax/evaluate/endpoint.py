@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import read_picture
+from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.incoming import refuse_pointer
@@ -63,7 +64,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
 
 def _task(question: Question, args: argparse.Namespace) -> Task:
     name = "\n".join(map(str, question.key))
-    return Task(name, partial(messages, question, args.images), str.strip, whole=None)
+    return Task(name, partial(messages, question, folder_of(args)), str.strip, whole=None)
 
 
 def _text(outcome: Outcome) -> str | None:
@@ -85,7 +86,7 @@ def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
         )
 
 
-def messages(question: Question, images: str) -> list[dict[str, Any]]:
+def messages(question: Question, images: epath.PathLike) -> list[dict[str, Any]]:
     """The question as the user's turn, its images where the file has them, else before its text; before it its system
     prompt, if it has one."""
     system = [{"role": role, "content": text} for role, text in system_turns(question)]
@@ -102,8 +103,8 @@ def messages(question: Question, images: str) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def _data_url(picture: str | bytes, images: str) -> str:
-    data = picture if isinstance(picture, bytes) else read_picture(epath.Path(images) / picture)
+def _data_url(picture: str | bytes, images: epath.PathLike) -> str:
+    data = picture if isinstance(picture, bytes) else read_picture(image_path(images, picture))
     name = picture if isinstance(picture, str) else "in the file"
     refuse_pointer(data, f"picture {name}")
     try:

@@ -12,6 +12,7 @@ from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import track
 from llava_jax.data.conversation import choose_template
+from llava_jax.data.names import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
@@ -22,7 +23,7 @@ START_SECONDS = 300  # until all processes have met
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_tokens)
-    asking = Asking(args.images, sampling, args.batch_rows, args.picture_last, args.answer_prompter)
+    asking = Asking(folder_of(args), sampling, args.batch_rows, args.picture_last, args.answer_prompter)
     with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
         file = AnswerFile(args.output, questions, args.model_id, jax.process_index())
         answered = {tuple(key) for keys in _gathered("answered", list(file.lines)) for key in keys}
