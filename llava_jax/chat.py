@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from llava_jax import compilation_cache, terminal, transcript
-from llava_jax.cli import Parser, UserError, run
+from llava_jax.cli import Parser, UserError, one_line, run, say
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
 from llava_jax.data.names import add_allow_absolute
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         answerer = Answerer(engine, sampling, args.max_new_tokens)
         if args.prompt is None:
             return talk(answerer, conversation)
-        print("".join(answerer.stream(conversation.ask(args.prompt))))
+        say("".join(answerer.stream(conversation.ask(args.prompt))))
         return 0
 
 
@@ -153,7 +153,7 @@ def talk(answerer: Answerer, conversation: Conversation) -> int:
                     _reply(answerer, conversation, message)
             except UserError as error:
                 mistakes += 1
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                say(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
     return 1 if mistakes and not sys.stdin.isatty() else 0
 
 
@@ -187,7 +187,7 @@ def _reply(answerer: Answerer, conversation: Conversation, text: str) -> None:
     try:
         for piece in answerer.stream(conversation.ask(text)):
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            say(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="", file=sys.stderr, flush=True)
     print(flush=True)
@@ -200,7 +200,7 @@ def _recall(conversation: Conversation) -> None:
         for picture in conversation.pictures:
             _show(picture.image)
         for role, text in conversation.turns:
-            print(f"> {unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
+            say(f"> {unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
 
 
 def _show(image: Image.Image) -> None:

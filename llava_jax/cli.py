@@ -59,14 +59,14 @@ def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = 
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
-    Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
+    bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
     if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
-    except (UserError, KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         status, _ = report(error)
     sys.exit(status or 0)
 

@@ -359,3 +359,29 @@ def test_links_are_followed_and_absolute_names_are_allowed_by_an_option(tmp_path
     assert check(tmp_path, images, absolute, "--allow-absolute-images") == 0
     assert check(tmp_path, images, [sample("x", image="/dev/zero")], "--allow-absolute-images") == 1
     assert check(tmp_path, images, [sample("x", image="../secret.png")], "--allow-absolute-images") == 1
+
+
+def test_escapes_in_ids_texts_and_names_are_visible(tmp_path, images, capsys):
+    named = sample(f"id{tiny.ESCAPES}", image=f"{tiny.ESCAPES}.png")
+    role = sample("x", conversations=[{"from": tiny.ESCAPES, "value": "a"}])
+    key = sample("y", **{tiny.ESCAPES: "a text", "instruction": "x"})
+    assert check(tmp_path, images, [named, role, key, "{" + tiny.ESCAPES, sample(f"id{tiny.ESCAPES}")]) == 1
+    captured = capsys.readouterr()
+    assert not tiny.obeyed(captured.out + captured.err) and captured.out.count("id\\x1b[31m") >= 2
+
+
+def test_problems_of_huge_samples_are_short_lines(tmp_path, images, capsys):
+    records = [
+        sample("i" * 10**6, image="b.png"),
+        sample({"a": 1}),
+        sample("n", image="n" * 10**5),
+        sample("s", image=["a.png"] * 10_000),
+        sample("t", image=None, conversations=[{"from": "human", "value": "a"}] * 100_000),
+        sample("v", image=None, conversations=[{"from": "human", "value": 7}] * 2, more="x" * 10**6),
+    ]
+    records.append(sample("good"))
+    assert check(tmp_path, images, records, "--fix", tmp_path / "fixed.jsonl", "--report", tmp_path / "r.json") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 10 and all(len(line) < 1000 for line in lines)
+    kinds = {line.split(", ")[0] for line in lines}
+    assert kinds == {"missing-image", "structure", "marks", "order", "image-name"}

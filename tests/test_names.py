@@ -60,6 +60,7 @@ def test_plain_names_are_accepted(parts):
         ("gs://bucket/a.png", "is an absolute name"),
         ("a\0.png", "holds a NUL character"),
         ("", "names no file"),
+        ("a" * 5000, "has 5,000 characters"),
         ("./.", "names no file"),
         ("a/..", "names no file"),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import unicodedata
 from pathlib import Path
 
 import jax
@@ -28,6 +29,14 @@ VOCAB = 400
 # Names of images that no folder has: `add_irregular` makes the last ones.
 OUTSIDE = ["../secret.png", "a/../../secret.png", "/dev/zero", "．．/secret.png", "C:\\secret.png", "a\0.png"]
 IRREGULAR = ["pipe.png", "zeros.png", "folder.png", "socket.png"]
+
+# Texts that a terminal obeys: colours, titles, links, the clipboard, lines that overwrite others, reversed directions.
+ESCAPES = "\x1b[31m\x1b]0;t\x07\x1b]8;;http://x\x1b\\\x1b]52;c;eA==\x07\x9b2J\x9d0;t\x9c\rhid\x08\x7f\u202egnp\u2066"
+
+
+def obeyed(text: str) -> set[str]:
+    """What a terminal would obey, or be misled by, in what was printed."""
+    return {c for c in text if (unicodedata.category(c) == "Cc" and c not in "\n\t") or c in "\u202e\u2066"}
 
 
 def add_irregular(folder: Path) -> None:

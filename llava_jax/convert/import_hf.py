@@ -5,7 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.convert import hf_config
 from llava_jax.convert.adapter import base_name, with_adapter
 from llava_jax.convert.found import (
@@ -137,7 +137,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
 
 
 def _assume_padding(directory: Path) -> str:
-    print(
+    say(
         f"{directory}: does not say how pictures become squares (no do_pad in preprocessor_config.json): they are "
         "padded, as LLaVA-1.5 was trained; --aspect square crops them",
         file=sys.stderr,

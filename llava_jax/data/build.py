@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, positive, run, short, track
+from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.fit import chosen_template
@@ -221,7 +221,7 @@ def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decod
 
 def _refuse(bad: list[BadPicture]) -> NoReturn:
     for ident, detail in sorted(bad):
-        print(f"bad-image, {ident}, {detail}")
+        say(one_line(f"bad-image, {short(ident)}, {detail}"))
     raise UserError(
         f"{len(bad)} pictures cannot be read (listed above); the other shards are kept: replace the pictures and run "
         "the same command, or let llava_jax.data.check --fix write the samples that are whole, and build from these"
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         encode=_encoder(args) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
-    print(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
+    say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
 def _encoder(args: argparse.Namespace) -> "TextEncoder":

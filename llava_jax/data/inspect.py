@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, one_line, printable, run, say, short, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
@@ -66,9 +66,9 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
         if is_image:
             text.append(IMAGE_TOKEN * len(ids), IMAGE)
         elif learned:
-            text.append(f"⟦{tokenizer.decode(ids)}⟧", LEARNED)
+            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", LEARNED)
         else:
-            text.append(tokenizer.decode(ids), MASKED)
+            text.append(printable(tokenizer.decode(ids)), MASKED)
     return text
 
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     require_fit(template, tokenizer)
     if misfit := missing_marks(template, tokenizer):
-        print(f"warning: {misfit}", file=sys.stderr)
+        say(f"warning: {misfit}", file=sys.stderr)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
@@ -150,9 +150,10 @@ def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> Non
         learned = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
-        console.rule(Text(f"{sample.id}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        ident = one_line(short(sample.id))
+        console.rule(Text(f"{ident}: text tokens {text}, learned {learned}; images {images}"), align="left")
         for name, width, height in sizes or ():
-            console.print(Text(f"{name}: {width} x {height} pixels", IMAGE))
+            console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))
 
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, shown
 
+MAX_LENGTH = 4096  # characters, of which Linux and macOS take fewer
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # of Unicode: what a name may become on the way to a disk
 _ABSOLUTE = re.compile(r"/|[a-zA-Z]:|[a-zA-Z][\w.+-]*://")  # a path of Unix, a drive of Windows, a URL
 
@@ -52,6 +53,8 @@ def image_path(images: epath.PathLike, name: str) -> epath.Path:
 
 def name_fault(name: str, allow_absolute: bool = False) -> str | None:
     """Why a name is refused, None where it stays below its folder, in whatever form of Unicode, or may be absolute."""
+    if len(name) > MAX_LENGTH:
+        return f"has {len(name):,} characters: no file has a name of more than {MAX_LENGTH:,}"
     if "\0" in name:
         return "holds a NUL character"
     for form in _FORMS:

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, positive, track
+from llava_jax.cli import Parser, UserError, positive, say, track
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import Sample, record_value
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     rejects = read_rejects(args.rejects) if args.rejects else ()
     samples = LlavaJson(args.json)
     write_report(args.output, samples, folder_of(args), ledger, rejects, shown=args.shown, title=args.json)
-    print(f"{args.output}: {len(samples)} samples", file=sys.stderr)
+    say(f"{args.output}: {len(samples)} samples", file=sys.stderr)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

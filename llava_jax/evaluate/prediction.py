@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import track
+from llava_jax.cli import say, track
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.names import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile, Key
@@ -32,7 +32,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
             _answer(args, asking, file, batches(waiting, asking.batch_rows), len(answered))
         everybodys = {key_of(line): line for lines in _gathered("answers", list(file.lines.values())) for line in lines}
         if distributed.is_first():
-            print(f"{file.finish(everybodys)} answers: {args.output}", file=sys.stderr)
+            say(f"{file.finish(everybodys)} answers: {args.output}", file=sys.stderr)
         distributed.barrier("answers are written")
         file.remove_part()
 
@@ -43,7 +43,7 @@ def _answer(
     """Answers this process's share of the batches, which are about as long as those of others."""
     share = work[jax.process_index() :: jax.process_count()]
     if answered:
-        print(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
+        say(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
     if asking.picture_last:
@@ -59,7 +59,7 @@ def _answer(
     for _ in track(one_by_one(), "answering", total=count):
         pass
     file.flush()
-    print(
+    say(
         f"{count} answers in {answering.seconds:.1f} s, {count / max(answering.seconds, 1e-9):.1f} a second; devices "
         f"were idle for {answering.idle:.1%} of it",
         file=sys.stderr,

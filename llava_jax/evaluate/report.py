@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, printable, say
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
             with whole_file(output / name) as file:
                 file.write(content)
         write_board(output, args.runs, names, rows)
-        print(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
-    print(json.dumps(report) if args.json else table(names, rows))
+        say(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
+    print(json.dumps(report) if args.json else printable(table(names, rows)))
 
 
 def table(names: Sequence[str], rows: Sequence[Row]) -> str:
