@@ -24,7 +24,7 @@ def test_a_name_that_comes_twice_is_refused(second, tmp_path):
     """The library refuses it where the bytes are others, and takes the last where they are the same."""
     header = f'{{"a": {TENSOR % (0, 8)}, "a": {TENSOR % second}}}'
     file = write_header(tmp_path / "model.safetensors", header, second[1])
-    with pytest.raises(UserError, match="model.safetensors: (holds a twice|not a whole safetensors file)"):
+    with pytest.raises(UserError, match="holds 'a' twice|not a whole safetensors file"):
         open_files([file])
 
 
