@@ -114,7 +114,7 @@ def _open_shards(index: Path) -> Tensors:
         if not isinstance(file, str) or not _is_inside(file):
             raise UserError(f"{index}: weight_map: {name} is in {file!r}, which is no file beside it or below")
     files = sorted(set(weight_map.values()))
-    lost = [file for file in files if not (index.parent / file).exists()]
+    lost = [file for file in files if not os.path.exists(index.parent / file)]
     if lost:
         raise UserError(f"{index}: names {_some(lost)}, which is not beside it; download it again")
     tensors = open_files(index.parent / file for file in files)
