@@ -183,7 +183,7 @@ def test_what_came_back_can_be_sent_again(client):
 
 def test_every_seed_of_64_bits_is_one(client):
     for seed in (2**64 - 1, -(2**63), -9223372036854776000):
-        assert create(client, temperature=1, seed=seed, max_tokens=2).choices[0].message.content is not None
+        assert create(client, temperature=1, seed=seed, max_completion_tokens=2).choices[0].message.content is not None
 
 
 def test_several_answers_and_seeds(client):

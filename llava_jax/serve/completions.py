@@ -54,6 +54,8 @@ class Chat:
         answers = await _while_connected(http, self._submit(body))
         if answers is None:
             return Response(status_code=499)  # nobody is there to read it
+        body.messages.clear()  # up to 32 MB, which nobody needs while the answer is written
+        http.scope["release_body"]()
         reply = _Reply(self._model, body, answers)
         if body.stream:
             return _EventStream(reply.events(), answers)
