@@ -9,6 +9,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from llava_jax.serve.errors import ApiError, from_validation
 from llava_jax.serve.schema import ChatRequest
@@ -35,7 +36,10 @@ class BoundedRoute(APIRoute):
 
     def get_route_handler(self):
         async def handle(request: Request) -> Response:
-            data = await _read(request)
+            try:
+                data = await _read(request)
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody is there to read it
             chat = await anyio.to_thread.run_sync(parse, data, limiter=self.parsing)
             del data  # up to 32 MB, which nobody needs while the answer is written
             return await self.endpoint(chat, request)
