@@ -62,11 +62,9 @@ class Chat:
             http.scope["release_body"]()
             reply = _Reply(self._model, body, answers)
             if body.stream:
-                stream = _EventStream(reply.events(), answers, reserved)
-                reserved = contextlib.ExitStack()
-                return stream
-            whole = await _while_connected(http, reply.whole())
-            return Response(whole, media_type="application/json") if whole else Response(status_code=499)
+                return _EventStream(reply.events(), answers, reserved.pop_all())
+            text = await _while_connected(http, reply.whole())
+            return Response(text, media_type="application/json") if text else Response(status_code=499)
         finally:
             reserved.close()
 

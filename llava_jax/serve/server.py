@@ -26,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError for what can be no name at all
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot serve at {host}, port {port}: {reason}") from error
     return bound
@@ -59,7 +59,12 @@ class Server(uvicorn.Server):
         """Raises what the warm-up raised."""
         warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
         warming.start()
-        super().run(sockets)
+        try:
+            super().run(sockets)
+        except OSError as error:  # another server began to listen there meanwhile
+            self._failure = UserError(
+                f"cannot serve at {', '.join(map(_url, sockets or []))}: {error.strerror or error}"
+            )
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure
