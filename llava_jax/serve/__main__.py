@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,8 +78,8 @@ def _api_key(file: str | None) -> str | None:
     key = os.environ.get("LLAVA_API_KEY")
     if file is not None:
         with open(file, "rb") as opened:
-            key = opened.read(MAX_KEY_BYTES).decode("ascii", "replace").strip()
-    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            key = opened.read(MAX_KEY_BYTES + 1).decode("ascii", "replace").strip()
+    if key is not None and not re.fullmatch(rf"[!-~]{{1,{MAX_KEY_BYTES}}}", key):
         raise UserError(f"{file or 'LLAVA_API_KEY'}: a key is one line of printable ASCII characters without spaces")
     return key
 

@@ -27,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except (OSError, UnicodeError) as error:  # UnicodeError for what can be no name at all
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(f"cannot serve at {host}, port {port}: {reason}") from error
     return bound
 
