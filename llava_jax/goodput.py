@@ -14,6 +14,8 @@ from typing import TypeVar
 import jax
 from etils import epath
 
+from llava_jax.whole_file import whole_file
+
 Item = TypeVar("Item")
 
 # What charges nothing else is set-up before the loop and a step within it.
@@ -83,10 +85,9 @@ class Goodput:
         self.written = time.monotonic()
         if self.file is None or jax.process_index() != 0:
             return
-        partial = self.file.with_name("goodput.json.partial")
         try:
-            partial.write_text(json.dumps(self.account(), indent=2) + "\n")
-            partial.replace(self.file)
+            with whole_file(self.file) as file:
+                file.write(json.dumps(self.account(), indent=2).encode() + b"\n")
         except Exception as error:  # of whichever client; it is no part of the training
             print(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
 

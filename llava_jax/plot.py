@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, run
+from llava_jax.whole_file import whole_file
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune
@@ -98,7 +99,8 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
     chart = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(output).write_bytes(chart)
+    with whole_file(output) as file:
+        file.write(chart)
 
 
 def _labels(workdirs: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,9 @@ from llava_jax.checkpoint import DESCRIPTION, FROZEN, finished_steps
 from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
+from llava_jax.lock import entries
 from llava_jax.metrics import BAD_SAMPLES, METRICS, step_of
+from llava_jax.whole_file import whole_file
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
 NEUTRAL = (
@@ -48,7 +50,7 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
     run was started with.
     """
     files = {"data.json": dict(data), "config.json": config.to_dict()}
-    if not workdir.exists() or not any(workdir.iterdir()):
+    if not entries(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     elif not _is_workdir(workdir):
         raise UserError(f"{workdir}: exists and is not a training workdir; choose another")
@@ -58,9 +60,8 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
     else:
         _remove_leftovers(workdir)
     for name, values in files.items():
-        partial = workdir / f"{name}.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        partial.replace(workdir / name)
+        with whole_file(workdir / name) as file:
+            file.write(json.dumps(values, indent=2).encode() + b"\n")
 
 
 def resumes(workdir: epath.Path) -> bool:
@@ -71,8 +72,8 @@ def resumes(workdir: epath.Path) -> bool:
 
 def _is_workdir(workdir: epath.Path) -> bool:
     """Whether a run made it, by `data.json`, the first file that it writes: many directories have a `config.json`."""
-    if [entry.name for entry in workdir.iterdir()] == ["data.json.partial"]:
-        return True
+    if all(entry.match("data.json.*partial") for entry in entries(workdir)):
+        return True  # it was interrupted while it wrote that
     if not (workdir / "data.json").exists():
         return False
     data = _read(workdir / "data.json")
