@@ -38,6 +38,7 @@ from llava_jax import quiet
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
 from llava_jax.incoming import refuse_pointers_below, to_utf8
+from llava_jax.lock import entries, hold
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
@@ -446,7 +447,7 @@ def check_free(directory: os.PathLike, size: int) -> None:
 def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises UserError unless `directory` is empty or not there."""
     directory = epath.Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or entries(directory)):
         raise UserError(f"{directory}: exists already; remove it or choose another output")
 
 
@@ -454,19 +455,32 @@ def refuse_existing(directory: str | os.PathLike) -> None:
 def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
     """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error.
 
-    Object stores have no directories to rename: a remote one is filled in its place. So write last what makes it valid.
+    Object stores have no directories to rename: a remote one is filled in its place, by one process at a time. So write
+    last what makes it valid.
     """
+    if is_remote(directory):
+        with hold(directory):
+            refuse_existing(directory)
+            with _gone_on_error(directory):
+                yield directory
+        return
     refuse_existing(directory)
-    partial = directory if is_remote(directory) else directory.parent / f".{directory.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=is_remote(directory))
+    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    with _gone_on_error(partial):
         yield partial
-        if partial != directory:
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
+        refuse_existing(directory)  # another process may have made it in the meantime
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+
+
+@contextlib.contextmanager
+def _gone_on_error(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        _remove(partial)
+        _remove(directory)
         raise
 
 
@@ -520,6 +534,11 @@ class TrainingCheckpoints:
         with readable(self.directory / str(step)):
             loaded = ocp.load_checkpointables(self.directory / str(step), abstract)
         return loaded["params"], loaded["optimizer"]
+
+    def reload(self) -> None:
+        """Looks again which steps there are."""
+        self.checkpointer.reload()
+        self.latest = max(finished_steps(self.directory), default=None)
 
     def close(self) -> None:
         with _in_one_line(self.directory, "cannot be written"):

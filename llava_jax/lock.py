@@ -82,7 +82,7 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
 
 def entries(directory: epath.Path) -> list[epath.Path]:
     """What a directory holds besides its lock; nothing where there is none."""
-    return [entry for entry in directory.iterdir() if entry.name != LOCK] if directory.exists() else []
+    return [entry for entry in directory.iterdir() if entry.name != LOCK] if directory.is_dir() else []
 
 
 def _cause(error: Exception) -> str:

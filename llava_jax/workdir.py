@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from llava_jax.checkpoint import DESCRIPTION, FROZEN, finished_steps
+from llava_jax.checkpoint import DESCRIPTION, FROZEN, STEPS, finished_steps
 from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
@@ -39,7 +40,7 @@ NEUTRAL = (
     "wandb.",
 )
 # What a run writes about its model and its steps, before it has done any.
-LEFTOVERS = ("checkpoints", "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPLES, "tensorboard", "evaluations")
+LEFTOVERS = (STEPS, "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPLES, "tensorboard", "evaluations")
 
 
 def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
@@ -66,8 +67,49 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
 
 def resumes(workdir: epath.Path) -> bool:
     """Whether a run in `workdir` continues from a checkpoint there, which `claim` leaves in its place."""
-    checkpoints = workdir / "checkpoints"
+    checkpoints = workdir / STEPS
     return checkpoints.exists() and bool(finished_steps(checkpoints)) and _is_workdir(workdir) and _has_trained(workdir)
+
+
+def start_step(workdir: epath.Path, resume_from: int | None, speaks: bool = True) -> int:
+    """The step to resume from: the newest, or the one asked for if it was not resumed from before.
+
+    Launchers repeat a command after a preemption, which must not go back again. Says so if it `speaks`.
+    """
+    newest = finished_steps(workdir / STEPS)[-1]
+    if resume_from is None:
+        return newest
+    if (_aside(workdir, resume_from) / METRICS).exists():
+        if speaks:
+            print(
+                f"--resume-from {resume_from} was followed by an earlier start: resumes from the newest step, {newest} "
+                f"(to go back once more, move {_aside(workdir, resume_from)} elsewhere)",
+                file=sys.stderr,
+            )
+        return newest
+    return resume_from
+
+
+def set_aside(workdir: epath.Path, step: int) -> None:
+    """Moves the checkpoints after `step` out of the way, with a copy of what the run has logged until now."""
+    newer, aside = [each for each in finished_steps(workdir / STEPS) if each > step], _aside(workdir, step)
+    if not newer and not aside.exists():
+        return
+    aside.mkdir(parents=True, exist_ok=True)
+    _copy_log(workdir / BAD_SAMPLES, aside)
+    for each in reversed(newer):  # so that a crash leaves no gap
+        (workdir / STEPS / str(each)).rename(aside / str(each))
+    _copy_log(workdir / METRICS, aside)  # last: it says that all is done
+    moved = f"step{'s' * (len(newer) > 1)} {', '.join(map(str, newer))}"
+    print(f"resumes from step {step}: moved {moved} to {aside}; delete them when you don't need them", file=sys.stderr)
+
+
+def _copy_log(file: epath.Path, directory: epath.Path) -> None:
+    (directory / file.name).write_bytes(file.read_bytes() if file.exists() else b"")
+
+
+def _aside(workdir: epath.Path, step: int) -> epath.Path:
+    return workdir / "set_aside" / f"after_{step}"
 
 
 def _is_workdir(workdir: epath.Path) -> bool:
@@ -82,7 +124,7 @@ def _is_workdir(workdir: epath.Path) -> bool:
 
 def _has_trained(workdir: epath.Path) -> bool:
     """Whether a step was ever done. Step 0, with its checkpoint and its evaluation, is where a run begins."""
-    checkpoints, metrics = workdir / "checkpoints", workdir / METRICS
+    checkpoints, metrics = workdir / STEPS, workdir / METRICS
     if checkpoints.exists() and any(finished_steps(checkpoints)):
         return True
     return metrics.exists() and any(1 <= step_of(line) < math.inf for line in metrics.read_bytes().splitlines())
