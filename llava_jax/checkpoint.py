@@ -266,6 +266,7 @@ def _cause(error: BaseException) -> str:
         error = inner
     said = next(iter(str(error).splitlines()), "").partition(" [tensorstore_spec")[0]
     if array := re.search(r'([^"/]+)/(?:c(?:/\d+)*|zarr\.json)"', said):
+        said = re.sub(r' (?:in OCDBT database )?at local file "[^"]*"', "", said)
         return f"{array[1]}: {said.rpartition(': ')[2][:200]}"
     return f"{type(error).__name__}: {said[:300]}"
 

@@ -143,7 +143,7 @@ def _name(text: bytes) -> str:
     holder = _parse(text)
     if not holder:
         return "another process"
-    said = "process {pid} on {host} since {since} ({command})".format_map(
+    said = "another process ({pid} on {host} since {since}: {command})".format_map(
         {name: str(holder.get(name, "?"))[:400] for name in ("pid", "host", "since", "command")}
     )
     return "".join(character if character.isprintable() else "?" for character in said)

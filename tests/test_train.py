@@ -860,7 +860,7 @@ DAMAGES = {
     "a list for metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text("[1]"), "must be a dictionary"),
     "another model": (
         lambda step: (step / "_CHECKPOINT_METADATA").write_text(
-            (step / "_CHECKPOINT_METADATA").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03')
+            (step / "_CHECKPOINT_METADATA").read_text().replace('"rms_norm_eps": 1e-0', '"rms_norm_eps": 2e-0')
         ),
         "altered",
     ),
