@@ -37,7 +37,7 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax import quiet
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_pointers_below, to_utf8
+from llava_jax.incoming import read_object, refuse_pointers_below
 from llava_jax.lock import entries, hold
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
@@ -334,8 +334,8 @@ def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
     if model is None or "image_position" in model or not file.exists():
         return {}
     try:
-        position = json.loads(file.read_text())["image_position"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        position = read_object(file, strict=False)["image_position"]
+    except (OSError, UserError, KeyError) as error:
         raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
     return {"model": model | {"image_position": position}}
 
@@ -343,8 +343,8 @@ def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
 def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
-        return Description.from_json(json.loads(to_utf8(file.read_bytes(), file)), where=str(file))
-    except (ValueError, KeyError, TypeError) as error:
+        return Description.from_json(read_object(file, strict=False), where=str(file))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say, short
+from llava_jax.incoming import loads
 from llava_jax.remote import is_remote
 
 LOCK = "run.lock"
@@ -93,7 +94,7 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
     while True:
         text, alive = store.look()
         if alive is None:
-            print(
+            say(
                 f"{directory}: held by {_name(text)}, which gave its last sign of life {store.age():,.0f} s ago; waits "
                 f"{EXPIRY} s for another one and takes over without it (at once if you remove {directory / LOCK})",
                 file=sys.stderr,
@@ -132,8 +133,8 @@ def _describe(where: str) -> dict[str, Any]:
 
 def _parse(text: bytes) -> dict[str, Any]:
     """The holder that a lock describes, with no fields where it is not readable."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(holder := json.loads(text), dict):
+    with contextlib.suppress(ValueError):
+        if isinstance(holder := loads(text), dict):
             return holder
     return {}
 
@@ -142,11 +143,9 @@ def _name(text: bytes) -> str:
     """Who holds a lock, for a message."""
     holder = _parse(text)
     if not holder:
-        return "another process"
-    said = "another process ({pid} on {host} since {since}: {command})".format_map(
-        {name: str(holder.get(name, "?"))[:400] for name in ("pid", "host", "since", "command")}
-    )
-    return "".join(character if character.isprintable() else "?" for character in said)
+        return "another process ({pid} on {host} since {since}: {command})".format_map(
+            {name: short(str(holder.get(name, "?")), 300) for name in ("pid", "host", "since", "command")}
+        )
 
 
 def _boot() -> str:

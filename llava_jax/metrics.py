@@ -12,7 +12,8 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from llava_jax.cli import WIDTH, UserError, fitting, progress_bar, time_left
+from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left
+from llava_jax.incoming import loads
 from llava_jax.remote import is_remote, new_local, upload
 from llava_jax.whole_file import whole_file
 
@@ -71,7 +72,7 @@ class MetricsWriter:
     def read(self, name: str) -> list[dict[str, Any]]:
         """The lines of such a file so far."""
         file = self.local / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [loads(line, strict=False) for line in file.read_bytes().splitlines()] if file.exists() else []
 
     def flush(self) -> None:
         """Begins to copy to a remote workdir what is there by now."""
@@ -84,7 +85,7 @@ class MetricsWriter:
         try:
             upload(self.local, self.workdir)
         except Exception as error:  # of whichever client; the next upload brings what this one did not
-            print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
+            say(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.board.close()
@@ -103,7 +104,7 @@ def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
     data = source.read_bytes()
     steps = [(step_of(line), line) for line in data.splitlines()]
     if damaged := sum(not math.isfinite(step) for step, _ in steps):
-        print(f"{source}: dropped {damaged} damaged line{'s' * (damaged > 1)}, as a crash leaves them", file=sys.stderr)
+        say(f"{source}: dropped {damaged} damaged line{'s' * (damaged > 1)}, as a crash leaves them", file=sys.stderr)
     kept = b"".join(line + b"\n" for step, line in steps if last and step <= last)
     if kept != data or target != source:
         with whole_file(target) as file:
@@ -113,8 +114,8 @@ def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
 def step_of(line: bytes) -> float:
     """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off or left other bytes."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return float(loads(line, strict=False)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -148,9 +149,9 @@ class Screen:
 
     def say(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(printable(text), highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:

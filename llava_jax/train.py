@@ -31,7 +31,7 @@ from llava_jax.checkpoint import (
     read_description,
     write_description,
 )
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
@@ -332,8 +332,8 @@ def _train(
                 raise distributed.LeaveTogether(128 + stop)
     minutes = (time.monotonic() - began) / 60
     if first:
-        print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
-        print(goodput.summary(), file=sys.stderr)
+        say(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+        say(goodput.summary(), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
@@ -347,7 +347,7 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
 
 def _bad_pictures(writer: MetricsWriter | None) -> int:
     """How many were found before this start, which the first process knows, who has the writer."""
-    found = sum(line["part"] == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
+    found = sum(line.get("part") == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
     return int(distributed.gather("bad pictures so far", np.array([found]))[0][0])
 
 
@@ -436,7 +436,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     if source.description.stage == "finetune":
         learned = source.config.image_position
         if learned != config.image_position:
-            print(
+            say(
                 f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
                 file=sys.stderr,
             )

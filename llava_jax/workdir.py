@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from llava_jax.checkpoint import DESCRIPTION, FROZEN, STEPS, finished_steps
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
+from llava_jax.incoming import read_json, read_object
 from llava_jax.lock import entries
 from llava_jax.metrics import BAD_SAMPLES, METRICS, step_of
 from llava_jax.whole_file import whole_file
@@ -25,6 +26,7 @@ NEUTRAL = (
     "model",  # only checked against the checkpoint
     "default_model",
     "data.workers",
+    "data.allow_absolute_images",
     "data.on_bad_sample",  # changes nothing of a run that came so far without
     "data.max_bad_share",
     "max_rows_per_device",
@@ -81,7 +83,7 @@ def start_step(workdir: epath.Path, resume_from: int | None, speaks: bool = True
         return newest
     if (_aside(workdir, resume_from) / METRICS).exists():
         if speaks:
-            print(
+            say(
                 f"--resume-from {resume_from} was followed by an earlier start: resumes from the newest step, {newest} "
                 f"(to go back once more, move {_aside(workdir, resume_from)} elsewhere)",
                 file=sys.stderr,
@@ -101,7 +103,7 @@ def set_aside(workdir: epath.Path, step: int) -> None:
         (workdir / STEPS / str(each)).rename(aside / str(each))
     _copy_log(workdir / METRICS, aside)  # last: it says that all is done
     moved = f"step{'s' * (len(newer) > 1)} {', '.join(map(str, newer))}"
-    print(f"resumes from step {step}: moved {moved} to {aside}; delete them when you don't need them", file=sys.stderr)
+    say(f"resumes from step {step}: moved {moved} to {aside}; delete them when you don't need them", file=sys.stderr)
 
 
 def _copy_log(file: epath.Path, directory: epath.Path) -> None:
@@ -142,7 +144,7 @@ def _remove_leftovers(workdir: epath.Path) -> None:
 
 def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> None:
     wanted = _flat(json.loads(json.dumps(config.to_dict())))  # as the file has it: a list for a tuple
-    found = _flat(_read(workdir / "config.json"))
+    found = _flat(_read(workdir / "config.json", read_object))
     differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
     differing = [key for key in differing if not key.startswith(NEUTRAL)]
     if differing:
@@ -155,11 +157,11 @@ def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> N
         )
 
 
-def _read(file: epath.Path) -> dict[str, Any]:
+def _read(file: epath.Path, read: Callable[..., Any] = read_json) -> Any:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: damaged ({error}); choose another workdir") from None
+        return read(file, strict=False)
+    except (OSError, UserError) as error:
+        raise UserError(f"{file}: damaged ({str(error).removeprefix(f'{file}: ')}); choose another workdir") from None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

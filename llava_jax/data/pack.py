@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, run, say, track
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
         with whole_file(args.json_out) as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
-    print("\n".join(lines(lengths, found, args.samples_a_step)))
+    say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
 def _numbers(text: str) -> list[int]:
