@@ -37,7 +37,7 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax import quiet
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
-from llava_jax.incoming import read_object, refuse_pointers_below
+from llava_jax.incoming import loads, read_bytes, read_object, refuse_pointers_below, to_utf8
 from llava_jax.lock import entries, hold
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
@@ -342,8 +342,9 @@ def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
 
 def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
+    text = to_utf8(read_bytes(file), file)
     try:
-        return Description.from_json(read_object(file, strict=False), where=str(file))
+        return Description.from_json(loads(text, strict=False), where=str(file))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
 
