@@ -143,9 +143,10 @@ def _name(text: bytes) -> str:
     """Who holds a lock, for a message."""
     holder = _parse(text)
     if not holder:
-        return "another process ({pid} on {host} since {since}: {command})".format_map(
-            {name: short(str(holder.get(name, "?")), 300) for name in ("pid", "host", "since", "command")}
-        )
+        return "another process"
+    return "another process ({pid} on {host} since {since}: {command})".format_map(
+        {name: short(str(holder.get(name, "?")), 300) for name in ("pid", "host", "since", "command")}
+    )
 
 
 def _boot() -> str:

@@ -250,6 +250,18 @@ with lock.hold(run) as check:
     except UserError as error:
         assert "was taken over by another process (7 on elsewhere" in str(error), error
 assert json.loads((run / "run.lock").read_text())["pid"] == 7
+
+# A directory that is filled in its place.
+from llava_jax.checkpoint import new_directory
+model = epath.Path("gs://bucket/model")
+with new_directory(model) as mine:
+    (mine / "a").write_text("mine")
+    try:
+        with new_directory(model):
+            raise AssertionError("not refused")
+    except UserError as error:
+        assert "model: is in use by another process" in str(error), error
+assert (model / "a").read_text() == "mine" and [entry.name for entry in model.iterdir()] == ["a"]
 print("all of it")
 """
 
