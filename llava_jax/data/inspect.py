@@ -106,7 +106,7 @@ def image_sizes(samples: LlavaJson, index: int) -> list[ImageSize]:
         try:
             sizes.append(ImageSize(name, *decode_image(data, name).size))
         except UserError as error:
-            raise UserError(f"sample {sample.id}: {error}") from error
+            raise UserError(f"sample {short(sample.id)}: {error}") from error
     return sizes
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, short
 from llava_jax.data.conversation import (
     IM_END_TOKEN,
     IM_START_TOKEN,
@@ -135,9 +135,9 @@ def encode_sample(
         check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
-        raise UserError(f"sample {sample.id}: {error}") from error
+        raise UserError(f"sample {short(sample.id)}: {error}") from error
     if np.all(encoded.labels == IGNORE_INDEX):
-        raise UserError(f"sample {sample.id}: nothing to learn from, since it has no answer: drop it from the data")
+        raise UserError(f"sample {short(sample.id)}: nothing to learn from, as it has no answer: drop it from the data")
     return encoded
 
 
