@@ -19,7 +19,7 @@ from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_chart import draw
-from llava_jax.evaluate.report_page import page
+from llava_jax.evaluate.report_page import MAX_ROWS, page
 from llava_jax.evaluate.tables import aligned
 from llava_jax.remote import is_remote, new_local, upload
 from llava_jax.whole_file import whole_file
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": [_json_row(row, names) for row in rows],
     }
     if args.output:
-        chart, output = draw(names, rows), epath.Path(args.output)
+        chart, output = draw(names, rows[:MAX_ROWS]), epath.Path(args.output)
         html = page(names, rows, cases, judged, chart, folder_of(args), args.limit)
         output.mkdir(parents=True, exist_ok=True)
         contents = {
