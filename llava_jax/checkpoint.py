@@ -35,7 +35,8 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_pointers_below, to_utf8
+from llava_jax.data.tokenizer_files import MAX_BYTES
+from llava_jax.incoming import read_bytes, refuse_pointers_below, to_utf8
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
@@ -323,7 +324,7 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_dir():
-            (target / file.name).write_bytes(file.read_bytes())  # from a disk to a bucket as well
+            (target / file.name).write_bytes(read_bytes(file, MAX_BYTES))  # from a disk to a bucket as well
 
 
 Piece = tuple[str, int | None, np.ndarray]  # a parameter, a layer of it or None for the whole, values

@@ -1,7 +1,6 @@
 """A language model on disk: a directory of transformers, or a GGUF file that transformers (with torch) reads."""
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors, has_weights, open_directory
-from llava_jax.incoming import read_object, refuse_pointer_file
+from llava_jax.data.tokenizer_files import MAX_BYTES
+from llava_jax.incoming import read_bytes, read_object, refuse_pointer_file
 
 
 class LanguageModel(NamedTuple):
@@ -59,7 +59,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             refuse_pointer_file(source / name)
-            shutil.copy(source / name, target / name)
+            (target / name).write_bytes(read_bytes(source / name, MAX_BYTES))
 
 
 def _open_gguf(path: Path) -> LanguageModel:
@@ -76,8 +76,10 @@ def _open_gguf(path: Path) -> LanguageModel:
     except ImportError as error:
         raise UserError(f"{path}: GGUF needs {error.name}: pip install 'llava_jax[torch-import]'") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # transformers raises any class for what it does not know
         raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
     held = {
