@@ -77,13 +77,19 @@ def require_regular(path: str | os.PathLike) -> None:
     if is_remote(path):
         return
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # a loop of links, a name that is too long or holds a NUL
         raise UserError(f"{os.fspath(path)!r}: cannot be opened ({getattr(error, 'strerror', error)})") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a device, pipe or socket'}, not a file")
+    refuse_irregular(found, path)
+
+
+def refuse_irregular(found: os.stat_result, path: str | os.PathLike) -> None:
+    """Raises `UserError` unless that is what `os.stat` says of a regular file."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
+        raise UserError(f"{path}: is {kind}, not a file")
 
 
 def read_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import base_name, is_adapter
-from llava_jax.convert.hf_fields import Json
+from llava_jax.convert.hf_fields import Json, check_generation
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors, has_weights, open_directory
@@ -38,7 +38,7 @@ def open_language_model(path: Path) -> LanguageModel:
     return LanguageModel(
         where=str(path / "config.json"),
         config=read_object(path / "config.json"),
-        generation=read_if_there(path / "generation_config.json"),
+        generation=read_generation(path),
         tensors=open_directory(path),
         write_tokenizer=functools.partial(copy_tokenizer, path),
     )
@@ -46,6 +46,12 @@ def open_language_model(path: Path) -> LanguageModel:
 
 def read_if_there(path: Path) -> Json:
     return read_object(path) if path.exists() else {}
+
+
+def read_generation(directory: Path) -> Json:
+    """Its `generation_config.json`; empty where there is none."""
+    file = directory / "generation_config.json"
+    return check_generation(read_if_there(file), str(file))
 
 
 def has_tokenizer(directory: Path) -> bool:
