@@ -7,15 +7,14 @@ large the pictures were that came in.
 import binascii
 import os
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import anyio
 import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import decode_image, preprocess, read_picture
+from llava_jax.data.images import decode_image, preprocess
 from llava_jax.models.config import LlavaConfig
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
@@ -25,7 +24,7 @@ MAX_REMOTE_BYTES = 20_000_000
 
 
 class Reader:
-    """Reads the pictures of requests, those of the web page included.
+    """Reads the pictures of requests.
 
     Args:
       preprocess: a picture to uint8[H, W, 3] at the size of the vision tower.
@@ -54,10 +53,6 @@ class Reader:
                 raise ApiError(400, f"{field}: {error}", "invalid_image", field) from error
         return pictures
 
-    async def read_files(self, files: Iterable[str]) -> dict[str, Image.Image]:
-        """The picture in each file. Raises UserError with the name of a bad one, which says nothing of its folder."""
-        return {file: await self._in_thread(self._square_of_file, file) for file in dict.fromkeys(files)}
-
     async def _in_thread(self, function: Callable[..., Image.Image], *args: bytes | str) -> Image.Image:
         return await anyio.to_thread.run_sync(function, *args, limiter=self._decoding)
 
@@ -73,9 +68,6 @@ class Reader:
 
     def _square(self, data: bytes, name: str) -> Image.Image:
         return Image.fromarray(self._preprocess(decode_image(data, name, MAX_PIXELS)))
-
-    def _square_of_file(self, file: str) -> Image.Image:
-        return self._square(read_picture(file), Path(file).name)
 
 
 def decode_data_url(url: str) -> bytes:
