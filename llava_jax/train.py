@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, remote, sharding, tracking
 from llava_jax.bad_samples import BadSamples, check_texts
 from llava_jax.checkpoint import (
     DESCRIPTION,
@@ -76,6 +76,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
     resumed = resumes(directory)
+    remote.name(config.init, directory)
     source = open_checkpoint(directory if resumed else _required(config, "init"))
     _check_preset(config.model, source)
     model = dataclasses.replace(

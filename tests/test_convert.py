@@ -545,7 +545,7 @@ def test_gguf_comes_in_through_transformers(backbones, tmp_path):
 
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     for llm, message in {
-        tmp_path / "no.gguf": "no.gguf: transformers cannot read it",
+        tmp_path / "no.gguf": "no.gguf: a damaged GGUF file",
         tmp_path: "holds model.gguf, no.gguf: give one of these files itself",
         checkpoint.tokenizer_dir / "tokenizer.json": "neither a directory with a config.json nor a GGUF file",
     }.items():

@@ -93,6 +93,12 @@ def text_part(config: Json, where: str, tied: bool) -> TextConfig:
         )
 
 
+def num_parameters(config: TextConfig) -> int:
+    """How many numbers the matrices of a decoder have, with one of the embeddings."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (config.vocab_size + config.num_layers * (heads + 3 * config.intermediate_size))
+
+
 def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
     """The `text_config` of an export; `source` is the one that was imported."""
     model_type = _model_type(config, source)
