@@ -101,6 +101,7 @@ def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
 
 WRITE_RUN = """
 import sys
+import jax.numpy as jnp
 from etils import epath
 from llava_jax.checkpoint import Description, TrainingCheckpoints, copy_tokenizer, open_checkpoint, write_description
 source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[1])
@@ -110,7 +111,7 @@ described = Description(source.config, "v1", sources=source.sources_of(frozen, w
 copy_tokenizer(source.tokenizer_dir, workdir / "tokenizer")
 write_description(workdir, described)
 checkpoints = TrainingCheckpoints(workdir, described, 1)
-checkpoints.save(1, trained, {}, wait=True)
+checkpoints.save(1, trained, {"count": jnp.zeros(3)}, wait=True)
 checkpoints.close()
 """
 

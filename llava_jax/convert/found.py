@@ -12,7 +12,6 @@ from llava_jax.cli import UserError
 from llava_jax.convert.hf_fields import Json, in_words_of_hf
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.projector import num_projector_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Found:
 
 def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
     with in_words_of_hf(str(where)):
-        num_projector_layers(fields["projector_type"])
         return LlavaConfig(**fields)
 
 

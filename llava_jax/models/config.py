@@ -1,6 +1,7 @@
 """Shapes of the model, and the published ones as presets."""
 
 import dataclasses
+import re
 from typing import Any
 
 from llava_jax.cli import shown
@@ -62,8 +63,18 @@ def check_channels(name: str, values: Any) -> None:
         raise ValueError(f"{name} is {shown(values)}, of which none may be 0 or less")
 
 
+def num_projector_layers(projector_type: str) -> int:
+    """1 for `linear` (the paper), N for `mlpNx_gelu` (LLaVA-1.5: N = 2), of at most 99."""
+    if projector_type == "linear":
+        return 1
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", projector_type)
+    if not match:
+        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu)")
+    return int(match[1])
+
+
 def require_multiple(name: str, value: int, of_name: str, of: int) -> None:
-    if value % of:
+    if of < 1 or value % of:
         raise ValueError(f"{name} {value} is not a multiple of {of_name} {of}")
 
 
@@ -179,6 +190,7 @@ class LlavaConfig:
         check_fields(self)
         for field in ("image_mean", "image_std"):
             check_channels(field, getattr(self, field))
+        num_projector_layers(self.projector_type)
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
         if self.select_feature == "cls_patch" and not self.vision.class_token:
