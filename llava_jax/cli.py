@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from llava_jax import remote
+
 Item = TypeVar("Item")
 
 SHOWN = 80  # characters of a value of a file in a message
@@ -110,6 +112,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.metavar in PATHS:
                 setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
+                remote.name(getattr(parsed, action.dest))
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:

@@ -175,6 +175,8 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
             epilog=EXAMPLE,
         )
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
+        parser.add_argument("--source", metavar="DIR", help="a place on an object store that the checkpoint takes "
+                            "parameters from, so that it may be read")  # fmt: skip
         if name == "copy":
             parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
         parser.set_defaults(function=copies)
