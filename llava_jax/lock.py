@@ -95,8 +95,9 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
         text, alive = store.look()
         if alive is None:
             say(
-                f"{directory}: held by {_name(text)}, which gave its last sign of life {store.age():,.0f} s ago; waits "
-                f"{EXPIRY} s for another one and takes over without it (at once if you remove {directory / LOCK})",
+                f"{directory}: held by {_name(text)}, whose last sign of life was {store.age():,.0f} s ago; waits "
+                f"up to {2 * EXPIRY} s until it ends, or gives none for {EXPIRY} s, and takes over then (at once if "
+                f"you remove {directory / LOCK})",
                 file=sys.stderr,
                 flush=True,
             )
@@ -111,12 +112,16 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
 
 
 def _shows_life(store: "_LockFile | _LockObject") -> bool:
-    version = store.version()
-    for _ in range(EXPIRY):
+    """Waits until a holder ends or expires, as a preempted one does that still saves; True where it does neither."""
+    version, unchanged = store.version(), 0
+    for _ in range(2 * EXPIRY):
         time.sleep(1)
-        if (now := store.version()) != version:
-            return now is not None  # None: it has just ended
-    return False
+        if (now := store.version()) is None:
+            return False
+        unchanged, version = (unchanged + 1 if now == version else 0), now
+        if unchanged == EXPIRY:
+            return False
+    return True
 
 
 def _describe(where: str) -> dict[str, Any]:
