@@ -36,8 +36,13 @@ MAX_BYTES = 4096  # of what is read of the file, which anybody may have written
 def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
     """Holds the lock of `directory`, which is made if needed; yields a check to call before what is written.
 
-    Raises UserError, as the check does once the lock was lost, that names the process that holds it.
+    Raises UserError, as the check does once the lock was lost, that names the process that holds it. On object stores
+    that TensorStore does not know nothing can be locked, which is said.
     """
+    if is_remote(directory) and not os.fspath(directory).startswith(("gs://", "s3://")):
+        say(f"warning: {directory}: cannot be locked: see to it that no other process writes there", file=sys.stderr)
+        yield lambda: None
+        return
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
