@@ -505,8 +505,8 @@ def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + b'{"model"')
-        assert eventually(lambda: app.state.traffic.active == 1)
-    assert eventually(lambda: app.state.traffic.active == 0)
+        assert eventually(lambda: len(app.state.traffic.reading) == 1)
+    assert eventually(lambda: len(app.state.traffic.reading) == 0)
 
 
 # ------------------------------------------------------------------------------------------------------ operations

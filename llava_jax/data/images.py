@@ -142,7 +142,7 @@ def _errors(name: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"picture {name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"picture {name} is refused: it has far too many pixels: shrink it or remove it") from error
+        raise UserError(f"picture {name} is refused as a decompression bomb: shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(
             f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"

@@ -1,5 +1,7 @@
 """Runs the app until it is told to stop, and then lets what was begun come to its end."""
 
+import contextlib
+import ctypes
 import functools
 import os
 import socket
@@ -14,6 +16,7 @@ from llava_jax.cli import UserError
 from llava_jax.serve.connection import Connection, Limits, connection_limit
 from llava_jax.serve.engine import Engine
 
+MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
 LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
 
 
@@ -37,6 +40,12 @@ def _url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _return_freed_memory() -> None:
+    """Makes glibc give large blocks back once they are freed: else it keeps the memory of the largest images for ever."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def http_config(app: FastAPI, limits: Limits, **options: object) -> uvicorn.Config:
     """How uvicorn serves `app`: HTTP alone, with our limits, and our log instead of its own."""
     http = functools.partial(Connection, limits=limits)
@@ -57,6 +66,7 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Raises what the warm-up raised."""
+        _return_freed_memory()
         warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
         warming.start()
         try:
