@@ -41,7 +41,7 @@ def _url(bound: socket.socket) -> str:
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc give large blocks back once they are freed: else it keeps the memory of the largest images for ever."""
+    """Makes glibc give large blocks back when they are freed; else it keeps the memory of the largest images."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_BYTES)
 
