@@ -41,7 +41,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
-    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31", "python-multipart>=0.0.9"],
+    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20"],
     # Excel files of answers, as MMBench's server takes them.
     "evaluate": ["openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.
@@ -54,8 +54,8 @@ EXTRAS = {
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set.
     "quickstart": ["easy-vqa>=1.0"],
-    # Drives a browser that is installed already, in the tests of the web page.
-    "browser": ["playwright>=1.50"],
+    # Drives a browser that is installed already, in the tests of the web page; axe-core finds what shuts people out.
+    "browser": ["playwright>=1.50", "axe-playwright-python>=0.1.8"],
     # Compilers for machines that are not there: no device is touched.
     "preflight-tpu": ["jax[tpu]>=0.10.2"],
     "preflight-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2", "nvidia-cuda-nvcc-cu12>=12.6"],
@@ -90,7 +90,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={"llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"]},
+    package_data={
+        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"],
+        "llava_jax.serve": ["static/*"],
+    },
     install_requires=BASE,
     extras_require=EXTRAS,
 )

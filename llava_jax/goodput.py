@@ -14,6 +14,8 @@ from typing import TypeVar
 import jax
 from etils import epath
 
+from llava_jax.cli import say
+
 Item = TypeVar("Item")
 
 # What charges nothing else is set-up before the loop and a step within it.
@@ -88,7 +90,7 @@ class Goodput:
             partial.write_text(json.dumps(self.account(), indent=2) + "\n")
             partial.replace(self.file)
         except Exception as error:  # of whichever client; it is no part of the training
-            print(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
+            say(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
 
     def account(self) -> dict:
         """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""

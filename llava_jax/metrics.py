@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from llava_jax.cli import WIDTH, fitting, progress_bar, time_left
+from llava_jax.cli import WIDTH, fitting, printable, progress_bar, say, time_left
 from llava_jax.remote import is_remote, new_local, upload
 
 METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
@@ -73,7 +73,7 @@ class MetricsWriter:
         try:
             upload(self.local, self.workdir)
         except Exception as error:  # of whichever client; the next upload brings what this one did not
-            print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
+            say(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.board.close()
@@ -122,9 +122,9 @@ class Screen:
 
     def say(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(printable(text), highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, run
+from llava_jax.cli import Parser, UserError, run, say
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune
@@ -116,14 +116,14 @@ def plot_own(workdir: str) -> None:
     try:
         plot([workdir], epath.Path(workdir) / LOSS)
     except Exception as error:  # of matplotlib or of whichever storage client
-        print(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     output = args.output or str(epath.Path(args.workdir[0]) / LOSS)
     plot(args.workdir, output)
-    print(output)
+    say(output)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

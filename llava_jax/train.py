@@ -30,7 +30,7 @@ from llava_jax.checkpoint import (
     read_description,
     write_description,
 )
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
@@ -308,8 +308,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 raise distributed.LeaveTogether(128 + stop)
     minutes = (time.monotonic() - began) / 60
     if first:
-        print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
-        print(goodput.summary(), file=sys.stderr)
+        say(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+        say(goodput.summary(), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
@@ -413,7 +413,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     if source.description.stage == "finetune":
         learned = source.config.image_position
         if learned != config.image_position:
-            print(
+            say(
                 f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
                 file=sys.stderr,
             )

@@ -13,6 +13,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
 
@@ -75,8 +76,9 @@ def save(path: epath.Path, transcript: Transcript) -> None:
         raise UserError(f"{path}: {error.strerror or error}") from error
 
 
-def load(path: epath.Path) -> Transcript:
-    """The one conversation in a file; names of pictures are relative to its folder. Raises `UserError`."""
+def load(path: epath.Path, allow_absolute: bool = True) -> Transcript:
+    """The one conversation in a file; names of images are relative to its folder, or absolute where that is allowed.
+    Raises `UserError`."""
     records = list(islice(scan(local_data(path), path), 2))
     if len(records) != 1:
         raise UserError(f"{path}: holds more than one sample: one conversation was expected")
@@ -86,4 +88,9 @@ def load(path: epath.Path) -> Transcript:
         (_, system), *turns = turns
     if len(turns) % 2:
         raise UserError(f"{path}: ends with a question that has no answer: remove it")
-    return Transcript(tuple(turns), [str(path.parent / name) for name in sample.images], system)
+    folder = ImageFolder(path.parent, allow_absolute)
+    try:
+        images = [str(image_path(folder, name)) for name in sample.images]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Transcript(tuple(turns), images, system)

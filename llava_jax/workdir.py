@@ -22,6 +22,7 @@ NEUTRAL = (
     "model",  # only checked against the checkpoint
     "default_model",
     "data.workers",
+    "data.allow_absolute_images",
     "data.on_bad_sample",  # changes nothing of a run that came so far without
     "data.max_bad_share",
     "max_rows_per_device",

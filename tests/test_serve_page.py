@@ -1,108 +1,118 @@
-"""What the web page shows and keeps, without a browser: tests/page_in_chromium.py has the rest."""
+"""The web page as files and headers, without a browser: tests/page_in_chromium.py has the rest."""
 
-import asyncio
-import functools
-import json
-import zipfile
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import gradio as gr
-import numpy as np
 import pytest
-from gradio.utils import get_upload_folder
-from serving import bomb, picture
+from fastapi import FastAPI
+from serving import tiny_engine
+from starlette.testclient import TestClient
 
-from llava_jax.cli import UserError
-from llava_jax.data import check
-from llava_jax.data.images import preprocess
-from llava_jax.serve.messages import all_files, answer, answered, files_of, question, text_of, to_request, write_zip
-from llava_jax.serve.page import attach, keep, pack, restore, undo
-from llava_jax.serve.pictures import Reader
+from llava_jax.serve import page
+from llava_jax.serve.app import create_app
 
-SQUARE = functools.partial(preprocess, size=16, aspect="pad", mean=(0.48, 0.46, 0.41))
-
-
-def read_files(files: list[str]) -> dict:
-    return asyncio.run(Reader(SQUARE).read_files(files))
+ROOT = Path(__file__).parents[1]
+FILES = sorted(page.FOLDER.iterdir())
+SOURCES = {file.name: file.read_text() for file in FILES}
 
 
 @pytest.fixture
-def uploads(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    folder = Path(get_upload_folder())
-    folder.mkdir()
-    return folder
+def client() -> TestClient:
+    app = FastAPI()
+    page.mount(app, 12_345)
+    return TestClient(app)
 
 
-@pytest.fixture
-def talk(uploads):
-    """Two questions about three pictures, two of which are one file."""
-    files = [str(uploads / name) for name in ("a.png", "b.PNG")]
-    for seed, file in enumerate(files):
-        picture(seed).save(file)
-    return [question("It?", files), answer("Yes."), question("", files[:1]), answer("No.")]
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The page beside the API, which wants a key."""
+    with tiny_engine(tmp_path_factory.mktemp("page"), slots=1) as engine:
+        yield TestClient(create_app(engine, "tiny", page=True, api_key="secret"))
 
 
-def test_messages_become_a_request(talk):
-    pictures = read_files(all_files(talk[:3]))
-    request = to_request(talk[:3], pictures)
-    marks = "<image>\n"
-    assert request.turns == [("user", f"{marks}{marks}It?"), ("assistant", "Yes."), ("user", marks)]
-    assert [np.asarray(image).tolist() for image in request.images] == [SQUARE(picture(i)).tolist() for i in (0, 1, 0)]
-    assert request.images[0] is request.images[2]  # and is read once
+def path_of(file: Path) -> str:
+    return "/" if file.name == "index.html" else f"/static/{file.name}"
 
 
-@pytest.mark.parametrize("data, what", [(b"no picture", "damaged"), (bomb(9_000), "9000 x 9000 pixels are more")])
-def test_a_bad_picture_is_named_without_its_folder(uploads, data, what):
-    (uploads / "bad.png").write_bytes(data)
-    with pytest.raises(UserError, match=f"bad.png.*{what}") as error:
-        read_files([str(uploads / "bad.png")])
-    assert str(uploads) not in str(error.value)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_files_are_served_with_their_types_and_nothing_may_be_added_to_them(client, file):
+    response = client.get(path_of(file))
+    types = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
+    assert response.headers["content-type"] == types.get(file.suffix[1:], "text/javascript; charset=utf-8")
+    assert response.content == file.read_bytes().replace(b"{max_body_bytes}", b"12345")
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert response.headers["cross-origin-opener-policy"] == "same-origin"
+    assert response.headers["cross-origin-resource-policy"] == "same-origin"
+    assert response.headers["permissions-policy"].startswith("camera=(self), microphone=()")
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    assert {policy[name] for name in ("default-src", "form-action", "base-uri", "frame-ancestors")} == {"'none'"}
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert "unsafe" not in response.headers["content-security-policy"]
 
 
-def test_a_zip_is_a_clean_data_set(talk, tmp_path):
-    write_zip(talk, tmp_path / "talk.zip")
-    with zipfile.ZipFile(tmp_path / "talk.zip") as archive:
-        assert sorted(archive.namelist()) == ["1.png", "2.png", "conversation.json"]
-        archive.extractall(tmp_path / "talk")
-    (sample,) = json.loads((tmp_path / "talk/conversation.json").read_text())
-    assert sample["image"] == ["1.png", "2.png", "1.png"]
-    assert not check.main(["--json", str(tmp_path / "talk/conversation.json"), "--images", str(tmp_path / "talk")])
+def test_an_unchanged_file_is_not_sent_again(client):
+    response = client.get("/")
+    assert response.headers["cache-control"] == "no-cache"
+    tag = response.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}'):
+        again = client.get("/", headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
+    assert client.get("/static/main.js").headers["etag"] != tag
 
 
-def test_a_question_without_an_answer_is_not_kept(talk):
-    assert answered(talk[:3]) == answered(talk[:2]) == talk[:2]
-    assert answered([]) == []
-    with pytest.raises(gr.Error, match="nothing to download"):
-        next(pack(talk[:1]))
+def test_the_page_knows_the_largest_body(client):
+    assert '<meta name="max-body-bytes" content="12345">' in client.get("/").text
 
 
-def test_what_is_kept_is_restored(talk):
-    assert restore(json.loads(json.dumps(keep(talk)))) == talk
-    assert restore([]) == []
+def test_other_paths_and_methods_get_the_errors_of_the_api(server):
+    for path in ("/nothing", "/static/", "/static/nothing.js", "/static/../page.py", "/static/%2e%2e/page.py"):
+        response = server.get(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    for path in ("/", "/static/main.js"):
+        assert server.head(path).status_code == 200
+        response = server.post(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert server.get("/v1/models").status_code == 401
+    response = server.get("/v1/nothing", headers={"Authorization": "Bearer secret"})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize("kept", [None, 3, "text", [1], [["user", "It?"]], [["user", "It?", [3]]], [["user", 3, []]]])
-def test_what_the_browser_makes_up_is_not_restored(kept):
-    assert restore(kept) == []
+@pytest.mark.parametrize(
+    "path", ["gradio_api/upload", "gradio_api/file=/etc/passwd", "gradio_api/queue/join", "config"]
+)
+def test_there_is_no_second_server(server, path):
+    for response in (server.get(f"/{path}"), server.post(f"/{path}", json={})):
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_files_that_nobody_uploaded_are_not_shown(talk, uploads, tmp_path):
-    (tmp_path / "secret.png").write_bytes(Path(files_of(talk[0])[0]).read_bytes())
-    for file in (tmp_path / "secret.png", uploads / "../secret.png", uploads / "gone.png"):
-        assert restore([["user", "It?", [str(file)]]]) == []
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.endswith(".js")])
+def test_text_cannot_become_markup_or_code(name):
+    sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|srcdoc|setAttribute|DOMParser"
+    assert not re.search(sinks + r"|setTimeout\([\"'`]|createContextualFragment|javascript:", SOURCES[name])
 
 
-def test_undo_takes_the_question_back(talk):
-    event = gr.UndoData(None, {"index": 2, "value": ""})
-    message, history = undo(talk, event)
-    assert message == {"text": text_of(talk[2]), "files": files_of(talk[2])}
-    assert history == talk[:2]
+def test_the_html_has_no_script_style_or_handler_of_its_own():
+    html = SOURCES["index.html"]
+    assert not re.search(r"\sstyle=|\son\w+=|<style|<script(?![^>]* src=)|javascript:|</script>\S", html)
 
 
-def test_a_photo_joins_the_message():
-    assert attach({"text": "It?", "files": ["a.png"]}, "photo.png") == (
-        {"text": "It?", "files": ["a.png", "photo.png"]},
-        None,
-    )
-    assert attach({"text": "It?", "files": []}, None) == ({"text": "It?", "files": []}, None)
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_file_names_another_host(name):
+    assert not re.search(r"(?<!xmlns=\")https?://[\w.]|url\(|@import|[\"'(]//", SOURCES[name])
+
+
+def test_only_three_paths_of_the_server_are_asked():
+    asked = re.findall(r"request\(\"([^\"]+)\"", "".join(SOURCES.values()))
+    assert sorted(asked) == ["health", "v1/chat/completions", "v1/models"]
+    assert "".join(SOURCES.values()).count("fetch(") == 1
+
+
+def test_all_files_are_in_a_wheel(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = {file.name: file.read_text() for file in (tmp_path / "llava_jax/serve/static").iterdir()}
+    assert built == SOURCES

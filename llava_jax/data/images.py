@@ -17,7 +17,9 @@ import functools
 import io
 import itertools
 import math
+import os
 import re
+import stat
 import struct
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,8 @@ from etils import epath
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_pointer
+from llava_jax.incoming import refuse_irregular, refuse_pointer
+from llava_jax.remote import is_remote
 
 T = TypeVar("T")
 
@@ -39,6 +42,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
 MAX_PIXELS = 2 * 89_478_485
+MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
 
 MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole image
 MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
@@ -63,11 +67,27 @@ def load_image(path: str | epath.Path) -> Image.Image:
 
 
 def read_picture(path: str | epath.Path) -> bytes:
-    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file."""
+    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
+    regular one of at most `MAX_BYTES`."""
     try:
-        return in_any_spelling(lambda file: file.read_bytes(), path)
+        return in_any_spelling(_read, path)
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read(path: epath.Path) -> bytes:
+    if is_remote(path):
+        limit = MAX_BYTES
+    else:
+        found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):  # which cannot be opened
+            refuse_irregular(found, f"picture {path}")
+        limit = min(found.st_size, MAX_BYTES)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"picture {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
+    return data
 
 
 def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> T:

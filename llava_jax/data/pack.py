@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, run, say, track
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
         epath.Path(args.json_out).write_text(json.dumps(report, indent=2) + "\n")
-    print("\n".join(lines(lengths, found, args.samples_a_step)))
+    say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
 def _numbers(text: str) -> list[int]:

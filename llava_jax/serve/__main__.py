@@ -1,10 +1,8 @@
 """Serves a checkpoint: OpenAI's API under /v1, and a web page at /."""
 
 import argparse
-import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,16 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         max_body_bytes=args.max_body_mb << 20,
         allowed_hosts=[*own_names(args.host, address), *args.allowed_hosts],
         allow_origins=args.allow_origin,
-        page=not args.no_page and _gradio_is_there(),
+        page=not args.no_page,
     )
     Server(app, engine).run([address])
-
-
-def _gradio_is_there() -> bool:
-    if importlib.util.find_spec("gradio") is not None:
-        return True
-    print("the API alone is served, for want of Gradio: pip install gradio", file=sys.stderr)
-    return False
 
 
 def _api_key(file: str | None) -> str | None:

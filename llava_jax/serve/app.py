@@ -1,4 +1,4 @@
-"""The HTTP side of an engine: OpenAI's API, health, metrics, and the web page where it is installed."""
+"""The HTTP side of an engine: OpenAI's API, health, metrics, and the web page."""
 
 import time
 from collections.abc import Collection
@@ -9,18 +9,17 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Match
 
 from llava_jax.serve import errors
 from llava_jax.serve.bodies import BoundedRoute
 from llava_jax.serve.completions import Chat, unknown_model
 from llava_jax.serve.engine import Engine
-from llava_jax.serve.gate import Gate, Traffic, same_secret
+from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
 from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import CountResponses, Metrics
+from llava_jax.serve.page import mount as mount_page
 from llava_jax.serve.pictures import Reader
 from llava_jax.serve.schema import ChatRequest
 
@@ -60,7 +59,7 @@ def create_app(
       max_body_bytes: of a request.
       allowed_hosts: names of this server besides those of loopback and the address that a client connects to.
       allow_origins: pages of other sites that may use the API from a browser.
-      page: whether the web page is served at `/`; with a key it asks for it.
+      page: whether the web page is served at `/`.
     """
     about = "OpenAI's chat completions, answered by a LLaVA."
     app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts of a CDN
@@ -127,31 +126,5 @@ def create_app(
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     if page:
-        _mount_page(app, engine, metrics, reader, model, api_key, max_body_bytes)
+        mount_page(app, max_body_bytes)
     return app
-
-
-def _mount_page(
-    app: FastAPI,
-    engine: Engine,
-    metrics: Metrics,
-    reader: Reader,
-    model: str,
-    api_key: str | None,
-    max_body_bytes: int,
-) -> None:
-    """Behind all else, since it answers to every path."""
-    from llava_jax.serve.page import mount  # Gradio takes seconds to import
-
-    api = list(app.routes)
-
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
-    async def unknown(path: str, request: Request) -> None:
-        known = any(route.matches(request.scope)[0] is not Match.NONE for route in api)
-        raise HTTPException(405 if known else 404)
-
-    login: dict = {}
-    if api_key is not None:
-        login["auth"] = lambda user, password: same_secret(password, api_key)
-        login["auth_message"] = "The password is the server's API key; any user name will do."
-    mount(app, engine, metrics, reader, model, max_file_size=max_body_bytes, **login)

@@ -7,18 +7,16 @@ were that came in. All requests share one budget of memory for decoding.
 import asyncio
 import binascii
 import contextlib
-import functools
 import os
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
 import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import EncodedImage, open_image, preprocess, read_picture
+from llava_jax.data.images import EncodedImage, open_image, preprocess
 from llava_jax.models.config import LlavaConfig
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
@@ -55,7 +53,7 @@ class Budget:
 
 
 class Reader:
-    """Reads the images of requests, those of the web page included.
+    """Reads the images of requests.
 
     Args:
       preprocess: an image to uint8[H, W, 3] at the size of the vision tower.
@@ -92,14 +90,6 @@ class Reader:
                 raise ApiError(400, f"{field}: {message}", "invalid_image", field) from error
         return images
 
-    async def read_files(self, files: Iterable[str]) -> dict[str, Image.Image]:
-        """The image in each file. Raises UserError with the name of a bad one, which says nothing of its folder."""
-        images = {}
-        for file in dict.fromkeys(files):
-            opened = functools.partial(_open_file, file)
-            images[file] = await self._decode(opened)
-        return images
-
     async def _read(self, url: str) -> Image.Image:
         name = "of the request"
         if url[:5].lower() == "data:":
@@ -121,10 +111,6 @@ class Reader:
 
     def _square(self, encoded: EncodedImage) -> Image.Image:
         return Image.fromarray(self._preprocess(encoded.decode()))
-
-
-def _open_file(file: str) -> EncodedImage:
-    return open_image(read_picture(file), Path(file).name, MAX_PIXELS)
 
 
 def decode_data_url(url: str) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import uvicorn
 from fastapi import FastAPI
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.serve.connection import Connection, Limits, connection_limit
 from llava_jax.serve.engine import Engine
 
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         try:
             self._engine.warm_up()
             if self._engine.ready:
-                print(f"ready: {', '.join(map(_url, sockets or []))}", file=sys.stderr, flush=True)
+                say(f"ready: {', '.join(map(_url, sockets or []))}", file=sys.stderr, flush=True)
         except BaseException as error:
             self._failure = error
             self.should_exit = True
