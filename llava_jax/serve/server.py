@@ -17,6 +17,7 @@ from llava_jax.serve.connection import Connection, Limits, connection_limit
 from llava_jax.serve.engine import Engine
 
 MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
+BACKLOG = 2048
 LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
 
 
@@ -65,16 +66,17 @@ class Server(uvicorn.Server):
         self._failure: BaseException | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Raises what the warm-up raised."""
+        """Raises what the warm-up raised, and UserError where another server began to listen meanwhile."""
         _return_freed_memory()
+        for bound in sockets or []:
+            try:
+                bound.listen(BACKLOG)
+            except OSError as error:
+                self._engine.close(drain=False)
+                raise UserError(f"cannot serve at {_url(bound)}: {error.strerror}") from error
         warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
         warming.start()
-        try:
-            super().run(sockets)
-        except OSError as error:  # another server began to listen there meanwhile
-            self._failure = UserError(
-                f"cannot serve at {', '.join(map(_url, sockets or []))}: {error.strerror or error}"
-            )
+        super().run(sockets)
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure
