@@ -16,6 +16,7 @@ from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
+from llava_jax.whole_file import whole_file
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -67,13 +68,8 @@ def save(path: epath.Path, transcript: Transcript) -> None:
             load(path)
         except UserError as error:
             raise UserError(f"{path} exists and is no saved conversation: choose another name") from error
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(dump(transcript, path.stem).encode())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error.strerror or error}") from error
+    with whole_file(path) as file:
+        file.write(dump(transcript, path.stem).encode())
 
 
 def load(path: epath.Path, allow_absolute: bool = True) -> Transcript:

@@ -112,6 +112,8 @@ def test_killed_in_a_shard_it_goes_on_and_ends_with_the_same_bytes(data, built, 
     while not (whole[1].exists() and list(output.glob("*.partial"))):
         assert process.poll() is None
         time.sleep(0.02)
+    with pytest.raises(UserError, match=f"{output}: is in use by another process .{process.pid} on "):
+        run((data[0], images), output)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(output.glob("*.partial")) and not (output / "dataset_info.json").exists()

@@ -184,6 +184,20 @@ def test_batches_keep_pictures_together_and_lengths_apart():
     assert ids == [[5, 2], [0, 3], [1, 4]]
 
 
+def test_two_who_answer_into_the_same_file_lose_nothing(tmp_path):
+    """Neither is told; each asks what it does not find, and both end with all of it."""
+    questions = [Question(i, f"{i}?") for i in range(4)]
+    first, second = (AnswerFile(tmp_path / "out.jsonl", questions, "model") for _ in range(2))
+    for question in questions:
+        first.add([(question, "yes")])
+        second.add([(question, "yes")])
+    assert first.finish(first.lines) == 4
+    second.add([(questions[0], "yes")])
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    assert second.finish(second.lines) == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == whole and list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
+
+
 def test_parts_of_other_questions_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "prompt": "x", "text": "y", "model_id": "m"}\n{"question')
     assert len(AnswerFile(tmp_path / "a.jsonl", [Question(1, "x")], "m").lines) == 1

@@ -29,6 +29,7 @@ from llava_jax.data.published import PUBLISHED, Published, count_problems, expla
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.lock import entries, hold
 
 if TYPE_CHECKING:
     from llava_jax.data.pipeline import TextEncoder
@@ -67,18 +68,19 @@ def build(
       beam: what runs it on Apache Beam.
 
     Raises:
-      UserError: images are missing, damaged or outside the folder, the source isn't `published`, or `output` holds
-        something else.
+      UserError: images are missing, damaged or outside the folder, the source isn't `published`, `output` holds
+        something else, or another process builds it.
     """
     directory = epath.Path(output)
-    manifest = _read_manifest(directory, source.digest, shards)
-    if manifest is None:
-        manifest = _begin(directory, source, images, shards, published)
-    if encode:
-        _write_lengths(directory, source, encode)
-    planned = _shards(manifest, output, images, decode)
-    builder = LlavaBuilder(planned, published.name if published else "custom", workers)
-    builder.download_and_prepare(download_config=beam)
+    with hold(directory):
+        manifest = _read_manifest(directory, source.digest, shards)
+        if manifest is None:
+            manifest = _begin(directory, source, images, shards, published)
+        if encode:
+            _write_lengths(directory, source, encode)
+        planned = _shards(manifest, output, images, decode)
+        builder = LlavaBuilder(planned, published.name if published else "custom", workers)
+        builder.download_and_prepare(download_config=beam)
     if builder.bad_pictures:
         _refuse(builder.bad_pictures)
 
@@ -87,7 +89,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
     """What an earlier start has planned, None without one."""
     file = directory / MANIFEST
     if not file.exists():
-        if directory.exists() and any(directory.iterdir()):
+        if entries(directory):
             raise UserError(f"{directory}: exists and holds no built data set; choose another")
         return None
     manifest = json.loads(file.read_text())

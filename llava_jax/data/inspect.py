@@ -2,13 +2,13 @@
 images; with it those of the samples that are shown, and says how large they are."""
 
 import argparse
+import io
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from etils import epath
@@ -22,6 +22,7 @@ from llava_jax.data.images import decode_image
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+from llava_jax.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,23 +126,14 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
 
 @contextmanager
 def _output(out: str) -> Iterator[TextIO]:
-    """Standard output for -, a device or a link as it is, else a file that is there once it is whole."""
+    """Standard output for -, else a file that is there once it is whole."""
     if out == "-":
         yield sys.stdout
         return
-    local = Path(out)
-    in_place = local.is_symlink() or (local.exists() and not local.is_file())
-    written = epath.Path(out if in_place else f"{out}.partial")
-    try:
-        with written.open("w") as file:
-            yield file
-        if not in_place:
-            written.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if not in_place and written.exists():
-            written.unlink()
+    with whole_file(out) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.detach()  # and flush
 
 
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
