@@ -42,7 +42,7 @@ from PIL import Image
 
 GROWTH = 0.03  # of the memory after the warm-up, above which it counts as a leak
 SHARES = {"good": 0.53, "vanish": 0.18, "garbage": 0.13, "oversize": 0.08, "bomb": 0.02, "foreign": 0.06}
-LINGERING = {"stall": 8, "half a head": 40, "half a body": 8}  # clients beside those
+STALL = 45  # seconds without reading
 CUT_OFF = 120  # seconds after which a client that lingers should have been cut off, however busy the machine is
 MODEL = "soak"
 QUESTIONS = ("Hello", "what color is the shape?", "is there a circle?", "Describe it.", "What is 2 + 2?")
@@ -150,6 +150,11 @@ class Bad:
             body(ask("x"), max_tokens=10**6),
             b" " * (33 << 20),
         ]
+        much = {"n": 3, "stream": True, "temperature": 2, "max_tokens": 1900, "logprobs": True, "top_logprobs": 20}
+        asked = body(ask(QUESTIONS[0]), **much)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+        self.stalled = f"{head}Content-Length: {len(asked)}\r\n\r\n".encode() + asked
+        self.lingering = {self.stall: 8, self.send_half_a_head: 40, self.send_half_a_body: 8}  # how many at a time
         self.bombs = [
             body([{"role": "user", "content": [0] * 4_000_000}]),
             body([{"role": "user", "content": "x" * (20 << 20)}]),
@@ -197,33 +202,38 @@ class Bad:
         path = dice.choice(("/health", "/v1/models", "/"))
         await self._refused("foreign", tally, self.http.get(path, headers=headers))
 
-    async def linger(self, kind: str, tally: Tally) -> None:
-        """Keeps the server waiting until it closes the connection."""
-        long = body(ask(QUESTIONS[0]), n=3, stream=True, temperature=2, max_tokens=1900, logprobs=True, top_logprobs=20)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-        sent = f"{head}Content-Length: {len(long)}\r\n\r\n".encode() + long
-        connected = socket.socket()
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connected.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connected, (self.host, int(self.port)))
-        reader, writer = await asyncio.open_connection(sock=connected, limit=1)
-        writer.write(sent if kind == "stall" else sent[:50] if kind == "half a head" else sent[:-50])
-        try:
-            async with asyncio.timeout(CUT_OFF):
-                while kind == "stall" and not connected.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    writer.transport.pause_reading()
-                    if writer.transport.is_closing():
-                        break
-                    await asyncio.sleep(0.5)
-                if kind != "stall":
-                    await reader.read()
-            tally.counts[kind] += 1
-        except ConnectionError:
-            tally.counts[kind] += 1
-        except TimeoutError:
-            tally.problem(kind, f"not cut off within {CUT_OFF} seconds")
-        finally:
-            writer.transport.abort()
+    async def stall(self, tally: Tally) -> None:
+        """Asks for megabytes and reads nothing of them, for longer than the server waits."""
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await self._send(connection, self.stalled)
+            await asyncio.sleep(STALL)
+        tally.counts["stall"] += 1
+
+    async def send_half_a_head(self, tally: Tally) -> None:
+        await self._is_closed("half a head", self.stalled[:50], tally)
+
+    async def send_half_a_body(self, tally: Tally) -> None:
+        await self._is_closed("half a body", self.stalled[:-50], tally)
+
+    async def _is_closed(self, kind: str, data: bytes, tally: Tally) -> None:
+        with socket.socket() as connection:
+            await self._send(connection, data)
+            try:
+                async with asyncio.timeout(CUT_OFF):
+                    while await asyncio.get_running_loop().sock_recv(connection, 4096):
+                        pass
+            except ConnectionError:
+                pass
+            except TimeoutError:
+                return tally.problem(kind, f"not closed within {CUT_OFF} seconds")
+        tally.counts[kind] += 1
+
+    async def _send(self, connection: socket.socket, data: bytes) -> None:
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(connection, (self.host, int(self.port)))
+        await loop.sock_sendall(connection, data)
 
     def _post(self, data: bytes) -> Awaitable[httpx2.Response]:
         return self.http.post("/v1/chat/completions", content=data, headers={"Content-Type": "application/json"})
@@ -345,7 +355,7 @@ class Server:
 
 
 async def clients(
-    number: int, seconds: float, actions: dict[str, Callable], linger: Callable, tally: Tally, seed: int
+    number: int, seconds: float, actions: dict[str, Callable], lingering: dict[Callable, int], tally: Tally, seed: int
 ) -> None:
     """Lets them loose for a while."""
     deadline = time.monotonic() + seconds
@@ -356,11 +366,11 @@ async def clients(
             (kind,) = dice.choices(list(SHARES), list(SHARES.values()))
             await actions[kind](dice, tally)
 
-    async def lingering(kind: str) -> None:
+    async def again(linger: Callable) -> None:
         while True:
-            await linger(kind, tally)
+            await linger(tally)
 
-    others = [asyncio.create_task(lingering(kind)) for kind, number in LINGERING.items() for _ in range(number)]
+    others = [asyncio.create_task(again(linger)) for linger, number in lingering.items() for _ in range(number)]
     await asyncio.gather(*(client(index) for index in range(number)))
     for other in others:
         if other.done():  # it never ends by itself
@@ -392,11 +402,11 @@ async def soak(args: argparse.Namespace, server: Server) -> int:
     actions = {"good": good.run, "vanish": bad.vanish, "garbage": bad.send_garbage, "oversize": bad.send_oversize}
     actions |= {"bomb": bad.send_bomb, "foreign": bad.come_from_elsewhere}
     await good.learn()
-    await clients(args.clients, 60 * args.warm_up, actions, bad.linger, Tally(time.monotonic()), seed=0)
+    await clients(args.clients, 60 * args.warm_up, actions, bad.lingering, Tally(time.monotonic()), seed=0)
     tally = Tally(time.monotonic())
     memories, files = [server.memory()], server.open_files()
     for minute in range(args.minutes):
-        await clients(args.clients, 60, actions, bad.linger, tally, seed=minute + 1)
+        await clients(args.clients, 60, actions, bad.lingering, tally, seed=minute + 1)
         memories.append(server.memory())
         print(f"minute {minute + 1}: {dict(tally.counts)}, {memories[-1]:.0f} MiB", flush=True)
     open_files = (files, server.open_files())
@@ -414,7 +424,11 @@ def report(tally: Tally, memories: list[float], files: tuple[int, int], held: in
     for name, values in (("a whole answer", tally.seconds), ("the first text of a stream", tally.first)):
         p50, p99 = np.percentile(values, (50, 99))
         print(f"seconds to {name}: p50 {p50:.3f}, p99 {p99:.3f}")
-    print(", ".join(f"{kind}: {tally.counts[kind]}" for kind in [*list(SHARES)[1:], *LINGERING]))
+    print(
+        ", ".join(
+            f"{kind}: {tally.counts[kind]}" for kind in [*list(SHARES)[1:], "stall", "half a head", "half a body"]
+        )
+    )
     middle = memories[len(memories) // 2]
     print(f"resident memory: {memories[0]:.0f} MiB after warm-up, {middle:.0f} half-way, {memories[-1]:.0f} at the end")
     print(f"open files: {files[0]} after warm-up, {files[1]} at the end")

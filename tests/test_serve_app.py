@@ -451,10 +451,8 @@ def test_log_probabilities_are_bounded_for_each_request_and_for_all(url, http, e
 
 def test_pages_of_other_sites(engine):
     page = {"Origin": "https://app.example.org"}
-    preflight = {
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,x-stainless-os",
-    }
+    asked = "authorization,x-stainless-os"
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
     with TestClient(create_app(engine, "tiny")) as http:
         for response in (
@@ -471,7 +469,7 @@ def test_pages_of_other_sites(engine):
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "https://app.example.org"
         assert response.headers["access-control-allow-headers"] == asked
-        for key, status in (("k", 200), ("wrong", 401)):
+        for key, status in ("k", 200), ("wrong", 401):
             headers = page | {"Authorization": f"Bearer {key}"}
             response = http.post("/v1/chat/completions", json=body, headers=headers)
             assert response.status_code == status
