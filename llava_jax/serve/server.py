@@ -18,6 +18,7 @@ from llava_jax.serve.engine import Engine
 
 MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 8  # clients that keep connections for 5 do not meet one that is being closed
 LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
 
 
@@ -50,7 +51,8 @@ def _return_freed_memory() -> None:
 def http_config(app: FastAPI, limits: Limits, **options: object) -> uvicorn.Config:
     """How uvicorn serves `app`: HTTP alone, with our limits, and our log instead of its own."""
     http = functools.partial(Connection, limits=limits)
-    return uvicorn.Config(app, http=http, ws="none", access_log=False, server_header=False, **options)
+    options |= {"ws": "none", "access_log": False, "server_header": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+    return uvicorn.Config(app, http=http, **options)
 
 
 class Server(uvicorn.Server):
