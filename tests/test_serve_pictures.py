@@ -131,7 +131,7 @@ def test_what_the_decoder_says_is_not_for_clients(data):
 
 def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch):
     """The sum of what is being decoded stays within the budget."""
-    monkeypatch.setattr(pictures, "LARGE_BYTES", 100 * 100 * 8)
+    monkeypatch.setattr(pictures, "LARGE_BYTES", 100 * 100 * 4)
     large, small = data_url(picture(size=(100, 100))), data_url(picture(size=(10, 10)))
     taken, release, order = [], threading.Event(), []
 
@@ -142,7 +142,7 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
         order.append(image.width)
         return square()(image)
 
-    reader = pictures.Reader(slow, decoding_bytes=100 * 100 * 8 + 10 * 10 * 8)
+    reader = pictures.Reader(slow, decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
     reader._large = anyio.CapacityLimiter(4)  # the budget alone limits them
 
     async def all_at_once() -> None:
@@ -156,7 +156,7 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
 
     asyncio.run(all_at_once())
     assert order == [10, 100, 100, 100]
-    assert max(taken) == 100 * 100 * 8
+    assert max(taken) == 100 * 100 * 4
     assert reader._budget.left == reader._budget.total
 
 
