@@ -328,10 +328,14 @@ class Server:
                 await asyncio.sleep(0.2)
         raise SystemExit(f"error: the server did not start: see {self.log.name}")
 
-    def memory(self) -> float:
-        """MiB that are resident."""
-        with open(f"/proc/{self.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    async def memory(self) -> float:
+        """MiB that are resident, once the last requests of those who left are done."""
+        samples = []
+        for _ in range(10):
+            with open(f"/proc/{self.process.pid}/statm") as file:
+                samples.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            await asyncio.sleep(0.3)
+        return min(samples)
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -404,10 +408,10 @@ async def soak(args: argparse.Namespace, server: Server) -> int:
     await good.learn()
     await clients(args.clients, 60 * args.warm_up, actions, bad.lingering, Tally(time.monotonic()), seed=0)
     tally = Tally(time.monotonic())
-    memories, files = [server.memory()], server.open_files()
+    memories, files = [await server.memory()], server.open_files()
     for minute in range(args.minutes):
         await clients(args.clients, 60, actions, bad.lingering, tally, seed=minute + 1)
-        memories.append(server.memory())
+        memories.append(await server.memory())
         print(f"minute {minute + 1}: {dict(tally.counts)}, {memories[-1]:.0f} MiB", flush=True)
     open_files = (files, server.open_files())
     held, most = await slots_that_work(server, good, args.slots)
