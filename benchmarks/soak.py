@@ -148,7 +148,7 @@ class Bad:
         data = dice.choice(self.long)
         whole = dice.random() < 0.7
         reader, writer = await asyncio.open_connection(self.host, int(self.port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nContent-Length: {len(data)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
         writer.write(
             f"{head}Content-Type: application/json\r\n\r\n".encode() + (data if whole else data[: len(data) // 2])
         )

@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     # In place of all three: several sets, each with a weight, the times that an epoch goes through it (1 by default):
     # ({"json": "a.json", "images": "a"}, {"built": "b", "weight": 0.5}).
     config.data.mixture = ()
+    # Whether images, those of `evaluate` included, may have absolute names: otherwise names stay below their folder.
+    config.data.allow_absolute_images = False
     config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
     # A sample with a fault is an "error", or it is a "skip": it stays in its place, and nothing is learned from it.
     config.data.on_bad_sample = "error"

@@ -6,9 +6,10 @@ checkpoint as any other: `orbax.checkpoint` loads it, on any number of hosts and
 """
 
 import collections
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from llava_jax.remote import is_remote
 from llava_jax.sharding import fsdp_axis
@@ -28,6 +30,24 @@ MOST_PARTS = 64
 LEAST_PART_BYTES = 2**20
 # What may wait for the disk. A single array may be larger: then it waits alone.
 PENDING_BYTES = 2**29
+CHECKSUM = {"name": "crc32c"}  # the codec of Zarr that appends a CRC-32C to each chunk and verifies it when it is read
+
+
+def _with_checksum(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Adds `CHECKSUM` to the codecs that Orbax writes arrays with. Its own cover the indices, but not the data."""
+
+    @functools.wraps(build)
+    def metadata(*args: Any, **options: Any) -> dict[str, Any]:
+        array = build(*args, **options)
+        for sharding in array["codecs"]:
+            sharding["configuration"]["codecs"].append(CHECKSUM)
+        return array
+
+    return metadata
+
+
+# Orbax has no option for it.
+tensorstore_utils._build_zarr3_metadata = _with_checksum(tensorstore_utils._build_zarr3_metadata)
 
 
 class ArrayWriter:
@@ -107,7 +127,9 @@ def open_array(directory: epath.Path, name: str) -> ts.TensorStore:
         store = {"driver": "ocdbt", "base": _kvstore(directory), "path": f"{name}/"}
     else:
         store = _kvstore(directory / name)
-    return ts.open({"driver": "zarr3", "kvstore": store}, open=True, read=True).result()
+    # A missing chunk is an error, as it is for Orbax, which writes zeros too.
+    spec = {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
+    return ts.open(spec, open=True, read=True).result()
 
 
 def parts_of(array: ts.TensorStore) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
@@ -134,8 +156,8 @@ def _create(directory: epath.Path, name: str, array: jax.ShapeDtypeStruct) -> ts
     if axis is not None:
         parts = min(MOST_PARTS, max(1, math.prod(layer) * array.dtype.itemsize // LEAST_PART_BYTES))
         part[axis] = next(size for size in range(-(-layer[axis] // parts), layer[axis] + 1) if layer[axis] % size == 0)
-    raw = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    sharding = {"chunk_shape": part, "codecs": raw, "index_codecs": [*raw, {"name": "crc32c"}]}
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, CHECKSUM]
+    sharding = {"chunk_shape": part, "codecs": codecs, "index_codecs": codecs}
     metadata = {
         "shape": array.shape,
         "data_type": np.dtype(array.dtype).name,

@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from llava_jax import compilation_cache, terminal, transcript
-from llava_jax.cli import Parser, UserError, run
+from llava_jax.cli import Parser, UserError, one_line, run, say
 from llava_jax.data.conversation import choose_template
 from llava_jax.data.images import load_image
+from llava_jax.data.names import add_allow_absolute
 from llava_jax.remote import is_remote
 from llava_jax.transcript import marked, unmarked
 
@@ -32,8 +33,8 @@ EPILOG = """examples:
 Of a pipe every line is a message, as if it were typed."""
 HELP = """/image FILE   adds an image to your next message: before its text, or where the text has an <image>
 /system TEXT  sets the system prompt; without TEXT it is the template's own
-/save FILE    writes the conversation as LLaVA JSON, with where its pictures are
-/load FILE    goes on with a conversation that was saved
+/save FILE    writes the conversation as LLaVA JSON, and where its images are: relative to FILE, if they are below
+/load FILE    goes on with a conversation that was saved; --allow-absolute-images takes images from anywhere
 /reset        forgets the conversation, but not the system prompt
 /help         shows this
 /quit         ends, as Ctrl-D does; Ctrl-C stops an answer
@@ -51,8 +52,8 @@ class Attached(NamedTuple):
 class Conversation:
     """The turns so far and their pictures."""
 
-    def __init__(self, system: str | None):
-        self.system = system
+    def __init__(self, system: str | None, allow_absolute: bool = False):
+        self.system, self.allow_absolute = system, allow_absolute
         self.reset()
 
     def reset(self) -> None:
@@ -79,11 +80,12 @@ class Conversation:
         self.waiting = []
 
     def save(self, file: str) -> None:
-        names = [picture.file for picture in self.pictures]
+        folder = f"{_path(file).parent}/"
+        names = [picture.file.removeprefix(folder) for picture in self.pictures]
         transcript.save(_path(file), transcript.Transcript(self.turns, names, self.system))
 
     def load(self, file: str) -> None:
-        loaded = transcript.load(_path(file))
+        loaded = transcript.load(_path(file), self.allow_absolute)
         pictures = [_attached(name) for name in loaded.pictures]
         self.turns, self.pictures, self.waiting = list(loaded.turns), pictures, []
         self.system = loaded.system
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     if args.max_new_tokens is not None:
         sampling = dataclasses.replace(sampling, max_new_tokens=args.max_new_tokens)  # which checks it
-    conversation = Conversation(args.system)
+    conversation = Conversation(args.system, args.allow_absolute_images)
     for file in args.image:
         conversation.attach(file)
     compilation_cache.use(compilation_cache.usual())
@@ -127,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         answerer = Answerer(engine, sampling, args.max_new_tokens)
         if args.prompt is None:
             return talk(answerer, conversation)
-        print("".join(answerer.stream(conversation.ask(args.prompt))))
+        say("".join(answerer.stream(conversation.ask(args.prompt))))
         return 0
 
 
@@ -151,7 +153,7 @@ def talk(answerer: Answerer, conversation: Conversation) -> int:
                     _reply(answerer, conversation, message)
             except UserError as error:
                 mistakes += 1
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                say(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
     return 1 if mistakes and not sys.stdin.isatty() else 0
 
 
@@ -185,7 +187,7 @@ def _reply(answerer: Answerer, conversation: Conversation, text: str) -> None:
     try:
         for piece in answerer.stream(conversation.ask(text)):
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            say(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="", file=sys.stderr, flush=True)
     print(flush=True)
@@ -198,7 +200,7 @@ def _recall(conversation: Conversation) -> None:
         for picture in conversation.pictures:
             _show(picture.image)
         for role, text in conversation.turns:
-            print(f"> {unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
+            say(f"> {unmarked(text).strip()}" if role == "user" else text, file=sys.stderr)
 
 
 def _show(image: Image.Image) -> None:
@@ -235,6 +237,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="for the first message; repeatable")
+    add_allow_absolute(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this alone, on standard output")
     parser.add_argument("--system", metavar="TEXT", help="system prompt instead of the template's")
     parser.add_argument("--template", metavar="NAME", help="instead of the checkpoint's")

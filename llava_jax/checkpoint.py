@@ -16,10 +16,11 @@ comes from, so that it is stored once and leaves bit-equal. Nothing is decided b
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
-import logging
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -33,21 +34,23 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax import quiet
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_pointers_below, to_utf8
+from llava_jax.incoming import loads, read_bytes, read_object, refuse_pointers_below, to_utf8
+from llava_jax.lock import entries, hold
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
+from llava_jax.whole_file import whole_file
 
-# Orbax logs a failure with a traceback in every thread that it passes, and warns of what is meant; what it raises in
-# the end is enough.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.WARNING)
+quiet.mute_failures_of_orbax()
 
 DESCRIPTION = "llava.json"
 FROZEN = "frozen"  # in a workdir: copies of what its checkpoints take from elsewhere, by their `id`
 FORMAT = 1
-DAMAGED = "cannot be read, it may be damaged: import it again, or delete this step to go on from the one before"
+STEPS = "checkpoints"  # in a workdir
+DIGEST = "digest"  # of the description, in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Checkpoint:
     @functools.cached_property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and types of the parameters held here, without those of the sources."""
-        with _in_one_line(self.weights, DAMAGED):
+        with readable(self.weights):
             if self.name is None:
                 metadata = ocp.metadata(self.weights).metadata
             else:
@@ -153,13 +156,13 @@ class Checkpoint:
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """One parameter as it is stored, or one layer of a stacked one, of which nothing else is kept in memory."""
         part = self._part_with(name)
-        with _in_one_line(part.weights, DAMAGED):
+        with readable(part.weights):
             return part._array(name, layer).read().result()
 
     def read_parts(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The same in parts, each with its place."""
         part = self._part_with(name)
-        with _in_one_line(part.weights, DAMAGED):
+        with readable(part.weights):
             yield from parts_of(part._array(name, layer))
 
     def _part_with(self, name: str) -> "Checkpoint":
@@ -199,7 +202,7 @@ class Checkpoint:
         return {name: params[name] for name in shapes if name in wanted}
 
     def _read(self, tree: dict[str, Any]) -> Params:
-        with _in_one_line(self.weights, DAMAGED):
+        with readable(self.weights):
             if self.name is None:
                 return ocp.load(self.weights, tree)
             return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
@@ -229,9 +232,43 @@ def _in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        raise UserError(f"{path}: {problem} ({_cause(error)})") from error
+
+
+@contextlib.contextmanager
+def readable(path: epath.Path) -> Iterator[None]:
+    """The same where a checkpoint is read, or a step of a workdir: the error names the array, and what else to use."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         refuse_pointers_below(path)
-        cause = next(iter(str(error).splitlines()), "")[:500]
-        raise UserError(f"{path}: {problem} ({type(error).__name__}: {cause})") from error
+        raise damaged(path, _cause(error)) from error
+
+
+def damaged(path: epath.Path, why: str) -> UserError:
+    """What to say of a checkpoint, or of a step of a workdir, that cannot be read."""
+    if path.parent.name != STEPS:
+        return UserError(f"{path}: is damaged ({why}): import or copy it again")
+    earlier = [step for step in finished_steps(path.parent) if step < int(path.name)]
+    if not earlier:
+        return UserError(f"{path}: this step is damaged ({why}), and none is there before it: train in another workdir")
+    return UserError(
+        f"{path}: this step is damaged ({why}): resume training from the one before with --resume-from {earlier[-1]}, "
+        f"or give other commands {path.parent / str(earlier[-1])}"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """What is at the bottom of an error of Orbax, with the name of the array that TensorStore could not read."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    said = next(iter(str(error).splitlines()), "").partition(" [tensorstore_spec")[0]
+    if array := re.search(r'([^"/]+)/(?:c(?:/\d+)*|zarr\.json)"', said):
+        said = re.sub(r' (?:in OCDBT database )?at local file "[^"]*"', "", said)
+        return f"{array[1]}: {said.rpartition(': ')[2][:200]}"
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -246,14 +283,14 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = absolute(path)
     if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint{_other_steps(path)}")
     if (path / "params").exists() and (path / DESCRIPTION).exists():
         return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
-    if (path / "checkpoints").exists():
-        steps = finished_steps(path / "checkpoints")
+    if (path / STEPS).exists():
+        steps = finished_steps(path / STEPS)
         if not steps:
             raise UserError(f"{path}: a workdir without a finished checkpoint")
-        return _open_step(path / "checkpoints" / str(steps[-1]))
+        return _open_step(path / STEPS / str(steps[-1]))
     if path.name.isdecimal() and ocp.is_orbax_checkpoint(path):
         return _open_step(path)
     raise UserError(
@@ -262,13 +299,33 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     )
 
 
+def open_step(workdir: epath.Path, step: int) -> Checkpoint:
+    """The same of a step that is asked for. Raises UserError that lists the steps if it is not there."""
+    path = absolute(workdir) / STEPS / str(step)
+    if not path.exists():
+        raise UserError(f"{workdir}: has no step {step}{_other_steps(path)}")
+    return _open_step(path)
+
+
+def _other_steps(path: epath.Path) -> str:
+    steps = finished_steps(path.parent) if path.parent.name == STEPS and path.parent.exists() else []
+    return f": the steps there are {', '.join(map(str, steps))}" if steps else ""
+
+
 def _open_step(path: epath.Path) -> Checkpoint:
-    with _in_one_line(path, DAMAGED):
-        metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+    with readable(path):
+        metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    digest = metadata.pop(DIGEST, None)  # which steps of earlier versions do not have
+    if "format" not in metadata or digest not in (None, _digest(metadata)):
+        raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
-    with _in_one_line(path, DAMAGED):
+    with readable(path):
         description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
     return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
@@ -277,17 +334,18 @@ def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
     if model is None or "image_position" in model or not file.exists():
         return {}
     try:
-        position = json.loads(file.read_text())["image_position"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        position = read_object(file, strict=False)["image_position"]
+    except (OSError, UserError, KeyError) as error:
         raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
     return {"model": model | {"image_position": position}}
 
 
 def read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
+    text = to_utf8(read_bytes(file), file)
     try:
-        return Description.from_json(json.loads(to_utf8(file.read_bytes(), file)), where=str(file))
-    except (ValueError, KeyError, TypeError) as error:
+        return Description.from_json(loads(text, strict=False), where=str(file))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
 
 
@@ -310,7 +368,8 @@ def _always(value: Any, _name: str) -> Any:
 
 
 def write_description(directory: epath.Path, description: Description) -> None:
-    (directory / DESCRIPTION).write_text(json.dumps(description.to_json(), indent=2) + "\n")
+    with whole_file(directory / DESCRIPTION) as file:
+        file.write(json.dumps(description.to_json(), indent=2).encode() + b"\n")
 
 
 def finished_steps(directory: epath.Path) -> list[int]:
@@ -390,7 +449,7 @@ def check_free(directory: os.PathLike, size: int) -> None:
 def refuse_existing(directory: str | os.PathLike) -> None:
     """Raises UserError unless `directory` is empty or not there."""
     directory = epath.Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or entries(directory)):
         raise UserError(f"{directory}: exists already; remove it or choose another output")
 
 
@@ -398,19 +457,32 @@ def refuse_existing(directory: str | os.PathLike) -> None:
 def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
     """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error.
 
-    Object stores have no directories to rename: a remote one is filled in its place. So write last what makes it valid.
+    Object stores have no directories to rename: a remote one is filled in its place, by one process at a time. So write
+    last what makes it valid.
     """
+    if is_remote(directory):
+        with hold(directory):
+            refuse_existing(directory)
+            with _gone_on_error(directory):
+                yield directory
+        return
     refuse_existing(directory)
-    partial = directory if is_remote(directory) else directory.parent / f".{directory.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True, exist_ok=is_remote(directory))
+    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    with _gone_on_error(partial):
         yield partial
-        if partial != directory:
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
+        refuse_existing(directory)  # another process may have made it in the meantime
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+
+
+@contextlib.contextmanager
+def _gone_on_error(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        _remove(partial)
+        _remove(directory)
         raise
 
 
@@ -428,20 +500,17 @@ class TrainingCheckpoints:
 
     def __init__(self, workdir: epath.Path, description: Description, keep: int):
         self.description = description
-        self.directory = absolute(workdir) / "checkpoints"
+        self.directory = absolute(workdir) / STEPS
         self.directory.mkdir(parents=True, exist_ok=True)
         self.checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # whether the metadata of all steps can be read, or not
             context=layer_by_layer(),
         )
-
-    @property
-    def latest(self) -> int | None:
-        newest = self.checkpointer.latest
-        return None if newest is None else newest.step
+        self.latest = max(finished_steps(self.directory), default=None)
 
     def save(self, step: int, trainable: Params, optimizer: Any, *, wait: bool = False) -> None:
         """Blocks until the arrays are copied to the host; with `wait`, until all is on disk."""
@@ -450,9 +519,10 @@ class TrainingCheckpoints:
                 self.checkpointer.wait()
                 return
             state = {"params": trainable, "optimizer": optimizer}
-            self.checkpointer.save_checkpointables_async(
-                step, state, custom_metadata=self.description.to_json(), force=True
-            )
+            metadata = self.description.to_json()
+            metadata[DIGEST] = _digest(metadata)
+            self.checkpointer.save_checkpointables_async(step, state, custom_metadata=metadata, force=True)
+            self.latest = step
             if wait:
                 self.checkpointer.wait()
 
@@ -463,9 +533,14 @@ class TrainingCheckpoints:
             lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None)),
             {"params": trainable, "optimizer": optimizer},
         )
-        with _in_one_line(self.directory / str(step), DAMAGED):
-            loaded = self.checkpointer.load_checkpointables(step, abstract)
+        with readable(self.directory / str(step)):
+            loaded = ocp.load_checkpointables(self.directory / str(step), abstract)
         return loaded["params"], loaded["optimizer"]
+
+    def reload(self) -> None:
+        """Looks again which steps there are."""
+        self.checkpointer.reload()
+        self.latest = max(finished_steps(self.directory), default=None)
 
     def close(self) -> None:
         with _in_one_line(self.directory, "cannot be written"):

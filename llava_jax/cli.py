@@ -4,13 +4,14 @@ import argparse
 import datetime
 import math
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -19,20 +20,53 @@ from rich.text import Text
 
 Item = TypeVar("Item")
 
+SHOWN = 80  # characters of a value of a file in a message
+LONGEST_MESSAGE = 4000  # characters
+# What a terminal obeys or what reorders a line: C0 but for tab and newline, DEL, C1, and what overrides directions.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, and the way out."""
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey as visible escapes, such as `\\x1b`: ids, texts and file names of others
+    can hold anything. Character by character, so that it may come in pieces."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """A message as a printable line of bounded length: its middle is left out where it is longer."""
+    line = printable(" ".join(text.split()))
+    half = LONGEST_MESSAGE // 2
+    return f"{line[:half]} ... {line[-half:]}" if len(line) > LONGEST_MESSAGE else line
+
+
+def short(text: str, most: int = SHOWN) -> str:
+    """The beginning of a text of a file, such as an id, for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: object) -> str:
+    """The same of the `repr` of any value."""
+    return short(repr(value[:SHOWN] if isinstance(value, str) else value))
+
+
+def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
+    """Prints for people, as `print` does: see `printable`."""
+    print(printable(sep.join(map(str, values))), end=end, file=file, flush=flush)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line), 130 on
-    Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
+    bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
     if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main()
-    except (UserError, KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         status, _ = report(error)
     sys.exit(status or 0)
 
@@ -48,13 +82,13 @@ def report(error: BaseException) -> tuple[int, str]:
             sys.stderr.close()
             return 1, "the reader of its output left"
         case UserError():
-            status, message = 1, f"error: {' '.join(str(error).split())}"
+            status, message = 1, f"error: {one_line(str(error))}"
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            status, message = 1, f"error: {where}{' '.join((error.strerror or str(error)).split())}"
+            status, message = 1, f"error: {one_line(where + (error.strerror or str(error)))}"
         case _:
-            traceback.print_exception(error)
-            return 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            say("".join(traceback.format_exception(error)), end="", file=sys.stderr)
+            return 1, f"{type(error).__name__}: {one_line(str(error))}"
     print(message, file=sys.stderr)
     return status, message.removeprefix("error: ")
 
@@ -74,6 +108,9 @@ class Parser(argparse.ArgumentParser):
             if action.metavar in PATHS:
                 setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
         return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def expand_home(value: Any) -> Any:
@@ -139,6 +176,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
     """Yields the items, with a progress bar on a terminal and a plain line every `every` seconds elsewhere."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
+    description = one_line(description)
     console = Console(stderr=True)
     if console.is_terminal:
         with progress_bar(console) as bar:

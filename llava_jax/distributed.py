@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.cli import UserError, report
+from llava_jax.cli import UserError, report, say
 
 HEARTBEAT_SECONDS = 30  # JAX's 100 would leave the others waiting for longer than a minute
 LEAVING_SECONDS = 30  # how long the first to finish waits for the last
@@ -232,7 +232,7 @@ def _leave(error: BaseException) -> NoReturn:
 
 def _exit(status: int, message: str | None = None) -> NoReturn:
     if message:
-        print(message, file=sys.stderr)
+        say(message, file=sys.stderr)
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

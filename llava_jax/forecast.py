@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from llava_jax import flops, hlo, sharding, targets
 from llava_jax.ahead import Compiled, Program, available_memory, build, compile_program, preset, state_bytes
+from llava_jax.cli import say
 
 # Custom calls that are attention: their FLOPs are not in the HLO.
 ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
@@ -24,7 +25,7 @@ ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
 def report(config: ConfigDict, name: str, memory_fraction: float | None = None) -> dict[str, Any]:
     """Compiles and measures; every figure of the report, bytes, FLOPs and seconds, ready for JSON."""
     target = targets.parse(name)
-    print(f"compiling for {name} ...", file=sys.stderr, flush=True)
+    say(f"compiling for {name} ...", file=sys.stderr, flush=True)
     program = build(config, target)
     compiled = compile_program(program, memory_fraction)
     settings, memory = program.settings, compiled.memory

@@ -14,6 +14,10 @@ from typing import TypeVar
 import jax
 from etils import epath
 
+from llava_jax.cli import UserError, say
+from llava_jax.incoming import read_object
+from llava_jax.whole_file import whole_file
+
 Item = TypeVar("Item")
 
 # What charges nothing else is set-up before the loop and a step within it.
@@ -37,8 +41,8 @@ class Goodput:
         """Continues the account of a run that resumes after `start_step`; steps beyond it will be done again."""
         self.file, self.step = workdir / "goodput.json", start_step
         # The account is no part of the training: where it is damaged, it begins anew.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            earlier = json.loads(self.file.read_bytes())
+        with contextlib.suppress(UserError, OSError, KeyError, TypeError, AttributeError):
+            earlier = read_object(self.file)
             seconds = {kind: earlier["seconds"].get(kind, 0.0) + self.seconds[kind] for kind in KINDS}
             repeated = earlier["steps_repeated"] + max(earlier["step"] - start_step, 0)
             starts, done = self.starts + earlier["starts"], self.steps_done + earlier["steps_done"]
@@ -83,12 +87,11 @@ class Goodput:
         self.written = time.monotonic()
         if self.file is None or jax.process_index() != 0:
             return
-        partial = self.file.with_name("goodput.json.partial")
         try:
-            partial.write_text(json.dumps(self.account(), indent=2) + "\n")
-            partial.replace(self.file)
+            with whole_file(self.file) as file:
+                file.write(json.dumps(self.account(), indent=2).encode() + b"\n")
         except Exception as error:  # of whichever client; it is no part of the training
-            print(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
+            say(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
 
     def account(self) -> dict:
         """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""

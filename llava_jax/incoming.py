@@ -1,17 +1,28 @@
-"""Files that others wrote: in which encoding their text is, and whether they are here at all.
+"""Files that others wrote: whether they are files, in which encoding their text is, and JSON that is parsed in bounds.
 
 A clone without git-lfs holds, in place of each large file, a pointer of three lines. It exists and can be read, so
 whatever opens a file from outside has to ask.
 """
 
+import collections
 import json
+import math
 import os
+import re
+import stat
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.remote import is_remote
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each begins
+MAX_BYTES = 8 * 2**20  # of a file that describes something, where no other limit is given
+MAX_DEPTH = 100  # of nested lists and objects, so that code that walks through them may recurse
+MAX_DIGITS = 300  # of an integer, which then fits into a float; an absent `model_max_length` is stored as 10**30
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, mostly followed by the other half
 
 
 def refuse_pointer(data: bytes, name: str | os.PathLike) -> None:
@@ -56,3 +67,124 @@ def to_utf8(data: bytes, name: str | os.PathLike) -> bytes:
 
 def broken(name: str | os.PathLike, encoding: str, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{name}: is no {encoding.upper()}: {error.reason}; convert it to UTF-8: iconv -t utf-8")
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """Raises `UserError` unless a local path is a regular file or a link to one: a FIFO blocks, /dev/zero never ends.
+
+    Object stores hold nothing else.
+    """
+    if is_remote(path):
+        return
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or holds a NUL
+        raise UserError(f"{os.fspath(path)!r}: cannot be opened ({getattr(error, 'strerror', error)})") from None
+    refuse_irregular(found, path)
+
+
+def refuse_irregular(found: os.stat_result, path: str | os.PathLike) -> None:
+    """Raises `UserError` unless that is what `os.stat` says of a regular file."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
+        raise UserError(f"{path}: is {kind}, not a file")
+
+
+def read_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
+    """What is in a file, local or remote. Raises `UserError` where it is no regular file, or larger than `limit`."""
+    require_regular(path)
+    try:
+        with epath.Path(path).open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    if len(data) > limit:
+        raise UserError(f"{path}: is larger than {limit / 2**20:.4g} MiB, which such a file never is")
+    return data
+
+
+def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool = True) -> Any:
+    """The JSON value in a file, local or remote. Raises `UserError` as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, limit), path, strict=strict)
+
+
+def read_object(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UserError` as `read_json` does, and where the value is no object."""
+    value = read_json(path, limit=limit, strict=strict)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return value
+
+
+def parse_json(data: bytes | str, name: str | os.PathLike, *, strict: bool = True) -> Any:
+    """The value of JSON text in any Unicode encoding. Raises `UserError` naming `name` where `loads` refuses it."""
+    try:
+        return loads(to_utf8(data, name) if isinstance(data, bytes) else data, strict=strict)
+    except UnicodeDecodeError as error:
+        raise broken(name, "utf-8", error) from error
+    except ValueError as error:
+        raise UserError(f"{name}: is no JSON: {error}") from error
+
+
+def loads(data: bytes | str, *, strict: bool = True) -> Any:
+    """The value of JSON text, in UTF-8 if it is bytes.
+
+    Args:
+      data: the text. Its size is up to the caller: a value takes up to about 30 bytes of memory for each of its bytes.
+      strict: whether to refuse what the JSON standard leaves open or forbids and Python takes: keys that an object has
+        twice (the last one would count), NaN, infinite numbers and lone surrogates (which cannot be written as UTF-8).
+
+    Raises:
+      ValueError: it is not JSON or not UTF-8, is nested more than `MAX_DEPTH` deep or holds an integer of more than
+        `MAX_DIGITS` digits.
+    """
+    text = data.decode() if isinstance(data, bytes) else data
+    try:
+        value = (_STRICT if strict else _LENIENT).decode(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _refuse_deep(value)
+    if strict and _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+
+
+def _refuse_deep(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [child for some in children for child in some if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it holds {text[:20]}, which is no finite number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object holds {twice[:100]!r} twice")
+    return value
+
+
+# What `loads` parses with. Python's decoder alone bounds the depth by its own recursion.
+_LENIENT = json.JSONDecoder(parse_int=_integer)
+_STRICT = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)

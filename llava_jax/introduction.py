@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import sharding
-from llava_jax.cli import track
+from llava_jax.cli import one_line, printable, say, short, track
 from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.fit import missing_marks
 from llava_jax.data.inspect import view
@@ -62,7 +62,7 @@ def introduce(
         lines.insert(-1, _packing_line(order))
     if padding := padding_of_run(order, lengths, layout.max_length):
         lines.append(f"padding    {padding}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    say("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _sources_line(directory: epath.Path, sources: Sequence[str]) -> str:
@@ -96,9 +96,9 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
     several = track(np.flatnonzero(lengths.images > 1).tolist(), "looking at samples of several images")
     moved = [sample.id for sample in (samples[i] for i in several) if has_interleaved_images(sample.turns)]
     if moved:
-        print(
-            f"warning: {len(moved):,} samples, {moved[0]} the first, have text between the images of a turn, which "
-            f"image_position={position} moves before it: image_position=as_is keeps their places",
+        say(
+            f"warning: {len(moved):,} samples, {short(moved[0])} the first, have text between the images of a turn, "
+            f"which image_position={position} moves before it: image_position=as_is keeps their places",
             file=sys.stderr,
         )
 
@@ -110,9 +110,10 @@ def show_first_sample(sample: Any, encode: TextEncoder) -> None:
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if misfit := missing_marks(encode.template, encode.tokenizer):
-        console.print(f"warning: {misfit} (--config.template=NAME)", markup=False)
+        console.print(printable(f"warning: {misfit} (--config.template=NAME)"), markup=False)
     kept = truncate(encoded, encode.image_tokens, encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""
-    console.print(f"the first sample, {sample.id}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
+    ident = one_line(short(sample.id))
+    console.print(f"the first sample, {ident}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
     console.print(view(kept, encode.tokenizer))

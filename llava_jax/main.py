@@ -4,7 +4,8 @@ example:
   python -m llava_jax.main --config=configs/finetune.py:13b,v1.5 --workdir=runs/finetune \\
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
-The same command again resumes. configs/common.py explains every key. On several hosts the same command runs on each:
+The same command again resumes; where the newest step is damaged, with --resume-from and the one before it.
+configs/common.py explains every key. On several hosts the same command runs on each:
 on TPU pods and under SLURM as it is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """
 
@@ -24,6 +25,14 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes 
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all have met.", lower_bound=1)
 
+RESUME_FROM = flags.DEFINE_integer(
+    "resume_from",
+    None,
+    "Resume from this step, not from the newest: later ones go to set_aside/.",
+    lower_bound=0,
+)
+flags.DEFINE_alias("resume-from", "resume_from")
+
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv if argv is None else argv
@@ -35,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava_jax.train import train
 
     with distributed.joined(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value):
-        train(CONFIG.value, WORKDIR.value)
+        train(CONFIG.value, WORKDIR.value, RESUME_FROM.value)
         if distributed.is_first():
             plot.plot_own(WORKDIR.value)
 

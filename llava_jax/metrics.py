@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 from rich.console import Console
 
-from llava_jax.cli import WIDTH, fitting, progress_bar, time_left
+from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left
+from llava_jax.incoming import loads
 from llava_jax.remote import is_remote, new_local, upload
+from llava_jax.whole_file import whole_file
 
 METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
 UPLOAD_SECONDS = 60
@@ -23,21 +26,23 @@ class MetricsWriter:
 
     What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is), and all of it where
     the run begins anew. Object stores cannot append, so logs for a remote workdir are written locally and copied there
-    every `UPLOAD_SECONDS`, in the background, and on `flush` and `close`.
+    every `UPLOAD_SECONDS`, in the background, and on `flush` and `close`. `check` is called before a line is written.
     """
 
-    def __init__(self, workdir: epath.Path, start_step: int, tracker: Any | None = None):
-        self.workdir = workdir
+    def __init__(
+        self,
+        workdir: epath.Path,
+        start_step: int,
+        tracker: Any | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.workdir, self.check = workdir, check
         self.local = new_local() if is_remote(workdir) else workdir
         self.uploads = ThreadPoolExecutor(max_workers=1) if is_remote(workdir) else None
         self.last_upload = time.monotonic()
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
-                lines = (workdir / name).read_bytes().splitlines() if start_step else []
-                kept = [line for line in lines if step_of(line) <= start_step]
-                partial = self.local / f"{name}.partial"  # so that a crash now loses no line
-                partial.write_bytes(b"".join(line + b"\n" for line in kept))
-                partial.replace(self.local / name)
+                keep_lines(workdir / name, self.local / name, start_step)
         from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
 
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
@@ -53,14 +58,21 @@ class MetricsWriter:
             self.flush()
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Adds a line, which has a `step`, to a file of lines."""
-        with (self.local / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Adds a line, which has a `step`, to a file of lines: all of it or nothing."""
+        self.check()
+        file, data = self.local / name, json.dumps(line).encode() + b"\n"
+        before = os.path.getsize(file) if file.exists() else 0
+        try:
+            with file.open("ab") as end:
+                end.write(data)
+        except OSError as error:  # a full disk takes a part
+            os.truncate(file, before)
+            raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The lines of such a file so far."""
         file = self.local / name
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [loads(line, strict=False) for line in file.read_bytes().splitlines()] if file.exists() else []
 
     def flush(self) -> None:
         """Begins to copy to a remote workdir what is there by now."""
@@ -73,7 +85,7 @@ class MetricsWriter:
         try:
             upload(self.local, self.workdir)
         except Exception as error:  # of whichever client; the next upload brings what this one did not
-            print(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
+            say(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
 
     def close(self) -> None:
         self.board.close()
@@ -84,10 +96,25 @@ class MetricsWriter:
             self._upload()
 
 
+def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
+    """Leaves in `target` the lines of `source` up to step `last`, none for 0, and says how many were damaged.
+
+    `target`, which may be the same file, is replaced, or not touched where it stays as it is.
+    """
+    data = source.read_bytes()
+    steps = [(step_of(line), line) for line in data.splitlines()]
+    if damaged := sum(not math.isfinite(step) for step, _ in steps):
+        say(f"{source}: dropped {damaged} damaged line{'s' * (damaged > 1)}, as a crash leaves them", file=sys.stderr)
+    kept = b"".join(line + b"\n" for step, line in steps if last and step <= last)
+    if kept != data or target != source:
+        with whole_file(target) as file:
+            file.write(kept)
+
+
 def step_of(line: bytes) -> float:
     """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off or left other bytes."""
     try:
-        return float(json.loads(line)["step"])
+        return float(loads(line, strict=False)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
@@ -122,9 +149,9 @@ class Screen:
 
     def say(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(printable(text), highlight=False, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:

@@ -6,7 +6,6 @@ dashed. Training draws its own workdir's `loss.png` when it ends; this draws it 
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -14,7 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, run
+from llava_jax.cli import Parser, UserError, run, say
+from llava_jax.incoming import loads, read_object
+from llava_jax.whole_file import whole_file
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune
@@ -36,11 +37,11 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
     losses: dict[str, Points] = {name: [] for name in NAMES}
     for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
+            values = loads(line, strict=False)
             for name in NAMES:
                 if name in values:
                     losses[name].append((int(values["step"]), float(values[name])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number < len(lines):  # the last one may be cut off by a crash, or being written
                 raise UserError(f"{file}: line {number}: is no line of metrics ({error})") from None
     if not any(losses.values()):
@@ -51,8 +52,8 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
 def stage_of(workdir: epath.PathLike) -> str:
     """The stage that a workdir trains, "" where it does not say."""
     try:
-        return str(json.loads((epath.Path(workdir) / "config.json").read_text())["stage"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_object(epath.Path(workdir) / "config.json", strict=False)["stage"])
+    except (OSError, UserError, KeyError):
         return ""
 
 
@@ -98,7 +99,8 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
     chart = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(output).write_bytes(chart)
+    with whole_file(output) as file:
+        file.write(chart)
 
 
 def _labels(workdirs: Sequence[str]) -> dict[str, str]:
@@ -116,14 +118,14 @@ def plot_own(workdir: str) -> None:
     try:
         plot([workdir], epath.Path(workdir) / LOSS)
     except Exception as error:  # of matplotlib or of whichever storage client
-        print(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     output = args.output or str(epath.Path(args.workdir[0]) / LOSS)
     plot(args.workdir, output)
-    print(output)
+    say(output)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

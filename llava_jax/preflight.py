@@ -55,9 +55,9 @@ def preflight(argv: list[str] | None = None) -> int:
         if JSON.value:
             print(json.dumps(results[-1]), flush=True)
         elif len(TARGET.value) == 1:
-            print(text(results[-1]))
+            cli.say(text(results[-1]))
     if not JSON.value and len(TARGET.value) > 1:
-        print(table(results))
+        cli.say(table(results))
     return 0 if all(result["fits"] for result in results) else UNFIT
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+from llava_jax.cli import say
 from llava_jax.remote import is_remote, new_local, upload
 
 
@@ -48,4 +49,4 @@ class Profile:
                 if self.directory != self.target:
                     upload(self.directory, self.target)
             except Exception as error:  # of the profiler or whichever client; it is no part of the training
-                print(f"warning: {self.target}: the trace cannot be written: {error}", file=sys.stderr)
+                say(f"warning: {self.target}: the trace cannot be written: {error}", file=sys.stderr)

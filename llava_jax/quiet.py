@@ -1,16 +1,22 @@
-"""Loads the CUDA plugin of JAX without the lines that it logs where there is no CUDA driver.
+"""Keeps libraries from writing what is no news to standard error.
 
-Several of its shared libraries hold a stub of the CUDA runtime that logs "Could not find cuda drivers" as the library
-is loaded, before any log level (TF_CPP_MIN_LOG_LEVEL) is read. That is no fault: the plugin may be there only to
-compile for hardware you don't have. All other lines are written as they are.
+The CUDA plugin of JAX is loaded without the lines that it logs where there is no CUDA driver: several of its shared
+libraries hold a stub of the CUDA runtime that logs "Could not find cuda drivers" as the library is loaded, before any
+log level (TF_CPP_MIN_LOG_LEVEL) is read. That is no fault: the plugin may be there only to compile for hardware you
+don't have. All other lines are written as they are.
+
+Orbax logs a failure with a traceback in every thread that it passes, and leaves tasks and coroutines behind, which
+complain when they are collected: what it raises in the end is enough.
 """
 
 import contextlib
 import importlib.machinery
+import logging
 import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -73,6 +79,25 @@ class _Finder:
                     spec.loader = quiet(spec.loader.name, spec.loader.path)
                 return spec
         return None
+
+
+def mute_failures_of_orbax() -> None:
+    of_orbax = re.compile("orbax|tensorstore").search
+    logging.getLogger("absl").addFilter(lambda log: log.levelno < logging.WARNING or not of_orbax(log.pathname))
+    logging.getLogger("asyncio").addFilter(lambda log: not of_orbax(log.getMessage()))
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    tell_unraisable, tell = sys.unraisablehook, sys.excepthook
+
+    def unraisable(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)
+        if not (code and "orbax" in code.co_filename) and str(found.exc_value) != "Event loop is closed":
+            tell_unraisable(found)
+
+    def uncaught(kind: type, error: BaseException, traceback: Any) -> None:
+        if str(error) != "Event loop is closed":  # in a thread of TensorStore, whose result nobody waits for
+            tell(kind, error, traceback)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
 def install() -> None:

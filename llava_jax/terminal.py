@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 
 QUOTES = '"""'  # around a message of several lines
 HISTORY_LINES = 1000
@@ -47,7 +47,7 @@ def _line(prompt: str) -> str:
     if not sys.stdin.isatty():
         prompt = ""
     elif not sys.stdout.isatty():
-        print(prompt, end="", file=sys.stderr, flush=True)
+        say(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
         return input(prompt)

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,11 @@ from llava_jax.checkpoint import (
     copy_tokenizer,
     needed,
     open_checkpoint,
+    open_step,
     read_description,
     write_description,
 )
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
@@ -43,6 +44,7 @@ from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.goodput import Goodput
 from llava_jax.introduction import introduce, show_first_sample, warn_of_moved_images
+from llava_jax.lock import hold
 from llava_jax.machines import peak_flops
 from llava_jax.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen
 from llava_jax.models.config import PRESETS, LlavaConfig
@@ -59,24 +61,40 @@ from llava_jax.training_step import (
     jit_step,
     step_settings,
 )
-from llava_jax.workdir import claim, fingerprint, resumes
+from llava_jax.workdir import claim, fingerprint, resumes, set_aside, start_step
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, resume_from: int | None = None) -> None:
     """Trains one stage; called again with the same configuration and workdir it resumes.
 
-    Raises UserError for what the user can mend, before the first step wherever possible.
+    It resumes from the newest step or from `resume_from`. Raises UserError for what the user can mend, before the first
+    step wherever possible, and where another process trains in that workdir.
     """
     goodput = Goodput()
     knobs.check(config)
-    compilation_cache.use(config.compilation_cache)
     directory = epath.Path(workdir)
+    with hold(directory) if distributed.is_first() else contextlib.nullcontext(lambda: None) as check:
+        distributed.barrier("lock")
+        _train(config, directory, resume_from, goodput, check)
+
+
+def _train(
+    config: ConfigDict,
+    directory: epath.Path,
+    resume_from: int | None,
+    goodput: Goodput,
+    check: Callable[[], None],
+) -> None:
+    """The same within the lock of the workdir; `check` raises UserError once that is lost."""
+    compilation_cache.use(config.compilation_cache)
     mesh = sharding.make_mesh(config.mesh.to_dict())
 
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
-    resumed = resumes(directory)
-    source = open_checkpoint(directory if resumed else _required(config, "init"))
+    start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
+    if resume_from is not None and not resumed:
+        raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
+    source = open_step(directory, start) if resumed else open_checkpoint(_required(config, "init"))
     _check_preset(config.model, source)
     model = dataclasses.replace(
         source.config,
@@ -145,7 +163,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     # ---- Parameters and optimizer
     optimizer = optim.make_optimizer(config, trainable_names, steps)
     checkpoints = TrainingCheckpoints(directory, description, config.keep)
-    start = _common_start(directory, checkpoints.latest)
+    _require_common(directory, start)
     shapes = source.abstract()
     sharding.check_replicated(mesh, shapes)
     loaded = frozen_dtype(config, jax.default_backend())
@@ -157,6 +175,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             checkpoints.save(0, state.trainable, state.optimizer, wait=True)
     else:
         state = _restore(checkpoints, start, abstract_state(optimizer, shapes, trainable_names, mesh))
+        if first and start == resume_from:
+            set_aside(directory, start)  # only now that it could be read
+        distributed.barrier("set aside")
+        checkpoints.reload()
     start = start or 0
     if first:
         sources = needed(directory, description)
@@ -174,7 +196,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     signals = distributed.Ballot(mesh)
     peak = peak_flops(jax.devices()[0].device_kind)  # None on CPUs
     step_flops = flops.step_flops(model, layout, flops.trainable_parts(trainable_names), config.remat)
-    writer = MetricsWriter(directory, start, tracking.start(config, directory)) if first else None
+    writer = MetricsWriter(directory, start, tracking.start(config, directory), check) if first else None
     screen = Screen(start, steps) if first else None
     bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(writer))
     if first and start == 0 and skip_bad:
@@ -184,6 +206,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
         """Waits for a step's metrics, checks and writes them."""
         nonlocal clock
+        check()
         values = {name: float(value) for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
             raise UserError(
@@ -287,6 +310,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 pending = None
             if save or stop or verdict:
                 leaves = bool(stop or verdict) or step == steps
+                check()
                 with goodput.measure("checkpoint"):
                     checkpoints.save(step, state.trainable, state.optimizer, wait=leaves)
                     goodput.write()
@@ -308,8 +332,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 raise distributed.LeaveTogether(128 + stop)
     minutes = (time.monotonic() - began) / 60
     if first:
-        print(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
-        print(goodput.summary(), file=sys.stderr)
+        say(f"{directory}: {steps} steps done, the last {steps - start} in {minutes:.1f} min", file=sys.stderr)
+        say(goodput.summary(), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
@@ -323,7 +347,7 @@ def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
 
 def _bad_pictures(writer: MetricsWriter | None) -> int:
     """How many were found before this start, which the first process knows, who has the writer."""
-    found = sum(line["part"] == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
+    found = sum(line.get("part") == "training" for line in writer.read(BAD_SAMPLES)) if writer else 0
     return int(distributed.gather("bad pictures so far", np.array([found]))[0][0])
 
 
@@ -362,15 +386,14 @@ def _read_shared_description(directory: epath.Path) -> Description:
     return read_description(directory)
 
 
-def _common_start(directory: epath.Path, latest: int | None) -> int | None:
-    """The step to go on from, None without one. Raises UserError where the processes see different checkpoints."""
-    seen = {int(step[0]) for step in distributed.gather("start", np.array([-1 if latest is None else latest]))}
+def _require_common(directory: epath.Path, start: int | None) -> None:
+    """Raises UserError where the processes see different steps to resume from, or some of them none."""
+    seen = {int(step[0]) for step in distributed.gather("start", np.array([-1 if start is None else start]))}
     if len(seen) > 1:
         raise UserError(
             f"{directory}: the processes see different checkpoints there (steps {sorted(seen)}): the workdir has to be "
             "on a file system that all hosts share, such as gs:// or NFS"
         )
-    return latest
 
 
 def _load(source: Checkpoint, dtypes: Mapping[str, jnp.dtype], mesh: Mesh) -> Params:
@@ -413,7 +436,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     if source.description.stage == "finetune":
         learned = source.config.image_position
         if learned != config.image_position:
-            print(
+            say(
                 f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
                 file=sys.stderr,
             )

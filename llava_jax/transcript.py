@@ -13,8 +13,10 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
+from llava_jax.whole_file import whole_file
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -66,17 +68,13 @@ def save(path: epath.Path, transcript: Transcript) -> None:
             load(path)
         except UserError as error:
             raise UserError(f"{path} exists and is no saved conversation: choose another name") from error
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(dump(transcript, path.stem).encode())
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error.strerror or error}") from error
+    with whole_file(path) as file:
+        file.write(dump(transcript, path.stem).encode())
 
 
-def load(path: epath.Path) -> Transcript:
-    """The one conversation in a file; names of pictures are relative to its folder. Raises `UserError`."""
+def load(path: epath.Path, allow_absolute: bool = True) -> Transcript:
+    """The one conversation in a file; names of images are relative to its folder, or absolute where that is allowed.
+    Raises `UserError`."""
     records = list(islice(scan(local_data(path), path), 2))
     if len(records) != 1:
         raise UserError(f"{path}: holds more than one sample: one conversation was expected")
@@ -86,4 +84,9 @@ def load(path: epath.Path) -> Transcript:
         (_, system), *turns = turns
     if len(turns) % 2:
         raise UserError(f"{path}: ends with a question that has no answer: remove it")
-    return Transcript(tuple(turns), [str(path.parent / name) for name in sample.images], system)
+    folder = ImageFolder(path.parent, allow_absolute)
+    try:
+        images = [str(image_path(folder, name)) for name in sample.images]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Transcript(tuple(turns), images, system)

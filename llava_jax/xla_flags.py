@@ -87,7 +87,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         raise cli.UserError(f"give one of {', '.join(PLATFORMS)}; see --help")
     for name, value in environment(sys.argv[1]).items():
-        print(f"export {name}={shlex.quote(value)}")
+        cli.say(f"export {name}={shlex.quote(value)}")
     return 0
 
 

@@ -17,8 +17,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from llava_jax.checkpoint import open_checkpoint
+from llava_jax.serve.connection import Limits
 from llava_jax.serve.engine import Engine
-from llava_jax.serve.server import listen
+from llava_jax.serve.server import http_config, listen
 
 
 @contextlib.contextmanager
@@ -31,10 +32,11 @@ def tiny_engine(directory: Path, **options: int) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, limits: Limits | None = None) -> Iterator[str]:
     """-> the URL of a server in a thread, on a port of its own."""
     socket = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    config = http_config(app, limits or Limits(), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     while not server.started:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -53,6 +54,16 @@ def run(data: tuple[Path, Path], output: Path, *options: object) -> Path:
     return output
 
 
+# Builds, and waits for ever where it would read d.webp.
+WAITING = """
+import sys, time
+from llava_jax.data import build, shards
+read = shards.read_picture
+shards.read_picture = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
+build.main(sys.argv[1:])
+"""
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
 
@@ -92,22 +103,20 @@ def test_others_read_it_with_tfds_alone_and_its_texts_as_json(data, built):
 
 
 def test_killed_in_a_shard_it_goes_on_and_ends_with_the_same_bytes(data, built, tmp_path):
-    """The process is killed for good where it waits for a picture: a pipe that nobody writes to."""
+    """The process is killed for good where it waits for an image, d.webp of samples 5 and 7: shards 2 and 3."""
     images = shutil.copytree(data[1], tmp_path / "images")
-    (images / "d.webp").unlink()
-    os.mkfifo(images / "d.webp")  # of samples 5 and 7: shards 2 and 3
     output = tmp_path / "set"
     options = ["--json", data[0], "--images", images, "--output", output, "--shards", 4, "--workers", 1]
-    process = subprocess.Popen([sys.executable, "-m", "llava_jax.data.build", *map(str, options)])
+    process = subprocess.Popen([sys.executable, "-c", WAITING, *map(str, options)])
     whole = [output / shards.SHARD_NAME.format(index=i, count=4) for i in range(2)]
     while not (whole[1].exists() and list(output.glob("*.partial"))):
         assert process.poll() is None
         time.sleep(0.02)
+    with pytest.raises(UserError, match=f"{output}: is in use by another process .{process.pid} on "):
+        run((data[0], images), output)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(output.glob("*.partial")) and not (output / "dataset_info.json").exists()
-    (images / "d.webp").unlink()
-    shutil.copy(data[1] / "d.webp", images)
     before = [file.stat().st_mtime_ns for file in whole]
     run((data[0], images), output, "--workers", 2)
     assert contents(output) == contents(built)
@@ -235,3 +244,38 @@ def test_system_prompts_and_names_in_another_unicode_form(tmp_path):
     assert list(built) == list(source) == list(LlavaJson(tmp_path / "set" / "text.jsonl"))
     assert built[0].turns[0] == ("system", "Be brief.")
     assert built.read_pictures(0, 1) == source.read_pictures(0, 1)
+
+
+@pytest.mark.parametrize("name", tiny.OUTSIDE)
+@pytest.mark.parametrize("options", [(), ("--no-decode",)])
+def test_names_that_leave_the_folder_are_refused_before_anything_is_written(data, tmp_path, name, options):
+    images = shutil.copytree(data[1], tmp_path / "images")
+    tiny.add_irregular(images)
+    samples = json.loads(data[0].read_text())
+    samples[3]["image"] = samples[6]["image"][0] = name
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    with pytest.raises(UserError, match="^sample s3: image .*(leaves the folder|absolute|NUL)"):
+        run((tmp_path / "data.json", images), tmp_path / "set", *options)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("name", tiny.IRREGULAR)
+def test_what_is_no_file_is_refused_with_its_sample(data, tmp_path, name, capsys):
+    images = shutil.copytree(data[1], tmp_path / "images")
+    tiny.add_irregular(images)
+    samples = json.loads(data[0].read_text())
+    samples[3]["image"] = name
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    with pytest.raises(UserError, match="1 pictures cannot be read"):
+        run((tmp_path / "data.json", images), tmp_path / "set", "--no-decode")
+    assert re.match(f"bad-image, s3, picture .*{name}", capsys.readouterr().out)
+
+
+def test_absolute_names_are_built_by_an_option(data, tmp_path):
+    samples = json.loads(data[0].read_text())
+    samples[3]["image"] = str(data[1] / "c.jpg")
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    with pytest.raises(UserError, match="sample s3: .*--allow-absolute-images"):
+        run((tmp_path / "data.json", data[1]), tmp_path / "set")
+    built = Built(run((tmp_path / "data.json", data[1]), tmp_path / "set", "--allow-absolute-images"))
+    assert built.read_pictures(3, 1) == [(data[1] / "c.jpg").read_bytes()]

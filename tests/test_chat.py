@@ -12,7 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from llava_jax import chat
+from llava_jax import chat, cli
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.generate import Generator, Request, Sampling
@@ -119,7 +119,7 @@ def test_a_system_prompt_changes_from_the_next_message_on(session, generator):
     brief = [("system", "Be brief."), *hello, ("user", "Hm?")]
     last = [*hello, ("user", "Hm?"), ("assistant", expected(*brief)), ("user", "Go on")]
     out, err = session("Hello", "/system Be brief.", "Hm?", "/system", "Go on")
-    assert out == "".join(f"{text}\n" for text in (hello[1][1], expected(*brief), expected(*last)))
+    assert out == "".join(f"{cli.printable(text)}\n" for text in (hello[1][1], expected(*brief), expected(*last)))
     assert err == ""
 
 
@@ -206,7 +206,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, engine, generat
 def test_system_prompt_is_the_first_turn(session, generator):
     turns = [("system", "Be brief."), ("user", "Hello")]
     expected = generator.answer([Request(turns)], Sampling(max_new_tokens=6))[0]
-    assert session("/reset", "Hello", args=("--system", "Be brief."))[0] == f"{expected}\n"
+    assert session("/reset", "Hello", args=("--system", "Be brief."))[0] == f"{cli.printable(expected)}\n"
 
 
 def test_sampling_follows_seed_and_temperature(session):
@@ -262,3 +262,43 @@ def test_a_checkpoint_of_stage_one_describes_a_picture(tmp_path, picture, capsys
         [Request([("user", "<image>")], [picture])], Sampling(max_new_tokens=4)
     )
     assert capsys.readouterr().out == f"{expected[0]}\n"
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/dev/zero", "pipe.png", "zeros.png", "folder.png"])
+def test_a_conversation_of_others_names_images_below_its_folder_alone(session, tmp_path, name):
+    (tmp_path / "talk").mkdir()
+    tiny.add_irregular(tmp_path / "talk")
+    turns = [{"from": "human", "value": "<image>\nIt?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "talk/talk.json").write_text(json.dumps([{"image": name, "conversations": turns}]))
+    out, err = session(f"/load {tmp_path}/talk/talk.json", f"/image {tmp_path}/talk/pipe.png", "/image /dev/zero")
+    assert out == "" and len(err.splitlines()) == 3
+    assert all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_images_from_elsewhere_are_loaded_by_an_option(session, tmp_path, picture):
+    (tmp_path / "talk").mkdir()
+    _, err = session(f"/image {picture}", "It?", f"/save {tmp_path}/talk/talk.json", f"/save {tmp_path}/talk.json")
+    assert err == ""
+    names = [json.loads((tmp_path / file).read_text())[0]["image"] for file in ("talk/talk.json", "talk.json")]
+    assert names == [str(picture), picture.name]
+    load = f"/load {tmp_path}/talk/talk.json"
+    assert "--allow-absolute-images" in session(load)[1]
+    assert session(load, args=("--allow-absolute-images",)) == ("", "")
+    assert session(f"/load {tmp_path}/talk.json") == ("", "")
+
+
+def test_escapes_in_answers_texts_and_names_are_visible(session, tmp_path, monkeypatch, capsys):
+    """Answers come in pieces, between which an escape may be split."""
+    monkeypatch.setattr(chat.Answerer, "stream", lambda self, request: iter(["It is ", *tiny.ESCAPES]))
+    (tmp_path / "bad.json").write_text(json.dumps([{"conversations": [{"from": tiny.ESCAPES, "value": 1}]}]))
+    out, err = session("Hello", f"/load {tmp_path}/bad.json", f"/image {tmp_path}/{tiny.ESCAPES[:20]}.png")
+    assert not tiny.obeyed(out + err) and out == f"It is {cli.printable(tiny.ESCAPES)}\n"
+    assert err.count("error: ") == 2
+    turns = [{"from": "human", "value": f"Q{tiny.ESCAPES}"}, {"from": "gpt", "value": f"A{tiny.ESCAPES}"}]
+    (tmp_path / "talk.json").write_text(json.dumps([{"conversations": turns}]))
+    conversation = chat.Conversation(None)
+    conversation.load(str(tmp_path / "talk.json"))
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    chat._recall(conversation)
+    told = capsys.readouterr().err
+    assert not tiny.obeyed(told) and told.startswith("> Q\\x1b[31m") and told.count("\\x1b[31m") == 2

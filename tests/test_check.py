@@ -4,6 +4,7 @@ import json
 import unicodedata
 
 import pytest
+import tiny
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -334,3 +335,53 @@ def test_a_template_without_a_system_prompt_says_so(tmp_path, images, capsys, ba
     assert check(tmp_path, images, [sample("a"), sample("b", system="Be brief.")], *args) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert "b, sample b: template plain has no place for a system prompt" in line
+
+
+@pytest.mark.parametrize("name", tiny.OUTSIDE + tiny.IRREGULAR)
+def test_images_outside_the_folder_and_what_is_no_file(tmp_path, images, capsys, name):
+    tiny.add_irregular(images)
+    assert check(tmp_path, images, [sample("good"), sample("x", image=name), sample("y", image=[name] * 2,
+                                    question="<image><image>")]) == 1  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    kind = "bad-image" if name in tiny.IRREGULAR else "image-name"
+    assert [line.split(", ")[:2] for line in lines] == [[kind, "x"], [kind, "y"]]
+
+
+def test_links_are_followed_and_absolute_names_are_allowed_by_an_option(tmp_path, images, capsys):
+    tiny.add_irregular(images)
+    (images / "disk").symlink_to(tmp_path)
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    inside = [sample(name, image=name) for name in ("disk/secret.png", "link.png", "disk/../a.png", "./a.png")]
+    assert check(tmp_path, images, inside) == 0
+    absolute = [*inside, sample("x", image=str(tmp_path / "secret.png"))]
+    assert check(tmp_path, images, absolute) == 1
+    assert "--allow-absolute-images" in capsys.readouterr().out
+    assert check(tmp_path, images, absolute, "--allow-absolute-images") == 0
+    assert check(tmp_path, images, [sample("x", image="/dev/zero")], "--allow-absolute-images") == 1
+    assert check(tmp_path, images, [sample("x", image="../secret.png")], "--allow-absolute-images") == 1
+
+
+def test_escapes_in_ids_texts_and_names_are_visible(tmp_path, images, capsys):
+    named = sample(f"id{tiny.ESCAPES}", image=f"{tiny.ESCAPES}.png")
+    role = sample("x", conversations=[{"from": tiny.ESCAPES, "value": "a"}])
+    key = sample("y", **{tiny.ESCAPES: "a text", "instruction": "x"})
+    assert check(tmp_path, images, [named, role, key, "{" + tiny.ESCAPES, sample(f"id{tiny.ESCAPES}")]) == 1
+    captured = capsys.readouterr()
+    assert not tiny.obeyed(captured.out + captured.err) and captured.out.count("id\\x1b[31m") >= 2
+
+
+def test_problems_of_huge_samples_are_short_lines(tmp_path, images, capsys):
+    records = [
+        sample("i" * 10**6, image="b.png"),
+        sample({"a": 1}),
+        sample("n", image="n" * 10**5),
+        sample("s", image=["a.png"] * 10_000),
+        sample("t", image=None, conversations=[{"from": "human", "value": "a"}] * 100_000),
+        sample("v", image=None, conversations=[{"from": "human", "value": 7}] * 2, more="x" * 10**6),
+    ]
+    records.append(sample("good"))
+    assert check(tmp_path, images, records, "--fix", tmp_path / "fixed.jsonl", "--report", tmp_path / "r.json") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 10 and all(len(line) < 1000 for line in lines)
+    kinds = {line.split(", ")[0] for line in lines}
+    assert kinds == {"missing-image", "structure", "marks", "order", "image-name"}

@@ -11,8 +11,10 @@ import optax
 import pytest
 import tiny
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from llava_jax.checkpoint import Description, TrainingCheckpoints, open_checkpoint, save_model
+from llava_jax.array_store import open_array
+from llava_jax.checkpoint import Description, TrainingCheckpoints, new_directory, open_checkpoint, save_model
 from llava_jax.cli import UserError
 
 
@@ -113,6 +115,65 @@ def test_nothing_is_left_behind_by_a_failed_save(tmp_path):
 def test_an_existing_output_is_not_overwritten(tmp_path, model_dir):
     with pytest.raises(UserError, match="exists already"):
         tiny.checkpoint(tmp_path)
+
+
+def test_of_two_who_write_the_same_output_the_first_to_finish_stays(tmp_path):
+    output = epath.Path(tmp_path / "model")
+    with pytest.raises(UserError, match="model: exists already"), new_directory(output) as mine:
+        (mine / "a").write_text("mine")
+        with new_directory(output) as theirs:
+            (theirs / "a").write_text("theirs")
+    assert (output / "a").read_text() == "theirs" and list(tmp_path.iterdir()) == [output]
+
+
+def test_every_chunk_is_stored_with_a_checksum_and_those_without_still_open(tmp_path, model_dir, monkeypatch):
+    """Steps, imports and what is inside of them; checkpoints of earlier versions have none."""
+    for summed in (True, False):
+        with monkeypatch.context() as patch:
+            if not summed:
+                plain = tensorstore_utils._build_zarr3_metadata.__wrapped__
+                patch.setattr(tensorstore_utils, "_build_zarr3_metadata", plain)
+            (tmp_path / str(summed)).mkdir()
+            checkpoints, workdir, trainable, optimizer = trained(tmp_path / str(summed), model_dir, steps=(1,))
+            checkpoints.close()
+        step = workdir / "checkpoints" / "1"
+        array = open_array(step / "params", "projector.linear_1.kernel")
+        assert ("crc32c" in str(array.spec().to_json()["metadata"]["codecs"][0]["configuration"]["codecs"])) == summed
+        np.testing.assert_array_equal(array.read().result(), trainable["projector.linear_1.kernel"])
+        restored, _ = TrainingCheckpoints(workdir, checkpoints.description, 2).restore(1, trainable, optimizer)
+        np.testing.assert_array_equal(restored["projector.linear_1.bias"], trainable["projector.linear_1.bias"])
+
+
+def test_a_flipped_bit_of_an_import_is_an_error_that_names_the_array(tmp_path, model_dir):
+    expected = open_checkpoint(model_dir).load()
+    for number, (name, value) in enumerate(expected.items()):
+        file = max((model_dir / "params" / "state" / name).rglob("*"), key=lambda file: file.stat().st_size)
+        if file.name == "zarr.json":  # of a small array the description is larger
+            file = next(file for file in (model_dir / "params" / "state" / name / "c").rglob("*") if file.is_file())
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[number % value.nbytes] ^= 1 << number % 8
+        file.write_bytes(data)
+        for read in (
+            lambda: open_checkpoint(model_dir).load(),
+            lambda name=name: open_checkpoint(model_dir).read(name),
+        ):
+            with pytest.raises(
+                UserError, match=f"is damaged .{name}: Digest mismatch.*: import or copy it again"
+            ) as raised:
+                read()
+            assert "\n" not in str(raised.value)
+        file.write_bytes(whole)
+    loaded = open_checkpoint(model_dir).load()
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_an_array_that_lost_a_file_is_not_read_as_zeros(model_dir):
+    file = next(file for file in (model_dir / "params/state/llm.norm.scale/c").rglob("*") if file.is_file())
+    file.unlink()
+    with pytest.raises(UserError, match="is damaged .*llm.norm.scale"):
+        open_checkpoint(model_dir).read("llm.norm.scale")
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):

@@ -1,6 +1,7 @@
 """Exit statuses and what is left behind, from real processes."""
 
 import argparse
+import ast
 import importlib
 import io
 import os
@@ -13,6 +14,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
+from hypothesis import example, given
+from hypothesis import strategies as st
 from rich.console import Console
 
 import llava_jax
@@ -150,3 +154,65 @@ def test_what_standard_output_lacks_is_escaped(monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     shown, told = start("print('red \\u7ea2 \\u27e6a\\u27e7')").communicate(timeout=60)
     assert (shown, told) == ("red \\u7ea2 \\u27e6a\\u27e7\n", "")
+
+
+@given(st.text() | st.text(st.sampled_from(tiny.ESCAPES + "ab\n\t"))
+       | st.text(st.characters(categories=["Cc", "Cf"])))  # fmt: skip
+@example(tiny.ESCAPES)
+def test_what_a_terminal_obeys_is_shown_as_escapes(text):
+    told = cli.printable(text)
+    assert not tiny.obeyed(told) and told.count("\n") == text.count("\n")
+    assert "".join(map(cli.printable, text)) == told, "pieces are the same as the whole"
+    assert text.isprintable() is False or told == text
+    line = cli.one_line(text)
+    assert not tiny.obeyed(line) and "\n" not in line and len(line) <= cli.LONGEST_MESSAGE + 5
+    plain = "".join(c for c in text if not tiny.obeyed(c) and c not in "\u202a\u202b\u202c\u202d\u2067\u2068\u2069")
+    assert cli.printable(plain) == plain, "nothing else changes"
+
+
+def test_escapes_are_visible():
+    assert cli.printable("a\x1b]0;x\x07\x9b\u202e\r\n\té") == "a\\x1b]0;x\\x07\\x9b\\u202e\\r\n\té"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise UserError(sys.argv[1])",
+        "open(sys.argv[1])",
+        "raise RuntimeError(sys.argv[1])",
+        "from llava_jax.cli import track\nlist(track(range(2), sys.argv[1], every=0))",
+        "from llava_jax.cli import Parser\nParser().parse_args([sys.argv[1]])",
+        "from llava_jax.cli import say\nsay(sys.argv[1])",
+    ],
+)
+def test_what_ends_a_command_is_printed_with_visible_escapes(body):
+    out, err = start(body, f"name{tiny.ESCAPES}").communicate()
+    assert not tiny.obeyed(out + err) and "name\\x1b[31m" in out + err
+
+
+def test_long_messages_are_bounded_and_keep_their_end():
+    _, told = start("raise UserError('a' * 10**6 + ': mend it')").communicate()
+    assert len(told) < 5000 and told.startswith("error: aaa") and told.endswith(" ... " + "a" * 1991 + ": mend it\n")
+
+
+def test_nothing_prints_what_others_wrote_but_through_the_helper():
+    """`print` itself prints texts of ours and JSON, which has escapes of its own."""
+
+    def ours(node: ast.expr) -> bool:
+        match node:
+            case ast.Constant() | ast.Name(id="__doc__" | "HELP"):
+                return True
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="json"), attr="dumps")):
+                return True
+            case ast.Call(func=ast.Name(id="printable" | "_help")):
+                return True
+            case ast.IfExp(body=one, orelse=other) | ast.BinOp(left=one, right=other):
+                return ours(one) and (ours(other) or isinstance(node, ast.BinOp))
+        return False
+
+    for file in sorted(Path(llava_jax.__file__).parent.rglob("*.py")):
+        if file.name in ("cli.py", "hlo.py"):  # the helper, and a tool for our own programs
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                assert all(map(ours, node.args)), f"{file}:{node.lineno}: use say"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -172,3 +173,25 @@ def test_boxes_lie_in_the_picture_and_have_an_area(bbox: tuple[float, float, flo
     if box:
         assert 0 <= box.x1 < box.x2 <= 1 and 0 <= box.y1 < box.y2 <= 1
         assert abs(box.x1 - max(bbox[0] / 640, 0)) <= 0.0005 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/dev/zero", "gs://bucket/a.png"])
+def test_names_that_leave_the_folder_are_faults(ledger: Ledger, tmp_path: Path, name: str):
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"image": name, "captions": ["One."], "boxes": [{"category": "x", "bbox": [0] * 4}]}))
+    for anywhere in (False, True):  # where all are taken, one is opened for its size
+        with pytest.raises(UserError, match="own.jsonl: line 1: image .*(leaves|absolute)"):
+            load(ledger, str(file), None, str(tmp_path / "images"), anywhere)
+
+
+@pytest.mark.parametrize("name", tiny.IRREGULAR)
+def test_what_is_no_file_is_not_opened(ledger: Ledger, tmp_path: Path, name: str):
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"image": name, "captions": ["One."], "boxes": [{"category": "x", "bbox": [0] * 4}]}))
+    for anywhere in (False, True):
+        with pytest.raises(UserError, match=f"line 1: .*{name}: is a"):
+            load(ledger, str(file), None, str(tmp_path / "images"), anywhere)

@@ -16,10 +16,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.lock import hold
 
 STEPS, SAVED = 60, 40
 
@@ -207,6 +209,29 @@ def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run
     logs = [(each.workdir / "bad_samples.jsonl").read_text() for each in (resumed, whole)]
     assert logs[0] == logs[1] and logs[0].count('"id": "sample-4"') == resumed.metrics("bad_samples")[12] > 1
     np.testing.assert_allclose(list(resumed.metrics().values()), list(whole.metrics().values()), rtol=1e-4)
+
+
+def test_a_workdir_in_use_is_refused_and_both_say_by_whom(run, tmp_path):
+    with hold(epath.Path(tmp_path / "run")):
+        pair = run(tmp_path / "run", processes=2, devices=2)
+        assert pair.wait() == [1, 1], pair.told()
+    said = f"{tmp_path}/run: is in use by another process ({os.getpid()} on "
+    assert f"error: {said}" in pair.told(0) and f"error: process 0: {said}" in pair.told(1)
+    assert "Traceback" not in pair.told() and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_step_is_told_by_both_who_go_on_from_the_one_before(run, whole, tmp_path):
+    workdir = Path(shutil.copytree(whole.workdir, tmp_path / "run"))
+    data = max((workdir / f"checkpoints/{STEPS}/optimizer/ocdbt.process_0/d").iterdir(), key=lambda f: f.stat().st_size)
+    data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))
+    pair = run(workdir, processes=2, devices=2)
+    assert pair.wait() == [1, 1] and "Traceback" not in pair.told(), pair.told()
+    said = f"checkpoints/{STEPS}: this step is damaged"
+    assert said in pair.told(0) and said in pair.told(1) and f"--resume-from {SAVED}" in pair.told(0)
+    pair = run(workdir, processes=2, devices=2, flags=[f"--resume-from={SAVED}"])
+    assert pair.wait() == [0, 0], pair.told()
+    assert f"resuming after step {SAVED}" in pair.told(0) and "set_aside" not in pair.told(1)
+    assert_equal_runs(pair, whole)
 
 
 def test_nobody_waits_for_ever_for_one_that_never_starts(run, tmp_path):

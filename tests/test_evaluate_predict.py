@@ -16,6 +16,7 @@ from test_distributed import free_port
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import in_training
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.answering import ANSWER_IS, batches
 from llava_jax.evaluate.questions import Question
@@ -183,8 +184,48 @@ def test_batches_keep_pictures_together_and_lengths_apart():
     assert ids == [[5, 2], [0, 3], [1, 4]]
 
 
+def test_two_who_answer_into_the_same_file_lose_nothing(tmp_path):
+    """Neither is told; each asks what it does not find, and both end with all of it."""
+    questions = [Question(i, f"{i}?") for i in range(4)]
+    first, second = (AnswerFile(tmp_path / "out.jsonl", questions, "model") for _ in range(2))
+    for question in questions:
+        first.add([(question, "yes")])
+        second.add([(question, "yes")])
+    assert first.finish(first.lines) == 4
+    second.add([(questions[0], "yes")])
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    assert second.finish(second.lines) == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == whole and list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
+
+
 def test_parts_of_other_questions_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "prompt": "x", "text": "y", "model_id": "m"}\n{"question')
     assert len(AnswerFile(tmp_path / "a.jsonl", [Question(1, "x")], "m").lines) == 1
     with pytest.raises(UserError, match="line 1: answers question 1, as it isn't asked now"):
         AnswerFile(tmp_path / "a.jsonl", [Question(1, "z")], "m")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/dev/zero", "a\0.png", "pipe.png", "zeros.png"])
+def test_images_outside_the_folder_and_what_is_no_file(made, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "image": name, "text": "What?"}))
+    given = [f"--questions={tmp_path}/q.jsonl", f"--images={tmp_path}/images", f"--output={tmp_path}/out.jsonl"]
+    for model in (f"--checkpoint={made}/model", "--model=m"):
+        endpoint = ["--endpoint=http://127.0.0.1:9/v1"] if model == "--model=m" else []
+        with pytest.raises(UserError, match="question 7: (image|picture) "):
+            evaluate.main(["predict", "llava-bench", *given, model, *endpoint])
+    with pytest.raises(UserError, match="question 7: (image|picture) "):
+        question = Question(7, "What?", (name,))
+        in_training.request(question, f"{tmp_path}/images")
+        in_training.check_pictures(question, f"{tmp_path}/images")
+
+
+def test_absolute_names_are_read_by_an_option(made, answers, tmp_path):
+    absolute = str(made / "images/0.png")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "image": absolute, "text": "What colour is it?"}))
+    given = [f"--questions={tmp_path}/q.jsonl", f"--output={tmp_path}/out.jsonl"]
+    with pytest.raises(UserError, match="question 0: .*--allow-absolute-images"):
+        predict(made, tmp_path / "out.jsonl", *given)
+    (line,) = predict(made, tmp_path / "out.jsonl", *given, "--allow-absolute-images")
+    assert line["text"] == answers[0]["text"]

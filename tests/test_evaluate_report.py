@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -135,6 +136,17 @@ def test_the_page_is_whole_and_harmless(tmp_path: Path, runs: list[str]):
     evaluate.main(["report", *runs, "--output", str(tmp_path), "--resamples", "10", "--limit", "3"])
     text = (tmp_path / "report.html").read_text()
     assert text.count("<article") == 3 and "3 questions, those on which the runs differ most; 49 were asked" in text
+
+
+@pytest.mark.parametrize("name", tiny.OUTSIDE + tiny.IRREGULAR)
+def test_images_outside_the_folder_and_what_is_no_file(tmp_path: Path, runs: list[str], name: str):
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    for run in runs:
+        write_outcomes(Path(run) / "bench.outcomes.jsonl", [outcome(7, 1, image=name)])
+    with pytest.raises(UserError, match="^question 7: (image|picture) "):
+        evaluate.main(["report", *runs, "--output", str(tmp_path / "out"), "--images", str(tmp_path / "images")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_compared(tmp_path: Path, runs: list[str], capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from PIL import Image
 from rich.console import Console
 
@@ -148,3 +149,13 @@ def test_devices_and_links_stay_what_they_are(data, tokenizer, tmp_path):
         main(["--json", str(data), "--tokenizer", str(directory), "--template", "v1", "--jsonl", str(out)])
     assert link.is_symlink() and len(target.read_text().splitlines()) == 3
     assert not Path("/dev/null").is_file()
+
+
+def test_escapes_are_visible(tokenizer, tmp_path, capsys):
+    turns = [{"from": "human", "value": f"<image>{tiny.ESCAPES}"}, {"from": "gpt", "value": f"Yes.{tiny.ESCAPES}"}]
+    sample = {"id": f"x{tiny.ESCAPES}", "image": "a.png", "conversations": turns}
+    (tmp_path / "data.json").write_text(json.dumps([sample]))
+    tokenizer.save_pretrained(tmp_path)
+    main(["--json", str(tmp_path / "data.json"), "--tokenizer", str(tmp_path), "--template", "v1"])
+    shown = capsys.readouterr().out
+    assert not tiny.obeyed(shown) and shown.count("\\x1b[31m") == 3

@@ -2,17 +2,22 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
+from test_whole_file import disk_of
 
 from llava_jax import metrics
-from llava_jax.metrics import MetricsWriter, Screen
+from llava_jax.cli import UserError
+from llava_jax.metrics import MetricsWriter, Screen, keep_lines, step_of
 
 
-def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
+def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped_and_told(tmp_path, capsys):
     writer = MetricsWriter(epath.Path(tmp_path), 0)
     for step in (1, 2, 3):
         writer.write(step, {"loss": float(step)})
@@ -26,6 +31,59 @@ def test_lines_beyond_the_resumed_step_and_cut_lines_are_dropped(tmp_path):
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
     assert list((tmp_path / "tensorboard").iterdir())
+    assert f"{file}: dropped 4 damaged lines, as a crash leaves them" in capsys.readouterr().err
+
+
+LINES = b"".join(b'{"step": %d, "loss": %d.5}\n' % (step, step) for step in range(1, 7))
+
+
+@pytest.mark.parametrize("last, tail", [(3, b""), (6, b""), (6, b'{"step": 7, "lo')])
+def test_a_full_disk_at_the_start_of_a_resumed_run_loses_no_line(last, tail, tmp_path, capsys):
+    """Full after any number of bytes. What stays as it is is not even touched."""
+    file = epath.Path(tmp_path / "metrics.jsonl")
+    kept = b"".join(LINES.splitlines(keepends=True)[:last])
+    for room in range(len(kept) + 2):
+        file.write_bytes(LINES + tail)
+        try:
+            with disk_of(room):
+                keep_lines(file, file, last)
+            assert file.read_bytes() == kept
+            assert room >= len(kept) or kept == LINES + tail
+        except UserError as error:
+            assert file.read_bytes() == LINES + tail and "metrics.jsonl: cannot be written" in str(error)
+            assert room < len(kept)
+        assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]
+    assert capsys.readouterr().err.count("dropped 1 damaged line, as") == (len(kept) + 2 if tail else 0)
+
+
+def test_a_line_that_finds_the_disk_full_is_not_written_in_part(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), 0)
+    writer.append("metrics.jsonl", {"step": 1})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    for room in range(len(whole), 2 * len(whole)):
+        with disk_of(room), pytest.raises(UserError, match="metrics.jsonl: cannot be written: File too large"):
+            writer.append("metrics.jsonl", {"step": 2})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    writer.append("metrics.jsonl", {"step": 2})
+    assert [line["step"] for line in writer.read("metrics.jsonl")] == [1, 2]
+    writer.close()
+
+
+def test_nothing_is_written_once_the_workdir_was_lost(tmp_path):
+    def lost():
+        raise UserError("lost")
+
+    writer = MetricsWriter(epath.Path(tmp_path), 0, None, lost)
+    with pytest.raises(UserError, match="lost"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@given(st.binary(max_size=60) | st.sampled_from([b"[" * 9999, b'{"step": 1e999}', b'{"step": ' + b"9" * 5000 + b"}"]))
+def test_any_bytes_have_a_step_or_none(line):
+    step = step_of(line)
+    assert step == math.inf or isinstance(step, float)
 
 
 def test_a_run_that_begins_anew_keeps_no_line(tmp_path):

@@ -6,13 +6,16 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from configs.common import get_config
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import get_template
 from llava_jax.data.images import preprocess
+from llava_jax.data.mixture import open_data
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, bad_texts, build_row, collate, measure
 from llava_jax.data.plan import Layout, Order, plan_layout, split
@@ -408,3 +411,29 @@ def test_rows_and_groups_that_do_not_fit_are_errors():
     row = build_row([(sample_row(5, 1, 1), pictures)], layout)
     with pytest.raises(ValueError, match="1 slots"):
         collate([row, row], layout)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["../secret.png", "/dev/zero", "pipe.png", "zeros.png"])
+def test_images_outside_the_folder_and_what_is_no_file(tmp_path, encode, name, workers):
+    """They are faults with the id of the sample, as those that are missing."""
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(1, [name])]))
+    batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path / "images"), encode, 2, 2)
+    with pytest.raises(UserError, match="sample s1: (image|picture) ") as caught:
+        batches[0]
+    skipping = Batches(batches.source, encode, DECODE, batches.order, batches.layout, skip_bad=True)
+    (found,) = [bad for _, bad in skipping.iterate_with_bad(0, 1, workers)]
+    assert [(one.id, one.reason) for one in found] == [("s1", str(caught.value))]
+
+
+def test_a_run_reads_absolute_names_where_its_config_says_so(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps([record(0, [str(tmp_path / "a.png")])]))
+    config = get_config()
+    config.data.update({"json": str(tmp_path / "data.json"), "images": str(tmp_path)})
+    with pytest.raises(UserError, match="sample s0: image .*data.allow_absolute_images"):
+        open_data(config.data).read_pictures(0, 1)
+    config.data.allow_absolute_images = True
+    assert open_data(config.data).read_pictures(0, 1) == [(tmp_path / "a.png").read_bytes()]

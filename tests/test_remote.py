@@ -79,11 +79,17 @@ def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
     losses = metrics(store)
     assert list(losses) == [1, 2, 3, 4, 5, 6]
 
-    # As if it had been lost after step 4: one process goes on from what two saved.
-    for name in names:
-        if name.startswith("run/checkpoints/6/"):
-            del store.objects["bucket", name]
-    told = finish(start(store, cwd, *command, devices=4))
+    # The newest step is damaged: one process goes on from the one before, which two saved.
+    cut = "run/checkpoints/6/_CHECKPOINT_METADATA"
+    store.put("bucket", cut, store.read("bucket", cut)[:200])
+    refused = start(store, cwd, *command, devices=4)
+    said = refused.communicate()[0]
+    assert refused.returncode == 1 and "Traceback" not in said, said
+    assert "gs://bucket/run/checkpoints/6: this step is damaged" in said and "--resume-from 4" in said
+    told = finish(start(store, cwd, *command, "--resume-from=4", devices=4))
+    aside = {name for name in store.names("bucket") if name.startswith("run/set_aside/after_4/")}
+    assert {cut.replace("checkpoints", "set_aside/after_4"), "run/set_aside/after_4/metrics.jsonl"} <= aside
+    assert "run/run.lock" not in store.names("bucket")
     assert "resuming after step 4" in told
     resumed = metrics(store)
     assert list(resumed) == list(losses)

@@ -183,7 +183,7 @@ def test_what_came_back_can_be_sent_again(client):
 
 def test_every_seed_of_64_bits_is_one(client):
     for seed in (2**64 - 1, -(2**63), -9223372036854776000):
-        assert create(client, temperature=1, seed=seed, max_tokens=2).choices[0].message.content is not None
+        assert create(client, temperature=1, seed=seed, max_completion_tokens=2).choices[0].message.content is not None
 
 
 def test_several_answers_and_seeds(client):
@@ -282,7 +282,7 @@ def test_a_failure_reaches_the_client_before_and_in_the_middle_of_a_stream(clien
     assert error.value.code == "internal_error"
     calls.clear()
     stream, text = create(client, max_completion_tokens=30, stream=True), ""
-    with pytest.raises(openai.APIError, match="the answer failed: ZeroDivisionError"):
+    with pytest.raises(openai.APIError, match="the answer failed: the server's log has the details"):
         for chunk in stream:
             text += chunk.choices[0].delta.content or ""
     assert create(client, max_completion_tokens=30).choices[0].message.content.startswith(text) and text
@@ -369,7 +369,7 @@ def test_what_changes_nothing_is_accepted(client):
         (parts({"type": "image_url", "image_url": 1}), "messages.0.content.0.image_url", "invalid_value"),
         (parts({"type": "text", "text": 5}, role="system"), "messages.0.content.0.text", "invalid_value"),
         ({"messages": [*HELLO, {"role": "system", "content": "Hi"}]}, "messages.1.role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "invalid_json"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": "5"}, "max_tokens", "invalid_value"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, None, "invalid_value"),
@@ -383,7 +383,7 @@ def test_what_changes_nothing_is_accepted(client):
         ({"top_logprobs": 3}, None, "invalid_value"),
         ({"stream_options": {"include_usage": True}}, None, "invalid_value"),
         ({"frequency": 1}, "frequency", "unknown_parameter"),
-        ({"\ud800": 1}, None, "invalid_value"),
+        ({"\ud800": 1}, None, "invalid_json"),
         ({"n" * 1000: 1}, "n" * 397 + "...", "unknown_parameter"),
     ],
 )
@@ -461,7 +461,7 @@ def connection(url: str, **body) -> Iterator[None]:
     """Of somebody who asks and reads nothing."""
     data = json.dumps({"model": "tiny", "messages": HELLO} | body).encode()
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connected:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
         connected.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
         yield
 
@@ -503,7 +503,7 @@ def test_what_is_submitted_after_its_client_left_is_cancelled(engine, app):
 
 def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + b'{"model"')
         assert eventually(lambda: app.state.traffic.active == 1)
     assert eventually(lambda: app.state.traffic.active == 0)

@@ -3,6 +3,8 @@
 import collections
 import os
 import pickle
+import struct
+import tracemalloc
 import zipfile
 
 import pytest
@@ -145,3 +147,131 @@ def test_zips_that_lack_something_are_refused(change, tmp_path):
     with pytest.raises(UserError) as raised:
         open_torch(rewrite(path, tmp_path / "changed.bin", change))
     assert "changed.bin" in str(raised.value) and "\n" not in str(raised.value)
+
+
+GLOBAL = b"ctorch._utils\n_rebuild_tensor_v2\n"
+ORDERED = b"ccollections\nOrderedDict\n"
+
+
+def tensor(shape, strides, length=4, offset=0, entry=b"0", kind=b"FloatStorage", arguments=b"\x89N"):
+    """The instructions of a tensor, as torch writes them, with any numbers."""
+
+    def integer(value):
+        data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+        return pickle.LONG1 + bytes([len(data)]) + data
+
+    def tuple_of(values):
+        return b"(" + b"".join(map(integer, values)) + b"t"
+
+    storage = b"(X\x07\0\0\0storagectorch\n" + kind + b"\nX" + struct.pack("<I", len(entry)) + entry
+    storage += b"X\x03\0\0\0cpu" + integer(length) + b"tQ"
+    return GLOBAL + b"(" + storage + integer(offset) + tuple_of(shape) + tuple_of(strides) + arguments + b"tR"
+
+
+def named(*values):
+    return b"\x80\x02}(" + b"".join(b"X\x01\0\0\0" + bytes([97 + i]) + v for i, v in enumerate(values)) + b"u."
+
+
+def zipped(path, pickled, compression=zipfile.ZIP_STORED, **entries):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/data/0", bytes(16))
+        for name, data in entries.items():
+            archive.writestr(f"a/{name}", data)
+    return path
+
+
+def test_the_tensors_of_these_tests_are_read(tmp_path):
+    found = open_torch(zipped(tmp_path / "a.bin", named(tensor((2, 2), (2, 1)), tensor((2,), (2,), offset=1))))
+    assert {name: value.read().shape for name, value in found.items()} == {"a": (2, 2), "b": (2,)}
+
+
+NESTED = b"K\x01" + b"q\x00h\x00\x86" * 60  # a tuple of 2**60 items, which takes ages to hash or to print
+HOSTILE = {
+    "memo": (b"Nr" + struct.pack("<I", 2**32 - 1) + b".", "holds a NoneType"),
+    "tuples as key": (b"}" + NESTED + b"K\x01s.", "a tuple names a tensor"),
+    "tuples as storage": (NESTED + b"Q.", "names a storage that is none"),
+    "tuples as entry": (tensor((2,), (1,)).replace(b"X\x01\0\0\x000", NESTED) + b".", "names a storage that is none"),
+    "tuples in a dict": (ORDERED + NESTED + b"\x85\x85R.", "not described as one"),
+    "tuples in a tensor": (GLOBAL + NESTED + b"R.", "not described as one"),
+    "text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"aaa", "damaged"),
+    "frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"K\x01.", "holds a int"),
+    "number": (b"\x8b" + struct.pack("<i", 2**30) + b"1.", "asks for LONG4"),
+    "digits": (b"L" + b"9" * 5000 + b"L\n.", "asks for LONG"),
+    "BUILD of a function": (GLOBAL + b"}X\x08\0\0\0__code__Nsb.", "asks for BUILD"),
+    "BUILD of a tensor": (tensor((2,), (1,)) + b"}X\x05\0\0\0shapeK\x09sb.", "asks for BUILD"),
+    "BUILD with slots": (ORDERED + b")RN}X\x01\0\0\0aK\x01s\x86b.", "asks for BUILD"),
+    "object": (ORDERED + b")\x81.", "asks for NEWOBJ"),
+    "extension": (b"\x82\x01.", "asks for EXT1"),
+    "unknown": (b"\xff.", "asks for 255"),
+    "same name": (b"}(X\x01\0\0\0aK\x01X\x01\0\0\0aK\x02u.", "holds 'a' twice"),
+    "many": (b"}" * (2**21 + 1), "takes more than 2 MiB"),
+    "endless list": (b"]q\x00h\x00a.", "holds a list"),
+    "sizes": (named(tensor((2**62, 2), (0, 0))), "no such shape"),
+    "negative": (named(tensor((-1, 2), (2, 1))), "no such shape"),
+    "negative stride": (named(tensor((2,), (-1,), offset=1)), "no such shape"),
+    "boolean": (named(tensor((2,), (1,), offset=1).replace(b"\x8a\x01\x01", b"\x88", 1)), "no such shape"),
+    "repeated": (named(tensor((10**6, 10**6), (0, 0))), "a is larger than what is stored"),
+    "beyond": (named(tensor((2,), (1,), offset=3)), "a is larger than what is stored"),
+    "not there": (named(tensor((2,), (1,), entry=b"1")), "numbers of a are not in it"),
+    "too long": (named(tensor((5,), (1,), length=5)), "numbers of a are not in it"),
+    "outside": (named(tensor((2,), (1,), entry=b"../../data/0")), "numbers of a are not in it"),
+    "axes": (named(tensor((1,) * 9, (1,) * 9)), "not described as one"),
+    "ranks": (named(tensor((1, 2), (1,))), "not described as one"),
+    "type": (named(tensor((2,), (1,), kind=b"QInt8Storage")), "asks to run torch.QInt8Storage"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_pickles_that_would_take_all_memory_or_for_ever_are_refused(kind, tmp_path):
+    pickled, message = HOSTILE[kind]
+    path = zipped(tmp_path / "weights.bin", pickled)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message) as raised:
+            print(open_torch(path))
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+
+
+def test_numbers_that_many_tensors_share_are_counted(tmp_path):
+    shared = [tensor((4,), (1,)) for _ in range(26)]
+    assert len(open_torch(zipped(tmp_path / "tied.bin", named(*shared[:2])))) == 2
+    data = zipped(tmp_path / "some.bin", named(*shared)).stat().st_size
+    big = (data // 26 + 100) * 4
+    pickled = named(*(tensor((big // 4,), (1,), length=big // 4, entry=b"big") for _ in range(26)))
+    with pytest.raises(UserError, match="more numbers than it has bytes"):
+        open_torch(zipped(tmp_path / "weights.bin", pickled, **{"data/big": bytes(big)}))
+
+
+def test_zips_that_unpack_to_more_than_they_are_are_refused(tmp_path):
+    path = tmp_path / "weights.bin"
+    good = named(tensor((2,), (1,)))
+    cases = [
+        (good, zipfile.ZIP_DEFLATED, {"byteorder": bytes(2**26)}, "are compressed or overlap"),
+        (good, zipfile.ZIP_DEFLATED, {}, "compressed"),
+        (good, zipfile.ZIP_LZMA, {}, "compressed"),
+        (good, zipfile.ZIP_STORED, {"byteorder": bytes(3 * 2**20)}, "byteorder' in it takes more than 2 MiB"),
+        (good, zipfile.ZIP_STORED, {"b" * 60 + str(i): b"" for i in range(25_000)}, "table of contents"),
+    ]
+    for pickled, compression, entries, message in cases:
+        with pytest.raises(UserError, match=message):
+            open_torch(zipped(path, pickled, compression, **entries))
+    data = zipped(path, good).read_bytes()
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("b/data/0", bytes(16))
+    with pytest.raises(UserError, match="holds an entry twice"):
+        open_torch(path)
+    path.write_bytes(data.replace(struct.pack("<II", 16, 16), struct.pack("<II", 2**31, 2**31)))
+    with pytest.raises(UserError, match="compressed or overlap"):
+        open_torch(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo.bin")
+    (tmp_path / "zero.bin").symlink_to("/dev/zero")
+    for name in ("fifo.bin", "zero.bin"):
+        with pytest.raises(UserError, match=f"{name}: is a device, pipe or socket, not a file"):
+            open_torch(tmp_path / name)

@@ -1,6 +1,10 @@
 """A tiny model, a tokenizer and a data set on disk, for tests of what uses them."""
 
+import contextlib
 import json
+import os
+import socket
+import unicodedata
 from pathlib import Path
 
 import jax
@@ -20,6 +24,29 @@ TEXT = [
     "What colour is it? It is red. It is green. It is blue. It is white.",
 ]
 VOCAB = 400
+
+
+# Names of images that no folder has: `add_irregular` makes the last ones.
+OUTSIDE = ["../secret.png", "a/../../secret.png", "/dev/zero", "．．/secret.png", "C:\\secret.png", "a\0.png"]
+IRREGULAR = ["pipe.png", "zeros.png", "folder.png", "socket.png"]
+
+# Texts that a terminal obeys: colours, titles, links, the clipboard, lines that overwrite others, reversed directions.
+ESCAPES = "\x1b[31m\x1b]0;t\x07\x1b]8;;http://x\x1b\\\x1b]52;c;eA==\x07\x9b2J\x9d0;t\x9c\rhid\x08\x7f\u202egnp\u2066"
+
+
+def obeyed(text: str) -> set[str]:
+    """What a terminal would obey, or be misled by, in what was printed."""
+    return {c for c in text if (unicodedata.category(c) == "Cc" and c not in "\n\t") or c in "\u202e\u2066"}
+
+
+def add_irregular(folder: Path) -> None:
+    """A picture above a folder, and in it what is there but is no file: to open some of them blocks for ever."""
+    Image.new("RGB", (4, 4)).save(folder.parent / "secret.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zeros.png").symlink_to("/dev/zero")
+    (folder / "folder.png").mkdir()
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as made:  # a path may have 107 characters
+        made.bind("socket.png")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from examples.commands import command
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import run
 from llava_jax.plot import plot
+from llava_jax.whole_file import whole_file
 
 ROOT = Path("runs/quickstart")
 QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         "loss_curve": f"{ROOT}/loss.png",
         "question": {"image": str(PICTURE), "question": QUESTION, "answer": answer},
     }
-    (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with whole_file(ROOT / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2).encode() + b"\n")
     print(report(summary, chat))
 
 

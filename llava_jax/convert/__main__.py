@@ -2,7 +2,7 @@
 
 import argparse
 
-from llava_jax.cli import Parser, run
+from llava_jax.cli import Parser, run, say
 from llava_jax.data.conversation import IMAGE_POSITIONS
 
 # Each command imports what it needs once its arguments are known: JAX takes seconds, and --help need not wait.
@@ -97,7 +97,7 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         config = import_backbones(args.llm, args.vision, args.projector, args.output, options)
     else:
         parser.error("give --llm and --vision, or --llava")
-    print(
+    say(
         f"{args.output}: projector {config.projector_type}, {config.image_tokens} features an image of "
         f"{config.vision.image_size} pixels, pictures {config.image_aspect}"
     )
@@ -142,7 +142,7 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         case "projector":
             export_projector(args.checkpoint, args.output, args.dtype, args.tower)
             use = "its mm_projector.bin is what --pretrain_mm_mlp_adapter of the original takes"
-    print(f"{args.output}: {use}")
+    say(f"{args.output}: {use}")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
@@ -165,7 +165,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     equal = True
     for finding in verify.verify(args.checkpoint, args.hf):
-        print(finding, flush=True)
+        say(finding, flush=True)
         equal = equal and finding.equal is not False
     return 0 if equal else 1
 
@@ -194,7 +194,7 @@ def _copy(args: argparse.Namespace) -> None:
     from llava_jax.convert.copy import copy
 
     copy(args.checkpoint, args.output)
-    print(f"{args.output}: all parameters, without the optimizer's state")
+    say(f"{args.output}: all parameters, without the optimizer's state")
 
 
 def _copy_frozen(args: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def _copy_frozen(args: argparse.Namespace) -> None:
     from llava_jax.convert.copy import copy_frozen
 
     copied = copy_frozen(args.checkpoint)
-    print(f"{args.checkpoint}: {'copied from ' + ', '.join(copied) if copied else 'has a copy already'}")
+    say(f"{args.checkpoint}: {'copied from ' + ', '.join(copied) if copied else 'has a copy already'}")
 
 
 if __name__ == "__main__":

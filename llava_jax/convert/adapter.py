@@ -12,7 +12,8 @@ from llava_jax.cli import UserError
 from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.sums import overlaid
-from llava_jax.convert.tensors import Tensors, open_directory, read_json
+from llava_jax.convert.tensors import Tensors, open_directory
+from llava_jax.incoming import read_object
 
 SETTINGS = "adapter_config.json"
 _FILES = (
@@ -39,7 +40,7 @@ def is_adapter(directory: Path) -> bool:
 
 def base_name(directory: Path) -> str:
     """What its settings call the base, in brackets after a space; empty where they do not."""
-    name = read_json(directory / SETTINGS).get("base_model_name_or_path")
+    name = read_object(directory / SETTINGS).get("base_model_name_or_path")
     return f" ({name})" if name else ""
 
 
@@ -60,7 +61,7 @@ def with_adapter(base: Tensors, directory: Path, find: Callable[[str], str] = la
     Raises UserError for adapters of another kind or for another base.
     """
     where = str(directory / SETTINGS)
-    settings = read_json(directory / SETTINGS)
+    settings = read_object(directory / SETTINGS)
     _require_supported(settings, where)
     tensors = without_peft(open_directory(directory, _FILES))
     pairs: dict[str, dict[str, StoredTensor]] = {}

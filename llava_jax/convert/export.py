@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.hf_tokenizer import SpecialTokens, choose_special_tokens, write_tokenizer
@@ -64,7 +64,7 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
     written = load_tokenizer(directory)
     special_ids = {f"{kind}_token_id": getattr(written, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     if problem := missing_marks(template, tokenizer):
-        print(f"warning: {problem}", file=sys.stderr)
+        say(f"warning: {problem}", file=sys.stderr)
     end_id = end_of_answer(template, tokenizer)
 
     dtype = dtype or common_dtype(checkpoint)

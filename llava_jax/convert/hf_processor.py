@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert.hf_config import select_strategy
-from llava_jax.convert.tensors import read_json
+from llava_jax.incoming import read_object
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, LlavaConfig, VisionConfig
 
 Json = dict[str, Any]
@@ -121,10 +121,10 @@ def write_generation(
 
 def _find(directory: Path) -> tuple[Json | None, Path]:
     nested = directory / "processor_config.json"
-    if nested.exists() and "image_processor" in (config := read_json(nested)):
+    if nested.exists() and "image_processor" in (config := read_object(nested)):
         return config["image_processor"], nested
     plain = directory / "preprocessor_config.json"
-    return (read_json(plain) if plain.exists() else None), plain
+    return (read_object(plain) if plain.exists() else None), plain
 
 
 def _check_size(config: Json, image_size: int, where: Path) -> None:

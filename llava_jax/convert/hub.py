@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -68,7 +68,7 @@ def locate(source: str, flag: str) -> Located:
 
 def _downloaded(repository: str, revision: str | None, flag: str) -> Path:
     what = f"{flag} {repository}"
-    print(f"{what}: no directory of that name; looking at {constants.ENDPOINT}", file=sys.stderr)
+    say(f"{what}: no directory of that name; looking at {constants.ENDPOINT}", file=sys.stderr)
     try:
         path = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SETTINGS, *_SAFETENSORS]))
         others = _ONLY_TORCH if any(path.glob("*.safetensors")) else _TORCH + _ONLY_TORCH

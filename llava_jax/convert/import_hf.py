@@ -5,7 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.convert import hf_config
 from llava_jax.convert.adapter import base_name, with_adapter
 from llava_jax.convert.found import (
@@ -25,7 +25,8 @@ from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_if_there
 from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
-from llava_jax.convert.tensors import open_directory, read_json
+from llava_jax.convert.tensors import open_directory
+from llava_jax.incoming import read_object
 from llava_jax.models.config import VisionConfig
 
 
@@ -69,7 +70,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
 def read_tower(directory: Path) -> tuple[VisionConfig, Json, ImageSettings]:
     """A vision tower's configuration, as ours and as it is there, and how its pictures are prepared."""
     where = str(directory / "config.json")
-    json = read_json(directory / "config.json")
+    json = read_object(directory / "config.json")
     tower = hf_config.read_vision(json, where)
     return tower, hf_config.tower_json(json, where), read_image_settings(directory, tower)
 
@@ -85,7 +86,7 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
             f"{adapter}: is an adapter of a LLaVA of transformers: give --base DIR, the model that it was trained "
             f"from{base_name(adapter)}"
         )
-    settings = read_json(base / "config.json")
+    settings = read_object(base / "config.json")
     if settings.get("model_type") != "llava" or "text_config" not in settings:
         raise UserError(
             f"{base}: is no LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
@@ -97,7 +98,7 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
 def find_llava(directory: Path, options: Options, adapter: Path | None = None) -> Found:
     """A LLaVA, to which an `adapter` is added if one is given, with its tokenizer if it brings one."""
     where = str(directory / "config.json")
-    source_json = read_json(directory / "config.json")
+    source_json = read_object(directory / "config.json")
     found = hf_config.read_llava(source_json, where)
     tensors = open_directory(directory)
     if adapter:
@@ -137,7 +138,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
 
 
 def _assume_padding(directory: Path) -> str:
-    print(
+    say(
         f"{directory}: does not say how pictures become squares (no do_pad in preprocessor_config.json): they are "
         "padded, as LLaVA-1.5 was trained; --aspect square crops them",
         file=sys.stderr,

@@ -41,7 +41,8 @@ from llava_jax.convert.language_model import (
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.sums import is_difference, overlaid, with_base
-from llava_jax.convert.tensors import has_weights, open_directory, open_files, read_json
+from llava_jax.convert.tensors import has_weights, open_directory, open_files
+from llava_jax.incoming import read_object
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -62,7 +63,7 @@ def is_original(config: Json) -> bool:
 def find_original(directory: Path, base: Path | None, vision: Path | None, options: Options) -> Found:
     """Raises UserError that names what else is needed, or lists all that is missing, unexpected or misshapen."""
     where = str(directory / "config.json")
-    settings = read_json(directory / "config.json")
+    settings = read_object(directory / "config.json")
     if settings.get("model_type") not in _MODEL_TYPES:
         raise UserError(
             f"{where}: model_type is {settings.get('model_type')!r}; of original LLaVAs supported are "

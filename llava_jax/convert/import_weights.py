@@ -19,7 +19,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, say, track
 from llava_jax.convert.adapter import is_adapter
 from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
@@ -30,10 +30,10 @@ from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
 from llava_jax.convert.read_ahead import read_ahead
-from llava_jax.convert.tensors import read_json
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
+from llava_jax.incoming import read_object
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
 from llava_jax.models.projector import Projector
@@ -64,7 +64,7 @@ def import_llava(
     path = places["llava"].path
     adapter = is_adapter(path)
     # An adapter of a LLaVA of transformers mostly comes without the model's config.json.
-    if is_original((read_if_there if adapter else read_json)(path / "config.json")):
+    if is_original((read_if_there if adapter else read_object)(path / "config.json")):
         found = find_original(path, _path(places, "base"), _path(places, "vision"), options)
     elif vision and adapter:
         raise UserError(f"{directory}: an adapter of a LLaVA of transformers, which has its tower: leave --vision out")
@@ -111,7 +111,7 @@ def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: 
     if problem := missing_marks(template, tokenizer):
         if not requested:
             raise UserError(f"{problem}: --template NAME")
-        print(f"warning: {problem}", file=sys.stderr)
+        say(f"warning: {problem}", file=sys.stderr)
     return template
 
 
@@ -142,7 +142,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
     try:
         special_tokens(tokenizer, found.config, found.hf["config"])
     except UserError as error:
-        print(f"warning: this model cannot be exported: {error}", file=sys.stderr)
+        say(f"warning: this model cannot be exported: {error}", file=sys.stderr)
     return found
 
 

@@ -11,8 +11,8 @@ from llava_jax.convert.adapter import base_name, is_adapter
 from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
-from llava_jax.convert.tensors import Tensors, has_weights, open_directory, read_json
-from llava_jax.incoming import refuse_pointer_file
+from llava_jax.convert.tensors import Tensors, has_weights, open_directory
+from llava_jax.incoming import read_object, refuse_pointer_file
 
 
 class LanguageModel(NamedTuple):
@@ -37,7 +37,7 @@ def open_language_model(path: Path) -> LanguageModel:
         raise UserError(f"{path}: holds {', '.join(file.name for file in ggufs)}: give one of these files itself")
     return LanguageModel(
         where=str(path / "config.json"),
-        config=read_json(path / "config.json"),
+        config=read_object(path / "config.json"),
         generation=read_if_there(path / "generation_config.json"),
         tensors=open_directory(path),
         write_tokenizer=functools.partial(copy_tokenizer, path),
@@ -45,7 +45,7 @@ def open_language_model(path: Path) -> LanguageModel:
 
 
 def read_if_there(path: Path) -> Json:
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def has_tokenizer(directory: Path) -> bool:

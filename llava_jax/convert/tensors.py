@@ -1,11 +1,10 @@
 """A source's tensors by name, read when asked for."""
 
-import collections
 import functools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import StoredTensor, read_numbers
 from llava_jax.convert.torch_files import open_torch
-from llava_jax.incoming import refuse_pointer_file, to_utf8
+from llava_jax.incoming import parse_json, read_object, refuse_pointer_file, require_regular
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_HEADER = 16 * 2**20  # bytes; 7B models have 100 KB
+MAX_NAME = 500  # characters
 # The files of a directory's weights and their indices, of which the first that is there counts.
 WHOLE = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
@@ -69,71 +70,68 @@ def open_files(files: Iterable[Path]) -> Tensors:
     """The tensors of all these files, of which no two may have the same name."""
     held: dict[str, StoredTensor] = {}
     for path in files:
+        require_regular(path)
         refuse_pointer_file(path)
         found = open_torch(path) if path.suffix in (".bin", ".pt", ".pth") else open_safetensors(path)
         twice = sorted(set(held) & set(found))
         if twice:
             raise UserError(f"{path}: holds {', '.join(twice[:3])}, as another file beside it does")
+        if name := next((name for name in found if len(name) > MAX_NAME), None):
+            raise UserError(f"{path}: calls a tensor {name[:50]!r}...: a name of {len(name)} characters")
         held |= found
     return Tensors(held)
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Raises UserError where the file is not whole."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < length < os.fstat(file.fileno()).st_size:
+            raise UserError(f"{path}: its header takes {length >> 20} MiB, more than that of any weights")
+        header = file.read(min(length, MAX_HEADER))
     try:
         with safe_open(path, framework="np"):  # finds all that can be wrong with it
             pass
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; download it again") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=functools.partial(_unique, path))
-    header.pop("__metadata__", None)
-    return {name: _stored(path, 8 + length, **fields) for name, fields in header.items()}
+    tensors = parse_json(header, f"{path}, its header")
+    tensors.pop("__metadata__", None)
+    return {
+        name: _stored(path, 8 + length, fields["dtype"], tuple(fields["shape"]), fields["data_offsets"][0])
+        for name, fields in tensors.items()
+    }
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict, which alone would keep the last of two tensors of one name."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise UserError(f"{path}: holds {twice} twice; download it again")
-    return found
-
-
-def _stored(path: Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
-    read = functools.partial(read_numbers, path, start + data_offsets[0], dtype, tuple(shape))
-    return StoredTensor(tuple(shape), dtype, read)
+def _stored(path: Path, start: int, dtype: str, shape: tuple[int, ...], offset: int) -> StoredTensor:
+    return StoredTensor(shape, dtype, functools.partial(read_numbers, path, start + offset, dtype, shape))
 
 
 def _open_shards(index: Path) -> Tensors:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map; download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_inside(file):
+            raise UserError(f"{index}: weight_map: {name} is in {file!r}, which is no file beside it or below")
     files = sorted(set(weight_map.values()))
-    lost = [file for file in files if not (index.parent / file).exists()]
+    lost = [file for file in files if not os.path.exists(index.parent / file)]
     if lost:
-        raise UserError(f"{index}: names {', '.join(lost)}, which is not beside it; download it again")
+        raise UserError(f"{index}: names {_some(lost)}, which is not beside it; download it again")
     tensors = open_files(index.parent / file for file in files)
     missing = sorted(set(weight_map) - set(tensors.names))
     if missing:
-        raise UserError(f"{index}: the shards lack {', '.join(missing)}; download them again")
+        raise UserError(f"{index}: the shards lack {_some(missing)}; download them again")
     return tensors
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError naming the file."""
-    try:
-        values = json.loads(to_utf8(path.read_bytes(), path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in the folder that it is relative to. Links there may lead elsewhere: people make them."""
+    path = PurePosixPath(name)
+    return "\0" not in name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -1,22 +1,27 @@
 """Tensors in the files of `torch.save`, without torch and without running what a pickle asks to run.
 
 Such a file is an uncompressed zip: `data.pkl` says which tensors there are, `data/0`, `data/1`, ... are their bytes. A
-pickle may name any function to be called. Here only those that describe tensors are known, all others are refused.
+pickle is a program that may call any function, and a short one may take all memory. Here only the instructions that
+describe tensors are known and only in that use, all others are refused; and nothing is larger than the file is.
 """
 
 import collections
 import dataclasses
 import functools
+import io
 import math
+import os
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
+from llava_jax.incoming import require_regular
 
 # torch's storages by their names in pickles -> the type of their numbers, in safetensors' words.
 STORAGES = {
@@ -32,6 +37,24 @@ STORAGES = {
     "BoolStorage": "BOOL",
 }
 _LOCAL_HEADER = 30  # bytes of a zip's header before an entry's name
+MAX_TABLE = 2 * 2**20  # bytes of data.pkl, and of the zip's table of contents: those of 10,000 tensors
+MAX_AXES = 8
+MAX_LENGTH = 2**48  # of an axis, a stride, an offset
+
+# Instructions of pickles that describe tensors by name, or what is named in errors: all but those below are as in
+# pickle, of which the Python version keeps its memo in a dict and reads no more than there is.
+_INSTRUCTIONS = b"".join(
+    (
+        *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
+        *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE),
+        *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS),
+        *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
+        *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+        *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+        *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    )
+)
 
 
 class _Storage(NamedTuple):
@@ -52,46 +75,84 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
+class _Refused(Exception):
+    """What is wrong with a file, without its name."""
+
+
 def open_torch(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a state dict by name. Raises UserError where the file is damaged, or holds anything else."""
+    require_regular(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _open(archive, path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; download it again") from None
-    except UserError:
-        raise
+        with _File(path) as file, zipfile.ZipFile(file) as archive:
+            return _open(archive, path, os.fstat(file.fileno()).st_size)
+    except _Refused as error:
+        raise UserError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, KeyError):
         raise UserError(
             f"{path}: not a whole file of torch.save ({_guess(path)}); download it again, or if it is of torch before "
             "1.6, load and save it with a newer one"
         ) from None
+    except PermissionError:
+        raise
     except Exception as error:  # what a damaged pickle raises is of any class
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); download it again") from None
 
 
-def _open(archive: zipfile.ZipFile, path: Path) -> dict[str, StoredTensor]:
+class _File(io.FileIO):
+    """Of which zipfile reads no large table of contents."""
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(min(size, MAX_TABLE + 1) if size >= 0 else MAX_TABLE + 1)
+        if len(data) > MAX_TABLE:
+            raise _Refused(f"its table of contents takes more than {MAX_TABLE >> 20} MiB: no file of weights")
+        return data
+
+
+def _open(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, StoredTensor]:
     entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise UserError(f"{path}: written by a big-endian machine: load and save it with torch on another")
-    with archive.open(entries["data.pkl"]) as pickled:
-        held = _Unpickler(pickled, path).load()
+    if len(entries) < len(archive.infolist()):
+        raise _Refused("holds an entry twice; download it again")
+    if sum(max(info.file_size, info.compress_size) for info in entries.values()) > size:
+        raise _Refused("its entries are compressed or overlap, which those of torch.save never do: it is not opened")
+    if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
+        raise _Refused("written by a big-endian machine: load and save it with torch on another")
+    held = _Unpickler(io.BytesIO(_content(archive, entries["data.pkl"]))).load()
     if not isinstance(held, dict):
-        raise UserError(f"{path}: holds a {type(held).__name__}, not tensors by name")
+        raise _Refused(f"holds a {type(held).__name__}, not tensors by name")
     for name, value in held.items():
         if not isinstance(name, str):
-            raise UserError(f"{path}: {name!r} names a tensor, and is no string")
+            raise _Refused(f"{name!r} names a tensor, and is no string")
         if not isinstance(value, _Tensor):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor: no file of weights alone")
-    return {name: _stored(path, entries, name, tensor) for name, tensor in held.items()}
+            raise _Refused(f"{name!r} is a {type(value).__name__}, not a tensor: no file of weights alone")
+        _check(name, value, entries.get(value.storage.entry))
+    if sum(math.prod(tensor.shape) for tensor in held.values()) > size:
+        raise _Refused("its tensors have more numbers than it has bytes, since they share them: it is not opened")
+    return {name: _stored(path, entries[tensor.storage.entry], tensor) for name, tensor in held.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """What is in an entry that describes the others."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise _Refused("its entries are compressed, which those of torch.save never are: it is not opened")
+    if entry.file_size > MAX_TABLE:
+        raise _Refused(f"{entry.filename!r} in it takes more than {MAX_TABLE >> 20} MiB: no file of weights alone")
+    return archive.read(entry)
+
+
+class _Instructions(dict):
+    """What an unpickler does by code."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        known = pickletools.code2op.get(chr(code))
+        raise _Refused(
+            f"asks for {known.name if known else code} in its pickle, which no weights need: it is not opened"
+        )
+
+
+class _Unpickler(pickle._Unpickler):
     """Knows dicts, numbers, strings and torch's tensors."""
 
-    def __init__(self, file: Any, path: Path):
-        super().__init__(file)
-        self._path = path
+    dispatch = _Instructions({code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS})
 
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
@@ -103,32 +164,83 @@ class _Unpickler(pickle.Unpickler):
                 return _rebuild_parameter
             case "torch", _ if name in STORAGES:
                 return name
-        raise UserError(f"{self._path}: asks to run {module}.{name}, which no weights need: it is not opened")
+        raise _Refused(f"asks to run {module}.{name}, which no weights need: it is not opened")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        _, kind, entry, _, length = pid
-        return _Storage(STORAGES[kind], f"data/{entry}", length)
+        match pid:
+            case ("storage", str(kind), str(entry), _, int(length)) if kind in STORAGES:
+                return _Storage(STORAGES[kind], f"data/{entry}", length)
+        raise _Refused("damaged, it names a storage that is none; download it again")
+
+    def load_reduce(self) -> None:
+        """Calls with any other arguments might compare, hash or copy without end."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        match function, arguments:
+            case collections.OrderedDict, ():
+                self.append(collections.OrderedDict())
+            case _, (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_) if (
+                function is _rebuild_tensor and len(shape) == len(strides) <= MAX_AXES
+            ):
+                self.append(_Tensor(storage, offset, shape, strides))
+            case _, (_Tensor() as tensor, *_) if function is _rebuild_parameter:
+                self.append(tensor)
+            case _:
+                raise _Refused("damaged, a tensor in it is not described as one; download it again")
+
+    def load_build(self) -> None:
+        """A state dict comes with `_metadata`, which nothing here needs. On anything else it would change functions."""
+        state = self.stack.pop()
+        if type(state) is not dict or type(self.stack[-1]) is not collections.OrderedDict:
+            raise _Refused("asks for BUILD in its pickle of what is no state dict: it is not opened")
+
+    def load_setitem(self) -> None:
+        self._set([self.stack.pop(), self.stack.pop()][::-1])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        held = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int):  # to hash nested tuples may take for ever
+                raise _Refused(f"a {type(key).__name__} names a tensor, and is no string")
+            if key in held:
+                raise _Refused(f"holds {key!r} twice; download it again")
+            held[key] = value
+
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+    }
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+def _rebuild_tensor() -> NoReturn:
+    """Stands for torch's."""
+    raise NotImplementedError
 
 
-def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
-    return data
+def _rebuild_parameter() -> NoReturn:
+    """Stands for torch's."""
+    raise NotImplementedError
 
 
-def _stored(path: Path, entries: dict[str, zipfile.ZipInfo], name: str, tensor: _Tensor) -> StoredTensor:
-    storage, entry = tensor.storage, entries.get(tensor.storage.entry)
+def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:
+    """Raises `_Refused` unless all numbers of the tensor lie in its storage, and that in the file."""
+    storage = tensor.storage
     lengths = (storage.length, tensor.offset, *tensor.shape, *tensor.strides)
-    if not all(type(length) is int and length >= 0 for length in lengths):
-        raise UserError(f"{path}: damaged, the shape of {name} is {tensor.shape}; download it again")
+    if not all(type(length) is int and 0 <= length < MAX_LENGTH for length in lengths):
+        raise _Refused(f"damaged, {name} has no such shape, strides or offset; download it again")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < _bytes(storage):
-        raise UserError(f"{path}: the numbers of {name} are not in it; download it again")
-    if math.prod(tensor.shape) and last >= storage.length:
-        raise UserError(f"{path}: {name} is larger than what is stored of it; download it again")
-    return StoredTensor(tensor.shape, storage.dtype, functools.partial(_read, path, entry.header_offset, tensor))
+        raise _Refused(f"the numbers of {name} are not in it; download it again")
+    if math.prod(tensor.shape) and max(last, math.prod(tensor.shape) - 1) >= storage.length:
+        raise _Refused(f"{name} is larger than what is stored of it; download it again")
+
+
+def _stored(path: Path, entry: zipfile.ZipInfo, tensor: _Tensor) -> StoredTensor:
+    return StoredTensor(tensor.shape, tensor.storage.dtype, functools.partial(_read, path, entry.header_offset, tensor))
 
 
 def _read(path: Path, header_offset: int, tensor: _Tensor) -> np.ndarray:

@@ -28,10 +28,10 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
-from llava_jax.convert.tensors import read_json
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.prompts import Prompt
 from llava_jax.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
+from llava_jax.incoming import read_object
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 
@@ -59,7 +59,7 @@ def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     hf = Path(directory)
-    if is_original(read_json(hf / "config.json")):
+    if is_original(read_object(hf / "config.json")):
         raise UserError(f"{hf}: a LLaVA in the original's layout; what can be verified is one of transformers")
     found = find_llava(hf, Options())
     yield compare_config(checkpoint, found)

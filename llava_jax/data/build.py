@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,15 +19,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, positive, run, track
+from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
+from llava_jax.data.names import add_allow_absolute, folder_of, image_path
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.lock import entries, hold
 
 if TYPE_CHECKING:
     from llava_jax.data.pipeline import TextEncoder
@@ -44,7 +46,7 @@ STATS_AT_ONCE = 1000
 
 def build(
     source: LlavaJson,
-    images: str,
+    images: epath.PathLike,
     output: str,
     *,
     shards: int = 0,
@@ -57,6 +59,7 @@ def build(
     """Builds, or goes on building, a data set.
 
     Args:
+      images: the folder of images, see `names.ImageFolder`.
       shards: how many files; 0 makes them of about `SHARD_BYTES`, but no more than `MOST_SHARDS`.
       workers: threads; 0 is one a core.
       decode: whether to decode all pictures, to find damaged ones.
@@ -65,17 +68,19 @@ def build(
       beam: what runs it on Apache Beam.
 
     Raises:
-      UserError: pictures are missing or damaged, the source isn't `published`, or `output` holds something else.
+      UserError: images are missing, damaged or outside the folder, the source isn't `published`, `output` holds
+        something else, or another process builds it.
     """
     directory = epath.Path(output)
-    manifest = _read_manifest(directory, source.digest, shards)
-    if manifest is None:
-        manifest = _begin(directory, source, epath.Path(images), shards, published)
-    if encode:
-        _write_lengths(directory, source, encode)
-    planned = _shards(manifest, output, images, decode)
-    builder = LlavaBuilder(planned, published.name if published else "custom", workers)
-    builder.download_and_prepare(download_config=beam)
+    with hold(directory):
+        manifest = _read_manifest(directory, source.digest, shards)
+        if manifest is None:
+            manifest = _begin(directory, source, images, shards, published)
+        if encode:
+            _write_lengths(directory, source, encode)
+        planned = _shards(manifest, output, images, decode)
+        builder = LlavaBuilder(planned, published.name if published else "custom", workers)
+        builder.download_and_prepare(download_config=beam)
     if builder.bad_pictures:
         _refuse(builder.bad_pictures)
 
@@ -84,7 +89,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
     """What an earlier start has planned, None without one."""
     file = directory / MANIFEST
     if not file.exists():
-        if directory.exists() and any(directory.iterdir()):
+        if entries(directory):
             raise UserError(f"{directory}: exists and holds no built data set; choose another")
         return None
     manifest = json.loads(file.read_text())
@@ -98,7 +103,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 
 
 def _begin(
-    directory: epath.Path, source: LlavaJson, images: epath.Path, shards: int, published: Published | None
+    directory: epath.Path, source: LlavaJson, images: epath.PathLike, shards: int, published: Published | None
 ) -> dict[str, Any]:
     """Looks for all pictures, writes the texts and then the manifest: from here on it can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
@@ -107,15 +112,16 @@ def _begin(
         uses.update(sample.images)
         text_only += not sample.images
     if published:
-        problems = [*folder_problems(published, images), *count_problems(published, len(source), text_only)]
+        problems = [*folder_problems(published, epath.Path(images)), *count_problems(published, len(source), text_only)]
         if problems:
             raise UserError(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
+    _refuse_names(source, images, uses)
     sizes = _sizes(images, list(uses))
     if missing := {name for name, size in sizes.items() if size is None}:
         raise UserError(
-            f"{'; '.join(explain_missing(images, _first_users(source, missing)))}. Put them there, or let "
+            f"{'; '.join(explain_missing(epath.Path(images), _first_users(source, missing)))}. Put them there, or let "
             "llava_jax.data.check --fix write the samples that are whole, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
@@ -134,11 +140,25 @@ def _begin(
     return manifest
 
 
-def _sizes(images: epath.Path, names: Sequence[str]) -> dict[str, int | None]:
+def _refuse_names(source: LlavaJson, images: epath.PathLike, names: Collection[str]) -> None:
+    """Raises `UserError` where images have names that leave their folder."""
+    faults = {}
+    for name in names:
+        try:
+            image_path(images, name)
+        except UserError as error:
+            faults[name] = error
+    if faults:
+        (name, user), *others = _first_users(source, set(faults)).items()
+        more = f" ({len(others):,} other names have such faults)" if others else ""
+        raise UserError(f"sample {short(user)}: {faults[name]}{more}")
+
+
+def _sizes(images: epath.PathLike, names: Sequence[str]) -> dict[str, int | None]:
     """Bytes of each picture, None where there is none."""
 
     def sizes(start: int) -> list[int | None]:
-        return [_size(images / name) for name in names[start : start + STATS_AT_ONCE]]
+        return [_size(image_path(images, name)) for name in names[start : start + STATS_AT_ONCE]]
 
     starts = range(0, len(names), STATS_AT_ONCE)
     with ThreadPoolExecutor(STAT_THREADS) as pool:
@@ -189,7 +209,7 @@ def _write_lengths(directory: epath.Path, source: LlavaJson, encode: "TextEncode
         put(file, path)
 
 
-def _shards(manifest: dict[str, Any], output: str, images: str, decode: bool) -> list[Shard]:
+def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decode: bool) -> list[Shard]:
     """The shards of a manifest, of as many samples each."""
     with (epath.Path(output) / OFFSETS).open("rb") as file:
         offsets = np.load(io.BytesIO(file.read()))
@@ -203,7 +223,7 @@ def _shards(manifest: dict[str, Any], output: str, images: str, decode: bool) ->
 
 def _refuse(bad: list[BadPicture]) -> NoReturn:
     for ident, detail in sorted(bad):
-        print(f"bad-image, {ident}, {detail}")
+        say(one_line(f"bad-image, {short(ident)}, {detail}"))
     raise UserError(
         f"{len(bad)} pictures cannot be read (listed above); the other shards are kept: replace the pictures and run "
         "the same command, or let llava_jax.data.check --fix write the samples that are whole, and build from these"
@@ -216,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.images}: no such folder of pictures")
     build(
         LlavaJson(args.json),
-        args.images,
+        folder_of(args),
         args.output.rstrip("/"),
         shards=args.shards,
         workers=args.workers,
@@ -225,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         encode=_encoder(args) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
-    print(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
+    say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
 def _encoder(args: argparse.Namespace) -> "TextEncoder":
@@ -253,6 +273,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add_allow_absolute(parser)
     parser.add_argument(
         "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
     )

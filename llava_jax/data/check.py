@@ -18,9 +18,10 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, run, say, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
@@ -134,19 +135,19 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
     survey, report, console = Survey(args.json, args.image_position), Report(), Console()
-    for problem in find_problems(survey, args.images, report, special_tokens, measuring, args.workers):
+    for problem in find_problems(survey, folder_of(args), report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
     if survey.unread:
         keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
-        print(f"keys of samples that are not read: {keys}", file=sys.stderr)
+        say(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
-        print(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
+        say(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
     if report.padding:
-        print(f"padding, one sample a row: {report.padding}", file=sys.stderr)
+        say(f"padding, one sample a row: {report.padding}", file=sys.stderr)
     if args.fix:
         rejects, kept = fix(survey, report.reasons, args.fix)
-        print(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
+        say(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
     if args.report:
         values = {
             "json": args.json,
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         with whole_file(args.report) as file:
             file.write(json.dumps(values, indent=2).encode() + b"\n")
-    print(report.summary(), file=sys.stderr)
+    say(report.summary(), file=sys.stderr)
     return 1 if report.counts else 0
 
 
@@ -175,7 +176,7 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
     except UserError as error:
         if args.template is not None or args.max_length is not None:
             raise
-        print(f"lengths are not measured: {error}", file=sys.stderr)
+        say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
     encode = measuring.TextEncoder(
         template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
@@ -188,7 +189,7 @@ def _show(problem: Problem, console: Console) -> None:
         kind, rest = str(problem).split(",", 1)
         console.print(Text.assemble((kind, "bold red"), f",{rest}"), soft_wrap=True)
     else:
-        print(problem)
+        say(problem)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -200,6 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add_allow_absolute(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer directory, to measure lengths")
     parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 
 IMAGE_TOKEN = "<image>"  # marks in text where the features of an image go
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
@@ -192,7 +192,7 @@ def choose_template(requested: str | None, trained: str) -> Template:
         return own
     chosen = get_template(requested)
     if replace(chosen, name=own.name) != own:
-        print(f"warning: the checkpoint was made with template {own.name}, not {chosen.name}", file=sys.stderr)
+        say(f"warning: the checkpoint was made with template {own.name}, not {chosen.name}", file=sys.stderr)
     return chosen
 
 

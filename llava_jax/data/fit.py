@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
@@ -99,9 +99,9 @@ def chosen_template(
         what = "a chat template that is none of the templates" if tokenizer.chat_template else "no chat template"
         if default is None:
             raise UserError(f"{where}: has {what}: name the template of the conversations, such as --template v1")
-        print(f"template {default}, since the tokenizer has {what}; --template NAME chooses another", file=sys.stderr)
+        say(f"template {default}, since the tokenizer has {what}; --template NAME chooses another", file=sys.stderr)
         return get_template(default)
-    print(f"template {own.name}, which is the tokenizer's own chat template", file=sys.stderr)
+    say(f"template {own.name}, which is the tokenizer's own chat template", file=sys.stderr)
     return own
 
 

@@ -17,16 +17,21 @@ import functools
 import io
 import itertools
 import math
+import os
+import re
+import stat
+import struct
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, JpegImagePlugin
 
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_pointer
+from llava_jax.incoming import refuse_irregular, refuse_pointer
+from llava_jax.remote import is_remote
 
 T = TypeVar("T")
 
@@ -37,6 +42,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
 MAX_PIXELS = 2 * 89_478_485
+MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
+
+MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole image
+MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
 
 _FORMS = ("NFC", "NFD")  # of names, in which they may be stored
 _BAND_ROWS = 1024  # rows padded and resized at a time
@@ -58,11 +67,27 @@ def load_image(path: str | epath.Path) -> Image.Image:
 
 
 def read_picture(path: str | epath.Path) -> bytes:
-    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file."""
+    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
+    regular one of at most `MAX_BYTES`."""
     try:
-        return in_any_spelling(lambda file: file.read_bytes(), path)
+        return in_any_spelling(_read, path)
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
         raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read(path: epath.Path) -> bytes:
+    if is_remote(path):
+        limit = MAX_BYTES
+    else:
+        found = os.stat(path)
+        if not stat.S_ISDIR(found.st_mode):  # which cannot be opened
+            refuse_irregular(found, f"picture {path}")
+        limit = min(found.st_size, MAX_BYTES)
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"picture {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
+    return data
 
 
 def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> T:
@@ -87,16 +112,57 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
     Raises:
       UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
     """
+    return open_image(data, name, max_pixels).decode()
+
+
+class EncodedImage:
+    """An image of which only the header was read. See `open_image`."""
+
+    def __init__(self, image: Image.Image, data: bytes, name: str):
+        self._image, self._data, self._name = image, data, name
+
+    @property
+    def decoded_bytes(self) -> int:
+        """About what decoding takes at most: the pixels as they are stored, with what the decoder keeps of all of them,
+        and either as RGB or turned upright. Pillow has four bytes a pixel for all but grey and palettes."""
+        stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(self._image.mode, 4)
+        decoder = 2 * len(self._image.getbands()) if self._image.info.get("progressive") else 0
+        decoder += 4 if self._image.format == "WEBP" else 0
+        return self._image.width * self._image.height * (stored + decoder + 4)
+
+    def decode(self) -> Image.Image:
+        """Upright RGB. May be done once. Raises UserError."""
+        with _errors(self._name):
+            image = self._image
+            del self._image  # so that nothing holds what is replaced below
+            if isinstance(image.fp, _CountedFile):
+                image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128
+            image.load()
+            image = _upright(image)
+            return to_rgb(image)
+
+
+def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """Reads the header of an encoded image. Raises UserError as `decode_image` does."""
     refuse_pointer(data, f"picture {name}")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with _errors(name):
+        file = _CountedFile(data)
+        image = _Jpeg(file) if data.startswith(b"\xff\xd8\xff") else Image.open(file, formats=FORMATS)
         _refuse_huge(*image.size, max_pixels)
-        image.load()
-        return to_rgb(_upright(image))
+        if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_SCANS:
+            raise UserError(f"has more than {MAX_SCANS} scans: save it again")
+        return EncodedImage(image, data, name)
+
+
+@contextlib.contextmanager
+def _errors(name: str) -> Iterator[None]:
+    """Whatever Pillow raises as a UserError in words of our own."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"picture {name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"picture {name} is refused: {error} Shrink it or remove it") from error
+        raise UserError(f"picture {name} is refused: it has far too many pixels: shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(
             f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"
@@ -105,8 +171,46 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
         raise UserError(f"picture {name} is damaged ({error}): replace it or remove it") from error
 
 
+class _CountedFile(io.BytesIO):
+    """A file of which so many reads, and no more bytes than it has, are allowed: metadata in a million small pieces, or
+    a thousand tags that share one large value, would take minutes or gigabytes."""
+
+    def __init__(self, data: bytes):
+        super().__init__(data)
+        self.reads_left, self.bytes_left = MAX_READS, 2 * len(data) + 65536
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.reads_left -= 1
+        self.bytes_left -= len(data)
+        if self.reads_left < 0 or self.bytes_left < 0:
+            raise UserError("has too much metadata, or too small pieces: save it again without")
+        return data
+
+
+class _Jpeg(JpegImagePlugin.JpegImageFile):
+    """Without what Pillow does for its resolution and for files of several images: that reads all tags of an untrusted
+    block, which may share their values."""
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB; one that is RGB already is returned as it is."""
+    if image.mode == "RGB" and image.info.get("transparency") is None:
+        return image
+    if image.height <= _BAND_ROWS:
+        return _band_to_rgb(image)
+    result = Image.new("RGB", image.size)  # in bands: what transparency takes on the way is never there as a whole
+    for start in range(0, image.height, _BAND_ROWS):
+        result.paste(
+            _band_to_rgb(image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))), (0, start)
+        )
+    return result
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _eight_bit(image)
     if image.mode == "F":
@@ -239,10 +343,41 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; a corrupt EXIF block says nothing."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except SyntaxError:  # what Pillow raises on a block that isn't EXIF at all
-        return image
-    method = _UPRIGHT.get(orientation)
+    """Applies the orientation of EXIF, or of XMP without it; a corrupt block says nothing."""
+    method = _UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """As `Image.getexif` has it, which for that would read all other tags, too."""
+    tag = ExifTags.Base.Orientation
+    found = image.tag_v2.get(tag) if hasattr(image, "tag_v2") else _exif_orientation(_exif(image))
+    if found is None and (xmp := image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")):
+        xmp = xmp.encode() if isinstance(xmp, str) else xmp
+        match = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
+        found = int(match[1]) if match else None
+    return found
+
+
+def _exif(image: Image.Image) -> bytes:
+    """Its EXIF block, a TIFF file."""
+    exif = image.info.get("exif", b"")
+    if not exif and "Raw profile type exif" in image.info:  # as ImageMagick wrote it into PNG
+        with contextlib.suppress(ValueError):
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    return exif
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    with contextlib.suppress(struct.error):
+        if order is not None:
+            (start,) = struct.unpack_from(f"{order}L", exif, 4)
+            (count,) = struct.unpack_from(f"{order}H", exif, start)
+            for entry in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHLH", exif, entry)
+                if (tag, kind) == (ExifTags.Base.Orientation, 3):  # 3: of 16 bits
+                    return value
+    return None

@@ -2,25 +2,27 @@
 images; with it those of the samples that are shown, and says how large they are."""
 
 import argparse
+import io
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, one_line, printable, run, say, short, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+from llava_jax.whole_file import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,9 +67,9 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
         if is_image:
             text.append(IMAGE_TOKEN * len(ids), IMAGE)
         elif learned:
-            text.append(f"⟦{tokenizer.decode(ids)}⟧", LEARNED)
+            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", LEARNED)
         else:
-            text.append(tokenizer.decode(ids), MASKED)
+            text.append(printable(tokenizer.decode(ids)), MASKED)
     return text
 
 
@@ -77,13 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     require_fit(template, tokenizer)
     if misfit := missing_marks(template, tokenizer):
-        print(f"warning: {misfit}", file=sys.stderr)
+        say(f"warning: {misfit}", file=sys.stderr)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
     if args.images is not None and not epath.Path(args.images).is_dir():
         raise UserError(f"{args.images}: no such folder of images")
-    samples = LlavaJson(args.json, args.images or "")
+    samples = LlavaJson(args.json, folder_of(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
     def shown(index: int) -> Shown:
@@ -124,23 +126,14 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
 
 @contextmanager
 def _output(out: str) -> Iterator[TextIO]:
-    """Standard output for -, a device or a link as it is, else a file that is there once it is whole."""
+    """Standard output for -, else a file that is there once it is whole."""
     if out == "-":
         yield sys.stdout
         return
-    local = Path(out)
-    in_place = local.is_symlink() or (local.exists() and not local.is_file())
-    written = epath.Path(out if in_place else f"{out}.partial")
-    try:
-        with written.open("w") as file:
-            yield file
-        if not in_place:
-            written.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if not in_place and written.exists():
-            written.unlink()
+    with whole_file(out) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        yield text
+        text.detach()  # and flush
 
 
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -149,9 +142,10 @@ def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> Non
         learned = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
-        console.rule(Text(f"{sample.id}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        ident = one_line(short(sample.id))
+        console.rule(Text(f"{ident}: text tokens {text}, learned {learned}; images {images}"), align="left")
         for name, width, height in sizes or ():
-            console.print(Text(f"{name}: {width} x {height} pixels", IMAGE))
+            console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))
 
 
@@ -171,6 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
+    add_allow_absolute(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
     parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
     parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
+from llava_jax.data.names import ImageFolder
 from llava_jax.data.plan import Lengths, Visits
 from llava_jax.data.sources import LlavaJson, Sample, Source
 
@@ -57,7 +58,7 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     """The source that `config.data` names. Raises `UserError` where it names none, or more than one."""
     single = {key: data[key] for key in ("json", "images", "built") if data[key]}
     if not data.mixture:
-        return _open("config.data", single, lenient)
+        return _open("config.data", single, data, lenient)
     if single:
         raise UserError(
             f"config.data.mixture stands beside {_names(single)}: set either, or name that in the mixture too"
@@ -67,10 +68,10 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
             raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
     weights = [_weight(name, entry.get("weight", 1.0)) for name, entry in entries]
-    return Mixture([_open(name, entry, lenient) for name, entry in entries], weights)
+    return Mixture([_open(name, entry, data, lenient) for name, entry in entries], weights)
 
 
-def _open(name: str, given: Mapping[str, Any], lenient: bool) -> Source:
+def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) -> Source:
     if bool(given.get("json")) == bool(given.get("built")):
         said = "names both" if given.get("json") else "names no data: set"
         raise UserError(f"{name} {said} json (with images) {'and' if given.get('json') else 'or'} built")
@@ -78,7 +79,8 @@ def _open(name: str, given: Mapping[str, Any], lenient: bool) -> Source:
         if given.get("images"):
             raise UserError(f"{name}.images is set, but {given['built']} holds its own pictures")
         return Built(given["built"])
-    return LlavaJson(given["json"], given.get("images", ""), lenient)
+    images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
+    return LlavaJson(given["json"], images, lenient)
 
 
 def _weight(name: str, weight: Any) -> float:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from etils import epath
 
-from llava_jax.cli import Parser, UserError, run, track
+from llava_jax.cli import Parser, UserError, run, say, track
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.whole_file import whole_file
 
 EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
@@ -176,8 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.json_out:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
-        epath.Path(args.json_out).write_text(json.dumps(report, indent=2) + "\n")
-    print("\n".join(lines(lengths, found, args.samples_a_step)))
+        with whole_file(args.json_out) as file:
+            file.write(json.dumps(report, indent=2).encode() + b"\n")
+    say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
 def _numbers(text: str) -> list[int]:

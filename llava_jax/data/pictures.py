@@ -16,6 +16,7 @@ from etils import epath
 from llava_jax.cli import UserError, track
 from llava_jax.data import cache
 from llava_jax.data.images import in_any_spelling, load_image
+from llava_jax.data.names import image_path
 from llava_jax.data.samples import Fault
 from llava_jax.data.survey import Problem, Survey
 
@@ -57,7 +58,7 @@ def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> It
     def look(number: int) -> tuple[Fault | None, int | None]:
         sample = survey.sample(int(users[firsts[number]]))
         name = next(name for name in sample.images if hash(name) == hashes[number])
-        return _look(epath.Path(folder) / name, name, good)
+        return _look(folder, name, good)
 
     def faults() -> Iterator[Fault | None]:
         with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter's lock
@@ -72,8 +73,12 @@ def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> It
                 yield Problem(fault.kind, survey.id(index), fault.detail, index)
 
 
-def _look(path: epath.Path, name: str, good: GoodPictures) -> tuple[Fault | None, int | None]:
+def _look(folder: epath.PathLike, name: str, good: GoodPictures) -> tuple[Fault | None, int | None]:
     """The fault of a picture, or the key of one that is newly found good."""
+    try:
+        path = image_path(folder, name)
+    except UserError as error:
+        return Fault("image-name", str(error)), None
     try:
         version = in_any_spelling(cache.version, path)
     except FileNotFoundError:

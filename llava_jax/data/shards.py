@@ -33,6 +33,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image, read_picture
+from llava_jax.data.names import image_path
 from llava_jax.data.samples import ROLES, Sample
 from llava_jax.remote import is_remote
 
@@ -67,7 +68,7 @@ class Shard:
 
     Attributes:
       output: the directory of the data set, local or remote.
-      images: the folder that image names are relative to.
+      images: the folder that image names are relative to, see `names.ImageFolder`.
       index, count: of this shard and of all.
       begin, end: the bytes of `text.jsonl` that hold its samples.
       samples: how many these are.
@@ -75,7 +76,7 @@ class Shard:
     """
 
     output: str
-    images: str
+    images: epath.PathLike
     index: int
     count: int
     begin: int
@@ -176,7 +177,7 @@ def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
 
 def _read_picture(shard: Shard, name: str) -> bytes | UserError:
     try:
-        data = read_picture(epath.Path(shard.images) / name)
+        data = read_picture(image_path(shard.images, name))
         if shard.decode:
             decode_image(data, name=f"{shard.images}/{name}")
     except UserError as error:

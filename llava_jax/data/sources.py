@@ -16,9 +16,10 @@ from typing import Protocol
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, short, track
 from llava_jax.data import cache
 from llava_jax.data.images import read_picture
+from llava_jax.data.names import image_path
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, find_faults, parse_sample
 
@@ -68,9 +69,9 @@ class LlavaJson(Sequence[Sample]):
     def read_pictures(self, index: int, count: int) -> list[bytes]:
         sample = self[index]
         try:
-            return [read_picture(epath.Path(self.images) / name) for name in sample.images[:count]]
+            return [read_picture(image_path(self.images, name)) for name in sample.images[:count]]
         except UserError as error:
-            raise UserError(f"sample {sample.id}: {error}") from error
+            raise UserError(f"sample {short(sample.id)}: {error}") from error
 
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, one_line, short, track
 from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.dialects import READ, doubtful_mark, unread_texts
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, record_value, sample_id
+
+LONGEST_ID = 500  # characters of an id in a line
 
 
 class Problem(NamedTuple):
@@ -27,7 +29,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         detail = f"warning: {self.detail}" if self.warning else self.detail
-        line = " ".join(f"{self.kind}, {self.id}, {detail}".split())
+        line = one_line(f"{self.kind}, {short(self.id, LONGEST_ID)}, {detail}")
         return line.encode(errors="backslashreplace").decode()
 
 

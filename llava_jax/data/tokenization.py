@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.conversation import (
     IM_END_TOKEN,
     IM_START_TOKEN,
@@ -106,7 +106,7 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
             if model and sentencepiece_model.fits(model, tokenizer):
                 sentencepiece_model.follow(model, tokenizer, model_file)
         if sentencepiece_model.has_wrong_merges(tokenizer):
-            print(
+            say(
                 f"warning: {directory / 'tokenizer.json'}: joins two spaces, as transformers 5 converts LLaMA's "
                 "tokenizer.model, which does not: put that file beside it, and its ids count",
                 file=sys.stderr,

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 
-from llava_jax.cli import track
+from llava_jax.cli import say, track
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
@@ -24,7 +24,7 @@ def run_batches(given: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[
         async with Batches(given.settings, ledger, given.budget, request_of, given.poll) as batches:
             refused = await batches.collect()  # of an earlier run
             while held := batches.make(_requests(recipe, ledger, pending(), refused)):
-                print(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
+                say(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
                 refused = await batches.collect()
 
     asyncio.run(rounds())

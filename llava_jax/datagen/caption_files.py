@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ijson
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, one_line, say
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import ROLES, record_value
@@ -52,7 +52,7 @@ def read_captions(
         except UserError as error:
             bad += 1
             if not quiet:
-                print(f"bad-caption, {error}")
+                say(one_line(f"bad-caption, {error}"))
             continue
         yield caption
     if bad and not skip_bad:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from llava_jax.cli import Parser, UserError, track
+from llava_jax.cli import Parser, UserError, say, track
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
 from llava_jax.whole_file import whole_list
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             count += 1
         if not count:
             raise UserError(f"{args.captions}: not one of its records holds a caption")
-    print(f"{args.output}: {count} samples", file=sys.stderr)
+    say(f"{args.output}: {count} samples", file=sys.stderr)
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, positive, track
+from llava_jax.cli import Parser, UserError, positive, say, track
 from llava_jax.data.plan import permutation
 from llava_jax.datagen.caption_files import read_captions
 from llava_jax.datagen.captions import add_caption_arguments
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.report:
         with whole_file(args.report) as file:
             file.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
-    print(*summary(report), f"{args.output}: {report['captions']['after']} captions", sep="\n", file=sys.stderr)
+    say(*summary(report), f"{args.output}: {report['captions']['after']} captions", sep="\n", file=sys.stderr)
 
 
 def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: Extract) -> list[dict[str, Any]]:

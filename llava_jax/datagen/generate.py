@@ -14,7 +14,8 @@ from pathlib import Path
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, positive
+from llava_jax.cli import Parser, UserError, positive, say
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
@@ -89,12 +90,12 @@ def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
     """The ledger with the contexts in it. Where these cannot be read, no new one is left behind."""
     ledger = Ledger(Path(args.output) / LEDGER, settings.model, settings.body)
     try:
-        left_out = load(ledger, args.captions, args.instances, args.images)
+        left_out = load(ledger, args.captions, args.instances, folder_of(args))
     except BaseException:
         ledger.discard()
         raise
     for reason, count in left_out.items():
-        print(f"{count} pictures are left out: {reason}", file=sys.stderr)
+        say(f"{count} pictures are left out: {reason}", file=sys.stderr)
     return ledger
 
 
@@ -128,22 +129,22 @@ def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) 
     directory = Path(args.output)
     samples = LlavaJson(directory / SAMPLES) if counts.verdicts.get(ACCEPTED) else ()
     rejects = read_rejects(str(directory / REJECTS))
-    write_report(directory / REPORT, samples, args.images, ledger, rejects, kind, title=f"{kind}: {directory}")
+    write_report(directory / REPORT, samples, folder_of(args), ledger, rejects, kind, title=f"{kind}: {directory}")
 
 
 def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:
     rejected = {reason: count for reason, count in counts.verdicts.items() if reason != ACCEPTED}
     totals = ledger.totals()
-    print(f"{directory / SAMPLES}: {counts.verdicts.get(ACCEPTED, 0)} samples of {counts.contexts} contexts")
+    say(f"{directory / SAMPLES}: {counts.verdicts.get(ACCEPTED, 0)} samples of {counts.contexts} contexts")
     if rejected:
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-        print(f"{directory / REJECTS}: {sum(rejected.values())} contexts ({reasons})")
-    print(
+        say(f"{directory / REJECTS}: {sum(rejected.values())} contexts ({reasons})")
+    say(
         f"{totals.requests} requests, {totals.prompt_tokens} prompt and {totals.completion_tokens} completion tokens"
         + (f", ${totals.cost:.4f}" if totals.cost else "")
     )
     if counts.missing:
-        print(f"{counts.missing} contexts have no verdict yet: the same command goes on", file=sys.stderr)
+        say(f"{counts.missing} contexts have no verdict yet: the same command goes on", file=sys.stderr)
 
 
 def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
@@ -152,14 +153,14 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
     if context is None:
         raise UserError(f"no context has the id {id!r}")
     for message in next_step(recipe, context, []).messages:
-        print(f"--- {message['role']}\n{message['content']}\n")
+        say(f"--- {message['role']}\n{message['content']}\n")
     return 0
 
 
 def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
     pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
     for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, settings.prices):
-        print(line)
+        say(line)
     return 0
 
 
@@ -174,6 +175,7 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--images", required=True, metavar="DIR", help="the folder of pictures; what is not there is left out")
+    add_allow_absolute(parser)
     add("--limit", type=positive, metavar="N", help="the first N only; a larger one later goes on")
 
     add = parser.add_argument_group("what is asked, what is taken").add_argument

@@ -21,11 +21,14 @@ from typing import Any
 from etils import epath
 from PIL import ExifTags, Image
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, short, track
+from llava_jax.data.images import FORMATS
+from llava_jax.data.names import image_path
 from llava_jax.data.records import load_json, local_data, scan
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco
 from llava_jax.datagen.contexts import Box, Context, make_box, make_captions
+from llava_jax.incoming import require_regular
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import is_remote
 
@@ -51,7 +54,9 @@ FAULTS = (
 )  # what records raise that are not as they should be
 
 
-def load(ledger: Ledger, captions: str, instances: str | None, images: str, anywhere: bool = False) -> dict[str, int]:
+def load(
+    ledger: Ledger, captions: str, instances: str | None, images: epath.PathLike, anywhere: bool = False
+) -> dict[str, int]:
     """Fills the table of a ledger, unless it is full of the same. Returns how many pictures were left out why.
 
     Args:
@@ -85,7 +90,7 @@ def load(ledger: Ledger, captions: str, instances: str | None, images: str, anyw
 
 
 def _fill(
-    db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, images: str, anywhere: bool
+    db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, images: epath.PathLike, anywhere: bool
 ) -> dict[str, int]:
     """Puts contexts into the table. `found` gives where each comes from and its record, as JSONL has it."""
     left_out: collections.Counter[str] = collections.Counter()
@@ -104,8 +109,12 @@ def _fill(
             context = Context(str(name if id is None else id), name, captions, tuple(_boxes(record, images)))
             contexts.insert(db, number, context)
             number += 1
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except sqlite3.IntegrityError as error:
-            raise UserError(f"{where}: there is another picture of id {context.id}: give each its own") from error
+            raise UserError(
+                f"{where}: there is another picture of id {short(context.id)}: give each its own"
+            ) from error
         except FAULTS as error:
             raise UserError(f"{where}: no picture with captions and boxes: {type(error).__name__} {error}") from error
     if not number:
@@ -114,31 +123,37 @@ def _fill(
     return dict(left_out)
 
 
-def _boxes(record: Any, images: str) -> Iterator[Box]:
+def _boxes(record: Any, images: epath.PathLike) -> Iterator[Box]:
     boxes = [box for box in record.get("boxes") or () if not box.get("iscrowd")]
     if not boxes:
         return
     width, height = record.get("width"), record.get("height")
     if not (width and height):
-        width, height = picture_size(f"{images}/{record['image']}")
+        width, height = picture_size(image_path(images, record["image"]))
     for box in boxes:
         if made := make_box(str(box["category"]), tuple(map(float, box["bbox"])), float(width), float(height)):
             yield made
 
 
-def picture_size(path: str) -> tuple[int, int]:
+def picture_size(path: epath.Path) -> tuple[int, int]:
     """Width and height of a picture as it is shown."""
+    require_regular(path)
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if turned else image.size
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
         raise UserError(f"picture {path}: is needed for its size: {error}") from error
 
 
-def _is_there(images: str, name: str) -> bool:
-    """Whether a picture is in its folder; on object stores, where asking takes long, it is taken to be."""
-    return is_remote(images) or (Path(images) / name).is_file()
+def _is_there(images: epath.PathLike, name: str) -> bool:
+    """Whether an image is in its folder; on object stores, where asking takes long, it is taken to be. Raises
+    `UserError` for what is there, but is no file."""
+    path = image_path(images, name)
+    if not is_remote(path) and not path.exists():
+        return False
+    require_regular(path)
+    return True
 
 
 def _digest(file: Path) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, positive, track
+from llava_jax.cli import Parser, UserError, positive, say, track
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import Sample, record_value
 from llava_jax.data.sources import LlavaJson
@@ -38,7 +39,7 @@ SHOWN = 300  # samples in the browser
 def write_report(
     output: str | Path,
     samples: Sequence[Sample],
-    images: str,
+    images: epath.PathLike,
     ledger: Ledger | None = None,
     rejects: Iterable[dict[str, Any]] = (),
     kind: str | None = None,
@@ -48,7 +49,7 @@ def write_report(
     """Writes the page.
 
     Args:
-      images: the folder of pictures.
+      images: the folder of images, see `names.ImageFolder`.
       ledger: has the contexts (without them nothing is said of objects), and what was paid.
       rejects: contexts without a sample: `id`, `image`, `reason`, maybe `detail`.
       kind: of all samples; None tells it from the form of each.
@@ -110,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     ledger = None
     if args.captions:
         ledger = Ledger(new_local() / "ledger.sqlite")
-        load(ledger, args.captions, args.instances, args.images, anywhere=True)  # names may differ by a folder
+        load(ledger, args.captions, args.instances, folder_of(args), anywhere=True)  # names may differ by a folder
     rejects = read_rejects(args.rejects) if args.rejects else ()
     samples = LlavaJson(args.json)
-    write_report(args.output, samples, args.images, ledger, rejects, shown=args.shown, title=args.json)
-    print(f"{args.output}: {len(samples)} samples", file=sys.stderr)
+    write_report(args.output, samples, folder_of(args), ledger, rejects, shown=args.shown, title=args.json)
+    say(f"{args.output}: {len(samples)} samples", file=sys.stderr)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -127,6 +128,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--json", required=True, metavar="F", help="LLaVA JSON or JSONL, from wherever")
     add("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add_allow_absolute(parser)
     add("--captions", metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}: for objects")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--rejects", metavar="F", help="the rejects.jsonl of a run")

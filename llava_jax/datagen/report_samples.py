@@ -15,6 +15,7 @@ from PIL import Image
 from llava_jax.cli import UserError, track
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import load_image
+from llava_jax.data.names import image_path
 from llava_jax.data.sources import Sample
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
@@ -59,8 +60,8 @@ class Draw:
 class Shown:
     """What `browser.js` shows, put together for samples and rejects one by one."""
 
-    def __init__(self, images: str, ledger: Ledger | None, facts: Facts | None, kind: str | None):
-        self.images, self.ledger, self.facts, self.kind = epath.Path(images), ledger, facts, kind
+    def __init__(self, images: epath.PathLike, ledger: Ledger | None, facts: Facts | None, kind: str | None):
+        self.images, self.ledger, self.facts, self.kind = images, ledger, facts, kind
         self.entries: list[dict[str, Any]] = []
         self.pictures: dict[str, str] = {}  # data URIs
 
@@ -95,7 +96,7 @@ class Shown:
     def _add(self, context: Context | None, image: str, **fields: Any) -> None:
         if image and image not in self.pictures:
             try:
-                self.pictures[image] = thumbnail(load_image(self.images / image))
+                self.pictures[image] = thumbnail(load_image(image_path(self.images, image)))
             except UserError:
                 self.pictures[image] = ""  # which the page says
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}

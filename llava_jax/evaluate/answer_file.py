@@ -79,7 +79,7 @@ class AnswerFile:
         lines = [everybodys[key] for key in self._keys if key in everybodys]
         _write(self.output, lines)
         for part in self._parts():
-            part.unlink()
+            part.unlink(missing_ok=True)
         return len(lines)
 
     def remove_part(self) -> None:

@@ -20,6 +20,7 @@ from llava_jax.checkpoint import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.names import image_path
 from llava_jax.evaluate.questions import Question, marked, system_turns
 from llava_jax.generate import Generator, Request, Sampling
 
@@ -31,7 +32,7 @@ ANSWER_IS = " ###\nANSWER:"  # what a model of ScienceQA goes on from, after its
 class Asking(NamedTuple):
     """How questions become requests."""
 
-    images: str  # folder of pictures
+    images: epath.PathLike  # the folder of images, see `names.ImageFolder`
     sampling: Sampling
     batch_rows: int
     picture_last: bool = False  # as the paper's models have it, which end questions with the picture
@@ -122,7 +123,8 @@ class Answering:
 
     def _read(self, name: str | bytes, asker: Question) -> np.ndarray:
         try:
-            image = decode_image(name) if isinstance(name, bytes) else load_image(epath.Path(self.asking.images) / name)
+            of_file = not isinstance(name, bytes)
+            image = load_image(image_path(self.asking.images, name)) if of_file else decode_image(name)
             return self.generators[0].prompts.read(image)
         except UserError as error:
             raise UserError(f"question {asker.id}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
 from llava_jax.thinking import after_thinking, says_nothing
@@ -186,7 +186,7 @@ def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epat
         raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
     missing = [ident for ident in asked if ident not in answers]
     if missing:
-        print(f"warning: {len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first",
+        say(f"warning: {len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first",
               file=sys.stderr)  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def join(
     for message in messages:
         if not partial:
             raise UserError(f"{message}; {advice}")
-        print(f"warning: {message}", file=sys.stderr)
+        say(f"warning: {message}", file=sys.stderr)
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:
         raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")

@@ -13,8 +13,9 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.data.images import read_picture
+from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.incoming import refuse_pointer
@@ -32,7 +33,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     waiting = [question for question in questions if not file.answers(question)]
     asked = _work(args)
     if args.dry_run:
-        print(f"{args.model}: {forecast(asked, [_task(question, args) for question in waiting])}")
+        say(f"{args.model}: {forecast(asked, [_task(question, args) for question in waiting])}")
         return
     directory = ledger_directory(args)
     lacking: list[tuple[Question, Outcome]] = []
@@ -50,7 +51,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
             {question.key: outcome.reason for question, outcome in found if outcome.value is None},
         )
     if cut:
-        print(f"warning: {cut} answers were cut off at --max-tokens and count as far as they go", file=sys.stderr)
+        say(f"warning: {cut} answers were cut off at --max-tokens and count as far as they go", file=sys.stderr)
     _warn([(question, outcome.reason) for question, outcome in lacking if not outcome.open])
     if still := [(question, outcome.reason) for question, outcome in lacking if outcome.open]:
         question, reason = still[0]
@@ -58,12 +59,12 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
             f"{args.output}: {len(still)} of {len(questions)} questions have no answer yet, {question.id} the first "
             f"({reason}); the same command asks them again"
         )
-    print(f"{file.finish(file.lines)} answers: {args.output}", file=sys.stderr)
+    say(f"{file.finish(file.lines)} answers: {args.output}", file=sys.stderr)
 
 
 def _task(question: Question, args: argparse.Namespace) -> Task:
     name = "\n".join(map(str, question.key))
-    return Task(name, partial(messages, question, args.images), str.strip, whole=None)
+    return Task(name, partial(messages, question, folder_of(args)), str.strip, whole=None)
 
 
 def _text(outcome: Outcome) -> str | None:
@@ -74,18 +75,18 @@ def _text(outcome: Outcome) -> str | None:
 def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
     """Names the questions that have no answer for good."""
     for question, reason in lacking[:NAMED]:
-        print(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
+        say(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
     if len(lacking) > NAMED:
-        print(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
+        say(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
     if cut := sum(reason == CUT for _, reason in lacking):
-        print(
+        say(
             f"warning: the model was cut off while it thought, {cut} times: the same command asks these questions "
             "again with a larger --max-tokens and another --ledger",
             file=sys.stderr,
         )
 
 
-def messages(question: Question, images: str) -> list[dict[str, Any]]:
+def messages(question: Question, images: epath.PathLike) -> list[dict[str, Any]]:
     """The question as the user's turn, its images where the file has them, else before its text; before it its system
     prompt, if it has one."""
     system = [{"role": role, "content": text} for role, text in system_turns(question)]
@@ -102,8 +103,8 @@ def messages(question: Question, images: str) -> list[dict[str, Any]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def _data_url(picture: str | bytes, images: str) -> str:
-    data = picture if isinstance(picture, bytes) else read_picture(epath.Path(images) / picture)
+def _data_url(picture: str | bytes, images: epath.PathLike) -> str:
+    data = picture if isinstance(picture, bytes) else read_picture(image_path(images, picture))
     name = picture if isinstance(picture, str) else "in the file"
     refuse_pointer(data, f"picture {name}")
     try:

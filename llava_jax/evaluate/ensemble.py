@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.answers import WHOLE, join
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, STORED, Problem, choice, read_problems, read_results, score
@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(scores))
         return
-    print("  ".join(f"{name:>5}" for name in COLUMNS))
-    print("  ".join("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS))
-    print("\n".join(f"{name}: {value}" for name, value in scores.items() if name not in COLUMNS))
+    say("  ".join(f"{name:>5}" for name in COLUMNS))
+    say("  ".join("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS))
+    say("\n".join(f"{name}: {value}" for name, value in scores.items() if name not in COLUMNS))
 
 
 def _verdicts(path: str, differing: Mapping[str, Problem]) -> dict[str, int]:

@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     ]  # fmt: skip
     asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
     if args.dry_run:
-        print(f"{args.judge}: {forecast(asked, tasks)}")
+        say(f"{args.judge}: {forecast(asked, tasks)}")
         return
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"judging by {args.judge}")
     with whole_file(args.output) as file:
@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             line = {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
             file.write(json.dumps(line).encode() + b"\n")
     failed = sum(outcome.value is None for outcome in outcomes)
-    print(
-        f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option{told(outcomes)}", file=sys.stderr
-    )
+    say(f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option{told(outcomes)}", file=sys.stderr)
 
 
 def messages(problem: Problem, ours: str, other: str) -> list[Message]:

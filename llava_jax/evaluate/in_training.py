@@ -21,6 +21,7 @@ from llava_jax import distributed
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require
@@ -46,7 +47,7 @@ class Evaluation:
         self.labels = [config.evaluate.labels]
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
-        self.images = config.evaluate.images
+        self.images = ImageFolder(config.evaluate.images, config.data.allow_absolute_images)
         self.requests = [
             request(question, self.images, self.prompts.config.image_position) for question in self.questions
         ]
@@ -116,22 +117,23 @@ def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: in
     return [asked[index] for index in sorted(chosen)]
 
 
-def request(question: Question, images: str, image_position: str = "first") -> Request:
-    """A question for the generator."""
-    if any(isinstance(picture, bytes) for picture in question.pictures):
-        check_pictures(question, images)
-    pictures = [
-        decode_image(picture) if isinstance(picture, bytes) else epath.Path(images) / picture
-        for picture in question.pictures
-    ]
+def request(question: Question, images: epath.PathLike, image_position: str = "first") -> Request:
+    """A question for the generator. Raises `UserError` that names the question for an image that is not read."""
+    try:
+        pictures = [
+            decode_image(picture) if isinstance(picture, bytes) else image_path(images, picture)
+            for picture in question.pictures
+        ]
+    except UserError as error:
+        raise UserError(f"question {question.id}: {error}") from error
     return Request([*system_turns(question), ("user", marked(question, image_position=image_position))], pictures)
 
 
-def check_pictures(question: Question, images: str) -> None:
+def check_pictures(question: Question, images: epath.PathLike) -> None:
     """Raises `UserError` that names the question where a picture of it cannot be read."""
     try:
         for picture in question.pictures:
-            decode_image(picture) if isinstance(picture, bytes) else load_image(epath.Path(images) / picture)
+            decode_image(picture) if isinstance(picture, bytes) else load_image(image_path(images, picture))
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
 from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
 from llava_jax.evaluate.reviews import FAILED, parse_scores
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for judge in args.judge:
         asked = work(args, judge)
         if args.dry_run:
-            print(f"{judge}: {forecast(asked, tasks)}")
+            say(f"{judge}: {forecast(asked, tasks)}")
             continue
         ledger = ledger_directory(args) / _slug(judge)
         outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {judge}")
@@ -111,7 +111,7 @@ def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
     with whole_file(path) as file:
         file.writelines(json.dumps(review).encode() + b"\n" for review in reviews)
     failed = sum(review["tuple"] == list(FAILED) for review in reviews)
-    print(f"{path}: {len(reviews)} reviews, {failed} of them without scores{more}", file=sys.stderr)
+    say(f"{path}: {len(reviews)} reviews, {failed} of them without scores{more}", file=sys.stderr)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.incoming import to_utf8
 
 Key = TypeVar("Key", bound=Hashable)
@@ -72,7 +72,7 @@ def once(
             raise UserError(f"{where}: {differs.format(key=name(key), first=first)}")
     if repeats:
         (where, key), more = repeats[0], f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
-        print(f"warning: {where}: repeats {what} {name(key)}{more} word for word; it counts once", file=sys.stderr)
+        say(f"warning: {where}: repeats {what} {name(key)}{more} word for word; it counts once", file=sys.stderr)
     return found
 
 
@@ -109,7 +109,7 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
                 raise UserError(
                     f"{where}: the last one, is cut off{_whose(line)}: resume what wrote it, or use --partial"
                 ) from error
-            print(f"warning: {where}, the last one, is cut off{_whose(line)} and left out", file=sys.stderr)
+            say(f"warning: {where}, the last one, is cut off{_whose(line)} and left out", file=sys.stderr)
             return
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no JSON object")

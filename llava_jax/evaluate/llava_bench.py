@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_outcomes import outcomes
 from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -104,7 +104,7 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
             message = f"{path}: has no review of {len(missing)} of {len(wanted)} questions, {missing[0]} the first"
             if not partial:
                 raise UserError(f"{message}; --partial scores what is there")
-            print(f"warning: {message}", file=sys.stderr)
+            say(f"warning: {message}", file=sys.stderr)
     return lacking
 
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
                           for name, values in scores.items()}), flush=True)  # fmt: skip
     else:
-        print(table(scores), flush=True)
+        say(table(scores), flush=True)
     if args.outcomes:
         texts = (questions, read_by_id(args.answers), read_by_id(args.reference))
         write_outcomes(args.outcomes, outcomes(list(files.values()), *texts))

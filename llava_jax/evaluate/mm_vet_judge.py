@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, read_json, refuse_questions
 from llava_jax.evaluate.benchmark import Labels, field
 from llava_jax.evaluate.judging import prompt_hash
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
     if args.dry_run:
-        print(f"{args.judge}: {forecast(asked, tasks)}")
+        say(f"{args.judge}: {forecast(asked, tasks)}")
         return
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"grading by {args.judge}")
     found = dict(zip(graded, outcomes, strict=True))
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             line |= {"metadata": {"no_answer": absent}} if absent else {}
             file.write(json.dumps(line).encode() + b"\n")
     failed = sum(outcome.value is None for outcome in outcomes)
-    print(f"{args.output}: {len(labels)} grades, {failed} of them failed{told(outcomes)}", file=sys.stderr)
+    say(f"{args.output}: {len(labels)} grades, {failed} of them failed{told(outcomes)}", file=sys.stderr)
 
 
 def messages(label: Line, answer: str) -> list[Message]:

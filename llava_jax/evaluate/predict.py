@@ -4,6 +4,7 @@ import argparse
 from pathlib import PurePath
 
 from llava_jax.cli import Parser, UserError, positive
+from llava_jax.data.names import add_allow_absolute
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
@@ -54,6 +55,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")
     add("--images", default="", metavar="DIR", help="the folder that names of pictures are relative to")
+    add_allow_absolute(parser)
     add("--checkpoint", metavar="D", help="an import, a workdir or a step of it")
     add("--model", metavar="NAME", help="instead of a checkpoint, the model of an endpoint")
     add("--model-id", metavar="NAME", help="by whom answers are said to be (default: the model, or the checkpoint's "

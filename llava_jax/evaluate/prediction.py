@@ -10,8 +10,9 @@ import numpy as np
 
 from llava_jax import distributed
 from llava_jax.checkpoint import open_checkpoint
-from llava_jax.cli import track
+from llava_jax.cli import say, track
 from llava_jax.data.conversation import choose_template
+from llava_jax.data.names import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
@@ -22,7 +23,7 @@ START_SECONDS = 300  # until all processes have met
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_tokens)
-    asking = Asking(args.images, sampling, args.batch_rows, args.picture_last, args.answer_prompter)
+    asking = Asking(folder_of(args), sampling, args.batch_rows, args.picture_last, args.answer_prompter)
     with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
         file = AnswerFile(args.output, questions, args.model_id, jax.process_index())
         answered = {tuple(key) for keys in _gathered("answered", list(file.lines)) for key in keys}
@@ -31,7 +32,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
             _answer(args, asking, file, batches(waiting, asking.batch_rows), len(answered))
         everybodys = {key_of(line): line for lines in _gathered("answers", list(file.lines.values())) for line in lines}
         if distributed.is_first():
-            print(f"{file.finish(everybodys)} answers: {args.output}", file=sys.stderr)
+            say(f"{file.finish(everybodys)} answers: {args.output}", file=sys.stderr)
         distributed.barrier("answers are written")
         file.remove_part()
 
@@ -42,7 +43,7 @@ def _answer(
     """Answers this process's share of the batches, which are about as long as those of others."""
     share = work[jax.process_index() :: jax.process_count()]
     if answered:
-        print(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
+        say(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
     checkpoint = open_checkpoint(args.checkpoint)
     template = choose_template(args.template, checkpoint.template)
     if asking.picture_last:
@@ -58,7 +59,7 @@ def _answer(
     for _ in track(one_by_one(), "answering", total=count):
         pass
     file.flush()
-    print(
+    say(
         f"{count} answers in {answering.seconds:.1f} s, {count / max(answering.seconds, 1e-9):.1f} a second; devices "
         f"were idle for {answering.idle:.1%} of it",
         file=sys.stderr,

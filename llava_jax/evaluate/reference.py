@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import prompt_hash
 from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task, ask_all, forecast
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     asked, hash_ = work(args, args.model), prompt_hash(SYSTEM)
     if args.dry_run:
-        print(f"{args.model}: {forecast(asked, tasks)}")
+        say(f"{args.model}: {forecast(asked, tasks)}")
         return
     outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     with whole_file(args.output) as file:
         for question, outcome in zip(questions.values(), outcomes, strict=True):
             file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
-    print(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
+    say(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
 
 
 def _advice(outcome: Outcome, attempts: int) -> str:

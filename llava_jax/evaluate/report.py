@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, printable, say
+from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.output:
         chart, output = draw(names, rows), epath.Path(args.output)
-        html = page(names, rows, cases, judged, chart, args.images, args.limit)
+        html = page(names, rows, cases, judged, chart, folder_of(args), args.limit)
         output.mkdir(parents=True, exist_ok=True)
         contents = {
             "chart.png": chart,
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
             with whole_file(output / name) as file:
                 file.write(content)
         write_board(output, args.runs, names, rows)
-        print(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
-    print(json.dumps(report) if args.json else table(names, rows))
+        say(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
+    print(json.dumps(report) if args.json else printable(table(names, rows)))
 
 
 def table(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -123,6 +124,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
     add("--output", metavar="DIR", help="where the page, the chart and the rest go")
     add("--images", metavar="DIR", help="the folder of the questions' pictures (default: a page without them)")
+    add_allow_absolute(parser)
     add(
         "--limit", type=int, default=500, metavar="N", help="questions on the page, those that tell most (default: 500)"
     )

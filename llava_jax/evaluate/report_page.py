@@ -11,6 +11,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, track
 from llava_jax.data.images import load_image
+from llava_jax.data.names import image_path
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Case, Row
 from llava_jax.evaluate.outcomes import Outcome
@@ -139,7 +140,7 @@ def _text(text: str) -> str:
 def _picture(outcome: Outcome, images: epath.PathLike) -> str:
     """A small copy of a question's picture."""
     try:
-        image = load_image(epath.Path(images) / outcome.image)
+        image = load_image(image_path(images, outcome.image))
     except UserError as error:
         raise UserError(f"question {outcome.question_id}: {error}") from error
     image.thumbnail((PICTURE, PICTURE))

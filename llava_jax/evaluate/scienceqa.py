@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, printable
 from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 from llava_jax.evaluate.sheets import is_sheet
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     joined = join(answers, problems, args.results, args.partial)
     scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
     scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
-    print(json.dumps(scores) if args.json else table(scores), flush=True)
+    print(json.dumps(scores) if args.json else printable(table(scores)), flush=True)
     if args.outcomes:
         write_outcomes(args.outcomes, outcomes(answers, problems))
 

@@ -11,7 +11,7 @@ import re
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
 from llava_jax.whole_file import whole_list
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     with whole_list(epath.Path(args.output), lines=False) as add:
         for ident, problem in problems.items():
             add(json.dumps(sample(ident, problem, args.format)).encode())
-    print(f"{len(problems)} samples: {args.output}")
+    say(f"{len(problems)} samples: {args.output}")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_jax.cli import Parser
+from llava_jax.cli import Parser, printable
 from llava_jax.evaluate.answers import answer_lines, count_absent, join, refuse_questions
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.lines import Line
@@ -66,7 +66,7 @@ def _judges(lines: Sequence[Line]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     scores, outcomes = _score(args.benchmark, args.answers, args.labels, args.questions, args.partial)
-    print(json.dumps(scores) if args.json else "\n".join(_table(scores)), flush=True)
+    print(json.dumps(scores) if args.json else printable("\n".join(_table(scores))), flush=True)
     if args.outcomes:
         write_outcomes(args.outcomes, outcomes)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         check_answers(args.benchmark, lines)
     if absent := count_absent(map(answer_of, lines)):
         counts = ", ".join(f"{count} {name}" for name, count in absent.items())
-        print(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
+        say(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
         with whole_file(args.output) as file:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         _write_folder(epath.Path(args.output), content)
     distinct = {(question_id(line), line.value.get("prompt"), line.value.get("round_id")) for line in lines}
-    print(f"{len(distinct)} answers: {args.output}")
+    say(f"{len(distinct)} answers: {args.output}")
 
 
 def check_answers(name: str, lines: Sequence[Line]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, say, track
 from llava_jax.llm_api.batches import TRIES, Batches
 from llava_jax.llm_api.client import REFUSED, SERVER_ERROR, Client, Refused, Settings, Stopped
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
@@ -82,7 +82,7 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
         spent = ledger.totals()
     finally:
         ledger.close()
-    print(
+    say(
         f"{what}: {spent.requests} requests of {spent.prompt_tokens:,} and {spent.completion_tokens:,} tokens, "
         f"${spent.cost:.4f}",
         file=sys.stderr,
@@ -153,7 +153,7 @@ async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, wha
     async with Batches(work.settings, ledger, work.budget, next_of, work.poll) as batches:
         given_up |= await batches.collect()  # of an earlier run
         while held := batches.make(step for name in by_name if isinstance(step := next_of(name), Request)):
-            print(f"{what}: {held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
+            say(f"{what}: {held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
             given_up |= await batches.collect()
     return [next_of(name) for name in by_name]
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 import httpx2
 import openai
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
 from llava_jax.llm_api.cost import budget_spent, most_tokens
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
@@ -101,7 +101,7 @@ class Batches:
             except ERRORS as error:  # days are long enough for a network to be away for a while
                 if _for_good(error) or time.monotonic() - seen > self.settings.patience:
                     raise self._error(error) from error
-                print(f"{self.api.base_url}: {first_cause(error)}; looks again in {self.poll:.0f} s", file=sys.stderr)
+                say(f"{self.api.base_url}: {first_cause(error)}; looks again in {self.poll:.0f} s", file=sys.stderr)
             if self.ledger.open_batches():
                 await asyncio.sleep(self.poll)
         if refused and not self.ledger.answer_count():

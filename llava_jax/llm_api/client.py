@@ -16,7 +16,7 @@ import aiohttp
 import httpx2
 import openai
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.llm_api.cost import Budget, Prices, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 from llava_jax.llm_api.limits import RateLimit, Refusal
@@ -155,7 +155,7 @@ class Client:
                 if seconds <= 0:
                     return
                 if seconds > LONG:
-                    print(f"{self.api.base_url}: the next request goes out in {seconds:.0f} s", file=sys.stderr)
+                    say(f"{self.api.base_url}: the next request goes out in {seconds:.0f} s", file=sys.stderr)
                 await self.unless_stopped(asyncio.sleep(seconds))
         raise Stopped
 

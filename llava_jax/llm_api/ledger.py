@@ -4,21 +4,22 @@ A row is written before its request is sent and completed by what comes back. Wh
 When a process dies, only the answers of requests that were under way are unknown; they are counted as paid in full.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from llava_jax.cli import UserError
 from llava_jax.llm_api.cost import Message, estimate_tokens
+from llava_jax.lock import hold
 from llava_jax.thinking import after_thinking
 
 SCHEMA = """
@@ -125,7 +126,8 @@ class Ledger:
         self._new = [] if path.exists() else [path, *(folder for folder in path.parents if not folder.exists())]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.model, self.parameters = path, model, json.dumps(parameters or {}, sort_keys=True)
-        self._lock, self._opened = _lock(path.parent), time.time()
+        self._held, self._opened = ExitStack(), time.time()
+        self._held.enter_context(hold(epath.Path(path.parent)))
         try:
             self.db = sqlite3.connect(path, isolation_level=None)
             self.db.execute("PRAGMA journal_mode = WAL")
@@ -134,20 +136,19 @@ class Ledger:
             self.db.executescript(SCHEMA)
             self.db.execute("UPDATE requests SET state = 'lost', finished = ? WHERE state = 'sent'", [time.time()])
         except sqlite3.DatabaseError as error:
-            os.close(self._lock)
+            self._held.close()
             raise UserError(f"{path}: is no ledger ({error}); choose another directory") from error
 
     def close(self) -> None:
         self.db.close()
-        os.close(self._lock)
+        self._held.close()
 
     def discard(self) -> None:
         """Closes it, and takes away what was made to hold it: a ledger that was there before stays."""
-        self.db.close()
+        self.close()
         for made in self._new:
             with suppress(OSError):  # a folder that something else was put into
                 made.unlink() if made == self.path else made.rmdir()
-        os.close(self._lock)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -304,14 +305,3 @@ class Ledger:
     def verdicts(self) -> dict[str, int]:
         """How many tasks ended how."""
         return dict(self.db.execute("SELECT verdict, COUNT(*) FROM results GROUP BY verdict ORDER BY 2 DESC, 1"))
-
-
-def _lock(directory: Path) -> int:
-    """A lock that lasts as long as this process."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(f"{directory}: another process is at work on it; wait for its end or end it") from error
-    return descriptor

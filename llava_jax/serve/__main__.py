@@ -2,6 +2,10 @@
 
 import argparse
 import os
+<<<<<<< HEAD
+=======
+import re
+>>>>>>> main
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from llava_jax.data.conversation import choose_template
 from llava_jax.models.config import QUANTIZATIONS
 
 DTYPES = ("float32", "bfloat16")
+MAX_KEY_BYTES = 4096
 
 EPILOG = """examples:
   python -m llava_jax.serve --checkpoint runs/finetune --port 8000
@@ -30,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     try:  # what the extra `serve` brings
         from llava_jax.serve.app import create_app
         from llava_jax.serve.engine import Engine
+        from llava_jax.serve.hosts import own_names
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
         raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
@@ -54,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         api_key=api_key,
         allow_remote_images=args.allow_remote_images,
         max_body_bytes=args.max_body_mb << 20,
+        allowed_hosts=[*own_names(args.host, address), *args.allowed_hosts],
+        allow_origins=args.allow_origin,
         page=not args.no_page,
     )
     Server(app, engine).run([address])
@@ -61,8 +69,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _api_key(file: str | None) -> str | None:
     """From a file or the environment: whoever lists processes sees their arguments."""
-    key = Path(file).read_text().strip() if file is not None else os.environ.get("LLAVA_API_KEY")
-    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+    key = os.environ.get("LLAVA_API_KEY")
+    if file is not None:
+        with open(file, "rb") as opened:
+            key = opened.read(MAX_KEY_BYTES + 1).decode("ascii", "replace").strip()
+    if key is not None and not re.fullmatch(rf"[!-~]{{1,{MAX_KEY_BYTES}}}", key):
         raise UserError(f"{file or 'LLAVA_API_KEY'}: a key is one line of printable ASCII characters without spaces")
     return key
 
@@ -79,16 +90,36 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all"
     )
     parser.add_argument("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
-    parser.add_argument("--model-name", metavar="NAME", help="what clients ask for; the checkpoint's folder by default")
+    parser.add_argument(
+        "--allowed-hosts",
+        type=_allowed_names,
+        default=[],
+        metavar="NAME,...",
+        help="more names of this server, as llava.example.org or *.example.org; * for any. Known without: localhost, "
+        "loopback addresses, and --host",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        type=_allowed_origin,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a site whose pages may use the API in browsers, as https://app.example.org; may be repeated",
+    )
+    parser.add_argument(
+        "--model-name", type=_name, metavar="NAME", help="what clients ask for; the checkpoint's folder by default"
+    )
     parser.add_argument("--template", metavar="NAME", help="instead of the checkpoint's")
     parser.add_argument("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
-    parser.add_argument("--queue", type=_whole(1), default=64, metavar="N", help="requests that may wait, 64")
+    parser.add_argument("--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests that may wait, 64")
     parser.add_argument("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in; float32 on CPUs, bfloat16 elsewhere")
     parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N", help="split over devices, as tensor=4; one by default")
     parser.add_argument("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
-    parser.add_argument("--max-body-mb", type=_whole(1), default=32, metavar="N", help="of a request with pictures, 32")
+    parser.add_argument(
+        "--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with pictures, 32"
+    )
     parser.add_argument("--no-page", action="store_true", help="the API alone, without the web page at /")
     parser.add_argument("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
     parser.add_argument(
@@ -111,12 +142,38 @@ def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
+def _allowed_names(text: str) -> list[str]:
+    from llava_jax.serve.hosts import allowed_names
+
+    try:
+        return allowed_names(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{str(error)!r} is no name of a host, as llava.example.org") from error
+
+
+def _allowed_origin(text: str) -> str:
+    from llava_jax.serve.hosts import allowed_origin
+
+    try:
+        return allowed_origin(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin, as https://app.example.org, without a path"
+        ) from error
+
+
+def _name(text: str) -> str:
+    if not (text.isprintable() and 0 < len(text) <= 200):
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is no name: 1 to 200 printable characters")
+    return text
+
+
 def _mesh(text: str) -> dict[str, int]:
     """`tensor=4`, `tensor=2,fsdp=2`: the sizes of axes."""
     from llava_jax.sharding import AXES
 
     sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
-    if not all(axis in AXES and size.isdecimal() for axis, size in sizes.items()):
+    if not all(axis in AXES and size.isdecimal() and int(size[:9]) > 0 for axis, size in sizes.items()):
         raise argparse.ArgumentTypeError(f"{text!r} does not look like tensor=4 or tensor=2,fsdp=2")
     return {axis: int(size) for axis, size in sizes.items()}
 

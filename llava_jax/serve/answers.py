@@ -91,5 +91,5 @@ def _raise(error: BaseException) -> NoReturn:
         case EngineClosed():
             raise ApiError(503, str(error), "unavailable", retry_after=5) from error
         case EngineError():
-            raise ApiError(500, f"the answer failed: {error}", "internal_error") from error
+            raise ApiError(500, "the answer failed: the server's log has the details", "internal_error") from error
     raise error

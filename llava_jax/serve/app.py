@@ -1,6 +1,7 @@
 """The HTTP side of an engine: OpenAI's API, health, metrics, and the web page."""
 
 import time
+from collections.abc import Collection
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -8,17 +9,22 @@ from openai.types import Model
 from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 
 from llava_jax.serve import errors
+from llava_jax.serve.bodies import BoundedRoute
 from llava_jax.serve.completions import Chat, unknown_model
 from llava_jax.serve.engine import Engine
 from llava_jax.serve.gate import Gate, Traffic
+from llava_jax.serve.hosts import Hosts
+from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import CountResponses, Metrics
 from llava_jax.serve.page import mount as mount_page
 from llava_jax.serve.pictures import Reader
 from llava_jax.serve.schema import ChatRequest
 
 MAX_BODY_BYTES = 32 << 20
+REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
 BODIES = 8  # of the largest size that may be in memory at a time
 BEYOND_QUEUE = 32  # requests at a time, over those that the engine holds, that may read, decode or be refused
 
@@ -39,6 +45,8 @@ def create_app(
     api_key: str | None = None,
     allow_remote_images: bool = False,
     max_body_bytes: int = MAX_BODY_BYTES,
+    allowed_hosts: Collection[str] = (),
+    allow_origins: Collection[str] = (),
     page: bool = False,
 ) -> FastAPI:
     """The API of `engine`, which may still be warming up. `app.state` has its `traffic` and `metrics`.
@@ -49,9 +57,12 @@ def create_app(
       api_key: what clients have to send as a bearer token; None lets everyone in.
       allow_remote_images: whether http(s) URLs of pictures are fetched.
       max_body_bytes: of a request.
+      allowed_hosts: names of this server besides those of loopback and the address that a client connects to.
+      allow_origins: pages of other sites that may use the API from a browser.
       page: whether the web page is served at `/`.
     """
-    app = FastAPI(title="llava_jax", description="OpenAI's chat completions, answered by a LLaVA.")
+    about = "OpenAI's chat completions, answered by a LLaVA."
+    app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts of a CDN
     errors.install(app)
     metrics = app.state.metrics = Metrics(engine)
     traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE, BODIES * max_body_bytes)
@@ -62,36 +73,55 @@ def create_app(
         return None if engine.ready else "the server is warming up: try again later"
 
     app.add_middleware(Gate, traffic=traffic, closed=closed, api_key=api_key, max_body_bytes=max_body_bytes)
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=[HEADER, "Retry-After"],
+        )
+    app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
     app.add_middleware(CountResponses, metrics=metrics)
+    app.add_middleware(Log)
     reader = Reader.of(engine.config, allow_remote_images)
     chat = Chat(engine, model, metrics, reader)
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
-    refused = {status: {"model": errors.ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 500, 503)}
+    refused = {status: {"model": errors.ErrorResponse} for status in REFUSALS}
 
     streamed = {200: {"description": "An answer, or with `stream` its events.", "content": {"text/event-stream": {}}}}
 
-    @app.post("/v1/chat/completions", responses=refused | streamed, response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await chat.respond(body, request)
 
-    @app.get("/v1/models", responses={401: refused[401]})
+    app.router.add_api_route(
+        "/v1/chat/completions",
+        chat_completions,
+        methods=["POST"],
+        responses=refused | streamed,
+        response_model=ChatCompletion,
+        route_class_override=BoundedRoute,
+    )
+
+    @app.get("/v1/models", responses=refused)
     async def models() -> ModelList:
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{name:path}", responses={401: refused[401], 404: refused[404]})
+    @app.get("/v1/models/{name:path}", responses=refused)
     async def one_model(name: str) -> Model:
         if name != model:
             raise unknown_model(name, model)
         return card
 
-    @app.get("/health", responses={503: {"model": Health}})
+    @app.get("/health", responses=refused | {503: {"model": Health}})
     async def health() -> Health:
         """200 once an answer takes no compilation any more, and until the server shuts down."""
         if (reason := closed()) is not None:
             return JSONResponse({"status": reason}, 503)
         return Health(status="ok")
 
-    @app.get("/metrics", response_class=Response, responses={401: refused[401]})
+    @app.get("/metrics", response_class=Response, responses=refused)
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

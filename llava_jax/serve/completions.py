@@ -1,6 +1,7 @@
 """`/v1/chat/completions`: from a request's body to answers, whole or as server-sent events."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 import uuid
@@ -9,14 +10,13 @@ from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat import chat_completion as whole
 from openai.types.chat import chat_completion_chunk as streamed
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from llava_jax import generate
@@ -25,9 +25,10 @@ from llava_jax.serve.engine import Engine, TokenLogprob
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.pictures import Reader
-from llava_jax.serve.schema import ChatRequest
-from llava_jax.serve.turns import Marks, read_messages
+from llava_jax.serve.schema import ChatRequest, TextPart
+from llava_jax.serve.turns import Marks, parts_of, read_messages
 
+LOGPROBS = 1_000_000  # that all answers together may have, alternatives included: some 200 bytes each
 TEMPERATURE = 1.0  # OpenAI's default, where a request says nothing
 Result = TypeVar("Result")
 
@@ -45,26 +46,54 @@ class Chat:
     def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
         self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
         self._marks = Marks(engine.tokenizer, engine.template)
+        self._logprobs = 0  # of answers on their way
         self._interleaved = engine.config.image_position == "as_is"
         self._most_pictures = engine.context // engine.config.image_tokens
         self._most_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
     async def respond(self, body: ChatRequest, http: Request) -> Response:
         """Raises ApiError. When the client leaves, its answers are cancelled."""
-        answers = await _while_connected(http, self._submit(body))
-        if answers is None:
-            return Response(status_code=499)  # nobody is there to read it
-        reply = _Reply(self._model, body, answers)
-        if body.stream:
-            return _EventStream(reply.events(), answers)
-        completion = await _while_connected(http, reply.whole())
-        return JSONResponse(_json(completion)) if completion else Response(status_code=499)
+        reserved = self._reserve_logprobs(body)
+        try:
+            answers = await _while_connected(http, self._submit(body))
+            if answers is None:
+                return Response(status_code=499)  # nobody is there to read it
+            body.messages.clear()  # up to 32 MB, which nobody needs while the answer is written
+            http.scope["release_body"]()
+            reply = _Reply(self._model, body, answers)
+            if body.stream:
+                return _EventStream(reply.events(), answers, reserved.pop_all())
+            text = await _while_connected(http, reply.whole())
+            return Response(text, media_type="application/json") if text else Response(status_code=499)
+        finally:
+            reserved.close()
+
+    def _reserve_logprobs(self, body: ChatRequest) -> contextlib.ExitStack:
+        """Room for the log-probabilities of the answers, to be closed at their end. Raises ApiError without room."""
+        reserved = contextlib.ExitStack()
+        if body.logprobs:
+            n, alternatives = body.n or 1, body.top_logprobs or 0
+            longest = min(body.max_completion_tokens or body.max_tokens or self._engine.context, self._engine.context)
+            if (count := n * longest * (1 + alternatives)) > LOGPROBS:
+                what = (
+                    f"{n} answers of up to {longest} tokens with {alternatives} alternatives to each are more than "
+                    f"{LOGPROBS} log-probabilities: lower n, max_tokens or top_logprobs"
+                )
+                raise ApiError(400, what, "invalid_value", "top_logprobs")
+            if self._logprobs + count > LOGPROBS:
+                raise ApiError(429, "too many log-probabilities at a time: try again", "queue_full", retry_after=5)
+            self._logprobs += count
+            reserved.callback(self._free_logprobs, count)
+        return reserved
+
+    def _free_logprobs(self, count: int) -> None:
+        self._logprobs -= count
 
     async def _submit(self, body: ChatRequest) -> Answers:
         if body.model != self._model:
             raise unknown_model(body.model, self._model)
+        self._refuse_oversize(body)
         turns, urls, begun = read_messages(body.messages, self._marks, self._interleaved)
-        self._refuse_oversize(body.n or 1, [*(text for _, text in turns), begun], urls)
         request = generate.Request(turns, await self._reader.read(urls), begun)
         longest = body.max_completion_tokens or body.max_tokens
         if longest is None:
@@ -73,15 +102,18 @@ class Chat:
         await answers.submit()
         return answers
 
-    def _refuse_oversize(self, n: int, texts: Sequence[str], urls: Sequence[tuple[str, str]]) -> None:
+    def _refuse_oversize(self, body: ChatRequest) -> None:
         """What is far beyond the context is not worth to be decoded or tokenized; what never fits, to be queued."""
+        n, parts = body.n or 1, [part for message in body.messages for _, part in parts_of(message)]
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        pictures = len(parts) - len(texts)
         if n > (most := self._engine.capacity):
             what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
             raise ApiError(400, what, "invalid_value", "n")
-        if len(urls) > self._most_pictures:
+        if pictures > self._most_pictures:
             raise ApiError(
                 400,
-                f"messages: {len(urls)} pictures, but the context of {self._engine.context} tokens has room for "
+                f"messages: {pictures} pictures, but the context of {self._engine.context} tokens has room for "
                 f"{self._most_pictures} at most",
                 "too_many_images",
                 "messages",
@@ -127,15 +159,17 @@ class _Reply:
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._with_logprobs = bool(body.logprobs)
 
-    async def whole(self) -> ChatCompletion:
+    async def whole(self) -> str:
+        """A `ChatCompletion` as JSON. Log-probabilities become text as they come, which takes much less memory."""
         texts = ["" for _ in self._answers.answers]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        logprobs: list[list[str]] = [[] for _ in texts]
         try:
             async for event in self._answers.pieces():
                 if event is not None and event[1] is not None:
                     index, piece = event
                     texts[index] += piece.text
-                    logprobs[index] += piece.token_logprobs
+                    tokens = map(_token_logprob, piece.token_logprobs)
+                    logprobs[index] += [token.model_dump_json(exclude_unset=True) for token in tokens]
         finally:
             self._answers.cancel()
         choices = [
@@ -143,11 +177,14 @@ class _Reply:
                 index=index,
                 finish_reason=answer.finish_reason,
                 message=ChatCompletionMessage(role="assistant", content=texts[index], refusal=None),
-                logprobs=self._logprobs(whole.ChoiceLogprobs, logprobs[index]),
+                logprobs=self._logprobs(whole.ChoiceLogprobs, []),
             )
             for index, answer in enumerate(self._answers.answers)
         ]
-        return ChatCompletion(object="chat.completion", choices=choices, usage=self._usage(), **self._head)
+        completion = ChatCompletion(object="chat.completion", choices=choices, usage=self._usage(), **self._head)
+        before, *after = completion.model_dump_json(exclude_unset=True).split('"content":[]')  # in no string: escaped
+        filled = (f'"content":[{",".join(own)}]{rest}' for own, rest in zip(logprobs, after, strict=False))
+        return before + "".join(filled)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events: for each answer its role, its text and why it ended; the usage; the end."""
@@ -207,16 +244,17 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers):
+    def __init__(self, events: AsyncIterator[bytes], answers: Answers, reserved: contextlib.ExitStack):
         # The second header keeps nginx from collecting the events.
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._answers = answers
+        self._answers, self._reserved = answers, reserved
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._answers.cancel()
+            self._reserved.close()
 
 
 async def _while_connected(http: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -234,7 +272,3 @@ async def _while_connected(http: Request, work: Coroutine[Any, Any, Result]) -> 
 async def _disconnected(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _json(model: BaseModel) -> dict[str, Any]:
-    return model.model_dump(mode="json", exclude_unset=True)

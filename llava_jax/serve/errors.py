@@ -4,12 +4,17 @@ import http
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 LONGEST = 400  # characters of a message
+WORDS = {  # for errors whose text by pydantic speaks of Python
+    "extra_forbidden": "is no field that is known here: leave it out",
+    "model_type": "has to be an object",
+    "model_attributes_type": "has to be an object",
+    "list_type": "has to be a list",
+}
 
 
 class ErrorBody(BaseModel):
@@ -34,6 +39,7 @@ class ApiError(HTTPException):
       code: for programs.
       param: the field of the request.
       retry_after: seconds after which the same request may be accepted.
+      close: whether the connection is closed, as where it is unclear where the request ends.
     """
 
     def __init__(
@@ -43,9 +49,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         param: str | None = None,
         retry_after: float | None = None,
+        close: bool = False,
     ):
         super().__init__(status, message)
-        self.code, self.param, self.retry_after = code, param, retry_after
+        self.code, self.param, self.retry_after, self.close = code, param, retry_after, close
 
     def response(self) -> JSONResponse:
         headers = {}
@@ -53,6 +60,8 @@ class ApiError(HTTPException):
             headers["Retry-After"] = str(max(1, round(self.retry_after)))
         if self.status_code == http.HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.close:
+            headers["Connection"] = "close"
         return JSONResponse(self.body(), self.status_code, headers)
 
     def body(self) -> dict:
@@ -64,28 +73,26 @@ class ApiError(HTTPException):
 def install(app: FastAPI) -> None:
     """Every error that leaves `app` has OpenAI's shape."""
     app.add_exception_handler(ApiError, lambda request, error: error.response())
-    app.add_exception_handler(RequestValidationError, lambda request, error: from_validation(error).response())
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
 
 
-def from_validation(error: RequestValidationError) -> ApiError:
+def from_validation(error: ValidationError, body: Any) -> ApiError:
     """What is wrong with a request, in a line: of several things the one deepest within it.
 
     Where a field may be of several types, that one is of the type which the client meant.
     """
-    first = max(error.errors(), key=lambda found: len(found["loc"]))
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at {first['loc'][-1]}", "invalid_json")
-    param = _path(first["loc"][1:], error.body, missing=first["type"] == "missing")
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(found, key=lambda found: len(found["loc"]))
+    param = _path(first["loc"], body, missing=first["type"] == "missing")
     code = {
         "missing": "missing_required_parameter",
         "extra_forbidden": "unknown_parameter",
         "unsupported": "unsupported_parameter",
     }.get(first["type"], "invalid_value")
-    if first["loc"] == ("body",) and not isinstance(error.body, dict):
+    if first["loc"] == () and not isinstance(body, dict):
         return ApiError(400, "the body has to be a JSON object, sent with Content-Type: application/json", code)
-    what = "is no field that is known here: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    what = WORDS.get(first["type"], first["msg"])
     return ApiError(400, f"{param}: {what}" if param else what, code, param)
 
 
@@ -109,13 +116,16 @@ def _path(location: tuple[str | int, ...], body: Any, missing: bool) -> str | No
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     """What FastAPI itself refuses: an unknown path, a wrong method, a body that cannot be parsed."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code).response()
+    path = request.scope["path"]  # `request.url` would have it from the Host header
+    response = ApiError(error.status_code, f"{request.method} {path}: {error.detail}", code).response()
     response.headers.update(error.headers or {})
     return response
 
 
 def _bug(request: Request, error: Exception) -> JSONResponse:
-    return ApiError(500, "the server made a mistake; its log has the details", "internal_error").response()
+    response = ApiError(500, "the server made a mistake; its log has the details", "internal_error").response()
+    response.headers["x-request-id"] = request.scope.get("request_id", "")  # this is sent past all middleware
+    return response
 
 
 def _type(status: int) -> str:

@@ -17,7 +17,23 @@ from llava_jax.cli import UserError
 SECONDS = 15.0  # for the whole of it: names, redirects, the picture
 REDIRECTS = 3
 _SCHEMES = ("http", "https")
+MAX_URL = 8192  # characters
 _UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given to hosts of the internet
+# What Python's `is_global` lets through in one version or another: services of clouds and providers inside their own
+# networks, relays, and IPv6 ranges that carry IPv4 addresses, perhaps private ones, or are for documentation.
+_REFUSED = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16"),
+            *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24"),
+            *("192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+            *("224.0.0.0/4", "240.0.0.0/4"),
+            *("64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+            *("2620:4f:8000::/48", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8"),
+        ),
+    )
+)
 
 
 async def fetch(url: str, max_bytes: int) -> bytes:
@@ -27,13 +43,17 @@ async def fetch(url: str, max_bytes: int) -> bytes:
             return await _follow(url, max_bytes)
     except TimeoutError as error:
         raise UserError(f"took more than {SECONDS:.0f} seconds") from error
+    except socket.gaierror as error:
+        raise UserError("leads to a host that is not known") from error
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-        raise UserError(f"cannot be fetched ({error or type(error).__name__})") from error
+        raise UserError("cannot be fetched") from error
     except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"is no valid URL ({error})") from error
+        raise UserError("is no valid URL") from error
 
 
 async def _follow(address: str, max_bytes: int) -> bytes:
+    if len(address) > MAX_URL:
+        raise UserError(f"has more than {MAX_URL} characters")
     url = httpx.URL(address)
     headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "llava_jax"}
     async with httpcore.AsyncConnectionPool(network_backend=_PublicNetwork()) as pool:
@@ -45,7 +65,7 @@ async def _follow(address: str, max_bytes: int) -> bytes:
                 location = httpx.Headers(response.headers).get("location")
                 if location is None or not 300 <= response.status < 400:
                     return await _read(response, max_bytes)
-                url = url.join(location)
+                url = url.join(location[:MAX_URL])
     raise UserError(f"was redirected more than {REDIRECTS} times")
 
 
@@ -88,6 +108,6 @@ def _is_public(address: str) -> bool:
     if ip.version == 6:
         if ip.ipv4_mapped is not None:
             return _is_public(str(ip.ipv4_mapped))
-        if ip not in _UNICAST or ip.sixtofour is not None or ip.teredo is not None:
-            return False  # in the latter, as in NAT64, an IPv4 address is wrapped, perhaps a private one
-    return ip.is_global and not ip.is_multicast
+        if ip not in _UNICAST:
+            return False
+    return ip.is_global and not any(ip in network for network in _REFUSED if network.version == ip.version)

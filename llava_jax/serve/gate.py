@@ -1,4 +1,4 @@
-"""What is decided about an HTTP request before anything of its body is read."""
+"""What is decided about an HTTP request before it is worked on: its size, its key, and how much else is going on."""
 
 import asyncio
 import dataclasses
@@ -12,6 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_jax.serve.errors import ApiError
 
 BODY_SECONDS = 60.0  # in which a body has to have arrived
+READ_SECONDS = 10.0  # in which the next part of it has to
+SILENT_SECONDS = 1.0  # after which a body may be refused in favour of others
+MAX_TARGET = 8192  # bytes of a path with its query
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10
+WRITE_BYTES = 64 << 10  # of an answer at a time: each has a deadline of its own, see `connection`
 
 
 def same_secret(given: str, secret: str) -> bool:
@@ -20,27 +25,49 @@ def same_secret(given: str, secret: str) -> bool:
     return hmac.compare_digest(given_hash, secret_hash)
 
 
+@dataclasses.dataclass(eq=False)
+class Body:
+    """What has arrived of a request's body."""
+
+    size: int = 0
+    complete: bool = False
+    heard: float = 0.0  # when the last part of it arrived
+    waiting: asyncio.Timeout | None = None  # for the next part
+
+
 @dataclasses.dataclass
 class Traffic:
     """The requests for answers that are being worked on."""
 
     limit: int  # of `active`
     bytes_limit: int  # of `body_bytes`
-    active: int = 0
-    body_bytes: int = 0  # of them that are in memory
+    active: int = 0  # their bodies are complete
+    body_bytes: int = 0  # of them and of those that are being read
+    reading: set[Body] = dataclasses.field(default_factory=set)
     shutting_down: bool = False
 
+    def add(self, body: Body, size: int) -> None:
+        """A part of a body arrived. Raises ApiError where there are too many bytes in memory, unless another body has
+        been silent, which then is given up."""
+        body.size += size
+        self.body_bytes += size
+        body.heard = now = asyncio.get_running_loop().time()
+        if self.body_bytes > self.bytes_limit:
+            silent = min(self.reading, key=lambda other: other.heard, default=body)
+            if silent.waiting is None or now - silent.heard < SILENT_SECONDS:
+                raise _too_many()
+            silent.waiting.reschedule(now)
 
-@dataclasses.dataclass
-class _Body:
-    """What has arrived of a request's body."""
-
-    size: int = 0
-    complete: bool = False
+    def release(self, body: Body) -> None:
+        """Nothing of a body is kept any more."""
+        self.body_bytes -= body.size
+        body.size = 0
 
 
 class Gate:
     """ASGI middleware: refuses requests without the key, too large, too slow, too many, or at the wrong time.
+
+    What it lets through finds `release_body` in its scope, to be called once the body is not kept any more.
 
     Args:
       app: what comes behind.
@@ -67,19 +94,22 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        works, body = scope["path"].startswith(self.working), _Body()
-        self.traffic.active += works
+        works, body = scope["path"].startswith(self.working), Body()
+        scope["release_body"] = lambda: self.traffic.release(body)
+        self.traffic.reading.add(body)
         try:
-            self._check(scope["path"], Headers(scope=scope), works)
-            await self.app(scope, self._limited(receive, body), send)
+            self._check(scope, Headers(scope=scope), works)
+            await self.app(scope, self._limited(receive, body, works), _in_parts(send))
         except ApiError as error:  # of the check only: the app answers its own
             await error.response()(scope, receive, send)
         finally:
-            self.traffic.active -= works
-            self.traffic.body_bytes -= body.size
+            self.traffic.active -= works and body.complete
+            self.traffic.reading.discard(body)
+            self.traffic.release(body)
 
-    def _check(self, path: str, headers: Headers, works: bool) -> None:
-        if self.api_key is not None and path.startswith(self.guarded):
+    def _check(self, scope: Scope, headers: Headers, works: bool) -> None:
+        _check_head(scope, headers)
+        if self.api_key is not None and scope["path"].startswith(self.guarded):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not same_secret(given.strip(), self.api_key):
                 raise ApiError(401, "send the server's key as Authorization: Bearer KEY", "invalid_api_key")
@@ -88,35 +118,68 @@ class Gate:
             raise self._too_large()
         if works and (reason := self.closed()) is not None:
             raise ApiError(503, reason, "unavailable", retry_after=5)
-        if works and self.traffic.active > self.traffic.limit:
+        if works and self.traffic.active >= self.traffic.limit:
             raise _too_many()
 
-    def _limited(self, receive: Receive, body: _Body) -> Receive:
+    def _limited(self, receive: Receive, body: Body, works: bool) -> Receive:
         """`receive`, until the body is whole with limits on its size, that of all bodies and the time it takes."""
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        loop = asyncio.get_running_loop()
+        body.heard = start = loop.time()
 
         async def limited() -> Message:
             if body.complete:
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(min(start + BODY_SECONDS, loop.time() + READ_SECONDS)) as body.waiting:
                     message = await receive()
             except TimeoutError as error:
-                raise ApiError(408, f"the body took more than {BODY_SECONDS:.0f} seconds to arrive") from error
-            part = len(message.get("body", b""))
-            body.size += part
-            self.traffic.body_bytes += part
-            body.complete = not message.get("more_body", False)
+                what = f"the body has to arrive within {BODY_SECONDS:.0f} seconds, with no pause of {READ_SECONDS:.0f}"
+                raise ApiError(408, what) from error
+            finally:
+                body.waiting = None
+            self.traffic.add(body, len(message.get("body", b"")))
             if body.size > self.max_body_bytes:
                 raise self._too_large()
-            if self.traffic.body_bytes > self.traffic.bytes_limit:
-                raise _too_many()
+            if not message.get("more_body", False):
+                self._complete(body, works)
             return message
 
         return limited
 
+    def _complete(self, body: Body, works: bool) -> None:
+        body.complete = True
+        self.traffic.reading.discard(body)
+        self.traffic.active += works
+        if self.traffic.active > self.traffic.limit:
+            raise _too_many()
+
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self.max_body_bytes} bytes: send fewer or smaller pictures")
+        return ApiError(413, f"the body has more than {self.max_body_bytes} bytes: send fewer or smaller images")
+
+
+def _check_head(scope: Scope, headers: Headers) -> None:
+    """Raises ApiError for what the HTTP library lets through, and no client has a reason to send."""
+    if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_TARGET:
+        raise ApiError(414, f"the URL has more than {MAX_TARGET} bytes")
+    if len(headers.raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+        raise ApiError(431, f"the headers are more than {MAX_HEADERS} or than {MAX_HEADER_BYTES} bytes")
+    if not scope["path"].startswith("/"):
+        raise ApiError(400, "the path has to begin with /")
+    if "content-length" in headers and "transfer-encoding" in headers:
+        raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other", close=True)
+
+
+def _in_parts(send: Send) -> Send:
+    """`send`, with large bodies in parts."""
+
+    async def parts(message: Message) -> None:
+        body = message.get("body", b"")
+        for start in range(0, len(body) - WRITE_BYTES, WRITE_BYTES):
+            await send(message | {"body": body[start : start + WRITE_BYTES], "more_body": True})
+        rest = len(body) and (len(body) - 1) // WRITE_BYTES * WRITE_BYTES
+        await send(message | {"body": body[rest:]} if rest else message)
+
+    return parts
 
 
 def _too_many() -> ApiError:

@@ -1,73 +1,116 @@
-"""Pictures of a request: from a URL to the square that the vision tower sees.
+"""Images of a request: from a URL to the preprocessed image that the vision tower sees.
 
-A picture is brought to that size as soon as it is decoded, a few at a time: what waits in the queue is small, however
-large the pictures were that came in.
+An image is brought to that size as soon as it is decoded: what waits in the queue is small, however large the images
+were that came in. All requests share one budget of memory for decoding.
 """
 
+import asyncio
 import binascii
+import contextlib
 import os
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
 import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import decode_image, preprocess
+from llava_jax.data.images import EncodedImage, open_image, preprocess
 from llava_jax.models.config import LlavaConfig
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
 
-MAX_PIXELS = 64_000_000  # 192 MB once decoded
+MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
+DECODING_BYTES = 512 << 20  # of all images that are being decoded
+LARGE_BYTES = 32 << 20  # from which on an image waits for others of its kind, and lets smaller ones pass
+
+
+class Budget:
+    """Bytes that may be in use at a time. Who wants more than are left waits; smaller ones do not wait for it."""
+
+    def __init__(self, total: int):
+        self.total = self.left = total
+        self._freed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def take(self, amount: int) -> AsyncIterator[None]:
+        """Raises UserError for more than there is in all."""
+        if amount > self.total:
+            raise UserError(
+                f"takes {amount >> 20} MB to decode, and this server has {self.total >> 20} MB for that: shrink it"
+            )
+        while amount > self.left:
+            await self._freed.wait()
+        self.left -= amount
+        try:
+            yield
+        finally:
+            self.left += amount
+            self._freed.set()
+            self._freed = asyncio.Event()
 
 
 class Reader:
-    """Reads the pictures of requests.
+    """Reads the images of requests.
 
     Args:
-      preprocess: a picture to uint8[H, W, 3] at the size of the vision tower.
+      preprocess: an image to uint8[H, W, 3] at the size of the vision tower.
       allow_remote: whether http(s) URLs are fetched.
+      decoding_bytes: what all images that are being decoded may take together.
     """
 
-    def __init__(self, preprocess: Callable[[Image.Image], np.ndarray], allow_remote: bool = False):
+    def __init__(
+        self,
+        preprocess: Callable[[Image.Image], np.ndarray],
+        allow_remote: bool = False,
+        decoding_bytes: int = DECODING_BYTES,
+    ):
         self._preprocess = preprocess
         self._allow_remote = allow_remote
-        self._decoding = anyio.CapacityLimiter(min(4, os.cpu_count() or 1))
+        self._budget = Budget(decoding_bytes)
+        threads = min(4, os.cpu_count() or 1)
+        self._small, self._large = anyio.CapacityLimiter(threads), anyio.CapacityLimiter(max(1, threads - 1))
 
     @classmethod
     def of(cls, config: LlavaConfig, allow_remote: bool = False) -> "Reader":
-        """Reads as a model wants its pictures."""
+        """Reads as a model wants its images."""
         size, aspect, mean = config.vision.image_size, config.image_aspect, config.image_mean
         return cls(lambda image: preprocess(image, size, aspect, mean), allow_remote)
 
     async def read(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
-        """The pictures at (field of the request, URL). Raises ApiError naming the field."""
-        pictures = []
+        """The images at (field of the request, URL). Raises ApiError naming the field."""
+        images = []
         for field, url in urls:
             try:
-                data = await self._bytes(url)
-                pictures.append(await self._in_thread(self._square, data, "of the request"))
+                images.append(await self._read(url))
             except UserError as error:
-                raise ApiError(400, f"{field}: {error}", "invalid_image", field) from error
-        return pictures
+                message = str(error).replace(f" ({error.__cause__})", "")  # what the decoder says is not for clients
+                raise ApiError(400, f"{field}: {message}", "invalid_image", field) from error
+        return images
 
-    async def _in_thread(self, function: Callable[..., Image.Image], *args: bytes | str) -> Image.Image:
-        return await anyio.to_thread.run_sync(function, *args, limiter=self._decoding)
-
-    async def _bytes(self, url: str) -> bytes:
+    async def _read(self, url: str) -> Image.Image:
+        name = "of the request"
         if url[:5].lower() == "data:":
-            return decode_data_url(url)
+            return await self._decode(lambda: open_image(decode_data_url(url), name, MAX_PIXELS))
         if not self._allow_remote:
             raise UserError("this server fetches no pictures: send it as a data URL, data:image/jpeg;base64,...")
         try:
-            return await fetch(url, MAX_REMOTE_BYTES)
+            data = await fetch(url, MAX_REMOTE_BYTES)
         except UserError as error:
             raise UserError(f"the picture's URL {error}") from error
+        return await self._decode(lambda: open_image(data, name, MAX_PIXELS))
 
-    def _square(self, data: bytes, name: str) -> Image.Image:
-        return Image.fromarray(self._preprocess(decode_image(data, name, MAX_PIXELS)))
+    async def _decode(self, open_encoded: Callable[[], EncodedImage]) -> Image.Image:
+        encoded = await anyio.to_thread.run_sync(open_encoded, limiter=self._small)
+        amount = encoded.decoded_bytes
+        limiter = self._small if amount < LARGE_BYTES else self._large
+        async with self._budget.take(amount):
+            return await anyio.to_thread.run_sync(self._square, encoded, limiter=limiter)
+
+    def _square(self, encoded: EncodedImage) -> Image.Image:
+        return Image.fromarray(self._preprocess(encoded.decode()))
 
 
 def decode_data_url(url: str) -> bytes:
@@ -80,4 +123,4 @@ def decode_data_url(url: str) -> bytes:
     try:
         return binascii.a2b_base64(data)
     except ValueError as error:
-        raise UserError(f"the data URL is no base64: {error}") from error
+        raise UserError("the data URL is no base64") from error

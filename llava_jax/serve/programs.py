@@ -3,6 +3,9 @@
 Axes: B slots, T tokens, D embed, P patches a picture, V vocabulary, C conversations, I pictures kept.
 """
 
+import contextlib
+import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llava_jax.cli import UserError
 from llava_jax.decoding import Choice, choose
 from llava_jax.generate import MOST_LOGPROBS
 from llava_jax.models.attention import BLOCK
@@ -99,7 +103,19 @@ class Programs:
         self._stop_ids = np.array(stop_ids, np.int32)
         self._compiled: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
+        self._refuse_too_large(slots, mesh)
         self.reset()
+
+    def _refuse_too_large(self, slots: int, mesh: Mesh | None) -> None:
+        """Raises UserError where the arrays do not fit into what is free."""
+        shards = self._cache_shape.sharding.shard_shape(self._cache_shape.shape) if mesh else self._cache_shape.shape
+        wanted = 2 * self._layers * math.prod(shards) * self._cache_shape.dtype.itemsize
+        free = free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0])
+        if wanted > free:
+            raise UserError(
+                f"{slots} slots of {self.positions} positions take {wanted / 2**30:.1f} GB for keys and values, and "
+                f"{max(free, 0) / 2**30:.1f} GB are free: lower --slots or --context"
+            )
 
     def reset(self) -> None:
         """Forgets all conversations and pictures."""
@@ -248,6 +264,16 @@ def _chosen(logits_BV: jax.Array, tokens_B: jax.Array, report: jax.Array) -> Cho
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(likelihoods))
 
     return Chosen(tokens_B, *jax.lax.cond(report, likelihoods, nothing))
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Memory of a device that is free; of this machine, where the device is its processor."""
+    if (stats := device.memory_stats()) and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cache_sharding(mesh: Mesh | None, num_kv_heads: int) -> jax.sharding.Sharding | None:

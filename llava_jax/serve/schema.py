@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # of `n`
+MAX_ITEMS = 1024  # messages of a request, parts of a message
 
 Ignored = Annotated[Any, Field(description="Accepted; without influence on the answer.")]
 
@@ -24,15 +25,6 @@ def Only(*values: Any) -> Any:
         return value
 
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": accepted, "description": "Not supported."})]
-
-
-def _unicode(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("unicode", "half a surrogate pair is no text")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]  # JSON can write strings that no tokenizer reads
 
 
 def _integer(value: Any) -> Any:
@@ -52,7 +44,7 @@ class Strict(BaseModel):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: Text
+    text: str
     prompt_cache_breakpoint: Ignored = None
 
 
@@ -80,18 +72,23 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-Texts = Annotated[list[TextPart], Field(min_length=1)]
+def Several(item: Any) -> Any:
+    """The type of a list, validated up to its first bad item."""
+    return Annotated[list[item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+
+
+Texts = Several(TextPart)
 
 
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
-    content: Text | Texts
+    content: str | Texts
     name: Only() = None
 
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Text | Annotated[list[Part], Field(min_length=1)]
+    content: str | Several(Part)
     name: Only() = None
 
 
@@ -99,7 +96,7 @@ class AssistantMessage(Strict):
     """What a response holds under `message` may be sent back as it is."""
 
     role: Literal["assistant"]
-    content: Text | Texts
+    content: str | Texts
     name: Only() = None
     refusal: Only() = None
     audio: Only() = None
@@ -116,7 +113,7 @@ class StreamOptions(Strict):
     include_obfuscation: Ignored = None
 
 
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Integer(1, 2**31 - 1)
 # Any of 64 bits, also as JavaScript writes it: JSON.stringify(-(2 ** 63)) is -9223372036854776000.
 Seed = Integer(-(10**20), 10**20)
@@ -124,7 +121,7 @@ Seed = Integer(-(10**20), 10**20)
 
 class ChatRequest(Strict):
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Several(Message)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Integer(1, MAX_CHOICES) | None = None
@@ -136,7 +133,7 @@ class ChatRequest(Strict):
         None, description="Not of OpenAI's API: among so many likeliest tokens; 0 and -1 for all."
     )
     seed: Seed | None = Field(None, description="By default another each time.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     logprobs: bool | None = None
     top_logprobs: Integer(0, 20) | None = None
     continue_final_message: bool | None = Field(

@@ -1,5 +1,6 @@
 """Runs the app until it is told to stop, and then lets what was begun come to its end."""
 
+import functools
 import os
 import socket
 import sys
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 import uvicorn
 from fastapi import FastAPI
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
+from llava_jax.serve.connection import Connection, Limits, connection_limit
 from llava_jax.serve.engine import Engine
 
 LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
@@ -24,8 +26,8 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, UnicodeError) as error:  # UnicodeError for what can be no name at all
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(f"cannot serve at {host}, port {port}: {reason}") from error
     return bound
 
@@ -35,6 +37,12 @@ def _url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def http_config(app: FastAPI, limits: Limits, **options: object) -> uvicorn.Config:
+    """How uvicorn serves `app`: HTTP alone, with our limits, and our log instead of its own."""
+    http = functools.partial(Connection, limits=limits)
+    return uvicorn.Config(app, http=http, ws="none", access_log=False, server_header=False, **options)
+
+
 class Server(uvicorn.Server):
     """Serves at once, and warms the engine up meanwhile.
 
@@ -42,7 +50,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, engine: Engine):
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=LINGER_SECONDS, server_header=False))
+        limits = Limits(connections=connection_limit())
+        super().__init__(http_config(app, limits, timeout_graceful_shutdown=LINGER_SECONDS))
         self._engine, self._traffic = engine, app.state.traffic
         self._failure: BaseException | None = None
 
@@ -50,7 +59,12 @@ class Server(uvicorn.Server):
         """Raises what the warm-up raised."""
         warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
         warming.start()
-        super().run(sockets)
+        try:
+            super().run(sockets)
+        except OSError as error:  # another server began to listen there meanwhile
+            self._failure = UserError(
+                f"cannot serve at {', '.join(map(_url, sockets or []))}: {error.strerror or error}"
+            )
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure
@@ -69,7 +83,7 @@ class Server(uvicorn.Server):
         try:
             self._engine.warm_up()
             if self._engine.ready:
-                print(f"ready: {', '.join(map(_url, sockets or []))}", file=sys.stderr, flush=True)
+                say(f"ready: {', '.join(map(_url, sockets or []))}", file=sys.stderr, flush=True)
         except BaseException as error:
             self._failure = error
             self.should_exit = True

@@ -52,7 +52,7 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
             if role == "system" and i:
                 field = f"messages.{i}.role"
                 raise ApiError(400, f"{field}: a system message has to be the first", "invalid_value", field)
-            for field, part in _parts(message, f"messages.{i}.content"):
+            for field, part in parts_of(message, f"messages.{i}.content"):
                 if isinstance(part, TextPart):
                     parts += [marks.disarm(part.text)] if part.text else []
                 else:
@@ -75,7 +75,7 @@ def _role(message: Message) -> str:
     return "system" if message.role == "developer" else message.role
 
 
-def _parts(message: Message, field: str) -> Iterator[tuple[str, Part]]:
+def parts_of(message: Message, field: str = "") -> Iterator[tuple[str, Part]]:
     """(field of the request, part) of a message."""
     if isinstance(message.content, str):
         yield field, TextPart(type="text", text=message.content)

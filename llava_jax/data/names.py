@@ -1,0 +1,84 @@
+"""Names of images, as data, questions and answers of others have them: which file of a folder a name stands for.
+
+A name is judged by its text alone. Links inside the folder are followed, wherever they lead: people link their disks.
+"""
+
+import argparse
+import os
+import posixpath
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from etils import epath
+
+from llava_jax.cli import UserError, shown
+
+MAX_LENGTH = 4096  # characters, of which Linux and macOS take fewer
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # of Unicode: what a name may become on the way to a disk
+_ABSOLUTE = re.compile(r"/|[a-zA-Z]:|[a-zA-Z][\w.+-]*://")  # a path of Unix, a drive of Windows, a URL
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images, local or remote, given wherever a path of one is; false where there is none.
+
+    Attributes:
+      folder: names are relative to it.
+      allow_absolute: whether absolute names are read as well, wherever they lead.
+    """
+
+    folder: epath.PathLike
+    allow_absolute: bool = False
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def __bool__(self) -> bool:
+        return bool(str(self))
+
+
+def image_path(images: epath.PathLike, name: str) -> epath.Path:
+    """The file of an image in folder `images`. Raises `UserError` for a name that leaves the folder."""
+    allow_absolute = isinstance(images, ImageFolder) and images.allow_absolute
+    if fault := name_fault(name, allow_absolute):
+        raise UserError(f"image {shown(name)} {fault}")
+    if ".." in name:  # `a/../b` is `b` also where `a` is a link
+        name = posixpath.normpath(name)
+    return epath.Path(name) if _ABSOLUTE.match(name) else epath.Path(images) / name
+
+
+def name_fault(name: str, allow_absolute: bool = False) -> str | None:
+    """Why a name is refused, None where it stays below its folder, in whatever form of Unicode, or may be absolute."""
+    if len(name) > MAX_LENGTH:
+        return f"has {len(name):,} characters: no file has a name of more than {MAX_LENGTH:,}"
+    if "\0" in name:
+        return "holds a NUL character"
+    for form in _FORMS:
+        path = unicodedata.normalize(form, name).replace("\\", "/")
+        if _ABSOLUTE.match(path):
+            if not allow_absolute:
+                return (
+                    "is an absolute name: those relative to the folder of images are read; --allow-absolute-images "
+                    "(data.allow_absolute_images of a run) reads absolute ones, too"
+                )
+        elif (first := posixpath.normpath(path).split("/")[0]) in ("..", "."):
+            return "leaves the folder of images" if first == ".." else "names no file"
+    return None
+
+
+def add_allow_absolute(parser: argparse.ArgumentParser) -> None:
+    """The option of all commands that read images which files name."""
+    parser.add_argument(
+        "--allow-absolute-images",
+        action="store_true",
+        help="read images that have absolute names, too: wherever the file says they are",
+    )
+
+
+def folder_of(args: argparse.Namespace) -> ImageFolder:
+    """The folder of a command with this option and `--images`; false where that is not given."""
+    return ImageFolder(args.images or "", args.allow_absolute_images)

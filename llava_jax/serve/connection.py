@@ -1,0 +1,122 @@
+"""Connections of clients: those that keep the server waiting are closed, and the idlest when there are too many."""
+
+import asyncio
+import json
+import resource
+import sys
+import uuid
+from collections import Counter
+from typing import NamedTuple
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from llava_jax.serve.errors import ApiError
+
+MAX_CONNECTIONS = 2000
+OTHER_FILES = 256  # that may be open besides connections
+
+
+class Limits(NamedTuple):
+    """What a client may take."""
+
+    head_seconds: float = 10.0  # from the connection, or from the last answer, to the end of a request's headers
+    write_seconds: float = 30.0  # in which it has to read what is written, 64 KB at a time
+    connections: int = MAX_CONNECTIONS
+
+
+def connection_limit() -> int:
+    """How many connections this process may have, once its limit of open files is as high as need be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - OTHER_FILES))
+
+
+class Connection(H11Protocol):
+    """Uvicorn's protocol with deadlines. To be given to it as `functools.partial(Connection, limits=...)`."""
+
+    def __init__(self, *args, limits: Limits, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.limits = limits
+        self.heard = self.loop.time()  # when the client last sent something
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether there is no whole request to be answered."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._cut_off_after(self.limits.head_seconds)
+        if len(self.connections) > self.limits.connections:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Closes connections whose client keeps silent: first those of the address that has most of them, the ones that
+        are silent for longest. Some at a time, as this looks at all."""
+        waiting = [other for other in self.connections if other.waits_for_client and not other.transport.is_closing()]
+        crowd = Counter(other.address for other in waiting)
+        waiting.sort(key=lambda other: (-crowd[other.address], other.heard))
+        for other in waiting[: 1 + self.limits.connections // 50]:
+            other.transport.abort()
+
+    @property
+    def address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cut_off_after(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self.loop.time()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:  # the headers of a request are complete
+            self._cut_off_after(self.limits.write_seconds if self.flow.write_paused else None)
+
+    def on_response_complete(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._cut_off_after(self.limits.write_seconds if unsent else self.limits.head_seconds)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cut_off_after(self.limits.write_seconds)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        idle = self.cycle is None or self.cycle.response_complete
+        self._cut_off_after(self.limits.head_seconds if idle else None)
+
+    def _cut_off_after(self, seconds: float | None) -> None:
+        """Sets the only deadline that there is at a time; None for none."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+    def _should_upgrade(self) -> bool:
+        return False  # to WebSockets: such a request is answered as any other
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP, as the API does, and closes. Called where h11's error is handled."""
+        if self.cycle is not None and not self.cycle.response_complete:  # its body goes wrong: it must not answer, too
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.abort()
+        status = getattr(sys.exception(), "error_status_hint", 400)
+        body = json.dumps(ApiError(status, "the request is not valid HTTP").body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers["x-request-id"] = uuid.uuid4().hex
+        head = h11.Response(status_code=status, headers=list(headers.items()), reason=STATUS_PHRASES[status])
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()

@@ -1,0 +1,129 @@
+"""Which names the server answers to, and which pages of browsers it answers.
+
+A page of another site can make a browser send requests to this server. The browser names that site in `Origin`, unless
+the site lets its own name lead to this server's address (DNS rebinding): then its name is in `Host`.
+"""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llava_jax.serve.errors import ApiError
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}
+_API = ("/v1/", "/metrics")
+
+
+class Hosts:
+    """ASGI middleware: refuses requests to unknown hosts with 421, and those of pages of other sites with 403.
+
+    Known are loopback names, the address that the client connected to, and `names`.
+
+    Args:
+      app: what comes behind.
+      names: `llava.example.org`, `*.example.org`, or `*` for all.
+      origins: `https://app.example.org`: whose pages may use the API.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str] = (), origins: Collection[str] = ()):
+        self.app, self.names, self.origins = app, {"localhost", "*.localhost", *names}, frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] == "http":
+                self._check(scope, Headers(scope=scope))
+        except ApiError as error:
+            return await error.response()(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        unnamed = not hosts and scope["path"] == "/health"  # load balancers may speak HTTP/1.0 without a Host
+        if not unnamed and (len(hosts) != 1 or not self._knows(hosts[0], scope)):
+            name = hosts[0] if len(hosts) == 1 else f"{len(hosts)} Host headers"
+            what = f"this server is not known as {name[:100]!r}: if it should be, start it with --allowed-hosts"
+            raise ApiError(421, what, "unknown_host")
+        if origins and not (len(origins) == 1 and (origins[0] in self.origins or _same_site(origins[0], hosts))):
+            what = f"pages of {origins[0][:100]!r} may not use this server: start it with --allow-origin if they should"
+            raise ApiError(403, what, "foreign_origin")
+        foreign = not origins and headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if foreign and not _opens_the_page(scope, headers):
+            raise ApiError(403, "pages of other sites may only link to the page of this server", "foreign_origin")
+
+    def _knows(self, value: str, scope: Scope) -> bool:
+        if "*" in self.names:
+            return True
+        host, _ = split_host(value)
+        connected, _ = scope.get("server") or (None, None)
+        if host is None or host in self.names or host == _plain(str(connected)):
+            return host is not None
+        parents = host.split(".")
+        wildcards = {".".join(["*", *parents[i:]]) for i in range(1, len(parents))}
+        return bool(wildcards & self.names) or _is_loopback(host)
+
+
+def allowed_names(text: str) -> list[str]:
+    """`--allowed-hosts`: names separated by commas."""
+    names = [_plain(name.strip().lower()) for name in text.split(",")]
+    for name in names:
+        if name != "*" and split_host(f"[{name}]" if ":" in name else name.removeprefix("*."))[0] is None:
+            raise ValueError(name)
+    return names
+
+
+def allowed_origin(text: str) -> str:
+    """`--allow-origin`: what a browser sends for a page, `https://app.example.org`."""
+    scheme, _, rest = text.lower().partition("://")
+    if not re.fullmatch("[a-z][a-z0-9+.-]*", scheme) or split_host(rest)[0] is None:
+        raise ValueError(text)
+    return text.lower()
+
+
+def own_names(host: str, bound: socket.socket) -> list[str]:
+    """Names of this machine that clients may use, where it listens at `host`."""
+    if not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_unspecified:
+        return [_plain(host.lower())]
+    return [socket.gethostname().lower()]
+
+
+def split_host(value: str) -> tuple[str | None, str | None]:
+    """The name or address and the port of a `Host` header; (None, None) where it is none."""
+    match = _HOST.fullmatch(value.lower())
+    return (_plain(match[1]), match[2]) if match else (None, None)
+
+
+def _plain(host: str) -> str:
+    """An address in the one way it is compared, without brackets; a name as it is."""
+    host = host.removeprefix("[").removesuffix("]").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _same_site(origin: str, hosts: list[str]) -> bool:
+    """Whether a page of `origin` is this server's own. A proxy may speak https for it."""
+    scheme, _, rest = origin.lower().partition("://")
+    if scheme not in _PORTS or not hosts:
+        return False
+    (name, port), (own, own_port) = split_host(rest), split_host(hosts[0])
+    return name is not None and (name, port or _PORTS[scheme]) == (own, own_port or _PORTS[scheme])
+
+
+def _opens_the_page(scope: Scope, headers: Headers) -> bool:
+    """Whether somebody follows a link."""
+    fetch = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["method"] == "GET" and fetch == ("navigate", "document") and not scope["path"].startswith(_API)

@@ -1,0 +1,47 @@
+"""A line of log for each response, and the id of the request, which both the line and the response have."""
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = "x-request-id"
+_PATH = 200  # characters that are logged
+_logger = logging.getLogger("uvicorn.error")
+
+
+class Log:
+    """ASGI middleware, the outermost. Answers HEAD as GET without a body."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        method, request_id = scope["method"], _request_id(Headers(scope=scope))
+
+        async def logged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[HEADER] = request_id
+                client = (scope.get("client") or ["-"])[0]
+                path = ascii(scope["path"][:_PATH])[1:-1]
+                _logger.info("%s %s %s %d %s", ascii(client)[1:-1], method, path, message["status"], request_id)
+            elif method == "HEAD":
+                message = message | {"body": b""}
+            await send(message)
+
+        scope = scope | {"request_id": request_id, "method": "GET" if method == "HEAD" else method}
+        try:
+            await self.app(scope, receive, logged)
+        except Exception:
+            _logger.error("request %s failed:", request_id)  # uvicorn prints the traceback next
+            raise
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own where it is harmless, else a new one."""
+    given = headers.get(HEADER, "")
+    return given if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", given) else uuid.uuid4().hex
