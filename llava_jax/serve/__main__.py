@@ -2,10 +2,7 @@
 
 import argparse
 import os
-<<<<<<< HEAD
-=======
 import re
->>>>>>> main
 from collections.abc import Callable
 from pathlib import Path
 
