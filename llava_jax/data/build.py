@@ -265,12 +265,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.data.build",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
     add_allow_absolute(parser)

@@ -15,13 +15,26 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from llava_jax.cli import UserError, short
+from llava_jax.cli import UserError, short, shown
 from llava_jax.data import cache
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
+from llava_jax.incoming import read_object
 
+OWN_FEATURES = "tensorflow_datasets.core.features."
 # Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.
 READER_OPTIONS = {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}
+
+
+def _refuse_code(file: epath.Path) -> None:
+    """Raises `UserError` where TFDS would import modules that are not its own, to find the types of features."""
+    parts: list[Any] = [read_object(file)]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key in ("type", "pythonClassName", "python_class_name"):
+            if isinstance(part, dict) and not str(part.get(key, OWN_FEATURES)).startswith(OWN_FEATURES):
+                raise UserError(f"{file}: has features of type {shown(part[key])}, not of TFDS: no built data set")
 
 
 class Built(Sequence[Sample]):
@@ -34,11 +47,12 @@ class Built(Sequence[Sample]):
             left = "is not finished: run the same build again" if (directory / MANIFEST).exists() else "is none"
             raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
         self.digest = read_manifest(directory / MANIFEST)["digest"]
+        _refuse_code(directory / "features.json")
         try:
             instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         except Exception as error:  # TFDS raises nearly anything on damaged files
             raise UserError(f"{path}: dataset_info.json is damaged ({error}): build the set again") from error
-        shards = [directory / epath.Path(shard.filename).name for shard in instructions]  # whatever folder it names
+        shards = [directory / os.path.basename(shard.filename) for shard in instructions]  # whatever folder it names
         names = [directory / TEXT, directory / OFFSETS, *shards]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]

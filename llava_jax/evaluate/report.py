@@ -114,12 +114,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate report",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate report", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
     add("--output", metavar="DIR", help="where the page, the chart and the rest go")
