@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, short
 from llava_jax.data.images import read_picture
 from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
@@ -75,7 +75,9 @@ def _text(outcome: Outcome) -> str | None:
 def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
     """Names the questions that have no answer for good."""
     for question, reason in lacking[:NAMED]:
-        say(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
+        say(
+            f"warning: question {short(str(question.id))}: no answer ({reason}), which counts as wrong", file=sys.stderr
+        )
     if len(lacking) > NAMED:
         say(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
     if cut := sum(reason == CUT for _, reason in lacking):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, short
 from llava_jax.incoming import loads, require_regular, to_utf8
 
 Key = TypeVar("Key", bound=Hashable)
@@ -74,7 +74,10 @@ def once(
             raise UserError(f"{where}: {differs.format(key=name(key), first=first)}")
     if repeats:
         (where, key), more = repeats[0], f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
-        say(f"warning: {where}: repeats {what} {name(key)}{more} word for word; it counts once", file=sys.stderr)
+        say(
+            f"warning: {where}: repeats {what} {short(str(name(key)))}{more} word for word; it counts once",
+            file=sys.stderr,
+        )
     return found
 
 
