@@ -60,6 +60,18 @@ def read_weights(directory: Path) -> None:
         assert tensors.get(name).shape == tensors.shape(name)
 
 
+def read_llava_of_hf(directory: Path) -> None:
+    find_llava(directory, Options())
+
+
+def read_original(directory: Path) -> None:
+    find_original(directory, None, None, Options())
+
+
+def read_tokenizer(directory: Path) -> None:
+    load_tokenizer(directory / "tokenizer").encode("a <image> b")
+
+
 def read_samples(directory: Path) -> None:
     for file in directory.glob("data.*"):
         list(LlavaJson(file))
@@ -73,7 +85,7 @@ def read_evaluation(directory: Path) -> None:
 
 
 READERS = {
-    "config.json of transformers": Reader(lambda d: find_llava(d, Options()), "*config.json", changes=25),
+    "config.json of transformers": Reader(read_llava_of_hf, "*config.json", changes=25),
     "config.json of the original": Reader(
         lambda d: find_original(d, None, None, Options()), "config.json", "original", 15
     ),
