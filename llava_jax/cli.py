@@ -100,7 +100,10 @@ PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 class Parser(argparse.ArgumentParser):
     """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
-    expand it in `--output ~/file`, but not in `--output=~/file`."""
+    expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

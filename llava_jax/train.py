@@ -258,6 +258,10 @@ def _train(
         validates = len(held_out) > 0 and (last or bool(config.eval_every) and step % config.eval_every == 0)
         return validates, bool(asked) and asked.due(step, steps)
 
+    def write_account() -> None:
+        check()
+        goodput.write()
+
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
         found = bad.gather(f"bad samples of {when}") if skip_bad else []
@@ -265,7 +269,7 @@ def _train(
             bad.tell(found, writer, screen)
 
     with contextlib.ExitStack() as closing:
-        closing.callback(goodput.write)
+        closing.callback(write_account)
         closing.callback(checkpoints.close)
         closing.push(distributed.leave_on_error)  # closing checkpoints waits for all
         for closed in (writer, screen, profile) if first else (profile,):

@@ -5,7 +5,6 @@ samples. Of a data set on an object store this machine keeps a copy, file by fil
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from llava_jax.cli import UserError, shown
 from llava_jax.data import cache
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, sample_of_line
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
 from llava_jax.incoming import read_object
 
@@ -47,7 +46,7 @@ class Built(Sequence[Sample]):
         if not (directory / "dataset_info.json").exists():
             left = "is not finished: run the same build again" if (directory / MANIFEST).exists() else "is none"
             raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
-        self.digest = json.loads((directory / MANIFEST).read_text())["digest"]
+        self.digest = read_manifest(directory / MANIFEST)["digest"]
         _refuse_code(directory / "features.json")
         instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         names = [
@@ -64,7 +63,10 @@ class Built(Sequence[Sample]):
 
     def _open(self) -> None:
         self._file = os.open(self._text, os.O_RDONLY)  # for as long as the process runs
-        self._lines = np.load(self._offsets, mmap_mode="r")
+        try:
+            self._lines = np.load(self._offsets, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{self.path}: {OFFSETS} is damaged ({error}): build it again") from error
         if len(self._lines) - 1 != len(self._records):
             raise UserError(f"{self.path}: {len(self._lines) - 1} texts, {len(self._records)} records: build it again")
 
