@@ -43,7 +43,7 @@ MAX_TABLE = 2 * 2**20  # bytes of data.pkl, and of the zip's table of contents: 
 MAX_AXES = 8
 MAX_LENGTH = 2**48  # of an axis, a stride, an offset
 
-# Instructions of pickles that describe tensors by name, or what is named in errors. `_Unpickler` has four more of its own;
+# Instructions of pickles that describe tensors by name, or what errors name. `_Unpickler` has four more of its own;
 # these are pickle's, of which the Python version keeps its memo in a dict and reads no more than there is.
 _INSTRUCTIONS = """
 PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BINFLOAT BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE
