@@ -48,7 +48,10 @@ class Built(Sequence[Sample]):
             raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
         self.digest = read_manifest(directory / MANIFEST)["digest"]
         _refuse_code(directory / "features.json")
-        instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
+        try:
+            instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
+        except Exception as error:  # TFDS raises any class for what it does not know
+            raise UserError(f"{path}: TFDS cannot read it ({type(error).__name__}: {error}): build it again") from error
         names = [
             directory / TEXT,
             directory / OFFSETS,
