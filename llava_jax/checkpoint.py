@@ -160,9 +160,9 @@ class Checkpoint:
     def _open(self, source: Source) -> "Checkpoint":
         if has_copy(self.root, source):
             return open_checkpoint(frozen_copy(self.root, source))
+        if not (may_read(source.relative, self.root) and may_read(source.path, self.root)):
+            raise UserError(self._unnamed(source))
         for path in (self.root / source.relative, epath.Path(source.path)):
-            if not may_read(path, self.root):
-                raise UserError(self._unnamed(source))
             if path.exists():
                 found = open_checkpoint(path)
                 if found.description.id == source.id:
@@ -427,6 +427,8 @@ def write_description(directory: epath.Path, description: Description) -> None:
 
 def finished_steps(directory: epath.Path) -> list[int]:
     """The steps with a complete checkpoint, oldest first."""
+    if not directory.exists():  # as a folder of an object store before its first file
+        return []
     steps = (int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
     return sorted(step for step in steps if ocp.is_orbax_checkpoint(directory / str(step)))
 

@@ -149,7 +149,8 @@ def test_every_chunk_is_stored_with_a_checksum_and_those_without_still_open(tmp_
 def test_a_flipped_bit_of_an_import_is_an_error_that_names_the_array(tmp_path, model_dir):
     expected = open_checkpoint(model_dir).load()
     for number, (name, value) in enumerate(expected.items()):
-        file = max((model_dir / "params" / "state" / name).rglob("*"), key=lambda file: file.stat().st_size)
+        files = [file for file in (model_dir / "params" / "state" / name).rglob("*") if file.is_file()]
+        file = max(files, key=lambda file: file.stat().st_size)
         if file.name == "zarr.json":  # of a small array the description is larger
             file = next(file for file in (model_dir / "params" / "state" / name / "c").rglob("*") if file.is_file())
         whole = file.read_bytes()
@@ -263,7 +264,7 @@ def test_a_place_that_only_a_file_names_is_not_contacted(path, tmp_path, model_d
     exists = type(workdir).exists
     monkeypatch.setattr(type(workdir), "exists", lambda self: exists(self) and "//" not in str(self))
     monkeypatch.setattr("llava_jax.checkpoint.open_checkpoint", lambda path: pytest.fail(f"opened {path}"))
-    with pytest.raises(UserError, match=f"names and you did not.* convert copy-frozen .*--source {path}$"):
+    with pytest.raises(UserError, match=f"names and you did not.*convert copy-frozen .*--source {path}$"):
         step.parts  # noqa: B018
     with pytest.raises(UserError, match="names and you did not"):
         step.load()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import base_name, is_adapter
-from llava_jax.convert.gguf_header import read_header
+from llava_jax.convert.gguf_header import count_numbers
 from llava_jax.convert.hf_fields import Json, check_generation
 from llava_jax.convert.hf_text import num_parameters, read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
@@ -73,7 +73,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _open_gguf(path: Path) -> LanguageModel:
     """Of the whole model in memory: GGUF's numbers are quantized, and come out as float32."""
     refuse_pointer_file(path)
-    numbers = read_header(path).numbers
+    numbers = count_numbers(path)
     try:
         import gguf  # noqa: F401  (transformers uses it, and names it less clearly where it is missing)
         import torch

@@ -36,25 +36,20 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
+_STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
+_NAMES = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", *_STORAGES}
 _LOCAL_HEADER = 30  # bytes of a zip's header before an entry's name
 MAX_TABLE = 2 * 2**20  # bytes of data.pkl, and of the zip's table of contents: those of 10,000 tensors
 MAX_AXES = 8
 MAX_LENGTH = 2**48  # of an axis, a stride, an offset
 
-# Instructions of pickles that describe tensors by name, or what is named in errors: all but those below are as in
-# pickle, of which the Python version keeps its memo in a dict and reads no more than there is.
-_INSTRUCTIONS = b"".join(
-    (
-        *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK),
-        *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE),
-        *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS),
-        *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT),
-        *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-        *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-        *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
-        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-    )
-)
+# Instructions of pickles that describe tensors by name, or what errors name. `_Unpickler` has four more of its own;
+# these are pickle's, of which the Python version keeps its memo in a dict and reads no more than there is.
+_INSTRUCTIONS = """
+PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BINFLOAT BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE
+BINUNICODE8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS GLOBAL STACK_GLOBAL
+BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
+"""
 
 
 class _Storage(NamedTuple):
@@ -152,43 +147,42 @@ class _Instructions(dict):
 class _Unpickler(pickle._Unpickler):
     """Knows dicts, numbers, strings and torch's tensors."""
 
-    dispatch = _Instructions({code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS})
+    dispatch = _Instructions(
+        {
+            code: pickle._Unpickler.dispatch[code]
+            for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())
+        }
+    )
 
-    def find_class(self, module: str, name: str) -> Any:
-        match module, name:
-            case "collections", "OrderedDict":
-                return collections.OrderedDict
-            case "torch._utils", "_rebuild_tensor_v2":
-                return _rebuild_tensor
-            case "torch._utils", "_rebuild_parameter":
-                return _rebuild_parameter
-            case "torch", _ if name in STORAGES:
-                return name
-        raise _Refused(f"asks to run {module}.{name}, which no weights need: it is not opened")
+    def find_class(self, module: str, name: str) -> str:
+        """What is named by its name: nothing of it is ever called."""
+        if (found := f"{module}.{name}") in _NAMES:
+            return found
+        raise _Refused(f"asks to run {found}, which no weights need: it is not opened")
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
-            case ("storage", str(kind), str(entry), _, int(length)) if kind in STORAGES:
-                return _Storage(STORAGES[kind], f"data/{entry}", length)
+            case ("storage", str(kind), str(entry), _, int(length)) if kind in _STORAGES:
+                return _Storage(_STORAGES[kind], f"data/{entry}", length)
         raise _Refused("damaged, it names a storage that is none; download it again")
 
     def load_reduce(self) -> None:
         """Calls with any other arguments might compare, hash or copy without end."""
-        arguments, function = self.stack.pop(), self.stack.pop()
-        match function, arguments:
-            case collections.OrderedDict, ():
+        arguments, name = self.stack.pop(), self.stack.pop()
+        match name, arguments:
+            case str("collections.OrderedDict"), ():
                 self.append(collections.OrderedDict())
-            case _, (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_) if (
-                function is _rebuild_tensor and len(shape) == len(strides) <= MAX_AXES
+            case str("torch._utils._rebuild_tensor_v2"), (_Storage(), int(), tuple(shape), tuple(strides), *_) if (
+                len(shape) == len(strides) <= MAX_AXES
             ):
-                self.append(_Tensor(storage, offset, shape, strides))
-            case _, (_Tensor() as tensor, *_) if function is _rebuild_parameter:
+                self.append(_Tensor(*arguments[:4]))
+            case str("torch._utils._rebuild_parameter"), (_Tensor() as tensor, *_):
                 self.append(tensor)
             case _:
                 raise _Refused("damaged, a tensor in it is not described as one; download it again")
 
     def load_build(self) -> None:
-        """A state dict comes with `_metadata`, which nothing here needs. On anything else it would change functions."""
+        """A state dict comes with `_metadata`, which nothing here needs. Of anything else it is refused."""
         state = self.stack.pop()
         if type(state) is not dict or type(self.stack[-1]) is not collections.OrderedDict:
             raise _Refused("asks for BUILD in its pickle of what is no state dict: it is not opened")
@@ -214,16 +208,6 @@ class _Unpickler(pickle._Unpickler):
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
     }
-
-
-def _rebuild_tensor() -> NoReturn:
-    """Stands for torch's."""
-    raise NotImplementedError
-
-
-def _rebuild_parameter() -> NoReturn:
-    """Stands for torch's."""
-    raise NotImplementedError
 
 
 def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:

@@ -157,7 +157,8 @@ def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> It
     settings.text_config.num_hidden_layers = layers
     if getattr(settings.text_config, "layer_types", None):  # one a layer
         settings.text_config.layer_types = settings.text_config.layer_types[:layers]
-    model, loading = _read(LlavaForConditionalGeneration, directory, config=settings, output_loading_info=True)
+    own = {"config": settings, "attn_implementation": "sdpa"}  # whatever kernels of the Hub a config.json names
+    model, loading = _read(LlavaForConditionalGeneration, directory, output_loading_info=True, **own)
     left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
     loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]

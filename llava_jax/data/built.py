@@ -51,7 +51,7 @@ class Built(Sequence[Sample]):
         try:
             instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         except Exception as error:  # TFDS raises nearly anything on damaged files
-            raise UserError(f"{path}: dataset_info.json is damaged ({error}): build the set again") from error
+            raise UserError(f"{path}: TFDS cannot read it ({type(error).__name__}: {error}): build it again") from error
         shards = [directory / os.path.basename(shard.filename) for shard in instructions]  # whatever folder it names
         names = [directory / TEXT, directory / OFFSETS, *shards]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))

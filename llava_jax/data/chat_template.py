@@ -1,7 +1,7 @@
 """Chat templates of tokenizers: programs in Jinja that others wrote.
 
-transformers renders them in a sandbox, which bounds what they reach, but neither their time nor their memory. Here that
-runs in a process with limits, for once: nothing else renders a template of a file.
+transformers renders them in a sandbox, which bounds what they reach, but neither their time nor their memory. Here a
+process with limits does it. Nothing else in the package renders a template of a file.
 """
 
 import functools

@@ -67,6 +67,7 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     files = read_tokenizer_files(local(directory), directory)
     try:
         tokenizer = _load(local(directory), files)
+        ids, has_pieces = tokenizer.encode("a"), bool(tokenizer.get_vocab())
     except UserError:
         raise
     except BaseException as error:  # the tokenizers library raises no other class for a broken file, or panics
@@ -78,11 +79,13 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
                 "never run: save it as a tokenizer.json with a class of transformers, and remove auto_map"
             ) from error
         raise UserError(
-            f"{directory}: holds no tokenizer that transformers reads: {error or type(error).__name__}"
+            f"{directory}: holds no tokenizer that transformers reads: {str(error) or type(error).__name__}"
         ) from error
+    if not has_pieces:
+        raise UserError(f"{directory}: its tokenizer has no pieces")
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} knows no character offsets: save a tokenizer.json")
-    if tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
+    if ids[-1:] == [tokenizer.eos_token_id]:
         raise UserError(
             f"{directory}: adds {tokenizer.eos_token} to every text, a prompt included: set add_eos_token to false in "
             "its tokenizer_config.json (templates have end marks of their own)"
