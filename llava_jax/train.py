@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, remote, sharding, tracking
 from llava_jax.bad_samples import BadSamples, check_texts
 from llava_jax.checkpoint import (
     DESCRIPTION,
@@ -91,6 +91,7 @@ def _train(
 
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
+    remote.name(config.init, directory)
     start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
     if resume_from is not None and not resumed:
         raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
