@@ -154,7 +154,7 @@ def _name(text: bytes) -> str:
     if not holder:
         return "another process"
     return "another process ({pid} on {host} since {since}: {command})".format_map(
-        {name: one_line(short(str(holder.get(name, "?")), 300)) for name in ("pid", "host", "since", "command")}
+        {name: short(one_line(str(holder.get(name, "?"))), 300) for name in ("pid", "host", "since", "command")}
     )
 
 
