@@ -361,7 +361,7 @@ def open_step(workdir: epath.Path, step: int) -> Checkpoint:
 
 
 def _other_steps(path: epath.Path) -> str:
-    steps = finished_steps(path.parent) if path.parent.name == STEPS and path.parent.exists() else []
+    steps = finished_steps(path.parent) if path.parent.name == STEPS else []
     return f": the steps there are {', '.join(map(str, steps))}" if steps else ""
 
 
@@ -426,10 +426,8 @@ def write_description(directory: epath.Path, description: Description) -> None:
 
 
 def finished_steps(directory: epath.Path) -> list[int]:
-    """The steps with a complete checkpoint, oldest first."""
-    if not directory.exists():  # as a folder of an object store before its first file
-        return []
-    steps = (int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    """The steps with a complete checkpoint, oldest first; none where there is no such directory."""
+    steps = (int(entry.name) for entry in entries(directory) if entry.name.isdecimal())
     return sorted(step for step in steps if ocp.is_orbax_checkpoint(directory / str(step)))
 
 

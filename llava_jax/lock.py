@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, say, short, warn
+from llava_jax.cli import UserError, one_line, say, short, warn
 from llava_jax.incoming import loads
 from llava_jax.remote import is_remote
 
@@ -154,7 +154,7 @@ def _name(text: bytes) -> str:
     if not holder:
         return "another process"
     return "another process ({pid} on {host} since {since}: {command})".format_map(
-        {name: short(str(holder.get(name, "?")), 300) for name in ("pid", "host", "since", "command")}
+        {name: short(one_line(str(holder.get(name, "?"))), 300) for name in ("pid", "host", "since", "command")}
     )
 
 

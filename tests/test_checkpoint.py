@@ -15,7 +15,7 @@ import tiny
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from llava_jax.array_store import open_array
+from llava_jax.array_store import is_layered, open_array
 from llava_jax.checkpoint import Description, TrainingCheckpoints, new_directory, open_checkpoint, save_model
 from llava_jax.cli import UserError
 
@@ -149,34 +149,21 @@ def test_every_chunk_is_stored_with_a_checksum_and_those_without_still_open(tmp_
 def test_a_flipped_bit_of_an_import_is_an_error_that_names_the_array(tmp_path, model_dir):
     expected = open_checkpoint(model_dir).load()
     for number, (name, value) in enumerate(expected.items()):
-        files = [file for file in (model_dir / "params" / "state" / name).rglob("*") if file.is_file()]
-        file = max(files, key=lambda file: file.stat().st_size)
-        if file.name == "zarr.json":  # of a small array the description is larger
-            file = next(file for file in (model_dir / "params" / "state" / name / "c").rglob("*") if file.is_file())
+        file = next(file for file in (model_dir / "params" / "state" / name / "c").rglob("*") if file.is_file())
         whole = file.read_bytes()
         data = bytearray(whole)
         data[number % value.nbytes] ^= 1 << number % 8
         file.write_bytes(data)
-        for read in (
-            lambda: open_checkpoint(model_dir).load(),
-            lambda name=name: open_checkpoint(model_dir).read(name),
-        ):
-            with pytest.raises(
-                UserError, match=f"is damaged .{name}: Digest mismatch.*: import or copy it again"
-            ) as raised:
-                read()
-            assert "\n" not in str(raised.value)
+        said = f"is damaged .{name}: Digest mismatch.*: import or copy it again"
+        with pytest.raises(UserError, match=said):
+            open_checkpoint(model_dir).load()
+        with pytest.raises(UserError, match=said):
+            for layer in range(len(value)) if is_layered(name, value.ndim) else [None]:
+                open_checkpoint(model_dir).read(name, layer)
         file.write_bytes(whole)
     loaded = open_checkpoint(model_dir).load()
     for name, value in loaded.items():
         np.testing.assert_array_equal(value, expected[name])
-
-
-def test_an_array_that_lost_a_file_is_not_read_as_zeros(model_dir):
-    file = next(file for file in (model_dir / "params/state/llm.norm.scale/c").rglob("*") if file.is_file())
-    file.unlink()
-    with pytest.raises(UserError, match="is damaged .*llm.norm.scale"):
-        open_checkpoint(model_dir).read("llm.norm.scale")
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):
