@@ -15,7 +15,7 @@ BODY_SECONDS = 60.0  # in which a body has to have arrived
 READ_SECONDS = 10.0  # in which the next part of it has to
 SILENT_SECONDS = 1.0  # after which a body may be refused in favour of others
 MAX_TARGET = 8192  # bytes of a path with its query
-MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 WRITE_BYTES = 64 << 10  # of an answer at a time: each has a deadline of its own, see `connection`
 
 
