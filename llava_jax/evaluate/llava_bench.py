@@ -178,12 +178,7 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate score llava-bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate score llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
     add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")

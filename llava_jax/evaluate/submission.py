@@ -73,12 +73,7 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate submission",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate submission", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
