@@ -53,8 +53,9 @@ class Traffic:
         self.body_bytes += size
         body.heard = now = asyncio.get_running_loop().time()
         if self.body_bytes > self.bytes_limit:
-            silent = min(self.reading, key=lambda other: other.heard, default=body)
-            if silent.waiting is None or now - silent.heard < SILENT_SECONDS:
+            waiting = [other for other in self.reading if other.waiting]
+            silent = min(waiting, key=lambda other: other.heard, default=None)
+            if silent is None or now - silent.heard < SILENT_SECONDS:
                 raise _too_many()
             silent.waiting.reschedule(now)
 
