@@ -108,6 +108,12 @@ def test_validation_stops_at_the_first_bad_item():
     assert error.value.param == "messages.0.content.0.text"
 
 
+def test_what_has_no_influence_is_not_kept():
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "user": "u" * MB, "metadata": {"a": 1}}
+    chat = parse(json.dumps(body).encode())
+    assert chat.user is chat.metadata is None
+
+
 def test_too_many_items_are_refused():
     many = [{"role": "user", "content": "a"}] * (MAX_ITEMS + 1)
     with pytest.raises(ApiError, match="messages"):

@@ -122,7 +122,9 @@ def test_slots_that_do_not_fit_say_what_they_would_take(checkpoint):
     with pytest.raises(
         UserError, match=r"^100000000 slots of \d+ positions take [\d.]+ GB .* lower --slots or --context$"
     ):
-        command.main(["--checkpoint", checkpoint, "--port", "0", "--slots", "100000000", "--compilation-cache", ""])
+        command.main(
+            ["--checkpoint", str(checkpoint), "--port", "0", "--slots", "100000000", "--compilation-cache", ""]
+        )
 
 
 def test_two_servers_that_start_at_once(checkpoint):

@@ -175,7 +175,9 @@ def test_stalled_streams_hold_nobody_up(app):
         (b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
         (b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 2000, 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 200_000, 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:\r\n" * 10_000 + b"\r\n", 431),
     ],
 )
 def test_what_is_no_http_is_answered_as_by_the_api_and_closed(app, request_bytes, status):

@@ -26,7 +26,7 @@ from llava_jax.serve.schema import ChatRequest
 MAX_BODY_BYTES = 32 << 20
 REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
 BODIES = 8  # of the largest size that may be in memory at a time
-BEYOND_QUEUE = 32  # requests at a time, over those that the engine holds, that may read, decode or be refused
+BEYOND_QUEUE = 32  # requests at a time, over those that the engine holds, whose images may be decoded
 
 
 class ModelList(BaseModel):

@@ -17,6 +17,8 @@ from llava_jax.serve.errors import ApiError
 
 MAX_CONNECTIONS = 2000
 OTHER_FILES = 256  # that may be open besides connections
+MAX_HEAD_BYTES = 16 << 10
+MAX_CHUNKS, MIN_CHUNK_BYTES = 1000, 256  # of a body: so many of any size, and more if they are that large on average
 
 
 class Limits(NamedTuple):
@@ -37,11 +39,32 @@ def connection_limit() -> int:
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
+class Parser(h11.Connection):
+    """h11's, which takes a head of any size where it arrives at once, and chunks of single bytes."""
+
+    parts = size = 0  # of a body
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:
+            data, _ = self.trailing_data
+            if len(data) > MAX_HEAD_BYTES and data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) < 0:
+                raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.parts = self.size = 0
+        elif isinstance(event, h11.Data):
+            self.parts, self.size = self.parts + 1, self.size + len(event.data)
+            if self.parts > MAX_CHUNKS + self.size // MIN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the chunks are too small")
+        return event
+
+
 class Connection(H11Protocol):
     """Uvicorn's protocol with deadlines. To be given to it as `functools.partial(Connection, limits=...)`."""
 
     def __init__(self, *args, limits: Limits, **kwargs):
         super().__init__(*args, **kwargs)
+        self.conn = Parser(h11.SERVER, MAX_HEAD_BYTES)
         self.limits = limits
         self.heard = self.loop.time()  # when the client last sent something
         self._deadline: asyncio.TimerHandle | None = None

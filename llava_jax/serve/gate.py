@@ -15,7 +15,7 @@ BODY_SECONDS = 60.0  # in which a body has to have arrived
 READ_SECONDS = 10.0  # in which the next part of it has to
 SILENT_SECONDS = 1.0  # after which a body may be refused in favour of others
 MAX_TARGET = 8192  # bytes of a path with its query
-MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 << 10
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
 WRITE_BYTES = 64 << 10  # of an answer at a time: each has a deadline of its own, see `connection`
 
 
@@ -53,8 +53,9 @@ class Traffic:
         self.body_bytes += size
         body.heard = now = asyncio.get_running_loop().time()
         if self.body_bytes > self.bytes_limit:
-            silent = min(self.reading, key=lambda other: other.heard, default=body)
-            if silent.waiting is None or now - silent.heard < SILENT_SECONDS:
+            waiting = [other for other in self.reading if other.waiting]
+            silent = min(waiting, key=lambda other: other.heard, default=None)
+            if silent is None or now - silent.heard < SILENT_SECONDS:
                 raise _too_many()
             silent.waiting.reschedule(now)
 

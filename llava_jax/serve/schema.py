@@ -12,7 +12,10 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16  # of `n`
 MAX_ITEMS = 1024  # messages of a request, parts of a message
 
-Ignored = Annotated[Any, Field(description="Accepted; without influence on the answer.")]
+# Dropped, since a request may be kept as long as its answer is written.
+Ignored = Annotated[
+    Any, AfterValidator(lambda value: None), Field(description="Accepted; without influence on the answer.")
+]
 
 
 def Only(*values: Any) -> Any:
