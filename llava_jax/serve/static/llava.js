@@ -89,7 +89,7 @@ async function parse(text, folder, entries) {
   const images = new Map();
   for (const name of new Set(names)) {
     const file = entries.get(folder + name) ?? entries.get(baseOf(name));
-    if (!file) throw new Error(`names ${name}, which is not here: load the ZIP file, or the JSON and its images at once`);
+    if (!file) throw new Error(`names ${name}, which is not here: load the ZIP file, or JSON and images at once`);
     const type = `image/${suffixOf(name).slice(1).replace(/^jpg$/, "jpeg").replace(/^tif$/, "tiff")}`;
     images.set(name, makeImage(baseOf(name), new Blob([await file()], { type })));
   }

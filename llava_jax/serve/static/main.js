@@ -81,7 +81,9 @@ async function ask(head, question, giveBack = () => {}) {
   save();
 }
 
-const figures = (tokens, seconds) => `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
+function figures(tokens, seconds) {
+  return `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
+}
 
 /** The chunks of an answer, which may be as long as the context has room for, if that is less than what was wanted. */
 async function* chunks(request, signal) {
@@ -155,7 +157,6 @@ function draw() {
   document.body.classList.toggle("busy", busy !== null);
   [$("send").hidden, $("stop").hidden] = [busy !== null, busy === null];
   [$("empty").hidden, $("editing").hidden] = [wanted.length > 0, editing === null];
-  fit();
 }
 
 function tell(line, text) {
@@ -213,11 +214,6 @@ function fill(question) {
   attached = [...imagesOf(question), ...attached];
   draw();
   $("box").focus();
-}
-
-function fit() {
-  $("box").style.height = "auto";
-  $("box").style.height = `${$("box").scrollHeight}px`;
 }
 
 async function attach(files) {
@@ -303,7 +299,6 @@ $("composer").onsubmit = (event) => {
     fill(question);
   });
 };
-$("box").oninput = fit;
 $("box").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches) return;
   event.preventDefault();
