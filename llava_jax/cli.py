@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from llava_jax import remote
+
 Item = TypeVar("Item")
 
 SHOWN = 80  # characters of a value of a file in a message
@@ -56,6 +58,11 @@ def shown(value: object) -> str:
 def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """Prints for people, as `print` does: see `printable`."""
     print(printable(sep.join(map(str, values))), end=end, file=file, flush=flush)
+
+
+def warn(message: str) -> None:
+    """Prints a warning in one line, on standard error."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -98,7 +105,10 @@ PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 class Parser(argparse.ArgumentParser):
     """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
-    expand it in `--output ~/file`, but not in `--output=~/file`."""
+    expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -107,6 +117,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.metavar in PATHS:
                 setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
+                remote.name(getattr(parsed, action.dest))
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:

@@ -1,13 +1,12 @@
 """A trace of a few steps, for TensorBoard's or XProf's profile page: `profile/` in the workdir."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import jax
 from etils import epath
 
-from llava_jax.cli import say
+from llava_jax.cli import warn
 from llava_jax.remote import is_remote, new_local, upload
 
 
@@ -49,4 +48,4 @@ class Profile:
                 if self.directory != self.target:
                     upload(self.directory, self.target)
             except Exception as error:  # of the profiler or whichever client; it is no part of the training
-                say(f"warning: {self.target}: the trace cannot be written: {error}", file=sys.stderr)
+                warn(f"{self.target}: the trace cannot be written: {error}")

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, remote, sharding, tracking
 from llava_jax.bad_samples import BadSamples, check_texts
 from llava_jax.checkpoint import (
     DESCRIPTION,
@@ -31,7 +31,7 @@ from llava_jax.checkpoint import (
     read_description,
     write_description,
 )
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, warn
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
@@ -91,6 +91,7 @@ def _train(
 
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
+    remote.name(config.init, directory)
     start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
     if resume_from is not None and not resumed:
         raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
@@ -257,6 +258,10 @@ def _train(
         validates = len(held_out) > 0 and (last or bool(config.eval_every) and step % config.eval_every == 0)
         return validates, bool(asked) and asked.due(step, steps)
 
+    def write_account() -> None:
+        check()
+        goodput.write()
+
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
         found = bad.gather(f"bad samples of {when}") if skip_bad else []
@@ -264,7 +269,7 @@ def _train(
             bad.tell(found, writer, screen)
 
     with contextlib.ExitStack() as closing:
-        closing.callback(goodput.write)
+        closing.callback(write_account)
         closing.callback(checkpoints.close)
         closing.push(distributed.leave_on_error)  # closing checkpoints waits for all
         for closed in (writer, screen, profile) if first else (profile,):
@@ -436,10 +441,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     if source.description.stage == "finetune":
         learned = source.config.image_position
         if learned != config.image_position:
-            say(
-                f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
-                file=sys.stderr,
-            )
+            warn(f"the checkpoint was trained with image_position {learned}, not {config.image_position}")
         return choose_template(config.template, source.template)
     return get_template(config.template)
 

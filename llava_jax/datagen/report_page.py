@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
+from llava_jax.cli import short
 from llava_jax.datagen.statistics import FIRST_WORDS, QUESTIONS, Branch, Objects, Statistics, describe, tree
 from llava_jax.datagen.sunburst import sunburst
 
@@ -40,7 +41,8 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
     """
     style, script = _asset("style.css"), _asset("browser.js")
     policy = (
-        f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'"
+        f"default-src 'none'; img-src data:; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "base-uri 'none'; form-action 'none'"
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -100,7 +102,7 @@ def _shown(value: Any) -> str:
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return short(str(value), 1000)
 
 
 def _share(part: int, whole: int) -> str:
@@ -164,7 +166,7 @@ def _first_words(statistics: Statistics) -> str:
 
 def _list(branches: Sequence[Branch]) -> str:
     def line(branch: Branch) -> str:
-        return f'{html.escape(branch.word)} <span class="count">{branch.count:,}</span>'
+        return f'{html.escape(short(branch.word))} <span class="count">{branch.count:,}</span>'
 
     return "\n".join(
         f"<details><summary>{line(branch)}</summary>{_list(branch.branches)}</details>"

@@ -5,16 +5,16 @@ array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
+from llava_jax.incoming import loads
 from llava_jax.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
@@ -148,7 +148,7 @@ def is_lines(path: epath.PathLike) -> bool:
     """Whether a file has an object a line: its first line is one, and either tells its id or is not the only line."""
     first, _, rest = read_bytes(path).lstrip().partition(b"\n")
     try:
-        value = json.loads(first)
+        value = loads(first, strict=False)
     except ValueError:
         return False
     return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in IDS))
@@ -165,8 +165,7 @@ def read_json(path: epath.PathLike) -> Any:
 def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise UserError(f"{path}: {twice} stands there twice")
     return value
 
@@ -186,8 +185,7 @@ def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epat
         raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
     missing = [ident for ident in asked if ident not in answers]
     if missing:
-        say(f"warning: {len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first",
-              file=sys.stderr)  # fmt: skip
+        warn(f"{len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first")
 
 
 PARTIAL = "--partial scores what is there"
@@ -218,7 +216,7 @@ def join(
     for message in messages:
         if not partial:
             raise UserError(f"{message}; {advice}")
-        say(f"warning: {message}", file=sys.stderr)
+        warn(message)
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:
         raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")

@@ -131,12 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate score scienceqa-ensemble",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate score scienceqa-ensemble", description=__doc__, epilog=EPILOG)
     add_arguments(parser)
     add = parser.add_argument
     add(

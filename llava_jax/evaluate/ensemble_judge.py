@@ -76,12 +76,7 @@ def _option(choices: int, text: str) -> int | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate judge scienceqa",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate judge scienceqa", description=__doc__, epilog=EPILOG)
     add_arguments(parser)
     add = parser.add_argument
     add("--judge", required=True, metavar="MODEL", help="in the paper the second model itself")

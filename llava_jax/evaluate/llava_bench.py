@@ -3,14 +3,13 @@
 import argparse
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, say
+from llava_jax.cli import Parser, UserError, say, warn
 from llava_jax.evaluate.bench_outcomes import outcomes
 from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -104,7 +103,7 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
             message = f"{path}: has no review of {len(missing)} of {len(wanted)} questions, {missing[0]} the first"
             if not partial:
                 raise UserError(f"{message}; --partial scores what is there")
-            say(f"warning: {message}", file=sys.stderr)
+            warn(message)
     return lacking
 
 
@@ -178,12 +177,7 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate score llava-bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate score llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
     add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")

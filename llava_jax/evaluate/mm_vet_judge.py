@@ -106,12 +106,7 @@ def _labels(path: str) -> dict[str, Line]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate judge mm-vet",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate judge mm-vet", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--answers", required=True, metavar="F", help="JSONL of question_id, text")
     add("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")

@@ -45,12 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate predict",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate predict", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")

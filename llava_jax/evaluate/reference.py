@@ -75,12 +75,7 @@ def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dic
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate reference llava-bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate reference llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
     add("--context", required=True, metavar="F", help="JSONL of what is in each picture")

@@ -1,6 +1,7 @@
 """The report as one HTML file with nothing from elsewhere: table, chart, and questions with pictures and answers."""
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -9,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, short, track
 from llava_jax.data.images import load_image
 from llava_jax.data.names import image_path
 from llava_jax.evaluate.bootstrap import Interval
@@ -17,6 +18,9 @@ from llava_jax.evaluate.comparison import Case, Row
 from llava_jax.evaluate.outcomes import Outcome
 
 PICTURE = 320  # pixels of the longer side
+LONGEST_TEXT = 10_000  # characters
+MAX_ROWS = 200  # of the table and the chart; report.json has all
+MAX_CHARACTERS = 100_000_000  # of all questions, their images included
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
@@ -57,21 +61,27 @@ def page(
     images: epath.PathLike | None,
     limit: int,
 ) -> str:
-    """The page. At most `limit` questions stand in it, those first on which the runs differ most; `images` is the
-    folder of their pictures, None to leave them out."""
-    chosen = sorted(cases, key=lambda case: -case.spread)[:limit]
+    """The page. At most `limit` questions stand in it, those first on which the runs differ most, and no more than
+    `MAX_CHARACTERS` of them; `images` is the folder of their pictures, false to leave them out."""
+    chosen, articles, room = [], [], MAX_CHARACTERS
+    for case in track(sorted(cases, key=lambda case: -case.spread)[:limit], "writing the page"):
+        article = _article(case, runs, images)
+        if (room := room - len(article)) < 0:
+            break
+        chosen.append(case)
+        articles.append(article)
     left_out = f", those on which the runs differ most; {len(cases)} were asked" if len(chosen) < len(cases) else ""
-    groups = list(dict.fromkeys(group for case in chosen for group in _groups(case)))
+    groups = list(dict.fromkeys(group for case in chosen for group in _groups(case)))[:MAX_ROWS]
     judged = "".join(
         f"<p>{_text(benchmark)} was judged by {_text(judge['judge'])}, prompt hash <code>{_text(judge['prompt_hash'])}"
         "</code></p>" for benchmark, known in judges.items() for judge in known
     )  # fmt: skip
     options = "".join(f'<option value="{_text(group)}">{_text(group)}</option>' for group in groups)
-    articles = "\n".join(_article(case, runs, images) for case in track(chosen, "writing the page"))
+    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
+script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'">
 <title>{_text(" and ".join(runs))}</title><style>{STYLE}</style></head><body>
 <h1>{_text(" and ".join(runs))}</h1>
 {_table(runs, rows)}
@@ -82,14 +92,14 @@ script-src 'unsafe-inline'">
 <label><input type="checkbox" name="differ"> only where the runs differ</label>
 <label>by at least <input type="number" name="points" value="1" min="0" step="any" style="width: 5em"> points</label>
 <input type="search" name="words" placeholder="with these words"> <output></output></form>
-{articles}
-<script>{SCRIPT}</script>
+{"".join(f"{article}{chr(10)}" for article in articles)}<script>{SCRIPT}</script>
 </body></html>
 """
 
 
 def _groups(case: Case) -> list[str]:
-    return [case.benchmark, *(f"{case.benchmark}: {category}" for category in case.outcomes[0].categories)]
+    categories = case.outcomes[0].categories[:MAX_ROWS]
+    return [case.benchmark, *(short(f"{case.benchmark}: {category}") for category in categories)]
 
 
 def _table(runs: Sequence[str], rows: Sequence[Row]) -> str:
@@ -100,7 +110,7 @@ def _table(runs: Sequence[str], rows: Sequence[Row]) -> str:
         f"<tr><td>{_text(row.benchmark)}</td><td>{_text(row.category)}</td><td>{row.questions}</td>"
         + "".join(_cell(interval, "") for interval in row.values)
         + "".join(_cell(interval, "+") for interval in row.differences[1:]) + "</tr>"
-        for row in rows
+        for row in rows[:MAX_ROWS]
     )  # fmt: skip
     return f"<table><tr><th>benchmark</th><th>category</th><th>questions</th>{head}</tr>\n{body}</table>"
 
@@ -116,7 +126,7 @@ def _article(case: Case, runs: Sequence[str], images: epath.PathLike | None) -> 
     picture = f'<img alt="" src="{_picture(first, images)}">' if images and first.image else ""
     reference = f'<div class="reference"><b>reference</b>{_pre(first.reference)}</div>' if first.reference else ""
     answers = "".join(_answer(run, outcome) for run, outcome in zip(runs, case.outcomes, strict=True))
-    groups = _text(json.dumps(_groups(case)))
+    groups = html.escape(json.dumps(_groups(case)))
     return f"""<article data-spread="{case.spread:.6g}" data-groups="{groups}">
 <h3>{_text(case.benchmark)} {_text(first.question_id)} <small>{_text(", ".join(first.categories))}</small></h3>
 {picture}{_pre(first.question)}{reference}
@@ -134,7 +144,7 @@ def _pre(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(str(text))
+    return html.escape(short(str(text), LONGEST_TEXT))
 
 
 def _picture(outcome: Outcome, images: epath.PathLike) -> str:

@@ -167,12 +167,7 @@ def table(scores: Mapping[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate score scienceqa",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate score scienceqa", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     kinds = "a result JSON of the original ({results, outputs}), answers as JSONL, or one object {id: answer}"
     add("--results", "--answers", required=True, metavar="F", help=kinds)

@@ -113,12 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate questions scienceqa",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate questions scienceqa", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
     add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")

@@ -87,12 +87,7 @@ def _table(scores: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate score",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.evaluate score", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="what `predict` wrote, or anybody's; of mm-vet, the "
