@@ -4,7 +4,8 @@ import { unzip, zip } from "./zip.js";
 
 const MARK = "<image>";
 const MAX_JSON_BYTES = 16 << 20;
-const ROLES = { human: "user", user: "user", gpt: "assistant", assistant: "assistant", system: "system", developer: "system" };
+const [USER, ASSISTANT, SYSTEM] = ["user", "assistant", "system"];
+const ROLES = { human: USER, user: USER, gpt: ASSISTANT, assistant: ASSISTANT, system: SYSTEM, developer: SYSTEM };
 
 const baseOf = (path) => path.split("/").at(-1);
 const suffixOf = (name) => /\.[a-z0-9]{1,5}$/i.exec(name)?.[0].toLowerCase() ?? "";
@@ -39,7 +40,8 @@ export function pack({ system, messages }, id) {
     ),
   };
   const json = { name: "conversation.json", blob: new Blob([JSON.stringify([sample], null, 2), "\n"]) };
-  return zip([json, ...new Map(images.map((image) => [nameOf(image), { name: nameOf(image), blob: image.blob }])).values()]);
+  const files = new Map(images.map((image) => [image.id, { name: nameOf(image), blob: image.blob }]));
+  return zip([json, ...files.values()]);
 }
 
 /** The conversation in files that were chosen: a ZIP file, or JSON and its images. Throws Error. */
@@ -73,10 +75,10 @@ async function parse(text, folder, entries) {
   if (!turns.length || turns.some(({ role, text }) => !role || typeof text !== "string")) {
     throw new Error("is no conversation of LLaVA: `conversations`, a list of `from` and `value`");
   }
-  const first = turns[0].role === "system" ? turns.shift().text : null;
+  const first = turns[0].role === SYSTEM ? turns.shift().text : null;
   const system = sample.system ?? sample.system_prompt ?? first;
   if (system !== null && typeof system !== "string") throw new Error("`system` is no text");
-  if (turns.length % 2 || turns.some(({ role }, i) => role !== (i % 2 ? "assistant" : "user"))) {
+  if (turns.length % 2 || turns.some(({ role }, i) => role !== (i % 2 ? ASSISTANT : USER))) {
     throw new Error("questions and answers have to take turns, from a question to an answer");
   }
   const names = [sample.image ?? sample.images ?? []].flat();
@@ -87,12 +89,13 @@ async function parse(text, folder, entries) {
   const images = new Map();
   for (const name of new Set(names)) {
     const file = entries.get(folder + name) ?? entries.get(baseOf(name));
-    if (!file) throw new Error(`names ${name}, which is not here: load the ZIP file, or choose JSON and images at once`);
+    if (!file) throw new Error(`names ${name}, which is not here: load the ZIP file, or JSON and images at once`);
     const type = `image/${suffixOf(name).slice(1).replace(/^jpg$/, "jpeg").replace(/^tif$/, "tiff")}`;
     images.set(name, makeImage(baseOf(name), new Blob([await file()], { type })));
   }
   const placed = names.map((name) => images.get(name));
-  return { system, messages: turns.map(({ role, text }, i) => (i % 2 ? { role, text } : { role, parts: split(text, placed) })) };
+  const message = ({ role, text }) => (role === USER ? { role, parts: split(text, placed) } : { role, text });
+  return { system, messages: turns.map(message) };
 }
 
 /** The parts of a question, which takes its images from `images`. A line break beside a mark belongs to the mark. */

@@ -14,7 +14,8 @@ const textOf = ({ parts, text }) => (parts ? parts.flatMap((part) => part.text ?
 const imagesOf = ({ parts }) => parts.flatMap((part) => part.image ?? []);
 
 const tabs = new BroadcastChannel("llava_jax");
-const sampling = { temperature: 0.2, top_p: 0.7, longest: 512, ...JSON.parse(localStorage.getItem("llava_jax.sampling")) };
+const kept = JSON.parse(localStorage.getItem("llava_jax.sampling"));
+const sampling = { temperature: 0.2, top_p: 0.7, longest: 512, ...kept };
 let conversation = { system: null, messages: [] }; // an empty system prompt means none, null the model's own
 let attached = []; // images of the next question
 let editing = null; // number of the message that the next question replaces, with all after it
@@ -54,9 +55,8 @@ async function ask(head, question, giveBack = () => {}) {
   const paint = painter(reply);
   try {
     for await (const { choices, usage } of chunks(await requestFor([...head, question]), control.signal)) {
-      const [tokens, seconds] = [usage?.completion_tokens, (performance.now() - begun) / 1000];
-      if (usage) reply.figures = `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
-      if (choices[0]?.finish_reason === "length") reply.note = "The answer was cut where it became too long.";
+      if (usage) reply.figures = figures(usage.completion_tokens, (performance.now() - begun) / 1000);
+      if (choices[0]?.finish_reason === "length") reply.note = "The answer was cut at its longest length.";
       if (!choices[0]?.delta.content) continue;
       reply.text += choices[0].delta.content;
       paint();
@@ -65,7 +65,8 @@ async function ask(head, question, giveBack = () => {}) {
   } catch (error) {
     const reason = control.signal.aborted ? "" : explain(error, [...head, question]);
     if (reply.text) reply.note = reason;
-    else if (conversation.messages === mine) {
+    else mine.splice(-2);
+    if (!reply.text && conversation.messages === mine) {
       conversation.messages = before;
       giveBack();
       if (reason) complain(reason);
@@ -78,6 +79,10 @@ async function ask(head, question, giveBack = () => {}) {
   if (conversation.messages === mine) $("spoken").textContent = `Answer: ${reply.text} ${reply.note ?? ""}`;
   draw();
   save();
+}
+
+function figures(tokens, seconds) {
+  return `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
 }
 
 /** The chunks of an answer, which may be as long as the context has room for, if that is less than what was wanted. */
@@ -98,16 +103,15 @@ async function* chunks(request, signal) {
 
 async function requestFor(messages) {
   const { temperature, top_p, longest } = sampling;
-  const urlOf = (blob) =>
-    new Promise((onload) => Object.assign(new FileReader(), { onload }).readAsDataURL(blob)).then((e) => e.target.result);
+  const read = (blob) => new Promise((onload) => Object.assign(new FileReader(), { onload }).readAsDataURL(blob));
   const write = async ({ image, text }) =>
-    image ? { type: "image_url", image_url: { url: await urlOf(image.blob) } } : { type: "text", text };
+    image ? { type: "image_url", image_url: { url: (await read(image.blob)).target.result } } : { type: "text", text };
   const written = conversation.system === null ? [] : [{ role: "system", content: conversation.system }];
   for (const { role, parts, text } of messages) {
     written.push({ role, content: parts ? await Promise.all(parts.map(write)) : text });
   }
-  const limit = longest ? { max_completion_tokens: longest } : {};
-  return { model, messages: written, stream: true, stream_options: { include_usage: true }, temperature, top_p, ...limit };
+  const options = { temperature, top_p, ...(longest && { max_completion_tokens: longest }) };
+  return { model, messages: written, stream: true, stream_options: { include_usage: true }, ...options };
 }
 
 /** The reason for a refusal, with the name of the image that it is about. */
@@ -200,20 +204,16 @@ function replace(next, said) {
 
 function empty() {
   [attached, editing, $("box").value] = [[], null, ""];
-  fit();
+  draw();
+  $("box").focus();
 }
 
 /** Puts a question into the text box, before what has been written there meanwhile. */
 function fill(question) {
   $("box").value = [textOf(question), $("box").value].filter(Boolean).join("\n");
   attached = [...imagesOf(question), ...attached];
-  fit();
+  draw();
   $("box").focus();
-}
-
-function fit() {
-  $("box").style.height = "auto";
-  $("box").style.height = `${$("box").scrollHeight}px`;
 }
 
 async function attach(files) {
@@ -221,7 +221,8 @@ async function attach(files) {
     if (!file.type.startsWith("image/") && !IMAGE_NAMES.test(file.name)) {
       complain(`${file.name} is no image: the server reads JPEG, PNG, WebP, GIF, BMP, TIFF and PPM.`);
     } else if ((file.size * 4) / 3 > MAX_BODY - 1024) {
-      complain(`${file.name} has ${megabytes(file.size)}: the server takes ${megabytes(MAX_BODY)}, and files grow by a third on the way.`);
+      const limit = `the server takes ${megabytes(MAX_BODY)}, and files grow by a third on the way`;
+      complain(`${file.name} has ${megabytes(file.size)}: ${limit}.`);
     } else attached.push(makeImage(file.name, new Blob([await file.arrayBuffer()], { type: file.type })));
   }
   draw();
@@ -232,7 +233,8 @@ async function attach(files) {
 async function take(files) {
   say("");
   if (!files.some((file) => /\.(zip|json)$/i.test(file.name))) return attach(files);
-  await unpack(files).then((loaded) => replace(loaded, "The conversation was loaded."), (error) => complain(error.message));
+  const done = (loaded) => replace(loaded, "The conversation was loaded.");
+  await unpack(files).then(done, (error) => complain(error.message));
 }
 
 async function copy(text, button) {
@@ -266,13 +268,10 @@ const ACTIONS = {
     empty();
     editing = i;
     fill(conversation.messages[i]);
-    draw();
   },
   undo: (_, i) => {
     editing = null;
-    const [question] = conversation.messages.splice(i - 1);
-    fill(question);
-    draw();
+    fill(conversation.messages.splice(i - 1)[0]);
     save();
   },
   retry: (_, i) => {
@@ -300,7 +299,6 @@ $("composer").onsubmit = (event) => {
     fill(question);
   });
 };
-$("box").oninput = fit;
 $("box").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches) return;
   event.preventDefault();
@@ -309,14 +307,10 @@ $("box").onkeydown = (event) => {
 document.onkeydown = ({ key }) => {
   if (key !== "Escape" || document.querySelector("dialog[open]")) return;
   if (busy) busy.abort();
-  else if (editing !== null) $("cancel-edit").click();
+  else if (editing !== null) empty();
 };
 $("stop").onclick = () => busy?.abort();
-$("cancel-edit").onclick = () => {
-  empty();
-  draw();
-  $("box").focus();
-};
+$("cancel-edit").onclick = empty;
 $("dismiss").onclick = () => say("");
 $("new").onclick = () => {
   replace({ ...conversation, messages: [] }, conversation.messages.length ? "The conversation was removed." : "");
@@ -405,4 +399,4 @@ document.ondragover = document.ondragleave = document.ondrop = (event) => {
 };
 window.onpagehide = () => busy && sessionStorage.setItem("llava_jax.partial", conversation.messages.at(-1).text);
 tabs.onmessage = () => busy || restore();
-restore().then(connect);
+restore().finally(() => connect());

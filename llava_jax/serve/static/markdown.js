@@ -195,6 +195,8 @@ function inline(text) {
   }
 }
 
+const TAGS = [[], ["em"], ["strong"], ["em", "strong"]];
+
 /** The nodes of tokens. Marks that nothing closes are text. */
 function tree(tokens) {
   const stack = [document.createDocumentFragment()];
@@ -204,7 +206,7 @@ function tree(tokens) {
     else {
       if (words) stack.at(-1).append(words);
       words = "";
-      const tags = token.mark?.[0] === "~" ? ["del"] : [[], ["em"], ["strong"], ["em", "strong"]][token.mark?.length ?? 0];
+      const tags = token.mark?.startsWith("~") ? ["del"] : TAGS[token.mark?.length ?? 0];
       if (token instanceof Node) stack.at(-1).append(token);
       else if (token.role === "open") stack.push(...tags.map((tag) => element(tag)));
       else for (const _ of tags) stack.at(-2).append(stack.pop());

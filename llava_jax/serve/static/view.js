@@ -20,14 +20,16 @@ function question({ parts }) {
 }
 
 function answer({ text, note, figures = "", partial }) {
-  const buttons = [act("copy", "Copy"), act("retry", "Retry", "last"), act("undo", "Undo", "last")];
-  const more = [...buttons, element("span", { className: "figures" }, figures), note ? element("p", { className: "note" }, note) : []];
-  return article(partial ? "answer streaming" : "answer", "Answer", render(text), more);
+  const actions = [act("copy", "Copy"), act("retry", "Retry", "last"), act("undo", "Undo", "last")];
+  actions.push(element("span", { className: "figures" }, figures));
+  if (note) actions.push(element("p", { className: "note" }, note));
+  return article(partial ? "answer streaming" : "answer", "Answer", render(text), actions);
 }
 
 function article(className, title, body, actions) {
-  const [head, foot] = [element("h2", { className: "unseen" }, title), element("div", { className: "actions" }, actions)];
-  return element("article", { className }, head, element("div", { className: "body" }, body), foot);
+  const part = (name, children) => element("div", { className: name }, children);
+  const head = element("h2", { className: "unseen" }, title);
+  return element("article", { className }, head, part("body", body), part("actions", actions));
 }
 
 /** A button with an image, or its name where the browser cannot draw it. */

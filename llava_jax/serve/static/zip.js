@@ -15,8 +15,8 @@ function crc32(bytes) {
 
 /** Numbers, each in so many bytes, little-endian: packed("2 4", 20, 7). */
 function packed(sizes, ...numbers) {
-  const bytes = sizes.split(" ").flatMap((size, n) => Array.from({ length: size }, (_, i) => numbers[n] / 2 ** (8 * i)));
-  return Uint8Array.from(bytes, (byte) => byte & 255);
+  const bytesOf = (size, n) => Array.from({ length: size }, (_, i) => (numbers[n] / 2 ** (8 * i)) & 255);
+  return Uint8Array.from(sizes.split(" ").flatMap(bytesOf));
 }
 
 /** -> a ZIP file of what is in `files`: {name, blob}. */
@@ -26,7 +26,8 @@ export async function zip(files) {
   for (const { name, blob } of files) {
     const [bytes, path] = [new Uint8Array(await blob.arrayBuffer()), new TextEncoder().encode(name)];
     // Version 2.0, names in UTF-8, stored, 1 January 1980.
-    const common = packed("2 2 2 2 2 4 4 4 2 2", 20, 0x800, 0, 0, 0x21, crc32(bytes), bytes.length, bytes.length, path.length, 0);
+    const content = [crc32(bytes), bytes.length, bytes.length];
+    const common = packed("2 2 2 2 2 4 4 4 2 2", 20, 0x800, 0, 0, 0x21, ...content, path.length, 0);
     parts.push(packed("4", ENTRY), common, path, bytes);
     directory.push(packed("4 2", DIRECTORY, 20), common, packed("2 2 2 4 4", 0, 0, 0, 0, offset), path);
     offset += 30 + path.length + bytes.length;
@@ -42,7 +43,8 @@ export async function unzip(file) {
   let end = tail.byteLength - 22;
   while (end >= 0 && tail.getUint32(end, true) !== END) end--;
   if (end < 0) throw new Error("is no complete ZIP file");
-  const [count, length, start] = [tail.getUint16(end + 10, true), tail.getUint32(end + 12, true), tail.getUint32(end + 16, true)];
+  const count = tail.getUint16(end + 10, true);
+  const [length, start] = [12, 16].map((field) => tail.getUint32(end + field, true));
   if (count > LIMITS.entries) throw new Error(`has too many files in it: ${count}`);
   const view = new DataView(await file.slice(start, start + length).arrayBuffer());
   const entries = new Map();
