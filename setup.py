@@ -92,6 +92,7 @@ setup(
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
     package_data={
         "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"],
+        "llava_jax.evaluate": ["report_assets/*"],
         "llava_jax.serve": ["static/*"],
     },
     install_requires=BASE,

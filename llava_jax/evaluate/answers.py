@@ -6,7 +6,7 @@ array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -229,3 +229,17 @@ def join(
 def percent(part: float, whole: float) -> float | None:
     """Two decimals; None of nothing."""
     return round(part / whole * 100, 2) if whole else None
+
+
+def percent_by(values: Iterable[tuple[str, float]]) -> dict[str, float | None]:
+    """The mean of each group's values in percent, of (group, value from 0 to 1), in the order of the groups."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for group, value in values:
+        groups[group].append(value)
+    return {group: percent(sum(some), len(some)) for group, some in groups.items()}
+
+
+def score_by_kind(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """The scores of a benchmark whose questions are of several kinds, of (kind, accuracy of an answer)."""
+    accuracy = percent(sum(value for _, value in values), len(values))
+    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}

@@ -6,17 +6,17 @@ written.
 
 import argparse
 import functools
-import json
 import sys
 
-from llava_jax.cli import Parser, UserError, say
+from llava_jax.cli import UserError, say
+from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
-from llava_jax.evaluate.judging import prompt_hash
+from llava_jax.evaluate.judging import ask, prompt_hash
+from llava_jax.evaluate.lines import write_lines
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
-from llava_jax.llm_api.asking import Task, ask_all, forecast, told
+from llava_jax.llm_api.asking import Task, told
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
   python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
@@ -49,15 +49,15 @@ def main(argv: list[str] | None = None) -> None:
              functools.partial(_option, len(pair.problem["choices"])))
         for ident, pair in pairs.items()
     ]  # fmt: skip
-    asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
-    if args.dry_run:
-        say(f"{args.judge}: {forecast(asked, tasks)}")
+    hash_ = prompt_hash([SYSTEM, PROMPT])
+    outcomes = ask(args, args.judge, tasks, hash_, "judging by")
+    if outcomes is None:
         return
-    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"judging by {args.judge}")
-    with whole_file(args.output) as file:
-        for ident, outcome in zip(pairs, outcomes, strict=True):
-            line = {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
-            file.write(json.dumps(line).encode() + b"\n")
+    verdicts = (
+        {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
+        for ident, outcome in zip(pairs, outcomes, strict=True)
+    )
+    write_lines(args.output, verdicts)
     failed = sum(outcome.value is None for outcome in outcomes)
     say(f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option{told(outcomes)}", file=sys.stderr)
 
@@ -76,12 +76,7 @@ def _option(choices: int, text: str) -> int | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate judge scienceqa",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("judge scienceqa", __doc__, EPILOG)
     add_arguments(parser)
     add = parser.add_argument
     add("--judge", required=True, metavar="MODEL", help="in the paper the second model itself")

@@ -10,6 +10,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, say
 from llava_jax.incoming import to_utf8
+from llava_jax.whole_file import whole_file
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -41,6 +42,12 @@ class Line(NamedTuple):
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
     return list(_lines(path, read_bytes(path).split(b"\n"), partial))
+
+
+def write_lines(path: epath.PathLike, values: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of objects, which is there once it is whole."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(value).encode() + b"\n" for value in values)
 
 
 def once(

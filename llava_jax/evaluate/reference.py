@@ -6,18 +6,18 @@ The same command goes on where it was interrupted; no answer is paid twice.
 import argparse
 import functools
 import hashlib
-import json
 import sys
 from typing import Any
 
-from llava_jax.cli import Parser, UserError, say
+from llava_jax.cli import UserError, say
 from llava_jax.evaluate.bench_files import Question, read_questions
-from llava_jax.evaluate.judging import prompt_hash
-from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task, ask_all, forecast
+from llava_jax.evaluate.command import command_parser
+from llava_jax.evaluate.judging import ask, prompt_hash
+from llava_jax.evaluate.lines import write_lines
+from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task
 from llava_jax.llm_api.client import REFUSED
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
   python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
@@ -37,17 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         Task(f"{ident}, reference", functools.partial(messages, question), str.strip)
         for ident, question in questions.items()
     ]
-    asked, hash_ = work(args, args.model), prompt_hash(SYSTEM)
-    if args.dry_run:
-        say(f"{args.model}: {forecast(asked, tasks)}")
+    hash_ = prompt_hash(SYSTEM)
+    outcomes = ask(args, args.model, tasks, hash_, "answers of")
+    if outcomes is None:
         return
-    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
         if outcome.value is None:
             raise UserError(f"question {ident}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
-    with whole_file(args.output) as file:
-        for question, outcome in zip(questions.values(), outcomes, strict=True):
-            file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
+    answered = zip(questions.values(), outcomes, strict=True)
+    write_lines(args.output, (_answer(question, outcome, args.model, hash_) for question, outcome in answered))
     say(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
 
 
@@ -75,12 +73,7 @@ def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dic
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate reference llava-bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("reference llava-bench", __doc__, EPILOG)
     add = parser.add_argument
     add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
     add("--context", required=True, metavar="F", help="JSONL of what is in each picture")

@@ -13,9 +13,10 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, printable, say
+from llava_jax.cli import UserError, printable, say
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.evaluate.bootstrap import Interval
+from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_chart import draw
@@ -114,12 +115,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.evaluate report",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("report", __doc__, EPILOG)
     add = parser.add_argument
     add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
     add("--output", metavar="DIR", help="where the page, the chart and the rest go")
