@@ -91,8 +91,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
     package_data={
-        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"],
-        "llava_jax.evaluate": ["report_assets/*"],
+        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*", "word_files/*"],
+        "llava_jax.evaluate": ["contractions.txt", "report_assets/*"],
         "llava_jax.serve": ["static/*"],
     },
     install_requires=BASE,
