@@ -7,7 +7,7 @@ FOLDER = Path(__file__).with_name("word_files")
 
 
 def read_entries(name: str) -> list[str]:
-    """The entries of a file, one a line. Lines that begin with # are comments, indented ones belong to the one before."""
+    """The entries of a file, one a line. Comments begin with #; indented lines continue the one before."""
     text = (FOLDER / name).read_text(encoding="utf-8")
     return re.sub(r"\n\s+", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
 
