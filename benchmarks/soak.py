@@ -7,6 +7,11 @@ Starts `python -m llava_jax.serve` on a checkpoint and lets clients loose on it 
   vanish    leaves in the middle of its body, of its stream, or while it waits
   garbage   malformed JSON, HTTP, fields, paths and pictures: must be refused with 4xx
   oversize  decompression bombs, bodies, prompts and numbers of pictures that are too large: must be refused with 4xx
+  bomb      megabytes of JSON that would take seconds and gigabytes to read: must be refused with 4xx
+  foreign   other hosts' names, and pages of other sites: must be refused with 403 and 421
+
+Beside them, some clients ask for long streams and read nothing of them, others send half of a request's head, and some
+half of its body: the server has to cut them off, each time, and hold nobody else up for them.
 
 After a warm-up the memory of the server has to stay flat; at the end no slot may be held by somebody who is gone.
 """
@@ -35,8 +40,10 @@ import numpy as np
 import openai
 from PIL import Image
 
-GROWTH = 0.05  # of the memory after the warm-up, above which it counts as a leak
-SHARES = {"good": 0.55, "vanish": 0.2, "garbage": 0.15, "oversize": 0.1}
+GROWTH = 0.03  # of the memory after the warm-up, above which it counts as a leak
+SHARES = {"good": 0.53, "vanish": 0.18, "garbage": 0.13, "oversize": 0.08, "bomb": 0.02, "foreign": 0.06}
+STALL = 45  # seconds without reading
+CUT_OFF = 120  # seconds after which a client that lingers should have been cut off, however busy the machine is
 MODEL = "soak"
 QUESTIONS = ("Hello", "what color is the shape?", "is there a circle?", "Describe it.", "What is 2 + 2?")
 
@@ -143,6 +150,18 @@ class Bad:
             body(ask("x"), max_tokens=10**6),
             b" " * (33 << 20),
         ]
+        much = {"n": 3, "stream": True, "temperature": 2, "max_tokens": 1900, "logprobs": True, "top_logprobs": 20}
+        asked = body(ask(QUESTIONS[0]), **much)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+        self.stalled = f"{head}Content-Length: {len(asked)}\r\n\r\n".encode() + asked
+        self.lingering = {self.stall: 8, self.send_half_a_head: 40, self.send_half_a_body: 8}  # how many at a time
+        self.bombs = [
+            body([{"role": "user", "content": [0] * 4_000_000}]),
+            body([{"role": "user", "content": "x" * (20 << 20)}]),
+            b'{"a":' * 4_000_000,
+            b'{"messages":[' + b"9" * (20 << 20),
+            b"{" + b",".join(b'"%d":0' % i for i in range(1_000_000)) + b"}",
+        ]
 
     async def vanish(self, dice: random.Random, tally: Tally) -> None:
         data = dice.choice(self.long)
@@ -174,6 +193,47 @@ class Bad:
 
     async def send_oversize(self, dice: random.Random, tally: Tally) -> None:
         await self._refused("oversize", tally, self._post(dice.choice(self.oversize)))
+
+    async def send_bomb(self, dice: random.Random, tally: Tally) -> None:
+        await self._refused("bomb", tally, self._post(dice.choice(self.bombs)))
+
+    async def come_from_elsewhere(self, dice: random.Random, tally: Tally) -> None:
+        headers = dice.choice(({"Host": "evil.test"}, {"Origin": "http://evil.test"}, {"Origin": "null"}))
+        path = dice.choice(("/health", "/v1/models", "/"))
+        await self._refused("foreign", tally, self.http.get(path, headers=headers))
+
+    async def stall(self, tally: Tally) -> None:
+        """Asks for megabytes and reads nothing of them, for longer than the server waits."""
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await self._send(connection, self.stalled)
+            await asyncio.sleep(STALL)
+        tally.counts["stall"] += 1
+
+    async def send_half_a_head(self, tally: Tally) -> None:
+        await self._is_closed("half a head", self.stalled[:50], tally)
+
+    async def send_half_a_body(self, tally: Tally) -> None:
+        await self._is_closed("half a body", self.stalled[:-50], tally)
+
+    async def _is_closed(self, kind: str, data: bytes, tally: Tally) -> None:
+        with socket.socket() as connection:
+            await self._send(connection, data)
+            try:
+                async with asyncio.timeout(CUT_OFF):
+                    while await asyncio.get_running_loop().sock_recv(connection, 4096):
+                        pass
+            except ConnectionError:
+                pass
+            except TimeoutError:
+                return tally.problem(kind, f"not closed within {CUT_OFF} seconds")
+        tally.counts[kind] += 1
+
+    async def _send(self, connection: socket.socket, data: bytes) -> None:
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(connection, (self.host, int(self.port)))
+        await loop.sock_sendall(connection, data)
 
     def _post(self, data: bytes) -> Awaitable[httpx2.Response]:
         return self.http.post("/v1/chat/completions", content=data, headers={"Content-Type": "application/json"})
@@ -268,10 +328,14 @@ class Server:
                 await asyncio.sleep(0.2)
         raise SystemExit(f"error: the server did not start: see {self.log.name}")
 
-    def memory(self) -> float:
-        """MiB that are resident."""
-        with open(f"/proc/{self.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    async def memory(self) -> float:
+        """MiB that are resident, once the last requests of those who left are done."""
+        samples = []
+        for _ in range(10):
+            with open(f"/proc/{self.process.pid}/statm") as file:
+                samples.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            await asyncio.sleep(0.3)
+        return min(samples)
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -294,7 +358,9 @@ class Server:
 # -------------------------------------------------------------------------------------------------------- the soak
 
 
-async def clients(number: int, seconds: float, actions: dict[str, Callable], tally: Tally, seed: int) -> None:
+async def clients(
+    number: int, seconds: float, actions: dict[str, Callable], lingering: dict[Callable, int], tally: Tally, seed: int
+) -> None:
     """Lets them loose for a while."""
     deadline = time.monotonic() + seconds
 
@@ -304,7 +370,17 @@ async def clients(number: int, seconds: float, actions: dict[str, Callable], tal
             (kind,) = dice.choices(list(SHARES), list(SHARES.values()))
             await actions[kind](dice, tally)
 
+    async def again(linger: Callable) -> None:
+        while True:
+            await linger(tally)
+
+    others = [asyncio.create_task(again(linger)) for linger, number in lingering.items() for _ in range(number)]
     await asyncio.gather(*(client(index) for index in range(number)))
+    for other in others:
+        if other.done():  # it never ends by itself
+            other.result()
+        other.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def slots_that_work(server: Server, good: Good, slots: int) -> tuple[int, int]:
@@ -328,13 +404,14 @@ async def soak(args: argparse.Namespace, server: Server) -> int:
     await server.ready()
     good, bad = Good(server.url), Bad(server.url)
     actions = {"good": good.run, "vanish": bad.vanish, "garbage": bad.send_garbage, "oversize": bad.send_oversize}
+    actions |= {"bomb": bad.send_bomb, "foreign": bad.come_from_elsewhere}
     await good.learn()
-    await clients(args.clients, 60 * args.warm_up, actions, Tally(time.monotonic()), seed=0)
+    await clients(args.clients, 60 * args.warm_up, actions, bad.lingering, Tally(time.monotonic()), seed=0)
     tally = Tally(time.monotonic())
-    memories, files = [server.memory()], server.open_files()
+    memories, files = [await server.memory()], server.open_files()
     for minute in range(args.minutes):
-        await clients(args.clients, 60, actions, tally, seed=minute + 1)
-        memories.append(server.memory())
+        await clients(args.clients, 60, actions, bad.lingering, tally, seed=minute + 1)
+        memories.append(await server.memory())
         print(f"minute {minute + 1}: {dict(tally.counts)}, {memories[-1]:.0f} MiB", flush=True)
     open_files = (files, server.open_files())
     held, most = await slots_that_work(server, good, args.slots)
@@ -351,7 +428,11 @@ def report(tally: Tally, memories: list[float], files: tuple[int, int], held: in
     for name, values in (("a whole answer", tally.seconds), ("the first text of a stream", tally.first)):
         p50, p99 = np.percentile(values, (50, 99))
         print(f"seconds to {name}: p50 {p50:.3f}, p99 {p99:.3f}")
-    print(", ".join(f"{kind}: {tally.counts[kind]}" for kind in ("vanish", "garbage", "oversize")))
+    print(
+        ", ".join(
+            f"{kind}: {tally.counts[kind]}" for kind in [*list(SHARES)[1:], "stall", "half a head", "half a body"]
+        )
+    )
     middle = memories[len(memories) // 2]
     print(f"resident memory: {memories[0]:.0f} MiB after warm-up, {middle:.0f} half-way, {memories[-1]:.0f} at the end")
     print(f"open files: {files[0]} after warm-up, {files[1]} at the end")

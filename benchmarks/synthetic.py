@@ -18,7 +18,6 @@ Pictures are scikit-image's photographs: random crops, resized to the sizes that
 may be fewer than samples, whose names then repeat.
 """
 
-import argparse
 import json
 import os
 import pydoc_data.topics
@@ -167,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         description=__doc__,
         epilog="example: python benchmarks/synthetic.py --json /tmp/mix665k.json --images /tmp/pictures",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, required=True, metavar="F", help="what to write; .jsonl writes lines")
     parser.add_argument("--images", type=Path, metavar="DIR", help="where to write pictures; without, none is written")

@@ -229,12 +229,7 @@ def _path(file: str) -> epath.Path:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.chat",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.chat", description=__doc__, epilog=EPILOG)
     parser.add_argument("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="for the first message; repeatable")
     add_allow_absolute(parser)

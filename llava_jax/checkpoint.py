@@ -25,6 +25,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,12 +37,14 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_jax import quiet
 from llava_jax.array_store import TREE, ArrayWriter, layer_by_layer, open_array, parts_of
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, short
+from llava_jax.convert import hf_fields
+from llava_jax.data.tokenizer_files import MAX_BYTES
 from llava_jax.incoming import loads, read_bytes, read_object, refuse_pointers_below, to_utf8
 from llava_jax.lock import entries, hold
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
-from llava_jax.remote import is_remote
+from llava_jax.remote import is_remote, may_read
 from llava_jax.whole_file import whole_file
 
 quiet.mute_failures_of_orbax()
@@ -51,6 +54,8 @@ FROZEN = "frozen"  # in a workdir: copies of what its checkpoints take from else
 FORMAT = 1
 STEPS = "checkpoints"  # in a workdir
 DIGEST = "digest"  # of the description, in a step
+MAX_COMPRESSION = 100  # of weights; those of any training hardly shrink
+_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,30 @@ class Description:
             raise UserError(f"{where}: not a llava_jax checkpoint of format {FORMAT}; import or train it again")
         values["model"] = LlavaConfig.from_dict(values["model"])
         values["sources"] = tuple(Source(**s | {"names": tuple(s["names"])}) for s in values["sources"])
-        return cls(**values)
+        description = cls(**values)
+        description._check(where)
+        return description
+
+    def _check(self, where: str) -> None:
+        """Raises an error for fields of other types, which would show only where they are used."""
+        fields = dataclasses.asdict(self)
+        hf, origins = hf_fields.part(fields, "hf", where), hf_fields.part(fields, "origins", where)
+        config, generation = (
+            hf_fields.part(hf, "config", f"{where}: hf"),
+            hf_fields.part(hf, "generation_config", f"{where}: hf"),
+        )
+        hf_fields.check_generation(generation, f"{where}: hf.generation_config")
+        hf_fields.get(config, "image_token_index", 0, f"{where}: hf.config")
+        for name in ("text_config", "vision_config"):
+            hf_fields.get(
+                hf_fields.part(config, name, f"{where}: hf.config"), "model_type", "", f"{where}: hf.config.{name}"
+            )
+        texts = [self.template, self.stage or "", *origins.values()]
+        texts += [text for source in self.sources for text in (source.path, source.relative, *source.names)]
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise ValueError("template, stage, origins and sources are not all texts")
+        if not all(_ID.fullmatch(id) for id in (self.id, *(source.id for source in self.sources))):  # a folder's name
+            raise ValueError("id is none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +161,8 @@ class Checkpoint:
         if has_copy(self.root, source):
             return open_checkpoint(frozen_copy(self.root, source))
         for path in (self.root / source.relative, epath.Path(source.path)):
+            if not may_read(path, self.root):
+                raise UserError(self._unnamed(source))
             if path.exists():
                 found = open_checkpoint(path)
                 if found.description.id == source.id:
@@ -142,12 +172,24 @@ class Checkpoint:
             "put the original back (convert copy-frozen would have brought them into the workdir)"
         )
 
+    def _unnamed(self, source: Source) -> str:
+        command = f"copy --output DIR --checkpoint {self.root}"
+        if self.step is not None:
+            command = f"copy-frozen --checkpoint {self.root}"
+        return (
+            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names and you did "
+            f"not, so nothing is read there. If you know that place, copy them: python -m llava_jax.convert {command} "
+            f"--source {source.path}"
+        )
+
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and stored types of the whole model."""
         return {name: part.stored[name] for part, names in self.parts for name in names}
 
     def check(self) -> None:
-        """Raises UserError unless names and shapes are those of the model."""
+        """Raises UserError unless names and shapes are those of the model, and its files of the size for them."""
+        for part, _ in self.parts:
+            _refuse_inflated(part.weights, part.stored)
         try:
             check_names(self.abstract(), abstract_params(self.config))
         except ValueError as error:
@@ -222,6 +264,17 @@ class Checkpoint:
             relative = os.path.relpath(place, os.path.abspath(directory)) if related else place
             sources.append(Source(place, relative, part.description.id, here))
         return tuple(sources)
+
+
+def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises UserError where a local directory is far smaller than the arrays that it says it holds: what is missing in
+    an array is read as zeros, however large."""
+    if is_remote(directory):
+        return
+    claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored.values())
+    held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+    if claimed > MAX_COMPRESSION * held + 2**26:
+        raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
 
 
 @contextlib.contextmanager
@@ -382,7 +435,7 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_dir():
-            (target / file.name).write_bytes(file.read_bytes())  # from a disk to a bucket as well
+            (target / file.name).write_bytes(read_bytes(file, MAX_BYTES))  # from a disk to a bucket as well
 
 
 Piece = tuple[str, int | None, np.ndarray]  # a parameter, a layer of it or None for the whole, values

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from llava_jax import remote
+
 Item = TypeVar("Item")
 
 SHOWN = 80  # characters of a value of a file in a message
@@ -98,7 +100,10 @@ PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 class Parser(argparse.ArgumentParser):
     """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
-    expand it in `--output ~/file`, but not in `--output=~/file`."""
+    expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -107,6 +112,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.metavar in PATHS:
                 setattr(parsed, action.dest, expand_home(getattr(parsed, action.dest)))
+                remote.name(getattr(parsed, action.dest))
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:

@@ -36,8 +36,13 @@ MAX_BYTES = 4096  # of what is read of the file, which anybody may have written
 def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
     """Holds the lock of `directory`, which is made if needed; yields a check to call before what is written.
 
-    Raises UserError, as the check does once the lock was lost, that names the process that holds it.
+    Raises UserError, as the check does once the lock was lost, that names the process that holds it. On object stores
+    that TensorStore does not know nothing can be locked, which is said.
     """
+    if is_remote(directory) and not os.fspath(directory).startswith(("gs://", "s3://")):
+        say(f"warning: {directory}: cannot be locked: see to it that no other process writes there", file=sys.stderr)
+        yield lambda: None
+        return
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,7 +56,7 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
         began = time.monotonic()
         if not store.beat():
             raise UserError(
-                f"{directory}: was taken over by {_name(store.read())}, since this process gave no sign of life for "
+                f"{directory}: was taken over by {_name(store.seen()[0])}, since this process gave no sign of life for "
                 f"{EXPIRY} s, or since {LOCK} was removed: this one ends and writes nothing more"
             )
         last[0] = began
@@ -95,14 +100,15 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
         text, alive = store.look()
         if alive is None:
             say(
-                f"{directory}: held by {_name(text)}, which gave its last sign of life {store.age():,.0f} s ago; waits "
-                f"{EXPIRY} s for another one and takes over without it (at once if you remove {directory / LOCK})",
+                f"{directory}: held by {_name(text)}, whose last sign of life was {store.age():,.0f} s ago; waits "
+                f"up to {2 * EXPIRY} s until it ends, or gives none for {EXPIRY} s, and takes over then (at once if "
+                f"you remove {directory / LOCK})",
                 file=sys.stderr,
                 flush=True,
             )
             alive = _shows_life(store)
         if alive:
-            store.close()
+            store.release()
             raise UserError(
                 f"{directory}: is in use by {_name(text)}; wait for its end, or end it, or choose another directory"
             )
@@ -111,12 +117,15 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
 
 
 def _shows_life(store: "_LockFile | _LockObject") -> bool:
-    version = store.version()
-    for _ in range(EXPIRY):
+    """Waits until a holder ends or expires, as a preempted one does that still saves; True where it does neither."""
+    version, unchanged = store.seen()[1], 0
+    for _ in range(2 * EXPIRY):
         time.sleep(1)
-        if (now := store.version()) != version:
-            return now is not None  # None: it has just ended
-    return False
+        before, (_, version) = version, store.seen()
+        unchanged = unchanged + 1 if version == before else 0
+        if version is None or unchanged == EXPIRY:
+            return False
+    return True
 
 
 def _describe(where: str) -> dict[str, Any]:
@@ -167,47 +176,41 @@ class _LockFile:
 
     def __init__(self, directory: epath.Path):
         self.path = os.fspath(directory / LOCK)
-        self.descriptor, self.text = -1, b""
+        self.text = b""  # what this process wrote
 
     def look(self) -> tuple[bytes, bool | None]:
         """What the lock says, and whether its holder is alive, None where only its signs of life can tell."""
         while True:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.where = f"{_boot()} {os.fstat(self.descriptor).st_dev}"  # as far as a lock certainly reaches
+            opened, reaches = os.fstat(self.descriptor), True
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                reaches = True
             except BlockingIOError:
-                return self.read(), True
+                return self.seen()[0], True
             except OSError:  # a file system without locks
                 reaches = False
-            version = self.version()
-            if version and version[0] == os.fstat(self.descriptor).st_ino:
+            text, version = self.seen()
+            if version and version[0] == opened.st_ino:
                 break
-            self.close()  # its holder has just removed it
-        text = self.read()
-        if not text or reaches and _parse(text).get("where") == self.where:
-            return text, False
-        return text, None
+            os.close(self.descriptor)  # its holder has just removed it
+        self.where = f"{_boot()} {opened.st_dev}"  # as far as a lock certainly reaches
+        dead = not text or (reaches and _parse(text).get("where") == self.where)
+        return text, False if dead else None
 
-    def read(self) -> bytes:
-        """By its name, since another may be there now. Opening asks the server of a network file system again."""
-        try:
-            with open(self.path, "rb") as file:
-                return file.read(MAX_BYTES)
-        except FileNotFoundError:
-            return b""
+    def seen(self) -> tuple[bytes, tuple[int, int] | None]:
+        """What the lock says, and what changes with each sign of life, None where it is gone.
 
-    def version(self) -> tuple[int, int] | None:
+        Opened anew, since another file may be there now, and the server of a network file system is asked again then.
+        """
         try:
             with open(self.path, "rb") as file:
                 stat = os.fstat(file.fileno())
+                return file.read(MAX_BYTES), (stat.st_ino, stat.st_mtime_ns)
         except FileNotFoundError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns
+            return b"", None
 
     def age(self) -> float:
-        return max(0.0, time.time() - os.fstat(self.descriptor).st_mtime)
+        return time.time() - os.fstat(self.descriptor).st_mtime
 
     def take(self, holder: dict[str, Any]) -> bool:
         self.text = json.dumps(holder).encode()
@@ -217,26 +220,23 @@ class _LockFile:
             os.fsync(self.descriptor)
         except OSError:
             os.unlink(self.path)
-            self.close()
+            os.close(self.descriptor)
             raise
-        if self.read() == self.text:
-            return True
-        self.close()  # removed, or taken by another machine in the same moment
-        return False
+        taken = self.seen()[0] == self.text
+        if not taken:  # removed, or taken by another machine in the same moment
+            os.close(self.descriptor)
+        return taken
 
     def beat(self) -> bool:
-        if self.read() != self.text:
+        if self.seen()[0] != self.text:
             return False
         with contextlib.suppress(OSError):  # a file system that keeps no times shows no life, but loses nothing
             os.utime(self.descriptor)
         return True
 
     def release(self) -> None:
-        if self.read() == self.text:
+        if self.text and self.seen()[0] == self.text:
             os.unlink(self.path)
-        self.close()
-
-    def close(self) -> None:
         os.close(self.descriptor)
 
 
@@ -250,29 +250,22 @@ class _LockObject:
         names = Path("/proc/self/ns/pid")  # a process id means something only inside its namespace
         self.where = f"{_boot()} {os.readlink(names) if names.exists() else uuid.uuid4()}"
         self.holder: dict[str, Any] = {}
-        self.generation = b""
 
     def look(self) -> tuple[bytes, bool | None]:
         found = self.store.read(LOCK).result()
-        self.generation = found.stamp.generation
-        holder = _parse(found.value)
-        if found.state == "missing":
-            return b"", False
-        if holder.get("where") == self.where:
-            started = _started(holder.get("pid"))
-            return found.value, started is not None and started == holder.get("started")
-        return found.value, None
+        self.generation, holder = found.stamp.generation, _parse(found.value)
+        if holder.get("where") != self.where:
+            return found.value, False if found.state == "missing" else None
+        started = _started(holder.get("pid"))
+        return found.value, started is not None and started == holder.get("started")
 
-    def read(self) -> bytes:
-        return self.store.read(LOCK).result().value[:MAX_BYTES]
-
-    def version(self) -> bytes | None:
+    def seen(self) -> tuple[bytes, bytes | None]:
         found = self.store.read(LOCK).result()
-        return None if found.state == "missing" else found.stamp.generation
+        return found.value[:MAX_BYTES], None if found.state == "missing" else found.stamp.generation
 
     def age(self) -> float:
-        seen = _parse(self.read()).get("seen")
-        return max(0.0, time.time() - seen) if isinstance(seen, float) else 0.0
+        seen = _parse(self.seen()[0]).get("seen")
+        return time.time() - seen if isinstance(seen, float) else 0.0
 
     def take(self, holder: dict[str, Any]) -> bool:
         self.holder = holder
@@ -282,15 +275,12 @@ class _LockObject:
         value = json.dumps(self.holder | {"seen": time.time()})
         written = self.store.write(LOCK, value, if_equal=self.generation).result().generation
         if not written:  # another wrote it; or this process did, whose answer was lost
-            found = self.store.read(LOCK).result()
-            if _parse(found.value).get("id") != self.holder["id"]:
+            text, written = self.seen()
+            if _parse(text).get("id") != self.holder["id"]:
                 return False
-            written = found.stamp.generation
         self.generation = written
         return True
 
     def release(self) -> None:
-        self.store.write(LOCK, None, if_equal=self.generation).result()
-
-    def close(self) -> None:
-        pass
+        if self.holder:
+            self.store.write(LOCK, None, if_equal=self.generation).result()

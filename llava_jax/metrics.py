@@ -83,6 +83,7 @@ class MetricsWriter:
 
     def _upload(self) -> None:
         try:
+            self.check()
             upload(self.local, self.workdir)
         except Exception as error:  # of whichever client; the next upload brings what this one did not
             say(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)

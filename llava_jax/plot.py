@@ -129,12 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.plot",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.plot", description=__doc__, epilog=EPILOG)
     parser.add_argument("--workdir", required=True, nargs="+", action="extend", metavar="D", help="training workdirs")
     parser.add_argument("--output", metavar="F", help=f"a .png, .svg or .pdf file (default: {LOSS} in the workdir)")
     args = parser.parse_args(argv)

@@ -9,12 +9,33 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
+
+
+_named: set[str] = set()
+
+
+def name(*paths: Any) -> None:
+    """Notes which stores the user named, on the command line or in a configuration: see `may_read`."""
+    _named.update(_store(path) for path in paths if isinstance(path, str | os.PathLike) and is_remote(path))
+
+
+def may_read(path: str | os.PathLike, origin: str | os.PathLike) -> bool:
+    """Whether what a file at `origin` says may make us read `path`: on a disk it may, and where the store is that of
+    the file, or one that the user named. A file of others contacts no other place."""
+    return not is_remote(path) or _store(path) in _named | {_store(origin)}
+
+
+def _store(path: str | os.PathLike) -> str:
+    """Scheme and bucket."""
+    scheme, _, rest = os.fspath(path).partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 def local(directory: str | os.PathLike) -> Path:

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, sharding, tracking
+from llava_jax import cli, compilation_cache, distributed, flops, knobs, optim, remote, sharding, tracking
 from llava_jax.bad_samples import BadSamples, check_texts
 from llava_jax.checkpoint import (
     DESCRIPTION,
@@ -91,6 +91,7 @@ def _train(
 
     # ---- What to start from
     # A run that resumes takes everything from its workdir, so that it does not depend on `init`.
+    remote.name(config.init, directory)
     start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
     if resume_from is not None and not resumed:
         raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
@@ -257,6 +258,10 @@ def _train(
         validates = len(held_out) > 0 and (last or bool(config.eval_every) and step % config.eval_every == 0)
         return validates, bool(asked) and asked.due(step, steps)
 
+    def write_account() -> None:
+        check()
+        goodput.write()
+
     def tell_bad(when: str) -> None:
         """All processes together: what each has found becomes known to all."""
         found = bad.gather(f"bad samples of {when}") if skip_bad else []
@@ -264,7 +269,7 @@ def _train(
             bad.tell(found, writer, screen)
 
     with contextlib.ExitStack() as closing:
-        closing.callback(goodput.write)
+        closing.callback(write_account)
         closing.callback(checkpoints.close)
         closing.push(distributed.leave_on_error)  # closing checkpoints waits for all
         for closed in (writer, screen, profile) if first else (profile,):

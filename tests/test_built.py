@@ -44,6 +44,25 @@ def test_it_is_the_json_and_the_folder_that_it_is_made_of(data, built):
     assert len(pickle.dumps(source)) < 2000, "what travels to workers must not grow with the samples"
 
 
+def test_nothing_outside_of_it_is_opened_or_imported(built, tmp_path, monkeypatch):
+    """TFDS imports whatever modules features.json names, such as one in the current directory."""
+    shutil.copytree(built, tmp_path / "set")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "set" / "features.json"
+    features = file.read_text()
+    for name in ("pythonClassName", "python_class_name", "python\\u0043lassName"):
+        file.write_text(features.replace("pythonClassName", name).replace(
+            "tensorflow_datasets.core.features.text_feature.Text", "evil.Text"))  # fmt: skip
+        with pytest.raises(UserError, match="features.json: has features of type 'evil.Text', not of TFDS"):
+            Built(tmp_path / "set")
+    file.write_text(features.replace("tensorflow_datasets.core.features.features_dict.FeaturesDict", "evil.Dict", 1))
+    with pytest.raises(UserError, match="of type 'evil.Dict'"):
+        Built(tmp_path / "set")
+    assert not (tmp_path / "ran").exists()
+
+
 def batches(source: Source) -> Batches:
     encode = TextEncoder(get_template("v1"), tiny.tokenizer(), image_tokens=4, max_length=96)
     order = Order(np.arange(len(source)), 4, 0)

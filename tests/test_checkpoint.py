@@ -1,5 +1,7 @@
 """Checkpoints describe themselves and survive moves; what does not fit is refused."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -188,6 +190,83 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, model_dir):
     (model_dir / "llava.json").write_text("{")
     with pytest.raises(UserError, match="damaged description"):
         open_checkpoint(model_dir)
+
+
+HOSTILE = {
+    "model.text.num_layers": (10**9, "num_layers is 1000000000, not an integer from 1 to 1000"),
+    "model.text.hidden_size": (True, "hidden_size is True, not an integer"),
+    "model.text.num_heads": (0, "num_heads is 0, not an integer"),
+    "model.text.num_kv_heads": (3, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    "model.text.head_dim": (9, "head_dim 9 is not a multiple"),
+    "model.text.rms_norm_eps": (-1e-6, "rms_norm_eps is -1e-06, not a number from"),
+    "model.text.rope_theta": ("1e4", "rope_theta is '1e4', not a number"),
+    "model.text.tie_word_embeddings": ("false", "tie_word_embeddings is 'false', not a bool"),
+    "model.text.rope_scaling": ({"kind": "linear", "factor": 1e300}, "factor is 1e[+]300, not a number"),
+    "model.vision.patch_size": (10**5, "patch_size is 100000, not an integer"),
+    "model.vision.hidden_act": ("swish", "hidden_act is 'swish'; supported are"),
+    "model.vision.layer_norm_eps": (float("nan"), "layer_norm_eps is nan, not a number"),
+    "model.vision": ([], "damaged description"),
+    "model": ("llava", "damaged description"),
+    "model.image_mean": ([0.5, "0.5", 0.5], "image_mean is .*, not three numbers"),
+    "model.image_std": ([0.5, 0.0, 0.5], "image_std is .*, of which none may be 0"),
+    "model.projector_type": ("mlp999999999x_gelu", "projector_type is 'mlp999999999x_gelu', not"),
+    "model.select_layer": (-999, "select_layer -999 is not among"),
+    "hf": ([], "llava.json: hf is .*; only one dict"),
+    "hf.config": ("a", "llava.json: hf: config is 'a'; only one dict"),
+    "hf.generation_config": ({"eos_token_id": ["</s>"]}, "eos_token_id is .*, not an id or a list of ids"),
+    "origins": ({"llm": 5}, "damaged description"),
+    "sources": ([{"path": "/", "relative": "..", "id": "../../etc", "names": []}], "id is none"),
+    "sources.": ([{"path": 5, "relative": "..", "id": "a", "names": []}], "sources are not all texts"),
+    "template": (3, "not all texts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_a_hostile_description_is_one_line(key, model_dir):
+    value, message = HOSTILE[key]
+    description = json.loads((model_dir / "llava.json").read_text())
+    *outer, last = key.rstrip(".").split(".")
+    inner = functools.reduce(lambda at, name: at.setdefault(name, {}), outer, description)
+    inner[last] = value
+    (model_dir / "llava.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=message) as raised:
+        open_checkpoint(model_dir)
+    assert "llava.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_arrays_without_files_are_not_read_as_zeros(tmp_path, model_dir):
+    """Their shapes fit the description: 100 GB of zeros, in a few kilobytes."""
+    file = model_dir / "llava.json"
+    description = json.loads(file.read_text())
+    description["model"]["text"]["vocab_size"] = 2**22
+    file.write_text(json.dumps(description))
+    for name in ("llm.embed_tokens.embedding", "llm.lm_head.kernel"):
+        for metadata in model_dir.rglob(f"{name}/zarr.json"):
+            values = json.loads(metadata.read_text())
+            axis = values["shape"].index(tiny.VOCAB)
+            values["shape"][axis] = 2**22
+            values["chunk_grid"]["configuration"]["chunk_shape"][axis] = 2**22
+            for codec in values["codecs"]:
+                codec["configuration"].get("chunk_shape", [0, 0])[axis] = 2**22
+            metadata.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="params: claims .* GB of parameters, but holds"):
+        open_checkpoint(model_dir).load()
+
+
+@pytest.mark.parametrize("path", ["gs://others/model", "http://169.254.169.254/latest", "s3://a/b"])
+def test_a_place_that_only_a_file_names_is_not_contacted(path, tmp_path, model_dir, monkeypatch):
+    checkpoints, workdir, *_ = trained(tmp_path, model_dir)
+    checkpoints.close()
+    step = open_checkpoint(workdir)
+    source = dataclasses.replace(step.description.sources[0], path=path, relative=path)
+    step = dataclasses.replace(step, description=dataclasses.replace(step.description, sources=(source,)))
+    exists = type(workdir).exists
+    monkeypatch.setattr(type(workdir), "exists", lambda self: exists(self) and "//" not in str(self))
+    monkeypatch.setattr("llava_jax.checkpoint.open_checkpoint", lambda path: pytest.fail(f"opened {path}"))
+    with pytest.raises(UserError, match=f"names and you did not.* convert copy-frozen .*--source {path}$"):
+        step.parts  # noqa: B018
+    with pytest.raises(UserError, match="names and you did not"):
+        step.load()
 
 
 def test_where_images_stand_is_stored_and_before_the_text_where_it_is_not(tmp_path):

@@ -410,7 +410,8 @@ def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha2
         (overwritten("config.json"), "copy-of-[^/]+/config.json: is a Git LFS pointer"),
         (overwritten("model.safetensors"), "copy-of-[^/]+/model.safetensors: is a Git LFS pointer.*git lfs pull"),
         (overwritten("tokenizer.json"), "copy-of-[^/]+/tokenizer.json: is a Git LFS pointer"),
-        (overwritten("tokenizer.json", "{"), "copy-of-[^/]+: holds no tokenizer that transformers reads"),
+        (overwritten("tokenizer.json", "{"), "copy-of-[^/]+/tokenizer.json: is no JSON"),
+        (overwritten("tokenizer.json", "{}"), "copy-of-[^/]+: holds no tokenizer that transformers reads"),
         (no_torch_file, r"pytorch_model.bin: not a whole file of torch.save \(it is no zip\)"),
         (mixed_layers, "layers of different types: .* is F32, layers.1.mlp.up_proj.weight is F16"),
         (truncate, "not a whole safetensors file"),
@@ -544,7 +545,7 @@ def test_gguf_comes_in_through_transformers(backbones, tmp_path):
 
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     for llm, message in {
-        tmp_path / "no.gguf": "no.gguf: transformers cannot read it",
+        tmp_path / "no.gguf": "no.gguf: a damaged GGUF file",
         tmp_path: "holds model.gguf, no.gguf: give one of these files itself",
         checkpoint.tokenizer_dir / "tokenizer.json": "neither a directory with a config.json nor a GGUF file",
     }.items():

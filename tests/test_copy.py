@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from test_train import final, make_config, stop_at
 
 from llava_jax import train
@@ -14,6 +15,7 @@ from llava_jax.checkpoint import Description, open_checkpoint, save_model
 from llava_jax.cli import UserError
 from llava_jax.convert import __main__ as convert
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.lock import hold
 
 
 @pytest.fixture
@@ -44,6 +46,8 @@ def test_a_workdir_with_a_copy_resumes_without_its_source_wherever_it_is(source,
     assert f"needs      {source}, as the frozen parameters are not stored here" in told
     assert f"convert copy-frozen --checkpoint {workdir}" in told
     before, expected = final(workdir), final(tmp_path / "whole")
+    with hold(epath.Path(workdir / "frozen")), pytest.raises(UserError, match="frozen: is in use by another process"):
+        convert.main(["copy-frozen", "--checkpoint", str(workdir)])
     assert convert.main(["copy-frozen", "--checkpoint", str(workdir)]) is None
     assert f"copied from {source}" in capsys.readouterr().out
     moved = tmp_path / "elsewhere" / "run"

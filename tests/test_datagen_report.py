@@ -12,6 +12,7 @@ from scripted_llm import ScriptedLLM
 from llava_jax.cli import UserError
 from llava_jax.data import build, check
 from llava_jax.data.sources import Sample
+from llava_jax.datagen import report_samples
 from llava_jax.datagen.__main__ import main
 from llava_jax.datagen.contexts import Box, Context
 from llava_jax.datagen.objects import SYNONYMS, Finder, plural
@@ -278,3 +279,28 @@ def test_a_run_ends_with_a_report_and_data_that_builds(made, monkeypatch):
     assert entries["coffee.jpg"]["answer"] == "I'm sorry, but I can't help with that."
     rows = {row[0]: row[1:] for row in Page(text).rows if row}
     assert rows["samples"] == ["1"] and rows["rejected"] == ["1"] and rows["cost"][0].startswith("$")
+
+
+def test_the_page_is_bounded(tmp_path, monkeypatch):
+    write_files(tmp_path)
+    huge = "y" * 10**6
+
+    def record(ident, turns, image="chelsea.jpg"):
+        talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+        return {"id": ident, "image": image, "conversations": talk}
+
+    records = [record(huge, [f"<image>{huge}", huge]), record("many", ["<image>", "a"] + ["q", "a"] * 50_000)]
+    records += [record(f"{i}", ["<image>Why?", "a" * 1000], "../secret.jpg" if i else "/dev/zero") for i in range(50)]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    rejects = [{"id": huge, "image": huge, "reason": huge, "detail": huge}]
+    (tmp_path / "rejects.jsonl").write_text("\n".join(map(json.dumps, rejects)))
+    contexts = {"image": "chelsea.jpg", "captions": [huge] * 9, "boxes": [{"category": huge, "bbox": [0, 0, 9, 9]}]}
+    (tmp_path / "contexts.jsonl").write_text(json.dumps(contexts))
+    text = report(tmp_path, "--captions", tmp_path / "contexts.jsonl")
+    assert len(text) < 3_000_000
+    data = json.loads(re.search('id="data">(.*)</script>', text)[1])
+    assert len(data["entries"]) == 53 and data["pictures"]["../secret.jpg"] == data["pictures"]["/dev/zero"] == ""
+    many = next(entry for entry in data["entries"] if entry["id"] == "many")
+    assert many["turns"][-1].endswith(" more)") and len(many["turns"]) < 300
+    monkeypatch.setattr(report_samples, "MAX_CHARACTERS", 50_000)
+    assert 0 < report(tmp_path).count('"turns"') < 53

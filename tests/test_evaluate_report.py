@@ -1,5 +1,7 @@
 """Comparisons of runs: intervals against theory, the page against hostile texts, the whole command."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -14,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import report_page
 from llava_jax.evaluate.bootstrap import compare, seed_of
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
@@ -136,6 +139,29 @@ def test_the_page_is_whole_and_harmless(tmp_path: Path, runs: list[str]):
     evaluate.main(["report", *runs, "--output", str(tmp_path), "--resamples", "10", "--limit", "3"])
     text = (tmp_path / "report.html").read_text()
     assert text.count("<article") == 3 and "3 questions, those on which the runs differ most; 49 were asked" in text
+
+
+def test_the_page_is_bounded_and_runs_its_own_script_alone(tmp_path: Path, runs: list[str], monkeypatch):
+    huge = "x" * 10**6
+    for run in runs:
+        asked = [outcome(i, 1, question=huge, answer=huge, reference=huge, judgement=huge) for i in range(4)]
+        many = Outcome(huge, tuple(f"c{i}" for i in range(1000)), 1, question="a")
+        write_outcomes(Path(run) / "huge.outcomes.jsonl", [*asked, many])
+    args = ["report", *runs, "--output", str(tmp_path / "out"), "--images", str(tmp_path), "--resamples", "2"]
+    evaluate.main(args)
+    text = (tmp_path / "out/report.html").read_text()
+    assert len(text) < 2_000_000 and text.count("<article") == 54 and text.count("<tr>") == 1 + 200
+    page = Page(text)
+    assert all(json.loads(tags["data-groups"]) for tag, tags in page.tags if tag == "article")
+    policy = next(tags["content"] for tag, tags in page.tags if tag == "meta" and "http-equiv" in tags)
+    script = re.search("<script>(.*)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'; img-src data:;" in policy and f"script-src 'sha256-{digest}'" in policy
+    monkeypatch.setattr(report_page, "MAX_CHARACTERS", 200_000)
+    evaluate.main(args)
+    text = (tmp_path / "out/report.html").read_text()
+    assert len("".join(re.findall("<article.*?</article>", text, re.DOTALL))) <= 200_000
+    assert 0 < text.count("<article") < 54 and "; 54 were asked" in text
 
 
 @pytest.mark.parametrize("name", tiny.OUTSIDE + tiny.IRREGULAR)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import io
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import openpyxl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import sheets
 from llava_jax.evaluate.sheets import read_sheet
 
 ROWS = [
@@ -84,6 +86,55 @@ def test_the_upload_of_mmbench_is_scored(tmp_path: Path, capsys):
     capsys.readouterr()
     evaluate.main(["score", "mmbench", f"--answers={upload}", f"--labels={own}", "--json"])
     assert json.loads(capsys.readouterr().out)["single"] == 66.67
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\r"), max_size=9), min_size=1, max_size=4))
+@example(["=1+1", "+1", "-1", "@SUM(A1)", "\tx ", " \n", "#N/A", '=HYPERLINK("http://x","a")', "http://x", "_x0041_"])
+def test_texts_are_written_as_texts_and_read_back(tmp_path_factory, texts: list[str]):
+    path = tmp_path_factory.mktemp("sheet") / "a.xlsx"
+    path.write_bytes(sheets.xlsx([["index", "prediction"], *enumerate(texts)]))
+    held = [re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "", text) for text in texts]
+    assert [line.value["prediction"] or "" for line in read_sheet(path)] == held
+    with zipfile.ZipFile(path) as file:
+        assert b"<f>" not in file.read("xl/worksheets/sheet1.xml")
+
+
+def test_a_submission_holds_no_formulas(tmp_path: Path):
+    (tmp_path / "q.tsv").write_text("index\tquestion\thint\tA\tB\timage\n1\t=1+1\t\ta\tb\t\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question_id": 1, "text": '=HYPERLINK("http://x","A")'}))
+    given = [f"--answers={tmp_path}/a.jsonl", f"--labels={tmp_path}/q.tsv", f"--output={tmp_path}/u.xlsx"]
+    evaluate.main(["submission", "mmbench", *given])
+    (line,) = read_sheet(tmp_path / "u.xlsx")
+    assert (line.value["question"], line.value["prediction"]) == ("=1+1", '=HYPERLINK("http://x","A")')
+    with zipfile.ZipFile(tmp_path / "u.xlsx") as file:
+        assert b"<f>" not in file.read("xl/worksheets/sheet1.xml")
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        ('<row r="99999999999"><c r="A99999999999"><v>1</v></c></row>', "has more than 100,000 cells"),
+        (
+            "".join(f'<row r="{n}"><c r="ZZZ{n}"><v>1</v></c></row>' for n in range(3, 23)),
+            "has more than 100,000 cells",
+        ),
+        (" " * 300 * 2**20, "is larger than 256 MiB once it is unpacked"),
+    ],
+)
+def test_what_would_not_fit_in_memory_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch, cells: str, message: str
+):
+    monkeypatch.setattr(sheets, "MAX_CELLS", 100_000)
+    path = Path(xlsx(tmp_path / "a.xlsx", [["index", "prediction"], [1, "A"]]))
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    parts[sheet] = parts[sheet].replace(b"</sheetData>", cells.encode() + b"</sheetData>")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, part in parts.items():
+            file.writestr(name, part)
+    with pytest.raises(UserError, match=f"a.xlsx: is no Excel file .*: it {message}"):
+        read_sheet(path)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,7 +13,7 @@ from llava_jax.datagen.__main__ import COMMANDS as DATAGEN
 from llava_jax.evaluate.__main__ import COMMANDS as EVALUATE
 from llava_jax.evaluate.__main__ import main as evaluate
 
-HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi", "gradio"]
+HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi"]
 # Module -> its subcommands, each the words before --help.
 COMMANDS = {
     "llava_jax.main": [""],

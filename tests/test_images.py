@@ -1,6 +1,9 @@
 import io
 import os
+import struct
+import tracemalloc
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,13 +11,13 @@ import pytest
 import skimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_jax.cli import UserError
 from llava_jax.data import images
-from llava_jax.data.images import decode_image, load_image, preprocess
+from llava_jax.data.images import decode_image, load_image, open_image, preprocess, to_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 PHOTOGRAPHS = os.path.join(os.path.dirname(skimage.__file__), "data")
@@ -217,6 +220,113 @@ def test_decompression_bomb_is_refused(tmp_path, bomb):
     path.write_bytes(bomb)
     with pytest.raises(UserError, match="bomb.png is refused.*bomb"):
         load_image(path)
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def tags_that_share_a_value(size: int, count: int) -> bytes:
+    """A TIFF file of so many tags, the value of each of which is the whole rest of it."""
+    tags = b"".join(struct.pack("<HHLL", 1000 + i, 7, size, 8) for i in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + tags + bytes(size)
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+
+
+def rotated() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
+
+
+GIF, JPEG, PNG = (saved(NOISE, format) for format in ("GIF", "JPEG", "PNG"))
+GIF_HEAD = 13 + 3 * (2 << (GIF[10] & 7))
+METADATA = {
+    "GIF comment": GIF[:GIF_HEAD] + b"\x21\xfe" + (b"\xff" + b"a" * 255) * 20_000 + b"\0" + GIF[GIF_HEAD:],
+    "JPEG segments": JPEG[:2] + b"\xff\xe1\0\x02" * 1_000_000 + JPEG[2:],
+    "PNG chunks": PNG[:33] + chunk(b"prIv", b"") * 500_000 + PNG[33:],
+    "PNG chunks after the pixels": PNG[:-12] + chunk(b"prIv", b"") * 500_000 + PNG[-12:],
+    "PNG texts": PNG[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(900_000), 9)) * 200 + PNG[33:],
+    "TIFF tags": tags_that_share_a_value(1_000_000, 3000),
+    "PPM comment": b"P6 #" + b"a" * 1_000_000 + b"\n1 1 255\n" + bytes(3),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_is_bounded(kind):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="metadata|damaged"):
+            decode_image(METADATA[kind])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xe1", b"\xff\xe2"])
+def test_tags_of_a_jpeg_that_share_their_values_take_nothing(marker):
+    block = {b"\xff\xe1": b"Exif\0\0", b"\xff\xe2": b"MPF\0"}[marker] + tags_that_share_a_value(10_000, 4000)
+    data = JPEG[:2] + marker + struct.pack(">H", len(block) + 2) + block + JPEG[2:]
+    tracemalloc.start()
+    try:
+        assert decode_image(data).size == NOISE.size
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_scans_of_a_jpeg_are_bounded():
+    data = saved(NOISE, "JPEG", progressive=True)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff", start + 2)]
+    assert decode_image(data).size == NOISE.size
+    with pytest.raises(UserError, match="scans"):
+        decode_image(data[:start] + scan * 200 + data[start:])
+
+
+@pytest.mark.parametrize("kind", ["exif", "xmp", "png"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientations_are_those_that_pillow_reads(kind, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    xmp = f'<x tiff:Orientation="{orientation}"/>'.encode()
+    options = {"xmp": xmp} if kind == "xmp" else {"exif": exif}
+    data = saved(NOISE, "PNG" if kind == "png" else "JPEG", **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode_image(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_tall_images_are_converted_as_short_ones(mode):
+    grey = np.random.default_rng(0).integers(0, 2**16, (2500, 3), np.uint16)
+    image = Image.fromarray(grey) if mode == "I;16" else NOISE.resize((3, 2500)).convert(mode)
+    parts = [to_rgb(image.crop((0, top, 3, min(top + 500, 2500)))) for top in range(0, 2500, 500)]
+    assert np.array_equal(np.asarray(to_rgb(image)), np.concatenate([np.asarray(part) for part in parts]))
+
+
+@pytest.mark.parametrize(
+    "data, bytes_a_pixel",
+    [
+        (JPEG, 4),
+        (saved(NOISE, "JPEG", exif=rotated()), 8),
+        (saved(NOISE, "JPEG", progressive=True), 10),
+        (saved(NOISE.convert("CMYK"), "JPEG"), 8),
+        (saved(NOISE.convert("L"), "PNG"), 5),
+        (saved(Image.fromarray(np.zeros((20, 30), np.uint16)), "PNG"), 6),
+        (saved(NOISE, "WEBP"), 8),
+    ],
+)
+def test_what_decoding_takes_is_known_before(data, bytes_a_pixel):
+    assert open_image(data).decoded_bytes == 20 * 30 * bytes_a_pixel
 
 
 def test_own_limit_holds_where_a_library_has_lifted_pillows(monkeypatch, bomb):

@@ -319,5 +319,5 @@ def test_what_is_missing_or_too_much_is_named(made, tmp_path):
         convert(*command, "--vision", vision)
     shutil.copytree(llm, tmp_path / "llama")
     edit_json(tmp_path / "llama/config.json", mm_vision_tower="clip")
-    with pytest.raises(UserError, match="model_type is 'llama'; of original LLaVAs"):
+    with pytest.raises(UserError, match="model_type is 'llama'; supported are llava, llava_llama"):
         convert("import", "--llava", tmp_path / "llama", "--output", tmp_path / "out")

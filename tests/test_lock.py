@@ -1,6 +1,7 @@
 """One process at a time writes into a directory; the others hear who does."""
 
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -58,6 +59,12 @@ def of_another_machine(directory: Path, **changes) -> bytes:
     return (directory / LOCK).read_bytes()
 
 
+def signs_of_life(directory: Path):
+    """A wait of ten seconds each, in which the holder gives its sign."""
+    ticks = itertools.count(int(1e9) + 10, 10)
+    return lambda _: os.utime(directory / LOCK, (tick := next(ticks), tick))
+
+
 def test_the_second_is_told_who_holds_it_and_what_to_do(tmp_path):
     first = holder(tmp_path / "run")
     with pytest.raises(UserError) as raised, hold(epath.Path(tmp_path / "run")):
@@ -87,20 +94,34 @@ def test_a_lock_of_a_machine_that_shows_no_life_is_taken_over(tmp_path, watched,
     with hold(epath.Path(tmp_path)):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     told = capsys.readouterr().err
-    assert (
-        "held by another process (7 on elsewhere since 20" in told and "last sign of life" in told and "s ago" in told
-    )
-    assert f"waits 60 s for another one and takes over without it (at once if you remove {tmp_path}/{LOCK})" in told
+    assert "held by another process (7 on elsewhere since 20" in told and "last sign of life was" in told
+    assert "waits up to 120 s until it ends, or gives none for 60 s, and takes over then" in told
+    assert f"at once if you remove {tmp_path}/{LOCK}" in told
     assert watched == [1] * lock.EXPIRY
 
 
 def test_a_lock_of_a_machine_that_shows_life_is_refused(tmp_path, monkeypatch, capsys):
     """Also where its clock is years behind."""
     of_another_machine(tmp_path)
-    monkeypatch.setattr(lock.time, "sleep", lambda _: os.utime(tmp_path / LOCK, (1e9 + 10, 1e9 + 10)))
+    monkeypatch.setattr(lock.time, "sleep", signs_of_life(tmp_path))
     with pytest.raises(UserError, match="is in use by another process .7 on elsewhere"), hold(epath.Path(tmp_path)):
         pass
     assert (tmp_path / LOCK).exists()
+
+
+def test_a_holder_that_dies_while_another_waits_is_followed(tmp_path, monkeypatch, capsys):
+    """As one that was preempted and is killed while it saves: its last sign comes after the other has begun to wait."""
+    of_another_machine(tmp_path)
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 30:
+            os.utime(tmp_path / LOCK, (2e9, 2e9))
+
+    monkeypatch.setattr(lock.time, "sleep", wait)
+    with hold(epath.Path(tmp_path)):
+        assert len(waits) == 30 + lock.EXPIRY
 
 
 def test_a_lock_that_is_removed_while_another_waits_is_free(tmp_path, monkeypatch, capsys):
@@ -116,7 +137,7 @@ def test_a_file_system_without_locks_has_signs_of_life_alone(tmp_path, monkeypat
 
     with hold(epath.Path(tmp_path)):  # alive, on this machine, but it cannot be seen
         monkeypatch.setattr(fcntl, "flock", refuse)
-        monkeypatch.setattr(lock.time, "sleep", lambda _: os.utime(tmp_path / LOCK))
+        monkeypatch.setattr(lock.time, "sleep", signs_of_life(tmp_path))
         with (
             pytest.raises(UserError, match=f"is in use by another process .{os.getpid()} on"),
             hold(epath.Path(tmp_path)),

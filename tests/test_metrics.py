@@ -80,6 +80,24 @@ def test_nothing_is_written_once_the_workdir_was_lost(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_logs_of_a_workdir_that_was_lost_are_not_uploaded(tmp_path, monkeypatch, capsys):
+    """Which another process has by now."""
+    (tmp_path / "bucket").mkdir()
+    monkeypatch.setattr(metrics, "is_remote", lambda path: path == tmp_path / "bucket")
+    lost = []
+
+    def check():
+        if lost:
+            raise UserError("taken over")
+
+    writer = MetricsWriter(epath.Path(tmp_path / "bucket"), 0, None, check)
+    writer.write(1, {"loss": 1.0})
+    lost.append(True)
+    writer.close()
+    assert not list((tmp_path / "bucket").iterdir())
+    assert "logs cannot be uploaded now: taken over" in capsys.readouterr().err
+
+
 @given(st.binary(max_size=60) | st.sampled_from([b"[" * 9999, b'{"step": 1e999}', b'{"step": ' + b"9" * 5000 + b"}"]))
 def test_any_bytes_have_a_step_or_none(line):
     step = step_of(line)

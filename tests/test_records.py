@@ -8,12 +8,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.data import records
 from llava_jax.data.records import RecordFile, load_json, local_data, scan
+from llava_jax.data.samples import find_faults, record_value
+from llava_jax.data.sources import LlavaJson
+from llava_jax.evaluate.answers import read_answers, read_json
+from llava_jax.evaluate.lines import read_lines
+from llava_jax.evaluate.sheets import read_sheet
 
 NEWER = itertools.count(1)  # times of files
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -237,3 +243,24 @@ def test_several_values_in_a_row_are_told(path):
     path.write_text('[{"id": "a"}]\n[{"id": "b"}]\n')
     with pytest.raises(UserError, match="Extra data, a second array .*: line 2 column 1"):
         list(scan(path, "F"))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("value", ["9" * 5000, *("[" * n + "]" * n for n in (150, 900, 985, 1100, 10**5))])
+def test_numbers_and_depths_that_python_cannot_take_are_one_line(tmp_path, capsys, value, as_array):
+    good = '{"id": "g", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
+    bad = f'{{"id": "x", "image": {value}, "conversations": []}}'
+    file = tmp_path / "data.json"
+    file.write_text(f"[{good},{bad}]" if as_array else f"{good}\n{bad}")
+    with pytest.raises(UserError, match="data.json: .*is no JSON: .*(nested|digits)"):
+        for record in scan(file, file):
+            find_faults(record_value(record))
+
+
+@pytest.mark.parametrize("name", tiny.IRREGULAR)
+def test_what_is_no_file_is_refused_by_name_and_never_opened(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    tiny.add_irregular(tmp_path / "data")
+    for read in (local_data, LlavaJson, read_lines, read_sheet, read_answers, read_json):
+        with pytest.raises(UserError, match=f"{name}: is a (folder|device, pipe or socket), not a file"):
+            read(tmp_path / "data" / name)

@@ -99,6 +99,48 @@ def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
     assert not [name for name in store.names("bucket") if "partial" in name or "orbax-checkpoint-tmp" in name]
 
 
+WRITE_RUN = """
+import sys
+import jax.numpy as jnp
+from etils import epath
+from llava_jax.checkpoint import Description, TrainingCheckpoints, copy_tokenizer, open_checkpoint, write_description
+source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[1])
+trained = {name: value for name, value in source.load().items() if name.startswith("projector.")}
+frozen = [name for name in source.abstract() if name not in trained]
+described = Description(source.config, "v1", sources=source.sources_of(frozen, workdir), stage="pretrain")
+copy_tokenizer(source.tokenizer_dir, workdir / "tokenizer")
+write_description(workdir, described)
+checkpoints = TrainingCheckpoints(workdir, described, 1)
+checkpoints.save(1, trained, {"count": jnp.zeros(3)}, wait=True)
+checkpoints.close()
+"""
+
+
+def test_a_run_on_a_disk_reads_a_bucket_that_it_names_when_the_user_does(store, tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    finish(start(store, tmp_path, "-c", WRITE_MODEL, "gs://bucket/model", str(tmp_path / "tokenizer")))
+    finish(start(store, tmp_path, "-c", WRITE_RUN, str(tmp_path / "run")))
+    copy = ["-m", "llava_jax.convert", "copy-frozen", "--checkpoint", str(tmp_path / "run")]
+    for command in (copy, [*copy, "--source", "gs://other/model"]):
+        process = start(store, tmp_path, *command)
+        told = process.communicate()[0]
+        assert process.returncode == 1, told
+        assert f"copy-frozen --checkpoint {tmp_path}/run --source gs://bucket/model" in told.splitlines()[-1]
+    assert "copied from gs://bucket/model" in finish(start(store, tmp_path, *copy, "--source", "gs://bucket/model"))
+    store.objects.clear()
+    finish(
+        start(store, tmp_path, "-c", f"import llava_jax.checkpoint as c; c.open_checkpoint('{tmp_path}/run').load()")
+    )
+
+
+def test_places_are_named_by_their_bucket():
+    assert remote.may_read("/a/b", "/c") and remote.may_read("gs://a/b", "gs://a/c/d")
+    for place in ("gs://a.b/c", "gs://ab", "s3://a/b", "http://a/b"):
+        assert not remote.may_read(place, "gs://a/b") and not remote.may_read(place, "/a")
+    remote.name(None, 3, ["gs://ab"], "gs://ab/x", "/a.b")
+    assert remote.may_read("gs://ab/y", "/a") and not remote.may_read("gs://a.b/c", "/a")
+
+
 BUILD_AND_READ = """
 import hashlib, sys
 from llava_jax.data import build

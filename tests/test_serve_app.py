@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import logging
 import math
+import re
 import socket
 import typing
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from openai.types.chat import completion_create_params
 from serving import data_url, eventually, picture, serving, tiny_engine
 
 from llava_jax.generate import Request, Sampling
-from llava_jax.serve import answers, schema
+from llava_jax.serve import answers, completions, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
 from llava_jax.serve.engine import Engine, QueueFull
@@ -429,6 +431,108 @@ def test_paths_and_methods_that_are_not_there(http):
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_log_probabilities_are_bounded_for_each_request_and_for_all(url, http, engine, monkeypatch):
+    monkeypatch.setattr(completions, "LOGPROBS", 100)
+    asked = {"logprobs": True, "top_logprobs": 9}
+    error = refusal(http, 400, n=2, max_tokens=6, **asked)
+    assert (error["param"], error["code"]) == ("top_logprobs", "invalid_value")
+    assert "2 answers of up to 6 tokens with 9 alternatives" in error["message"]
+    for stream in (True, False, True, False):  # each gives back what it took
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 6, "stream": stream} | asked
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert eventually(lambda: idle(engine))
+    monkeypatch.setattr(type(engine._batch), "full", True)  # nobody gets a slot
+    with connection(url, max_tokens=10, stream=True, **asked):
+        assert eventually(lambda: engine.stats().queued)
+        assert refusal(http, 429, max_tokens=6, **asked)["code"] == "queue_full"
+    assert eventually(lambda: idle(engine))
+    monkeypatch.undo()
+
+
+def test_pages_of_other_sites(engine):
+    page = {"Origin": "https://app.example.org"}
+    asked = "authorization,x-stainless-os"
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1}
+    with TestClient(create_app(engine, "tiny")) as http:
+        for response in (
+            http.post("/v1/chat/completions", json=body, headers=page),
+            http.options("/v1/chat/completions", headers=page | preflight),
+            http.get("/health", headers=page),
+        ):
+            assert response.status_code == 403
+            assert response.json()["error"]["code"] == "foreign_origin"
+            assert not any(name.startswith("access-control") for name in response.headers)
+        assert not any(name.startswith("access-control") for name in http.get("/health").headers)
+    with TestClient(create_app(engine, "tiny", allow_origins=["https://app.example.org"], api_key="k")) as http:
+        response = http.options("/v1/chat/completions", headers=page | preflight)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == "https://app.example.org"
+        assert response.headers["access-control-allow-headers"] == asked
+        for key, status in ("k", 200), ("wrong", 401):
+            headers = page | {"Authorization": f"Bearer {key}"}
+            response = http.post("/v1/chat/completions", json=body, headers=headers)
+            assert response.status_code == status
+            assert response.headers["access-control-allow-origin"] == "https://app.example.org"
+            assert "Origin" in response.headers["vary"]
+        assert http.get("/health", headers={"Origin": "https://other.example.org"}).status_code == 403
+
+
+def test_unknown_hosts(engine):
+    with TestClient(create_app(engine, "tiny", allowed_hosts=["llava.example.org"])) as http:
+        for path in ("/v1/models", "/health", "/metrics", "/openapi.json", "/"):
+            response = http.get(path, headers={"Host": "evil.test"})
+            assert response.status_code == 421
+            assert response.json()["error"]["code"] == "unknown_host"
+        assert http.get("/health", headers={"Host": "llava.example.org"}).status_code == 200
+
+
+def test_every_response_has_an_id(http, monkeypatch):
+    for path in ("/health", "/v1/nothing", "/openapi.json"):
+        assert re.fullmatch("[0-9a-f]{32}", http.get(path).headers["x-request-id"])
+    assert http.get("/health", headers={"X-Request-Id": "my-id_1.2"}).headers["x-request-id"] == "my-id_1.2"
+    for bad in ("", "a b", "a" * 65, "<b>"):
+        assert re.fullmatch("[0-9a-f]{32}", http.get("/health", headers={"X-Request-Id": bad}).headers["x-request-id"])
+
+
+def test_a_bug_is_answered_without_its_text(engine, caplog):
+    app = create_app(engine, "tiny")
+    app.get("/bug")(lambda: 1 / 0)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        response = http.get("/bug")
+    assert response.status_code == 500
+    assert "division" not in response.text
+    assert response.headers["x-request-id"] in caplog.text
+
+
+def test_the_log_shows_nothing_raw(http, caplog):
+    with caplog.at_level(logging.INFO):
+        http.get("/v1/%1b[31m%0aINFO: 200%c2%9b" + "a" * 1000)
+    messages = [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
+    (line,) = [message for message in messages if "/v1/" in message]
+    assert line.isprintable() and line.isascii() and len(line) < 400
+
+
+def test_no_page_of_documentation_loads_scripts_from_elsewhere(http):
+    assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
+    assert http.get("/openapi.json").json()["paths"]
+
+
+def test_methods(http):
+    head = http.head("/health")
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "15")
+    for method in ("OPTIONS", "TRACE", "DELETE"):
+        assert http.request(method, "/health").status_code == 405
+    assert http.head("/v1/chat/completions").status_code == 405
+
+
+def test_the_schema_of_requests_is_complete(http):
+    document = http.get("/openapi.json").json()
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    assert {"ChatRequest", "UserMessage", "ImagePart"} <= set(document["components"]["schemas"])
+
+
 def test_a_full_queue(http, engine):
     long, begun = Sampling(max_new_tokens=1500, temperature=1.0), []
 
@@ -505,8 +609,8 @@ def test_who_leaves_in_the_middle_of_a_body_is_nobodys_loss(url, app):
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + b'{"model"')
-        assert eventually(lambda: app.state.traffic.active == 1)
-    assert eventually(lambda: app.state.traffic.active == 0)
+        assert eventually(lambda: len(app.state.traffic.reading) == 1)
+    assert eventually(lambda: len(app.state.traffic.reading) == 0)
 
 
 # ------------------------------------------------------------------------------------------------------ operations

@@ -1,6 +1,7 @@
 """`python -m llava_jax.serve`: from the command line to exit status 0."""
 
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 import tiny
 from serving import eventually
 
+from llava_jax import compilation_cache
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.generate import Request, Sampling
@@ -107,12 +109,85 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
     [
         ([], "nowhere: no such checkpoint"),
         (["--host", "no such host"], "no such host"),
+        (["--host", "a" * 70], "no name of a host"),
     ],
 )
 def test_bad_arguments_are_errors_of_one_line(args, message):
     with pytest.raises(UserError, match=message) as error:
         command.main(["--checkpoint", "nowhere", "--port", "0", *args])
     assert "\n" not in str(error.value)
+
+
+def test_slots_that_do_not_fit_say_what_they_would_take(checkpoint):
+    with pytest.raises(
+        UserError, match=r"^100000000 slots of \d+ positions take [\d.]+ GB .* lower --slots or --context$"
+    ):
+        command.main(["--checkpoint", checkpoint, "--port", "0", "--slots", "100000000", "--compilation-cache", ""])
+
+
+def test_two_servers_that_start_at_once(checkpoint):
+    """Both can have the port until one of them listens."""
+    engine = Engine.from_checkpoint(open_checkpoint(checkpoint), slots=1)
+    with listen("127.0.0.1", 0) as first:
+        second = listen(*first.getsockname())
+        first.listen()
+        with pytest.raises(UserError, match="Address already in use"):
+            Server(create_app(engine, "tiny"), engine).run([second])
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    compilation_cache.use(str(tmp_path / path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "compiled programs are not kept" in line
+
+
+def test_a_full_disk_is_a_warning(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))  # nothing larger can be written
+    try:
+        compilation_cache.use(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--allowed-hosts", "http://a/"],
+        ["--allow-origin", "*"],
+        ["--allow-origin", "https://a/b"],
+        ["--model-name", ""],
+        ["--model-name", "a\nb"],
+        ["--model-name", "a" * 201],
+        ["--mesh", "tensor=0"],
+        ["--queue", "1000000000"],
+        ["--max-body-mb", "1000000000"],
+    ],
+)
+def test_options_that_cannot_be(args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main(["--checkpoint", "nowhere", *args])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_options_of_hosts():
+    args = command._parse(
+        [
+            "--checkpoint",
+            "c",
+            "--allowed-hosts",
+            "a.example.org,*.b",
+            "--allow-origin",
+            "https://x",
+            "--allow-origin",
+            "http://y:1",
+        ]
+    )
+    assert (args.allowed_hosts, args.allow_origin) == (["a.example.org", "*.b"], ["https://x", "http://y:1"])
 
 
 def test_numbers_out_of_range(capsys):
@@ -131,10 +206,10 @@ def test_meshes(capsys):
         assert "does not look like tensor=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "two words", "two\nlines", "clé"])
+@pytest.mark.parametrize("content", [b"", b"two words", b"two\nlines", "clé".encode(), bytes(range(256)), b"k" * 5000])
 def test_keys_that_no_header_can_carry(tmp_path, content):
     file = tmp_path / "key"
-    file.write_text(content)
+    file.write_bytes(content)
     with pytest.raises(UserError, match="a key is one line"):
         command.main(["--checkpoint", "nowhere", "--api-key-file", str(file)])
 

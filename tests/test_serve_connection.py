@@ -1,5 +1,6 @@
 """Connections whose clients keep the server waiting. Deadlines are tiny here; no test measures time."""
 
+import asyncio
 import json
 import resource
 import socket
@@ -44,6 +45,7 @@ class App:
         try:
             while True:
                 yield b"x" * 65536
+                await asyncio.sleep(0)
         finally:
             self.streams -= 1
 
@@ -71,13 +73,22 @@ def connected(url: str, data: bytes = b"", receive_buffer: int = 0):
 
 def read_all(connection: socket.socket) -> bytes:
     """Until the server closes."""
-    data = b""
+    data = bytearray()
     try:
         while part := connection.recv(65536):
             data += part
     except ConnectionError:
         pass
-    return data
+    return bytes(data)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def healthy(url: str) -> bool:
@@ -120,15 +131,7 @@ def test_who_does_not_read_is_cut_off(app, path):
     with serving(app.app, Limits(write_seconds=0.2)) as url, connected(url, request, 4096) as connection:
         assert eventually(lambda: path == b"/large" or app.streams == 1)
         assert eventually(lambda: app.streams == 0)
-        assert eventually(lambda: _is_reset(connection))
-
-
-def _is_reset(connection: socket.socket) -> bool:
-    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0 or _state(connection) != 1
-
-
-def _state(connection: socket.socket) -> int:
-    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]  # 1: established
+        assert eventually(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
 def test_who_reads_slowly_but_reads_is_not(app):
@@ -144,7 +147,7 @@ def test_too_many_connections_close_those_that_wait(app):
             stream.recv(1)
             assert all(healthy(url) for _ in range(20))
             assert app.streams == 1
-        assert b"" in [connection.recv(1) for connection in silent[:1]]
+        assert any(map(is_closed, silent))
         for connection in silent:
             connection.close()
 

@@ -81,7 +81,7 @@ def test_other_paths_and_methods_get_the_errors_of_the_api(server):
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/file=/etc/passwd", "config"])
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/file=/etc/passwd", "queue/join", "config"])
 def test_there_is_no_second_server(server, path):
     for response in (server.get(f"/{path}"), server.post(f"/{path}", json={})):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")

@@ -6,6 +6,7 @@ import http.server
 import io
 import threading
 
+import anyio
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -122,6 +123,49 @@ def test_what_is_no_picture_is_refused_by_its_place(url, what):
     assert what in refusal(url)
 
 
+@pytest.mark.parametrize("data", [_truncated(), b"no picture", encoded(_truncated())[:-9].encode()])
+def test_what_the_decoder_says_is_not_for_clients(data):
+    message = refusal(encoded(data))
+    assert "damaged" in message and "0x" not in message and "(" not in message
+
+
+def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch):
+    """The sum of what is being decoded stays within the budget."""
+    monkeypatch.setattr(pictures, "LARGE_BYTES", 100 * 100 * 4)
+    large, small = data_url(picture(size=(100, 100))), data_url(picture(size=(10, 10)))
+    taken, release, order = [], threading.Event(), []
+
+    def slow(image: Image.Image) -> np.ndarray:
+        if image.width == 100:
+            taken.append(reader._budget.total - reader._budget.left)
+            release.wait()
+        order.append(image.width)
+        return square()(image)
+
+    reader = pictures.Reader(slow, decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
+    reader._large = anyio.CapacityLimiter(4)  # the budget alone limits them
+
+    async def all_at_once() -> None:
+        many = [asyncio.create_task(reader.read([("here", large)])) for _ in range(4)]
+        while not taken:
+            await asyncio.sleep(0.001)
+        await reader.read([("here", small)])
+        many[-1].cancel()  # its client left
+        release.set()
+        await asyncio.gather(*many, return_exceptions=True)
+
+    asyncio.run(all_at_once())
+    assert order == [10, 100, 100, 100]
+    assert max(taken) == 100 * 100 * 4
+    assert reader._budget.left == reader._budget.total
+
+
+def test_an_image_that_takes_more_than_there_is():
+    reader = pictures.Reader(square(), decoding_bytes=1000)
+    with pytest.raises(ApiError, match="to decode, and this server has"):
+        asyncio.run(reader.read([("here", data_url(picture()))]))
+
+
 # -------------------------------------------------------------------------------------------------------- the web
 
 
@@ -206,6 +250,7 @@ def test_what_the_web_may_answer_instead(web, path, what, monkeypatch):
         ("http://a\0b/", "no valid URL"),
         ("http://" + "a" * 70, "no valid URL"),
         ("nonsense", "no http or https"),
+        ("http://example.com/" + "a" * 9000, "more than 8192 characters"),
     ],
 )
 def test_urls_that_lead_nowhere_or_inside(url, what):
@@ -215,6 +260,8 @@ def test_urls_that_lead_nowhere_or_inside(url, what):
 ADDRESSES = (
     *("127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1"),
     *("::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001::1"),
+    *("192.0.0.8", "192.0.0.9", "168.63.129.16", "192.88.99.1", "198.18.0.1", "203.0.113.1", "255.255.255.255"),
+    *("::ffff:168.63.129.16", "::ffff:192.88.99.1", "64:ff9b::808:808", "3fff::1", "5f00::1", "100::1", "2001:2::1"),
     *("fe80::1%eth0", "fec0::1", "fd00::1", "fd00:ec2::254", "ff02::1", "2001:db8::1"),
 )
 

@@ -1,12 +1,14 @@
 """LLaVA JSON and JSONL, and errors that say where."""
 
 import json
+import os
 import pickle
 
+import numpy as np
 import pytest
 
 from llava_jax.cli import UserError
-from llava_jax.data import sources
+from llava_jax.data import cache, sources
 from llava_jax.data.sources import LlavaJson, Sample, find_faults
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
@@ -151,3 +153,77 @@ def test_samples_travel_to_other_processes_without_their_texts(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         LlavaJson(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize("size", [1, 3000])
+def test_another_file_of_the_same_size_and_time_is_read_anew(tmp_path, size):
+    """As `rsync -t`, `cp -p`, a checkout or a clock that is set back leave one."""
+    samples = [record(("human", "aa"), ("gpt", "bbbb"))] * size
+    data = write(tmp_path / "data", samples, jsonl=True)
+    before, stat = LlavaJson(data), data.stat()
+    assert before[size - 1].turns[1][1] == "bbbb"
+    for changed in ("aaaa", "bb"), ("aa", "cccc"):
+        samples[size // 2] = record(("human", changed[0]), ("gpt", changed[1]))
+        write(data, samples, jsonl=True)
+        os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (data.stat().st_size, data.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        again = LlavaJson(data)
+        assert again[size // 2].turns[1][1] == changed[1]
+        assert again.digest == sources.digest_of(again) != before.digest
+
+
+def test_files_are_told_apart_by_content_where_times_are_coarse(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "version", lambda path: "as it was")
+    for size in (10, cache.BLOCK, 3 * cache.BLOCK + 1, 100 * cache.BLOCK):
+        (tmp_path / "a").write_bytes(b"a" * size)
+        versions = {cache.content_version(tmp_path / "a")}
+        half = size // 2
+        for changed in (b"b" + b"a" * (size - 1), b"a" * (size - 1) + b"b", b"a" * half + b"b" * (size - half)):
+            (tmp_path / "a").write_bytes(changed)
+            versions.add(cache.content_version(tmp_path / "a"))
+        assert len(versions) == 4
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"starts": np.zeros(3, np.int64)},
+        {"starts": np.array([0, 5]), "stops": np.array([4, 10**9]), "digest": np.array("x")},
+        {"starts": np.array([5, 0]), "stops": np.array([9, 4]), "digest": np.array("x")},
+        {"starts": np.array([0.0]), "stops": np.array([4.0]), "digest": np.array("x")},
+        {"starts": np.array([0]), "stops": np.array([4]), "digest": np.array(7)},
+        {"starts": np.array([{}], object), "stops": np.array([4]), "digest": np.array("x")},
+        b"",
+        b"garbage" * 100,
+        b"PK\x03\x04garbage",
+    ],
+)
+def test_what_is_no_index_in_the_cache_is_made_anew(tmp_path, monkeypatch, index):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write(tmp_path / "data", GOOD, jsonl=True)
+    expected = list(LlavaJson(data))
+    (cached,) = (tmp_path / "cache" / "llava_jax").iterdir()
+    good = cached.read_bytes()
+    if isinstance(index, bytes):
+        cached.write_bytes(index)
+    else:
+        np.savez(cached, **index)
+    assert list(LlavaJson(data)) == expected and cached.read_bytes() == good
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").touch()  # where no directory can be made
+    data = [write(tmp_path / f"{i}", GOOD, jsonl=True) for i in range(3)]
+    (tmp_path / "utf16").write_bytes(data[0].read_text().encode("utf-16"))
+    for path in (*data, tmp_path / "utf16"):
+        assert len(LlavaJson(path)) == len(GOOD)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert cache.derived("x", data[0], lambda target: target.write_bytes(b"x")).read_bytes() == b"x"
+
+
+def test_the_cache_is_for_its_owner_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    LlavaJson(write(tmp_path / "data", GOOD, jsonl=True))
+    assert (tmp_path / "cache" / "llava_jax").stat().st_mode & 0o777 == 0o700

@@ -366,9 +366,9 @@ def test_what_is_no_tokenizer_is_an_error(tmp_path):
         load_tokenizer(tmp_path / "lmsys")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    for name in ("tokenizer.model", "tokenizer.json"):
+    for name, fault in {"tokenizer.model": "holds no tokenizer", "tokenizer.json": "json: is no JSON"}.items():
         (tmp_path / name).write_bytes(b"broken")
-        with pytest.raises(UserError, match="holds no tokenizer"):
+        with pytest.raises(UserError, match=fault):
             load_tokenizer(tmp_path)
 
 

@@ -23,9 +23,10 @@ import tiny
 import torch
 import torch_reference as reference
 import transformers
+from etils import epath
 
 from configs import common
-from llava_jax import goodput, introduction, optim, train, training_step
+from llava_jax import goodput, introduction, lock, optim, plot, train, training_step
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
@@ -35,6 +36,7 @@ from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.lock import hold
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import abstract_params
 from llava_jax.sharding import make_mesh
@@ -951,3 +953,37 @@ def test_any_eight_bits_of_a_data_file_are_an_error_or_change_nothing(six_steps,
             errors += 1
         file.write_bytes(whole)
     assert errors >= 29
+
+
+def test_a_second_start_in_a_workdir_is_refused_and_leaves_all_as_it_is(world, six_steps, tmp_path):
+    workdir = copied(six_steps, tmp_path / "run")
+    before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+    with hold(epath.Path(workdir)):
+        with pytest.raises(UserError, match=f"{workdir}: is in use by another process .{os.getpid()} on "):
+            train.train(run_config(world, save_every=1, keep=9, steps=6), str(workdir))
+        open_checkpoint(workdir).load()  # whoever only reads does
+        plot.plot([str(workdir)], tmp_path / "loss.png")
+    assert {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_was_frozen_until_another_took_its_workdir_writes_nothing_more(world, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    count_tokens, seen, before = train.count_tokens, [], {}
+
+    def freeze(*args):
+        if len(seen) == 2:
+            text = lock._describe("another boot") | {"host": "elsewhere", "pid": 7}
+            (workdir / lock.LOCK).write_text(json.dumps(text))
+            before.update({file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()})
+            monkeypatch.setattr(lock, "EXPIRY", -1)  # as if all of that time had gone by
+        seen.append(1)
+        return count_tokens(*args)
+
+    monkeypatch.setattr(train, "count_tokens", freeze)
+    with pytest.raises(UserError, match="was taken over by another process .7 on elsewhere .*writes nothing more"):
+        train.train(run_config(world), str(workdir))
+    for file in workdir.rglob("*"):
+        if file.is_file() and "tensorboard" not in file.parts:
+            assert before.pop(file) == file.read_bytes(), file
+    assert all("tensorboard" in file.parts for file in before)
+    assert [m["step"] for m in metrics(workdir)] == [1, 2]

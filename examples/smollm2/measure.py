@@ -1,6 +1,5 @@
 """What a checkpoint says of easy-VQA's test pictures: which captions and answers are exactly right."""
 
-import argparse
 import collections
 import json
 from typing import NamedTuple
@@ -30,7 +29,6 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m examples.smollm2.measure",
         description=__doc__,
         epilog="example:\n  python -m examples.smollm2.measure --checkpoint runs/smollm2/pretrain --what captions",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, metavar="D")
     parser.add_argument("--what", required=True, choices=("captions", "questions"))

@@ -27,12 +27,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m llava_jax.convert",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.convert", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
     _add_import(commands)
     _add_export(commands)
@@ -49,7 +44,6 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "(--llava). Where no directory is, organisation/name or organisation/name@revision is downloaded from the "
         "Hugging Face Hub. docs/weights.md lists what can be given, docs/models.md the families.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--llm", metavar="DIR", help="a LLaMA, Mistral or Qwen2 with its tokenizer, or a GGUF file of one")
@@ -110,7 +104,6 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load; with --layout "
         "original one that the original LLaVA loads, with --layout projector what its stage 1 leaves.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
@@ -152,7 +145,6 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         description="Compares a checkpoint with a Hugging Face directory of it: tensors, bit for bit, configuration "
         "and, with torch installed, what both compute and say. Exits with 1 where anything differs.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
@@ -181,9 +173,10 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
             help=copies.__doc__,
             description=description,
             epilog=EXAMPLE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
+        parser.add_argument("--source", metavar="DIR", help="a place on an object store that the checkpoint takes "
+                            "parameters from, so that it may be read")  # fmt: skip
         if name == "copy":
             parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
         parser.set_defaults(function=copies)

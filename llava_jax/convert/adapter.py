@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json
+from llava_jax.cli import UserError, shown
+from llava_jax.convert.hf_fields import Json, get, part
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.sums import overlaid
 from llava_jax.convert.tensors import Tensors, open_directory
@@ -31,6 +31,7 @@ _PLAIN = {"peft_type": "LORA", "bias": "none"}
 # Values of init_lora_weights with which the base stays as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) take from it what
 # A and B begin with, so that these belong to a base that nobody stored.
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal")
+_REPEATED = re.compile(r"\)[*+?{]")  # of a pattern: a group that comes more than once
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
@@ -86,8 +87,10 @@ def with_adapter(base: Tensors, directory: Path, find: Callable[[str], str] = la
             raise UserError(f"{where}: of {name} it has lora_{next(iter(sides))} alone; copy the adapter again")
         rank, scale = _rank_and_scale(settings, module, where)
         down, up = sides["A"], sides["B"]
-        expected = {(rank, base.shape(name)[-1]): down, (base.shape(name)[0], rank): up}
-        if any(tensor.shape != shape for shape, tensor in expected.items()):
+        if len(base.shape(name)) != 2 or (down.shape, up.shape) != (
+            (rank, base.shape(name)[1]),
+            (base.shape(name)[0], rank),
+        ):
             raise UserError(f"{where}: {name} is {base.shape(name)} in the base, A is {down.shape}, B is {up.shape}")
         weight = over.get(name, base[name])
         over[name] = weight._replace(read=functools.partial(_adapted, weight, down, up, scale))
@@ -97,10 +100,10 @@ def with_adapter(base: Tensors, directory: Path, find: Callable[[str], str] = la
 def _require_supported(settings: Json, where: str) -> None:
     for field, value in settings.items():
         if field not in _FREE and value not in (None, False, {}, [], _PLAIN.get(field)):
-            raise UserError(f"{where}: {field} is {value!r}, which is not supported")
+            raise UserError(f"{where}: {field} is {shown(value)}, which is not supported")
     if settings.get("init_lora_weights") not in _BASE_UNCHANGED:
         raise UserError(
-            f"{where}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the base: save the "
+            f"{where}: init_lora_weights is {shown(settings['init_lora_weights'])}, which changes the base: save the "
             "adapter again with PEFT's path_initial_model_for_weight_conversion"
         )
 
@@ -108,23 +111,36 @@ def _require_supported(settings: Json, where: str) -> None:
 def _require_saved(settings: Json, names: list[str], where: str) -> None:
     """Raises UserError where a module that was trained whole is not there."""
     modules = settings.get("modules_to_save") or []
-    for module in [modules] if isinstance(modules, str) else modules:
-        if not any(re.search(rf"(^|\.){re.escape(module)}\.", name) for name in names):
+    modules = [modules] if isinstance(modules, str) else modules
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise UserError(f"{where}: modules_to_save is {shown(modules)}, not names of modules")
+    for module in modules:
+        if not any(f".{module}." in f".{name}" for name in names):
             raise UserError(f"{where}: modules_to_save has {module}, of which it has no tensor: copy it again")
 
 
 def _rank_and_scale(settings: Json, module: str, where: str) -> tuple[int, float]:
-    rank = _by_pattern(settings.get("rank_pattern"), module, settings.get("r"))
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{where}: r is {rank!r} and lora_alpha is {alpha!r} for {module}; both have to be numbers")
-    return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    rank = _by_pattern(settings, "rank_pattern", module, settings.get("r"), where)
+    alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha"), where)
+    numbers = type(rank) is int and type(alpha) in (int, float)
+    if not numbers or not 1 <= rank < 2**20 or not 0 <= abs(alpha) < 1e9:
+        raise UserError(
+            f"{where}: r is {shown(rank)} and lora_alpha is {shown(alpha)} for {module}; both have to be numbers"
+        )
+    return rank, alpha / (rank**0.5 if get(settings, "use_rslora", False, where) else rank)
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(settings: Json, field: str, module: str, default: Any, where: str) -> Any:
     """The value of the first pattern that is the end of the module's name, as PEFT has it."""
-    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, default)
+    for key, value in part(settings, field, where).items():
+        if _REPEATED.search(key) or sum(map(key.count, "*+{")) > 2:  # some others take for ever
+            raise UserError(f"{where}: {field} has {shown(key)}, a pattern with more repetitions than are supported")
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise UserError(f"{where}: {field} has {shown(key)}, which is no pattern: {error}") from None
+    return default
 
 
 def _adapted(weight: StoredTensor, down: StoredTensor, up: StoredTensor, scale: float) -> np.ndarray:

@@ -10,8 +10,19 @@ import uuid
 from collections.abc import Iterable, Iterator
 
 from llava_jax.array_store import is_layered
-from llava_jax.checkpoint import Checkpoint, Piece, frozen_copy, has_copy, open_checkpoint, write_model, write_part
+from llava_jax.checkpoint import (
+    FROZEN,
+    Checkpoint,
+    Piece,
+    frozen_copy,
+    has_copy,
+    needed,
+    open_checkpoint,
+    write_model,
+    write_part,
+)
 from llava_jax.cli import UserError, track
+from llava_jax.lock import hold
 
 
 def copy(path: str | os.PathLike, output: str | os.PathLike) -> None:
@@ -28,17 +39,20 @@ def copy_frozen(path: str | os.PathLike) -> list[str]:
     checkpoint = open_checkpoint(path)
     if checkpoint.step is None:
         raise UserError(f"{path}: is no training workdir: it holds all its parameters already")
+    if not needed(checkpoint.root, checkpoint.description):
+        return []
     copied = []
-    for (part, names), source in zip(checkpoint.parts[1:], checkpoint.description.sources, strict=True):
-        if not has_copy(checkpoint.root, source):
-            shapes = {name: part.stored[name] for name in names}
-            write_part(
-                frozen_copy(checkpoint.root, source),
-                shapes,
-                _pieces(part, names),
-                dataclasses.replace(part.description, sources=()),
-            )
-            copied.append(source.path)
+    with hold(checkpoint.root / FROZEN):
+        for (part, names), source in zip(checkpoint.parts[1:], checkpoint.description.sources, strict=True):
+            if not has_copy(checkpoint.root, source):
+                shapes = {name: part.stored[name] for name in names}
+                write_part(
+                    frozen_copy(checkpoint.root, source),
+                    shapes,
+                    _pieces(part, names),
+                    dataclasses.replace(part.description, sources=()),
+                )
+                copied.append(source.path)
     return copied
 
 

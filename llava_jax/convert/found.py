@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json
+from llava_jax.convert.hf_fields import Json, in_words_of_hf
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.projector import num_projector_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +39,9 @@ class Found:
     trained: bool  # as a whole: the model knows a template
 
 
-def llava_config(**fields: Any) -> LlavaConfig:
-    try:
-        num_projector_layers(fields["projector_type"])
+def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
+    with in_words_of_hf(str(where)):
         return LlavaConfig(**fields)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:

@@ -11,11 +11,10 @@ read as 10000 by transformers 4.
 
 from typing import NamedTuple
 
-from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, kept, require, require_multiple
+from llava_jax.cli import UserError, shown
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
-from llava_jax.models.clip import ACTIVATIONS
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 
 # The vision_config of a LLaVA that has none.
@@ -64,33 +63,29 @@ def tower_json(config: Json, where: str) -> Json:
     model_type = config.get("model_type")
     if model_type in ("clip", "siglip"):
         # Files of before 2023 say it twice; transformers lets the second have the last word.
-        tower = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+        tower = part(config, "vision_config", where) | part(config, "vision_config_dict", where)
         return tower | {"model_type": _MODEL_TYPES[model_type]}
-    if model_type not in _TOWERS:
-        raise UserError(
-            f"{where}: model_type is {model_type!r}; supported vision towers are {', '.join(_TOWERS)}, clip, siglip"
-        )
+    one_of(config, "model_type", (*_TOWERS, "clip", "siglip"), where)
     return config
 
 
 def read_llava(config: Json, where: str) -> LlavaSource:
     """A whole `llava`, however sparse. Raises UserError naming what is unsupported."""
-    if config.get("model_type") != "llava":
-        raise UserError(f"{where}: model_type is {config.get('model_type')!r}, not 'llava'")
+    one_of(config, "model_type", ("llava",), where)
     require(config, _LLAVA_FIXED, where)
-    vision = config.get("vision_config")
-    vision = {"model_type": "clip_vision_model"} | (_LLAVA_VISION if vision is None else vision)
-    text = {"model_type": "llama"} | (config.get("text_config") or {})
+    vision = {"model_type": "clip_vision_model"} | get(config, "vision_config", _LLAVA_VISION, where)
+    text = {"model_type": "llama"} | part(config, "text_config", where)
     tower = _vision(vision, f"{where}, vision_config")
-    activation = config.get("projector_hidden_act", "gelu")
-    if activation not in ("gelu", "linear"):
-        raise UserError(f"{where}: projector_hidden_act is {activation!r}, not 'gelu' or 'linear'")
+    activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", ("gelu", "linear"), where)
+    image_id = get(config, "image_token_index", get(config, "image_token_id", 32000, where), where)
+    if image_id < 0:
+        raise UserError(f"{where}: image_token_index is {image_id}, not an id")
     return LlavaSource(
         vision=tower,
-        text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text)),
-        select_layer=get(config, "vision_feature_layer", -2, where),
+        text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text, where)),
+        select_layer=select_layer(config, "vision_feature_layer", tower, where),
         select_feature=_select_feature(config, tower, where),
-        image_token_index=get(config, "image_token_index", get(config, "image_token_id", 32000, where), where),
+        image_token_index=image_id,
         linear_projector=activation == "linear",
         im_start_end=get(config, "mm_use_im_start_end", False, where),
         image_position=get(config, IMAGE_POSITION, "first", where),
@@ -135,9 +130,8 @@ def select_strategy(config: LlavaConfig) -> str:
 
 
 def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        raise UserError(f"{where}: vision_feature_select_strategy is {strategy!r}, not 'default' or 'full'")
+    field = "vision_feature_select_strategy"
+    strategy = one_of({field: "default"} | config, field, ("default", "full"), where)
     if tower.class_token:
         return "patch" if strategy == "default" else "cls_patch"
     if strategy == "default":
@@ -148,30 +142,31 @@ def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
     return "patch"
 
 
+def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> int:
+    """Which layer's features are used, counted as `LlavaConfig.select_layer`."""
+    layer = get(config, field, -2, where)
+    if not -tower.num_layers - 1 <= layer <= tower.num_layers:
+        raise UserError(f"{where}: {field} is {shown(layer)}, but the vision tower has {tower.num_layers} layers")
+    return layer
+
+
 def _vision(config: Json, where: str) -> VisionConfig:
-    model_type = config["model_type"]
-    if model_type not in _TOWERS:
-        raise UserError(f"{where}: model_type is {model_type!r}; supported vision towers are {', '.join(_TOWERS)}")
+    model_type = one_of(config, "model_type", _TOWERS, where)
     config, kind = _TOWERS[model_type] | config, _KINDS[model_type]
     require(config, _VISION_FIXED, where)
-    vision = VisionConfig(
-        hidden_size=get(config, "hidden_size", 768, where),
-        intermediate_size=get(config, "intermediate_size", 3072, where),
-        num_layers=get(config, "num_hidden_layers", 12, where),
-        num_heads=get(config, "num_attention_heads", 12, where),
-        image_size=get(config, "image_size", 224, where),
-        patch_size=get(config, "patch_size", 0, where),
-        layer_norm_eps=get(config, "layer_norm_eps", 0.0, where),
-        hidden_act=get(config, "hidden_act", "", where),
-        projection_dim=get(config, "projection_dim", VisionConfig.projection_dim, where),
-        kind=kind,
-    )
-    if vision.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act is {vision.hidden_act!r}; supported are {', '.join(ACTIVATIONS)}")
-    if not 0 < vision.patch_size <= vision.image_size:
-        raise UserError(f"{where}: patch_size {vision.patch_size} does not fit image_size {vision.image_size}")
-    require_multiple(where, "hidden_size", vision.hidden_size, "num_attention_heads", vision.num_heads)
-    return vision
+    with in_words_of_hf(where):
+        return VisionConfig(
+            hidden_size=get(config, "hidden_size", 768, where),
+            intermediate_size=get(config, "intermediate_size", 3072, where),
+            num_layers=get(config, "num_hidden_layers", 12, where),
+            num_heads=get(config, "num_attention_heads", 12, where),
+            image_size=get(config, "image_size", 224, where),
+            patch_size=get(config, "patch_size", 0, where),
+            layer_norm_eps=get(config, "layer_norm_eps", 0.0, where),
+            hidden_act=get(config, "hidden_act", "", where),
+            projection_dim=get(config, "projection_dim", VisionConfig.projection_dim, where),
+            kind=kind,
+        )
 
 
 def _vision_json(config: VisionConfig, dtype: str) -> Json:
@@ -193,5 +188,5 @@ def _vision_json(config: VisionConfig, dtype: str) -> Json:
     }
 
 
-def _is_tied(config: Json, text: Json) -> bool:
-    return bool(config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
+def _is_tied(config: Json, text: Json, where: str) -> bool:
+    return any(get(part, "tie_word_embeddings", False, where) for part in (config, text))

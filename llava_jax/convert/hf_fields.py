@@ -1,8 +1,11 @@
 """Fields of Hugging Face's JSON, read so that what is not understood is refused by name."""
 
+import contextlib
+import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, shown
 
 Json = dict[str, Any]
 
@@ -18,9 +21,9 @@ def get(config: Json, field: str, default: Any, where: str) -> Any:
     if value is None:
         return default
     if isinstance(default, float) and type(value) is int:
-        return float(value)
+        return float(value)  # which `loads` bounds
     if type(value) is not type(default):
-        raise UserError(f"{where}: {field} is {value!r}; only one {type(default).__name__} is supported")
+        raise UserError(f"{where}: {field} is {shown(value)}; only one {type(default).__name__} is supported")
     return value
 
 
@@ -28,12 +31,46 @@ def require(config: Json, fixed: Json, where: str) -> None:
     """Raises UserError unless each of these fields, if it is there, has the value given."""
     for field, value in fixed.items():
         if config.get(field) not in (None, value):
-            raise UserError(f"{where}: {field} is {config[field]!r}; only {value!r} is supported")
+            raise UserError(f"{where}: {field} is {shown(config[field])}; only {value!r} is supported")
 
 
-def require_multiple(where: str, name: str, value: int, of_name: str, of: int) -> None:
-    if of <= 0 or value % of:
-        raise UserError(f"{where}: {name} {value} is not a multiple of {of_name} {of}")
+def part(config: Json, field: str, where: str) -> Json:
+    """An object within the object; an empty one if absent or null."""
+    return get(config, field, {}, where)
+
+
+def one_of(config: Json, field: str, supported: Collection[str], where: str) -> str:
+    """A field that has to be there, with one of these values."""
+    value = config.get(field)
+    if not isinstance(value, str) or value not in supported:
+        raise UserError(f"{where}: {field} is {shown(value)}; supported are {', '.join(supported)}")
+    return value
+
+
+@contextlib.contextmanager
+def in_words_of_hf(where: str) -> Iterator[None]:
+    """Raises `UserError` for what our configuration refuses within, in Hugging Face's words."""
+    try:
+        yield
+    except ValueError as error:
+        words = re.sub(r"\b(?:" + "|".join(_WORDS) + r")\b", lambda found: _WORDS[found[0]], str(error))
+        raise UserError(f"{where}: {words}") from None
+
+
+_WORDS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+
+
+def check_generation(values: Json, where: str) -> Json:
+    """A `generation_config.json`. Raises UserError where what is read of it here is not what it has to be."""
+    ends = values.get("eos_token_id")
+    for id in ends if isinstance(ends, list) else [0 if ends is None else ends]:
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise UserError(f"{where}: eos_token_id is {shown(ends)}, not an id or a list of ids")
+    return values
 
 
 def kept(config: Json) -> Json:

@@ -4,10 +4,19 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_config import select_strategy
+from llava_jax.convert.hf_fields import get, in_words_of_hf, part, require
 from llava_jax.incoming import read_object
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, LlavaConfig, VisionConfig
+from llava_jax.models.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    LlavaConfig,
+    VisionConfig,
+    check_channels,
+)
 
 Json = dict[str, Any]
 
@@ -42,24 +51,31 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     default = _DEFAULTS[vision.kind]
     if config is None:
         return default
-    for field, value in _FIXED.items():
-        if config.get(field) not in (None, value):
-            raise UserError(f"{where}: {field} is {config[field]!r}; only {value!r} is supported")
-    if not math.isclose(config.get("rescale_factor") or 1 / 255, 1 / 255, rel_tol=1e-6):
+    require(config, _FIXED, where)
+    if not math.isclose(get(config, "rescale_factor", 1 / 255, where), 1 / 255, rel_tol=1e-6):
         raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
     _check_size(config, vision.image_size, where)
     stretches = isinstance(config.get("size"), dict) and "shortest_edge" not in config["size"]
+    pads = get(config, "do_pad", False, where)
     if stretches:
         aspect = "resize"
-    elif config.get("do_center_crop") is False:
+    elif not get(config, "do_center_crop", True, where):
         raise UserError(
             f"{where}: do_center_crop is false, but pictures have to become squares of {vision.image_size} pixels"
         )
     else:
-        aspect = None if config.get("do_pad") is None else "pad" if config["do_pad"] else "square"
+        aspect = None if config.get("do_pad") is None else "pad" if pads else "square"
     return ImageSettings(
-        tuple(config.get("image_mean") or default.mean), tuple(config.get("image_std") or default.std), aspect
+        _channels(config, "image_mean", default.mean, where), _channels(config, "image_std", default.std, where), aspect
     )
+
+
+def _channels(config: Json, field: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
+    if config.get(field) is None:
+        return default
+    with in_words_of_hf(where):
+        check_channels(field, config[field])
+    return tuple(config[field])
 
 
 def write_image_processor(config: LlavaConfig) -> Json:
@@ -119,17 +135,17 @@ def write_generation(
     return values
 
 
-def _find(directory: Path) -> tuple[Json | None, Path]:
+def _find(directory: Path) -> tuple[Json | None, str]:
     nested = directory / "processor_config.json"
     if nested.exists() and "image_processor" in (config := read_object(nested)):
-        return config["image_processor"], nested
+        return part(config, "image_processor", str(nested)), f"{nested}: image_processor"
     plain = directory / "preprocessor_config.json"
-    return (read_object(plain) if plain.exists() else None), plain
+    return (read_object(plain) if plain.exists() else None), str(plain)
 
 
-def _check_size(config: Json, image_size: int, where: Path) -> None:
+def _check_size(config: Json, image_size: int, where: str) -> None:
     for field in ("size", "crop_size"):
         size = config.get(field)
-        lengths = set(size.values() if isinstance(size, dict) else [size]) - {None}
-        if lengths - {image_size}:
-            raise UserError(f"{where}: {field} is {size}, but the vision tower takes {image_size} pixels")
+        lengths = list(size.values()) if isinstance(size, dict) else [size]
+        if any(length is not None and (type(length) is not int or length != image_size) for length in lengths):
+            raise UserError(f"{where}: {field} is {shown(size)}, but the vision tower takes {image_size} pixels")

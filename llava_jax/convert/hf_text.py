@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json, get, require, require_multiple
-from llava_jax.models.config import RopeScaling, TextConfig
+from llava_jax.cli import UserError, shown
+from llava_jax.convert.hf_fields import Json, get, in_words_of_hf, one_of, part, require
+from llava_jax.models.config import RopeScaling, TextConfig, require_multiple
 
 
 class _Family(NamedTuple):
@@ -57,43 +57,46 @@ _ROPE_FIELDS = {
 
 def read_text(config: Json, where: str) -> TextConfig:
     """A decoder by itself. Raises UserError naming what is unsupported."""
-    return text_part(config, where, tied=bool(config.get("tie_word_embeddings", False)))
+    return text_part(config, where, tied=get(config, "tie_word_embeddings", False, where))
 
 
 def text_part(config: Json, where: str, tied: bool) -> TextConfig:
     """The same of a part of a larger model, which says elsewhere whether embeddings are tied."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type is {model_type!r}; supported language models are {', '.join(FAMILIES)}")
+    model_type = one_of(config, "model_type", FAMILIES, where)
     family = FAMILIES[model_type]
     config = family.defaults | config
     require(config, _FIXED | _UNKNOWN | family.fixed, where)
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(f"{where}: layer_types are {config['layer_types']}; only 'full_attention' is supported")
-    hidden_size = get(config, "hidden_size", 4096, where)
-    num_heads = get(config, "num_attention_heads", 32, where)
-    if config.get("head_dim") is None:
-        require_multiple(where, "hidden_size", hidden_size, "num_attention_heads", num_heads)
+    layer_types = get(config, "layer_types", [], where)
+    if any(layer_type != "full_attention" for layer_type in layer_types):
+        raise UserError(f"{where}: layer_types are {shown(layer_types)}; only 'full_attention' is supported")
     theta, scaling = _rope(config, where)
-    text = TextConfig(
-        vocab_size=get(config, "vocab_size", 32000, where),
-        hidden_size=hidden_size,
-        intermediate_size=get(config, "intermediate_size", 11008, where),
-        num_layers=get(config, "num_hidden_layers", 32, where),
-        num_heads=num_heads,
-        num_kv_heads=get(config, "num_key_value_heads", num_heads, where),
-        head_dim=get(config, "head_dim", hidden_size // num_heads, where),
-        rope_theta=theta,
-        rms_norm_eps=get(config, "rms_norm_eps", 1e-6, where),
-        tie_word_embeddings=tied,
-        max_position_embeddings=get(config, "max_position_embeddings", 2048, where),
-        rope_scaling=scaling,
-        qkv_bias=model_type == "qwen2",
-        sliding_window=_window(config, where) if model_type == "mistral" else None,
-    )
-    require_multiple(where, "num_attention_heads", num_heads, "num_key_value_heads", text.num_kv_heads)
-    require_multiple(where, "head_dim", text.head_dim, "a rotated pair,", 2)
-    return text
+    with in_words_of_hf(where):
+        hidden_size = get(config, "hidden_size", 4096, where)
+        num_heads = get(config, "num_attention_heads", 32, where)
+        if config.get("head_dim") is None:
+            require_multiple("hidden_size", hidden_size, "num_heads", num_heads)
+        return TextConfig(
+            vocab_size=get(config, "vocab_size", 32000, where),
+            hidden_size=hidden_size,
+            intermediate_size=get(config, "intermediate_size", 11008, where),
+            num_layers=get(config, "num_hidden_layers", 32, where),
+            num_heads=num_heads,
+            num_kv_heads=get(config, "num_key_value_heads", num_heads, where),
+            head_dim=get(config, "head_dim", hidden_size // max(1, num_heads), where),
+            rope_theta=theta,
+            rms_norm_eps=get(config, "rms_norm_eps", 1e-6, where),
+            tie_word_embeddings=tied,
+            max_position_embeddings=get(config, "max_position_embeddings", 2048, where),
+            rope_scaling=scaling,
+            qkv_bias=model_type == "qwen2",
+            sliding_window=config["sliding_window"] if model_type == "mistral" else None,
+        )
+
+
+def num_parameters(config: TextConfig) -> int:
+    """How many numbers the matrices of a decoder have, with one of the embeddings."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (config.vocab_size + config.num_layers * (heads + 3 * config.intermediate_size))
 
 
 def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
@@ -133,46 +136,34 @@ def _model_type(config: TextConfig, source: Json) -> str:
     return "mistral" if config.sliding_window or source.get("model_type") == "mistral" else "llama"
 
 
-def _window(config: Json, where: str) -> int | None:
-    window = config["sliding_window"]
-    if window is not None and (type(window) is not int or window < 1):
-        raise UserError(f"{where}: sliding_window is {window!r}, not a number of tokens or null")
-    return window
-
-
 def _rope(config: Json, where: str) -> tuple[float, RopeScaling | None]:
     """The base of the rotary embedding and its scaling, from wherever a version of transformers keeps them."""
-    thetas = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    thetas = {"rope_theta": get(config, "rope_theta", 0.0, where)} if config.get("rope_theta") is not None else {}
     scalings = {}
     for field in ("rope_parameters", "rope_scaling"):
-        rope = config.get(field)
-        if rope:
+        if rope := part(config, field, where):
             scalings[field] = _scaling(rope, f"{where}: {field}")
-        if rope and rope.get("rope_theta") is not None:
-            thetas[f"{field}.rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_theta") is not None:
+            thetas[f"{field}.rope_theta"] = get(rope, "rope_theta", 0.0, f"{where}: {field}")
     for found in (thetas, scalings):
         if len(set(found.values())) > 1:
             contradiction = ", ".join(f"{key} is {value}" for key, value in found.items())
             raise UserError(f"{where}: contradicts itself: {contradiction}")
-    return float(next(iter(thetas.values()), 10000.0)), next(iter(scalings.values()), None)
+    return next(iter(thetas.values()), 10000.0), next(iter(scalings.values()), None)
 
 
 def _scaling(rope: Json, where: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_FIELDS:
-        raise UserError(f"{where} is {rope}; supported rope_types are {', '.join(_ROPE_FIELDS)}")
+    kind = one_of({"rope_type": rope.get("type", "default")} | rope, "rope_type", _ROPE_FIELDS, where)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind]}
     unknown = sorted(set(rope) - known)
     if unknown or rope.get("partial_rotary_factor", 1.0) != 1.0:
         named = ", ".join(unknown) or "partial_rotary_factor"
-        raise UserError(f"{where} is {rope}; {named} is not supported with rope_type {kind!r}")
+        raise UserError(f"{where} is {shown(rope)}; {named} is not supported with rope_type {kind!r}")
     missing = [field for field in _ROPE_FIELDS[kind] if rope.get(field) is None]
     if missing:
-        raise UserError(f"{where} is {rope}; rope_type {kind!r} needs {', '.join(missing)}")
+        raise UserError(f"{where} is {shown(rope)}; rope_type {kind!r} needs {', '.join(missing)}")
     if kind == "default":
         return None
     types = {"original_max_position_embeddings": 0}  # the others are floats
-    scaling = RopeScaling(kind, **{name: get(rope, name, types.get(name, 0.0), where) for name in _ROPE_FIELDS[kind]})
-    if scaling.factor <= 0 or scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError(f"{where} is {rope}; factor has to be positive, high_freq_factor above low_freq_factor")
-    return scaling
+    with in_words_of_hf(where):
+        return RopeScaling(kind, **{name: get(rope, name, types.get(name, 0.0), where) for name in _ROPE_FIELDS[kind]})

@@ -22,7 +22,7 @@ from llava_jax.convert.found import (
 from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
-from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_if_there
+from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
 from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.tensors import open_directory
@@ -42,6 +42,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
     if file:
         sources["projector"] = Source(file.projector, PROJECTOR)
     config = llava_config(
+        vision,
         vision=tower,
         text=text,
         projector_type=projector_type(sources.get("projector"), projector, options.projector_type),
@@ -108,6 +109,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
     config = llava_config(
+        where,
         vision=found.vision,
         text=found.text,
         projector_type="mlp2x_gelu",  # Hugging Face has no other
@@ -130,7 +132,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     refuse_contradiction(where, "--projector-type", options.projector_type, config.projector_type)
     hf = {
         "config": source_json | {"image_token_index": found.image_token_index},
-        "generation_config": read_if_there(directory / "generation_config.json"),
+        "generation_config": read_generation(directory),
     }
     parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)
     tokenizer = adapter if adapter and has_tokenizer(adapter) else directory

@@ -27,7 +27,7 @@ from llava_jax.convert.found import (
     refuse,
     refuse_contradiction,
 )
-from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, require
+from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, one_of, require
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
@@ -36,7 +36,7 @@ from llava_jax.convert.language_model import (
     copy_tokenizer,
     has_tokenizer,
     open_language_model,
-    read_if_there,
+    read_generation,
 )
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
@@ -64,11 +64,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     """Raises UserError that names what else is needed, or lists all that is missing, unexpected or misshapen."""
     where = str(directory / "config.json")
     settings = read_object(directory / "config.json")
-    if settings.get("model_type") not in _MODEL_TYPES:
-        raise UserError(
-            f"{where}: model_type is {settings.get('model_type')!r}; of original LLaVAs supported are "
-            f"{', '.join(_MODEL_TYPES)}"
-        )
+    one_of(settings, "model_type", _MODEL_TYPES, where)
     require(settings, _FIXED, where)
     model, trained = _decoder(directory, settings, base)
     text_json = _text_json(model.config)
@@ -77,12 +73,13 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + POOLING[tower.config.kind])
     kind = projector_type(source, directory, options.projector_type)
     refuse_contradiction(where, "mm_projector_type", get(settings, "mm_projector_type", kind, where), kind)
-    select_layer = get(settings, "mm_vision_select_layer", -2, where)
+    select_layer = hf_config.select_layer(settings, "mm_vision_select_layer", tower.config, where)
     select_feature = get(settings, "mm_vision_select_feature", "patch", where)
     refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
     im_start_end = get(settings, "mm_use_im_start_end", False, where)
     config = llava_config(
+        where,
         vision=tower.config,
         text=text,
         projector_type=kind,
@@ -106,7 +103,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
             "vision_config": tower.json,
             "mm_use_im_start_end": im_start_end,
         },
-        "generation_config": read_if_there(directory / "generation_config.json") or model.generation,
+        "generation_config": read_generation(directory) or model.generation,
     }
     sources = dict.fromkeys(parts, source) | ({"vision": tower.source} if tower.source else {})
     return Found(config, sources, hf, model.write_tokenizer, trained)
@@ -207,7 +204,10 @@ def _openai_clip(model: Source, directory: Path) -> Json:
         raise UserError(
             f"{directory}: its vision tower is no CLIP, or not whole: give --vision DIR with its config.json"
         )
-    (width, _, patch, _), (positions, _), (hidden, _) = (model.shape("vision", leaf) for leaf in needed)
+    shapes = [model.shape("vision", leaf) for leaf in needed]
+    if [len(shape) for shape in shapes] != [4, 2, 2] or min(map(min, shapes)) < 1:
+        raise UserError(f"{directory}: its vision tower has no shapes of CLIP: {', '.join(map(str, shapes))}")
+    (width, _, patch, _), (positions, _), (hidden, _) = shapes
     layers = sum(("vision", _FC1.format(layer=layer)) in model for layer in range(len(model.leaves("vision"))))
     return {
         "model_type": "clip_vision_model",

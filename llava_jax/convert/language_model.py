@@ -1,18 +1,20 @@
 """A language model on disk: a directory of transformers, or a GGUF file that transformers (with torch) reads."""
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import base_name, is_adapter
-from llava_jax.convert.hf_fields import Json
+from llava_jax.convert.gguf_header import read_header
+from llava_jax.convert.hf_fields import Json, check_generation
+from llava_jax.convert.hf_text import num_parameters, read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors, has_weights, open_directory
-from llava_jax.incoming import read_object, refuse_pointer_file
+from llava_jax.data.tokenizer_files import MAX_BYTES
+from llava_jax.incoming import read_bytes, read_object, refuse_pointer_file
 
 
 class LanguageModel(NamedTuple):
@@ -38,7 +40,7 @@ def open_language_model(path: Path) -> LanguageModel:
     return LanguageModel(
         where=str(path / "config.json"),
         config=read_object(path / "config.json"),
-        generation=read_if_there(path / "generation_config.json"),
+        generation=read_generation(path),
         tensors=open_directory(path),
         write_tokenizer=functools.partial(copy_tokenizer, path),
     )
@@ -46,6 +48,12 @@ def open_language_model(path: Path) -> LanguageModel:
 
 def read_if_there(path: Path) -> Json:
     return read_object(path) if path.exists() else {}
+
+
+def read_generation(directory: Path) -> Json:
+    """Its `generation_config.json`; empty where there is none."""
+    file = directory / "generation_config.json"
+    return check_generation(read_if_there(file), str(file))
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -59,25 +67,31 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             refuse_pointer_file(source / name)
-            shutil.copy(source / name, target / name)
+            (target / name).write_bytes(read_bytes(source / name, MAX_BYTES))
 
 
 def _open_gguf(path: Path) -> LanguageModel:
     """Of the whole model in memory: GGUF's numbers are quantized, and come out as float32."""
     refuse_pointer_file(path)
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise UserError(f"{path}: neither a directory with a config.json nor a GGUF file")
+    numbers = read_header(path).numbers
     try:
         import gguf  # noqa: F401  (transformers uses it, and names it less clearly where it is missing)
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise UserError(f"{path}: GGUF needs {error.name}: pip install 'llava_jax[torch-import]'") from None
+    options = {"gguf_file": path.name, "local_files_only": True}
+    where = f"{path}, as transformers reads it"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, **options).to_dict()
+        if (needed := num_parameters(read_text(config, where))) > numbers:
+            raise UserError(f"{path}: describes a model of {needed} parameters, but holds {numbers} numbers")
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, trust_remote_code=False, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises any class for what it does not know
         raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
     held = {
@@ -87,7 +101,7 @@ def _open_gguf(path: Path) -> LanguageModel:
     config = model.config.to_dict()
     config.pop("quantization_config", None)  # of the file; what was read from it is not quantized
     return LanguageModel(
-        where=f"{path}, as transformers reads it",
+        where=where,
         config=config,
         generation=model.generation_config.to_diff_dict(),
         tensors=Tensors(held),

@@ -48,9 +48,10 @@ def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
     if EMBEDDINGS not in model.tensors:
         raise UserError(f"{file.path}: has embeddings, but {model.where} is of a model without {EMBEDDINGS}")
     old, new = model.tensors[EMBEDDINGS], file.embeddings
-    whole = new.shape[0] >= old.shape[0]
-    added = new.shape[0] - old.shape[0] if whole else new.shape[0]
-    if new.shape[1:] != old.shape[1:] or added not in (0, 2, 3, 4):
+    matrices = len(new.shape) == len(old.shape) == 2
+    whole = matrices and new.shape[0] >= old.shape[0]
+    added = new.shape[0] - old.shape[0] if whole else new.shape[0] if matrices else None
+    if not matrices or new.shape[1:] != old.shape[1:] or added not in (0, 2, 3, 4):
         raise UserError(
             f"{file.path}: its embeddings are {new.shape}, those of {model.where} {old.shape}: it is for another model"
         )

@@ -37,8 +37,10 @@ def read_numbers(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) ->
     """The array that begins at byte `offset`.
 
     Read and not mapped: of a mapped file that becomes shorter, the system kills who reads on. Raises UserError where it
-    has become shorter since it was opened.
+    has become shorter since it was opened, and for a type that nothing here reads.
     """
+    if dtype not in NUMBERS:
+        raise UserError(f"{path}: holds numbers of type {dtype!r}; supported are {', '.join(NUMBERS)}")
     numbers = NUMBERS[dtype]
     data = np.empty(math.prod(shape) * numbers.itemsize, np.uint8)
     with open(path, "rb") as file:

@@ -17,7 +17,7 @@ _NO_NORM = 0.1  # the final norm of a decoder multiplies by about one, a differe
 
 def is_difference(tensors: Tensors) -> bool:
     """Whether a decoder is stored as its difference from another."""
-    return FINAL_NORM in tensors and bool(np.abs(tensors.get(FINAL_NORM).astype(np.float32)).max() < _NO_NORM)
+    return FINAL_NORM in tensors and bool(np.abs(tensors.get(FINAL_NORM).astype(np.float32)).max(initial=0) < _NO_NORM)
 
 
 def with_base(difference: Tensors, base: Tensors, where: str) -> Tensors:
@@ -30,7 +30,7 @@ def with_base(difference: Tensors, base: Tensors, where: str) -> Tensors:
         if name not in difference:
             continue
         ours, theirs = difference.shape(name), base.shape(name)
-        if ours[1:] != theirs[1:] or ours[0] < theirs[0]:
+        if ours[1:] != theirs[1:] or ours[:1] < theirs[:1]:
             raise UserError(f"{where}: {name} is {ours}, of the base {theirs}: it is for another model")
         held[name] = held[name]._replace(read=functools.partial(_summed, difference[name], base[name]))
     return Tensors(held)

@@ -28,8 +28,10 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.data.chat_template import render_chats
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.prompts import Prompt
+from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
 from llava_jax.incoming import read_object
 from llava_jax.models.config import LlavaConfig
@@ -151,11 +153,11 @@ def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> It
     """What both models make of the same ids, and which ids the processor makes of the same words."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-    settings = AutoConfig.from_pretrained(directory)
+    settings = _read(AutoConfig, directory)
     settings.text_config.num_hidden_layers = layers
     if getattr(settings.text_config, "layer_types", None):  # one a layer
         settings.text_config.layer_types = settings.text_config.layer_types[:layers]
-    model, loading = LlavaForConditionalGeneration.from_pretrained(directory, config=settings, output_loading_info=True)
+    model, loading = _read(LlavaForConditionalGeneration, directory, config=settings, output_loading_info=True)
     left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
     loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]
@@ -163,10 +165,19 @@ def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> It
     dtype, model = str(model.dtype).removeprefix("torch."), model.float().eval()
     config, params = _first_layers(checkpoint, layers, dtype)
     generator = Generator(build(config, params), PromptEncoder.from_checkpoint(checkpoint))
-    both = Both(generator, params, model, AutoProcessor.from_pretrained(directory))
+    both = Both(generator, params, model, _read(AutoProcessor, directory))
     yield compare_logits(both)
     yield compare_ids(both)
     yield compare_answers(both)
+
+
+def _read(kind: type, directory: Path, **options: Any) -> Any:
+    """What a class of transformers makes of a directory, of which it runs no code."""
+    read_tokenizer_files(directory, directory)
+    try:
+        return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises any class for what it does not know
+        raise UserError(f"{directory}: transformers cannot read it ({type(error).__name__}: {error})") from error
 
 
 class Both(NamedTuple):
@@ -238,7 +249,12 @@ def compare_ids(both: Both) -> Finding:
     wrong = []
     for question in QUESTIONS:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = both.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        (text,) = render_chats(
+            [[{"role": "user", "content": content}]], both.processor.chat_template, both.processor.tokenizer
+        )
+        if text is None:
+            wrong.append(f"chat template of {question!r}")
+            continue
         theirs = both.processor(images=PICTURE, text=text, return_tensors="pt")
         ours = both.inputs(both.generator.prompts.encode(both.request(question)))
         wrong += [

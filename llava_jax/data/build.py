@@ -26,7 +26,7 @@ from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.names import add_allow_absolute, folder_of, image_path
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, scratch_file
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, read_manifest, scratch_file
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.lock import entries, hold
@@ -92,7 +92,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
         if entries(directory):
             raise UserError(f"{directory}: exists and holds no built data set; choose another")
         return None
-    manifest = json.loads(file.read_text())
+    manifest = read_manifest(file)
     if manifest["digest"] != digest:
         raise UserError(f"{directory}: is built from other samples; remove it or choose another")
     if shards not in (0, manifest["shards"]):
@@ -265,12 +265,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.data.build",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
     add_allow_absolute(parser)

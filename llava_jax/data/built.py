@@ -5,7 +5,6 @@ samples. Of a data set on an object store this machine keeps a copy, file by fil
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +15,26 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, shown
 from llava_jax.data import cache
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, sample_of_line
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
+from llava_jax.incoming import read_object
 
+OWN_FEATURES = "tensorflow_datasets.core.features."
 # Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.
 READER_OPTIONS = {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}
+
+
+def _refuse_code(file: epath.Path) -> None:
+    """Raises `UserError` where TFDS would import modules that are not its own, to find the types of features."""
+    parts: list[Any] = [read_object(file)]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key in ("type", "pythonClassName", "python_class_name"):
+            if isinstance(part, dict) and not str(part.get(key, OWN_FEATURES)).startswith(OWN_FEATURES):
+                raise UserError(f"{file}: has features of type {shown(part[key])}, not of TFDS: no built data set")
 
 
 class Built(Sequence[Sample]):
@@ -34,9 +46,14 @@ class Built(Sequence[Sample]):
         if not (directory / "dataset_info.json").exists():
             left = "is not finished: run the same build again" if (directory / MANIFEST).exists() else "is none"
             raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
-        self.digest = json.loads((directory / MANIFEST).read_text())["digest"]
+        self.digest = read_manifest(directory / MANIFEST)["digest"]
+        _refuse_code(directory / "features.json")
         instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
-        names = [directory / TEXT, directory / OFFSETS, *(shard.filename for shard in instructions)]
+        names = [
+            directory / TEXT,
+            directory / OFFSETS,
+            *(directory / os.path.basename(i.filename) for i in instructions),
+        ]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]
         self._records = grain.sources.ArrayRecordDataSource(instructions, READER_OPTIONS)
@@ -46,7 +63,10 @@ class Built(Sequence[Sample]):
 
     def _open(self) -> None:
         self._file = os.open(self._text, os.O_RDONLY)  # for as long as the process runs
-        self._lines = np.load(self._offsets, mmap_mode="r")
+        try:
+            self._lines = np.load(self._offsets, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{self.path}: {OFFSETS} is damaged ({error}): build it again") from error
         if len(self._lines) - 1 != len(self._records):
             raise UserError(f"{self.path}: {len(self._lines) - 1} texts, {len(self._records)} records: build it again")
 

@@ -1,6 +1,7 @@
 """What took long to work out and can be worked out again: files in `$XDG_CACHE_HOME/llava_jax`, ~/.cache by default.
 
-Any of them may be deleted at any time. One that is damaged, or whose directory cannot be written, is as good as none.
+Any of them may be deleted at any time. One that is damaged is as good as none; where the directory cannot be written,
+a warning says so once, and work continues without. The directory is for its owner alone.
 """
 
 import contextlib
@@ -9,8 +10,8 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,16 +21,37 @@ import fsspec
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import track
+from llava_jax.cli import say, track
 from llava_jax.remote import is_remote, new_local
 
 COPY_BYTES = 16 * 2**20
 COPIES_AT_ONCE = 8
+BLOCKS, BLOCK = 16, 2**14  # of a file that `content_version` reads, and bytes of each
 
 
 def directory() -> Path:
     """Where caches are kept; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_jax"
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within, the cache is written. What the system refuses becomes a warning, once."""
+    try:
+        yield
+    except OSError as error:
+        _warn(directory(), error.strerror or str(error))
+
+
+@functools.cache
+def _warn(where: Path, reason: str) -> None:
+    say(f"warning: {where}: cannot be written ({reason}): results are not kept for the next start", file=sys.stderr)
+
+
+def made() -> Path:
+    """The directory, which now exists. Raises OSError."""
+    directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory()
 
 
 def digest(*parts: object) -> str:
@@ -38,12 +60,26 @@ def digest(*parts: object) -> str:
 
 
 def version(path: str | os.PathLike) -> str:
-    """What changes whenever a file is written: size and time, or what its object store says. Raises OSError."""
+    """What changes whenever a file is written or replaced: inode, size and times (copies and checkouts set that of the
+    last write, nobody that of the last change), or what its object store says. Raises OSError."""
     if not is_remote(path):
         stat = os.stat(path)
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
     files, name = fsspec.url_to_fs(os.fspath(path))
     return files.ukey(name)
+
+
+def content_version(path: str | os.PathLike) -> str:
+    """The same with what stands at the beginning, at the end and at places between: times may be coarse."""
+    if is_remote(path):
+        return version(path)
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        last = max(os.fstat(file.fileno()).st_size - BLOCK, 0)
+        for number in range(BLOCKS):
+            file.seek(last * number // (BLOCKS - 1))
+            found.update(file.read(BLOCK))
+    return f"{version(path)}-{found.hexdigest()}"
 
 
 def load(name: str) -> dict[str, np.ndarray] | None:
@@ -51,20 +87,20 @@ def load(name: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(directory() / f"{name}.npz") as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # none, or a damaged one
+    except Exception:  # there is none, or it is damaged: NumPy, zipfile and zlib raise nearly anything
         return None
 
 
 def save(name: str, **arrays: np.ndarray) -> None:
     """Keeps arrays under a name."""
-    with contextlib.suppress(OSError), replacing(directory() / f"{name}.npz") as file:
+    with kept(), replacing(made() / f"{name}.npz") as file:
         np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is at `path` once it is whole, whoever else writes the same; or nowhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
         try:
             yield file
@@ -79,8 +115,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def adopt(file: epath.Path) -> None:
     """Keeps what another machine has worked out, in a file of the name that it has in the cache."""
     target = directory() / file.name
-    with contextlib.suppress(OSError):
+    with kept():
         if not target.exists():
+            made()
             data = file.read_bytes()
             with replacing(target) as copy:
                 copy.write(data)
@@ -98,14 +135,10 @@ def local_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Within is one process of this machine at a time, if there is where to keep copies."""
-    try:
-        directory().mkdir(parents=True, exist_ok=True)
-        lock = (directory() / "copying.lock").open("w")
-    except OSError:
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with kept():
+            lock = stack.enter_context((made() / "copying.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -119,14 +152,15 @@ def local_file(path: str | os.PathLike, show: bool = True) -> Path:
 def derived(kind: str, path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     """A local file that `write` makes of the one at `path`, which the next call finds if that is still the same."""
     copies = directory() / f"{kind}-{digest(os.fspath(path))}"
-    copy = copies / digest(version(path))
+    copy = copies / digest(content_version(path))
     if not copy.exists():
         shutil.rmtree(copies, ignore_errors=True)  # of what the file was before
-        try:
+        with kept():
+            made()
             write(copy)
-        except OSError:  # nowhere to keep it
-            copy = new_local() / copy.name
-            write(copy)
+            return copy
+        copy = new_local() / copy.name  # there is nowhere to keep it
+        write(copy)
     return copy
 
 

@@ -1,19 +1,21 @@
 """Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, say
+from llava_jax.data.chat_template import render_chats
 from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUESTION = ("user", "What is it?")
+_QUESTION, _ANSWER = ("user", "What is it?"), ("assistant", "A cat")
 # Beginnings that tokenizers treat differently. Those with white space `encode_turns` sees to, sample by sample.
 _ANSWERS = (
     "A cat.",
@@ -82,7 +84,9 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
     """The template that renders as the tokenizer's own chat template does; None where it has none, or another."""
     if not tokenizer.chat_template:
         return None
-    return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer)), None)
+    chats = [[{"role": role, "content": text} for role, text in turns] for turns in _CHATS]
+    rendered = render_chats(chats, tokenizer.chat_template, tokenizer)
+    return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer, rendered)), None)
 
 
 def chosen_template(
@@ -124,23 +128,28 @@ def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"choose a template whose marks it has ({names})" if names else "choose one without such marks (llava_v0)"
 
 
-def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    question, answer, system = ("user", "q1"), ("assistant", "a1"), ("system", "s")
-    alike = [
-        _alike(template, tokenizer, turns) for turns in ([question], [question, answer], [question, answer, question])
-    ]
-    # Some chat templates refuse system prompts.
-    return all(alike) and _alike(template, tokenizer, [system, question]) is not False
+# What tells the templates apart. Some chat templates refuse system prompts.
+_CHATS = (
+    (_QUESTION,),
+    (_QUESTION, _ANSWER),
+    (_QUESTION, _ANSWER, _QUESTION),
+    (("system", "s"), _QUESTION),
+)
 
 
-def _alike(template: Template, tokenizer: "PreTrainedTokenizerBase", turns: list[tuple[str, str]]) -> bool | None:
-    """Whether both render the turns, and the prompt of an answer after a question, alike. None: it does not render."""
-    asks = turns[-1][0] == "user"
-    messages = [{"role": role, "content": text} for role, text in turns]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    except Exception:  # a chat template is a program: it may raise anything
+def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase", rendered: list[str | None]) -> bool:
+    """Whether the template renders `_CHATS` as the chat template rendered them."""
+    *alike, with_system = (_alike(template, tokenizer, *each) for each in zip(_CHATS, rendered, strict=True))
+    return all(alike) and with_system is not False
+
+
+def _alike(
+    template: Template, tokenizer: "PreTrainedTokenizerBase", turns: Sequence[tuple[str, str]], rendered: str | None
+) -> bool | None:
+    """The same of one conversation, with the prompt of an answer after a question. None: it does not render."""
+    if rendered is None:
         return None
     system = default_system(tokenizer) if template.system is None else None
+    asks = turns[-1][0] == "user"
     ours = render([*turns, ("assistant", None)] if asks else turns, template, system).text
     return rendered in (ours, f"{tokenizer.bos_token}{ours}")  # render leaves BOS to the tokenizer

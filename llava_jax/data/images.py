@@ -123,12 +123,13 @@ class EncodedImage:
 
     @property
     def decoded_bytes(self) -> int:
-        """About what decoding takes at most: the pixels as they are stored, with what the decoder keeps of all of them,
-        and either as RGB or turned upright. Pillow has four bytes a pixel for all but grey and palettes."""
+        """About what decoding takes at most: the pixels as they are stored, what the decoder keeps of all of them, and
+        where they are not upright RGB a copy. Pillow has four bytes a pixel for all but grey and palettes."""
         stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(self._image.mode, 4)
         decoder = 2 * len(self._image.getbands()) if self._image.info.get("progressive") else 0
         decoder += 4 if self._image.format == "WEBP" else 0
-        return self._image.width * self._image.height * (stored + decoder + 4)
+        copy = 0 if self._image.mode == "RGB" and _orientation(self._image) not in _UPRIGHT else 4
+        return self._image.width * self._image.height * (stored + decoder + copy)
 
     def decode(self) -> Image.Image:
         """Upright RGB. May be done once. Raises UserError."""
@@ -162,7 +163,7 @@ def _errors(name: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"picture {name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"picture {name} is refused: it has far too many pixels: shrink it or remove it") from error
+        raise UserError(f"picture {name} is refused as a decompression bomb: shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(
             f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"

@@ -157,12 +157,7 @@ def _limit(text: str) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.data.inspect",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.data.inspect", description=__doc__, epilog=EPILOG)
     parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
     add_allow_absolute(parser)

@@ -31,9 +31,10 @@ def measure_once(source: Source, encode: TextEncoder, workers: int = 0, skip_bad
 def cached_lengths(source: Source, encode: TextEncoder, skip_bad: bool) -> Lengths | None:
     """The lengths in the cache. Bad samples, which have no tokens, are for those to take who skip them."""
     found = cache.load(lengths_name(source, encode))
-    if found is None or found["lengths"].shape != (len(Lengths._fields), len(source)):
+    stored = np.zeros(0) if found is None else found.get("lengths", np.zeros(0))
+    if stored.shape != (len(Lengths._fields), len(source)) or stored.dtype.kind != "i" or np.any(stored < 0):
         return None
-    lengths = Lengths(*found["lengths"])
+    lengths = Lengths(*stored)
     return lengths if skip_bad or lengths.tokens.all() else None
 
 

@@ -25,7 +25,7 @@ PICTURES = 1  # of the cache: raise it when another version would find other pic
 
 
 class GoodPictures:
-    """The pictures of a folder that were found good, by hashes of name, size and time."""
+    """The pictures of a folder that were found good, by hashes of name and version."""
 
     def __init__(self, folder: epath.PathLike):
         where = folder if cache.is_remote(folder) else os.path.abspath(folder)
@@ -42,10 +42,8 @@ class GoodPictures:
         return place < len(self.known) and int(self.known[place]) == key
 
     def add(self, keys: list[int]) -> None:
-        with contextlib.suppress(OSError):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("ab") as file:
-                file.write(np.array(keys, np.uint64).tobytes())
+        with cache.kept(), (cache.made() / self.file.name).open("ab") as file:
+            file.write(np.array(keys, np.uint64).tobytes())
 
 
 def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:

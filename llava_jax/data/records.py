@@ -15,8 +15,8 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data import cache
-from llava_jax.incoming import POINTER, broken, encoding_of, refuse_pointer
-from llava_jax.remote import new_local
+from llava_jax.incoming import MAX_DEPTH, POINTER, broken, encoding_of, loads, refuse_pointer, require_regular
+from llava_jax.remote import is_remote, new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
 LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
@@ -87,8 +87,9 @@ def local_data(path: epath.PathLike) -> Path:
 
     Raises `UserError` where it does not exist, is a Git LFS pointer, compressed or a table, or breaks its encoding.
     """
-    if not epath.Path(path).is_file():
+    if is_remote(path) and not epath.Path(path).is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if epath.Path(path).is_dir() else 'no such file'}")
+    require_regular(path)  # it is read at random, which pipes cannot be
     file = cache.local_file(path)
     with file.open("rb") as data:
         head = data.read(len(POINTER))
@@ -138,15 +139,15 @@ def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
 def load_json(data: bytes, where: str) -> Any:
     """What JSON text says. Raises `UserError` naming `where`."""
     try:
-        return json.loads(data.decode())
+        return loads(data, strict=False)
     except json.JSONDecodeError as error:
         several = error.msg == "Extra data" and error.doc[error.pos] in "{["
         hint = "; several values stand in a row: jq -c . OLD > NEW.jsonl writes each on a line" if several else ""
         raise UserError(f"{where}: is no JSON: {error}{hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is no UTF-8: {error}; convert it: iconv -t utf-8") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: is nested too deeply for a sample") from error
+    except ValueError as error:
+        raise UserError(f"{where}: is no JSON: {error}") from error
 
 
 def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> None:
@@ -161,7 +162,7 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
     except json.JSONDecodeError as error:
         if error.pos < len(line.strip()):
             return  # the line is damaged, not cut off
-    except RecursionError:
+    except (RecursionError, ValueError):
         pass
     file.seek(start)
     try:
@@ -264,13 +265,15 @@ class _Window:
                 if self._certain(error) or not self._grow():
                     self.fail(error.msg, error.pos)
                 continue
-            except RecursionError:
-                self.fail("nested too deeply for a sample", self.at)
+            except (RecursionError, ValueError):  # or a number of more digits than are read
+                self.fail("nested too deeply for a sample, or a number too long", self.at)
             if len(self.text) - stop <= 2 and self._grow():  # a number might go on, as 1e-5 does after 1
                 continue
             start, self.at = self.at, stop
             if not (raw := self.text[start:stop]).isascii():
                 value = raw.encode("latin-1")
+            elif raw.count("[") + raw.count("{") > MAX_DEPTH:  # it may be nested more deeply than code can walk through
+                value = load_json(raw.encode(), f"{self.name}: byte {self.base + start}")
             return self.base + start, self.base + stop, value
 
     def at_list_of_objects(self) -> bool:

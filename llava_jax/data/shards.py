@@ -22,7 +22,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -35,6 +35,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image, read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.samples import ROLES, Sample
+from llava_jax.incoming import read_object
 from llava_jax.remote import is_remote
 
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
@@ -89,6 +90,14 @@ class Shard:
         return epath.Path(self.output) / SHARD_NAME.format(index=self.index, count=self.count)
 
 
+def read_manifest(file: epath.Path) -> dict[str, Any]:
+    """What a set is built from. Raises `UserError` where the file is damaged."""
+    manifest = read_object(file)
+    if not isinstance(manifest.get("digest"), str) or not isinstance(manifest.get("shards"), int):
+        raise UserError(f"{file}: is damaged: it has no digest and number of shards; build the set again")
+    return manifest
+
+
 def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
     """Writes a shard unless it is there whole.
 
@@ -132,9 +141,12 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
 def sample_of_line(line: bytes) -> Sample:
     """What `line_of` wrote."""
-    value = json.loads(line)
-    turns = tuple((ROLES[turn["from"]], turn["value"]) for turn in value["conversations"])
-    return Sample(value["id"], tuple(value.get("image", ())), turns)
+    try:
+        value = json.loads(line)
+        turns = tuple((ROLES[turn["from"]], turn["value"]) for turn in value["conversations"])
+        return Sample(value["id"], tuple(value.get("image", ())), turns)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{TEXT}: a line is damaged ({error}): build the set again") from error
 
 
 def line_of(sample: Sample) -> bytes:

@@ -11,6 +11,7 @@ import array
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -80,9 +81,9 @@ class LlavaJson(Sequence[Sample]):
 def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
     """Where the records of a file are, once all are known to be samples (or not, if `lenient`), and their digest."""
     file = local_data(path)
-    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.version(file))}"
+    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.content_version(file))}"
     index = cache.load(name)
-    if index is None:
+    if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
         for record in track(scan(file, path), f"reading {path}"):
             try:
@@ -96,6 +97,17 @@ def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
         index = {"starts": np.array(starts), "stops": np.array(stops), "digest": np.array(digest.hexdigest())}
         cache.save(name, **index)
     return RecordFile(file, index["starts"], index["stops"]), str(index["digest"])
+
+
+def _is_index(index: dict[str, np.ndarray], file: Path) -> bool:
+    """Whether what the cache holds can be the index of a file: records one after the other."""
+    if index.keys() != {"starts", "stops", "digest"} or index["digest"].dtype.kind != "U":
+        return False
+    places = [index["starts"], index["stops"]]
+    if any(part.ndim != 1 or part.dtype != np.int64 for part in places) or len(places[0]) != len(places[1]):
+        return False
+    ends = np.stack(places, axis=1).ravel()
+    return len(ends) > 0 and ends[0] >= 0 and ends[-1] <= file.stat().st_size and bool(np.all(np.diff(ends) >= 0))
 
 
 def digest_of(samples: Iterable[Sample]) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -30,7 +29,7 @@ from llava_jax.data.conversation import (
     render,
 )
 from llava_jax.data.samples import Sample
-from llava_jax.incoming import POINTER, refuse_pointer
+from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.remote import local
 
 if TYPE_CHECKING:
@@ -61,20 +60,27 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
 
     transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
     holds. It also forgets `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept.
-    The directory may be remote (`gs://`). Raises `UserError` where there is no tokenizer, or none that knows character
-    offsets, and for one that ends every text.
+    The directory may be remote (`gs://`). Code in it is never run. Raises `UserError` where there is no tokenizer, or
+    none that knows character offsets, and for one that ends every text.
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
-    for file in local(directory).glob("*token*"):
-        with file.open("rb") as data:
-            refuse_pointer(data.read(len(POINTER)), epath.Path(directory) / file.name)
+    files = read_tokenizer_files(local(directory), directory)
     try:
-        tokenizer = _load(local(directory))
+        tokenizer = _load(local(directory), files)
     except UserError:
         raise
-    except Exception as error:  # the tokenizers library raises no other class for a broken file
-        raise UserError(f"{directory}: holds no tokenizer that transformers reads: {error}") from error
+    except BaseException as error:  # the tokenizers library raises no other class for a broken file, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "auto_map" in files.get("tokenizer_config.json", ()):
+            raise UserError(
+                f"{directory}: tokenizer_config.json has auto_map, so the tokenizer needs code of its own, which is "
+                "never run: save it as a tokenizer.json with a class of transformers, and remove auto_map"
+            ) from error
+        raise UserError(
+            f"{directory}: holds no tokenizer that transformers reads: {error or type(error).__name__}"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} knows no character offsets: save a tokenizer.json")
     if tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]:
@@ -87,19 +93,18 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(directory: Path) -> PreTrainedTokenizerBase:
+def _load(directory: Path, files: dict[str, dict[str, Any]]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
 
     from llava_jax.data import sentencepiece_model
 
     model_file = directory / "tokenizer.model"
-    config_file = directory / "tokenizer_config.json"
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
-    if (json_file := directory / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    config = files.get("tokenizer_config.json", {})
+    if "tokenizer.json" in files:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if isinstance(tokenizer, LlamaTokenizer):
             if config.get("legacy") is None:  # then transformers 4 does what the file says, and 5 forgets it
-                tokenizer.legacy = sentencepiece_model.begins_every_part(json.loads(json_file.read_text("utf-8")))
+                tokenizer.legacy = sentencepiece_model.begins_every_part(files["tokenizer.json"])
             sentencepiece_model.begin_with_space(tokenizer, tokenizer.add_prefix_space is not False)
             # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
             model = sentencepiece_model.read_model(model_file) if model_file.exists() else None
@@ -114,8 +119,11 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
         return tokenizer
     is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
     if not (is_llama and model_file.exists()):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    tokenizer = LlamaTokenizer.from_pretrained(directory, add_bos_token=config.get("add_bos_token", True))
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    bos = config.get("add_bos_token", True)
+    tokenizer = LlamaTokenizer.from_pretrained(
+        directory, add_bos_token=bos, local_files_only=True, trust_remote_code=False
+    )
     sentencepiece_model.follow(sentencepiece_model.read_model(model_file), tokenizer, model_file)
     return tokenizer
 

@@ -58,12 +58,7 @@ def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.datagen captions",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.datagen captions", description=__doc__, epilog=EPILOG)
     add_caption_arguments(parser)
     parser.add_argument("--style", choices=STYLES, default="brief", help="instructions for captions of a phrase or a "
                         "sentence, or for detailed descriptions (default: brief)")  # fmt: skip

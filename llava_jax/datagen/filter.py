@@ -164,12 +164,7 @@ def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: 
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.datagen filter",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.datagen filter", description=__doc__, epilog=EPILOG)
     add_caption_arguments(parser)
     add = parser.add_argument
     add("--report", metavar="OUT", help="write how many captions and phrases there were and are to OUT, as JSON")

@@ -169,7 +169,6 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
         prog=f"python -m llava_jax.datagen {kind}",
         description=__doc__,
         epilog=EPILOG.format(kind=kind),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("pictures").add_argument
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")

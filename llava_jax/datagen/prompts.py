@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.incoming import require_regular
 from llava_jax.llm_api.cost import Message
 
 OURS = Path(__file__).with_name("prompt_files")
@@ -44,6 +45,8 @@ def _context_of(answer: Path) -> Path:
 
 
 def _text(path: Path) -> str:
+    if path.exists():
+        require_regular(path)
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

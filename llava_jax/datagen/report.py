@@ -119,12 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.datagen report",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.datagen report", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--json", required=True, metavar="F", help="LLaVA JSON or JSONL, from wherever")
     add("--images", required=True, metavar="DIR", help="the folder of its pictures")

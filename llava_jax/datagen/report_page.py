@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from llava_jax.cli import short
 from llava_jax.datagen.statistics import FIRST_WORDS, QUESTIONS, Lengths, Objects, Statistics, describe, tree
 from llava_jax.datagen.sunburst import sunburst
 
@@ -33,7 +34,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
     """
     assets = jinja2.PackageLoader("llava_jax.datagen", "report_assets")
     templates = jinja2.Environment(loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"shown": _shown, "source_hash": _source_hash}
+    templates.filters |= {"shown": _shown, "short": short, "source_hash": _source_hash}
     templates.policies["json.dumps_kwargs"] = {}  # keys in their order
     style, script = (assets.get_source(templates, name)[0] for name in ("style.css", "browser.js"))
     lengths = sorted(statistics.lengths.items())
@@ -67,7 +68,7 @@ def _shown(value: Any) -> str:
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return short(str(value), 1000)
 
 
 def _share(part: int, whole: int) -> str:

@@ -6,16 +6,17 @@ import hashlib
 import heapq
 import io
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 from PIL import Image
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, short, track
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import load_image
-from llava_jax.data.names import image_path
+from llava_jax.data.names import MAX_LENGTH, image_path
 from llava_jax.data.sources import Sample
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
@@ -25,6 +26,9 @@ from llava_jax.llm_api.ledger import Ledger
 THUMBNAIL = 288  # pixels of the longer side
 QUALITY = 70  # of JPEG
 REJECTED, UNSUPPORTED = "rejected", "with unsupported objects"  # in names of groups
+TEXT = 20_000  # characters of a sample, and again of its captions
+MAX_CHARACTERS = 100_000_000  # of all that is shown, pictures included
+MAX_BOXES = 200  # of a sample
 GROUPS = 100  # of reasons of rejection; those beyond go together
 
 
@@ -47,7 +51,7 @@ class Draw:
             heapq.heappushpop(heap, entry)
 
     def put_reject(self, reject: dict[str, Any]) -> None:
-        group = f"{REJECTED}: {reject.get('reason')}"
+        group = f"{REJECTED}: {short(str(reject.get('reason')))}"
         self.put(group if group in self.sizes or len(self.sizes) < GROUPS else f"{REJECTED}: others", reject)
 
     def drawn(self) -> Iterator[tuple[str, Any]]:
@@ -64,6 +68,7 @@ class Shown:
         self.images, self.ledger, self.facts, self.kind = images, ledger, facts, kind
         self.entries: list[dict[str, Any]] = []
         self.pictures: dict[str, str] = {}  # data URIs
+        self.characters = 0
 
     def add_sample(self, sample: Sample) -> None:
         claims = self.facts.claims(sample) if self.facts else None
@@ -72,10 +77,10 @@ class Shown:
             id=sample.id,
             image=sample.images[0] if sample.images else "",
             group=self.kind or kind_of(sample),
-            turns=[text.replace(IMAGE_TOKEN, "").strip() for role, text in sample.turns if role != "system"],
+            turns=bounded([text.replace(IMAGE_TOKEN, "").strip() for role, text in sample.turns if role != "system"]),
             context=context,
-            unsupported=list(claims.unsupported.values()) if claims else [],
-            uncovered=sorted(claims.boxes - claims.covered) if claims else [],
+            unsupported=bounded(list(claims.unsupported.values())) if claims else [],
+            uncovered=bounded(sorted(claims.boxes - claims.covered)) if claims else [],
         )
 
     def add_reject(self, group: str, reject: dict[str, Any]) -> None:
@@ -84,8 +89,8 @@ class Shown:
             id=ident,
             image=str(reject.get("image") or ""),
             group=group,
-            detail=str(reject.get("detail") or ""),
-            answer=(self.ledger and self.ledger.last_answer(ident)) or "",
+            detail=short(str(reject.get("detail") or ""), TEXT),
+            answer=short((self.ledger and self.ledger.last_answer(ident)) or "", TEXT),
             context=contexts.get(self.ledger.db, ident) if self.ledger else None,
             rejected=True,
         )
@@ -94,6 +99,7 @@ class Shown:
         return next(contexts.read(self.ledger.db, where=where), None)
 
     def _add(self, context: Context | None, image: str, **fields: Any) -> None:
+        image = short(image, MAX_LENGTH)
         if image and image not in self.pictures:
             try:
                 self.pictures[image] = thumbnail(load_image(image_path(self.images, image)))
@@ -101,7 +107,10 @@ class Shown:
                 self.pictures[image] = ""  # which the page says
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
         captions, boxes = (context.captions, context.boxes) if context else ((), ())
-        self.entries.append({**empty, **fields, "image": image, "captions": captions, "boxes": boxes})
+        boxes = [box._replace(category=short(box.category)) for box in boxes[:MAX_BOXES]]
+        fields |= {"id": short(fields["id"]), "captions": bounded(captions), "boxes": boxes}
+        self.entries.append({**empty, **fields, "image": image})
+        self.characters += len(json.dumps(self.entries[-1])) + len(self.pictures.get(image, ""))
 
 
 def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:
@@ -111,6 +120,8 @@ def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> di
         if len(chosen) < most:
             chosen.setdefault(item if isinstance(item, int) else ("reject", id(item)), (group, item))
     for group, item in track(chosen.values(), "pictures for the report", len(chosen)):
+        if shown.characters > MAX_CHARACTERS:
+            break
         if isinstance(item, int):
             shown.add_sample(samples[item])
         else:
@@ -120,6 +131,17 @@ def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> di
     if rejected := [sizes for group, sizes in groups.items() if group.startswith(REJECTED)]:
         groups[REJECTED] = tuple(map(sum, zip(*rejected, strict=True)))
     return {"entries": shown.entries, "pictures": shown.pictures, "groups": groups}
+
+
+def bounded(texts: Sequence[str]) -> list[str]:
+    """The texts, as far as they have `TEXT` characters together; what is left out is said."""
+    kept, room = [], TEXT
+    for number, text in enumerate(texts):
+        if room <= 0:
+            return [*kept, f"({len(texts) - number:,} more)"]
+        kept.append(short(text, room + 3))
+        room -= max(len(text), 100)  # as empty ones take place, too
+    return kept
 
 
 def thumbnail(image: Image.Image) -> str:

@@ -15,6 +15,7 @@ from etils import epath
 from llava_jax.cli import UserError, say
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
+from llava_jax.incoming import loads
 from llava_jax.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
@@ -148,7 +149,7 @@ def is_lines(path: epath.PathLike) -> bool:
     """Whether a file has an object a line: its first line is one, and either tells its id or is not the only line."""
     first, _, rest = read_bytes(path).lstrip().partition(b"\n")
     try:
-        value = json.loads(first)
+        value = loads(first, strict=False)
     except ValueError:
         return False
     return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in IDS))
@@ -165,8 +166,7 @@ def read_json(path: epath.PathLike) -> Any:
 def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise UserError(f"{path}: {twice} stands there twice")
     return value
 

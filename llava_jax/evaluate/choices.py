@@ -1,7 +1,6 @@
 """Questions with options: MMBench, MMBench-CN (each asked again with its options rotated) and SEED-Bench."""
 
 import base64
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from llava_jax.evaluate.answers import (
 from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, of_files, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
-from llava_jax.evaluate.sheets import read_sheet
+from llava_jax.evaluate.sheets import read_sheet, xlsx
 
 LETTERS = "ABCD"
 LETTER_CN = "请直接回答选项字母。"
@@ -177,32 +176,19 @@ def submit_mmbench(lines: Sequence[Line], own: str | None) -> bytes:
     """The table of MMBench's server: without pictures, with a prediction a row."""
     if own is None:
         raise UserError("--labels: MMBench's table of questions is needed, since its server wants it with the answers")
-    try:
-        import openpyxl
-        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-    except ImportError as error:
-        raise UserError("MMBench wants an Excel file: pip install 'llava_jax[evaluate]'") from error
     if any(line.value.get("round_id") for line in lines):
         raise UserError(f"{own}: asks each question once; MMBench's server wants its table with rows for the rounds")
     answers = by_key(lines, question_id)
     rows = _rows(own)
     check_asked(answers, dict.fromkeys(str(row.index) for row in rows), own)
-    book = openpyxl.Workbook(write_only=True)
-    sheet = book.create_sheet()
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     names = [name for name in rows[0].values if name not in dropped]
-
-    def add(cells: Sequence[Any]) -> None:
-        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
-
-    add([*names[:6], "prediction", *names[6:]])
+    table: list[list[Any]] = [[*names[:6], "prediction", *names[6:]]]
     for row in rows:
         values = [row.index if name == "index" else row.values[name] for name in names]
         answer = answers.get(str(row.index))
-        add([*values[:6], answer and answer.text, *values[6:]])
-    content = io.BytesIO()
-    book.save(content)
-    return content.getvalue()
+        table.append([*values[:6], answer and answer.text, *values[6:]])
+    return xlsx(table)
 
 
 # ----------------------------------------------------------------------------------------------------------------- SEED

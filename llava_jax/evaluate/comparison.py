@@ -31,11 +31,6 @@ class Case(NamedTuple):
     outcomes: list[Outcome]
 
     @property
-    def groups(self) -> list[str]:
-        """What it can be looked up by: its benchmark, and each of its categories there."""
-        return [self.benchmark, *(f"{self.benchmark}: {category}" for category in self.outcomes[0].categories)]
-
-    @property
     def spread(self) -> float:
         """Points between the best and the worst run."""
         known = [outcome.percent for outcome in self.outcomes if outcome.percent is not None]

@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.answers import WHOLE, join
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.scienceqa import COLUMNS, FAILED, STORED, Problem, choice, read_problems, read_results, score
 
@@ -132,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("score scienceqa-ensemble", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate score scienceqa-ensemble", description=__doc__, epilog=EPILOG)
     add_arguments(parser)
     add = parser.add_argument
     add(

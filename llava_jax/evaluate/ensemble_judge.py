@@ -8,8 +8,7 @@ import argparse
 import functools
 import sys
 
-from llava_jax.cli import UserError, say
-from llava_jax.evaluate.command import command_parser
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
 from llava_jax.evaluate.judging import ask, prompt_hash
 from llava_jax.evaluate.lines import write_lines
@@ -76,7 +75,7 @@ def _option(choices: int, text: str) -> int | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("judge scienceqa", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate judge scienceqa", description=__doc__, epilog=EPILOG)
     add_arguments(parser)
     add = parser.add_argument
     add("--judge", required=True, metavar="MODEL", help="in the paper the second model itself")

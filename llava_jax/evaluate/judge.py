@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, ask, messages, read_rules, rules_hash
 from llava_jax.evaluate.lines import write_lines
 from llava_jax.evaluate.reviews import FAILED, parse_scores
@@ -106,7 +105,7 @@ def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("judge llava-bench", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate judge llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
     add("--context", required=True, metavar="F", help="JSONL of what is in each picture")

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from llava_jax.cli import UserError, say
-from llava_jax.incoming import to_utf8
+from llava_jax.incoming import loads, require_regular, to_utf8
 from llava_jax.whole_file import whole_file
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 ID = re.compile(rb'"(?:question_id|questionId|id|image)": *("[^"\\]*"|-?[0-9]+)')
+
+
+MAX_BYTES = 4 * 2**30  # of a file, all of which is in memory
 
 
 class Line(NamedTuple):
@@ -96,7 +99,10 @@ def read_text(path: epath.PathLike) -> str:
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
-    """What is in a text file, in UTF-8 without a byte order mark."""
+    """What is in a text file, in UTF-8 without a byte order mark. It may be read more than once, so it is no pipe."""
+    require_regular(path)
+    if (size := epath.Path(path).stat().length) > MAX_BYTES:
+        raise UserError(f"{path}: has {size:,} bytes, more than {MAX_BYTES >> 30} GiB")
     return to_utf8(epath.Path(path).read_bytes(), path)
 
 
@@ -106,8 +112,8 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
             continue
         where = f"{path}: line {number}"
         try:
-            value = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
+            value = loads(line, strict=False)
+        except ValueError as error:
             # What ends within a character is cut off; other bytes that are not UTF-8 are no matter of the end.
             cut = not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data"
             if number < len(lines) or not cut:
@@ -129,7 +135,7 @@ def _whose(line: bytes) -> str:
     return f" (question {told[1].decode('latin-1').strip(chr(34))})" if told else ""
 
 
-def _fault(error: ValueError | RecursionError) -> str:
+def _fault(error: ValueError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.start}: {error.object[error.start]:#x}); convert it"
     return f"is no JSON: {error}"

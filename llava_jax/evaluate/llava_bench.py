@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_outcomes import outcomes
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.reviews import FAILED, Review, read_reviews
@@ -179,7 +178,7 @@ def _rounded(name: str, value: Any) -> Any:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("score llava-bench", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate score llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
     add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")

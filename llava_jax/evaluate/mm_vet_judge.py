@@ -9,10 +9,9 @@ import functools
 import sys
 from typing import Any
 
-from llava_jax.cli import say
+from llava_jax.cli import Parser, say
 from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, refuse_questions
 from llava_jax.evaluate.benchmark import field
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.judging import ask, prompt_hash
 from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.mm_vet import PREFIX, key, parse_grade, read_own
@@ -102,7 +101,7 @@ def _labels(path: str) -> dict[str, Line]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("judge mm-vet", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate judge mm-vet", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--answers", required=True, metavar="F", help="JSONL of question_id, text")
     add("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")

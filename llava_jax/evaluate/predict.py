@@ -3,10 +3,9 @@
 import argparse
 from pathlib import PurePath
 
-from llava_jax.cli import UserError, positive
+from llava_jax.cli import Parser, UserError, positive
 from llava_jax.data.names import add_allow_absolute
 from llava_jax.evaluate.benchmarks import listing, require
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
 
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("predict", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate predict", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")

@@ -9,9 +9,8 @@ import hashlib
 import sys
 from typing import Any
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Question, read_questions
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.judging import ask, prompt_hash
 from llava_jax.evaluate.lines import write_lines
 from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task
@@ -73,7 +72,7 @@ def _answer(question: Question, outcome: Outcome, model: str, hash_: str) -> dic
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("reference llava-bench", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate reference llava-bench", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
     add("--context", required=True, metavar="F", help="JSONL of what is in each picture")

@@ -13,14 +13,13 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, printable, say
+from llava_jax.cli import Parser, UserError, printable, say
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.evaluate.bootstrap import Interval
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_chart import draw
-from llava_jax.evaluate.report_page import page
+from llava_jax.evaluate.report_page import MAX_ROWS, page
 from llava_jax.evaluate.tables import aligned
 from llava_jax.remote import is_remote, new_local, upload
 from llava_jax.whole_file import whole_file
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": [_json_row(row, names) for row in rows],
     }
     if args.output:
-        chart, output = draw(names, rows), epath.Path(args.output)
+        chart, output = draw(names, rows[:MAX_ROWS]), epath.Path(args.output)
         html = page(names, rows, cases, judged, chart, folder_of(args), args.limit)
         output.mkdir(parents=True, exist_ok=True)
         contents = {
@@ -115,7 +114,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("report", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate report", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
     add("--output", metavar="DIR", help="where the page, the chart and the rest go")

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+from llava_jax.cli import short
 from llava_jax.evaluate.comparison import Row
 
 
@@ -10,7 +11,7 @@ def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
     """The chart as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 0.35 * len(rows) * (len(runs) + 1)), 4.5), layout="constrained")
+    figure = Figure(figsize=(min(max(6.0, 0.35 * len(rows) * (len(runs) + 1)), 400.0), 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(runs)
     for number, run in enumerate(runs):
@@ -22,7 +23,7 @@ def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
         ]
         places = [place + (number - (len(runs) - 1) / 2) * width for place, _ in bars]
         axes.bar(places, values, width, yerr=errors, capsize=2, label=_plain(run))
-    axes.set_xticks(range(len(rows)), [_plain(f"{row.benchmark}\n{row.category}") for row in rows])
+    axes.set_xticks(range(len(rows)), [_plain(short(f"{row.benchmark}\n{row.category}")) for row in rows])
     axes.tick_params(axis="x", labelrotation=45 if len(rows) > 6 else 0)
     axes.set_ylabel("percent, with 95% intervals")
     axes.legend(fontsize="small")

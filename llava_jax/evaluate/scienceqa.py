@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import UserError, printable
+from llava_jax.cli import Parser, UserError, printable
 from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 from llava_jax.evaluate.sheets import is_sheet
 
@@ -168,7 +167,7 @@ def table(scores: Mapping[str, Any]) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("score scienceqa", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate score scienceqa", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     kinds = "a result JSON of the original ({results, outputs}), answers as JSONL, or one object {id: answer}"
     add("--results", "--answers", required=True, metavar="F", help=kinds)

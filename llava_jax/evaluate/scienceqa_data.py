@@ -11,8 +11,7 @@ import re
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
-from llava_jax.evaluate.command import command_parser
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
 from llava_jax.whole_file import whole_list
 
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("questions scienceqa", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate questions scienceqa", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
     add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")

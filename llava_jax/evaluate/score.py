@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llava_jax.cli import printable
+from llava_jax.cli import Parser, printable
 from llava_jax.evaluate.answers import answer_lines, count_absent, join, refuse_questions
 from llava_jax.evaluate.benchmarks import listing, require
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 from llava_jax.evaluate.questions import read_questions
@@ -88,7 +87,7 @@ def _table(scores: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("score", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate score", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="what `predict` wrote, or anybody's; of mm-vet, the "

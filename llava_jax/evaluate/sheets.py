@@ -4,8 +4,10 @@ import csv
 import datetime
 import io
 import itertools
+import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +15,12 @@ from etils import epath
 
 from llava_jax.cli import UserError, say
 from llava_jax.evaluate.lines import Line, read_text
-from llava_jax.incoming import refuse_pointer
+from llava_jax.incoming import read_bytes, refuse_pointer
 
 SUFFIXES = (".tsv", ".xlsx")
+MAX_BYTES = 256 * 2**20  # of an XLSX, also once it is unpacked
+MAX_CELLS = 5_000_000  # of an XLSX: one may claim to stand in any row and column
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def is_sheet(path: epath.PathLike) -> bool:
@@ -57,9 +62,12 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
         from openpyxl import load_workbook
     except ImportError as error:
         raise UserError(f"{path}: reading Excel files needs: pip install 'llava_jax[evaluate]'") from error
-    data = epath.Path(path).read_bytes()
+    data = read_bytes(path, MAX_BYTES)
     refuse_pointer(data, path)
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(part.file_size for part in archive.infolist()) > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB once it is unpacked")
         with warnings.catch_warnings(action="ignore"):  # about styles and the like
             rows, others = _cells(load_workbook(io.BytesIO(data), read_only=True))
             if any(isinstance(cell, str) and cell.startswith("=") for row in rows for cell in row):
@@ -76,12 +84,46 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
     return ((where, [_text(cell, where) for cell in row]) for where, row in numbered)
 
 
+def xlsx(rows: Iterable[Sequence[Any]]) -> bytes:
+    """An Excel file of one sheet. Texts are texts, also those that Excel would take for formulas or errors; characters
+    that it cannot hold are left out."""
+    try:
+        import openpyxl
+        from openpyxl.cell import WriteOnlyCell
+    except ImportError as error:
+        raise UserError("writing Excel files needs: pip install 'llava_jax[evaluate]'") from error
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        made = WriteOnlyCell(sheet, _NO_XML.sub("", value))
+        made.data_type = "s"
+        return made
+
+    for row in rows:
+        sheet.append([cell(value) for value in row])
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
 def _cells(book: Any) -> tuple[list[tuple[Any, ...]], list[str]]:
     """The values of the first sheet of an openpyxl workbook, and the names of further sheets."""
     first, *others = book.worksheets
     first.reset_dimensions()  # what programs write there may be wrong
-    rows = list(first.iter_rows(values_only=True))
-    return rows, [sheet.title for sheet in others if any(map(any, sheet.iter_rows(values_only=True)))]
+    return list(_rows(first)), [sheet.title for sheet in others if any(map(any, _rows(sheet)))]
+
+
+def _rows(sheet: Any) -> Iterator[tuple[Any, ...]]:
+    """The values of the rows. Raises `ValueError` where there are too many."""
+    cells = 0
+    for row in sheet.iter_rows(values_only=True):
+        cells += 1 + len(row)
+        if cells > MAX_CELLS:
+            raise ValueError(f"it has more than {MAX_CELLS:,} cells")
+        yield row
 
 
 def _text(cell: Any, where: str) -> str | None:

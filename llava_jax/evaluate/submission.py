@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
-from llava_jax.evaluate.command import command_parser
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.pope import answers_pope
 from llava_jax.whole_file import whole_file
@@ -74,7 +73,7 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("submission", __doc__, EPILOG)
+    parser = Parser(prog="python -m llava_jax.evaluate submission", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below")
     add("--answers", required=True, metavar="F", help="JSONL of predict")

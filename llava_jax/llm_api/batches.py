@@ -17,6 +17,7 @@ import httpx2
 import openai
 
 from llava_jax.cli import UserError, say
+from llava_jax.incoming import loads
 from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
 from llava_jax.llm_api.cost import budget_spent, most_tokens
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
@@ -229,7 +230,7 @@ def _responses(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Row and response of each line; what is none counts as not answered."""
     for line in lines:
         try:
-            value = json.loads(line)
+            value = loads(line, strict=False)
             row, response = int(value["custom_id"]), value.get("response") or {"body": value.get("error")}
         except (ValueError, LookupError, TypeError, AttributeError):
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import UserError, positive
+from llava_jax.incoming import loads
 from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.remote import is_remote
 
@@ -123,8 +124,8 @@ def _amount(text: str) -> float:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = loads(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("has to be a JSON object")

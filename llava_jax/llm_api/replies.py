@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llava_jax.incoming import loads
 from llava_jax.llm_api.cost import Message, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer
 from llava_jax.llm_api.limits import Refusal
@@ -105,8 +106,8 @@ def _unlisted(value: Any) -> Any:
 def read_json(content: bytes) -> Any:
     """The JSON of a reply. Raises `NoAnswer` where it is none, or `ServerError` where it is a page for people."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return loads(content, strict=False)
+    except ValueError as error:
         if content.lstrip()[:1] == b"<":
             page = " ".join(content.decode(errors="replace").split())
             raise ServerError(UNKNOWN, f"an HTML page, no answer; is the path of the URL right? {page}") from error

@@ -1,7 +1,10 @@
 """Shapes of the model, and the published ones as presets."""
 
 import dataclasses
+import re
 from typing import Any
+
+from llava_jax.cli import shown
 
 # CLIP's own statistics of its training pictures, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -9,6 +12,70 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # SigLIP's pixels are in -1..1.
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for answering
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # of vision towers
+# The smallest and the largest value of each number below: beyond all models, and within what memory can be asked for.
+LIMITS = {
+    "hidden_size": (1, 2**17),
+    "intermediate_size": (1, 2**20),
+    "num_layers": (1, 1000),
+    "num_heads": (1, 2**12),
+    "num_kv_heads": (1, 2**12),
+    "head_dim": (2, 2**13),
+    "vocab_size": (1, 2**22),
+    "image_size": (1, 2**13),
+    "patch_size": (1, 2**13),
+    "projection_dim": (1, 2**17),
+    "max_position_embeddings": (1, 2**31),
+    "sliding_window": (1, 2**31),
+    "original_max_position_embeddings": (1, 2**31),
+    "select_layer": (-1001, 1000),
+    "layer_norm_eps": (0.0, 1.0),
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": (1e-6, 1e15),
+    "factor": (1e-6, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+}
+
+
+def check_fields(config: Any) -> None:
+    """Raises `ValueError` for a field of a dataclass that is not of its type or not within `LIMITS`, NaN included."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None and "None" in str(field.type):
+            continue
+        if field.name in LIMITS:
+            low, high = LIMITS[field.name]
+            number = int if isinstance(low, int) else int | float
+            if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
+                kind = "an integer" if isinstance(low, int) else "a number"
+                raise ValueError(f"{field.name} is {shown(value)}, not {kind} from {low} to {high}")
+        elif field.type in (bool, str) and not isinstance(value, field.type):
+            raise ValueError(f"{field.name} is {shown(value)}, not a {field.type.__name__}")
+
+
+def check_channels(name: str, values: Any) -> None:
+    """Raises `ValueError` unless these are the statistics of three channels, which pixels can be normalized with."""
+    numbers = isinstance(values, list | tuple) and [v for v in values if isinstance(v, int | float) and abs(v) < 1e6]
+    if not numbers or len(numbers) != 3 or len(values) != 3 or any(isinstance(value, bool) for value in values):
+        raise ValueError(f"{name} is {shown(values)}, not three numbers")
+    if name == "image_std" and min(numbers) < 1e-6:
+        raise ValueError(f"{name} is {shown(values)}, of which none may be 0 or less")
+
+
+def num_projector_layers(projector_type: str) -> int:
+    """1 for `linear` (the paper), N for `mlpNx_gelu` (LLaVA-1.5: N = 2), of at most 99."""
+    if projector_type == "linear":
+        return 1
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", projector_type)
+    if not match:
+        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu)")
+    return int(match[1])
+
+
+def require_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if of < 1 or value % of:
+        raise ValueError(f"{name} {value} is not a multiple of {of_name} {of}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +97,14 @@ class VisionConfig:
     kind: str = "clip"  # or "siglip", which has no class token and no norm before the layers
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("clip", "siglip"):
             raise ValueError(f"kind is {self.kind!r}, not 'clip' or 'siglip'")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; supported are {', '.join(ACTIVATIONS)}")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} does not fit image_size {self.image_size}")
+        require_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)
 
     @property
     def num_patches(self) -> int:
@@ -61,8 +134,11 @@ class RopeScaling:
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"kind is {self.kind!r}, not 'linear' or 'llama3'")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +159,11 @@ class TextConfig:
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False  # of the projections to queries, keys and values, as Qwen2 has it
     sliding_window: int | None = None  # how many tokens, itself included, a token sees, as in Mistral v0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
+        require_multiple("head_dim", self.head_dim, "a rotated pair,", 2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TextConfig":
@@ -106,6 +187,10 @@ class LlavaConfig:
     image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for field in ("image_mean", "image_std"):
+            check_channels(field, getattr(self, field))
+        num_projector_layers(self.projector_type)
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
         if self.select_feature == "cls_patch" and not self.vision.class_token:

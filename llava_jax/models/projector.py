@@ -1,22 +1,11 @@
 """The projection W of the paper (section 4.1): visual features into the word embedding space."""
 
-import re
-
 import jax
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from llava_jax.models.config import num_projector_layers
 from llava_jax.models.layers import Linear
-
-
-def num_projector_layers(projector_type: str) -> int:
-    """1 for `linear` (the paper), N for `mlpNx_gelu` (LLaVA-1.5: N = 2)."""
-    if projector_type == "linear":
-        return 1
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type)
-    if not match:
-        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu)")
-    return int(match[1])
 
 
 class Projector(nnx.Module):

@@ -76,12 +76,7 @@ def _api_key(file: str | None) -> str | None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m llava_jax.serve",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m llava_jax.serve", description=__doc__, epilog=EPILOG)
     parser.add_argument("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
     parser.add_argument(
         "--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all"

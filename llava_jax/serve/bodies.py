@@ -21,9 +21,10 @@ MAX_KEY = 10_000  # bytes of one
 MAX_SCALAR = 100  # bytes of a number or a word
 MAX_TEXT = 4 << 20  # bytes of a string that is not a data URL
 MAX_ESCAPES = 1 << 20  # backslashes
+MAX_SPACE = 10_000  # bytes between two values
 
-_SPACE = re.compile(rb"[\s,:]*+")
-_SCALAR = re.compile(rb'[^\s"\[\]{},:]++')
+_SPACE = re.compile(rb"[\s,:]{0,%d}+" % MAX_SPACE)
+_SCALAR = re.compile(rb'[^\s"\[\]{},:]{0,%d}+' % (MAX_SCALAR + 1))
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _KEY_END = re.compile(rb"\s*+:")
 
@@ -93,8 +94,9 @@ def check(data: bytes | bytearray) -> None:
                     _add_key(keys[-1], bytes(data[place:end]))
             case _:
                 end = _SCALAR.match(data, place).end()
-                if end - place > MAX_SCALAR:
-                    _refuse(f"has a number of more than {MAX_SCALAR} characters")
+                if not 0 < end - place <= MAX_SCALAR:
+                    what = f"a number of more than {MAX_SCALAR}" if end > place else f"more than {MAX_SPACE} blank"
+                    _refuse(f"has {what} characters")
         values += 1
         if values > MAX_VALUES or len(keys) > MAX_DEPTH:
             _refuse(f"has more than {MAX_VALUES} values, or lists and objects nested more than {MAX_DEPTH} deep")

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import resource
+import socket
+import struct
 import sys
 import uuid
 from collections import Counter
@@ -100,7 +102,13 @@ class Connection(H11Protocol):
         """Sets the only deadline that there is at a time; None for none."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._cut_off)
+
+    def _cut_off(self) -> None:
+        if self.transport.get_write_buffer_size():  # the system must not go on sending what it took, either
+            linger = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
 
     def _should_upgrade(self) -> bool:
         return False  # to WebSockets: such a request is answered as any other

@@ -23,7 +23,7 @@ from llava_jax.serve.fetch import fetch
 
 MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
-DECODING_BYTES = 512 << 20  # of all images that are being decoded
+DECODING_BYTES = 640 << 20  # of all images that are being decoded
 LARGE_BYTES = 32 << 20  # from which on an image waits for others of its kind, and lets smaller ones pass
 
 
@@ -39,7 +39,7 @@ class Budget:
         """Raises UserError for more than there is in all."""
         if amount > self.total:
             raise UserError(
-                f"takes {amount >> 20} MB to decode, and this server has {self.total >> 20} MB for that: shrink it"
+                f"takes {amount >> 20} MiB to decode, and this server has {self.total >> 20} MiB for that: shrink it"
             )
         while amount > self.left:
             await self._freed.wait()

@@ -1,5 +1,7 @@
 """Runs the app until it is told to stop, and then lets what was begun come to its end."""
 
+import contextlib
+import ctypes
 import functools
 import os
 import socket
@@ -14,6 +16,9 @@ from llava_jax.cli import UserError, say
 from llava_jax.serve.connection import Connection, Limits, connection_limit
 from llava_jax.serve.engine import Engine
 
+MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 8  # clients that keep connections for 5 do not meet one that is being closed
 LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
 
 
@@ -37,10 +42,17 @@ def _url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _return_freed_memory() -> None:
+    """Makes glibc give large blocks back when they are freed; else it keeps the memory of the largest images."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def http_config(app: FastAPI, limits: Limits, **options: object) -> uvicorn.Config:
     """How uvicorn serves `app`: HTTP alone, with our limits, and our log instead of its own."""
     http = functools.partial(Connection, limits=limits)
-    return uvicorn.Config(app, http=http, ws="none", access_log=False, server_header=False, **options)
+    options |= {"ws": "none", "access_log": False, "server_header": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+    return uvicorn.Config(app, http=http, **options)
 
 
 class Server(uvicorn.Server):
@@ -56,15 +68,17 @@ class Server(uvicorn.Server):
         self._failure: BaseException | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Raises what the warm-up raised."""
+        """Raises what the warm-up raised, and UserError where another server began to listen meanwhile."""
+        _return_freed_memory()
+        for bound in sockets or []:
+            try:
+                bound.listen(BACKLOG)
+            except OSError as error:
+                self._engine.close(drain=False)
+                raise UserError(f"cannot serve at {_url(bound)}: {error.strerror}") from error
         warming = threading.Thread(target=self._warm_up, args=(sockets,), daemon=True)
         warming.start()
-        try:
-            super().run(sockets)
-        except OSError as error:  # another server began to listen there meanwhile
-            self._failure = UserError(
-                f"cannot serve at {', '.join(map(_url, sockets or []))}: {error.strerror or error}"
-            )
+        super().run(sockets)
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure

@@ -3,6 +3,7 @@
 const KEY = "llava_jax.key";
 let key = sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
 
+/** Why the server does not answer. `status` is 0 where it cannot be reached. */
 export class Refusal extends Error {
   constructor(message, { status = 0, param = null, code = null, seconds = null } = {}) {
     super(message);
@@ -12,57 +13,47 @@ export class Refusal extends Error {
 
 /** Uses a key from now on, and keeps it: in this tab, or in this browser if `remember`. */
 export function useKey(text, remember) {
-  key = text.trim();
   for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEY);
-  (remember ? localStorage : sessionStorage).setItem(KEY, key);
+  (remember ? localStorage : sessionStorage).setItem(KEY, (key = text));
 }
 
 /** -> why no answers are given just now, or null. */
-export function unready() {
-  return request("health", { cache: "no-store" }).then(() => null, (error) => error.message);
-}
+export const unready = () => request("health", { cache: "no-store" }).then(() => null, (error) => error.message);
 
 /** -> the name of the model. Throws Refusal, with status 401 where a key is needed. */
 export async function modelName() {
-  return (await (await request("v1/models", {})).json()).data[0].id;
+  return (await (await request("v1/models")).json()).data[0].id;
 }
 
-/** The events of an answer: chunks as OpenAI's API has them. Throws Refusal; AbortError where `signal` says so. */
+/** The chunks of an answer, as OpenAI's API has them. Throws Refusal; AbortError where `signal` says so. */
 export async function* chat(body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  const response = await request("v1/chat/completions", { method: "POST", body, signal, headers });
-  for await (const data of events(response.body)) {
-    if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new Refusal(chunk.error.message, chunk.error);
-    yield chunk;
-  }
-  throw new Refusal("The connection broke before the answer was complete.");
-}
-
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  const options = { method: "POST", body, signal, headers: { "Content-Type": "application/json" } };
+  const response = await request("v1/chat/completions", options);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { done, value } = await reader.read().catch(unreachable);
-    if (done) return;
+    if (done) throw new Refusal("The connection broke before the answer was complete.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+    for (const line of lines.filter((text) => text.startsWith("data:"))) {
+      if (line.endsWith(" [DONE]")) return;
+      const chunk = JSON.parse(line.slice(5));
+      if (chunk.error) throw new Refusal(chunk.error.message, { ...chunk.error, status: 500 });
+      yield chunk;
+    }
   }
 }
 
-async function request(path, options) {
-  if (!/^[!-~]*$/.test(key)) throw new Refusal("A key has only ASCII characters, without spaces.", { status: 401 });
+async function request(path, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(new URL(path, document.baseURI), { ...options, headers }).catch(unreachable);
   if (response.ok) return response;
-  const { error = {}, status } = await response.json().catch(() => ({}));
+  const { error = {}, status } = await response.json().catch(() => ({})); // /health says `status`
   const message = error.message ?? status ?? `The server answered ${response.status} ${response.statusText}.`;
-  const seconds = Number(response.headers.get("Retry-After")) || null;
-  throw new Refusal(message, { ...error, status: response.status, seconds });
+  throw new Refusal(message, { ...error, status: response.status, seconds: response.headers.get("Retry-After") });
 }
 
 function unreachable(error) {
   if (error.name === "AbortError") throw error;
-  throw new Refusal("The server cannot be reached: is it running, and is the network up?");
+  throw new Refusal("The server cannot be reached.");
 }

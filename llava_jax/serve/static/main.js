@@ -1,4 +1,4 @@
-// The page: what is asked, what is shown, and what each control does.
+// The page: what is asked, what is shown and kept, and what each control does.
 
 import { chat, modelName, unready, useKey } from "./api.js";
 import { makeImage, pack, unpack } from "./llava.js";
@@ -9,73 +9,58 @@ import { articleOf, forget, picture, urlOf } from "./view.js";
 const $ = (id) => document.getElementById(id);
 const MAX_BODY = Number(document.querySelector("meta[name=max-body-bytes]").content);
 const IMAGE_NAMES = /\.(jpe?g|png|webp|gif|bmp|tiff?|p[bgnp]m)$/i;
-const SAMPLING = { temperature: 0.2, top_p: 0.7, longest: 512 };
 const megabytes = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MB`;
+const textOf = ({ parts, text }) => (parts ? parts.flatMap((part) => part.text ?? []).join("\n") : text);
+const imagesOf = ({ parts }) => parts.flatMap((part) => part.image ?? []);
 
 const tabs = new BroadcastChannel("llava_jax");
+const sampling = { temperature: 0.2, top_p: 0.7, longest: 512, ...JSON.parse(localStorage.getItem("llava_jax.sampling")) };
 let conversation = { system: null, messages: [] }; // an empty system prompt means none, null the model's own
 let attached = []; // images of the next question
 let editing = null; // number of the message that the next question replaces, with all after it
 let busy = null; // AbortController of the answer that is coming
 let model = null; // its name, while the server is ready
 let connecting = false;
-let sampling = { ...SAMPLING, ...JSON.parse(localStorage.getItem("llava_jax.sampling") ?? "{}") };
-
-// The server.
+let saving = 0; // a timer
 
 /** Waits until the server is ready and knows the key. */
 async function connect(keyWasWrong = false) {
   if (connecting) return;
   [connecting, model] = [true, null];
   for (let reason; (reason = await unready()); await new Promise((resolve) => setTimeout(resolve, 1500))) {
-    tell($("state"), `Waiting: ${reason.replace(/: try again later$/, "")}. This page continues by itself.`);
+    tell($("state"), `Waiting: ${reason.split(": try again")[0]} (this page continues by itself)`);
   }
   try {
-    model = await modelName();
+    $("model").textContent = model = await modelName();
+    document.title = `${model} · LLaVA`;
     tell($("state"), "");
-    document.title = `${($("model").textContent = model)} · LLaVA`;
   } catch (error) {
     tell($("state"), error.message);
-    if (error.status === 401) askKey(keyWasWrong);
+    $("key").querySelector("[role=alert]").textContent = keyWasWrong ? "The server does not know this key." : "";
+    if (error.status === 401) $("key").showModal();
   }
   connecting = false;
 }
 
-function askKey(wasWrong) {
-  $("key").querySelector("[role=alert]").textContent = wasWrong ? "The server does not know this key." : "";
-  $("key").showModal();
-}
-
-$("key").querySelector("form").onsubmit = (event) => {
-  event.preventDefault();
-  useKey($("secret").value, $("remember").checked);
-  $("key").close();
-  connect(true);
-};
-
-// Questions and answers.
-
 /** Asks a question after the messages of `head`. What cannot be answered at all is undone, and `giveBack` called. */
 async function ask(head, question, giveBack = () => {}) {
-  const before = conversation.messages;
+  const [before, control, begun] = [conversation.messages, new AbortController(), performance.now()];
   const reply = { role: "assistant", text: "", partial: true };
   const mine = (conversation.messages = [...head, question, reply]);
-  const control = (busy = new AbortController());
+  busy = control;
   draw();
   scrollTo(0, document.documentElement.scrollHeight);
   save();
-  const [paint, begun] = [painter(reply), performance.now()];
+  const paint = painter(reply);
   try {
     for await (const { choices, usage } of chunks(await requestFor([...head, question]), control.signal)) {
-      if (usage) {
-        const [tokens, seconds] = [usage.completion_tokens, (performance.now() - begun) / 1000];
-        reply.figures = `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
-      }
-      if (choices[0]?.finish_reason === "length") reply.note = "The answer was cut at the longest length (see Settings).";
+      const [tokens, seconds] = [usage?.completion_tokens, (performance.now() - begun) / 1000];
+      if (usage) reply.figures = `${tokens} tokens in ${seconds.toFixed(1)} s · ${(tokens / seconds).toFixed(1)} tokens/s`;
+      if (choices[0]?.finish_reason === "length") reply.note = "The answer was cut where it became too long.";
       if (!choices[0]?.delta.content) continue;
       reply.text += choices[0].delta.content;
       paint();
-      saveSoon();
+      saving ||= setTimeout(save, 400);
     }
   } catch (error) {
     const reason = control.signal.aborted ? "" : explain(error, [...head, question]);
@@ -85,12 +70,12 @@ async function ask(head, question, giveBack = () => {}) {
       giveBack();
       if (reason) complain(reason);
     }
-    if ([0, 401, 503].includes(error.status)) connect(error.status === 401);
+    if ([0, 401, 503].includes(error.status)) connect();
   }
   delete reply.partial;
   forget(reply);
   if (busy === control) busy = null;
-  if (conversation.messages === mine) tell($("spoken"), `Answer: ${reply.text} ${reply.note ?? ""}`);
+  if (conversation.messages === mine) $("spoken").textContent = `Answer: ${reply.text} ${reply.note ?? ""}`;
   draw();
   save();
 }
@@ -100,8 +85,8 @@ async function* chunks(request, signal) {
   const body = JSON.stringify(request);
   const size = new Blob([body]).size;
   if (size > MAX_BODY) {
-    const limit = `the server takes ${megabytes(MAX_BODY)}: remove images, or begin a new conversation`;
-    throw new Error(`The conversation with its images is ${megabytes(size)}; ${limit}.`);
+    const way = "remove images, or begin a new conversation";
+    throw new Error(`With its images this is ${megabytes(size)}, and the server takes ${megabytes(MAX_BODY)}: ${way}.`);
   }
   try {
     yield* chat(body, signal);
@@ -113,31 +98,16 @@ async function* chunks(request, signal) {
 
 async function requestFor(messages) {
   const { temperature, top_p, longest } = sampling;
-  const contentOf = async ({ image, text }) =>
-    image ? { type: "image_url", image_url: { url: await dataUrl(image.blob) } } : { type: "text", text };
-  const written = messages.map(async ({ role, parts, text }) => ({
-    role,
-    content: parts ? await Promise.all(parts.map(contentOf)) : text,
-  }));
-  const system = conversation.system === null ? [] : [{ role: "system", content: conversation.system }];
-  return {
-    model,
-    messages: [...system, ...(await Promise.all(written))],
-    stream: true,
-    stream_options: { include_usage: true },
-    temperature,
-    top_p,
-    ...(longest && { max_completion_tokens: longest }),
-  };
-}
-
-function dataUrl(blob) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
+  const urlOf = (blob) =>
+    new Promise((onload) => Object.assign(new FileReader(), { onload }).readAsDataURL(blob)).then((e) => e.target.result);
+  const write = async ({ image, text }) =>
+    image ? { type: "image_url", image_url: { url: await urlOf(image.blob) } } : { type: "text", text };
+  const written = conversation.system === null ? [] : [{ role: "system", content: conversation.system }];
+  for (const { role, parts, text } of messages) {
+    written.push({ role, content: parts ? await Promise.all(parts.map(write)) : text });
+  }
+  const limit = longest ? { max_completion_tokens: longest } : {};
+  return { model, messages: written, stream: true, stream_options: { include_usage: true }, temperature, top_p, ...limit };
 }
 
 /** The reason for a refusal, with the name of the image that it is about. */
@@ -161,8 +131,6 @@ function painter(reply) {
   };
 }
 
-// What is shown and kept.
-
 /** Changes what is shown. Who has the end in view has it in view afterwards. */
 function following(change) {
   const page = document.documentElement;
@@ -172,46 +140,39 @@ function following(change) {
 }
 
 function draw() {
-  const shown = $("conversation");
-  const wanted = conversation.messages.map(articleOf);
-  let same = 0;
-  while (same < wanted.length && shown.children[same] === wanted[same]) same++;
+  const [shown, wanted] = [$("conversation"), conversation.messages.map(articleOf)];
+  const same = [...wanted, null].findIndex((article, i) => shown.children[i] !== article);
   following(() => {
     while (shown.children.length > same) shown.lastChild.remove();
     for (const article of wanted.slice(same)) shown.append(article);
+    const label = (image) => ({ type: "button", className: "remove", ariaLabel: `Remove ${image.name}`, image });
+    const item = (image) => element("li", {}, picture(image), element("button", label(image), "✕"));
+    $("attached").replaceChildren(...attached.map(item));
   });
   wanted.forEach((article, i) => article.classList.toggle("replaced", editing !== null && i >= editing));
-  document.body.classList.toggle("busy", Boolean(busy));
+  document.body.classList.toggle("busy", busy !== null);
+  [$("send").hidden, $("stop").hidden] = [busy !== null, busy === null];
   [$("empty").hidden, $("editing").hidden] = [wanted.length > 0, editing === null];
-  [$("send").hidden, $("stop").hidden] = [Boolean(busy), !busy];
-  const remove = (image) => element("button", { type: "button", className: "remove", ariaLabel: `Remove ${image.name}`, image }, "✕");
-  $("attached").replaceChildren(...attached.map((image) => element("li", {}, picture(image), remove(image))));
 }
 
 function tell(line, text) {
-  line.textContent = text;
-  line.hidden = !text;
+  [line.textContent, line.hidden] = [text, !text];
 }
 
 /** Says something above the text box, which may be undone. */
-function say(text, undo = null, bad = false) {
-  $("notice").firstChild.textContent = text;
-  $("notice").className = bad ? "bad" : "";
-  [$("notice").hidden, $("restore").hidden, $("restore").onclick] = [!text, !undo, undo];
+function say(text, undo = null, className = "") {
+  tell($("notice").firstChild, text);
+  Object.assign($("notice"), { className, hidden: !text });
+  Object.assign($("restore"), { onclick: undo, hidden: !undo });
 }
 
-const complain = (text) => say(text, null, true);
+const complain = (text) => say(text, null, "bad");
 
-let saving = 0;
 function save() {
   clearTimeout(saving);
   saving = 0;
-  const told = () => busy || tabs.postMessage("changed");
-  return store.save(conversation).then(told, (error) => complain(`This browser does not keep the conversation: ${error.message}`));
-}
-
-function saveSoon() {
-  saving ||= setTimeout(save, 400);
+  const failed = (error) => complain(`This browser does not keep the conversation: ${error.message}`);
+  return store.save(conversation).then(() => busy || tabs.postMessage("saved"), failed);
 }
 
 /** The conversation as it was kept. What was asked without getting any answer goes back to the text box. */
@@ -220,22 +181,11 @@ async function restore() {
   if (!kept) return;
   [conversation, editing] = [kept, null];
   const last = kept.messages.at(-1);
-  if (last?.partial && !last.text) putInBox(kept.messages.splice(-2)[0]);
+  const unsaved = sessionStorage.getItem("llava_jax.partial") ?? "";
+  if (last?.partial && unsaved.startsWith(last.text)) last.text = unsaved;
+  if (last?.partial && !last.text) fill(...kept.messages.splice(-2));
   else if (last?.partial) Object.assign(last, { partial: false, note: "The answer was interrupted." });
   draw();
-}
-
-/** Puts a message into the text box, before what has been written there meanwhile. */
-function putInBox({ parts }) {
-  const text = parts.flatMap((part) => part.text ?? []).join("\n");
-  $("box").value = [text, $("box").value].filter(Boolean).join("\n");
-  attached = [...parts.flatMap((part) => part.image ?? []), ...attached];
-  fit();
-}
-
-function fit() {
-  $("box").style.height = "auto";
-  $("box").style.height = `${$("box").scrollHeight}px`;
 }
 
 /** Another conversation takes the place of this one. */
@@ -248,171 +198,178 @@ function replace(next, said) {
   say(said, before.messages.length ? () => replace(before, "") : null);
 }
 
-// Images and files.
+function empty() {
+  [attached, editing, $("box").value] = [[], null, ""];
+  fit();
+}
+
+/** Puts a question into the text box, before what has been written there meanwhile. */
+function fill(question) {
+  $("box").value = [textOf(question), $("box").value].filter(Boolean).join("\n");
+  attached = [...imagesOf(question), ...attached];
+  fit();
+  $("box").focus();
+}
+
+function fit() {
+  $("box").style.height = "auto";
+  $("box").style.height = `${$("box").scrollHeight}px`;
+}
 
 async function attach(files) {
-  say("");
   for (const file of files) {
     if (!file.type.startsWith("image/") && !IMAGE_NAMES.test(file.name)) {
       complain(`${file.name} is no image: the server reads JPEG, PNG, WebP, GIF, BMP, TIFF and PPM.`);
     } else if ((file.size * 4) / 3 > MAX_BODY - 1024) {
-      complain(`${file.name} has ${megabytes(file.size)}, too much for the server, which takes requests of ${megabytes(MAX_BODY)}.`);
+      complain(`${file.name} has ${megabytes(file.size)}: the server takes ${megabytes(MAX_BODY)}, and files grow by a third on the way.`);
     } else attached.push(makeImage(file.name, new Blob([await file.arrayBuffer()], { type: file.type })));
   }
   draw();
   $("box").focus();
 }
 
-async function open(files) {
+/** Takes what was chosen, dropped or pasted: a conversation, or images. */
+async function take(files) {
+  say("");
   if (!files.some((file) => /\.(zip|json)$/i.test(file.name))) return attach(files);
-  try {
-    replace(await unpack(files), `Loaded ${files[0].name}.`);
-  } catch (error) {
-    complain(error.message);
-  }
+  await unpack(files).then((loaded) => replace(loaded, "The conversation was loaded."), (error) => complain(error.message));
 }
 
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    const field = element("textarea", { value: text }); // over http from elsewhere there is no clipboard
-    document.body.append(field);
+    const field = document.body.appendChild(element("textarea", { value: text })); // over http there is no clipboard
     field.select();
     document.execCommand("copy");
     field.remove();
   }
-  const before = button.textContent;
+  const label = button.textContent;
   button.textContent = "Copied";
-  setTimeout(() => (button.textContent = before), 1500);
+  setTimeout(() => (button.textContent = label), 1500);
 }
 
+// What the buttons of messages and images do, by their class. `i` is the message's number.
 const ACTIONS = {
-  picture: (_, button) => {
-    $("viewer").querySelector("img").src = urlOf(button.image);
+  copy: (button, i) => copy(textOf(conversation.messages[i]), button),
+  "copy-code": (button) => copy(button.closest(".code").querySelector("code").textContent, button),
+  picture: ({ image }) => {
+    $("viewer").querySelector("img").src = urlOf(image);
     $("viewer").showModal();
   },
-  remove: (_, button) => {
-    attached = attached.filter((image) => image !== button.image);
+  remove: ({ image }) => {
+    attached = attached.filter((other) => other !== image);
     draw();
     $("box").focus();
   },
-  copy: (i, button) => {
-    const { parts, text } = conversation.messages[i];
-    copy(parts ? parts.flatMap((part) => part.text ?? []).join("\n") : text, button);
-  },
-  "copy-code": (_, button) => copy(button.closest(".code").querySelector("code").textContent, button),
-  edit: (i) => {
-    [editing, attached, $("box").value] = [i, [], ""];
-    putInBox(conversation.messages[i]);
+  edit: (_, i) => {
+    empty();
+    editing = i;
+    fill(conversation.messages[i]);
     draw();
-    $("box").focus();
   },
-  undo: (i) => {
-    const question = conversation.messages[i - 1];
-    [conversation.messages, editing] = [conversation.messages.slice(0, i - 1), null];
-    putInBox(question);
+  undo: (_, i) => {
+    editing = null;
+    const [question] = conversation.messages.splice(i - 1);
+    fill(question);
     draw();
     save();
-    $("box").focus();
   },
-  retry: (i) => {
+  retry: (_, i) => {
     $("box").focus();
     if (model) ask(conversation.messages.slice(0, i - 1), conversation.messages[i - 1]);
     else connect();
   },
 };
-
-document.addEventListener("click", (event) => {
-  const button = event.target.closest("article button, #attached button");
-  const act = ACTIONS[[...(button?.classList ?? [])].find((name) => name in ACTIONS)];
-  act?.([...$("conversation").children].indexOf(button.closest("article")), button);
-});
-
-// Controls.
+document.onclick = ({ target }) => {
+  const button = target.closest("article button, #attached button");
+  const number = [...$("conversation").children].indexOf(button?.closest("article"));
+  if (button) ACTIONS[button.classList[0]](button, number);
+};
 
 $("composer").onsubmit = (event) => {
   event.preventDefault();
   const [text, images, replaced] = [$("box").value.toWellFormed(), attached, editing];
   if (busy || !(text.trim() || images.length)) return;
   if (!model) return void connect();
-  const parts = [...images.map((image) => ({ image })), ...(text.trim() ? [{ text }] : [])];
-  [attached, editing, $("box").value] = [[], null, ""];
-  fit();
+  const question = { role: "user", parts: [...images.map((image) => ({ image })), ...(text.trim() ? [{ text }] : [])] };
+  empty();
   say("");
-  ask(conversation.messages.slice(0, replaced ?? undefined), { role: "user", parts }, () => {
+  ask(conversation.messages.slice(0, replaced ?? undefined), question, () => {
     editing = replaced;
-    putInBox({ parts });
+    fill(question);
   });
 };
+$("box").oninput = fit;
 $("box").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches) return;
   event.preventDefault();
   $("composer").requestSubmit();
 };
-$("box").oninput = fit;
+document.onkeydown = ({ key }) => {
+  if (key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (busy) busy.abort();
+  else if (editing !== null) $("cancel-edit").click();
+};
 $("stop").onclick = () => busy?.abort();
 $("cancel-edit").onclick = () => {
-  [editing, attached, $("box").value] = [null, [], ""];
-  fit();
+  empty();
   draw();
   $("box").focus();
 };
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-  if (busy) busy.abort();
-  else if (editing !== null) $("cancel-edit").click();
-});
-
 $("dismiss").onclick = () => say("");
-$("new").onclick = () => replace({ system: conversation.system, messages: [] }, conversation.messages.length ? "The conversation was removed." : "");
+$("new").onclick = () => {
+  replace({ ...conversation, messages: [] }, conversation.messages.length ? "The conversation was removed." : "");
+};
 $("load").onclick = () => $("files").click();
 $("choose").onclick = () => $("images").click();
 $("files").onchange = $("images").onchange = ({ target }) => {
   const files = [...target.files];
   target.value = ""; // so that the same file can be chosen again
-  if (files.length) open(files);
+  if (files.length) take(files);
 };
 $("download").onclick = async () => {
   const messages = conversation.messages.slice(0, busy ? -2 : undefined);
   if (!messages.length) return complain("There is nothing to download yet.");
-  const time = new Date(Date.now() - 60_000 * new Date().getTimezoneOffset()).toISOString();
-  const id = `llava-${time.slice(0, 19).replace(/[-:]/g, "").replace("T", "-")}`;
+  const id = `llava-${new Date().toLocaleString("sv").replace(/[-:]/g, "").replace(" ", "-")}`;
   const href = URL.createObjectURL(await pack({ ...conversation, messages }, id));
   element("a", { href, download: `${id}.zip` }).click();
 };
 $("theme").onclick = () => {
-  const root = document.documentElement;
-  const dark = getComputedStyle(root).colorScheme === "dark" || (!root.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  localStorage.setItem("llava_jax.theme", (root.dataset.theme = dark ? "light" : "dark"));
+  const { dataset } = document.documentElement;
+  const dark = (dataset.theme || matchMedia("(prefers-color-scheme: dark)").matches) && dataset.theme !== "light";
+  localStorage.setItem("llava_jax.theme", (dataset.theme = dark ? "light" : "dark"));
 };
 
+$("key").querySelector("form").onsubmit = (event) => {
+  event.preventDefault();
+  useKey($("secret").value, $("remember").checked);
+  $("key").close();
+  connect(true);
+};
 $("open-settings").onclick = () => {
-  for (const name of Object.keys(SAMPLING)) $(name).value = sampling[name] ?? "";
+  for (const [name, value] of Object.entries(sampling)) $(name).value = value ?? "";
   $("system").value = conversation.system ?? "";
   $("system").placeholder = conversation.system === "" ? "None" : "The model's own";
-  $("settings").oninput();
   $("settings").showModal();
 };
-$("settings").oninput = ({ target } = {}) => {
-  for (const output of $("settings").querySelectorAll("output")) output.value = output.htmlFor.value && $(output.htmlFor.value).value;
-  if (target?.id === "system") conversation.system = target.value.toWellFormed() || null;
-  else if (target?.validity.valid) sampling[target.id] = target.value === "" ? null : Number(target.value);
-};
-$("settings").onclose = () => {
+$("settings").onchange = ({ target: { id, value, validity } }) => {
+  if (id === "system") conversation.system = value.toWellFormed() || null;
+  else if (validity.valid) sampling[id] = value === "" ? null : Number(value);
   localStorage.setItem("llava_jax.sampling", JSON.stringify(sampling));
   save();
 };
 
+const video = $("camera").querySelector("video");
 $("photograph").onclick = async () => {
-  const [dialog, video] = [$("camera"), $("camera").querySelector("video")];
-  const trouble = dialog.querySelector("[role=alert]");
+  const trouble = $("camera").querySelector("[role=alert]");
   [trouble.textContent, $("shoot").disabled] = ["", true];
-  dialog.showModal();
+  $("camera").showModal();
   try {
     if (!navigator.mediaDevices) throw new Error("browsers give it only to pages at https or at 127.0.0.1");
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 } } });
-    if (!dialog.open) return dialog.onclose();
+    const wanted = { facingMode: "environment", width: { ideal: 1920 } };
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted });
+    if (!$("camera").open) return $("camera").onclose();
     await video.play();
     $("shoot").disabled = false;
   } catch (error) {
@@ -420,36 +377,32 @@ $("photograph").onclick = async () => {
   }
 };
 $("shoot").onclick = () => {
-  const video = $("camera").querySelector("video");
   const canvas = element("canvas", { width: video.videoWidth, height: video.videoHeight });
   canvas.getContext("2d").drawImage(video, 0, 0);
-  canvas.toBlob((blob) => attach([new File([blob], "photo.png", { type: "image/png" })]));
+  canvas.toBlob((blob) => take([new File([blob], "photo.png", { type: "image/png" })]));
   $("camera").close();
 };
 $("camera").onclose = () => {
-  const video = $("camera").querySelector("video");
   for (const track of video.srcObject?.getTracks() ?? []) track.stop();
   video.srcObject = null;
 };
 
-document.addEventListener("paste", (event) => {
+document.onpaste = (event) => {
   const files = [...event.clipboardData.files];
   if (!files.length || document.querySelector("dialog[open]")) return;
   event.preventDefault();
-  open(files);
-});
-for (const kind of ["dragover", "dragleave", "drop"]) {
-  document.addEventListener(kind, (event) => {
-    const isText = event.target === $("box") && !event.dataTransfer.types.some((type) => /^(Files|text\/uri-list)$/.test(type));
-    document.body.classList.toggle("dropping", kind === "dragover" && !isText);
-    if (isText || kind === "dragleave") return;
-    event.preventDefault();
-    if (kind !== "drop") return;
-    if (event.dataTransfer.files.length) open([...event.dataTransfer.files]);
-    else complain("That is no file: save the image first, then drop the file.");
-  });
-}
-
-addEventListener("pagehide", () => saving && save());
+  take(files);
+};
+document.ondragover = document.ondragleave = document.ondrop = (event) => {
+  const { types, files } = event.dataTransfer;
+  const isFile = types.includes("Files") || types.includes("text/uri-list");
+  document.body.classList.toggle("dropping", isFile && event.type === "dragover");
+  if (!isFile || event.type === "dragleave") return;
+  event.preventDefault();
+  if (event.type !== "drop") return;
+  if (files.length) take([...files]);
+  else complain("That is no file: save the image first, then drop the file.");
+};
+window.onpagehide = () => busy && sessionStorage.setItem("llava_jax.partial", conversation.messages.at(-1).text);
 tabs.onmessage = () => busy || restore();
 restore().then(connect);

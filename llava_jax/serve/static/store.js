@@ -1,55 +1,46 @@
 // What the browser keeps of the conversation: its texts as one record, and each image under its id.
 
+const STORES = ["conversation", "images"];
 let opened;
 
-function database() {
-  opened ??= new Promise((resolve, reject) => {
-    const opening = indexedDB.open("llava_jax", 1);
-    opening.onupgradeneeded = () => ["conversation", "images"].forEach((name) => opening.result.createObjectStore(name));
-    opening.onsuccess = () => resolve(opening.result);
-    opening.onerror = () => reject(opening.error);
-    opening.onblocked = () => reject(new Error("another tab blocks its storage"));
+function done(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = request.oncomplete = () => resolve(request.result);
+    request.onerror = request.onabort = () => reject(request.error);
   });
-  return opened;
 }
 
-const result = (request) =>
-  new Promise((resolve, reject) => {
-    request.onsuccess = () => resolve(request.result);
-    request.onerror = () => reject(request.error);
-  });
+async function begin(mode) {
+  if (!opened) {
+    const request = indexedDB.open("llava_jax", 1);
+    request.onupgradeneeded = () => STORES.forEach((name) => request.result.createObjectStore(name));
+    opened = done(request);
+  }
+  const transaction = (await opened).transaction(STORES, mode);
+  return [transaction, ...STORES.map((name) => transaction.objectStore(name))];
+}
 
 const imagesOf = (messages) => messages.flatMap((m) => m.parts ?? []).flatMap((part) => part.image ?? []);
 
-/** Writes the conversation, new images, and removes the images that are in no message any more: all or nothing. */
+/** Writes the conversation and its new images, and removes the images of no message: all or nothing. */
 export async function save({ system, messages }) {
-  const transaction = (await database()).transaction(["conversation", "images"], "readwrite");
-  const done = new Promise((resolve, reject) => {
-    transaction.oncomplete = resolve;
-    transaction.onabort = () => reject(transaction.error);
-  });
-  const images = transaction.objectStore("images");
-  const bare = (part) => (part.image ? { image: { id: part.image.id, name: part.image.name } } : part);
+  const [transaction, conversation, images] = await begin("readwrite");
+  const bare = ({ text, image }) => (image ? { image: { id: image.id, name: image.name } } : { text });
   const texts = messages.map((m) => (m.parts ? { ...m, parts: m.parts.map(bare) } : m));
-  transaction.objectStore("conversation").put({ system, messages: texts }, "current");
+  conversation.put({ system, messages: texts }, "current");
   const wanted = new Map(imagesOf(messages).map((image) => [image.id, image.blob]));
   images.getAllKeys().onsuccess = ({ target }) => {
-    for (const id of target.result) wanted.delete(id) || images.delete(id);
+    for (const id of target.result) if (!wanted.delete(id)) images.delete(id);
     for (const [id, blob] of wanted) images.put(blob, id);
   };
-  await done;
+  await done(transaction);
 }
 
 /** -> the conversation that was saved last, or undefined. */
 export async function load() {
-  const transaction = (await database()).transaction(["conversation", "images"]);
-  const images = transaction.objectStore("images");
-  const [saved, ids, blobs] = await Promise.all([
-    result(transaction.objectStore("conversation").get("current")),
-    result(images.getAllKeys()),
-    result(images.getAll()),
-  ]);
-  const blobOf = new Map(ids.map((id, i) => [id, blobs[i]]));
-  for (const image of imagesOf(saved?.messages ?? [])) image.blob = blobOf.get(image.id);
+  const [, conversation, images] = await begin("readonly");
+  const requests = [conversation.get("current"), images.getAllKeys(), images.getAll()];
+  const [saved, ids, blobs] = await Promise.all(requests.map(done));
+  for (const image of imagesOf(saved?.messages ?? [])) image.blob = blobs[ids.indexOf(image.id)];
   return saved;
 }

@@ -1,15 +1,13 @@
-// How messages and images look. What their buttons do is main.js's.
+// How messages and images look. What their buttons do is in main.js.
 
 import { element, render } from "./markdown.js";
 
-const articles = new WeakMap();
-const urls = new WeakMap();
-
-const action = (name, text, more = "") => element("button", { type: "button", className: `${name} ${more}`, textContent: text });
+const [articles, urls] = [new WeakMap(), new WeakMap()];
+const act = (name, text, more = "") => element("button", { type: "button", className: `${name} ${more}` }, text);
 
 /** The element of a message: always the same one, until `forget`. */
 export function articleOf(message) {
-  if (!articles.has(message)) articles.set(message, message.role === "user" ? question(message) : answer(message));
+  if (!articles.has(message)) articles.set(message, message.parts ? question(message) : answer(message));
   return articles.get(message);
 }
 
@@ -17,32 +15,26 @@ export function articleOf(message) {
 export const forget = (message) => articles.delete(message);
 
 function question({ parts }) {
-  const body = parts.map((part) => (part.image ? picture(part.image) : element("div", { className: "text" }, part.text)));
-  return article("question", "Question", body, [action("copy", "Copy"), action("edit", "Edit")]);
+  const body = parts.map(({ image, text }) => (image ? picture(image) : element("div", { className: "text" }, text)));
+  return article("question", "Question", body, [act("copy", "Copy"), act("edit", "Edit")]);
 }
 
-function answer({ text, note, figures, partial }) {
-  const buttons = [action("copy", "Copy"), action("retry", "Retry", "last-only"), action("undo", "Undo", "last-only")];
-  const made = article("answer", "Answer", render(text), [...buttons, element("span", { className: "figures" }, figures ?? "")]);
-  if (note) made.querySelector(".body").after(element("p", { className: "note" }, note));
-  made.classList.toggle("streaming", Boolean(partial));
-  return made;
+function answer({ text, note, figures = "", partial }) {
+  const buttons = [act("copy", "Copy"), act("retry", "Retry", "last"), act("undo", "Undo", "last")];
+  const more = [...buttons, element("span", { className: "figures" }, figures), note ? element("p", { className: "note" }, note) : []];
+  return article(partial ? "answer streaming" : "answer", "Answer", render(text), more);
 }
 
-function article(kind, title, body, actions) {
+function article(className, title, body, actions) {
   const [head, foot] = [element("h2", { className: "unseen" }, title), element("div", { className: "actions" }, actions)];
-  return element("article", { className: kind }, head, element("div", { className: "body" }, body), foot);
+  return element("article", { className }, head, element("div", { className: "body" }, body), foot);
 }
 
-/** A button that shows an image, or its name where the browser cannot draw it. */
+/** A button with an image, or its name where the browser cannot draw it. */
 export function picture(image) {
-  const shown = element("img", { alt: image.name, src: urlOf(image) });
-  const made = element("button", { type: "button", className: "picture", title: image.name, image }, shown);
-  shown.onerror = () => {
-    made.classList.add("undrawn");
-    made.replaceChildren(`${image.name}: no preview`);
-  };
-  return made;
+  const failed = ({ target }) => target.replaceWith(`${image.name}: no preview`);
+  const shown = element("img", { alt: image.name, src: urlOf(image), onerror: failed });
+  return element("button", { type: "button", className: "picture", title: image.name, image }, shown);
 }
 
 export function urlOf(image) {

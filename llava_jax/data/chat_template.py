@@ -1,0 +1,87 @@
+"""Chat templates of tokenizers: programs in Jinja that others wrote.
+
+transformers renders them in a sandbox, which bounds what they reach, but neither their time nor their memory. Here that
+runs in a process with limits, for once: nothing else renders a template of a file.
+"""
+
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llava_jax.cli import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_SECONDS = 5
+MEMORY = 512 * 2**20  # bytes
+MAX_CHARACTERS = 2**20  # of a rendered conversation
+
+Messages = list[dict[str, Any]]  # of the roles user, assistant and system
+
+
+def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrainedTokenizerBase") -> list[str | None]:
+    """The text of each conversation, with the prompt of an answer where it ends with a question.
+
+    Args:
+      chats: the conversations.
+      chat_template: as transformers holds it: one, or a dict of which "default" counts.
+      tokenizer: whose special tokens the template may name.
+
+    Returns:
+      None where it raises an error, or renders more than `MAX_CHARACTERS`.
+
+    Raises:
+      UserError: rendering takes more time or memory than any chat template needs.
+    """
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    request = {"chats": chats, "template": chat_template, "tokens": tokenizer.special_tokens_map}
+    return list(_rendered(json.dumps(request, default=str)))
+
+
+@functools.lru_cache
+def _rendered(request: str) -> tuple[str | None, ...]:
+    command = [sys.executable, "-P", "-c", f"from {__name__} import _render; _render()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = subprocess.run(command, input=request.encode(), capture_output=True, env=environment)
+    if child.returncode:
+        last = (child.stderr.decode(errors="replace").splitlines() or [f"status {child.returncode}"])[-1]
+        raise UserError(
+            f"the tokenizer's chat template takes more than {CPU_SECONDS} s or {MEMORY >> 20} MiB to render ({last}): "
+            "choose a template of conversations by its name, such as --template v1"
+        )
+    return tuple(json.loads(child.stdout))
+
+
+def _render() -> None:
+    """What the process does: a request on standard input, the texts on standard output."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    request = json.load(sys.stdin)
+    _limit()
+    texts = []
+    for chat in request["chats"]:
+        try:
+            asks = chat[-1]["role"] == "user"
+            (text,), _ = render_jinja_template(
+                [chat], chat_template=request["template"], add_generation_prompt=asks, **request["tokens"]
+            )
+        except Exception:  # a chat template may raise anything
+            text = None
+        texts.append(None if text is None or len(text) > MAX_CHARACTERS else text)
+    json.dump(texts, sys.stdout)
+
+
+def _limit() -> None:
+    if os.path.exists("/proc/self/statm"):  # macOS has none, and limits no memory either
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (round(cpu.ru_utime + cpu.ru_stime) + CPU_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
