@@ -195,11 +195,7 @@ WHOLE = "all have to be answered, and no others"  # for what cannot be done in p
 
 
 def join(
-    answers: Mapping[str, Answer],
-    labels: Mapping[str, Any],
-    path: epath.PathLike,
-    partial: bool,
-    advice: str = PARTIAL,
+    answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool, advice: str = PARTIAL
 ) -> Joined:
     """Answers with their labels, in the order of these.
 

@@ -1,6 +1,7 @@
 """Questions with options: MMBench, MMBench-CN (each asked again with its options rotated) and SEED-Bench."""
 
 import base64
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -243,10 +244,7 @@ MMBENCH = Benchmark(
     "MMBench: right in all rounds", mmbench_questions, LETTER, labels=mmbench_labels, score=score_mmbench,
     judged=judged_mmbench, submission=submit_mmbench,
 )  # fmt: skip
-MMBENCH_CN = Benchmark(
-    "MMBench-CN: the same in Chinese", mmbench_questions, LETTER_CN, labels=mmbench_labels, score=score_mmbench,
-    judged=judged_mmbench, submission=submit_mmbench,
-)  # fmt: skip
+MMBENCH_CN = dataclasses.replace(MMBENCH, what="MMBench-CN: the same in Chinese", suffix=LETTER_CN)
 SEED = Benchmark(
     "SEED-Bench: right letters", seed_questions, LETTER, labels=of_files(seed_labels), score=score_seed,
     submission=submit_seed, ids=r"v?\d+",
