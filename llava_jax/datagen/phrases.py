@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from llava_jax.cli import UserError
 from llava_jax.datagen.words import read_words
@@ -28,7 +29,7 @@ def extractor(method: str = "auto", workers: int = 1) -> tuple[str, Extract]:
     """
     if method == "auto":
         method = SPACY_MODEL if _installed("spacy") and _installed(SPACY_MODEL) else "words"
-    return ("words", _by_words) if method == "words" else _spacy_extractor(method, workers)
+    return ("words", partial(map, word_phrases)) if method == "words" else _spacy_extractor(method, workers)
 
 
 def _installed(module: str) -> bool:
@@ -73,10 +74,6 @@ def spacy_phrases(doc) -> list[str]:
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]+|_")
 LONGEST = 3  # words of a phrase
 _STOP_WORDS, _NOUNS = frozenset(read_words("stop_words.txt")), frozenset(read_words("nouns.txt"))
-
-
-def _by_words(texts: Iterable[str]) -> Iterator[list[str]]:
-    return map(word_phrases, texts)
 
 
 def word_phrases(text: str) -> list[str]:

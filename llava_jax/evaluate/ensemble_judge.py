@@ -10,7 +10,7 @@ import sys
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
-from llava_jax.evaluate.judging import ask, prompt_hash
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
 from llava_jax.evaluate.lines import write_lines
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
 from llava_jax.llm_api.asking import Task, told
@@ -21,20 +21,7 @@ EPILOG = """example:
   python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
     --splits pid_splits.json --judge gpt-4-0314 --output judged.jsonl"""
 SYSTEM = "You answer questions of science exams. You reason with care and end with a single option."
-PROMPT = """{question}
-[Answer 1]
-{other}
-
-[End of Answer 1]
-
-[Answer 2]
-{ours}
-
-[End of Answer 2]
-
-Two students answered this question differently; the second one sees the picture, if there is one. Either may be wrong.
-Think about the question and about both answers, and give your own. Its last sentence has to be, with your letter, once:
-The answer is X."""
+PROMPT = read_prompt("scienceqa_judge.txt")
 
 
 def main(argv: list[str] | None = None) -> None:

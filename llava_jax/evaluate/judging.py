@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError, say
@@ -60,6 +61,11 @@ def ask(
         say(f"{model}: {forecast(asked, tasks)}")
         return None
     return ask_all(asked, tasks, ledger_directory(args) / folder, {"prompt_hash": hash_}, f"{what} {model}")
+
+
+def read_prompt(name: str) -> str:
+    """One of `prompt_files`."""
+    return Path(__file__).with_name("prompt_files").joinpath(name).read_text(encoding="utf-8").rstrip("\n")
 
 
 def read_rules(path: str) -> dict[str, Rule]:

@@ -12,7 +12,7 @@ from typing import Any
 from llava_jax.cli import Parser, say
 from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, refuse_questions
 from llava_jax.evaluate.benchmark import field
-from llava_jax.evaluate.judging import ask, prompt_hash
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
 from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.mm_vet import PREFIX, key, parse_grade, read_own
 from llava_jax.llm_api.asking import Outcome, Task, told
@@ -24,27 +24,7 @@ EPILOG = """example:
     --output grades.jsonl
   python -m llava_jax.evaluate score mm-vet --answers grades.jsonl --labels mm-vet.json"""
 SYSTEM = "You grade answers to questions about pictures by comparing them with what is right."
-PROMPT = """Grade how right the answer is, from 0.0 (wholly wrong) to 1.0 (wholly right), in steps of 0.1. Judge only \
-by what is said to be right. Where that has <AND>, all its parts have to be in the answer, and each that is missing \
-costs its share; where it has <OR>, one of its parts is enough. Other words of the same meaning count, and what the \
-answer says besides costs only what contradicts.
-
-Question: What is in the bowl and on the plate?
-Right: rice <AND> fish
-Answer: There is rice in the bowl and meat on the plate.
-Grade: 0.5
-
-Question: x + 3 = 10
-Right: x = 7 <OR> 7
-Answer: Subtracting 3 from both sides, x is 7.
-Grade: 1.0
-
-Question: {question}
-Right: {right}
-Answer: {answer}
-
-Write the grade alone, a number, and nothing else.
-Grade:"""
+PROMPT = read_prompt("mm_vet_judge.txt")
 
 
 def main(argv: list[str] | None = None) -> None:

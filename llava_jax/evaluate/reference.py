@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Question, read_questions
-from llava_jax.evaluate.judging import ask, prompt_hash
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
 from llava_jax.evaluate.lines import write_lines
 from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task
 from llava_jax.llm_api.client import REFUSED
@@ -21,12 +21,7 @@ from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 EPILOG = """example:
   python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
     --model gpt-4-0314 --output answers_gpt4.jsonl"""
-SYSTEM = (
-    "You answer questions about a picture. In place of the picture you are given what is in it, in sentences and, for "
-    "some, with the places of objects as [x1, y1, x2, y2], fractions of its width and height. Answer as if you saw the "
-    "picture itself: never speak of descriptions, sentences or coordinates. Answer helpfully and in the detail that "
-    "the question asks for, and say only what the picture must show or what is generally known."
-)
+SYSTEM = read_prompt("reference_system.txt")
 
 
 def main(argv: list[str] | None = None) -> None:
