@@ -163,6 +163,17 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"{path}: is no JSON: {error}") from error
 
 
+def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
+    """Of a file that is one object of questions by id: where each stands, its id, and what it is.
+
+    Raises `UserError`, which ends with `hint`, where it is none.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: is no object of questions by id{hint}")
+    return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]
+
+
 def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -233,9 +244,3 @@ def percent_by(values: Iterable[tuple[str, float]]) -> dict[str, float | None]:
     for group, value in values:
         groups[group].append(value)
     return {group: percent(sum(some), len(some)) for group, some in groups.items()}
-
-
-def score_by_kind(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """The scores of a benchmark whose questions are of several kinds, of (kind, accuracy of an answer)."""
-    accuracy = percent(sum(value for _, value in values), len(values))
-    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, question_id, read_json
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
 from llava_jax.evaluate.lines import Line, once
 from llava_jax.evaluate.questions import Question
 
@@ -86,6 +86,12 @@ def of_files(read: Callable[[str], Iterable[tuple[str, Any, str]]]) -> Callable[
     return lambda paths, lines, asked: Labels(unique(label for path in paths for label in read(path)))
 
 
+def by_kind(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """The scores of a benchmark whose questions are of several kinds, of (kind, accuracy of an answer)."""
+    accuracy = percent(sum(value for _, value in values), len(values))
+    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
+
+
 def field(value: Any, name: str, where: str, kind: type = object) -> Any:
     """A field of an object of a file. Raises `UserError` where it isn't there, or is of another kind."""
     if not isinstance(value, dict) or name not in value:
@@ -101,14 +107,3 @@ def listed(value: Any, name: str, where: str) -> list[tuple[str, Any]]:
     if not isinstance(elements, list):
         raise UserError(f"{where}: {name or 'its content'} is no list: is it a file of another kind or version?")
     return [(f"{where}: {name or 'element'} {number}", element) for number, element in enumerate(elements)]
-
-
-def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
-    """Of a file that is one object of questions by id: where each stands, its id, and what it is.
-
-    Raises `UserError`, which ends with `hint`, where it is none.
-    """
-    entries = read_json(path)
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: is no object of questions by id{hint}")
-    return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]

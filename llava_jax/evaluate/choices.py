@@ -8,18 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import (
-    IDS,
-    Answer,
-    by_key,
-    check_asked,
-    percent,
-    percent_by,
-    question_id,
-    read_json,
-    score_by_kind,
-)  # fmt: skip
-from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, of_files, unique
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, percent_by, question_id, read_json
+from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, by_kind, field, listed, of_files, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.sheets import read_sheet, xlsx
@@ -204,7 +194,7 @@ class SeedLabel(NamedTuple):
 def score_seed(pairs: Sequence[tuple[Answer, SeedLabel]]) -> dict[str, Any]:
     """The share of answers that are exactly the right letter, as published. `failed` answers are no letter."""
     read = [(answer.read(str.strip, ""), label) for answer, label in pairs]
-    scores = score_by_kind([(label.kind, said == label.right) for said, label in read])
+    scores = by_kind([(label.kind, said == label.right) for said, label in read])
     by_medium = percent_by((label.medium, said == label.right) for said, label in read)
     failed = sum(said not in set(LETTERS) for said, _ in read)
     return {"accuracy": scores.pop("accuracy")} | by_medium | scores | {"failed": failed}

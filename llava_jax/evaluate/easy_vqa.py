@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
-from llava_jax.evaluate.answers import Answer, score_by_kind
-from llava_jax.evaluate.benchmark import Benchmark, of_files
+from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.benchmark import Benchmark, by_kind, of_files
 from llava_jax.evaluate.questions import unmarked
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -29,7 +29,7 @@ def kind(question: str, answer: str) -> str:
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are exactly the right word."""
-    return score_by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])
+    return by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])
 
 
 def labels(path: str) -> Iterator[tuple[str, Label, str]]:

@@ -47,15 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         return messages(item, rules[question.category], swapped, args.system)
 
     tasks = [
-        Task(
-            f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
-            functools.partial(prompt, ident, swapped),
-            parse_scores,
-            whole=False,
-        )  # the scores come first
+        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
+             functools.partial(prompt, ident, swapped), parse_scores, whole=False)  # the scores come first
         for repeat in range(args.repeats)
         for ident, swapped in cases
-    ]
+    ]  # fmt: skip
     for judge in args.judge:
         outcomes = ask(args, judge, tasks, hash_, "judging by", _slug(judge)) or ()
         for repeat, part in enumerate(itertools.batched(outcomes, len(cases))):

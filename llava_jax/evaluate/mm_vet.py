@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, percent, percent_by
-from llava_jax.evaluate.benchmark import Benchmark, Labels, entries_by_id, field, unique
+from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, entries_by_id, percent, percent_by
+from llava_jax.evaluate.benchmark import Benchmark, Labels, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.thinking import after_thinking

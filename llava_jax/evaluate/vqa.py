@@ -6,8 +6,8 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, question_id, read_json, score_by_kind
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, entries_by_id, field, listed, of_files, unique
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, entries_by_id, question_id, read_json
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, field, listed, of_files, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
@@ -32,7 +32,7 @@ class Label(NamedTuple):
 def score_vqav2(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Soft accuracy as the challenge's server computes it of what the published models submitted: where people agree,
     answers are compared as they are."""
-    return score_by_kind(
+    return by_kind(
         [(label.kind, _vqav2_accuracy(answer.read(submitted, None), label.answers)) for answer, label in pairs]
     )
 
@@ -46,7 +46,7 @@ def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
 
 def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The same by VizWiz's server, which normalises the answer and never what people said."""
-    return score_by_kind(
+    return by_kind(
         [
             (label.kind, soft_accuracy(answer.read(lambda text: official(submitted(text)), None), label.answers))
             for answer, label in pairs
@@ -56,7 +56,7 @@ def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 def score_gqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are exactly right, but for case and full stops at the end."""
-    return score_by_kind(
+    return by_kind(
         [(label.kind, float(answer.read(gqa_prediction, None) == label.answers[0])) for answer, label in pairs]
     )
 
