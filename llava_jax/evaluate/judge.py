@@ -6,7 +6,6 @@ where it was interrupted, and pays for no review twice.
 
 import argparse
 import functools
-import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -53,8 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         for ident, swapped in cases
     ]  # fmt: skip
     for judge in args.judge:
-        outcomes = ask(args, judge, tasks, hash_, "judging by", _slug(judge)) or ()
-        for repeat, part in enumerate(itertools.batched(outcomes, len(cases))):
+        outcomes = ask(args, judge, tasks, hash_, "judging by", _slug(judge))
+        if outcomes is None:
+            continue
+        for repeat in range(args.repeats):
+            part = outcomes[repeat * len(cases) :][: len(cases)]
             reviews = [
                 _review(number, questions[ident], reference[ident], model[ident], swapped, outcome)
                 | {"judge": judge, "prompt_hash": hash_}
