@@ -91,7 +91,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
     package_data={
-        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*"],
+        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*", "word_files/*"],
+        "llava_jax.evaluate": ["contractions.txt", "prompt_files/*", "report_assets/*"],
+        "llava_jax.llm_api": ["ledger.sql"],
         "llava_jax.serve": ["static/*"],
     },
     install_requires=BASE,

@@ -43,18 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     """What all commands have that read a file of captions; `args.keys` is for `read_captions`."""
-    parser.add_argument("--captions", required=True, metavar="F", help="the file of captions")
-    parser.add_argument("--output", required=True, metavar="OUT", help="JSON, or JSONL where its name ends in .jsonl")
-    parser.add_argument(
-        "--key",
-        dest="keys",
-        type=lambda key: (key,),
-        default=CAPTION_KEYS,
-        metavar="KEY",
-        help=f"where a record has its caption (default: {' or '.join(CAPTION_KEYS)})",
-    )
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what holds no caption; it is listed")
-    parser.add_argument("--seed", type=int, default=0, help="of what is chosen at random (0)")
+    add = parser.add_argument
+    add("--captions", required=True, metavar="F", help="the file of captions")
+    add("--output", required=True, metavar="OUT", help="JSON, or JSONL where its name ends in .jsonl")
+    add("--key", dest="keys", type=lambda key: (key,), default=CAPTION_KEYS, metavar="KEY",
+        help=f"where a record has its caption (default: {' or '.join(CAPTION_KEYS)})")  # fmt: skip
+    add("--skip-bad", action="store_true", help="leave out what holds no caption; it is listed")
+    add("--seed", type=int, default=0, help="of what is chosen at random (0)")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

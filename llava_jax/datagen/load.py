@@ -45,13 +45,8 @@ INDEXES = """
 CREATE INDEX caption_of ON caption (picture);
 CREATE INDEX box_of ON box (picture);
 """
-FAULTS = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    sqlite3.Error,
-)  # what records raise that are not as they should be
+# What records raise that are not as they should be.
+FAULTS = (LookupError, TypeError, ValueError, AttributeError, sqlite3.Error)
 
 
 def load(
@@ -192,17 +187,10 @@ def _coco(
     for id, image, width, height in db.execute("SELECT id, name, width, height FROM picture ORDER BY number"):
         texts = db.execute("SELECT text FROM caption WHERE picture = ? ORDER BY rowid", [id])
         boxes = db.execute("SELECT category, x, y, width, height FROM box WHERE picture = ? ORDER BY rowid", [id])
-        yield (
-            f"{captions}: image {id}",
-            {
-                "id": id,
-                "image": image,
-                "width": width,
-                "height": height,
-                "captions": [text for (text,) in texts],
-                "boxes": [{"category": category, "bbox": bbox} for category, *bbox in boxes],
-            },
-        )
+        record = {"id": id, "image": image, "width": width, "height": height}
+        record["captions"] = [text for (text,) in texts]
+        record["boxes"] = [{"category": category, "bbox": bbox} for category, *bbox in boxes]
+        yield f"{captions}: image {id}", record
 
 
 def _coco_boxes(db: sqlite3.Connection, file: Path, name: str) -> None:

@@ -8,106 +8,10 @@ all of them.
 import re
 from collections.abc import Iterable, Iterator
 
+from llava_jax.datagen.words import read_entries, read_words
+
 # category: what else it is called
-SYNONYMS = {
-    "person": "man woman boy girl child kid baby toddler infant people adult lady gentleman guy teenager human "
-    "pedestrian passenger player rider surfer skier snowboarder skateboarder cyclist biker driver worker chef cook "
-    "waiter waitress vendor customer shopper officer policeman firefighter fireman soldier student teacher doctor "
-    "nurse farmer batter catcher umpire referee athlete swimmer dancer musician tourist spectator bystander audience "
-    "crowd couple family bride groom mother father mom dad daughter son parent grandmother grandfather brother "
-    "sister businessman sportsman fisherman cowboy jockey",
-    "bicycle": "bike cycle tricycle",
-    "car": "automobile sedan suv taxi cab minivan hatchback jeep convertible",
-    "motorcycle": "motorbike bike moped scooter",
-    "airplane": "plane aeroplane aircraft jet jetliner airliner biplane seaplane",
-    "bus": "minibus",
-    "train": "locomotive tram subway",
-    "truck": "lorry pickup semi-truck firetruck",
-    "boat": "ship canoe kayak sailboat yacht ferry rowboat raft motorboat speedboat gondola",
-    "traffic light": "traffic-light stoplight traffic_signal",
-    "fire hydrant": "hydrant",
-    "stop sign": "",
-    "parking meter": "",
-    "bench": "",
-    "bird": "duck goose pigeon seagull gull parrot eagle owl swan crow sparrow penguin flamingo ostrich hawk heron "
-    "pelican rooster hen peacock duckling",
-    "cat": "kitten kitty feline",
-    "dog": "puppy pup canine dalmatian poodle terrier labrador bulldog dachshund",
-    "horse": "pony foal stallion mare colt",
-    "sheep": "lamb ewe",
-    "cow": "cattle bull calf ox bovine heifer",
-    "elephant": "",
-    "bear": "grizzly polar_bear panda",
-    "zebra": "",
-    "giraffe": "",
-    "backpack": "rucksack knapsack",
-    "umbrella": "parasol",
-    "handbag": "purse hand_bag tote_bag",
-    "tie": "necktie bow_tie bowtie",
-    "suitcase": "luggage suit_case briefcase",
-    "frisbee": "flying_disc",
-    "skis": "ski",
-    "snowboard": "snow_board",
-    "sports ball": "ball baseball basketball football soccer_ball tennis_ball volleyball",
-    "kite": "",
-    "baseball bat": "bat",
-    "baseball glove": "baseball_mitt catcher's_mitt mitt",
-    "skateboard": "skate_board",
-    "surfboard": "surf_board longboard",
-    "tennis racket": "racket racquet tennis_racquet",
-    "bottle": "",
-    "wine glass": "wineglass goblet",
-    "cup": "mug teacup coffee_cup",
-    "fork": "",
-    "knife": "",
-    "spoon": "",
-    "bowl": "",
-    "banana": "",
-    "apple": "",
-    "sandwich": "burger hamburger cheeseburger",
-    "orange": "",
-    "broccoli": "",
-    "carrot": "",
-    "hot dog": "hotdog",
-    "pizza": "",
-    "donut": "doughnut",
-    "cake": "cupcake cheesecake",
-    "chair": "armchair stool recliner",
-    "couch": "sofa loveseat",
-    "potted plant": "plant houseplant",
-    "bed": "",
-    "dining table": "table",
-    "toilet": "urinal",
-    "tv": "television television_set flat_screen",
-    "laptop": "notebook_computer laptop_computer",
-    "mouse": "computer_mouse",
-    "remote": "remote_control game_controller",
-    "keyboard": "",
-    "cell phone": "phone cellphone mobile_phone smartphone mobile",
-    "microwave": "microwave_oven",
-    "oven": "stove",
-    "toaster": "",
-    "sink": "washbasin wash_basin",
-    "refrigerator": "fridge freezer",
-    "book": "",
-    "clock": "",
-    "vase": "",
-    "scissors": "pair_of_scissors",
-    "teddy bear": "teddy stuffed_bear",
-    "hair drier": "hair_dryer hairdryer blow_dryer",
-    "toothbrush": "tooth_brush",
-}
-# What holds the name of a category and is no object of it.
-OTHERS = (
-    "train_station train_track bus_stop bus_station bus_lane bike_lane bike_path bike_rack car_park boat_dock "
-    "boat_ramp table_tennis table_cloth table_top side_table coffee_table coffee_table_book table_lamp chair_lift "
-    "clock_tower bird's_eye horse_race horse_racing orange_juice apple_juice apple_pie apple_tree orange_tree "
-    "banana_tree carrot_cake toilet_paper phone_booth phone_call cup_holder book_store book_shelf bottle_cap "
-    "power_plant flower_bed bed_frame remote_area remote_place remote_location mobile_home pizza_box dog_park "
-    "dog_house cat_food dog_food stuffed_dog toy_car toy_train toy_boat toy_dog baseball_game baseball_field "
-    "baseball_uniform baseball_cap baseball_team football_field football_game basketball_court basketball_game "
-    "couple_of family_of crowd_of bear_in_mind"
-)
+SYNONYMS = {category: other.strip() for category, _, other in (e.partition(":") for e in read_entries("objects.txt"))}
 # Words that are mostly something else (a colour, a verb) where they stand alone in the singular.
 ONLY_PLURAL = ("orange", "bat", "mobile", "cook", "ski")
 IRREGULAR = {
@@ -115,8 +19,6 @@ IRREGULAR = {
     "ox": "oxen", "calf": "calves", "sheep": "sheep", "cattle": "cattle", "scissors": "scissors", "skis": "skis",
     "aircraft": "aircraft", "luggage": "luggage", "broccoli": "broccoli", "human": "humans",
 }  # fmt: skip
-
-
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
 _DENIALS = {"no", "not", "without", "neither", "nor", "isn't", "aren't", "wasn't", "weren't", "don't", "doesn't"}
 _BETWEEN = {"a", "an", "any", "the", "other", "visible", "single", "one", "have", "see"}  # a denial and what it denies
@@ -129,10 +31,10 @@ class Finder:
         names: dict[str, set[str]] = {}
         table = {**{category.lower(): "" for category in categories}, **SYNONYMS}
         for category, synonyms in table.items():
-            for name in (category, *_names(synonyms)):
+            for name in (category, *map(_spaced, synonyms.split())):
                 for form in {plural(name), *(() if name in ONLY_PLURAL else (name,))}:
                     names.setdefault(form, set()).add(category)
-        for name in _names(OTHERS):
+        for name in map(_spaced, read_words("not_objects.txt")):
             names |= {name: set(), plural(name): set()}
         self.categories = tuple(table)
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -161,8 +63,8 @@ class Finder:
         return {category for _, categories in self.mentions(text) for category in categories}
 
 
-def _names(words: str) -> list[str]:
-    return [word.replace("_", " ") for word in words.split()]
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _denied(words: list[str], start: int) -> bool:

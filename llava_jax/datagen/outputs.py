@@ -50,7 +50,8 @@ def write_outputs(ledger: Ledger, directory: Path, limit: int | None, seed: int)
             if result.reason == ACCEPTED:
                 add(_line(sample(result.context, result.turns, seed)))
             else:
-                reject(_line({"id": result.context.id, "image": result.context.image, **_why(result)}))
+                why = {"reason": result.reason} | ({"detail": result.detail} if result.detail else {})
+                reject(_line({"id": result.context.id, "image": result.context.image, **why}))
     return Counts(count, dict(verdicts.most_common()))
 
 
@@ -86,10 +87,6 @@ def sample(context: Context, turns: Turns, seed: int) -> dict[str, Any]:
     roles = ("human", "gpt")
     conversation = [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
     return {"id": context.id, "image": context.image, "conversations": conversation}
-
-
-def _why(result: Result) -> dict[str, str]:
-    return {"reason": result.reason, "detail": result.detail} if result.detail else {"reason": result.reason}
 
 
 def _line(value: Any) -> bytes:

@@ -8,8 +8,10 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from llava_jax.cli import UserError
+from llava_jax.datagen.words import read_words
 
 SPACY_MODEL = "en_core_web_sm"
 METHODS = ("auto", "words")  # or the name of a model
@@ -27,7 +29,7 @@ def extractor(method: str = "auto", workers: int = 1) -> tuple[str, Extract]:
     """
     if method == "auto":
         method = SPACY_MODEL if _installed("spacy") and _installed(SPACY_MODEL) else "words"
-    return ("words", _by_words) if method == "words" else _spacy_extractor(method, workers)
+    return ("words", partial(map, word_phrases)) if method == "words" else _spacy_extractor(method, workers)
 
 
 def _installed(module: str) -> bool:
@@ -70,51 +72,14 @@ def spacy_phrases(doc) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ words
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]+|_")
-_STOP_WORDS = (
-    # articles, determiners, quantifiers
-    "a an the this that these those some any each every either neither no all both many much more most few several "
-    "another other others such own same enough "
-    # pronouns
-    "i you he she it we they me him her us them my your his its our their mine yours hers ours theirs myself yourself "
-    "himself herself itself ourselves themselves who whom whose which what one's there here something someone anything "
-    "anyone everything everyone nothing nobody "
-    # prepositions and particles
-    "of in on at by for with without from to into onto upon over under above below between among through across along "
-    "around about against toward towards behind beside besides beneath underneath near next off out up down inside "
-    "outside within during before after since until till past per via as like than atop amid beyond away back "
-    # conjunctions and question words
-    "and or but nor so yet if because while when where why how whether although though unless whereas "
-    # auxiliaries and the verbs that captions are full of
-    "is are was were be been being am do does did done have has had will would can could shall should may might must "
-    "'s sits sit sat stands stand stood holds hold held lies lie lay walks walk wears wear wore looks look shows show "
-    "shown plays rides runs run eats ate hangs goes go gone went comes come came takes take took taken makes make made "
-    "gets get got sees see seen saw uses used seems appears becomes became gives give gave given puts put keeps keep "
-    "kept leads lead contains contain includes include features feature poses pose arrives attends performs attend "
-    # adverbs
-    "not very too also just only even still again ever never always often then now together almost well however "
-    "once twice ago soon"
-)
-_NOUNS_IN_ING = (
-    "building buildings ceiling ceilings painting paintings wedding weddings evening evenings morning mornings king "
-    "kings ring rings string strings spring springs wing wings thing things clothing drawing drawings railing railings "
-    "awning awnings icing pudding bedding lightning lighting sibling siblings duckling ducklings swing swings sling "
-    "ceiling-fan earring earrings crossing crossings parking dining living swimming shopping landing flooring topping "
-    "toppings filling frosting dressing stuffing wiring meeting meetings outing outings beijing"
-)
-_NOUNS_IN_LY = "family butterfly jelly belly fly lily italy july assembly bully trolley ally"
 LONGEST = 3  # words of a phrase
-
-_stop_words, _nouns = frozenset(_STOP_WORDS.split()), frozenset(f"{_NOUNS_IN_ING} {_NOUNS_IN_LY}".split())
-
-
-def _by_words(texts: Iterable[str]) -> Iterator[list[str]]:
-    return map(word_phrases, texts)
+_STOP_WORDS, _NOUNS = frozenset(read_words("stop_words.txt")), frozenset(read_words("nouns.txt"))
 
 
 def word_phrases(text: str) -> list[str]:
     """The noun phrases of a text, by a rule.
 
-    A text is cut at punctuation, at the words of `_STOP_WORDS`, at numbers, and at words in -ing and -ly that are not
+    A text is cut at punctuation, at stop words, at numbers, and at words in -ing and -ly that are not
     known as nouns. What is left between two cuts, without words in -ed at its end, is a phrase: its last three words.
     """
     phrases, run = {}, []
@@ -131,5 +96,5 @@ def word_phrases(text: str) -> list[str]:
 
 
 def _cuts(word: str) -> bool:
-    no_noun = word.endswith(("ing", "ly")) and word not in _nouns
-    return no_noun or word in _stop_words or not word[0].isalpha()
+    no_noun = word.endswith(("ing", "ly")) and word not in _NOUNS
+    return no_noun or word in _STOP_WORDS or not word[0].isalpha()

@@ -3,7 +3,6 @@
 `system_message.txt` and for each example `NNN_caps.txt`, the context, and `NNN_conv.txt`, what is answered.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +20,10 @@ class Prompts(NamedTuple):
     shots: tuple[tuple[str, str], ...]  # context and answer
 
     def messages(self, context: str) -> list[Message]:
-        return list(self._messages(context))
-
-    def _messages(self, context: str) -> Iterator[Message]:
-        yield {"role": "system", "content": self.system}
+        messages = [{"role": "system", "content": self.system}]
         for asked, answered in self.shots:
-            yield {"role": "user", "content": asked}
-            yield {"role": "assistant", "content": answered}
-        yield {"role": "user", "content": context}
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return [*messages, {"role": "user", "content": context}]
 
 
 def load_prompts(directory: Path) -> Prompts:

@@ -1,9 +1,10 @@
 """What is counted of instruction data for its report: lengths, turns, kinds of questions, first words, objects."""
 
 import array
-import collections
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -111,18 +112,16 @@ class Facts:
         return frozenset(category for category, bit in self._bits.items() if mask & bit)
 
 
+@dataclass
 class Objects:
-    """How the samples of a data set stand to boxes and captions."""
+    """How many samples of a data set stand how to boxes and captions; counters are by category."""
 
-    def __init__(self) -> None:
-        self.samples = 0  # of pictures with a context
-        self.with_unsupported = 0
-        self.boxed: collections.Counter[str] = (
-            collections.Counter()
-        )  # samples whose picture has such a box, by category
-        self.covered: collections.Counter[str] = collections.Counter()  # those of them that name it
-        self.supported: collections.Counter[str] = collections.Counter()  # samples that claim such an object
-        self.unsupported: collections.Counter[str] = collections.Counter()
+    samples: int = 0  # of pictures with a context
+    with_unsupported: int = 0
+    boxed: Counter[str] = field(default_factory=Counter)  # whose picture has such a box
+    covered: Counter[str] = field(default_factory=Counter)  # those of them that name it
+    supported: Counter[str] = field(default_factory=Counter)  # that claim such an object
+    unsupported: Counter[str] = field(default_factory=Counter)
 
     def add(self, claims: Claims) -> None:
         self.samples += 1
@@ -159,9 +158,9 @@ class Statistics:
     def __init__(self, facts: Facts | None, kind: str | None = None):
         self.facts = facts
         self.kind = kind  # of all samples; None tells it from each
-        self.lengths: dict[str, Lengths] = collections.defaultdict(Lengths)
-        self.questions: collections.Counter[str] = collections.Counter()
-        self.first_words: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self.lengths: dict[str, Lengths] = defaultdict(Lengths)
+        self.questions: Counter[str] = Counter()
+        self.first_words: Counter[tuple[str, ...]] = Counter()
         self.objects = Objects()
 
     def add(self, sample: Sample) -> tuple[str, Claims | None]:
@@ -188,7 +187,7 @@ class Branch(NamedTuple):
 def tree(first_words: dict[tuple[str, ...], int], most: int) -> tuple[Branch, ...]:
     """The first words of questions as a tree, the most common first and at most so many branches of each, the others
     left out."""
-    after: dict[str, collections.Counter[tuple[str, ...]]] = collections.defaultdict(collections.Counter)
+    after: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for words, count in first_words.items():
         if words:
             after[words[0]][words[1:]] += count

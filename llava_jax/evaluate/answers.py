@@ -5,7 +5,7 @@ array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -162,6 +162,17 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"{path}: is no JSON: {error}") from error
 
 
+def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
+    """Of a file that is one object of questions by id: where each stands, its id, and what it is.
+
+    Raises `UserError`, which ends with `hint`, where it is none.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: is no object of questions by id{hint}")
+    return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]
+
+
 def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -193,11 +204,7 @@ WHOLE = "all have to be answered, and no others"  # for what cannot be done in p
 
 
 def join(
-    answers: Mapping[str, Answer],
-    labels: Mapping[str, Any],
-    path: epath.PathLike,
-    partial: bool,
-    advice: str = PARTIAL,
+    answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool, advice: str = PARTIAL
 ) -> Joined:
     """Answers with their labels, in the order of these.
 
@@ -227,3 +234,11 @@ def join(
 def percent(part: float, whole: float) -> float | None:
     """Two decimals; None of nothing."""
     return round(part / whole * 100, 2) if whole else None
+
+
+def percent_by(values: Iterable[tuple[str, float]]) -> dict[str, float | None]:
+    """The mean of each group's values in percent, of (group, value from 0 to 1), in the order of the groups."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for group, value in values:
+        groups[group].append(value)
+    return {group: percent(sum(some), len(some)) for group, some in groups.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, question_id
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
 from llava_jax.evaluate.lines import Line, once
 from llava_jax.evaluate.questions import Question
 
@@ -78,6 +78,18 @@ class Benchmark:
 def unique(pairs: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
     """A dict of (key, label, where it stands). Raises `UserError` where two labels of a key differ."""
     return {key: label for key, (label, _) in once(pairs, "question {key} has another label before").items()}
+
+
+def of_files(read: Callable[[str], Iterable[tuple[str, Any, str]]]) -> Callable[..., Labels]:
+    """`labels` of a benchmark whose files alone tell what is right, by question id. `read` gives what `unique` takes of
+    a file."""
+    return lambda paths, lines, asked: Labels(unique(label for path in paths for label in read(path)))
+
+
+def by_kind(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """The scores of a benchmark whose questions are of several kinds, of (kind, accuracy of an answer)."""
+    accuracy = percent(sum(value for _, value in values), len(values))
+    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
 
 
 def field(value: Any, name: str, where: str, kind: type = object) -> Any:

@@ -1,14 +1,15 @@
 """Questions with options: MMBench, MMBench-CN (each asked again with its options rotated) and SEED-Bench."""
 
 import base64
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, question_id, read_json
-from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, field, listed, unique
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, percent_by, question_id, read_json
+from llava_jax.evaluate.benchmark import LETTER, Benchmark, Judged, Labels, by_kind, field, listed, of_files, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.sheets import read_sheet, xlsx
@@ -45,26 +46,20 @@ def _chosen(answer: Answer, label: Label) -> str:
 def score_mmbench(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """A question counts as right if it's answered right in all its rounds (`circular`); `single` is over all answers.
     `failed` answers tell no option."""
+    chosen = [_chosen(answer, label) for answer, label in pairs]
+    right = [option == label.right for option, (_, label) in zip(chosen, pairs, strict=True)]
     rounds: dict[str, list[bool]] = defaultdict(list)
-    categories: dict[str, set[str]] = defaultdict(set)
-    failed = 0
-    for answer, label in pairs:
-        chosen = _chosen(answer, label)
-        failed += not chosen
-        rounds[label.question].append(chosen == label.right)
-        categories[label.category].add(label.question)
-    whole = {question: all(right) for question, right in rounds.items()}
-    answers = [right for of_question in rounds.values() for right in of_question]
+    for one, (_, label) in zip(right, pairs, strict=True):
+        rounds[label.question].append(one)
+    whole = {question: all(of_question) for question, of_question in rounds.items()}
+    asked = sorted({(label.category, label.question) for _, label in pairs})
     return {
         "circular": percent(sum(whole.values()), len(whole)),
-        "single": percent(sum(answers), len(answers)),
-        "by_category": {
-            category: percent(sum(whole[q] for q in asked), len(asked))
-            for category, asked in sorted(categories.items())
-        },
+        "single": percent(sum(right), len(right)),
+        "by_category": percent_by((category, whole[question]) for category, question in asked),
         "questions": len(whole),
         "total": len(pairs),
-        "failed": failed,
+        "failed": chosen.count(""),
     }
 
 
@@ -198,31 +193,21 @@ class SeedLabel(NamedTuple):
 
 def score_seed(pairs: Sequence[tuple[Answer, SeedLabel]]) -> dict[str, Any]:
     """The share of answers that are exactly the right letter, as published. `failed` answers are no letter."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    kinds: dict[str, list[bool]] = defaultdict(list)
-    for answer, label in pairs:
-        right = answer.read(str.strip, "") == label.right
-        for group in ("accuracy", label.medium):
-            groups[group].append(right)
-        kinds[label.kind].append(right)
-    scores = {group: percent(sum(right), len(right)) for group, right in groups.items()}
-    by_kind = {kind: percent(sum(right), len(right)) for kind, right in sorted(kinds.items())}
-    failed = sum(answer.read(str.strip, "") not in set(LETTERS) for answer, _ in pairs)
-    return scores | {"by_kind": by_kind, "total": len(pairs), "failed": failed}
+    read = [(answer.read(str.strip, ""), label) for answer, label in pairs]
+    scores = by_kind([(label.kind, said == label.right) for said, label in read])
+    by_medium = percent_by((label.medium, said == label.right) for said, label in read)
+    failed = sum(said not in set(LETTERS) for said, _ in read)
+    return {"accuracy": scores.pop("accuracy")} | by_medium | scores | {"failed": failed}
 
 
-def seed_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    def labels() -> Iterator[tuple[str, SeedLabel, str]]:
-        for path in paths:
-            value = read_json(path)
-            kinds = {str(number): name for name, number in field(value, "question_type", path, dict).items()}
-            for where, entry in listed(value, "questions", path):
-                kind = str(field(entry, "question_type_id", where))
-                medium = str(entry.get("data_type", "image"))
-                label = SeedLabel(field(entry, "answer", where, str), kinds.get(kind, kind), medium)
-                yield str(field(entry, "question_id", where)), label, where
-
-    return Labels(unique(labels()))
+def seed_labels(path: str) -> Iterator[tuple[str, SeedLabel, str]]:
+    value = read_json(path)
+    kinds = {str(number): name for name, number in field(value, "question_type", path, dict).items()}
+    for where, entry in listed(value, "questions", path):
+        kind = str(field(entry, "question_type_id", where))
+        medium = str(entry.get("data_type", "image"))
+        label = SeedLabel(field(entry, "answer", where, str), kinds.get(kind, kind), medium)
+        yield str(field(entry, "question_id", where)), label, where
 
 
 def seed_questions(path: str) -> Iterator[Question]:
@@ -239,7 +224,7 @@ def submit_seed(lines: Sequence[Line], own: str | None) -> bytes:
     """Of `own`, SEED-Bench's JSON, all questions have to be among the answers, and no others."""
     answers = by_key(lines, question_id)
     if own:
-        check_asked(answers, seed_labels([own], lines, ()), own)
+        check_asked(answers, unique(seed_labels(own)), own)
     ids = {question_id(line): line.get(*IDS) for line in lines}
     rows = [{"question_id": ids[ident], "prediction": answer.text or ""} for ident, answer in answers.items()]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
@@ -249,11 +234,8 @@ MMBENCH = Benchmark(
     "MMBench: right in all rounds", mmbench_questions, LETTER, labels=mmbench_labels, score=score_mmbench,
     judged=judged_mmbench, submission=submit_mmbench,
 )  # fmt: skip
-MMBENCH_CN = Benchmark(
-    "MMBench-CN: the same in Chinese", mmbench_questions, LETTER_CN, labels=mmbench_labels, score=score_mmbench,
-    judged=judged_mmbench, submission=submit_mmbench,
-)  # fmt: skip
+MMBENCH_CN = dataclasses.replace(MMBENCH, what="MMBench-CN: the same in Chinese", suffix=LETTER_CN)
 SEED = Benchmark(
-    "SEED-Bench: right letters", seed_questions, LETTER, labels=seed_labels, score=score_seed, submission=submit_seed,
-    ids=r"v?\d+",
+    "SEED-Bench: right letters", seed_questions, LETTER, labels=of_files(seed_labels), score=score_seed,
+    submission=submit_seed, ids=r"v?\d+",
 )  # fmt: skip

@@ -3,16 +3,14 @@
 Its labels are the answers in LLaVA JSON, as `examples.easy_vqa.data` writes it of the package `easy-vqa`.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
-from llava_jax.evaluate.answers import Answer, percent
-from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
-from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.questions import Question, unmarked
+from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.benchmark import Benchmark, by_kind, of_files
+from llava_jax.evaluate.questions import unmarked
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -31,25 +29,16 @@ def kind(question: str, answer: str) -> str:
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are exactly the right word."""
-    kinds: dict[str, list[bool]] = defaultdict(list)
-    for answer, label in pairs:
-        kinds[label.kind].append(answer.text == label.right)
-    right = sum(map(sum, kinds.values()))
-    by_kind = {name: percent(sum(answers), len(answers)) for name, answers in sorted(kinds.items())}
-    return {"accuracy": percent(right, len(pairs)), "by_kind": by_kind, "total": len(pairs)}
+    return by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])
 
 
-def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    def found() -> Iterator[tuple[str, Label, str]]:
-        for path in paths:
-            for sample in LlavaJson(path):
-                turns = [text for role, text in sample.turns if role != "system"]
-                if len(turns) < 2:
-                    raise UserError(f"{path}: sample {sample.id} has no answer to its question")
-                question, answer = turns[:2]
-                yield sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}"
-
-    return Labels(unique(found()))
+def labels(path: str) -> Iterator[tuple[str, Label, str]]:
+    for sample in LlavaJson(path):
+        turns = [text for role, text in sample.turns if role != "system"]
+        if len(turns) < 2:
+            raise UserError(f"{path}: sample {sample.id} has no answer to its question")
+        question, answer = turns[:2]
+        yield sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}"
 
 
-EASY_VQA = Benchmark("easy-VQA: right words", max_new_tokens=8, labels=labels, score=score)
+EASY_VQA = Benchmark("easy-VQA: right words", max_new_tokens=8, labels=of_files(labels), score=score)

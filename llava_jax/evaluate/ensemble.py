@@ -134,8 +134,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate score scienceqa-ensemble", description=__doc__, epilog=EPILOG)
     add_arguments(parser)
     add = parser.add_argument
-    add(
-        "--judged", metavar="F", help="what `judge scienceqa` wrote about the two; without it, the complement is scored"
-    )
+    add("--judged", metavar="F", help="what `judge scienceqa` wrote about the two; without it, the complement is "
+        "scored")  # fmt: skip
     add("--json", action="store_true", help="print one object on one line")
     return parser.parse_args(argv)

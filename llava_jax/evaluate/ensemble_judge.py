@@ -6,36 +6,22 @@ written.
 
 import argparse
 import functools
-import json
 import sys
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.ensemble import add_arguments, read_pairs
-from llava_jax.evaluate.judging import prompt_hash
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
+from llava_jax.evaluate.lines import write_lines
 from llava_jax.evaluate.scienceqa import FAILED, OPTIONS, Problem, extract, read_results
-from llava_jax.llm_api.asking import Task, ask_all, forecast, told
+from llava_jax.llm_api.asking import Task, told
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
   python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
     --splits pid_splits.json --judge gpt-4-0314 --output judged.jsonl"""
 SYSTEM = "You answer questions of science exams. You reason with care and end with a single option."
-PROMPT = """{question}
-[Answer 1]
-{other}
-
-[End of Answer 1]
-
-[Answer 2]
-{ours}
-
-[End of Answer 2]
-
-Two students answered this question differently; the second one sees the picture, if there is one. Either may be wrong.
-Think about the question and about both answers, and give your own. Its last sentence has to be, with your letter, once:
-The answer is X."""
+PROMPT = read_prompt("scienceqa_judge.txt")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,15 +35,15 @@ def main(argv: list[str] | None = None) -> None:
              functools.partial(_option, len(pair.problem["choices"])))
         for ident, pair in pairs.items()
     ]  # fmt: skip
-    asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
-    if args.dry_run:
-        say(f"{args.judge}: {forecast(asked, tasks)}")
+    hash_ = prompt_hash([SYSTEM, PROMPT])
+    outcomes = ask(args, args.judge, tasks, hash_, "judging by")
+    if outcomes is None:
         return
-    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"judging by {args.judge}")
-    with whole_file(args.output) as file:
-        for ident, outcome in zip(pairs, outcomes, strict=True):
-            line = {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
-            file.write(json.dumps(line).encode() + b"\n")
+    verdicts = (
+        {"question_id": ident, "text": outcome.shown, "judge": args.judge, "prompt_hash": hash_}
+        for ident, outcome in zip(pairs, outcomes, strict=True)
+    )
+    write_lines(args.output, verdicts)
     failed = sum(outcome.value is None for outcome in outcomes)
     say(f"{args.output}: {len(outcomes)} verdicts, {failed} of them without an option{told(outcomes)}", file=sys.stderr)
 

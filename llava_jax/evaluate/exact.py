@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
-from llava_jax.evaluate.answers import IDS, Answer, percent, question_id
+from llava_jax.evaluate.answers import IDS, Answer, percent, percent_by, question_id
 from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, unmarked
@@ -46,12 +46,10 @@ def normal(text: str) -> str:
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are one of the right ones, but for what `normal` leaves out."""
-    categories: dict[str, list[bool]] = defaultdict(list)
-    for answer, label in pairs:
-        categories[label.category].append(answer.read(normal, "") in map(normal, label.answers))
-    right = sum(map(sum, categories.values()))
-    named = {name: percent(sum(some), len(some)) for name, some in sorted(categories.items()) if name}
-    return {"accuracy": percent(right, len(pairs))} | ({"by_category": named} if named else {}) | {"total": len(pairs)}
+    right = [(label.category, answer.read(normal, "") in map(normal, label.answers)) for answer, label in pairs]
+    named = percent_by(sorted(item for item in right if item[0]))
+    accuracy = {"accuracy": percent(sum(value for _, value in right), len(right))}
+    return accuracy | ({"by_category": named} if named else {}) | {"total": len(pairs)}
 
 
 def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:

@@ -25,14 +25,13 @@ from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require
-from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
 from llava_jax.evaluate.questions import Question, marked, read_questions, system_turns
 from llava_jax.evaluate.suite_outcomes import outcomes_of
 from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
-from llava_jax.whole_file import whole_file
 
 FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers, and STEP/BENCHMARK.outcomes.jsonl
 
@@ -97,8 +96,7 @@ class Evaluation:
     def _write(self, directory: epath.Path, lines: Sequence[Line], pairs: Sequence[tuple[Answer, Any]]) -> None:
         """The answers, and what came of each, for `report`."""
         directory.mkdir(parents=True, exist_ok=True)
-        with whole_file(directory / f"{self.name}.jsonl") as file:
-            file.writelines(json.dumps(line.value).encode() + b"\n" for line in lines)
+        write_lines(directory / f"{self.name}.jsonl", (line.value for line in lines))
         outcomes = outcomes_of(self.benchmark, pairs, lines, self.questions)
         write_outcomes(directory / f"{self.name}{SUFFIX}", outcomes)
 

@@ -6,21 +6,20 @@ where it was interrupted, and pays for no review twice.
 
 import argparse
 import functools
-import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
-from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, messages, read_rules, rules_hash
+from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, ask, messages, read_rules, rules_hash
+from llava_jax.evaluate.lines import write_lines
 from llava_jax.evaluate.reviews import FAILED, parse_scores
-from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast, told
+from llava_jax.llm_api.asking import Outcome, Task, told
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """examples:
   python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
@@ -47,33 +46,23 @@ def main(argv: list[str] | None = None) -> None:
         return messages(item, rules[question.category], swapped, args.system)
 
     tasks = [
-        Task(
-            f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
-            functools.partial(prompt, ident, swapped),
-            parse_scores,
-            whole=False,
-        )  # the scores come first
+        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
+             functools.partial(prompt, ident, swapped), parse_scores, whole=False)  # the scores come first
         for repeat in range(args.repeats)
         for ident, swapped in cases
-    ]
+    ]  # fmt: skip
     for judge in args.judge:
-        asked = work(args, judge)
-        if args.dry_run:
-            say(f"{judge}: {forecast(asked, tasks)}")
+        outcomes = ask(args, judge, tasks, hash_, "judging by", _slug(judge))
+        if outcomes is None:
             continue
-        ledger = ledger_directory(args) / _slug(judge)
-        outcomes = ask_all(asked, tasks, ledger, {"prompt_hash": hash_}, f"judging by {judge}")
-        for repeat, part in enumerate(_parts(outcomes, len(cases))):
+        for repeat in range(args.repeats):
+            part = outcomes[repeat * len(cases) :][: len(cases)]
             reviews = [
                 _review(number, questions[ident], reference[ident], model[ident], swapped, outcome)
                 | {"judge": judge, "prompt_hash": hash_}
                 for number, ((ident, swapped), outcome) in enumerate(zip(cases, part, strict=True), 1)
             ]
             _write(_output(args, judge, repeat), reviews, told(part))
-
-
-def _parts(outcomes: Sequence[Outcome], size: int) -> Iterator[Sequence[Outcome]]:
-    return (outcomes[start : start + size] for start in range(0, len(outcomes), size))
 
 
 def _review(
@@ -108,8 +97,7 @@ def _slug(name: str) -> str:
 
 
 def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
-    with whole_file(path) as file:
-        file.writelines(json.dumps(review).encode() + b"\n" for review in reviews)
+    write_lines(path, reviews)
     failed = sum(review["tuple"] == list(FAILED) for review in reviews)
     say(f"{path}: {len(reviews)} reviews, {failed} of them without scores{more}", file=sys.stderr)
 

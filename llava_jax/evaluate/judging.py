@@ -1,13 +1,17 @@
 """What a judge is asked: the question, what is in the picture in words, two answers, and how to score them."""
 
+import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say
 from llava_jax.evaluate.answers import read_json
+from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast
 from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.options import ledger_directory, work
 
 SYSTEM = "You compare answers to questions about pictures: carefully, exactly and without favour."
 BOXES = (
@@ -40,6 +44,28 @@ class Answered(NamedTuple):
     question: str
     reference: str
     model: str
+
+
+def ask(
+    args: argparse.Namespace, model: str, tasks: Sequence[Task], hash_: str, what: str, folder: str = ""
+) -> list[Outcome] | None:
+    """The outcome of each task of a command. None of a dry run, which prints what asking would cost.
+
+    Args:
+      hash_: of the instructions, see `prompt_hash`.
+      what: is done by the model, for the progress.
+      folder: of the ledger's, where a command asks several models.
+    """
+    asked = work(args, model)
+    if args.dry_run:
+        say(f"{model}: {forecast(asked, tasks)}")
+        return None
+    return ask_all(asked, tasks, ledger_directory(args) / folder, {"prompt_hash": hash_}, f"{what} {model}")
+
+
+def read_prompt(name: str) -> str:
+    """One of `prompt_files`."""
+    return Path(__file__).with_name("prompt_files").joinpath(name).read_text(encoding="utf-8").rstrip("\n")
 
 
 def read_rules(path: str) -> dict[str, Rule]:

@@ -1,5 +1,6 @@
 """Files of JSON objects, one a line, that others wrote: every fault is named with its line."""
 
+import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -8,6 +9,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.incoming import loads, require_regular, to_utf8
+from llava_jax.whole_file import whole_file
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -42,6 +44,12 @@ class Line(NamedTuple):
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
     return list(_lines(path, read_bytes(path).split(b"\n"), partial))
+
+
+def write_lines(path: epath.PathLike, values: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of objects, which is there once it is whole."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(value).encode() + b"\n" for value in values)
 
 
 def once(

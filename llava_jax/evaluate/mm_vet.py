@@ -1,12 +1,11 @@
 """MM-Vet: open answers that a judge grades from 0 to 1, by the capabilities that a question takes."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, percent, read_json
+from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, entries_by_id, percent, percent_by
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
@@ -45,14 +44,11 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Mean grades in percent, of all and by capability. `failed` judgements have no grade and are left out; where there
     is no answer the grade is 0."""
     grades = [(0.0 if answer.absent else grade(answer), label) for answer, label in pairs]
-    by_capability: dict[str, list[float]] = defaultdict(list)
-    for value, label in grades:
-        for capability in label.capabilities if value is not None else ():
-            by_capability[capability].append(value)
     known = [value for value, _ in grades if value is not None]
+    taken = ((name, value) for value, label in grades if value is not None for name in label.capabilities)
     return {
         "score": percent(sum(known), len(known)),
-        "by_capability": {name: percent(sum(some), len(some)) for name, some in sorted(by_capability.items())},
+        "by_capability": dict(sorted(percent_by(taken).items())),
         "total": len(known),
         "failed": len(grades) - len(known),
     }
@@ -72,8 +68,7 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
     found = unique(
         (ident.removeprefix(PREFIX), Label(tuple(map(str, field(entry, "capability", where, list)))), where)
         for path in paths
-        for ident, entry in _entries(path)
-        for where in [f"{path}: question {ident}"]
+        for where, ident, entry in read_own(path)
     )
     return Labels(found, key)
 
@@ -83,16 +78,13 @@ def key(line: Line) -> str:
     return line.text("question_id", "id").removeprefix(PREFIX)
 
 
-def _entries(path: str) -> list[tuple[str, Any]]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is no object of questions by id, as mm-vet.json is")
-    return list(value.items())
+def read_own(path: str) -> list[tuple[str, str, Any]]:
+    """The entries of mm-vet.json: where each stands, its id, and what it is."""
+    return entries_by_id(path, ", as mm-vet.json is")
 
 
 def questions(path: str) -> Iterator[Question]:
-    for ident, entry in _entries(path):
-        where = f"{path}: question {ident}"
+    for where, ident, entry in read_own(path):
         yield Question(ident, field(entry, "question", where), (field(entry, "imagename", where),))
 
 

@@ -6,81 +6,60 @@ instructions than the benchmark's own are not comparable with published ones.
 
 import argparse
 import functools
-import json
 import sys
+from typing import Any
 
-from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, read_json, refuse_questions
-from llava_jax.evaluate.benchmark import Labels, field
-from llava_jax.evaluate.judging import prompt_hash
-from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.mm_vet import PREFIX, parse_grade
-from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast, told
+from llava_jax.cli import Parser, say
+from llava_jax.evaluate.answers import WHOLE, answer_lines, by_key, join, refuse_questions
+from llava_jax.evaluate.benchmark import field
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
+from llava_jax.evaluate.lines import Line, write_lines
+from llava_jax.evaluate.mm_vet import PREFIX, key, parse_grade, read_own
+from llava_jax.llm_api.asking import Outcome, Task, told
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
   python -m llava_jax.evaluate judge mm-vet --answers answers.jsonl --labels mm-vet.json --judge gpt-4-0613 \\
     --output grades.jsonl
   python -m llava_jax.evaluate score mm-vet --answers grades.jsonl --labels mm-vet.json"""
 SYSTEM = "You grade answers to questions about pictures by comparing them with what is right."
-PROMPT = """Grade how right the answer is, from 0.0 (wholly wrong) to 1.0 (wholly right), in steps of 0.1. Judge only \
-by what is said to be right. Where that has <AND>, all its parts have to be in the answer, and each that is missing \
-costs its share; where it has <OR>, one of its parts is enough. Other words of the same meaning count, and what the \
-answer says besides costs only what contradicts.
-
-Question: What is in the bowl and on the plate?
-Right: rice <AND> fish
-Answer: There is rice in the bowl and meat on the plate.
-Grade: 0.5
-
-Question: x + 3 = 10
-Right: x = 7 <OR> 7
-Answer: Subtracting 3 from both sides, x is 7.
-Grade: 1.0
-
-Question: {question}
-Right: {right}
-Answer: {answer}
-
-Write the grade alone, a number, and nothing else.
-Grade:"""
+PROMPT = read_prompt("mm_vet_judge.txt")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    labels = Labels(_labels(args.labels), lambda line: line.text("question_id", "id").removeprefix(PREFIX))
+    labels = _labels(args.labels)
     lines = answer_lines(args.answers)
     refuse_questions(lines)
-    answers = by_key(lines, labels.key)
+    answers = by_key(lines, key)
     joined = join(answers, labels, args.answers, partial=False, advice=WHOLE)
     graded = {ident: pair for ident, pair in zip(labels, joined.pairs, strict=True) if not pair[0].absent}
     tasks = [
         Task(ident, functools.partial(messages, label, answer.text), parse_grade, whole=False)  # the grade comes first
         for ident, (answer, label) in graded.items()
     ]
-    asked, hash_ = work(args, args.judge), prompt_hash([SYSTEM, PROMPT])
-    if args.dry_run:
-        say(f"{args.judge}: {forecast(asked, tasks)}")
+    hash_ = prompt_hash([SYSTEM, PROMPT])
+    outcomes = ask(args, args.judge, tasks, hash_, "grading by")
+    if outcomes is None:
         return
-    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"grading by {args.judge}")
     found = dict(zip(graded, outcomes, strict=True))
-    with whole_file(args.output) as file:
-        for ident in labels:
-            outcome = found.get(ident, Outcome(None, 0.0, answers[ident].absent))  # no answer is a wrong one
-            absent = answers[ident].absent
-            line = {
-                "question_id": f"{PREFIX}{ident}",
-                "prompt": labels[ident].get("question"),
-                "text": answers[ident].text,
-                "content": outcome.shown,
-                "grade": outcome.value if outcome.value is not None else -1,
-                "judge": args.judge,
-                "prompt_hash": hash_,
-            }
-            line |= {"metadata": {"no_answer": absent}} if absent else {}
-            file.write(json.dumps(line).encode() + b"\n")
+
+    def grade(ident: str) -> dict[str, Any]:
+        answer = answers[ident]
+        outcome = found.get(ident, Outcome(None, 0.0, answer.absent))  # no answer is a wrong one
+        line = {
+            "question_id": f"{PREFIX}{ident}",
+            "prompt": labels[ident].get("question"),
+            "text": answer.text,
+            "content": outcome.shown,
+            "grade": outcome.value if outcome.value is not None else -1,
+            "judge": args.judge,
+            "prompt_hash": hash_,
+        }
+        return line | ({"metadata": {"no_answer": answer.absent}} if answer.absent else {})
+
+    write_lines(args.output, map(grade, labels))
     failed = sum(outcome.value is None for outcome in outcomes)
     say(f"{args.output}: {len(labels)} grades, {failed} of them failed{told(outcomes)}", file=sys.stderr)
 
@@ -93,12 +72,8 @@ def messages(label: Line, answer: str) -> list[Message]:
 
 def _labels(path: str) -> dict[str, Line]:
     """The entries of mm-vet.json by id, without its prefix."""
-    entries = read_json(path)
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: is no object of questions by id, as mm-vet.json is")
     found = {}
-    for ident, entry in entries.items():
-        where = f"{path}: question {ident}"
+    for where, ident, entry in read_own(path):
         for name in ("question", "answer"):
             field(entry, name, where)
         found[ident.removeprefix(PREFIX)] = Line(where, entry)

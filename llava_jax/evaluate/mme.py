@@ -80,12 +80,12 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
         for path in paths
         for category, picture, question, answer, where in _entries(path)
     )
-    return Labels(found, lambda line: _key(*_place(line), line.text("prompt")))
 
+    def key(line: Line) -> str:
+        category, _, picture = line.text("question_id").partition("/")
+        return _key(category, picture, line.text("prompt"))
 
-def _place(line: Line) -> tuple[str, str]:
-    category, _, picture = line.text("question_id").partition("/")
-    return category, picture
+    return Labels(found, key)
 
 
 def _key(category: str, picture: str, question: str) -> str:

@@ -5,15 +5,13 @@ answers are right or wrong `of` is 1; where a judge compares them with a referen
 be judged has 0 of 0.
 """
 
-import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.lines import Line, read_lines
-from llava_jax.whole_file import whole_file
+from llava_jax.evaluate.lines import Line, read_lines, write_lines
 
 SUFFIX = ".outcomes.jsonl"
 
@@ -50,8 +48,7 @@ def write_outcomes(path: epath.PathLike, outcomes: Iterable[Outcome]) -> None:
         epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    with whole_file(path) as file:
-        file.writelines(json.dumps(outcome._asdict()).encode() + b"\n" for outcome in outcomes)
+    write_lines(path, (outcome._asdict() for outcome in outcomes))
 
 
 def read_run(directory: str) -> dict[str, dict[str, Outcome]]:

@@ -68,8 +68,7 @@ def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | No
 
 
 def _mean(shares: Sequence[float | None]) -> float | None:
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known and len(known) == len(shares) else None
+    return None if not shares or None in shares else sum(shares) / len(shares)
 
 
 def _percent(share: float | None) -> float | None:

@@ -22,10 +22,7 @@ On several hosts the same command runs on each, as that of training.
 benchmarks:
 {listing("what")}"""
 
-
-OF_CHECKPOINT = (
-    "template", "batch_rows", "devices_each", "coordinator", "num_processes", "process_id"
-)  # fmt: skip
+OF_CHECKPOINT = ("template", "batch_rows", "devices_each", "coordinator", "num_processes", "process_id")
 
 
 def main(argv: list[str] | None = None) -> None:

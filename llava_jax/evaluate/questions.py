@@ -62,11 +62,7 @@ def read_questions(
                 )
                 yield whole.key, whole, f"{path}: question number {number}"
 
-    found = once(
-        asked(),
-        "question {key} is there twice, with other images or system prompt",
-        name=lambda key: key[0],
-    )
+    found = once(asked(), "question {key} is there twice, with other images or system prompt", name=lambda key: key[0])
     if not found:
         raise UserError(f"{paths[0]}: holds no questions")
     return [question for question, _ in found.values()]

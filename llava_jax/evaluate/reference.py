@@ -6,28 +6,22 @@ The same command goes on where it was interrupted; no answer is paid twice.
 import argparse
 import functools
 import hashlib
-import json
 import sys
 from typing import Any
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.bench_files import Question, read_questions
-from llava_jax.evaluate.judging import prompt_hash
-from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task, ask_all, forecast
+from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
+from llava_jax.evaluate.lines import write_lines
+from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task
 from llava_jax.llm_api.client import REFUSED
 from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
-from llava_jax.whole_file import whole_file
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
   python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
     --model gpt-4-0314 --output answers_gpt4.jsonl"""
-SYSTEM = (
-    "You answer questions about a picture. In place of the picture you are given what is in it, in sentences and, for "
-    "some, with the places of objects as [x1, y1, x2, y2], fractions of its width and height. Answer as if you saw the "
-    "picture itself: never speak of descriptions, sentences or coordinates. Answer helpfully and in the detail that "
-    "the question asks for, and say only what the picture must show or what is generally known."
-)
+SYSTEM = read_prompt("reference_system.txt")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,17 +31,15 @@ def main(argv: list[str] | None = None) -> None:
         Task(f"{ident}, reference", functools.partial(messages, question), str.strip)
         for ident, question in questions.items()
     ]
-    asked, hash_ = work(args, args.model), prompt_hash(SYSTEM)
-    if args.dry_run:
-        say(f"{args.model}: {forecast(asked, tasks)}")
+    hash_ = prompt_hash(SYSTEM)
+    outcomes = ask(args, args.model, tasks, hash_, "answers of")
+    if outcomes is None:
         return
-    outcomes = ask_all(asked, tasks, ledger_directory(args), {"prompt_hash": hash_}, f"answers of {args.model}")
     for ident, outcome in zip(questions, outcomes, strict=True):
         if outcome.value is None:
             raise UserError(f"question {ident}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
-    with whole_file(args.output) as file:
-        for question, outcome in zip(questions.values(), outcomes, strict=True):
-            file.write(json.dumps(_answer(question, outcome, args.model, hash_)).encode() + b"\n")
+    answered = zip(questions.values(), outcomes, strict=True)
+    write_lines(args.output, (_answer(question, outcome, args.model, hash_) for question, outcome in answered))
     say(f"{args.output}: {len(outcomes)} answers", file=sys.stderr)
 
 

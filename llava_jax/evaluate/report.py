@@ -120,9 +120,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", metavar="DIR", help="where the page, the chart and the rest go")
     add("--images", metavar="DIR", help="the folder of the questions' pictures (default: a page without them)")
     add_allow_absolute(parser)
-    add(
-        "--limit", type=int, default=500, metavar="N", help="questions on the page, those that tell most (default: 500)"
-    )
+    add("--limit", type=int, default=500, metavar="N",
+        help="questions on the page, those that tell most (default: 500)")  # fmt: skip
     add("--resamples", type=int, default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     add("--partial", action="store_true", help="compare on the questions that all runs have")

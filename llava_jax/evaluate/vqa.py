@@ -1,18 +1,18 @@
 """Questions with short answers: VQAv2, VizWiz, GQA."""
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent, question_id, read_json
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed, unique
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, entries_by_id, question_id, read_json
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, field, listed, of_files, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
 
+OTHER_KIND = ": is it a file of another kind?"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -32,7 +32,7 @@ class Label(NamedTuple):
 def score_vqav2(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """Soft accuracy as the challenge's server computes it of what the published models submitted: where people agree,
     answers are compared as they are."""
-    return _by_kind(
+    return by_kind(
         [(label.kind, _vqav2_accuracy(answer.read(submitted, None), label.answers)) for answer, label in pairs]
     )
 
@@ -46,7 +46,7 @@ def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
 
 def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The same by VizWiz's server, which normalises the answer and never what people said."""
-    return _by_kind(
+    return by_kind(
         [
             (label.kind, soft_accuracy(answer.read(lambda text: official(submitted(text)), None), label.answers))
             for answer, label in pairs
@@ -56,7 +56,7 @@ def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 def score_gqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
     """The share of answers that are exactly right, but for case and full stops at the end."""
-    return _by_kind(
+    return by_kind(
         [(label.kind, float(answer.read(gqa_prediction, None) == label.answers[0])) for answer, label in pairs]
     )
 
@@ -65,42 +65,27 @@ def gqa_prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def _by_kind(accuracies: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    kinds = defaultdict(list)
-    for kind, accuracy in accuracies:
-        kinds[kind].append(accuracy)
-    return {
-        "accuracy": percent(sum(accuracy for _, accuracy in accuracies), len(accuracies)),
-        "by_kind": {kind: percent(sum(values), len(values)) for kind, values in sorted(kinds.items())},
-        "total": len(accuracies),
-    }
-
-
 # ------------------------------------------------------------------------------------------------- labels and questions
 
 
-def vqav2_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    def labels() -> Iterator[tuple[str, Label, str]]:
-        for path in paths:
-            for where, value in listed(read_json(path), "annotations", path):
-                yield str(field(value, "question_id", where)), _people(value, where), where
-
-    return Labels(unique(labels()))
+def vqav2_labels(path: str) -> Iterator[tuple[str, Label, str]]:
+    for where, value in listed(read_json(path), "annotations", path):
+        yield str(field(value, "question_id", where)), _people(value, where), where
 
 
 def vizwiz_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    def labels() -> Iterator[tuple[str, Label, str]]:
-        for path in paths:
-            for where, value in listed(read_json(path), "", path):
-                yield str(field(value, "image", where)), _people(value, where), where
-
     pictures = _pictures(asked)
+    found = unique(
+        (str(field(value, "image", where)), _people(value, where), where)
+        for path in paths
+        for where, value in listed(read_json(path), "", path)
+    )
 
     def key(line: Line) -> str:
         ident = question_id(line)
         return pictures.get(ident, ident)
 
-    return Labels(unique(labels()), key)
+    return Labels(found, key)
 
 
 def _pictures(asked: Sequence[Question]) -> dict[str, str]:
@@ -115,23 +100,11 @@ def _people(value: Any, where: str) -> Label:
     return Label(tuple(answers), str(value.get("answer_type", "other")))
 
 
-def gqa_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    def labels() -> Iterator[tuple[str, Label, str]]:
-        for path in paths:
-            for ident, value in _gqa(path):
-                where = f"{path}: question {ident}"
-                structure = field(field(value, "types", where), "structural", where)
-                kind = "open" if structure == "query" else "binary"
-                yield ident, Label((field(value, "answer", where, str),), kind), where
-
-    return Labels(unique(labels()))
-
-
-def _gqa(path: str) -> list[tuple[str, Any]]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is no object of questions by id: is it a file of another kind?")
-    return list(value.items())
+def gqa_labels(path: str) -> Iterator[tuple[str, Label, str]]:
+    for where, ident, value in entries_by_id(path, OTHER_KIND):
+        structure = field(field(value, "types", where), "structural", where)
+        kind = "open" if structure == "query" else "binary"
+        yield ident, Label((field(value, "answer", where, str),), kind), where
 
 
 def vqav2_questions(path: str) -> Iterator[Question]:
@@ -150,8 +123,7 @@ def vizwiz_questions(path: str) -> Iterator[Question]:
 
 
 def gqa_questions(path: str) -> Iterator[Question]:
-    for ident, question in _gqa(path):
-        where = f"{path}: question {ident}"
+    for where, ident, question in entries_by_id(path, OTHER_KIND):
         yield Question(ident, field(question, "question", where), (f"{field(question, 'imageId', where)}.jpg",))
 
 
@@ -197,14 +169,14 @@ def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
 
 
 VQAV2 = Benchmark(
-    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=vqav2_labels, score=score_vqav2, submission=submit_vqav2,
-    ids=r"\d+",
+    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=of_files(vqav2_labels), score=score_vqav2,
+    submission=submit_vqav2, ids=r"\d+",
 )  # fmt: skip
 VIZWIZ = Benchmark(
     "VizWiz: soft accuracy", vizwiz_questions, SHORT, labels=vizwiz_labels, score=score_vizwiz,
     submission=submit_vizwiz, ids=r"[^/]+",
 )  # fmt: skip
 GQA = Benchmark(
-    "GQA: exact answers", gqa_questions, SHORT, labels=gqa_labels, score=score_gqa, submission=submit_gqa,
+    "GQA: exact answers", gqa_questions, SHORT, labels=of_files(gqa_labels), score=score_gqa, submission=submit_gqa,
     ids=r"[^\W_]{1,10}",
 )  # fmt: skip

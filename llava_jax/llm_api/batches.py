@@ -19,7 +19,7 @@ import openai
 from llava_jax.cli import UserError, say
 from llava_jax.incoming import loads
 from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
-from llava_jax.llm_api.cost import budget_spent, most_tokens
+from llava_jax.llm_api.cost import budget_spent
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
 from llava_jax.llm_api.replies import PERMANENT, NoAnswer, ServerError, read_completion, server_error
 
@@ -64,7 +64,7 @@ class Batches:
         unpaid = None
         with self.ledger.transaction():
             for request in requests:
-                worst = self.worst_cost(request)
+                worst = self.settings.worst_cost(request)
                 if self.budget is not None and spent + worst > self.budget:
                     unpaid = worst
                     break
@@ -76,9 +76,6 @@ class Batches:
         if unpaid is not None and not held:
             raise budget_spent(spent, self.budget, unpaid)
         return held
-
-    def worst_cost(self, request: Request) -> float:
-        return self.settings.prices.cost(most_tokens(request.messages), self.settings.most_completion_tokens)
 
     async def collect(self) -> dict[str, str]:
         """Sends the batches that were not sent yet, and waits until the answers of all are in the ledger.
@@ -214,7 +211,7 @@ class Batches:
         try:
             answer = read_completion(body, request.messages, self.settings.most_completion_tokens)
         except NoAnswer as error:
-            self.ledger.failed(row, str(error), self.worst_cost(request))
+            self.ledger.failed(row, str(error), self.settings.worst_cost(request))
             return
         self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
 

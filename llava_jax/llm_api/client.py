@@ -52,6 +52,10 @@ class Settings(NamedTuple):
     def most_completion_tokens(self) -> int:
         return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or 0
 
+    def worst_cost(self, request: Request) -> float:
+        """Dollars that it may cost at most."""
+        return self.prices.cost(most_tokens(request.messages), self.most_completion_tokens)
+
 
 class Stopped(Exception):
     """Asked to stop while waiting."""
@@ -116,12 +120,8 @@ class Client:
     async def __aexit__(self, *_: Any) -> None:
         await self.api.close()
 
-    def worst_cost(self, request: Request) -> float:
-        """Dollars that it may cost at most."""
-        return self.settings.prices.cost(most_tokens(request.messages), self.settings.most_completion_tokens)
-
     async def _try(self, request: Request) -> Answer:
-        worst = self.worst_cost(request)
+        worst = self.settings.worst_cost(request)
         tokens = estimate_tokens(request.messages) + self.settings.most_completion_tokens
         while not self.budget.reserve(worst):
             await self.unless_stopped(self.budget.settled())

@@ -40,13 +40,8 @@ def add_api_arguments(
         help='more of each request, as {"top_p": 0.9} or {"stream": true}; null takes away what is there, as in '
         '{"max_tokens": null, "max_completion_tokens": 1024}; may be given several times')  # fmt: skip
     add("--attempts", type=positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
-    add(
-        "--concurrency",
-        type=positive,
-        default=concurrency,
-        metavar="N",
-        help="requests at a time (default: %(default)s)",
-    )
+    add("--concurrency", type=positive, default=concurrency, metavar="N",
+        help="requests at a time (default: %(default)s)")  # fmt: skip
     add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
@@ -91,18 +86,11 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
             "OPENAI_API_KEY has to hold a key"
         )
     stream = bool(body.pop("stream", False))
+    # OpenAI's address is said here, as the client would take an empty OPENAI_BASE_URL for one.
     settings = Settings(
-        model,
-        body,
-        server or OPENAI,  # said here, as the client would take an empty OPENAI_BASE_URL for an address
-        key or NO_KEY,
-        args.concurrency,
-        args.requests_a_minute,
-        args.tokens_a_minute,
-        prices,
-        stream,
-        timeout=args.timeout,
-    )
+        model, body, server or OPENAI, key or NO_KEY, args.concurrency, args.requests_a_minute, args.tokens_a_minute,
+        prices, stream, args.timeout,
+    )  # fmt: skip
     return Work(settings, args.budget, args.attempts, args.batch, args.poll)
 
 
