@@ -22,16 +22,9 @@ Json = dict[str, Any]
 
 # What makes a directory's tokenizer; nothing else is copied from a source.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _ROLES = ("bos", "eos", "unk", "pad")
 PAD_TOKEN = "<pad>"
 ROWS_MULTIPLE = 64

@@ -25,13 +25,9 @@ from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _SETTINGS = (
-    *TOKENIZER_FILES,
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "adapter_config.json",
-)
+)  # fmt: skip
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
 # Beside safetensors they are the same weights again.
 _TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model*.bin")
