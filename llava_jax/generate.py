@@ -102,11 +102,7 @@ class PromptEncoder:
     """
 
     def __init__(
-        self,
-        config: LlavaConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template,
-        end_ids: Sequence[int] = (),
+        self, config: LlavaConfig, tokenizer: PreTrainedTokenizerBase, template: Template, end_ids: Sequence[int] = ()
     ):
         self.config = config
         self.tokenizer = tokenizer

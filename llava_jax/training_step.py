@@ -184,11 +184,7 @@ def on_each_device(
 
 
 def train_step(
-    settings: StepSettings,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Params,
-    batch: Batch,
+    settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step. Only what is trainable is differentiated, clipped, counted and updated."""
     loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)

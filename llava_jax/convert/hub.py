@@ -44,12 +44,7 @@ class Located(NamedTuple):
 def locate(source: str, flag: str) -> Located:
     """A path that exists, or what a name on the Hub (`organisation/name`, `...@revision`) stands for, downloaded.
 
-    Args:
-      source: what the user gave; a path that exists is one.
-      flag: by which it was given, for messages.
-
-    Raises:
-      UserError: it is neither, or cannot be had.
+    `flag` is the option that the source was given by. Raises UserError where it is neither, or cannot be had.
     """
     if "://" in os.fspath(source):
         raise UserError(f"{source}: weights are read from a local disk only; copy it there")

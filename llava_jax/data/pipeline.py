@@ -70,11 +70,7 @@ class TextEncoder:
 
     def __call__(self, sample: Sample) -> Row:
         encoded = encode_sample(
-            sample,
-            self.template,
-            self.tokenizer,
-            image_position=self.image_position,
-            seed=self.seed,
+            sample, self.template, self.tokenizer, image_position=self.image_position, seed=self.seed
         )
         return expand(encoded, self.image_tokens, self.max_length)
 

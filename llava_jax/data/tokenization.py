@@ -150,10 +150,7 @@ def encode_sample(
 
 
 def encode_turns(
-    turns: Sequence[tuple[str, str | None]],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    begun: str = "",
+    turns: Sequence[tuple[str, str | None]], template: Template, tokenizer: PreTrainedTokenizerBase, begun: str = ""
 ) -> Encoded:
     """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
     if one is given.
