@@ -5,6 +5,7 @@ import sys
 import tempfile
 import warnings
 
+from llava_jax.cli import say
 from llava_jax.data.cache import directory
 
 _TEST_BYTES = 1 << 20
@@ -20,7 +21,7 @@ def use(path: str) -> None:
     if not path:
         return
     if "://" not in path and (reason := _unwritable(path)):
-        print(f"warning: {path}: {reason}: compiled programs are not kept for the next start", file=sys.stderr)
+        say(f"warning: {path}: {reason}: compiled programs are not kept for the next start", file=sys.stderr)
         return
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one a program, if it fills
     import jax
