@@ -79,11 +79,7 @@ def train(config: ConfigDict, workdir: str, resume_from: int | None = None) -> N
 
 
 def _train(
-    config: ConfigDict,
-    directory: epath.Path,
-    resume_from: int | None,
-    goodput: Goodput,
-    check: Callable[[], None],
+    config: ConfigDict, directory: epath.Path, resume_from: int | None, goodput: Goodput, check: Callable[[], None]
 ) -> None:
     """The same within the lock of the workdir; `check` raises UserError once that is lost."""
     compilation_cache.use(config.compilation_cache)
@@ -95,7 +91,9 @@ def _train(
     start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
     if resume_from is not None and not resumed:
         raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
-    source = open_step(directory, start) if resumed else open_checkpoint(_required(config, "init"))
+    if not (resumed or config.init):
+        raise UserError("config.init is not set: give --config.init=...")
+    source = open_step(directory, start) if resumed else open_checkpoint(config.init)
     _check_preset(config.model, source)
     model = dataclasses.replace(
         source.config,
@@ -342,12 +340,6 @@ def _train(
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
-
-
-def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
-    if not config[key]:
-        raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
-    return config[key]
 
 
 def _bad_pictures(writer: MetricsWriter | None) -> int:

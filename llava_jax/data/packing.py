@@ -169,11 +169,8 @@ def image_slot_plans(order: Order, lengths: Lengths, row_length: int, rows_per_g
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, room: Room) -> list[list[list[int]]]:
-    """Groups of rows of samples, these numbered as they are given, which is the order of the draws.
-
-    Args:
-      tokens, images: int[N] of the samples; none has more tokens than a row or more images than a group.
-    """
+    """Groups of rows of samples, by their `tokens` and `images`, int[N]: none has more tokens than a row or more images
+    than a group. Samples are numbered as they are given, which is the order of the draws."""
     pool, groups = _Pool(tokens, images, room.row_length), []
     while pool.count:
         group, used = [], 0

@@ -219,10 +219,7 @@ class Batches:
     """The batches of a run by step: `batches[k]`, or read ahead, `batches.iterate(start, stop)`.
 
     Args:
-      source: the samples and their pictures.
-      encode: the text of a sample, as `TextEncoder`.
-      decode: an encoded picture and its name to pixels, as `ImageDecoder`.
-      order: which samples stand in which row of which step.
+      encode, decode: as `TextEncoder` and `ImageDecoder` do.
       layout: the shapes, planned for all steps that will be taken.
       groups: those of each batch that are read, ascending; by default all. The others belong to other processes.
       skip_bad: whether a sample with a fault is skipped, in its place, instead of raising. One whose text is at fault
@@ -258,11 +255,8 @@ class Batches:
         return [_id(self.source, index) for row in self.order.rows(step) for index in row]
 
     def iterate(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
-        """The batches of steps start, ..., stop - 1, read ahead; to begin at any step costs nothing.
-
-        Args:
-          workers: processes that read; 0 reads with threads of this process.
-        """
+        """The batches of steps start, ..., stop - 1, read ahead by `workers` processes or, if 0, by threads of this
+        one; to begin at any step costs nothing."""
         with contextlib.closing(self.iterate_with_bad(start, stop, workers)) as batches:
             yield from (batch for batch, _ in batches)
 

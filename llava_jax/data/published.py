@@ -103,10 +103,8 @@ def count_problems(published: Published, samples: int, text_only: int) -> Iterat
 
 
 def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[str]:
-    """Pictures that are not there, by folder, and where it looks like it what became of them.
-
-    Args: `missing`, their names -> the id of a sample with each.
-    """
+    """Pictures that are not there (name -> the id of a sample), by folder, and where it looks like it what became of
+    them."""
     folders = collections.defaultdict(list)
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)

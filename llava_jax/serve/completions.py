@@ -35,14 +35,7 @@ Result = TypeVar("Result")
 
 
 class Chat:
-    """Answers chat completions.
-
-    Args:
-      engine: what answers.
-      model: the name that it is served under.
-      metrics: told of every answer.
-      reader: of pictures.
-    """
+    """Answers chat completions of a model, which is served under the name `model`."""
 
     def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
         self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
