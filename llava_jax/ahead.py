@@ -45,17 +45,13 @@ STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step ready to be compiled.
-
-    Attributes:
-      arguments: (state, frozen, batch), shapes with shardings.
-    """
+    """A step ready to be compiled."""
 
     target: Target
     config: ConfigDict
     mesh: Mesh
     settings: StepSettings
-    arguments: tuple[TrainState, dict, dict]
+    arguments: tuple[TrainState, dict, dict]  # state, frozen, batch: shapes with shardings
     step: Any
 
     @property
@@ -70,21 +66,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. `needed` None where the compiler gave up before it knew.
-
-    Attributes:
-      activations: what else is there at the peak: gradients, activations, gathered weights, workspace.
-      margin: for what the compiler does not count.
-      available: what a program can use.
-    """
+    """Bytes on each device."""
 
     parameters: float
     optimizer: float
     batch: float
-    activations: float | None
-    margin: float
-    needed: float | None
-    available: float
+    activations: float | None  # what else is there at the peak: gradients, activations, gathered weights, workspace
+    margin: float  # for what the compiler does not count
+    needed: float | None  # None where the compiler gave up before it knew
+    available: float  # what a program can use
 
     @property
     def state(self) -> float:

@@ -54,24 +54,15 @@ BOOKKEEPING = ("AllocateBuffer", "AsyncCollective", "ConcatBitcast", "Sharding",
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction.
+    """One collective instruction."""
 
-    Attributes:
-      kind: one of `KINDS`, synchronous or not.
-      dtype: of what travels, as HLO writes it ("bf16").
-      payload: bytes of the whole array on one device: what an all-gather makes, what the others start from.
-      group: the devices (partition numbers) of the first group that exchanges data.
-      times: how often a step runs it, loops unrolled.
-      name, op_name: the instruction, and what it was in JAX.
-    """
-
-    kind: str
-    dtype: str
-    payload: float
-    group: tuple[int, ...]
-    times: int
+    kind: str  # one of `KINDS`, synchronous or not
+    dtype: str  # of what travels, as HLO writes it ("bf16")
+    payload: float  # bytes of the whole array on one device: what an all-gather makes, what the others start from
+    group: tuple[int, ...]  # the devices (partition numbers) of the first group that exchanges data
+    times: int  # how often a step runs it, loops unrolled
     name: str = ""
-    op_name: str = ""
+    op_name: str = ""  # what it was in JAX
 
     @property
     def wire(self) -> float:
@@ -96,32 +87,24 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """One matrix product: FLOPs (2 a multiply-add) each time, and the fields of `Collective`.
+    """One matrix product, with the fields of `Collective`."""
 
-    `recomputed` if the compiler, short of memory, added it to what was asked for.
-    """
-
-    flops: float
+    flops: float  # each time, 2 a multiply-add
     dtype: str
     times: int
     name: str = ""
     op_name: str = ""
-    recomputed: bool = False
+    recomputed: bool = False  # whether the compiler, short of memory, added it to what was asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What one device does in one run of a compiled program.
-
-    Attributes:
-      kernels: how often each custom call runs; their FLOPs are unknown.
-      unknown_loops: loops whose number of trips depends on data; they count as one trip.
-    """
+    """What one device does in one run of a compiled program."""
 
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
-    kernels: dict[str, int]
-    unknown_loops: tuple[str, ...]
+    kernels: dict[str, int]  # how often each custom call runs; their FLOPs are unknown
+    unknown_loops: tuple[str, ...]  # whose number of trips depends on data; they count as one trip
 
     @property
     def flops(self) -> float:

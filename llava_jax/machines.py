@@ -14,55 +14,34 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One device of a TPU slice.
+    """One device of a TPU slice."""
 
-    Attributes:
-      name: as targets have it; `topology` is libtpu's own name for it.
-      kind: `device_kind` of JAX.
-      memory: bytes of HBM that a program can use.
-      flops: peak bfloat16 FLOP/s.
-      bandwidth: bytes/s of HBM.
-      link: bytes/s of one ICI link in one direction.
-      axes: 2 for a grid, 3 for a cube.
-      wraps: an axis closes to a ring where its length is a multiple of this.
-      cores: devices of a chip.
-      options: what libtpu wants to know besides the topology.
-    """
-
-    name: str
-    topology: str
-    kind: str
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    axes: int
-    wraps: int
+    name: str  # as targets have it
+    topology: str  # libtpu's own name for it
+    kind: str  # `device_kind` of JAX
+    memory: float  # bytes of HBM that a program can use
+    flops: float  # peak bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of HBM
+    link: float  # bytes/s of one ICI link in one direction
+    axes: int  # 2 for a grid, 3 for a cube
+    wraps: int  # an axis closes to a ring where its length is a multiple of this
     slices: tuple[str, ...]
-    cores: int = 1
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cores: int = 1  # devices of a chip
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for libtpu, besides the topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU.
-
-    Attributes:
-      name, kind, flops, bandwidth: as of `Tpu`; dense bfloat16, without sparsity.
-      memory: bytes in all; JAX takes a fraction of them.
-      link: bytes/s to the other GPUs of the host, in one direction.
-      network: bytes/s to other hosts, in one direction: the share of one GPU.
-      capability, cores, fpus, shared_memory, l2_cache, clock: what XLA's compiler wants to know.
-    """
+    """One GPU, as `Tpu`."""
 
     name: str
     kind: str
-    memory: int
-    flops: float
+    memory: int  # bytes in all; JAX takes a fraction of them
+    flops: float  # of dense bfloat16, without sparsity
     bandwidth: float
-    link: float
-    network: float
-    capability: int
+    link: float  # bytes/s to the other GPUs of the host, in one direction
+    network: float  # bytes/s to other hosts, in one direction: the share of one GPU
+    capability: int  # this and what follows is what XLA's compiler wants to know
     cores: int
     fpus: int
     shared_memory: int

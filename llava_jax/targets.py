@@ -37,17 +37,11 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine to compile for.
+    """A machine to compile for."""
 
-    Attributes:
-      name: as given.
-      machine: its device's facts; None for the CPU of this machine.
-      shape: `4x4` of a slice, hosts and GPUs of each, `(devices,)` of the CPU.
-    """
-
-    name: str
-    machine: Tpu | Gpu | None
-    shape: tuple[int, ...]
+    name: str  # as given
+    machine: Tpu | Gpu | None  # its device's facts; None for the CPU of this machine
+    shape: tuple[int, ...]  # `4x4` of a slice, hosts and GPUs of each, `(devices,)` of the CPU
 
     @property
     def platform(self) -> str:

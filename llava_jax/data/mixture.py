@@ -24,17 +24,12 @@ KEYS = {"json", "images", "built", "weight"}
 
 
 class Mixture(Sequence[Sample]):
-    """The samples of several sources one after the other: a `Source`.
-
-    Attributes:
-      sources, weights: as many each.
-      starts: where each source begins, and where the last ends.
-    """
+    """The samples of several sources one after the other, with a weight each: a `Source`."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = tuple(sources)
         self.weights = tuple(weights)
-        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]
+        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and where the last one ends
         self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
 
     def __len__(self) -> int:

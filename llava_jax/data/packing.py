@@ -43,13 +43,9 @@ class PackedOrder(Order):
     """Several samples a row; every sample once an epoch, the last group and batch filled up with empty rows.
 
     Epochs may differ by a step or so. A sample of no tokens, as skipped ones are, may stand in any row.
-
-    Attributes:
-      lengths: of all samples that are indexed.
-      room: what rows and groups hold.
     """
 
-    lengths: Lengths
+    lengths: Lengths  # of all samples that are indexed
     room: Room
     _planned: dict[int, Rows] = field(default_factory=dict, repr=False)
 

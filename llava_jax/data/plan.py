@@ -78,16 +78,11 @@ class Visits:
     A set of n samples and weight w is visited round(w x n) times an epoch: floor(w) times as a whole, and for the rest
     in part. The parts follow each other round and round through one order of the set that the seed chooses. So in each
     epoch, and in all epochs so far, two samples of a set are visited equally often, or one of them once more.
-
-    Attributes:
-      sets: int[n] each, indices of samples.
-      weights: of the sets.
-      seed: of the orders.
     """
 
-    sets: tuple[np.ndarray, ...]
+    sets: tuple[np.ndarray, ...]  # int[n] each, indices of samples
     weights: tuple[float, ...]
-    seed: int
+    seed: int  # of the orders
 
     def __len__(self) -> int:
         return sum(round(len(chosen) * weight) for chosen, weight in zip(self.sets, self.weights, strict=True))
@@ -110,17 +105,11 @@ def _visited(visits: Visits, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows.
+    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows."""
 
-    Attributes:
-      samples: int[N], indices of the samples to go through, or those of each epoch.
-      batch_rows: rows of a batch over all hosts.
-      seed: of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does.
-    """
-
-    samples: np.ndarray | Visits
-    batch_rows: int
-    seed: int | None
+    samples: np.ndarray | Visits  # int[N], indices of the samples to go through, or those of each epoch
+    batch_rows: int  # over all hosts
+    seed: int | None  # of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does
 
     @property
     def indices(self) -> np.ndarray:
@@ -171,25 +160,15 @@ class Order:
 
 @dataclass(frozen=True)
 class Layout:
-    """The static shapes of a batch.
+    """The static shapes of a batch."""
 
-    Attributes:
-      batch_rows: B, rows of a batch.
-      rows_per_group: rows that share image slots; the B / rows_per_group groups are what is sharded and accumulated.
-      max_length: T, positions of a row.
-      image_slots: I, pictures a group can hold.
-      label_slots: K, positions with a target a group can hold.
-      image_tokens: P, positions an image takes.
-      image_size: height and width of a picture in pixels.
-    """
-
-    batch_rows: int
-    rows_per_group: int
-    max_length: int
-    image_slots: int
-    label_slots: int
-    image_tokens: int
-    image_size: int
+    batch_rows: int  # B
+    rows_per_group: int  # that share image slots; the B / rows_per_group groups are what is sharded and accumulated
+    max_length: int  # T, positions of a row
+    image_slots: int  # I, images a group can hold
+    label_slots: int  # K, positions with a target a group can hold
+    image_tokens: int  # P, positions an image takes
+    image_size: int  # height and width of an image in pixels
 
     @property
     def groups(self) -> int:

@@ -13,21 +13,13 @@ OTHER_EXTENSIONS = (".png", ".gif", ".jpeg", ".JPG", ".webp")
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Published(tfds.core.BuilderConfig):
-    """A data set as it was published.
+    """A data set as it was published."""
 
-    Attributes:
-      json: the name of its file.
-      samples: in it.
-      text_only: of these, samples without a picture; None where it isn't known.
-      folders: what has to be in the folder of images, and where it comes from; "" is that folder itself.
-      source: who publishes the file.
-    """
-
-    json: str
+    json: str  # the name of its file
     samples: int
-    text_only: int | None
-    folders: dict[str, str]
-    source: str
+    text_only: int | None  # of these, samples without an image; None where it isn't known
+    folders: dict[str, str]  # what has to be in the folder of images, and where it is from; "" is that folder itself
+    source: str  # who publishes the file
 
 
 COCO = "COCO train2017 (images.cocodataset.org/zips/train2017.zip)"

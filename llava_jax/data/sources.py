@@ -28,13 +28,9 @@ INDEX = 3  # of the caches of files: raise it when another version would find ot
 
 
 class Source(Protocol):
-    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read.
+    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read."""
 
-    Attributes:
-      digest: of all samples in their order, whatever holds them: `digest_of`.
-    """
-
-    digest: str
+    digest: str  # of all samples in their order, whatever holds them: `digest_of`
 
     def __len__(self) -> int: ...
 
