@@ -239,7 +239,7 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
     def elements(self, closing: str) -> Iterator[None]:
-        """Moves into the array or object that is next, to each of its elements, which has to be read, and past it."""
+        """Moves to each element of the array or object that is next, which has to be read there, and then past it."""
         self.peek()
         self.at += 1
         separator = "," if self.peek() != closing else closing
