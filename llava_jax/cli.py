@@ -60,6 +60,11 @@ def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = 
     print(printable(sep.join(map(str, values))), end=end, file=file, flush=flush)
 
 
+def warn(message: str) -> None:
+    """Prints a warning in one line, on standard error."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
     bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""

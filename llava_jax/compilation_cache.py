@@ -1,12 +1,11 @@
 """Compiled programs on disk or in a bucket, so that a restart need not compile them again."""
 
 import os
-import sys
 import tempfile
 import warnings
 
-from llava_jax.cli import say
-from llava_jax.data.cache import directory
+from llava_jax.cli import warn
+from llava_jax.data.cache import directory, made
 
 _TEST_BYTES = 1 << 20
 
@@ -21,7 +20,7 @@ def use(path: str) -> None:
     if not path:
         return
     if "://" not in path and (reason := _unwritable(path)):
-        say(f"warning: {path}: {reason}: compiled programs are not kept for the next start", file=sys.stderr)
+        warn(f"{path}: {reason}: compiled programs are not kept for the next start")
         return
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one a program, if it fills
     import jax
@@ -37,6 +36,8 @@ def use(path: str) -> None:
 def _unwritable(path: str) -> str | None:
     """Why nothing can be written to a local directory, or None."""
     try:
+        if path == usual():
+            made()
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(bytes(_TEST_BYTES))

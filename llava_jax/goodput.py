@@ -6,7 +6,6 @@ what the loop waits for the device; what the device does while the host reads da
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -14,7 +13,7 @@ from typing import TypeVar
 import jax
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 from llava_jax.incoming import read_object
 from llava_jax.whole_file import whole_file
 
@@ -91,7 +90,7 @@ class Goodput:
             with whole_file(self.file) as file:
                 file.write(json.dumps(self.account(), indent=2).encode() + b"\n")
         except Exception as error:  # of whichever client; it is no part of the training
-            say(f"warning: {self.file}: cannot be written now: {error}", file=sys.stderr)
+            warn(f"{self.file}: cannot be written now: {error}")
 
     def account(self) -> dict:
         """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""

@@ -89,7 +89,8 @@ def refuse_irregular(found: os.stat_result, path: str | os.PathLike) -> None:
     """Raises `UserError` unless that is what `os.stat` says of a regular file."""
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
-        raise UserError(f"{path}: is {kind}, not a file")
+        way_out = ": write what comes out of it to a file first" if stat.S_ISFIFO(found.st_mode) else ""
+        raise UserError(f"{path}: is {kind}, not a file{way_out}")
 
 
 def read_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:

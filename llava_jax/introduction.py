@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax import sharding
-from llava_jax.cli import one_line, printable, say, short, track
+from llava_jax.cli import one_line, printable, say, short, track, warn
 from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.fit import missing_marks
 from llava_jax.data.inspect import view
@@ -96,10 +96,9 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
     several = track(np.flatnonzero(lengths.images > 1).tolist(), "looking at samples of several images")
     moved = [sample.id for sample in (samples[i] for i in several) if has_interleaved_images(sample.turns)]
     if moved:
-        say(
-            f"warning: {len(moved):,} samples, {short(moved[0])} the first, have text between the images of a turn, "
-            f"which image_position={position} moves before it: image_position=as_is keeps their places",
-            file=sys.stderr,
+        warn(
+            f"{len(moved):,} samples, {short(moved[0])} the first, have text between the images of a turn, "
+            f"which image_position={position} moves before it: image_position=as_is keeps their places"
         )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, say, short
+from llava_jax.cli import UserError, say, short, warn
 from llava_jax.incoming import loads
 from llava_jax.remote import is_remote
 
@@ -40,7 +40,7 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
     that TensorStore does not know nothing can be locked, which is said.
     """
     if is_remote(directory) and not os.fspath(directory).startswith(("gs://", "s3://")):
-        say(f"warning: {directory}: cannot be locked: see to it that no other process writes there", file=sys.stderr)
+        warn(f"{directory}: cannot be locked: see to it that no other process writes there")
         yield lambda: None
         return
     made = not directory.exists()

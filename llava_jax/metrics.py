@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left
+from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left, warn
 from llava_jax.incoming import loads
 from llava_jax.remote import is_remote, new_local, upload
 from llava_jax.whole_file import whole_file
@@ -86,7 +86,7 @@ class MetricsWriter:
             self.check()
             upload(self.local, self.workdir)
         except Exception as error:  # of whichever client; the next upload brings what this one did not
-            say(f"warning: {self.workdir}: logs cannot be uploaded now: {error}", file=sys.stderr)
+            warn(f"{self.workdir}: logs cannot be uploaded now: {error}")
 
     def close(self) -> None:
         self.board.close()

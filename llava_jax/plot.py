@@ -6,14 +6,13 @@ dashed. Training draws its own workdir's `loss.png` when it ends; this draws it 
 
 import argparse
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, run, say
+from llava_jax.cli import Parser, UserError, run, say, warn
 from llava_jax.incoming import loads, read_object
 from llava_jax.whole_file import whole_file
 
@@ -118,7 +117,7 @@ def plot_own(workdir: str) -> None:
     try:
         plot([workdir], epath.Path(workdir) / LOSS)
     except Exception as error:  # of matplotlib or of whichever storage client
-        say(f"warning: {workdir}: no {LOSS}: {' '.join(str(error).split())}", file=sys.stderr)
+        warn(f"{workdir}: no {LOSS}: {' '.join(str(error).split())}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,11 +1,9 @@
 """A trace of a few steps, for TensorBoard's or XProf's profile page: `profile/` in the workdir."""
 
-import sys
-
 import jax
 from etils import epath
 
-from llava_jax.cli import say
+from llava_jax.cli import warn
 from llava_jax.remote import is_remote, new_local, upload
 
 
@@ -44,4 +42,4 @@ class Profile:
                 if self.directory != self.target:
                     upload(self.directory, self.target)
             except Exception as error:  # of the profiler or whichever client; it is no part of the training
-                say(f"warning: {self.target}: the trace cannot be written: {error}", file=sys.stderr)
+                warn(f"{self.target}: the trace cannot be written: {error}")

@@ -31,7 +31,7 @@ from llava_jax.checkpoint import (
     read_description,
     write_description,
 )
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, warn
 from llava_jax.data.conversation import Template, choose_template, get_template, with_im_start_end
 from llava_jax.data.lengths import cached_lengths, keep_lengths
 from llava_jax.data.mixture import check_folders, open_data, visits
@@ -431,10 +431,7 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
     if source.description.stage == "finetune":
         learned = source.config.image_position
         if learned != config.image_position:
-            say(
-                f"warning: the checkpoint was trained with image_position {learned}, not {config.image_position}",
-                file=sys.stderr,
-            )
+            warn(f"the checkpoint was trained with image_position {learned}, not {config.image_position}")
         return choose_template(config.template, source.template)
     return get_template(config.template)
 

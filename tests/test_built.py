@@ -120,3 +120,29 @@ def test_what_is_none_or_not_finished_or_damaged_is_told(built, tmp_path):
     (broken / "dataset_info.json").unlink()
     with pytest.raises(UserError, match="is not finished: run the same build again"):
         Built(broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "features.json", "metadata.json", "text_offsets.npy", "text.jsonl"]
+)
+def test_damaged_files_are_one_line(built, tmp_path, name):
+    """Whatever part of one is lost or is other bytes."""
+    file = Path(shutil.copytree(built, tmp_path / "broken")) / name
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"[" * 10**5, b"\xff" * 100, b"{}", b'{"digest": 7}', b"null"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="(damaged|is no JSON|is not a JSON|is no UTF-8|texts, )"):
+            list(Built(file.parent))
+
+
+def test_shards_are_those_of_the_folder_whatever_is_named(built, tmp_path):
+    info = Path(shutil.copytree(built, tmp_path / "moved")) / "dataset_info.json"
+    value = json.loads(info.read_text())
+    value["splits"][0]["filepathTemplate"] = f"{built}/{value['splits'][0]['filepathTemplate']}"
+    info.write_text(json.dumps(value))
+    shutil.copytree(info.parent, tmp_path / "other")
+    for shard in (tmp_path / "other").glob("*array_record*"):
+        shard.unlink()
+    assert list(Built(info.parent)) == list(Built(built))
+    with pytest.raises((UserError, RuntimeError, ValueError, OSError)):
+        Built(tmp_path / "other").read_pictures(1, 1)

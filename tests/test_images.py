@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import skimage
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
@@ -418,3 +419,23 @@ def test_pointers_of_git_lfs_are_named(tmp_path):
     (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     with pytest.raises(UserError, match="a.jpg: is a Git LFS pointer.*git lfs pull"):
         load_image(tmp_path / "a.jpg")
+
+
+def test_files_are_bounded_before_they_are_read(tmp_path):
+    with (tmp_path / "huge.png").open("wb") as file:
+        os.truncate(file.fileno(), images.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="huge.png: is larger than 512 MiB"):
+        load_image(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize("name", tiny.IRREGULAR)
+def test_only_regular_files_are_opened(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    tiny.add_irregular(tmp_path / "images")
+    with pytest.raises(UserError, match=f"^picture .*{name}: (is a device, pipe or socket, not a file|Is a directory)"):
+        load_image(tmp_path / "images" / name)
+
+
+def test_names_of_many_spellings_end(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        load_image(tmp_path / ("\u00e9/" * 200 + "a.png"))

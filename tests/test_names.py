@@ -83,5 +83,6 @@ def test_absolute_names_are_allowed_by_a_flag_and_relative_ones_stay_bounded():
     assert image_path(folder, "/else/a.png") == epath.Path("/else/a.png")
     assert str(image_path(folder, "gs://bucket/a.png")) == "gs://bucket/a.png"
     assert image_path(folder, "a.png") == epath.Path("/images/a.png")
-    assert name_fault("../a.png", allow_absolute=True) and name_fault("/a\0", allow_absolute=True)
+    for name in ("../a.png", "/a\0", "C:\\a.png", "C:/../../a.png", "\\\\host\\a.png", "／a.png"):
+        assert name_fault(name, allow_absolute=True), name
     assert not ImageFolder("") and ImageFolder("a") and os.fspath(folder) == str(folder) == "/images"

@@ -264,3 +264,14 @@ def test_what_is_no_file_is_refused_by_name_and_never_opened(tmp_path, name):
     for read in (local_data, LlavaJson, read_lines, read_sheet, read_answers, read_json):
         with pytest.raises(UserError, match=f"{name}: is a (folder|device, pipe or socket), not a file"):
             read(tmp_path / "data" / name)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_record_that_is_too_long_is_named(tmp_path, monkeypatch, as_array):
+    monkeypatch.setattr(records, "LONGEST", 10**6)
+    monkeypatch.setattr(records, "BLOCK", 10**5)
+    line = json.dumps({"id": "x", "conversations": [{"from": "human", "value": "q" * 10**7}]})
+    file = tmp_path / "data.json"
+    file.write_text(f"[{line}]" if as_array else line)
+    with pytest.raises(UserError, match="data.json: (line 1|a sample at byte 1) takes more than 0 MiB"):
+        list(scan(file, file))

@@ -6,7 +6,6 @@ processor, to which the image is a token inside one text, gives no `▁` there (
 The model is the same: equal ids, equal logits.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Checkpoint, open_checkpoint
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.hf_tokenizer import SpecialTokens, choose_special_tokens, write_tokenizer
@@ -64,7 +63,7 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
     written = load_tokenizer(directory)
     special_ids = {f"{kind}_token_id": getattr(written, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     if problem := missing_marks(template, tokenizer):
-        say(f"warning: {problem}", file=sys.stderr)
+        warn(problem)
     end_id = end_of_answer(template, tokenizer)
 
     dtype = dtype or common_dtype(checkpoint)

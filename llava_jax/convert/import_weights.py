@@ -8,7 +8,6 @@ tensor at a time.
 import contextlib
 import dataclasses
 import functools
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
-from llava_jax.cli import UserError, say, track
+from llava_jax.cli import UserError, track, warn
 from llava_jax.convert.adapter import is_adapter
 from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
@@ -111,7 +110,7 @@ def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: 
     if problem := missing_marks(template, tokenizer):
         if not requested:
             raise UserError(f"{problem}: --template NAME")
-        say(f"warning: {problem}", file=sys.stderr)
+        warn(problem)
     return template
 
 
@@ -142,7 +141,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
     try:
         special_tokens(tokenizer, found.config, found.hf["config"])
     except UserError as error:
-        say(f"warning: this model cannot be exported: {error}", file=sys.stderr)
+        warn(f"this model cannot be exported: {error}")
     return found
 
 

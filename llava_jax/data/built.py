@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from llava_jax.cli import UserError, shown
+from llava_jax.cli import UserError, short, shown
 from llava_jax.data import cache
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
@@ -48,12 +48,12 @@ class Built(Sequence[Sample]):
             raise UserError(f"{path}: {left} (a data set that llava_jax.data.build makes)")
         self.digest = read_manifest(directory / MANIFEST)["digest"]
         _refuse_code(directory / "features.json")
-        instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
-        names = [
-            directory / TEXT,
-            directory / OFFSETS,
-            *(directory / os.path.basename(i.filename) for i in instructions),
-        ]
+        try:
+            instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
+        except Exception as error:  # TFDS raises nearly anything on damaged files
+            raise UserError(f"{path}: dataset_info.json is damaged ({error}): build the set again") from error
+        shards = [directory / os.path.basename(shard.filename) for shard in instructions]  # whatever folder it names
+        names = [directory / TEXT, directory / OFFSETS, *shards]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]
         self._records = grain.sources.ArrayRecordDataSource(instructions, READER_OPTIONS)
@@ -65,7 +65,7 @@ class Built(Sequence[Sample]):
         self._file = os.open(self._text, os.O_RDONLY)  # for as long as the process runs
         try:
             self._lines = np.load(self._offsets, mmap_mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise UserError(f"{self.path}: {OFFSETS} is damaged ({error}): build it again") from error
         if len(self._lines) - 1 != len(self._records):
             raise UserError(f"{self.path}: {len(self._lines) - 1} texts, {len(self._records)} records: build it again")
@@ -85,8 +85,8 @@ class Built(Sequence[Sample]):
             example = tf_example_pb2.Example.FromString(self._records[range(len(self))[index]])
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
-                f"sample {self[index].id}: its record in {self.path} is damaged ({error}): remove that shard and "
-                "dataset_info.json, and run the same build again"
+                f"sample {short(self[index].id)}: its record in {self.path} is damaged ({error}): remove that shard "
+                "and dataset_info.json, and run the same build again"
             ) from error
         return list(example.features.feature["images"].bytes_list.value[:count])
 

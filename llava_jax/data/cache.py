@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import fsspec
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import say, track
+from llava_jax.cli import track, warn
 from llava_jax.remote import is_remote, new_local
 
 COPY_BYTES = 16 * 2**20
@@ -45,7 +44,7 @@ def kept() -> Iterator[None]:
 
 @functools.cache
 def _warn(where: Path, reason: str) -> None:
-    say(f"warning: {where}: cannot be written ({reason}): results are not kept for the next start", file=sys.stderr)
+    warn(f"{where}: cannot be written ({reason}): results are not kept for the next start")
 
 
 def made() -> Path:

@@ -18,7 +18,7 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, say, track
+from llava_jax.cli import Parser, UserError, run, say, short, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.names import add_allow_absolute, folder_of
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         report.add(problem)
         _show(problem, console)
     if survey.unread:
-        keys = ", ".join(f"{key} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
+        keys = ", ".join(f"{short(key)} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
         say(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         say(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)

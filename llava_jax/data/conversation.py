@@ -15,12 +15,11 @@ An empty question or answer is rendered like any other; the published code takes
 import difflib
 import hashlib
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 
 IMAGE_TOKEN = "<image>"  # marks in text where the features of an image go
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
@@ -190,7 +189,7 @@ def choose_template(requested: str | None, trained: str) -> Template:
         return own
     chosen = get_template(requested)
     if replace(chosen, name=own.name) != own:
-        say(f"warning: the checkpoint was made with template {own.name}, not {chosen.name}", file=sys.stderr)
+        warn(f"the checkpoint was made with template {own.name}, not {chosen.name}")
     return chosen
 
 

@@ -48,6 +48,7 @@ MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole im
 MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
 
 _FORMS = ("NFC", "NFD")  # of names, in which they may be stored
+SPELLINGS = 1000  # that are tried: each part of a name doubles how many there are
 _BAND_ROWS = 1024  # rows padded and resized at a time
 
 _UPRIGHT = {
@@ -100,7 +101,7 @@ def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> 
         return look(path)
     except FileNotFoundError:
         forms = [{part: None} | {unicodedata.normalize(form, part): None for form in _FORMS} for part in path.parts]
-        for parts in itertools.islice(itertools.product(*forms), 1, None):  # the first one is `path` itself
+        for parts in itertools.islice(itertools.product(*forms), 1, SPELLINGS):  # the first one is `path` itself
             with contextlib.suppress(FileNotFoundError):
                 return look(epath.Path(*parts))
         raise

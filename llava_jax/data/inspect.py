@@ -14,7 +14,7 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, one_line, printable, run, say, short, track
+from llava_jax.cli import Parser, UserError, one_line, printable, run, short, track, warn
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     require_fit(template, tokenizer)
     if misfit := missing_marks(template, tokenizer):
-        say(f"warning: {misfit}", file=sys.stderr)
+        warn(misfit)
     encode = partial(
         encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
     )
@@ -105,7 +105,7 @@ def image_sizes(samples: LlavaJson, index: int) -> list[ImageSize]:
         try:
             sizes.append(ImageSize(name, *decode_image(data, name).size))
         except UserError as error:
-            raise UserError(f"sample {sample.id}: {error}") from error
+            raise UserError(f"sample {short(sample.id)}: {error}") from error
     return sizes
 
 

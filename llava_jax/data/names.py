@@ -16,7 +16,8 @@ from llava_jax.cli import UserError, shown
 
 MAX_LENGTH = 4096  # characters, of which Linux and macOS take fewer
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # of Unicode: what a name may become on the way to a disk
-_ABSOLUTE = re.compile(r"/|[a-zA-Z]:|[a-zA-Z][\w.+-]*://")  # a path of Unix, a drive of Windows, a URL
+_READABLE = re.compile(r"/|[a-zA-Z][\w.+-]+://")  # absolute names that can be allowed: paths of Unix, of object stores
+_ABSOLUTE = re.compile(rf"{_READABLE.pattern}|[a-zA-Z]:")  # with drives of Windows
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def image_path(images: epath.PathLike, name: str) -> epath.Path:
         raise UserError(f"image {shown(name)} {fault}")
     if ".." in name:  # `a/../b` is `b` also where `a` is a link
         name = posixpath.normpath(name)
-    return epath.Path(name) if _ABSOLUTE.match(name) else epath.Path(images) / name
+    return epath.Path(name) if _READABLE.match(name) else epath.Path(images) / name
 
 
 def name_fault(name: str, allow_absolute: bool = False) -> str | None:
@@ -60,7 +61,7 @@ def name_fault(name: str, allow_absolute: bool = False) -> str | None:
     for form in _FORMS:
         path = unicodedata.normalize(form, name).replace("\\", "/")
         if _ABSOLUTE.match(path):
-            if not allow_absolute:
+            if not (allow_absolute and _READABLE.match(name)):
                 return (
                     "is an absolute name: those relative to the folder of images are read; --allow-absolute-images "
                     "(data.allow_absolute_images of a run) reads absolute ones, too"

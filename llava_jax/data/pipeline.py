@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.cli import UserError, track
+from llava_jax.cli import UserError, short, track
 from llava_jax.data import schedule
 from llava_jax.data.conversation import Template
 from llava_jax.data.fit import require_fit
@@ -152,7 +152,7 @@ def encode_text(source: Source, encode: Callable[[Sample], Row], index: int) -> 
     row = encode(sample)
     if _targets(row) == 0:
         raise UserError(
-            f"sample {sample.id}: nothing to learn in the {len(row.tokens)} positions that are kept, "
+            f"sample {short(sample.id)}: nothing to learn in the {len(row.tokens)} positions that are kept, "
             "its answers are empty or cut off: raise the maximal length or remove the sample"
         )
     return row
@@ -302,7 +302,7 @@ class Batches:
         try:
             return text, [self.decode(data, name) for data, name in zip(pictures, sample.images, strict=False)]
         except UserError as error:
-            raise UserError(f"sample {sample.id}: {error}") from error
+            raise UserError(f"sample {short(sample.id)}: {error}") from error
 
     def _blank(self, index: int) -> tuple[Row, Sequence[np.ndarray]]:
         """A bad sample: in its positions, if its text takes any, nothing to see or to learn."""

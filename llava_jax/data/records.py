@@ -171,6 +171,8 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
         return  # a damaged line, which is named with its number
     expected = "a JSON array of samples, or one a line, was expected"
     if key in (None, "conversations", "messages"):
+        if len(line) == LONGEST:
+            return  # a line that is too long, which is named with its number
         raise UserError(
             f"{name}: begins with an object that is spread over several lines: {expected}: jq -c . OLD > NEW.jsonl "
             "writes each on a line"

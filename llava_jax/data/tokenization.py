@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, short, warn
 from llava_jax.data.conversation import (
     IM_END_TOKEN,
     IM_START_TOKEN,
@@ -111,10 +110,9 @@ def _load(directory: Path, files: dict[str, dict[str, Any]]) -> PreTrainedTokeni
             if model and sentencepiece_model.fits(model, tokenizer):
                 sentencepiece_model.follow(model, tokenizer, model_file)
         if sentencepiece_model.has_wrong_merges(tokenizer):
-            say(
-                f"warning: {directory / 'tokenizer.json'}: joins two spaces, as transformers 5 converts LLaMA's "
-                "tokenizer.model, which does not: put that file beside it, and its ids count",
-                file=sys.stderr,
+            warn(
+                f"{directory / 'tokenizer.json'}: joins two spaces, as transformers 5 converts LLaMA's "
+                "tokenizer.model, which does not: put that file beside it, and its ids count"
             )
         return tokenizer
     is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -143,9 +141,9 @@ def encode_sample(
         check_system(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
-        raise UserError(f"sample {sample.id}: {error}") from error
+        raise UserError(f"sample {short(sample.id)}: {error}") from error
     if np.all(encoded.labels == IGNORE_INDEX):
-        raise UserError(f"sample {sample.id}: nothing to learn from, since it has no answer: drop it from the data")
+        raise UserError(f"sample {short(sample.id)}: nothing to learn from, as it has no answer: drop it from the data")
     return encoded
 
 

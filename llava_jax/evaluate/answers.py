@@ -5,14 +5,13 @@ array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
 from llava_jax.incoming import loads
@@ -186,8 +185,7 @@ def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epat
         raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
     missing = [ident for ident in asked if ident not in answers]
     if missing:
-        say(f"warning: {len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first",
-              file=sys.stderr)  # fmt: skip
+        warn(f"{len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first")
 
 
 PARTIAL = "--partial scores what is there"
@@ -218,7 +216,7 @@ def join(
     for message in messages:
         if not partial:
             raise UserError(f"{message}; {advice}")
-        say(f"warning: {message}", file=sys.stderr)
+        warn(message)
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:
         raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")

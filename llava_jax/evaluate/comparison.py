@@ -1,12 +1,11 @@
 """Runs side by side: the percentages of each benchmark and category with confidence intervals."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.cli import UserError, say, track
+from llava_jax.cli import UserError, track, warn
 from llava_jax.evaluate.bootstrap import Interval, compare, seed_of
 from llava_jax.evaluate.outcomes import Outcome
 
@@ -49,7 +48,7 @@ def pair_up(runs: dict[str, Run], partial: bool) -> list[Case]:
                           f"{lacking[0]} the first"  # fmt: skip
                 if not partial:
                     raise UserError(f"{message}; --partial compares what all have")
-                say(f"warning: {message}; they are left out", file=sys.stderr)
+                warn(f"{message}; they are left out")
         shared = [ident for ident in every if all(ident in outcomes for outcomes in answered.values())]
         cases += [Case(benchmark, [outcomes[ident] for outcomes in answered.values()]) for ident in shared]
     if not cases:
@@ -86,7 +85,7 @@ def judges(cases: Sequence[Case]) -> dict[str, Any]:
     for benchmark, known in found.items():
         if len(known) > 1:
             names = "; ".join(f"{judge} ({hash_[:12]})" for judge, hash_ in known)
-            say(f"warning: {benchmark}: different judges or prompts make runs incomparable: {names}", file=sys.stderr)
+            warn(f"{benchmark}: different judges or prompts make runs incomparable: {names}")
     return {
         benchmark: [{"judge": judge, "prompt_hash": hash_} for judge, hash_ in known]
         for benchmark, known in found.items()

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, short, warn
 from llava_jax.data.images import read_picture
 from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
@@ -51,7 +51,7 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
             {question.key: outcome.reason for question, outcome in found if outcome.value is None},
         )
     if cut:
-        say(f"warning: {cut} answers were cut off at --max-tokens and count as far as they go", file=sys.stderr)
+        warn(f"{cut} answers were cut off at --max-tokens and count as far as they go")
     _warn([(question, outcome.reason) for question, outcome in lacking if not outcome.open])
     if still := [(question, outcome.reason) for question, outcome in lacking if outcome.open]:
         question, reason = still[0]
@@ -75,14 +75,13 @@ def _text(outcome: Outcome) -> str | None:
 def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
     """Names the questions that have no answer for good."""
     for question, reason in lacking[:NAMED]:
-        say(f"warning: question {question.id}: no answer ({reason}), which counts as wrong", file=sys.stderr)
+        warn(f"question {short(str(question.id))}: no answer ({reason}), which counts as wrong")
     if len(lacking) > NAMED:
-        say(f"warning: {len(lacking)} questions in all have no answer, which counts as wrong", file=sys.stderr)
+        warn(f"{len(lacking)} questions in all have no answer, which counts as wrong")
     if cut := sum(reason == CUT for _, reason in lacking):
-        say(
-            f"warning: the model was cut off while it thought, {cut} times: the same command asks these questions "
-            "again with a larger --max-tokens and another --ledger",
-            file=sys.stderr,
+        warn(
+            f"the model was cut off while it thought, {cut} times: the same command asks these questions again with a "
+            "larger --max-tokens and another --ledger"
         )
 
 

@@ -1,13 +1,12 @@
 """Files of JSON objects, one a line, that others wrote: every fault is named with its line."""
 
 import re
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, short, warn
 from llava_jax.incoming import loads, require_regular, to_utf8
 
 Key = TypeVar("Key", bound=Hashable)
@@ -74,7 +73,7 @@ def once(
             raise UserError(f"{where}: {differs.format(key=name(key), first=first)}")
     if repeats:
         (where, key), more = repeats[0], f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
-        say(f"warning: {where}: repeats {what} {name(key)}{more} word for word; it counts once", file=sys.stderr)
+        warn(f"{where}: repeats {what} {short(str(name(key)))}{more} word for word; it counts once")
     return found
 
 
@@ -114,7 +113,7 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
                 raise UserError(
                     f"{where}: the last one, is cut off{_whose(line)}: resume what wrote it, or use --partial"
                 ) from error
-            say(f"warning: {where}, the last one, is cut off{_whose(line)} and left out", file=sys.stderr)
+            warn(f"{where}, the last one, is cut off{_whose(line)} and left out")
             return
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no JSON object")

@@ -3,14 +3,13 @@
 import argparse
 import json
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, say
+from llava_jax.cli import Parser, UserError, say, warn
 from llava_jax.evaluate.bench_outcomes import outcomes
 from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import write_outcomes
@@ -104,7 +103,7 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
             message = f"{path}: has no review of {len(missing)} of {len(wanted)} questions, {missing[0]} the first"
             if not partial:
                 raise UserError(f"{message}; --partial scores what is there")
-            say(f"warning: {message}", file=sys.stderr)
+            warn(message)
     return lacking
 
 

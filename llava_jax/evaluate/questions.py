@@ -2,13 +2,12 @@
 
 import collections
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, short, warn
 from llava_jax.data.conversation import IMAGE_TOKEN as MARK
 from llava_jax.data.dialects import foreign_mark, unread_keys, unread_texts
 from llava_jax.data.records import Record, local_data, scan
@@ -87,11 +86,8 @@ def _common(path: str) -> Iterator[Question]:
         texts = [question.text, marked(question), question.marked_text, question.system]
         unread.update(unread_texts(record_value(record), texts))
     if unread:
-        keys = ", ".join(f"`{key}` ({count:,})" for key, count in unread.items())
-        say(
-            f"warning: {path}: {keys} beside the text of questions is not read, and no text says the same",
-            file=sys.stderr,
-        )
+        keys = ", ".join(f"`{short(key)}` ({count:,})" for key, count in unread.items())
+        warn(f"{path}: {keys} beside the text of questions is not read, and no text says the same")
 
 
 def _is_common(path: str) -> bool:

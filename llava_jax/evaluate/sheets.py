@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.incoming import read_bytes, refuse_pointer
 
@@ -78,7 +78,7 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
     except Exception as error:  # damaged files raise whatever their part of openpyxl, zip or XML does
         raise UserError(f"{path}: is no Excel file (XLSX): {error}") from error
     if others:
-        say(f"warning: {path}: its first sheet is read; the others ({', '.join(others)}) are not", file=sys.stderr)
+        warn(f"{path}: its first sheet is read; the others ({', '.join(others)}) are not")
     numbered = ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
     numbered = itertools.dropwhile(lambda item: not any(item[1]), numbered)  # empty rows above the names
     return ((where, [_text(cell, where) for cell in row]) for where, row in numbered)

@@ -2,12 +2,11 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.cli import Parser, UserError, say
+from llava_jax.cli import Parser, UserError, say, warn
 from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         check_answers(args.benchmark, lines)
     if absent := count_absent(map(answer_of, lines)):
         counts = ", ".join(f"{count} {name}" for name, count in absent.items())
-        say(f"warning: {args.answers}: questions without an answer ({counts}) are handed in as such", file=sys.stderr)
+        warn(f"{args.answers}: questions without an answer ({counts}) are handed in as such")
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
         with whole_file(args.output) as file:
