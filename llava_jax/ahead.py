@@ -32,7 +32,6 @@ from llava_jax.training_step import (
     frozen_dtype,
     jit_step,
     step_settings,
-    with_sharding,
 )
 
 # Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
@@ -150,7 +149,7 @@ def _arguments(config: ConfigDict, settings: StepSettings, mesh: Mesh) -> tuple[
     state = abstract_state(optim.make_optimizer(config, names, STEPS), shapes, names, mesh)
     dtypes = {name: stored(name, leaf.dtype) for name, leaf in shapes.items() if name not in state.trainable}
     rows = sharding.batch_sharding(mesh)
-    batch = {name: with_sharding(array, rows) for name, array in abstract_batch(settings.layout).items()}
+    batch = {name: array.update(sharding=rows) for name, array in abstract_batch(settings.layout).items()}
     return state, abstract_placed(dtypes, shapes, mesh), batch
 
 

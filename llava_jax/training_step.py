@@ -224,7 +224,8 @@ def abstract_state(
     """
     trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
     moments = jax.eval_shape(optimizer.init, trainable)
-    moments = jax.tree.map(with_sharding, moments, sharding.tree_shardings(mesh, moments))
+    places = sharding.tree_shardings(mesh, moments)
+    moments = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), moments, places)
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
 
 
@@ -238,10 +239,6 @@ def abstract_placed(
         )
         for name, dtype in dtypes.items()
     }
-
-
-def with_sharding(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:

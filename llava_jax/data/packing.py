@@ -121,8 +121,7 @@ def fill(order: PackedOrder, epoch: int = 0) -> Fill:
 def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: Sequence[Sample]) -> list[PackedOrder]:
     """Packs all into the same room, whose image slots are chosen for the first of them where they are 0.
 
-    Raises:
-      UserError: a sample of `source` that has more images than a group slots.
+    Raises UserError for a sample of `source` that has more images than a group slots.
     """
     indices = np.concatenate([order.indices for order in orders])
     richest = int(indices[np.argmax(lengths.images[indices])])

@@ -103,14 +103,10 @@ def measure(
     stride: int = 1,
     skip_bad: bool = False,
 ) -> Lengths:
-    """Encodes the text of samples once, so that all errors in it appear before step 0.
+    """Encodes the text of samples first, first + stride, ... once, so that all errors in it appear before step 0.
 
-    Args:
-      first, stride: samples first, first + stride, ... are measured, by default all.
-      skip_bad: samples that cannot be encoded, or hold nothing to learn, have no tokens instead of raising.
-
-    Raises:
-      UserError: the first sample that cannot be encoded or holds nothing to learn.
+    Raises UserError for the first sample that cannot be encoded or holds nothing to learn; with `skip_bad` such samples
+    have no tokens instead.
     """
     indices = range(first, len(source), stride)
     starts = grain.MapDataset.range(0, len(indices), MEASURED_TOGETHER)
@@ -170,11 +166,8 @@ def _id(source: Source, index: int) -> str:
 
 
 def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places samples, text and pictures, one after the other in one row.
-
-    Returns:
-      The row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3]; image indices count the row's own images.
-    """
+    """Places samples, text and images, one after the other in one row; -> the row's arrays, int32[T] each, and
+    `images`, uint8[n, H, W, 3]. Image indices count the row's own images."""
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
     start, images = 0, []
     for segment, (text, pictures) in enumerate(samples, start=1):

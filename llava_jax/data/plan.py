@@ -39,11 +39,8 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
 
 
 def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses `held_out` of the samples for validation.
-
-    Returns:
-      The indices to train on and the held-out ones, disjoint and each in ascending order.
-    """
+    """Chooses `held_out` of the samples for validation; -> the indices to train on and the held-out ones, disjoint and
+    each in ascending order."""
     if num_samples < 1:
         raise UserError("the data set has no samples")
     if not 0 <= held_out < num_samples:
@@ -198,8 +195,7 @@ def plan_layout(
       lengths: of all samples that the orders index.
       image_slots, label_slots: 0 takes the least that suffices, -1 none; else what the user wants.
 
-    Raises:
-      UserError: rows do not divide into groups, or wanted slots are too few (the error says how many are needed).
+    Raises UserError where rows do not divide into groups, or wanted slots are too few, with the number needed.
     """
     (batch_rows,) = {order.batch_rows for order, _ in schedules}
     if rows_per_group < 1 or batch_rows % rows_per_group:

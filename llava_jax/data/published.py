@@ -17,7 +17,7 @@ class Published(tfds.core.BuilderConfig):
 
     json: str  # the name of its file
     samples: int
-    text_only: int | None  # of these, samples without an image; None where it isn't known
+    text_only: int | None = 0  # of these, samples without an image; None where it isn't known
     folders: dict[str, str]  # what has to be in the folder of images, and where it is from; "" is that folder itself
     source: str  # who publishes the file
 
@@ -29,7 +29,6 @@ PUBLISHED = (
         description="CC3M, 595K image-text pairs balanced by concept: stage 1 of the first LLaVA.",
         json="chat.json",
         samples=595_375,
-        text_only=0,
         folders={"": "images.zip of the same place"},
         source="huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
     ),
@@ -38,7 +37,6 @@ PUBLISHED = (
         description="LAION, CC and SBU with BLIP captions, 558K: stage 1 of LLaVA 1.5.",
         json="blip_laion_cc_sbu_558k.json",
         samples=558_128,
-        text_only=0,
         folders={"": "images.zip of the same place"},
         source="huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
     ),
@@ -47,7 +45,6 @@ PUBLISHED = (
         description="LLaVA-Instruct: conversations, details and reasoning about COCO pictures.",
         json="llava_instruct_150k.json",
         samples=157_712,
-        text_only=0,
         folders={"": COCO},
         source="huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
     ),

@@ -90,13 +90,9 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
 
 
 def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
-    """Writes a shard unless it is there whole.
+    """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
 
-    Args:
-      stopped: asked before each sample; where true, `InterruptedError` ends it.
-
-    Returns:
-      The pictures that cannot be read: with any the shard is not written.
+    `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
     """
     bad: list[BadPicture] = []
     if is_whole(shard):
