@@ -32,7 +32,6 @@ from llava_jax.training_step import (
     frozen_dtype,
     jit_step,
     step_settings,
-    with_sharding,
 )
 
 # Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
@@ -45,17 +44,13 @@ STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step ready to be compiled.
-
-    Attributes:
-      arguments: (state, frozen, batch), shapes with shardings.
-    """
+    """A step ready to be compiled."""
 
     target: Target
     config: ConfigDict
     mesh: Mesh
     settings: StepSettings
-    arguments: tuple[TrainState, dict, dict]
+    arguments: tuple[TrainState, dict, dict]  # state, frozen, batch: shapes with shardings
     step: Any
 
     @property
@@ -70,21 +65,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device. `needed` None where the compiler gave up before it knew.
-
-    Attributes:
-      activations: what else is there at the peak: gradients, activations, gathered weights, workspace.
-      margin: for what the compiler does not count.
-      available: what a program can use.
-    """
+    """Bytes on each device."""
 
     parameters: float
     optimizer: float
     batch: float
-    activations: float | None
-    margin: float
-    needed: float | None
-    available: float
+    activations: float | None  # what else is there at the peak: gradients, activations, gathered weights, workspace
+    margin: float  # for what the compiler does not count
+    needed: float | None  # None where the compiler gave up before it knew
+    available: float  # what a program can use
 
     @property
     def state(self) -> float:
@@ -160,7 +149,7 @@ def _arguments(config: ConfigDict, settings: StepSettings, mesh: Mesh) -> tuple[
     state = abstract_state(optim.make_optimizer(config, names, STEPS), shapes, names, mesh)
     dtypes = {name: stored(name, leaf.dtype) for name, leaf in shapes.items() if name not in state.trainable}
     rows = sharding.batch_sharding(mesh)
-    batch = {name: with_sharding(array, rows) for name, array in abstract_batch(settings.layout).items()}
+    batch = {name: array.update(sharding=rows) for name, array in abstract_batch(settings.layout).items()}
     return state, abstract_placed(dtypes, shapes, mesh), batch
 
 

@@ -51,11 +51,7 @@ tensorstore_utils._build_zarr3_metadata = _with_checksum(tensorstore_utils._buil
 
 
 class ArrayWriter:
-    """A new Orbax checkpoint in `directory`, of arrays that are written piece by piece.
-
-    Args:
-      directory: of the checkpoint; must not exist.
-      arrays: shape and type of each array.
+    """A new Orbax checkpoint in `directory`, which must not exist, of arrays that are written piece by piece.
 
     Use within `with`, which waits for the disk at its end. Raises whatever TensorStore does.
     """

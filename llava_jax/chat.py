@@ -230,18 +230,17 @@ def _path(file: str) -> epath.Path:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.chat", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
-    parser.add_argument("--image", action="append", default=[], metavar="F", help="for the first message; repeatable")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
+    add("--image", action="append", default=[], metavar="F", help="for the first message; repeatable")
     add_allow_absolute(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this alone, on standard output")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt instead of the template's")
-    parser.add_argument("--template", metavar="NAME", help="instead of the checkpoint's")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest with this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"{LONGEST_ANSWER} or what the context has room for"
-    )
+    add("--prompt", metavar="TEXT", help="answer this alone, on standard output")
+    add("--system", metavar="TEXT", help="system prompt instead of the template's")
+    add("--template", metavar="NAME", help="instead of the checkpoint's")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest with this probability")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--max-new-tokens", type=int, metavar="N", help=f"{LONGEST_ANSWER} or what the context has room for")
     return parser.parse_args(argv)
 
 

@@ -42,9 +42,6 @@ class Part:
     def needed(self) -> float:
         return self.forward + self.activations + self.weights
 
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
     def __mul__(self, factor: float) -> "Part":
         return Part(*(factor * value for value in dataclasses.astuple(self)))
 

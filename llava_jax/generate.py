@@ -92,21 +92,13 @@ GREEDY = Sampling()
 
 
 class PromptEncoder:
-    """What a request is to a model: ids and squares of pixels.
+    """What a request is to a model: ids and preprocessed images.
 
-    Args:
-      config: the model's.
-      tokenizer: as `load_tokenizer` gives it.
-      template: the text around the turns.
-      end_ids: tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
+    `end_ids` are tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
     """
 
     def __init__(
-        self,
-        config: LlavaConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template,
-        end_ids: Sequence[int] = (),
+        self, config: LlavaConfig, tokenizer: PreTrainedTokenizerBase, template: Template, end_ids: Sequence[int] = ()
     ):
         self.config = config
         self.tokenizer = tokenizer
@@ -231,7 +223,8 @@ class Generator:
         stop_ids = np.array(self.prompts.stop_ids, np.int32)
         remaining = sampling.max_new_tokens
         while True:
-            yield [_push_all(stream, row) for stream, row in zip(streams, tokens[: len(streams)], strict=True)]
+            new = tokens[: len(streams)].tolist()
+            yield ["".join(map(stream.push, row)) for stream, row in zip(streams, new, strict=True)]
             remaining -= tokens.shape[1]
             finished[: len(streams)] = [stream.finished for stream in streams]
             if remaining == 0 or finished.all():
@@ -307,7 +300,3 @@ def _choice(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> decodin
         seeds=same(sampling.seed, np.uint32),
         numbers=np.array(numbers, np.uint32),
     )
-
-
-def _push_all(stream: AnswerStream, tokens: np.ndarray) -> str:
-    return "".join(stream.push(int(token)) for token in tokens)

@@ -49,7 +49,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Charges what happens within to `kind`."""
+        """Charges what happens within, or in a function decorated by it, to `kind`."""
         self._charge()
         outer, self.kind = self.kind, kind
         try:

@@ -18,44 +18,32 @@ compilers (TPU, GPU, CPU) is complete, if not alike:
 import collections
 import dataclasses
 import functools
-import json
 import math
+import operator
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # What is passed on unchanged where the value of a scalar is followed.
 TRANSPARENT = {
-    "copy",
-    "copy-start",
-    "copy-done",
-    "bitcast",
-    "convert",
-    "reshape",
-    "opt-barrier",
-    "optimization-barrier",
+    *("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier", "optimization-barrier")
 }
 ARITHMETIC = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
     "divide": lambda a, b: int(a / b) if b else None,
     "remainder": lambda a, b: int(math.fmod(a, b)) if b else None,
     "minimum": min,
     "maximum": max,
-    "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b,
+    "and": operator.and_,
+    "or": operator.or_,
 }
-COMPARISONS = {
-    "EQ": lambda a, b: a == b,
-    "NE": lambda a, b: a != b,
-    "LT": lambda a, b: a < b,
-    "LE": lambda a, b: a <= b,
-    "GT": lambda a, b: a > b,
-    "GE": lambda a, b: a >= b,
-}
+COMPARISONS = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "LT", "LE", "GT", "GE")}
 MOST_TRIPS = 1_000_000
 # Custom calls that compute nothing.
 BOOKKEEPING = ("AllocateBuffer", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
@@ -66,24 +54,15 @@ BOOKKEEPING = ("AllocateBuffer", "AsyncCollective", "ConcatBitcast", "Sharding",
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction.
+    """One collective instruction."""
 
-    Attributes:
-      kind: one of `KINDS`, synchronous or not.
-      dtype: of what travels, as HLO writes it ("bf16").
-      payload: bytes of the whole array on one device: what an all-gather makes, what the others start from.
-      group: the devices (partition numbers) of the first group that exchanges data.
-      times: how often a step runs it, loops unrolled.
-      name, op_name: the instruction, and what it was in JAX.
-    """
-
-    kind: str
-    dtype: str
-    payload: float
-    group: tuple[int, ...]
-    times: int
+    kind: str  # one of `KINDS`, synchronous or not
+    dtype: str  # of what travels, as HLO writes it ("bf16")
+    payload: float  # bytes of the whole array on one device: what an all-gather makes, what the others start from
+    group: tuple[int, ...]  # the devices (partition numbers) of the first group that exchanges data
+    times: int  # how often a step runs it, loops unrolled
     name: str = ""
-    op_name: str = ""
+    op_name: str = ""  # what it was in JAX
 
     @property
     def wire(self) -> float:
@@ -108,32 +87,24 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """One matrix product: FLOPs (2 a multiply-add) each time, and the fields of `Collective`.
+    """One matrix product, with the fields of `Collective`."""
 
-    `recomputed` if the compiler, short of memory, added it to what was asked for.
-    """
-
-    flops: float
+    flops: float  # each time, 2 a multiply-add
     dtype: str
     times: int
     name: str = ""
     op_name: str = ""
-    recomputed: bool = False
+    recomputed: bool = False  # whether the compiler, short of memory, added it to what was asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What one device does in one run of a compiled program.
-
-    Attributes:
-      kernels: how often each custom call runs; their FLOPs are unknown.
-      unknown_loops: loops whose number of trips depends on data; they count as one trip.
-    """
+    """What one device does in one run of a compiled program."""
 
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
-    kernels: dict[str, int]
-    unknown_loops: tuple[str, ...]
+    kernels: dict[str, int]  # how often each custom call runs; their FLOPs are unknown
+    unknown_loops: tuple[str, ...]  # whose number of trips depends on data; they count as one trip
 
     @property
     def flops(self) -> float:
@@ -205,22 +176,24 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        return self._find(r'op_name="([^"]*)"') or ""
+        return self.find(r'op_name="([^"]*)"')
 
     @functools.cached_property
-    def channel(self) -> str:
-        return self._find(r"channel_id=(\d+)") or ""
+    def target(self) -> str:
+        """Of a custom call."""
+        return self.find(r'custom_call_target="([^"]*)"')
 
-    def callee(self, key: str) -> str | None:
-        return self._find(rf"\b{key}=%?([\w.\-]+)")
+    def callee(self, key: str) -> str:
+        return self.find(rf"\b{key}=%?([\w.\-]+)")
 
     def ints(self, key: str) -> list[int]:
         """`key={1,2}` -> [1, 2]; [] where there is none."""
-        return [int(number) for number in re.findall(r"\d+", self._find(rf"\b{key}={{([\d,]*)}}") or "")]
+        return _numbers(self.find(rf"\b{key}={{([\d,]*)}}"))
 
-    def _find(self, pattern: str) -> str | None:
+    def find(self, pattern: str) -> str:
+        """The group of a pattern in the attributes, "" where that is not found."""
         match = re.search(pattern, self.attributes)
-        return match[1] if match else None
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass
@@ -247,10 +220,8 @@ class Module:
 
 def parse(text: str) -> Module:
     """Lines to instructions. What spans several lines (kernels carry their source) is passed over."""
-    partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
-    replicas = re.search(r"replica_count=(\d+)", text[: text.find("\n")])
-    count = max(int(found[1]) if found else 1 for found in (partitions, replicas))
-    module = Module({}, "", count)
+    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
+    module = Module({}, "", max(map(int, counts), default=1))
     current = None
     for line in text.splitlines():
         if current is None:
@@ -360,8 +331,7 @@ class _Walk:
 
     def longest_branch(self, one: Instruction, times: int, recomputed: bool) -> None:
         """Of a conditional, the branch with the most FLOPs, then bytes."""
-        names = re.search(r"branch_computations={([^}]*)}", one.attributes)
-        branches = re.findall(r"[\w.\-]+", names[1]) if names else []
+        branches = re.findall(r"[\w.\-]+", one.find(r"branch_computations={([^}]*)}"))
         branches += [name for key in ("true_computation", "false_computation") if (name := one.callee(key))]
         walks = []
         for branch in branches:
@@ -386,8 +356,8 @@ class _Walk:
             lhs, rhs = (computation.instructions[operand].shapes[0] for operand in one.operands[:2])
             flops = _convolution_flops(one, lhs, rhs) if one.opcode == "convolution" else _dot_flops(one, lhs)
             self.matmuls.append(Matmul(flops, lhs.dtype, times, one.name, one.op_name, recomputed))
-        elif one.opcode == "custom-call" and not _target(one).startswith(BOOKKEEPING):
-            self.kernels[_target(one)] += times
+        elif one.opcode == "custom-call" and not one.target.startswith(BOOKKEEPING):
+            self.kernels[one.target] += times
 
     def collective(self, computation: Computation, one: Instruction, kind: str, times: int) -> None:
         group = _group(one, self.module.partitions)
@@ -406,8 +376,8 @@ class _Walk:
         body = self.module.computations[one.callee("body")]
         state = self.value(computation, one.operands[0], arguments, {})
         state = state if isinstance(state, list) else [None] * len(one.shapes)
-        known = re.search(r'"known_trip_count":{"n":"(\d+)"}', one.attributes)
-        trips = int(known[1]) if known else self.trips(one, state)
+        known = one.find(r'"known_trip_count":{"n":"(\d+)"}')
+        trips = int(known) if known else self.trips(one, state)
         if trips is None:
             self.unknown_loops.append(one.name)
             trips = 1
@@ -439,7 +409,7 @@ class _Walk:
         while one.opcode in TRANSPARENT:
             one = body.instructions[one.operands[0]]
         if one.opcode == "get-tuple-element" and body.instructions[one.operands[0]].opcode == "parameter":
-            return int(re.search(r"index=(\d+)", one.attributes)[1])
+            return int(one.find(r"index=(\d+)"))
         return None
 
     def value(self, computation: Computation, name: str, arguments: list, memo: dict) -> Any:
@@ -452,7 +422,9 @@ class _Walk:
         if not one.is_tuple and (one.shapes[0].dims or one.shapes[0].dtype[0] not in "sup"):
             return None
         if one.opcode == "constant":
-            return {"true": 1, "false": 0}.get(one.literal) if one.shapes[0].dtype == "pred" else _integer(one.literal)
+            if one.shapes[0].dtype == "pred":
+                return {"true": 1, "false": 0}.get(one.literal)
+            return int(one.literal) if re.fullmatch(r"-?\d+", one.literal) else None
         if one.opcode == "parameter":
             number = int(one.literal)
             return arguments[number] if number < len(arguments) else None
@@ -469,7 +441,7 @@ class _Walk:
         if not values or values[0] is None:
             return None
         if one.opcode == "get-tuple-element":
-            return values[0][int(re.search(r"index=(\d+)", one.attributes)[1])]
+            return values[0][int(one.find(r"index=(\d+)"))]
         if one.opcode in TRANSPARENT:
             return values[0]
         if one.opcode == "not":
@@ -477,16 +449,12 @@ class _Walk:
         if None in values:
             return None
         if one.opcode == "compare":
-            return int(COMPARISONS[re.search(r"direction=(\w+)", one.attributes)[1]](*values))
+            return int(COMPARISONS[one.find(r"direction=(\w+)")](*values))
         if one.opcode == "select":
             return values[1] if values[0] else values[2]
         if one.opcode in ARITHMETIC:
             return _wrap(ARITHMETIC[one.opcode](*values), one.shapes[0].dtype)
         return None
-
-
-def _integer(literal: str) -> int | None:
-    return int(literal) if re.fullmatch(r"-?\d+", literal) else None
 
 
 def _wrap(value: int | None, dtype: str) -> int | None:
@@ -507,13 +475,8 @@ def _kind(opcode: str) -> str | None:
     return base if base in KINDS else "all-to-all" if base == "ragged-all-to-all" else None
 
 
-def _target(one: Instruction) -> str:
-    match = re.search(r'custom_call_target="([^"]*)"', one.attributes)
-    return match[1] if match else ""
-
-
 def _is_gemm(one: Instruction) -> bool:
-    return one.opcode == "custom-call" and _target(one).startswith(("__cublas$gemm", "__cublas$lt$matmul"))
+    return one.opcode == "custom-call" and one.target.startswith(("__cublas$gemm", "__cublas$lt$matmul"))
 
 
 def _is_chained(fused: Computation, one: Instruction) -> bool:
@@ -521,17 +484,16 @@ def _is_chained(fused: Computation, one: Instruction) -> bool:
     return (
         'chain_id="' in one.attributes
         or fused.name.startswith("async_collective_fusion")
-        or any(_target(other).startswith("AsyncCollective") for other in fused.users[one.name])
+        or any(other.target.startswith("AsyncCollective") for other in fused.users[one.name])
     )
 
 
 def _is_start(fused: Computation, one: Instruction) -> bool:
-    return any(_target(other) == "AsyncCollectiveStart" for other in fused.users[one.name])
+    return any(other.target == "AsyncCollectiveStart" for other in fused.users[one.name])
 
 
 def _chain_key(one: Instruction) -> tuple:
-    chain = re.search(r'chain_id="(\d+)"', one.attributes)
-    return chain[1] if chain else "", one.channel, one.opcode, one.shapes, one.op_name
+    return one.find(r'chain_id="(\d+)"'), one.find(r"channel_id=(\d+)"), one.opcode, one.shapes, one.op_name
 
 
 def _keeps_a_slice(fused: Computation, one: Instruction) -> bool:
@@ -544,19 +506,16 @@ def _keeps_a_slice(fused: Computation, one: Instruction) -> bool:
 
 def _group(one: Instruction, partitions: int) -> tuple[int, ...]:
     """The first group of devices that talk to each other; of a permutation, all that send or receive."""
-    pairs = re.search(r"source_target_pairs={((?:{\d+,\d+},?)*)}", one.attributes)
-    if pairs:
-        moved = [(int(a), int(b)) for a, b in re.findall(r"{(\d+),(\d+)}", pairs[1]) if a != b]
-        return tuple(sorted({device for pair in moved for device in pair}))
-    listed = re.search(r"replica_groups={{([\d,]+)}", one.attributes)
-    if listed:
-        return tuple(int(device) for device in listed[1].split(","))
+    if "source_target_pairs={" in one.attributes:
+        pairs = re.findall(r"{(\d+),(\d+)}", one.find(r"source_target_pairs={((?:{\d+,\d+},?)*)}"))
+        return tuple(sorted({int(device) for pair in pairs if pair[0] != pair[1] for device in pair}))
+    if listed := one.find(r"replica_groups={{([\d,]+)}"):
+        return tuple(_numbers(listed))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes)
     if iota:
-        _, size = _numbers(iota[1])
-        dims = _numbers(iota[2])
-        order = _numbers(iota[3]) if iota[3] else list(range(len(dims)))
-        return tuple(_iota(dims, order)[:size])
+        (_, size), dims, order = (_numbers(part or "") for part in iota.groups())
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        return tuple((devices.transpose(order) if order else devices).ravel()[:size].tolist())
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*{([^}]*)}", one.attributes)
     if mesh:
         return _mesh_group(mesh[1], mesh[2])
@@ -564,16 +523,7 @@ def _group(one: Instruction, partitions: int) -> tuple[int, ...]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def _iota(dims: list[int], order: list[int]) -> list[int]:
-    """`transpose(reshape(arange(n), dims), order)`, flat."""
-    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
-    flat = [0]
-    for axis in order:
-        flat = [start + step * strides[axis] for start in flat for step in range(dims[axis])]
-    return flat
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _mesh_group(mesh: str, chosen: str) -> tuple[int, ...]:
@@ -593,16 +543,14 @@ def _dot_flops(one: Instruction, lhs: Shape) -> float:
     """2 x outputs x contracted. cuBLAS calls keep the numbers of the dimensions in their configuration."""
     contracted = one.ints("lhs_contracting_dims")
     if _is_gemm(one):
-        found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', one.attributes)
-        contracted = [int(dim) for dim in json.loads(found[1])]
+        contracted = _numbers(one.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]'))
     return 2 * math.prod(one.shapes[0].dims) * math.prod(lhs.dims[dim] for dim in contracted)
 
 
 def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
     """2 x batch x features in x features out x pairs of output and kernel positions that meet inside the input."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
-    window = re.search(r"window={([^}]*)}", one.attributes)
-    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    fields = dict(re.findall(r"(\w+)=(\S+)", one.find(r"window={([^}]*)}")))
     spatial = sorted(label for label in lhs_labels if label.isdigit())
     pairs = 1
     for at, label in enumerate(spatial):
@@ -619,8 +567,7 @@ def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
             lhs_dilation=int(field("lhs_dilate", "1")),
             rhs_dilation=int(field("rhs_dilate", "1")),
         )
-    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
-    batch = lhs.dims[lhs_labels.index("b")] // (int(groups[1]) if groups else 1)
+    batch = lhs.dims[lhs_labels.index("b")] // int(one.find(r"batch_group_count=(\d+)") or 1)
     features = rhs.dims[rhs_labels.index("i")] * rhs.dims[rhs_labels.index("o")]
     return 2 * batch * features * pairs
 
@@ -632,12 +579,8 @@ def _pairs_inside(
     if (stride, before, lhs_dilation) == (1, 0, 1) and outputs + (kernel - 1) * rhs_dilation <= inputs:
         return outputs * kernel
     reach = (inputs - 1) * lhs_dilation
-    return sum(
-        1
-        for tap in range(kernel)
-        for output in range(outputs)
-        if 0 <= (at := output * stride + tap * rhs_dilation - before) <= reach and at % lhs_dilation == 0
-    )
+    at = np.add.outer(np.arange(outputs) * stride, np.arange(kernel) * rhs_dilation) - before
+    return int(np.count_nonzero((at >= 0) & (at <= reach) & (at % lhs_dilation == 0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ printing

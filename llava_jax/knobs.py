@@ -27,30 +27,13 @@ CHOICES = {
     "attention": ("", *BACKENDS),
 }
 AT_LEAST_1 = (
-    "max_length",
-    "batch_rows",
-    "rows_per_group",
-    "log_every",
-    "save_every",
-    "keep",
-    "profile.start",
-    "evaluate.limit",
-)
+    "max_length", "batch_rows", "rows_per_group", "log_every", "save_every", "keep", "profile.start", "evaluate.limit"
+)  # fmt: skip
 AT_LEAST_0 = (
-    *(
-        "data.holdout",
-        "data.workers",
-        "data.max_bad_share",
-        "row_length",
-        "label_slots",
-        "max_rows_per_device",
-        "steps",
-        "epochs",
-    ),
-    *("learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every"),
-    *("profile.steps", "evaluate.every"),
-    *("warmup_ratio", "beta1", "beta2"),
-)
+    "data.holdout", "data.workers", "data.max_bad_share", "row_length", "label_slots", "max_rows_per_device", "steps",
+    "epochs", "learning_rate", "projector_learning_rate", "weight_decay", "epsilon", "clip_norm", "eval_every",
+    "profile.steps", "evaluate.every", "warmup_ratio", "beta1", "beta2",
+)  # fmt: skip
 AT_MOST_1 = ("warmup_ratio", "data.max_bad_share")
 BELOW_1 = ("beta1", "beta2")
 

@@ -14,55 +14,34 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One device of a TPU slice.
+    """One device of a TPU slice."""
 
-    Attributes:
-      name: as targets have it; `topology` is libtpu's own name for it.
-      kind: `device_kind` of JAX.
-      memory: bytes of HBM that a program can use.
-      flops: peak bfloat16 FLOP/s.
-      bandwidth: bytes/s of HBM.
-      link: bytes/s of one ICI link in one direction.
-      axes: 2 for a grid, 3 for a cube.
-      wraps: an axis closes to a ring where its length is a multiple of this.
-      cores: devices of a chip.
-      options: what libtpu wants to know besides the topology.
-    """
-
-    name: str
-    topology: str
-    kind: str
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    axes: int
-    wraps: int
+    name: str  # as targets have it
+    topology: str  # libtpu's own name for it
+    kind: str  # `device_kind` of JAX
+    memory: float  # bytes of HBM that a program can use
+    flops: float  # peak bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of HBM
+    link: float  # bytes/s of one ICI link in one direction
+    axes: int  # 2 for a grid, 3 for a cube
+    wraps: int  # an axis closes to a ring where its length is a multiple of this
     slices: tuple[str, ...]
-    cores: int = 1
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cores: int = 1  # devices of a chip
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for libtpu, besides the topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU.
-
-    Attributes:
-      name, kind, flops, bandwidth: as of `Tpu`; dense bfloat16, without sparsity.
-      memory: bytes in all; JAX takes a fraction of them.
-      link: bytes/s to the other GPUs of the host, in one direction.
-      network: bytes/s to other hosts, in one direction: the share of one GPU.
-      capability, cores, fpus, shared_memory, l2_cache, clock: what XLA's compiler wants to know.
-    """
+    """One GPU, as `Tpu`."""
 
     name: str
     kind: str
-    memory: int
-    flops: float
+    memory: int  # bytes in all; JAX takes a fraction of them
+    flops: float  # of dense bfloat16, without sparsity
     bandwidth: float
-    link: float
-    network: float
-    capability: int
+    link: float  # bytes/s to the other GPUs of the host, in one direction
+    network: float  # bytes/s to other hosts, in one direction: the share of one GPU
+    capability: int  # this and what follows is what XLA's compiler wants to know
     cores: int
     fpus: int
     shared_memory: int
@@ -73,23 +52,13 @@ class Gpu:
 GRID = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # [docs]
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # [docs]
 
+MEGACORE = {"chip_config_name": "megacore"}  # both cores of a chip are one device, as on the machine
+
 TPUS = {
     tpu.name: tpu
     for tpu in (
         # memory [libtpu]; FLOP/s and bandwidth [docs]; links and wraparound [book].
-        Tpu(
-            "v4",
-            "v4",
-            "TPU v4",
-            memory=30.75 * GiB,
-            flops=275e12,
-            bandwidth=1228e9,
-            link=45e9,
-            axes=3,
-            wraps=4,
-            slices=CUBE,
-            options={"chip_config_name": "megacore"},  # both cores of a chip are one device, as on the machine
-        ),
+        Tpu("v4", "v4", "TPU v4", 30.75 * GiB, 275e12, 1228e9, 45e9, axes=3, wraps=4, slices=CUBE, options=MEGACORE),
         Tpu("v5e", "v5e", "TPU v5 lite", 15.75 * GiB, 197e12, 819e9, 45e9, axes=2, wraps=16, slices=GRID),
         Tpu("v5p", "v5p", "TPU v5", 95.74 * GiB, 459e12, 2765e9, 90e9, axes=3, wraps=4, slices=CUBE),
         Tpu("v6e", "v6e", "TPU v6 lite", 31.25 * GiB, 918e12, 1640e9, 90e9, axes=2, wraps=16, slices=GRID),
@@ -98,73 +67,22 @@ TPUS = {
     )
 }
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        # memory, bandwidth and what the compiler wants [xla]; FLOP/s and NVLink [nvidia]; network of DGX A100, H100,
-        # H200 and B200: an adapter of 200, 400, 400 and 400 Gbit/s a GPU [nvidia].
-        Gpu(
-            "a100",
-            "NVIDIA A100-SXM4-80GB",
-            memory=85100068864,
-            flops=312e12,
-            bandwidth=2039.04e9,
-            link=300e9,
-            network=25e9,
-            capability=8,
-            cores=108,
-            fpus=64,
-            shared_memory=167936,
-            l2_cache=41943040,
-            clock=1.41,
-        ),
-        Gpu(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            memory=84942979072,
-            flops=989.4e12,
-            bandwidth=3352.32e9,
-            link=450e9,
-            network=50e9,
-            capability=9,
-            cores=132,
-            fpus=128,
-            shared_memory=233472,
-            l2_cache=52428800,
-            clock=1.98,
-        ),
-        Gpu(
-            "h200",
-            "NVIDIA H200",
-            memory=151397597184,
-            flops=989.4e12,
-            bandwidth=4800e9,
-            link=450e9,
-            network=50e9,
-            capability=9,
-            cores=132,
-            fpus=128,
-            shared_memory=233472,
-            l2_cache=52428800,
-            clock=1.98,
-        ),
-        Gpu(
-            "b200",
-            "NVIDIA B200",
-            memory=191514411008,
-            flops=2250e12,
-            bandwidth=7672.32e9,
-            link=900e9,
-            network=50e9,
-            capability=10,
-            cores=148,
-            fpus=128,
-            shared_memory=233472,
-            l2_cache=132644864,
-            clock=1.965,
-        ),
-    )
-}
+# memory, bandwidth and what the compiler wants [xla]; FLOP/s and NVLink [nvidia]; network of DGX A100, H100, H200 and
+# B200: an adapter of 200, 400, 400 and 400 Gbit/s a GPU [nvidia].
+_A100 = Gpu(
+    "a100", "NVIDIA A100-SXM4-80GB", memory=85100068864, flops=312e12, bandwidth=2039.04e9, link=300e9, network=25e9,
+    capability=8, cores=108, fpus=64, shared_memory=167936, l2_cache=41943040, clock=1.41,
+)  # fmt: skip
+_H100 = Gpu(
+    "h100", "NVIDIA H100 80GB HBM3", memory=84942979072, flops=989.4e12, bandwidth=3352.32e9, link=450e9, network=50e9,
+    capability=9, cores=132, fpus=128, shared_memory=233472, l2_cache=52428800, clock=1.98,
+)  # fmt: skip
+_H200 = dataclasses.replace(_H100, name="h200", kind="NVIDIA H200", memory=151397597184, bandwidth=4800e9)
+_B200 = Gpu(
+    "b200", "NVIDIA B200", memory=191514411008, flops=2250e12, bandwidth=7672.32e9, link=900e9, network=50e9,
+    capability=10, cores=148, fpus=128, shared_memory=233472, l2_cache=132644864, clock=1.965,
+)  # fmt: skip
+GPUS = {gpu.name: gpu for gpu in (_A100, _H100, _H200, _B200)}
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -26,10 +26,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all have met.", lower_bound=1)
 
 RESUME_FROM = flags.DEFINE_integer(
-    "resume_from",
-    None,
-    "Resume from this step, not from the newest: later ones go to set_aside/.",
-    lower_bound=0,
+    "resume_from", None, "Resume from this step, not from the newest: later ones go to set_aside/.", lower_bound=0
 )
 flags.DEFINE_alias("resume-from", "resume_from")
 

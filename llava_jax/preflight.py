@@ -90,11 +90,7 @@ def _head(result: dict[str, Any]) -> Iterator[str]:
 
 def _memory_lines(result: dict[str, Any]) -> Iterator[str]:
     memory = {part: value / GiB if value is not None else None for part, value in result["memory"].items()}
-    parts = [
-        f"parameters {memory['parameters']:.2f}",
-        f"optimizer {memory['optimizer']:.2f}",
-        f"batch {memory['batch']:.2f}",
-    ]
+    parts = [f"{part} {memory[part]:.2f}" for part in ("parameters", "optimizer", "batch")]
     if memory["needed"] is not None:
         parts.append(f"gradients, activations and workspace {memory['activations']:.2f}")
     if memory["margin"]:

@@ -1,8 +1,5 @@
 """A trace of a few steps, for TensorBoard's or XProf's profile page: `profile/` in the workdir."""
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
 from etils import epath
 
@@ -28,12 +25,9 @@ class Profile:
             jax.profiler.start_trace(str(self.directory))
             self.running = True
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Within, the step is dispatched; starts the trace where that has not been done."""
-        self.begin(step)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
+    def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
+        """Within, the step is dispatched."""
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def done(self, step: int) -> bool:
         """Whether the trace ends with this step, whose metrics have been read; `close` then writes it."""

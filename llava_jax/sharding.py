@@ -237,15 +237,10 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fsdp:
-    """What a device does, inside a `jax.shard_map` over `data` and `fsdp`, to compute with pieces of parameters.
+    """What a device does, inside a `jax.shard_map` over `data` and `fsdp`, to compute with pieces of parameters."""
 
-    Attributes:
-      specs: mesh axes by name of parameter.
-      dtype: in which weights travel.
-    """
-
-    specs: Mapping[str, P]
-    dtype: jnp.dtype
+    specs: Mapping[str, P]  # mesh axes by name of parameter
+    dtype: jnp.dtype  # in which weights travel
 
     def whole(self, prefix: str, module: Any) -> Any:
         """A module (`prefix` is its name) with whole weights. Gradients come back summed, each device its piece."""

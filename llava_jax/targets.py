@@ -37,17 +37,11 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine to compile for.
+    """A machine to compile for."""
 
-    Attributes:
-      name: as given.
-      machine: its device's facts; None for the CPU of this machine.
-      shape: `4x4` of a slice, hosts and GPUs of each, `(devices,)` of the CPU.
-    """
-
-    name: str
-    machine: Tpu | Gpu | None
-    shape: tuple[int, ...]
+    name: str  # as given
+    machine: Tpu | Gpu | None  # its device's facts; None for the CPU of this machine
+    shape: tuple[int, ...]  # `4x4` of a slice, hosts and GPUs of each, `(devices,)` of the CPU
 
     @property
     def platform(self) -> str:
@@ -152,21 +146,12 @@ def compile_options(target: Target) -> dict[str, Any]:
 
 def _tpu_devices(target: Target) -> list:
     _require(target, "preflight-tpu", {"libtpu": importlib.util.find_spec("libtpu")})
-    from jax.experimental import topologies
-
     tpu = target.machine
     options: dict[str, Any] = dict(tpu.options)
     if target.shape == (1, 1):
         options["chips_per_host_bounds"] = [1, 1, 1]
-    try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{tpu.topology}:{'x'.join(map(str, target.shape))}", **options
-        )
-    except Exception as error:  # jax.errors.JaxRuntimeError, and whatever else the plugin raises
-        raise UserError(
-            f"--target {target.name}: libtpu refuses it ({_first_line(error)}); {', '.join(family(tpu.name))} will do"
-        ) from error
-    return list(topology.devices)
+    options |= {"platform": "tpu", "topology_name": f"{tpu.topology}:{'x'.join(map(str, target.shape))}"}
+    return _described(target, options, "libtpu", advice=f"; {', '.join(family(tpu.name))} will do")
 
 
 def _gpu_devices(target: Target) -> list:
@@ -175,18 +160,13 @@ def _gpu_devices(target: Target) -> list:
         path.name.startswith("xla_cuda") for root in plugins.submodule_search_locations for path in Path(root).iterdir()
     )
     _require(target, "preflight-gpu", {"jax-cuda12-plugin": has_plugin, "nvidia-cuda-nvcc-cu12": cuda_toolkit()})
-    from jax.experimental import topologies
-
-    try:
-        topology = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name=target.machine.name,
-            target_config=target_config(target.machine),
-            topology="x".join(map(str, (1, *target.shape))),
-        )
-    except Exception as error:
-        raise UserError(f"--target {target.name}: the CUDA plugin refuses it ({_first_line(error)})") from error
-    return list(topology.devices)
+    options = {
+        "platform": "cuda",
+        "topology_name": target.machine.name,
+        "target_config": target_config(target.machine),
+        "topology": "x".join(map(str, (1, *target.shape))),
+    }
+    return _described(target, options, "the CUDA plugin")
 
 
 def _require(target: Target, extra: str, wheels: dict[str, Any]) -> None:
@@ -197,8 +177,15 @@ def _require(target: Target, extra: str, wheels: dict[str, Any]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _described(target: Target, options: dict[str, Any], compiler: str, advice: str = "") -> list:
+    """The devices of a topology. Raises UserError where its compiler does not know it."""
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except Exception as error:  # jax.errors.JaxRuntimeError, and whatever else the plugin raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"--target {target.name}: {compiler} refuses it ({reason}){advice}") from error
 
 
 def target_config(gpu: Gpu) -> str:

@@ -79,11 +79,7 @@ def train(config: ConfigDict, workdir: str, resume_from: int | None = None) -> N
 
 
 def _train(
-    config: ConfigDict,
-    directory: epath.Path,
-    resume_from: int | None,
-    goodput: Goodput,
-    check: Callable[[], None],
+    config: ConfigDict, directory: epath.Path, resume_from: int | None, goodput: Goodput, check: Callable[[], None]
 ) -> None:
     """The same within the lock of the workdir; `check` raises UserError once that is lost."""
     compilation_cache.use(config.compilation_cache)
@@ -95,7 +91,9 @@ def _train(
     start = start_step(directory, resume_from, distributed.is_first()) if (resumed := resumes(directory)) else None
     if resume_from is not None and not resumed:
         raise UserError(f"{directory}: has no step to resume from: leave --resume-from out")
-    source = open_step(directory, start) if resumed else open_checkpoint(_required(config, "init"))
+    if not (resumed or config.init):
+        raise UserError("config.init is not set: give --config.init=...")
+    source = open_step(directory, start) if resumed else open_checkpoint(config.init)
     _check_preset(config.model, source)
     model = dataclasses.replace(
         source.config,
@@ -233,6 +231,7 @@ def _train(
         if step % config.log_every == 0 or step == steps:
             writer.write(step, values)
 
+    @goodput.measure("evaluation")
     def validate(step: int) -> None:
         total, count = 0.0, 0
         for batch, found in validation_batches.iterate_with_bad(0, validation.epoch_steps(0), config.data.workers):
@@ -245,6 +244,7 @@ def _train(
             writer.write(step, {"validation_loss": loss})
             screen.say(f"step {step}: validation loss {loss:.4f}")
 
+    @goodput.measure("evaluation")
     def ask(step: int) -> None:
         """Has the model of this step answer a benchmark."""
         scores = asked.run(step, state.trainable | frozen, settings.dtype, directory)
@@ -277,16 +277,14 @@ def _train(
         closing.enter_context(goodput.measure("step"))
         request = closing.enter_context(catch_signals())
         if asked and start == 0:  # where its model began; what is wrong with the benchmark shows now
-            with goodput.measure("evaluation"):
-                ask(0)
+            ask(0)
         if start:  # a crash or a signal may have come between the saving of this step and its evaluation
             written = _names_written(writer, start)
             evaluate, ask_now = due(start)
-            with goodput.measure("evaluation"):
-                if evaluate and "validation_loss" not in written:
-                    validate(start)
-                if ask_now and not any(name.startswith(f"{asked.name}/") for name in written):
-                    ask(start)
+            if evaluate and "validation_loss" not in written:
+                validate(start)
+            if ask_now and not any(name.startswith(f"{asked.name}/") for name in written):
+                ask(start)
         pending = None  # metrics are read one step late, so that the device never waits for the host
         read_ahead = goodput.waiting("data", batches.iterate_with_bad(start, steps, config.data.workers))
         for step, (batch, found) in enumerate(read_ahead, start + 1):
@@ -325,11 +323,9 @@ def _train(
                 cli.report(UserError(f"step {step}, which is saved: {verdict}"))
                 raise distributed.LeaveTogether(1)
             if evaluate:
-                with goodput.measure("evaluation"):
-                    validate(step)
+                validate(step)
             if ask_now:
-                with goodput.measure("evaluation"):
-                    ask(step)
+                ask(step)
             if stop and step < steps:
                 if first:
                     name = signal.Signals(stop).name
@@ -342,12 +338,6 @@ def _train(
 
 
 # ------------------------------------------------------------------------------------------------- parts of the set-up
-
-
-def _required(config: ConfigDict, key: str, prefix: str = "") -> str:
-    if not config[key]:
-        raise UserError(f"config.{prefix}{key} is not set: give --config.{prefix}{key}=...")
-    return config[key]
 
 
 def _bad_pictures(writer: MetricsWriter | None) -> int:

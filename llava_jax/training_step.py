@@ -184,11 +184,7 @@ def on_each_device(
 
 
 def train_step(
-    settings: StepSettings,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Params,
-    batch: Batch,
+    settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step. Only what is trainable is differentiated, clipped, counted and updated."""
     loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
@@ -228,7 +224,8 @@ def abstract_state(
     """
     trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
     moments = jax.eval_shape(optimizer.init, trainable)
-    moments = jax.tree.map(with_sharding, moments, sharding.tree_shardings(mesh, moments))
+    places = sharding.tree_shardings(mesh, moments)
+    moments = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), moments, places)
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
 
 
@@ -242,10 +239,6 @@ def abstract_placed(
         )
         for name, dtype in dtypes.items()
     }
-
-
-def with_sharding(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:

@@ -16,7 +16,8 @@ from llava_jax import chat, cli
 from llava_jax.checkpoint import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.generate import Generator, Request, Sampling
-from llava_jax.serve.engine import Engine, Piece
+from llava_jax.serve.answer import Piece
+from llava_jax.serve.engine import Engine
 
 
 @pytest.fixture(scope="module")

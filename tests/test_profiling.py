@@ -20,6 +20,7 @@ def loop(profile: Profile, steps: int) -> None:
     """As in training: a step's metrics are read after the next one was dispatched."""
     square, pending = jax.jit(jnp.square), None
     for step in range(1, steps + 1):
+        profile.begin(step)
         with profile.step(step):
             value = square(float(step))
         if pending:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llava_jax.cli import UserError
 from llava_jax.data import records
 from llava_jax.data.records import RecordFile, load_json, local_data, scan
-from llava_jax.data.samples import find_faults, record_value
+from llava_jax.data.samples import read_sample, record_value
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate.answers import read_answers, read_json
 from llava_jax.evaluate.lines import read_lines
@@ -254,7 +254,7 @@ def test_numbers_and_depths_that_python_cannot_take_are_one_line(tmp_path, capsy
     file.write_text(f"[{good},{bad}]" if as_array else f"{good}\n{bad}")
     with pytest.raises(UserError, match="data.json: .*is no JSON: .*(nested|digits)"):
         for record in scan(file, file):
-            find_faults(record_value(record))
+            read_sample(record_value(record))
 
 
 @pytest.mark.parametrize("name", tiny.IRREGULAR)

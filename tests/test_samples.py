@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.data.records import Record
-from llava_jax.data.samples import Sample, find_faults, parse_sample
+from llava_jax.data.samples import Sample, parse_sample, read_sample
 
 QUESTION, ANSWER = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}
 TURNS = (("user", "<image>\nWhat is it?"), ("assistant", "A cat."))
@@ -126,7 +126,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("kind", "detail", "value"), FAULTS)
 def test_what_is_not_used_is_a_fault_by_name(kind, detail, value):
-    faults = [fault for fault in find_faults(value) if detail in fault.detail]
+    faults = [fault for fault in read_sample(value).faults if detail in fault.detail]
     assert [fault.kind for fault in faults] == [kind]
     with pytest.raises(UserError, match="F: line 1"):
         parse(value)
@@ -162,7 +162,7 @@ json_values = st.recursive(
 )
 def test_any_json_is_a_sample_or_has_faults(value):
     before = copy.deepcopy(value)
-    if find_faults(value):
+    if read_sample(value).faults:
         with pytest.raises(UserError):
             parse(value)
     else:

@@ -9,7 +9,8 @@ import pytest
 
 from llava_jax.cli import UserError
 from llava_jax.data import cache, sources
-from llava_jax.data.sources import LlavaJson, Sample, find_faults
+from llava_jax.data.samples import read_sample
+from llava_jax.data.sources import LlavaJson, Sample
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A cat.\u2028"}
@@ -66,7 +67,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("kind", "detail", "value"), FAULTS)
 def test_faults_name_file_place_and_id(tmp_path, kind, detail, value):
-    (fault,) = find_faults(value)
+    (fault,) = read_sample(value).faults
     assert fault.kind == kind and detail in fault.detail
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(GOOD[0]) + "\n\n" + json.dumps(value))
@@ -101,9 +102,9 @@ def test_faulty_records_of_a_lenient_source_raise_where_they_are_asked_for(tmp_p
 
 def test_all_faults_of_a_sample_are_told():
     value = {"conversations": [{"from": "bot", "value": 1}, 2]}
-    assert [fault.kind for fault in find_faults(value)] == ["role", "structure", "structure"]
+    assert [fault.kind for fault in read_sample(value).faults] == ["role", "structure", "structure"]
     value = record(("human", "<image>"), ("human", "q"))
-    assert [fault.kind for fault in find_faults(value)] == ["order", "marks"]
+    assert [fault.kind for fault in read_sample(value).faults] == ["order", "marks"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from benchmarks.synthetic import SUBSETS, main, make_samples
-from llava_jax.data.sources import find_faults
+from llava_jax.data.samples import read_sample
 
 
 def test_subsets_are_those_of_mix665k():
@@ -14,7 +14,7 @@ def test_subsets_are_those_of_mix665k():
 
 def test_samples_are_valid_and_the_same_for_a_seed():
     samples = list(make_samples(300, pictures=7))
-    assert not [fault for sample in samples for fault in find_faults(sample)]
+    assert not [fault for sample in samples for fault in read_sample(sample).faults]
     assert {sample.get("image") for sample in samples} == {None, *(f"{i:012}.jpg" for i in range(7))}
     assert list(make_samples(300, pictures=7)) == samples == list(make_samples(400, pictures=7))[:300]
     assert list(make_samples(300, pictures=7, seed=1)) != samples

@@ -53,11 +53,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "difference from a base, a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
     add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
-    add(
-        "--template",
-        metavar="NAME",
-        help="of conversations (default: what the tokenizer's own chat template is, or v1)",
-    )
+    add("--template", metavar="NAME", help="of conversations (default: what the tokenizer's own chat template is, or "
+        "v1)")  # fmt: skip
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
     add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
         "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
@@ -168,12 +165,7 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
         ("copy-frozen", _copy_frozen, "Copies the frozen parameters that a training workdir takes from the checkpoint "
          "it was started from into the workdir. Afterwards that checkpoint may be moved or deleted."),
     ):  # fmt: skip
-        parser = commands.add_parser(
-            name,
-            help=copies.__doc__,
-            description=description,
-            epilog=EXAMPLE,
-        )
+        parser = commands.add_parser(name, help=copies.__doc__, description=description, epilog=EXAMPLE)
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
         parser.add_argument("--source", metavar="DIR", help="a place on an object store that the checkpoint takes "
                             "parameters from, so that it may be read")  # fmt: skip

@@ -54,12 +54,8 @@ def with_adapter(base: Tensors, directory: Path, find: Callable[[str], str] = la
     """W + scale B A (Hu et al. 2021, section 4.1) in the place of each W that has an A and a B in the directory, and
     what it holds whole (`modules_to_save`) in the place of what the base has.
 
-    Args:
-      base: the model that the adapter was trained from.
-      directory: of the adapter.
-      find: the base's name of what the model that was adapted called by this name.
-
-    Raises UserError for adapters of another kind or for another base.
+    `find` gives the base's name of what the model that was adapted called by a name. Raises UserError for adapters of
+    another kind or for another base.
     """
     where = str(directory / SETTINGS)
     settings = read_object(directory / SETTINGS)

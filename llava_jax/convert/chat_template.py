@@ -60,13 +60,10 @@ _JINJA = """\
 def chat_template(
     template: Template, system: str, image_token: str = IMAGE_TOKEN, image_position: str = "first"
 ) -> str:
-    """Jinja that renders messages as `data.conversation.render` renders turns.
+    """Jinja that renders messages as `data.conversation.render` renders turns, with `system` where they bring none.
 
-    Args:
-      template: the text around the turns.
-      system: the system prompt where the messages bring none.
-      image_token: what the processor's tokenizer calls an image.
-      image_position: where images stood in training, see `data.conversation.place_prompt_images`.
+    `image_token` is what the processor's tokenizer calls an image; for `image_position`, where images stood in
+    training, see `data.conversation.place_prompt_images`.
     """
     image = template.image.replace(IMAGE_TOKEN, image_token)
     clean = " | trim" if template.strip else ""

@@ -23,7 +23,7 @@ from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.outgoing import common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import write_json
-from llava_jax.data.conversation import Template, get_template, stop_strings, with_im_start_end
+from llava_jax.data.conversation import get_template, stop_strings, with_im_start_end
 from llava_jax.data.fit import end_of_answer, missing_marks
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
@@ -74,14 +74,10 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "preprocessor_config.json", hf_processor.write_image_processor(config))
     write_json(directory / "processor_config.json", hf_processor.write_processor(config, special.image.text))
-    jinja = _jinja(template, tokenizer, special.image.text, config.image_position)
+    system = default_system(tokenizer) if template.system is None else template.system
+    jinja = chat_template(template, system, special.image.text, config.image_position)
     (directory / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     return special
-
-
-def _jinja(template: Template, tokenizer: PreTrainedTokenizerBase, image: str, image_position: str) -> str:
-    system = default_system(tokenizer) if template.system is None else template.system
-    return chat_template(template, system, image, image_position)
 
 
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:

@@ -5,7 +5,6 @@ which it opens by that name, is a file of torch. Its models need no token for im
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 from llava_jax.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint
@@ -40,14 +39,11 @@ def export_original(
     """Writes a whole model: weights, config.json, generation_config.json and the tokenizer.
 
     Args:
-      checkpoint_path: the model.
-      output: a directory that does not exist.
       dtype: of all weights; by default as stored.
       tower: what the original is to load its vision tower from; by default that of OpenAI with these shapes.
       with_tower: whether the tower's weights are written too, as in v1.5, or only named, as before.
 
-    Raises:
-      UserError: the original has no such model.
+    Raises UserError where the original has no such model.
     """
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
@@ -63,7 +59,7 @@ def export_original(
         copy_tokenizer(checkpoint.tokenizer_dir, directory)
         write_json(directory / "config.json", settings)
         write_json(directory / "generation_config.json", generation)
-        write_shards(directory, list(tensors_of(checkpoint, dtype, _names(checkpoint.config), parts)))
+        write_shards(directory, list(tensors_of(checkpoint, dtype, _names(checkpoint), parts)))
 
 
 def export_projector(checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None) -> None:
@@ -73,22 +69,20 @@ def export_projector(checkpoint_path: str, output: str, dtype: str | None = None
     settings = _settings(checkpoint, tower, dtype) | {"tune_mm_mlp_adapter": True}
     with new_export(output) as directory:
         write_json(directory / "config.json", settings)
-        save_torch(
-            directory / PROJECTOR, list(tensors_of(checkpoint, dtype, _names(checkpoint.config), ("projector",)))
-        )
+        save_torch(directory / PROJECTOR, list(tensors_of(checkpoint, dtype, _names(checkpoint), ("projector",))))
 
 
-def _names(config: LlavaConfig) -> Callable[[str, str], str]:
-    return functools.partial(_name, config.projector_type)
-
-
-def _name(projector_type: str, part: str, leaf: str) -> str:
+def _names(checkpoint: Checkpoint) -> Callable[[str, str], str]:
     """The modules of the original's projector are numbered, the GELUs between the layers too; a single one is not."""
-    if part == "projector":
-        linear, kind = leaf.split(".")
-        module = 2 * (int(linear.removeprefix("linear_")) - 1)
-        leaf = kind if projector_type == "linear" else f"{module}.{kind}"
-    return _PREFIXES[part] + leaf
+
+    def name(part: str, leaf: str) -> str:
+        if part == "projector":
+            linear, kind = leaf.split(".")
+            module = 2 * (int(linear.removeprefix("linear_")) - 1)
+            leaf = kind if checkpoint.config.projector_type == "linear" else f"{module}.{kind}"
+        return _PREFIXES[part] + leaf
+
+    return name
 
 
 def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> Json:

@@ -30,12 +30,7 @@ FAMILIES = {
     # Where it uses its sliding window, Qwen2 does so in its last layers alone; no published one does.
     "qwen2": _Family(
         "Qwen2ForCausalLM",
-        {
-            "vocab_size": 151936,
-            "intermediate_size": 22016,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-        },
+        {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768},
         {"use_sliding_window": False, "mlp_bias": False},
     ),
 }

@@ -22,16 +22,9 @@ Json = dict[str, Any]
 
 # What makes a directory's tokenizer; nothing else is copied from a source.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _ROLES = ("bos", "eos", "unk", "pad")
 PAD_TOKEN = "<pad>"
 ROWS_MULTIPLE = 64
@@ -58,13 +51,8 @@ def choose_special_tokens(
 ) -> SpecialTokens:
     """The tokens of images and of padding. A padding token that is the unknown one counts as none.
 
-    Args:
-      tokenizer: that of the model.
-      vocab_size: rows of the model.
-      index: the id that the source's `config.json` names for images, if any; one without a row is of no use.
-
-    Raises:
-      UserError: the source's files contradict each other.
+    `index` is the id that the source's `config.json` names for images; one without a row is of no use. Raises UserError
+    where the source's files contradict each other.
     """
     vocab = tokenizer.get_vocab()
     own = vocab.get(IMAGE_TOKEN)

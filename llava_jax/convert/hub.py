@@ -25,13 +25,9 @@ from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _SETTINGS = (
-    *TOKENIZER_FILES,
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "adapter_config.json",
-)
+)  # fmt: skip
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
 # Beside safetensors they are the same weights again.
 _TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model*.bin")
@@ -48,12 +44,7 @@ class Located(NamedTuple):
 def locate(source: str, flag: str) -> Located:
     """A path that exists, or what a name on the Hub (`organisation/name`, `...@revision`) stands for, downloaded.
 
-    Args:
-      source: what the user gave; a path that exists is one.
-      flag: by which it was given, for messages.
-
-    Raises:
-      UserError: it is neither, or cannot be had.
+    `flag` is the option that the source was given by. Raises UserError where it is neither, or cannot be had.
     """
     if "://" in os.fspath(source):
         raise UserError(f"{source}: weights are read from a local disk only; copy it there")

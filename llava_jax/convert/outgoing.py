@@ -14,6 +14,7 @@ from llava_jax.cli import UserError
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry, to_hf_tensor
 from llava_jax.convert.shards import Tensor
+from llava_jax.convert.sums import resized
 
 PARTS = ("vision", "projector", "llm", "head")
 _ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # those with a row for each token
@@ -38,13 +39,10 @@ def tensors_of(
     parts: tuple[str, ...] = PARTS,
     rows: int | None = None,
 ) -> Iterator[Tensor]:
-    """The tensors of some parts of a model, none of them read yet.
+    """The tensors of some parts of a model, none of them read yet, in `dtype` or in the types that they are stored in.
 
     Args:
-      checkpoint: the model.
-      dtype: of all tensors; by default each has the one that it is stored in.
       name_of: (part, leaf name) -> the name in the export.
-      parts: which.
       rows: of the embeddings and the head, new ones the mean of the others; by default those that there are.
     """
     stored = checkpoint.abstract()
@@ -70,10 +68,7 @@ def read_tensor(checkpoint: Checkpoint, entry: Entry, layer: int) -> np.ndarray:
 
 def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     tensor = read_tensor(checkpoint, entry, layer)
-    if tensor.shape != shape:
-        mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
-        tensor = np.concatenate([tensor, np.repeat(mean, shape[0] - len(tensor), axis=0)])
-    return cast(tensor, dtype, entry.name)
+    return cast(tensor if tensor.shape == shape else resized(tensor, shape[0]), dtype, entry.name)
 
 
 def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -79,11 +79,7 @@ def _header(tensors: Iterable[Tensor]) -> bytes:
     fields, end = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
-        fields[tensor.name] = {
-            "dtype": _DTYPES[tensor.dtype.name],
-            "shape": tensor.shape,
-            "data_offsets": [begin, end],
-        }
+        fields[tensor.name] = {"dtype": _DTYPES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -43,7 +43,7 @@ def overlaid(base: Tensors, over: Tensors) -> Tensors:
 
 def with_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
     """Its first rows, or all of them and further ones: the mean of those that it has, since a row of zeros can win."""
-    return tensor._replace(shape=(rows, *tensor.shape[1:]), read=functools.partial(_resized, tensor, rows))
+    return tensor._replace(shape=(rows, *tensor.shape[1:]), read=lambda: resized(tensor.read(), rows))
 
 
 def concatenated(first: StoredTensor, second: StoredTensor) -> StoredTensor:
@@ -64,8 +64,8 @@ def _summed(difference: StoredTensor, base: StoredTensor) -> np.ndarray:
     return values
 
 
-def _resized(tensor: StoredTensor, rows: int) -> np.ndarray:
-    values = tensor.read()
+def resized(values: np.ndarray, rows: int) -> np.ndarray:
+    """What `with_rows` reads."""
     if rows <= len(values):
         return values[:rows]
     mean = values.mean(axis=0, keepdims=True, dtype=np.float32).astype(values.dtype)

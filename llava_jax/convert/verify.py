@@ -70,14 +70,12 @@ def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
     if importlib.util.find_spec("torch") is None:
         yield Finding("computed", None, f"{missing}: torch is not installed (pip install 'llava_jax[torch-import]')")
     elif layers == 0:
-        yield Finding(
-            "computed", None, f"{missing}: the memory does not hold both models with a single layer in float32"
-        )
+        missing += ": the memory does not hold both models with a single layer in float32"
+        yield Finding("computed", None, missing)
     else:
         if layers < checkpoint.config.text.num_layers:
-            yield Finding(
-                "computed", None, f"with the first {layers} layers, as many as the memory holds of both models"
-            )
+            part = f"with the first {layers} layers, as many as the memory holds of both models"
+            yield Finding("computed", None, part)
         yield from compare_computed(checkpoint, hf, layers)
 
 
@@ -216,18 +214,12 @@ def compare_logits(both: Both) -> Finding:
     prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
     with torch.no_grad():
         theirs = both.model(**both.inputs(prompt)).logits[0].numpy()
-    ours = np.asarray(
-        _logits(
-            generator.config, both.params, prompt.tokens, prompt.image_feature_index, generator.prompts.read(PICTURE)
-        )
-    )
+    pixels = generator.prompts.read(PICTURE)
+    ours = np.asarray(_logits(generator.config, both.params, prompt.tokens, prompt.image_feature_index, pixels))
     theirs = theirs[:, : ours.shape[-1]]  # an export may have more rows
     apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    return Finding(
-        "logits",
-        apart <= TOLERANCE * largest,
-        f"within {apart:.2g} of up to {largest:.3g}, {len(prompt.tokens)} tokens, float32",
-    )
+    detail = f"within {apart:.2g} of up to {largest:.3g}, {len(prompt.tokens)} tokens, float32"
+    return Finding("logits", apart <= TOLERANCE * largest, detail)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -263,12 +255,10 @@ def compare_ids(both: Both) -> Finding:
             for name in ("input_ids", "pixel_values")
             if ours[name].shape != theirs[name].shape or not np.allclose(ours[name], theirs[name], rtol=0, atol=1e-6)
         ]
-    known = " (one id fewer after a picture is known of SentencePiece, see docs/weights.md)"
-    return Finding(
-        "processor",
-        None if wrong else True,
-        f"its {', '.join(wrong)} are others{known}" if wrong else f"ids and pixels of {len(QUESTIONS)} prompts",
-    )
+    if not wrong:
+        return Finding("processor", True, f"ids and pixels of {len(QUESTIONS)} prompts")
+    known = "(one id fewer after a picture is known of SentencePiece, see docs/weights.md)"
+    return Finding("processor", None, f"its {', '.join(wrong)} are others {known}")
 
 
 def compare_answers(both: Both) -> Finding:

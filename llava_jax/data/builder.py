@@ -22,21 +22,16 @@ BAD_PICTURES = "bad_pictures.json"  # what workers of Beam found
 
 
 class LlavaBuilder(FileReaderBuilder, skip_registration=True):
-    """Writes `shards` and what describes them; `tfds.builder_from_directory` reads the result.
-
-    Attributes:
-      bad_pictures: what `download_and_prepare` found: with any the set is not finished.
-    """
+    """Writes `shards` and what describes them; `tfds.builder_from_directory` reads the result."""
 
     name = "llava"
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="custom", description="Data in LLaVA's format."), *PUBLISHED]
 
     def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
-        """Args: `workers`, threads that write (0: one a core)."""
         self.shards = shards
-        self.workers = workers or os.cpu_count()
-        self.bad_pictures: list[BadPicture] = []
+        self.workers = workers or os.cpu_count()  # threads that write
+        self.bad_pictures: list[BadPicture] = []  # that `download_and_prepare` found: with any the set isn't finished
         super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:

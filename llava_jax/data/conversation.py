@@ -139,15 +139,13 @@ TEMPLATES: dict[str, Template] = {
         replace(_MPT, name="chatml_direct", system="Answer the questions."),
         Template(name="plain", system="", head="", question=("", ""), reply="", end="\n", captions=True),
         # From here on equal to the chat templates that tokenizers carry. BOS comes from the tokenizer.
-        Template(
+        replace(
+            _MPT,
             name="chatml",
             system=None,
             head="<|im_start|>system\n{system}<|im_end|>\n",
             question=("<|im_start|>user\n", "<|im_end|>\n"),
-            reply="<|im_start|>assistant\n",
-            end="<|im_end|>",
             tail="\n",
-            special=("<|im_start|>", "<|im_end|>"),
         ),
         Template(
             name="llama_3",
@@ -216,7 +214,6 @@ def render(
       turns: (role, text): 'user' and 'assistant' in turn, the user first; before them perhaps one of 'system'.
         Text None in a last turn of the assistant leaves it open: the prompt of an answer, and what the text of
         training begins with.
-      template: the text around the turns.
       system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
       begun: what an open last turn begins with, which the answer continues.
 

@@ -4,8 +4,10 @@ import re
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 32  # characters of a begun answer: enough to decode the space before a word
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE (Radford et al. 2019)
 _INCOMPLETE = "\ufffd"  # what tokenizers decode the first bytes of an unfinished character to
 
 
@@ -15,23 +17,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
         return b""
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):  # of SentencePiece
         return bytes.fromhex(byte[1])
-    if _is_byte_level(tokenizer):
+    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder):
         return bytes(_BYTES[letter] for letter in name if letter in _BYTES)
     return name.replace("\u2581", " ").encode()
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Letter -> byte of byte-level BPE (Radford et al. 2019): printable bytes are themselves, the rest follow."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_level_alphabet()
 
 
 class AnswerStream:

@@ -18,22 +18,8 @@ if TYPE_CHECKING:
 _QUESTION, _ANSWER = ("user", "What is it?"), ("assistant", "A cat")
 # Beginnings that tokenizers treat differently. Those with white space `encode_turns` sees to, sample by sample.
 _ANSWERS = (
-    "A cat.",
-    "a cat",
-    "2",
-    "3 cats.",
-    "été",
-    "日本",
-    "Ответ",
-    "(a)",
-    "'s",
-    '"x"',
-    "- x",
-    "...",
-    "🧑",
-    "<b>",
-    "",
-)
+    "A cat.", "a cat", "2", "3 cats.", "été", "日本", "Ответ", "(a)", "'s", '"x"', "- x", "...", "🧑", "<b>", ""
+)  # fmt: skip
 
 
 def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -2,14 +2,13 @@
 images; with it those of the samples that are shown, and says how large they are."""
 
 import argparse
-import io
+import contextlib
 import itertools
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 from rich.console import Console
@@ -111,7 +110,7 @@ def image_sizes(samples: LlavaJson, index: int) -> list[ImageSize]:
 
 
 def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
-    with _output(out) as file:
+    with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else whole_file(out) as file:
         for sample, encoded, images in samples:
             line = {
                 "id": sample.id,
@@ -121,19 +120,7 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
             }
             if images is not None:
                 line["images"] = [image._asdict() for image in images]
-            print(json.dumps(line), file=file)
-
-
-@contextmanager
-def _output(out: str) -> Iterator[TextIO]:
-    """Standard output for -, else a file that is there once it is whole."""
-    if out == "-":
-        yield sys.stdout
-        return
-    with whole_file(out) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8")
-        yield text
-        text.detach()  # and flush
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:

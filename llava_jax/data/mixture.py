@@ -24,17 +24,12 @@ KEYS = {"json", "images", "built", "weight"}
 
 
 class Mixture(Sequence[Sample]):
-    """The samples of several sources one after the other: a `Source`.
-
-    Attributes:
-      sources, weights: as many each.
-      starts: where each source begins, and where the last ends.
-    """
+    """The samples of several sources one after the other, with a weight each: a `Source`."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = tuple(sources)
         self.weights = tuple(weights)
-        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]
+        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and where the last one ends
         self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -60,9 +55,8 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     if not data.mixture:
         return _open("config.data", single, data, lenient)
     if single:
-        raise UserError(
-            f"config.data.mixture stands beside {_names(single)}: set either, or name that in the mixture too"
-        )
+        names = " and ".join(f"config.data.{key}" for key in single)
+        raise UserError(f"config.data.mixture stands beside {names}: set either, or name that in the mixture too")
     entries = [(f"config.data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)]
     for name, entry in entries:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
@@ -87,10 +81,6 @@ def _weight(name: str, weight: Any) -> float:
     if not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
     return float(weight)
-
-
-def _names(single: Mapping[str, Any]) -> str:
-    return " and ".join(f"config.data.{key}" for key in single)
 
 
 def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:

@@ -16,14 +16,10 @@ class ModalityOrder(Order):
     What is left of both kinds at the end goes together into the last batches of the epoch, of which there are so many
     as without grouping. In a batch the samples are dealt to the groups, the longest first, so that these are equally
     long.
-
-    Attributes:
-      lengths: of all samples that are indexed.
-      rows_per_group: rows of a group; `batch_rows` is a multiple.
     """
 
-    lengths: Lengths
-    rows_per_group: int
+    lengths: Lengths  # of all samples that are indexed
+    rows_per_group: int  # `batch_rows` is a multiple
 
     def visits(self, epoch: int, part: slice = slice(None)) -> np.ndarray:
         return _grouped(self, epoch)[part]

@@ -43,13 +43,9 @@ class PackedOrder(Order):
     """Several samples a row; every sample once an epoch, the last group and batch filled up with empty rows.
 
     Epochs may differ by a step or so. A sample of no tokens, as skipped ones are, may stand in any row.
-
-    Attributes:
-      lengths: of all samples that are indexed.
-      room: what rows and groups hold.
     """
 
-    lengths: Lengths
+    lengths: Lengths  # of all samples that are indexed
     room: Room
     _planned: dict[int, Rows] = field(default_factory=dict, repr=False)
 
@@ -125,8 +121,7 @@ def fill(order: PackedOrder, epoch: int = 0) -> Fill:
 def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: Sequence[Sample]) -> list[PackedOrder]:
     """Packs all into the same room, whose image slots are chosen for the first of them where they are 0.
 
-    Raises:
-      UserError: a sample of `source` that has more images than a group slots.
+    Raises UserError for a sample of `source` that has more images than a group slots.
     """
     indices = np.concatenate([order.indices for order in orders])
     richest = int(indices[np.argmax(lengths.images[indices])])
@@ -169,11 +164,8 @@ def image_slot_plans(order: Order, lengths: Lengths, row_length: int, rows_per_g
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, room: Room) -> list[list[list[int]]]:
-    """Groups of rows of samples, these numbered as they are given, which is the order of the draws.
-
-    Args:
-      tokens, images: int[N] of the samples; none has more tokens than a row or more images than a group.
-    """
+    """Groups of rows of samples, by their `tokens` and `images`, int[N]: none has more tokens than a row or more images
+    than a group. Samples are numbered as they are given, which is the order of the draws."""
     pool, groups = _Pool(tokens, images, room.row_length), []
     while pool.count:
         group, used = [], 0

@@ -70,11 +70,7 @@ class TextEncoder:
 
     def __call__(self, sample: Sample) -> Row:
         encoded = encode_sample(
-            sample,
-            self.template,
-            self.tokenizer,
-            image_position=self.image_position,
-            seed=self.seed,
+            sample, self.template, self.tokenizer, image_position=self.image_position, seed=self.seed
         )
         return expand(encoded, self.image_tokens, self.max_length)
 
@@ -107,14 +103,10 @@ def measure(
     stride: int = 1,
     skip_bad: bool = False,
 ) -> Lengths:
-    """Encodes the text of samples once, so that all errors in it appear before step 0.
+    """Encodes the text of samples first, first + stride, ... once, so that all errors in it appear before step 0.
 
-    Args:
-      first, stride: samples first, first + stride, ... are measured, by default all.
-      skip_bad: samples that cannot be encoded, or hold nothing to learn, have no tokens instead of raising.
-
-    Raises:
-      UserError: the first sample that cannot be encoded or holds nothing to learn.
+    Raises UserError for the first sample that cannot be encoded or holds nothing to learn; with `skip_bad` such samples
+    have no tokens instead.
     """
     indices = range(first, len(source), stride)
     starts = grain.MapDataset.range(0, len(indices), MEASURED_TOGETHER)
@@ -174,11 +166,8 @@ def _id(source: Source, index: int) -> str:
 
 
 def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places samples, text and pictures, one after the other in one row.
-
-    Returns:
-      The row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3]; image indices count the row's own images.
-    """
+    """Places samples, text and images, one after the other in one row; -> the row's arrays, int32[T] each, and
+    `images`, uint8[n, H, W, 3]. Image indices count the row's own images."""
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
     start, images = 0, []
     for segment, (text, pictures) in enumerate(samples, start=1):
@@ -223,10 +212,7 @@ class Batches:
     """The batches of a run by step: `batches[k]`, or read ahead, `batches.iterate(start, stop)`.
 
     Args:
-      source: the samples and their pictures.
-      encode: the text of a sample, as `TextEncoder`.
-      decode: an encoded picture and its name to pixels, as `ImageDecoder`.
-      order: which samples stand in which row of which step.
+      encode, decode: as `TextEncoder` and `ImageDecoder` do.
       layout: the shapes, planned for all steps that will be taken.
       groups: those of each batch that are read, ascending; by default all. The others belong to other processes.
       skip_bad: whether a sample with a fault is skipped, in its place, instead of raising. One whose text is at fault
@@ -262,11 +248,8 @@ class Batches:
         return [_id(self.source, index) for row in self.order.rows(step) for index in row]
 
     def iterate(self, start: int, stop: int, workers: int = 0) -> Iterator[Batch]:
-        """The batches of steps start, ..., stop - 1, read ahead; to begin at any step costs nothing.
-
-        Args:
-          workers: processes that read; 0 reads with threads of this process.
-        """
+        """The batches of steps start, ..., stop - 1, read ahead by `workers` processes or, if 0, by threads of this
+        one; to begin at any step costs nothing."""
         with contextlib.closing(self.iterate_with_bad(start, stop, workers)) as batches:
             yield from (batch for batch, _ in batches)
 

@@ -39,11 +39,8 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
 
 
 def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses `held_out` of the samples for validation.
-
-    Returns:
-      The indices to train on and the held-out ones, disjoint and each in ascending order.
-    """
+    """Chooses `held_out` of the samples for validation; -> the indices to train on and the held-out ones, disjoint and
+    each in ascending order."""
     if num_samples < 1:
         raise UserError("the data set has no samples")
     if not 0 <= held_out < num_samples:
@@ -78,16 +75,11 @@ class Visits:
     A set of n samples and weight w is visited round(w x n) times an epoch: floor(w) times as a whole, and for the rest
     in part. The parts follow each other round and round through one order of the set that the seed chooses. So in each
     epoch, and in all epochs so far, two samples of a set are visited equally often, or one of them once more.
-
-    Attributes:
-      sets: int[n] each, indices of samples.
-      weights: of the sets.
-      seed: of the orders.
     """
 
-    sets: tuple[np.ndarray, ...]
+    sets: tuple[np.ndarray, ...]  # int[n] each, indices of samples
     weights: tuple[float, ...]
-    seed: int
+    seed: int  # of the orders
 
     def __len__(self) -> int:
         return sum(round(len(chosen) * weight) for chosen, weight in zip(self.sets, self.weights, strict=True))
@@ -110,17 +102,11 @@ def _visited(visits: Visits, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows.
+    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows."""
 
-    Attributes:
-      samples: int[N], indices of the samples to go through, or those of each epoch.
-      batch_rows: rows of a batch over all hosts.
-      seed: of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does.
-    """
-
-    samples: np.ndarray | Visits
-    batch_rows: int
-    seed: int | None
+    samples: np.ndarray | Visits  # int[N], indices of the samples to go through, or those of each epoch
+    batch_rows: int  # over all hosts
+    seed: int | None  # of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does
 
     @property
     def indices(self) -> np.ndarray:
@@ -171,25 +157,15 @@ class Order:
 
 @dataclass(frozen=True)
 class Layout:
-    """The static shapes of a batch.
+    """The static shapes of a batch."""
 
-    Attributes:
-      batch_rows: B, rows of a batch.
-      rows_per_group: rows that share image slots; the B / rows_per_group groups are what is sharded and accumulated.
-      max_length: T, positions of a row.
-      image_slots: I, pictures a group can hold.
-      label_slots: K, positions with a target a group can hold.
-      image_tokens: P, positions an image takes.
-      image_size: height and width of a picture in pixels.
-    """
-
-    batch_rows: int
-    rows_per_group: int
-    max_length: int
-    image_slots: int
-    label_slots: int
-    image_tokens: int
-    image_size: int
+    batch_rows: int  # B
+    rows_per_group: int  # that share image slots; the B / rows_per_group groups are what is sharded and accumulated
+    max_length: int  # T, positions of a row
+    image_slots: int  # I, images a group can hold
+    label_slots: int  # K, positions with a target a group can hold
+    image_tokens: int  # P, positions an image takes
+    image_size: int  # height and width of an image in pixels
 
     @property
     def groups(self) -> int:
@@ -219,8 +195,7 @@ def plan_layout(
       lengths: of all samples that the orders index.
       image_slots, label_slots: 0 takes the least that suffices, -1 none; else what the user wants.
 
-    Raises:
-      UserError: rows do not divide into groups, or wanted slots are too few (the error says how many are needed).
+    Raises UserError where rows do not divide into groups, or wanted slots are too few, with the number needed.
     """
     (batch_rows,) = {order.batch_rows for order, _ in schedules}
     if rows_per_group < 1 or batch_rows % rows_per_group:

@@ -13,21 +13,13 @@ OTHER_EXTENSIONS = (".png", ".gif", ".jpeg", ".JPG", ".webp")
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Published(tfds.core.BuilderConfig):
-    """A data set as it was published.
+    """A data set as it was published."""
 
-    Attributes:
-      json: the name of its file.
-      samples: in it.
-      text_only: of these, samples without a picture; None where it isn't known.
-      folders: what has to be in the folder of images, and where it comes from; "" is that folder itself.
-      source: who publishes the file.
-    """
-
-    json: str
+    json: str  # the name of its file
     samples: int
-    text_only: int | None
-    folders: dict[str, str]
-    source: str
+    text_only: int | None = 0  # of these, samples without an image; None where it isn't known
+    folders: dict[str, str]  # what has to be in the folder of images, and where it is from; "" is that folder itself
+    source: str  # who publishes the file
 
 
 COCO = "COCO train2017 (images.cocodataset.org/zips/train2017.zip)"
@@ -37,7 +29,6 @@ PUBLISHED = (
         description="CC3M, 595K image-text pairs balanced by concept: stage 1 of the first LLaVA.",
         json="chat.json",
         samples=595_375,
-        text_only=0,
         folders={"": "images.zip of the same place"},
         source="huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K",
     ),
@@ -46,7 +37,6 @@ PUBLISHED = (
         description="LAION, CC and SBU with BLIP captions, 558K: stage 1 of LLaVA 1.5.",
         json="blip_laion_cc_sbu_558k.json",
         samples=558_128,
-        text_only=0,
         folders={"": "images.zip of the same place"},
         source="huggingface.co/datasets/liuhaotian/LLaVA-Pretrain",
     ),
@@ -55,7 +45,6 @@ PUBLISHED = (
         description="LLaVA-Instruct: conversations, details and reasoning about COCO pictures.",
         json="llava_instruct_150k.json",
         samples=157_712,
-        text_only=0,
         folders={"": COCO},
         source="huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
     ),
@@ -103,10 +92,8 @@ def count_problems(published: Published, samples: int, text_only: int) -> Iterat
 
 
 def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[str]:
-    """Pictures that are not there, by folder, and where it looks like it what became of them.
-
-    Args: `missing`, their names -> the id of a sample with each.
-    """
+    """Pictures that are not there (name -> the id of a sample), by folder, and where it looks like it what became of
+    them."""
     folders = collections.defaultdict(list)
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)

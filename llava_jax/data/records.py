@@ -185,11 +185,7 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
 
 def _list_key(window: "_Window") -> str | None:
     """The first key of an object that holds a list of objects, None without one. Raises `UserError` for no JSON."""
-    window.peek()
-    window.at += 1  # the brace
-    separator = "," if window.peek() != "}" else "}"
-    while separator == ",":
-        window.peek()
+    for _ in window.elements("}"):
         key = window.read_value()[2]
         if window.peek() != ":":
             window.fail("Expecting ':' delimiter", window.at)
@@ -198,10 +194,6 @@ def _list_key(window: "_Window") -> str | None:
         if window.at_list_of_objects():
             return str(json.loads(key) if isinstance(key, bytes) else key)
         window.read_value()
-        separator = window.peek()
-        window.at += 1
-    if separator != "}":
-        window.fail("Expecting ',' delimiter", window.at)
     return None
 
 
@@ -220,18 +212,8 @@ def _lines(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[s
 def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[None, int, int, Any]]:
     """Nothing, start, stop and value of every element."""
     window = _Window(file, start, name)
-    window.peek()
-    window.at += 1  # the bracket
-    separator = "," if window.peek() != "]" else "]"
-    if separator == "]":
-        window.at += 1
-    while separator == ",":
-        window.peek()
+    for _ in window.elements("]"):
         yield None, *window.read_value()
-        separator = window.peek()
-        if separator not in ("]", ","):
-            window.fail("Expecting ',' delimiter", window.at)
-        window.at += 1
     if extra := window.peek():
         hint = ", a second array where one of all samples was expected (jq -s add joins them)" if extra == "[" else ""
         window.fail(f"Extra data{hint}", window.at)
@@ -257,6 +239,21 @@ class _Window:
             self.at = _SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or not self._grow():
                 return self.text[self.at : self.at + 1]
+
+    def elements(self, closing: str) -> Iterator[None]:
+        """Moves to each element of the array or object that is next, which has to be read there, and then past it."""
+        self.peek()
+        self.at += 1
+        separator = "," if self.peek() != closing else closing
+        if separator == closing:
+            self.at += 1
+        while separator == ",":
+            self.peek()
+            yield
+            separator = self.peek()
+            if separator not in (closing, ","):
+                self.fail("Expecting ',' delimiter", self.at)
+            self.at += 1
 
     def read_value(self) -> tuple[int, int, Any]:
         """Start, stop and value of what is next."""

@@ -73,11 +73,6 @@ def sample_id(record: Record, value: Any) -> str:
     return str(record.index if given is None else given)
 
 
-def find_faults(value: Any) -> list[Fault]:
-    """All that keeps a JSON value from being a sample; those of a kind that hides others come alone."""
-    return read_sample(value).faults
-
-
 def from_first_question(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Without an answer to nothing, which may stand before it."""
     roles = [role for role, _ in turns[:2]]
@@ -87,7 +82,7 @@ def from_first_question(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, st
 
 
 def read_sample(value: Any) -> Reading:
-    """What a JSON value says, or all of its faults."""
+    """What a JSON value says, or all of its faults; those of a kind that hides others come alone."""
     if not isinstance(value, dict):
         return _structure(f"is no object but {_shown(value)}")
     if not isinstance(value.get("id"), str | int | None):

@@ -65,25 +65,16 @@ class BadPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard to write; it travels to other machines.
+    """One shard to write; it travels to other machines."""
 
-    Attributes:
-      output: the directory of the data set, local or remote.
-      images: the folder that image names are relative to, see `names.ImageFolder`.
-      index, count: of this shard and of all.
-      begin, end: the bytes of `text.jsonl` that hold its samples.
-      samples: how many these are.
-      decode: whether to find pictures that cannot be decoded.
-    """
-
-    output: str
-    images: epath.PathLike
+    output: str  # the directory of the data set, local or remote
+    images: epath.PathLike  # the folder that image names are relative to, see `names.ImageFolder`
     index: int
-    count: int
-    begin: int
+    count: int  # of all shards
+    begin: int  # this and `end`: the bytes of `text.jsonl` that hold its samples
     end: int
-    samples: int
-    decode: bool = True
+    samples: int  # how many these are
+    decode: bool = True  # whether to find images that cannot be decoded
 
     @property
     def path(self) -> epath.Path:
@@ -99,13 +90,9 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
 
 
 def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
-    """Writes a shard unless it is there whole.
+    """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
 
-    Args:
-      stopped: asked before each sample; where true, `InterruptedError` ends it.
-
-    Returns:
-      The pictures that cannot be read: with any the shard is not written.
+    `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
     """
     bad: list[BadPicture] = []
     if is_whole(shard):

@@ -22,21 +22,15 @@ from llava_jax.data import cache
 from llava_jax.data.images import read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.records import Record, RecordFile, local_data, scan
-from llava_jax.data.samples import Sample, find_faults, parse_sample
-
-__all__ = ["LlavaJson", "Sample", "Source", "digest_of", "find_faults", "parse_sample"]
+from llava_jax.data.samples import Sample, parse_sample
 
 INDEX = 3  # of the caches of files: raise it when another version would find other faults or digests
 
 
 class Source(Protocol):
-    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read.
+    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read."""
 
-    Attributes:
-      digest: of all samples in their order, whatever holds them: `digest_of`.
-    """
-
-    digest: str
+    digest: str  # of all samples in their order, whatever holds them: `digest_of`
 
     def __len__(self) -> int: ...
 

@@ -34,11 +34,7 @@ class Problem(NamedTuple):
 
 
 class Survey(Sequence[Sample]):
-    """The records of a file that are samples: a `Source` of texts, once `read` has gone through.
-
-    Attributes:
-      unread: the keys of records that are left alone, and of how many.
-    """
+    """The records of a file that are samples: a `Source` of texts, once `read` has gone through."""
 
     def __init__(self, path: epath.PathLike, image_position: str = "first"):
         self.path = path
@@ -50,7 +46,7 @@ class Survey(Sequence[Sample]):
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
         self.names, self.users = array.array("q"), array.array("q")  # hashes of picture names, and whose they are
-        self.unread: collections.Counter[str] = collections.Counter()
+        self.unread: collections.Counter[str] = collections.Counter()  # keys that are left alone, and of how many
         self._digest = hashlib.sha256()
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:

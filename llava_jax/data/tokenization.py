@@ -151,10 +151,7 @@ def encode_sample(
 
 
 def encode_turns(
-    turns: Sequence[tuple[str, str | None]],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    begun: str = "",
+    turns: Sequence[tuple[str, str | None]], template: Template, tokenizer: PreTrainedTokenizerBase, begun: str = ""
 ) -> Encoded:
     """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
     if one is given.
@@ -207,10 +204,7 @@ class _Piece(NamedTuple):
 
 
 def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    if not learned_spans:
-        pieces = _tokenize(text, (), tokenizer)
-        return _joined(pieces, [np.zeros(len(piece.ids), bool) for piece in pieces])
-    spans = np.array(learned_spans)
+    spans = np.array(learned_spans, np.int64).reshape(-1, 2)
     pieces = _tokenize(text, (), tokenizer)
     if cuts := _straddled(pieces, spans[:, 0]):
         # White space that an answer begins with may share a token with the end of its prompt, which generation never

@@ -37,19 +37,13 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Attributes:
-    attention: backend, see `models.attention`.
-    packed: whether rows may hold several samples.
-    remat: what a layer keeps for the backward pass, see `REMAT_POLICIES`.
-    fsdp: how pieces of parameters become whole; None where every device has all.
-    tensor: over how many devices the heads are split.
-    """
+    """How attention is computed, what is kept and how parameters lie on devices."""
 
-    attention: str = "xla"
-    packed: bool = True
-    remat: str = "none"
-    fsdp: Fsdp | None = None
-    tensor: int = 1
+    attention: str = "xla"  # backend, see `models.attention`
+    packed: bool = True  # whether rows may hold several samples
+    remat: str = "none"  # what a layer keeps for the backward pass, see `REMAT_POLICIES`
+    fsdp: Fsdp | None = None  # how pieces of parameters become whole; None where every device has all
+    tensor: int = 1  # over how many devices the heads are split
 
     def whole(self, prefix: str, module: Any) -> Any:
         """A module (`prefix` is its name), its weights gathered from the devices that hold their pieces."""

@@ -3,6 +3,7 @@
 Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, R = B K.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -126,8 +127,7 @@ class Llama(nnx.Module):
         """
         unstack_layers(self, self.config.num_layers)
         for layer in self.layers if transposed else ():
-            transpose_kernels(layer.attention)
-            transpose_kernels(layer.mlp)
+            replace_linears(layer, RowLinear)
 
     def each_layer(self) -> list["LlamaLayer"]:
         """The layers one by one, stacked or not."""
@@ -252,11 +252,12 @@ class RowLinear(nnx.Module):
         return add_bias(jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x), self.bias)
 
 
-def transpose_kernels(module: nnx.Module) -> None:
-    """Makes every `Linear` of a module a `RowLinear`."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, Linear):
-            setattr(module, name, RowLinear(value))
+def replace_linears(layer: LlamaLayer, make: Callable[[Linear], nnx.Module]) -> None:
+    """Puts what `make` makes of every `Linear` of a layer in its place."""
+    for module in (layer.attention, layer.mlp):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Linear):
+                setattr(module, name, make(value))
 
 
 class SwiGLU(nnx.Module):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.layers import Linear, add_bias, broadcast_last
-from llava_jax.models.llama import Llama
+from llava_jax.models.layers import add_bias, broadcast_last
+from llava_jax.models.llama import Llama, replace_linears
 
 
 class Int8Linear(nnx.Module):
@@ -42,10 +42,7 @@ def quantize_decoder(llm: Llama) -> None:
     array of its own.
     """
     for layer in llm.layers:
-        for module in (layer.attention, layer.mlp):
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Linear):
-                    setattr(module, name, Int8Linear(value.kernel[...], value.bias))
+        replace_linears(layer, lambda linear: Int8Linear(linear.kernel[...], linear.bias))
     tied = llm.config.tie_word_embeddings
     llm.int8_head = Int8Linear(llm.embed_tokens.embedding[...].T if tied else llm.lm_head.kernel[...])
     if not tied:

@@ -77,12 +77,11 @@ def _api_key(file: str | None) -> str | None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.serve", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all"
-    )
-    parser.add_argument("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
+    add("--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all")
+    add("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
+    add(
         "--allowed-hosts",
         type=_allowed_names,
         default=[],
@@ -90,7 +89,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="more names of this server, as llava.example.org or *.example.org; * for any. Known without: localhost, "
         "loopback addresses, and --host",
     )
-    parser.add_argument(
+    add(
         "--allow-origin",
         type=_allowed_origin,
         action="append",
@@ -98,23 +97,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="URL",
         help="a site whose pages may use the API in browsers, as https://app.example.org; may be repeated",
     )
-    parser.add_argument(
-        "--model-name", type=_name, metavar="NAME", help="what clients ask for; the checkpoint's folder by default"
-    )
-    parser.add_argument("--template", metavar="NAME", help="instead of the checkpoint's")
-    parser.add_argument("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
-    parser.add_argument("--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests that may wait, 64")
-    parser.add_argument("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
-    parser.add_argument("--dtype", choices=DTYPES, help="to compute in; float32 on CPUs, bfloat16 elsewhere")
-    parser.add_argument("--mesh", type=_mesh, metavar="AXIS=N", help="split over devices, as tensor=4; one by default")
-    parser.add_argument("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
-    parser.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
-    parser.add_argument(
-        "--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with pictures, 32"
-    )
-    parser.add_argument("--no-page", action="store_true", help="the API alone, without the web page at /")
-    parser.add_argument("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
-    parser.add_argument(
+    add("--model-name", type=_name, metavar="NAME", help="what clients ask for; the checkpoint's folder by default")
+    add("--template", metavar="NAME", help="instead of the checkpoint's")
+    add("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
+    add("--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests that may wait, 64")
+    add("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
+    add("--dtype", choices=DTYPES, help="to compute in; float32 on CPUs, bfloat16 elsewhere")
+    add("--mesh", type=_mesh, metavar="AXIS=N", help="split over devices, as tensor=4; one by default")
+    add("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
+    add("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
+    add("--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with pictures, 32")
+    add("--no-page", action="store_true", help="the API alone, without the web page at /")
+    add("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
+    add(
         "--compilation-cache",
         default=compilation_cache.usual(),
         metavar="D",

@@ -63,22 +63,14 @@ Sink = Callable[[Piece | BaseException | None], None]  # takes pieces, then None
 
 class Answer:
     """A request in the engine's hands. Iterating gives its pieces as they come, until it is finished, unless a `sink`
-    takes them, which is called in the engine's thread.
-
-    Attributes:
-      prompt_tokens: positions that the prompt takes, pictures included.
-      prefix_tokens: how many of them were not computed again.
-      tokens: ids generated so far, one that ends the answer included.
-      finish_reason: "stop", "length" or "cancelled"; None until it is finished, or where it failed.
-      first_token_seconds: from `submit` to the first token; None before.
-    """
+    takes them, which is called in the engine's thread. `prompt_tokens`: positions of the prompt, images included."""
 
     def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int, sink: Sink | None = None):
         self.request, self.sampling, self.prompt_tokens = request, sampling, prompt_tokens
-        self.prefix_tokens = 0
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self.first_token_seconds: float | None = None
+        self.prefix_tokens = 0  # how many of these were not computed again
+        self.tokens: list[int] = []  # ids generated so far, one that ends the answer included
+        self.finish_reason: str | None = None  # "stop", "length" or "cancelled"; None before, or where it failed
+        self.first_token_seconds: float | None = None  # from `submit` to the first token; None before
         self.submitted = time.monotonic()
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import NoReturn
@@ -10,7 +11,8 @@ import anyio
 
 from llava_jax.cli import UserError
 from llava_jax.generate import Request, Sampling
-from llava_jax.serve.engine import Answer, ContextExceeded, Engine, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.serve.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.serve.engine import Engine
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 
@@ -38,16 +40,13 @@ class Answers:
 
     def _submit(self) -> None:
         for index, sampling in enumerate(self._samplings):
-            self.answers.append(self._engine.submit(self._request, sampling, sink=self._sink(index)))
+            self.answers.append(self._engine.submit(self._request, sampling, sink=functools.partial(self._put, index)))
             if self._cancelled:  # by a loop that does not wait for this thread
                 return self.cancel()
 
-    def _sink(self, index: int):
-        def put(item: Piece | BaseException | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (index, item))
-
-        return put
+    def _put(self, index: int, item: Piece | BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, item))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None] | None]:
         """(index of the answer, what is new of it), None for a piece when that answer has ended, None alone after every

@@ -64,9 +64,7 @@ class Batch:
         """Some positions of prompts, and then some tokens of every answer that has begun; -> those that ended."""
         ended = [self._end(running, "cancelled") for running in list(self.running) if running.answer.cancelled]
         positions = 0
-        while positions < READING and (
-            unread := next((running for running in self.running if not running.tokens), None)
-        ):
+        while positions < READING and (unread := next((one for one in self.running if not one.tokens), None)):
             if unread.conversation is None:
                 self._begin(unread)
             positions += len(unread.prompt.tokens) - unread.done

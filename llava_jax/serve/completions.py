@@ -20,8 +20,9 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.types import Receive, Scope, Send
 
 from llava_jax import generate
+from llava_jax.serve.answer import TokenLogprob
 from llava_jax.serve.answers import Answers
-from llava_jax.serve.engine import Engine, TokenLogprob
+from llava_jax.serve.engine import Engine
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.pictures import Reader
@@ -34,14 +35,7 @@ Result = TypeVar("Result")
 
 
 class Chat:
-    """Answers chat completions.
-
-    Args:
-      engine: what answers.
-      model: the name that it is served under.
-      metrics: told of every answer.
-      reader: of pictures.
-    """
+    """Answers chat completions of a model, which is served under the name `model`."""
 
     def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
         self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
@@ -110,22 +104,13 @@ class Chat:
         if n > (most := self._engine.capacity):
             what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
             raise ApiError(400, what, "invalid_value", "n")
+        context = f"the context of {self._engine.context} tokens"
         if pictures > self._most_pictures:
-            raise ApiError(
-                400,
-                f"messages: {pictures} pictures, but the context of {self._engine.context} tokens has room for "
-                f"{self._most_pictures} at most",
-                "too_many_images",
-                "messages",
-            )
-        characters = sum(map(len, texts))
-        if characters > self._most_characters:
-            raise ApiError(
-                400,
-                f"messages: {characters} characters cannot fit into the context of {self._engine.context} tokens",
-                "context_length_exceeded",
-                "messages",
-            )
+            what = f"messages: {pictures} pictures, but {context} has room for {self._most_pictures} at most"
+            raise ApiError(400, what, "too_many_images", "messages")
+        if (characters := sum(map(len, texts))) > self._most_characters:
+            what = f"messages: {characters} characters cannot fit into {context}"
+            raise ApiError(400, what, "context_length_exceeded", "messages")
 
 
 def unknown_model(name: str, served: str) -> ApiError:

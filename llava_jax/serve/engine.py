@@ -21,35 +21,11 @@ from llava_jax.data.conversation import Template
 from llava_jax.generate import PromptEncoder, Request, Sampling, default_dtype
 from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.llava import Llava, abstract_params, build
-from llava_jax.serve.answer import (
-    Alternative,
-    Answer,
-    ContextExceeded,
-    EngineClosed,
-    EngineError,
-    Piece,
-    QueueFull,
-    Sink,
-    TokenLogprob,
-)
+from llava_jax.serve.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.serve.batch import Batch
 from llava_jax.serve.conversations import PreparedPrompt, prepare
 from llava_jax.serve.programs import LENGTHS, Programs
 from llava_jax.sharding import param_sharding
-
-__all__ = [
-    "Alternative",
-    "Answer",
-    "ContextExceeded",
-    "Engine",
-    "EngineClosed",
-    "EngineError",
-    "EngineStats",
-    "Piece",
-    "QueueFull",
-    "Sink",
-    "TokenLogprob",
-]
 
 SAMPLES = 1024  # of the time to the first token that `stats` keeps
 

@@ -23,7 +23,7 @@ from llava_jax.models.attention import BLOCK
 from llava_jax.models.llama import Conversations
 from llava_jax.models.llava import Llava
 from llava_jax.models.quantization import quantize_decoder
-from llava_jax.sharding import FSDP_RINGS, RULES, axis_sizes
+from llava_jax.sharding import FSDP_RINGS, RULES, axis_sizes, replicated
 
 LENGTHS = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
 MAX_STEPS = 8  # tokens of an answer that one call of `decode` can write
@@ -65,10 +65,7 @@ class Programs:
 
     Args:
       model: its layers are rearranged for decoding.
-      slots: B.
-      conversations: C, at least B.
-      positions: S is at least this.
-      pictures: I.
+      slots, conversations, pictures: B, C (at least B) and I; S is at least `positions`.
       stop_ids: tokens that end answers.
       int8: whether the decoder's weights are stored in eight bits, see `models.quantization`.
       mesh: what the model's parameters lie on.
@@ -95,9 +92,8 @@ class Programs:
         shape = (conversations, text.num_kv_heads, -(-positions // BLOCK) * BLOCK, text.head_dim)
         self.positions = shape[2]
         self._cache_shape = jax.ShapeDtypeStruct(shape, model.dtype, sharding=_cache_sharding(mesh, text.num_kv_heads))
-        self._kept_shape = jax.ShapeDtypeStruct(
-            (pictures, model.config.image_tokens, text.hidden_size), model.dtype, sharding=_replicated(mesh)
-        )
+        kept = (pictures, model.config.image_tokens, text.hidden_size)
+        self._kept_shape = jax.ShapeDtypeStruct(kept, model.dtype, sharding=mesh and replicated(mesh))
         self._layers = text.num_layers
         self._image_shape = (model.config.vision.image_size, model.config.vision.image_size, 3)
         self._stop_ids = np.array(stop_ids, np.int32)
@@ -283,7 +279,3 @@ def _cache_sharding(mesh: Mesh | None, num_kv_heads: int) -> jax.sharding.Shardi
     sizes = axis_sizes(mesh)
     axis = next((axis for axis in RULES["heads"] if sizes[axis] > 1 and num_kv_heads % sizes[axis] == 0), None)
     return NamedSharding(mesh, P(None, FSDP_RINGS if axis == "fsdp" else axis))
-
-
-def _replicated(mesh: Mesh | None) -> jax.sharding.Sharding | None:
-    return None if mesh is None else NamedSharding(mesh, P())
