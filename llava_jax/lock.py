@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import threading
 import time
@@ -181,6 +182,7 @@ class _LockFile:
     def look(self) -> tuple[bytes, bool | None]:
         """What the lock says, and whether its holder is alive, None where only its signs of life can tell."""
         while True:
+            self._refuse_irregular()
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             opened, reaches = os.fstat(self.descriptor), True
             try:
@@ -202,12 +204,18 @@ class _LockFile:
 
         Opened anew, since another file may be there now, and the server of a network file system is asked again then.
         """
+        self._refuse_irregular()
         try:
             with open(self.path, "rb") as file:
-                stat = os.fstat(file.fileno())
-                return file.read(MAX_BYTES), (stat.st_ino, stat.st_mtime_ns)
+                found = os.fstat(file.fileno())
+                return file.read(MAX_BYTES), (found.st_ino, found.st_mtime_ns)
         except FileNotFoundError:
             return b"", None
+
+    def _refuse_irregular(self) -> None:
+        """A pipe would block, and what a link leads to would be overwritten."""
+        if os.path.lexists(self.path) and not stat.S_ISREG(os.lstat(self.path).st_mode):
+            raise UserError(f"{self.path}: is not a regular file, as a lock is: remove it")
 
     def age(self) -> float:
         return time.time() - os.fstat(self.descriptor).st_mtime

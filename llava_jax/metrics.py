@@ -13,7 +13,7 @@ from etils import epath
 from rich.console import Console
 
 from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left, warn
-from llava_jax.incoming import loads
+from llava_jax.incoming import loads, require_regular
 from llava_jax.remote import is_remote, new_local, upload
 from llava_jax.whole_file import whole_file
 
@@ -102,6 +102,7 @@ def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
 
     `target`, which may be the same file, is replaced, or not touched where it stays as it is.
     """
+    require_regular(source)
     data = source.read_bytes()
     steps = [(step_of(line), line) for line in data.splitlines()]
     if damaged := sum(not math.isfinite(step) for step, _ in steps):

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, run, say, warn
-from llava_jax.incoming import loads, read_object
+from llava_jax.incoming import loads, read_object, require_regular
 from llava_jax.whole_file import whole_file
 
 EPILOG = """examples:
@@ -32,6 +32,7 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
     file = epath.Path(workdir) / METRICS
     if not file.exists():
         raise UserError(f"{workdir}: holds no {METRICS}: is it a training workdir that has come to its first step?")
+    require_regular(file)
     lines = file.read_bytes().splitlines()
     losses: dict[str, Points] = {name: [] for name in NAMES}
     for number, line in enumerate(lines, 1):

@@ -15,7 +15,7 @@ from llava_jax.checkpoint import DESCRIPTION, FROZEN, STEPS, finished_steps
 from llava_jax.cli import UserError, say
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
-from llava_jax.incoming import read_json, read_object
+from llava_jax.incoming import read_json, read_object, require_regular
 from llava_jax.lock import entries
 from llava_jax.metrics import BAD_SAMPLES, METRICS, step_of
 from llava_jax.whole_file import whole_file
@@ -129,7 +129,10 @@ def _has_trained(workdir: epath.Path) -> bool:
     checkpoints, metrics = workdir / STEPS, workdir / METRICS
     if checkpoints.exists() and any(finished_steps(checkpoints)):
         return True
-    return metrics.exists() and any(1 <= step_of(line) < math.inf for line in metrics.read_bytes().splitlines())
+    if not metrics.exists():
+        return False
+    require_regular(metrics)
+    return any(1 <= step_of(line) < math.inf for line in metrics.read_bytes().splitlines())
 
 
 def _remove_leftovers(workdir: epath.Path) -> None:

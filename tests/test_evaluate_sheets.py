@@ -99,6 +99,14 @@ def test_texts_are_written_as_texts_and_read_back(tmp_path_factory, texts: list[
         assert b"<f>" not in file.read("xl/worksheets/sheet1.xml")
 
 
+def test_a_text_that_no_cell_holds_is_refused_and_not_cut_off(tmp_path: Path):
+    file = tmp_path / "file.xlsx"
+    file.write_bytes(sheets.xlsx([["text"], ["x" * 32_767]]))
+    assert [line.value for line in read_sheet(file)] == [{"text": "x" * 32_767}]
+    with pytest.raises(UserError, match=r"row 2: 'x+\.\.\.' has 32,768 characters, but a cell of Excel holds"):
+        sheets.xlsx([["text"], ["x" * 32_768]])
+
+
 def test_a_submission_holds_no_formulas(tmp_path: Path):
     (tmp_path / "q.tsv").write_text("index\tquestion\thint\tA\tB\timage\n1\t=1+1\t\ta\tb\t\n")
     (tmp_path / "a.jsonl").write_text(json.dumps({"question_id": 1, "text": '=HYPERLINK("http://x","A")'}))

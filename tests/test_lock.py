@@ -298,3 +298,32 @@ def test_a_lock_on_an_object_store(tmp_path):
         )
         assert done.stdout == "all of it\n", done.stderr
         assert "held by another process (7 on elsewhere" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
+def test_what_is_no_file_is_neither_waited_for_nor_overwritten(kind, tmp_path, monkeypatch):
+    """Also where it takes the place of a lock that is held."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"")
+
+    def replace(directory: Path) -> None:
+        make = {"link": lambda path: path.symlink_to(precious), "pipe": os.mkfifo, "folder": Path.mkdir,
+                "device": lambda path: path.symlink_to("/dev/zero")}[kind]  # fmt: skip
+        (directory / LOCK).unlink(missing_ok=True)
+        make(directory / LOCK)
+
+    (tmp_path / "run").mkdir()
+    replace(tmp_path / "run")
+    with (
+        pytest.raises(UserError, match=f"run/{LOCK}: is not a regular file, as a lock is: remove it"),
+        hold(epath.Path(tmp_path / "run")),
+    ):
+        pass
+    clock = [0.0]
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    with hold(epath.Path(tmp_path / "other")) as check:
+        replace(tmp_path / "other")
+        clock[0] += lock.EXPIRY
+        with pytest.raises(UserError, match="is not a regular file"):
+            check()
+    assert precious.read_bytes() == b""

@@ -1,6 +1,7 @@
 """Whose a workdir is."""
 
 import json
+import os
 
 import pytest
 from etils import epath
@@ -9,6 +10,8 @@ from configs import finetune
 from llava_jax import workdir
 from llava_jax.cli import UserError
 from llava_jax.lock import LOCK
+from llava_jax.metrics import METRICS, keep_lines
+from llava_jax.plot import read_losses
 
 
 def test_a_workdir_of_a_recipe_that_named_its_model_still_resumes(tmp_path):
@@ -44,3 +47,16 @@ def test_a_workdir_whose_first_file_was_never_finished_is_taken(tmp_path):
     (tmp_path / LOCK).touch()
     workdir.claim(epath.Path(tmp_path), finetune.get_config(), {"samples": 1, "sha256": "0"})
     assert json.loads((tmp_path / "data.json").read_text()) == {"samples": 1, "sha256": "0"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
+def test_a_log_that_is_no_file_is_named_and_not_waited_for(make, tmp_path):
+    file = tmp_path / METRICS
+    make(file)
+    for read in (
+        lambda: keep_lines(epath.Path(file), epath.Path(file), 3),
+        lambda: read_losses(tmp_path),
+        lambda: workdir._has_trained(epath.Path(tmp_path)),
+    ):
+        with pytest.raises(UserError, match=f"^{file}: is a .*, not a file"):
+            read()

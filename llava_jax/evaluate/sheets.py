@@ -13,12 +13,13 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError, short, warn
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.incoming import read_bytes, refuse_pointer
 
 SUFFIXES = (".tsv", ".xlsx")
 MAX_BYTES = 256 * 2**20  # of an XLSX, also once it is unpacked
+MAX_TEXT = 32_767  # characters of a cell
 MAX_CELLS = 5_000_000  # of an XLSX: one may claim to stand in any row and column
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
@@ -86,19 +87,25 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
 
 def xlsx(rows: Iterable[Sequence[Any]]) -> bytes:
     """An Excel file of one sheet. Texts are texts, also those that Excel would take for formulas or errors; characters
-    that it cannot hold are left out."""
+    that it cannot hold are left out. Raises `UserError` for a text that is longer than a cell."""
     try:
         import openpyxl
         from openpyxl.cell import WriteOnlyCell
     except ImportError as error:
         raise UserError("writing Excel files needs: pip install 'llava_jax[evaluate]'") from error
+    rows = [[_NO_XML.sub("", value) if isinstance(value, str) else value for value in row] for row in rows]
+    for number, row in enumerate(rows, 1):
+        if long := next((value for value in row if isinstance(value, str) and len(value) > MAX_TEXT), None):
+            raise UserError(  # openpyxl would cut it off
+                f"row {number}: {short(long)!r} has {len(long):,} characters, but a cell of Excel holds {MAX_TEXT:,}"
+            )
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet()
 
     def cell(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        made = WriteOnlyCell(sheet, _NO_XML.sub("", value))
+        made = WriteOnlyCell(sheet, value)
         made.data_type = "s"
         return made
 
