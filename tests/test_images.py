@@ -301,6 +301,13 @@ def test_scans_of_a_jpeg_are_bounded(data):
         decode_image(data[:start] + scan * 200 + data[start:])
 
 
+def test_images_in_text_are_bounded():
+    assert decode_image(b"P3 # by hand\n2 1 255\n1 2 3 4 5 6\n").getpixel((1, 0)) == (4, 5, 6)
+    for data in (b"P3 900 900 255\n" + b"1 " * (3 << 20), b"P2 8 8 255\n" + b"#\n" * 400_000):
+        with pytest.raises(UserError, match="save it in binary"):
+            decode_image(data)
+
+
 def test_a_jpeg_in_one_scan_may_be_followed_by_anything():
     """As phones add a film to it."""
     assert decode_image(saved(NOISE, "JPEG") + b"\xff\xda" * 200).size == NOISE.size

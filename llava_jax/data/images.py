@@ -45,6 +45,7 @@ MAX_PIXELS = 2 * 89_478_485
 MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
 
 MAX_SCANS = 100  # of a JPEG, each of which passes over the whole image
+MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM whose numbers are text, which Pillow reads in Python
 MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
 
 _FORMS = ("NFC", "NFD")  # of names, in which they may be stored
@@ -154,6 +155,9 @@ def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIX
         in_scans = isinstance(image, _Jpeg) and image.in_scans(data)
         if in_scans and data.count(b"\xff\xda") > MAX_SCANS:
             raise UserError(f"has more than {MAX_SCANS} scans: save it again")
+        plain = image.format == "PPM" and data[1] in b"123"
+        if plain and (len(data) > MAX_PLAIN_BYTES or data.count(b"#") > MAX_PLAIN_COMMENTS):
+            raise UserError("is a large PPM in text, or has many comments: save it in binary")
         return EncodedImage(image, data, name, in_scans)
 
 
