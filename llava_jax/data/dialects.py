@@ -13,7 +13,6 @@ from llava_jax.data.conversation import IMAGE_TOKEN
 # ---- Keys
 
 READ = {"id", "image", "images", "conversations", "messages", "system", "system_prompt"}  # of a sample
-READ_IN_TURNS = {"from", "value", "role", "content"}
 
 _NO_VIDEO = "the model sees images only: give frames as images, or drop the sample"
 _NO_SOUND = "the model hears nothing: drop the sample"

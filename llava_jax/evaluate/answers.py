@@ -62,11 +62,6 @@ def question_id(line: Line) -> str:
     return line.text(*IDS)
 
 
-def answer_text(line: Line) -> str:
-    """What a line answers, to be handed in: an empty text where that is nothing. Raises `UserError` for no text."""
-    return answer_of(line).text or ""
-
-
 def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
     """The answers of a file by question id. Raises `UserError` at what is no answer, and at another to a question.
 

@@ -130,12 +130,7 @@ def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window
     )
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla_attention,
-    "chunked": chunked_attention,
-    "splash": splash_attention,
-    "cudnn": cudnn_attention,
-}
+BACKENDS = {"xla": xla_attention, "chunked": chunked_attention, "splash": splash_attention, "cudnn": cudnn_attention}
 
 
 def attention_by_head(

@@ -81,22 +81,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
     add("--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all")
     add("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
-    add(
-        "--allowed-hosts",
-        type=_allowed_names,
-        default=[],
-        metavar="NAME,...",
-        help="more names of this server, as llava.example.org or *.example.org; * for any. Known without: localhost, "
-        "loopback addresses, and --host",
-    )
-    add(
-        "--allow-origin",
-        type=_allowed_origin,
-        action="append",
-        default=[],
-        metavar="URL",
-        help="a site whose pages may use the API in browsers, as https://app.example.org; may be repeated",
-    )
+    add("--allowed-hosts", type=_allowed_names, default=[], metavar="NAME,...", help="more names of this server, as "
+        "llava.example.org or *.example.org; * for any. Known without: localhost, loopback addresses, and "
+        "--host")  # fmt: skip
+    add("--allow-origin", type=_allowed_origin, action="append", default=[], metavar="URL", help="a site whose pages "
+        "may use the API in browsers, as https://app.example.org; may be repeated")  # fmt: skip
     add("--model-name", type=_name, metavar="NAME", help="what clients ask for; the checkpoint's folder by default")
     add("--template", metavar="NAME", help="instead of the checkpoint's")
     add("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
@@ -109,12 +98,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with pictures, 32")
     add("--no-page", action="store_true", help="the API alone, without the web page at /")
     add("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
-    add(
-        "--compilation-cache",
-        default=compilation_cache.usual(),
-        metavar="D",
-        help="where compiled programs are kept for the next start; '' for nowhere; %(default)s",
-    )
+    add("--compilation-cache", default=compilation_cache.usual(), metavar="D", help="where compiled programs are kept "
+        "for the next start; '' for nowhere; %(default)s")  # fmt: skip
     return parser.parse_args(argv)
 
 
