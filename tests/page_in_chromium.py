@@ -558,6 +558,21 @@ def test_a_reload_keeps_the_conversation(page, png, greedy):
     assert wait_until_answered(page, 2) == greedy("<image>\nIt?", first, "Sure?", images=[png])
 
 
+def test_a_browser_that_keeps_nothing_can_ask(watched, script):
+    """As browsers are that block all cookies."""
+    kinds = "'localStorage', 'sessionStorage', 'indexedDB', 'BroadcastChannel'"
+    denied = "get() { throw new DOMException('denied', 'SecurityError'); }"
+    watched.add_init_script(f"for (const kind of [{kinds}]) Object.defineProperty(window, kind, {{ {denied} }});")
+    with serving(script.app()) as url:
+        page = opened(watched, url)
+        expect(notice(page)).to_contain_text("This browser keeps no conversation: denied")
+        send(page, "one")
+        assert wait_until_answered(page, 1) == "yes"
+        button(page, "Light or dark").click()
+        set_sampling(page)
+        expect(notice(page)).to_contain_text("This browser does not keep the conversation: denied")
+
+
 def test_a_reload_keeps_what_there_is_of_an_answer(page, engine, monkeypatch):
     set_sampling(page, longest=400)
     with slowly(engine, monkeypatch):

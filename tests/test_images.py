@@ -285,13 +285,32 @@ def test_tags_of_a_jpeg_that_share_their_values_take_nothing(marker):
         tracemalloc.stop()
 
 
-def test_scans_of_a_jpeg_are_bounded():
-    data = saved(NOISE, "JPEG", progressive=True)
+def one_component_a_scan() -> bytes:
+    """A JPEG that is not progressive, whose scans have a component each."""
+    data = saved(Image.new("RGB", NOISE.size), "JPEG", subsampling=0)
+    scans = [b"\xff\xda\0\x08\x01" + bytes([i, 0 if i == 1 else 0x11, 0, 63, 0]) + bytes(1000) for i in (1, 2, 3)]
+    return data[: data.index(b"\xff\xda")] + b"".join(scans) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("data", [saved(NOISE, "JPEG", progressive=True), one_component_a_scan()])
+def test_scans_of_a_jpeg_are_bounded(data):
     start = data.index(b"\xff\xda")
     scan = data[start : data.index(b"\xff", start + 2)]
     assert decode_image(data).size == NOISE.size
     with pytest.raises(UserError, match="scans"):
         decode_image(data[:start] + scan * 200 + data[start:])
+
+
+def test_images_in_text_are_bounded():
+    assert decode_image(b"P3 # by hand\n2 1 255\n1 2 3 4 5 6\n").getpixel((1, 0)) == (4, 5, 6)
+    for data in (b"P3 900 900 255\n" + b"1 " * (3 << 20), b"P2 8 8 255\n" + b"#\n" * 400_000):
+        with pytest.raises(UserError, match="save it in binary"):
+            decode_image(data)
+
+
+def test_a_jpeg_in_one_scan_may_be_followed_by_anything():
+    """As phones add a film to it."""
+    assert decode_image(saved(NOISE, "JPEG") + b"\xff\xda" * 200).size == NOISE.size
 
 
 @pytest.mark.parametrize("kind", ["exif", "xmp", "png"])
@@ -320,6 +339,7 @@ def test_tall_images_are_converted_as_short_ones(mode):
         (JPEG, 4),
         (saved(NOISE, "JPEG", exif=rotated()), 8),
         (saved(NOISE, "JPEG", progressive=True), 10),
+        (one_component_a_scan(), 10),
         (saved(NOISE.convert("CMYK"), "JPEG"), 8),
         (saved(NOISE.convert("L"), "PNG"), 5),
         (saved(Image.fromarray(np.zeros((20, 30), np.uint16)), "PNG"), 6),

@@ -394,6 +394,11 @@ def test_malformed_requests_say_where(http, body, param, code):
     assert (error["param"], error["code"]) == (param, code), error
 
 
+def test_of_several_types_the_one_that_was_meant_says_what_is_wrong(http):
+    assert "at most 4 items" in refusal(http, 400, stop=list("abcde"))["message"]
+    assert "valid string" in refusal(http, 400, stop=5)["message"]
+
+
 @pytest.mark.parametrize(
     "data", ["", "{", '{"model": "tiny"', "[]", "null", '"text"', "[" * 100_000, b"\xff\xfe", "1" * 5000]
 )

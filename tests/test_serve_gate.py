@@ -60,6 +60,22 @@ def test_a_body_that_never_comes(monkeypatch, deadline):
     assert call(reads, [part(5)])[0] == 408
 
 
+@pytest.mark.parametrize("rate, status", [(1, 200), (1000, 408)])
+def test_a_body_that_keeps_coming_may_take_longer(monkeypatch, rate, status):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "BODY_BYTES_PER_SECOND", rate)
+    parts = [part(1)] * 6 + [part(1, more=False)]
+
+    async def slow(scope, receive, send):
+        async def next_part():
+            await asyncio.sleep(0.1)
+            return parts.pop(0)
+
+        await Gate(reads, Traffic(limit=2, bytes_limit=30), lambda: None, None, 10)(scope, next_part, send)
+
+    assert call(slow, path="/")[0] == status
+
+
 def test_a_silent_body_makes_room_for_others(monkeypatch):
     """Where there is no room for all bodies, the one that is silent for longest is given up."""
     monkeypatch.setattr(gate, "SILENT_SECONDS", 0.0)

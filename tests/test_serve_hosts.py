@@ -32,7 +32,10 @@ def status(headers, path="/v1/models", method="GET", server=("10.1.2.3", 8000), 
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LOCALHOST:8000", "a.localhost:1", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000", "10.1.2.3:8000"],
+    [
+        *("localhost", "LOCALHOST:8000", "localhost.:8000", "a.localhost:1"),
+        *("127.0.0.1:8000", "127.9.9.9", "[::1]:8000", "10.1.2.3:8000"),
+    ],
 )
 def test_known_hosts(host):
     assert status({"host": host}) == 200
@@ -43,7 +46,7 @@ def test_known_hosts(host):
     [
         *("evil.test", "evil.test:8000", "localhost.evil.test", "127.0.0.1.evil.test", "evillocalhost", "10.1.2.4"),
         *("", " ", "localhost:8000:1", "user@localhost", "localhost/", "localhost, evil.test", "[::2]", "["),
-        *("\xe9", ":80"),
+        *("\xe9", ":80", "evil.test.", ".", "localhost.."),
     ],
 )
 def test_unknown_hosts(host):
@@ -104,6 +107,8 @@ def test_allowed_origins():
     origins = [allowed_origin("https://App.example.org")]
     assert status({"host": "localhost", "origin": "https://app.example.org"}, origins=origins) == 200
     assert status({"host": "localhost", "origin": "http://app.example.org"}, origins=origins) == 403
+    assert allowed_origin("https://a.example:443") == allowed_origin("https://a.example") == "https://a.example"
+    assert allowed_origin("http://a.example:443") == "http://a.example:443"
     twice = [("host", "localhost"), ("origin", "https://app.example.org"), ("origin", "http://evil.test")]
     assert status(twice, origins=origins) == 403
     for bad in ("*", "null", "https://a/b", "app.example.org", "https://", "https://a b"):

@@ -54,6 +54,8 @@ def test_a_picture_that_has_its_size_already_stays_as_it_is(aspect):
         lambda url: url.replace("data:", "DATA:").replace(";base64", ";name=a.png;base64"),
         lambda url: url.replace("+", "%2B").replace("=", "%3D"),
         lambda url: url[:60] + "\n" + url[60:],
+        lambda url: url[:60] + " \r\n\t%0d%0A%20" + url[60:],
+        lambda url: url.rstrip("="),
     ],
 )
 def test_data_urls(change):
@@ -112,6 +114,10 @@ def _truncated() -> bytes:
         (encoded(b""), "damaged"),
         ("data:image/png;base64,a", "no base64"),
         ("data:image/png;base64,é", "no base64"),
+        ("data:image/png;base64,AA==AAAA", "no base64"),
+        ("data:image/png;base64,AA_-AAAA", "no base64"),  # whose bits would be those of another image without `_-`
+        ("data:image/png;base64,AA%41A", "no base64"),
+        ("data:image/png;base64," + "%41" * 1_000_000, "no base64"),
         ("data:image/png,abc", "data:image/jpeg;base64"),
         ("data:", "data:image/jpeg;base64"),
         ("https://example.com/a.png", "fetches no pictures"),

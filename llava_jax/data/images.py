@@ -44,7 +44,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2 * 89_478_485
 MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
 
-MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole image
+MAX_SCANS = 100  # of a JPEG, each of which passes over the whole image
+MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM whose numbers are text, which Pillow reads in Python
 MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
 
 _FORMS = ("NFC", "NFD")  # of names, in which they may be stored
@@ -119,15 +120,15 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
 class EncodedImage:
     """An image of which only the header was read. See `open_image`."""
 
-    def __init__(self, image: Image.Image, data: bytes, name: str):
-        self._image, self._data, self._name = image, data, name
+    def __init__(self, image: Image.Image, data: bytes, name: str, in_scans: bool):
+        self._image, self._data, self._name, self._in_scans = image, data, name, in_scans
 
     @property
     def decoded_bytes(self) -> int:
         """About what decoding takes at most: the pixels as they are stored, what the decoder keeps of all of them, and
         where they are not upright RGB a copy. Pillow has four bytes a pixel for all but grey and palettes."""
         stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(self._image.mode, 4)
-        decoder = 2 * len(self._image.getbands()) if self._image.info.get("progressive") else 0
+        decoder = 2 * len(self._image.getbands()) if self._in_scans else 0
         decoder += 4 if self._image.format == "WEBP" else 0
         copy = 0 if self._image.mode == "RGB" and _orientation(self._image) not in _UPRIGHT else 4
         return self._image.width * self._image.height * (stored + decoder + copy)
@@ -151,9 +152,13 @@ def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIX
         file = _CountedFile(data)
         image = _Jpeg(file) if data.startswith(b"\xff\xd8\xff") else Image.open(file, formats=FORMATS)
         _refuse_huge(*image.size, max_pixels)
-        if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_SCANS:
+        in_scans = isinstance(image, _Jpeg) and image.in_scans(data)
+        if in_scans and data.count(b"\xff\xda") > MAX_SCANS:
             raise UserError(f"has more than {MAX_SCANS} scans: save it again")
-        return EncodedImage(image, data, name)
+        plain = image.format == "PPM" and data[1] in b"123"
+        if plain and (len(data) > MAX_PLAIN_BYTES or data.count(b"#") > MAX_PLAIN_COMMENTS):
+            raise UserError("is a large PPM in text, or has many comments: save it in binary")
+        return EncodedImage(image, data, name, in_scans)
 
 
 @contextlib.contextmanager
@@ -196,6 +201,12 @@ class _Jpeg(JpegImagePlugin.JpegImageFile):
 
     def _read_dpi_from_exif(self) -> None:
         pass
+
+    def in_scans(self, data: bytes) -> bool:
+        """Whether libjpeg keeps the coefficients of the whole image while it reads one scan after another: where it is
+        progressive, or the first scan lacks a component. Only before it is decoded."""
+        first = data.rfind(b"\xff\xda", 0, self.fp.tell())
+        return "progressive" in self.info or data[first + 4] < self.layers
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -83,7 +83,7 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     Where a field may be of several types, that one is of the type which the client meant.
     """
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = max(found, key=lambda found: len(found["loc"]))
+    first = max(found, key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
     param = _path(first["loc"], body, missing=first["type"] == "missing")
     code = {
         "missing": "missing_required_parameter",

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_jax.serve.errors import ApiError
 
-BODY_SECONDS = 60.0  # in which a body has to have arrived
+BODY_SECONDS = 60.0  # in which a body has to have arrived, unless it keeps coming at this rate:
+BODY_BYTES_PER_SECOND = 32 << 10
 READ_SECONDS = 10.0  # in which the next part of it has to
 SILENT_SECONDS = 1.0  # after which a body may be refused in favour of others
 MAX_TARGET = 8192  # bytes of a path with its query
@@ -125,20 +126,24 @@ class Gate:
     def _limited(self, receive: Receive, body: Body, works: bool) -> Receive:
         """`receive`, until the body is whole with limits on its size, that of all bodies and the time it takes."""
         loop = asyncio.get_running_loop()
-        body.heard = start = loop.time()
+        body.heard = loop.time()
+        deadline = body.heard + BODY_SECONDS  # what arrives postpones it, but never by more than that from then on
 
         async def limited() -> Message:
+            nonlocal deadline
             if body.complete:
                 return await receive()
             try:
-                async with asyncio.timeout_at(min(start + BODY_SECONDS, loop.time() + READ_SECONDS)) as body.waiting:
+                async with asyncio.timeout_at(min(deadline, loop.time() + READ_SECONDS)) as body.waiting:
                     message = await receive()
             except TimeoutError as error:
-                what = f"the body has to arrive within {BODY_SECONDS:.0f} seconds, with no pause of {READ_SECONDS:.0f}"
+                rate = f"or at {BODY_BYTES_PER_SECOND >> 10} kB a second, with no pause of {READ_SECONDS:.0f}"
+                what = f"the body has to arrive within {BODY_SECONDS:.0f} seconds, {rate}"
                 raise ApiError(408, what) from error
             finally:
                 body.waiting = None
-            self.traffic.add(body, len(message.get("body", b"")))
+            self.traffic.add(body, size := len(message.get("body", b"")))
+            deadline = min(deadline + size / BODY_BYTES_PER_SECOND, body.heard + BODY_SECONDS)
             if body.size > self.max_body_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):

@@ -81,7 +81,7 @@ def allowed_origin(text: str) -> str:
     scheme, _, rest = text.lower().partition("://")
     if not re.fullmatch("[a-z][a-z0-9+.-]*", scheme) or split_host(rest)[0] is None:
         raise ValueError(text)
-    return text.lower()
+    return f"{scheme}://{rest.removesuffix(f':{_PORTS.get(scheme)}')}"  # browsers leave the usual port out
 
 
 def own_names(host: str, bound: socket.socket) -> list[str]:
@@ -99,7 +99,7 @@ def split_host(value: str) -> tuple[str | None, str | None]:
 
 def _plain(host: str) -> str:
     """An address in the one way it is compared, without brackets; a name as it is."""
-    host = host.removeprefix("[").removesuffix("]").partition("%")[0]
+    host = host.removeprefix("[").removesuffix("]").partition("%")[0].removesuffix(".")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -8,7 +8,6 @@ import asyncio
 import binascii
 import contextlib
 import os
-import urllib.parse
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
@@ -24,6 +23,7 @@ from llava_jax.serve.fetch import fetch
 MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
 DECODING_BYTES = 640 << 20  # of all images that are being decoded
+_ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": " ", "%0A": "\n", "%0D": "\r"}  # what base64 may need
 LARGE_BYTES = 32 << 20  # from which on an image waits for others of its kind, and lets smaller ones pass
 
 
@@ -114,13 +114,15 @@ class Reader:
 
 
 def decode_data_url(url: str) -> bytes:
-    """The bytes of `data:...;base64,...`. What type it says does not matter: the data itself tells."""
+    """The bytes of `data:...;base64,...`. What type it says does not matter: the data itself tells. Blanks, escapes
+    and missing padding are accepted, as in browsers; any other character that is not of base64 is refused."""
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise UserError("a data URL has to look like data:image/jpeg;base64,...")
-    if "%" in data:
-        data = urllib.parse.unquote(data)
+    for code, character in _ESCAPES.items():
+        data = data.replace(code, character).replace(code.lower(), character)
     try:
-        return binascii.a2b_base64(data)
+        data = data.encode("ascii").translate(None, delete=b" \t\r\n\f").rstrip(b"=")
+        return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
     except ValueError as error:
         raise UserError("the data URL is no base64") from error

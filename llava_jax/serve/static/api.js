@@ -1,7 +1,9 @@
 // The server, at paths relative to the page: a proxy may serve it under a prefix.
 
+import { recall, remember } from "./store.js";
+
 const KEY = "llava_jax.key";
-let key = sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "";
+let key = recall(KEY, "sessionStorage") ?? recall(KEY) ?? "";
 
 /** Why the server does not answer. `status` is 0 where it cannot be reached. */
 export class Refusal extends Error {
@@ -11,10 +13,11 @@ export class Refusal extends Error {
   }
 }
 
-/** Uses a key from now on, and keeps it: in this tab, or in this browser if `remember`. */
-export function useKey(text, remember) {
-  for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEY);
-  (remember ? localStorage : sessionStorage).setItem(KEY, (key = text));
+/** Uses a key from now on, and keeps it: in this tab, or in this browser if `stays`. */
+export function useKey(text, stays) {
+  key = text;
+  remember(KEY, stays ? null : key, "sessionStorage");
+  remember(KEY, stays ? key : null);
 }
 
 /** -> why no answers are given just now, or null. */

@@ -13,8 +13,7 @@ const megabytes = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MB`;
 const textOf = ({ parts, text }) => (parts ? parts.flatMap((part) => part.text ?? []).join("\n") : text);
 const imagesOf = ({ parts }) => parts.flatMap((part) => part.image ?? []);
 
-const tabs = new BroadcastChannel("llava_jax");
-const kept = JSON.parse(localStorage.getItem("llava_jax.sampling"));
+const kept = JSON.parse(store.recall("llava_jax.sampling"));
 const sampling = { temperature: 0.2, top_p: 0.7, longest: 512, ...kept };
 let conversation = { system: null, messages: [] }; // an empty system prompt means none, null the model's own
 let attached = []; // images of the next question
@@ -176,7 +175,7 @@ function save() {
   clearTimeout(saving);
   saving = 0;
   const failed = (error) => complain(`This browser does not keep the conversation: ${error.message}`);
-  return store.save(conversation).then(() => busy || tabs.postMessage("saved"), failed);
+  return store.save(conversation).then(() => busy || store.tabs.postMessage("saved"), failed);
 }
 
 /** The conversation as it was kept. What was asked without getting any answer goes back to the text box. */
@@ -185,7 +184,7 @@ async function restore() {
   if (!kept) return;
   [conversation, editing] = [kept, null];
   const last = kept.messages.at(-1);
-  const unsaved = sessionStorage.getItem("llava_jax.partial") ?? "";
+  const unsaved = store.recall("llava_jax.partial", "sessionStorage") ?? "";
   if (last?.partial && unsaved.startsWith(last.text)) last.text = unsaved;
   if (last?.partial && !last.text) fill(...kept.messages.splice(-2));
   else if (last?.partial) Object.assign(last, { partial: false, note: "The answer was interrupted." });
@@ -332,7 +331,7 @@ $("download").onclick = async () => {
 $("theme").onclick = () => {
   const { dataset } = document.documentElement;
   const dark = (dataset.theme || matchMedia("(prefers-color-scheme: dark)").matches) && dataset.theme !== "light";
-  localStorage.setItem("llava_jax.theme", (dataset.theme = dark ? "light" : "dark"));
+  store.remember("llava_jax.theme", (dataset.theme = dark ? "light" : "dark"));
 };
 
 $("key").querySelector("form").onsubmit = (event) => {
@@ -350,7 +349,7 @@ $("open-settings").onclick = () => {
 $("settings").onchange = ({ target: { id, value, validity } }) => {
   if (id === "system") conversation.system = value.toWellFormed() || null;
   else if (validity.valid) sampling[id] = value === "" ? null : Number(value);
-  localStorage.setItem("llava_jax.sampling", JSON.stringify(sampling));
+  store.remember("llava_jax.sampling", JSON.stringify(sampling));
   save();
 };
 
@@ -397,6 +396,8 @@ document.ondragover = document.ondragleave = document.ondrop = (event) => {
   if (files.length) take([...files]);
   else complain("That is no file: save the image first, then drop the file.");
 };
-window.onpagehide = () => busy && sessionStorage.setItem("llava_jax.partial", conversation.messages.at(-1).text);
-tabs.onmessage = () => busy || restore();
+window.onpagehide = () => {
+  if (busy) store.remember("llava_jax.partial", conversation.messages.at(-1)?.text ?? null, "sessionStorage");
+};
+store.tabs.onmessage = () => busy || restore();
 restore().finally(() => connect());

@@ -1,5 +1,25 @@
 // What the browser keeps of the conversation: its texts as one record, and each image under its id.
 
+// Browsers can be told to keep nothing for a site; all of these throw then.
+const attempt = (action) => {
+  try {
+    return action();
+  } catch {
+    return null;
+  }
+};
+
+/** -> a setting that was kept in `localStorage` or `sessionStorage`, or null. */
+export const recall = (name, storage = "localStorage") => attempt(() => window[storage].getItem(name));
+
+/** Keeps a setting, or none if it is null. */
+export function remember(name, value, storage = "localStorage") {
+  attempt(() => (value === null ? window[storage].removeItem(name) : window[storage].setItem(name, value)));
+}
+
+/** The other tabs with this page. */
+export const tabs = attempt(() => new BroadcastChannel("llava_jax")) ?? { postMessage() {} };
+
 const STORES = ["conversation", "images"];
 let opened;
 
