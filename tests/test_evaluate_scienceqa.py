@@ -100,7 +100,7 @@ def test_incomplete_answers_need_partial(files, capsys):
     (lines(TEXTS).replace("no idea", "caf\u00e9").encode("latin-1"), "line 5: is not UTF-8 .* .question 10."),
     (json.dumps(TEXTS, indent=1).replace("no idea", "\u00e9").encode("latin-1"), "line 6: is not UTF-8"),
     (lines(TEXTS).encode("utf-16")[:-1], "is no UTF-16: truncated data"),
-    ('{"4": "A", "5": "B", "4": "A"}', "4 stands there twice"),
+    ('{"4": "A", "5": "B", "4": "A"}', "an object holds '4' twice"),
     (lines(TEXTS | {"6": [1]}), r"line 3: the answer is no text but \[1\]"),
     (json.dumps({"results": {"4": "A"}}), "question 4: \"A\" is no index"),
     ("{\n", "is no JSON"),

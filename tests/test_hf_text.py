@@ -65,6 +65,7 @@ def test_head_width_need_not_follow_from_the_hidden_size():
         {"rope_theta": 5e5},
         {"rope_theta": 500000, "rope_scaling": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "factor": None}},
         {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
         {"rope_scaling": {"type": "default", "rope_theta": 5e5}},
     ],

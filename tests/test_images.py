@@ -459,3 +459,16 @@ def test_only_regular_files_are_opened(tmp_path, name):
 def test_names_of_many_spellings_end(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         load_image(tmp_path / ("\u00e9/" * 200 + "a.png"))
+
+
+def test_a_bmp_of_many_short_runs_is_read():
+    """Of 8-bit runs, two bytes each: a colour for 1 pixel at a time."""
+    width, height = 64, 96
+    rows = [b"".join(bytes([1, x + y]) for x in range(width)) for y in range(height)]
+    runs = b"\0\0".join(rows) + b"\0\1"
+    palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
+    offset = 14 + 40 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    data = b"BM" + struct.pack("<IHHI", offset + len(runs), 0, 0, offset) + header + palette + runs
+    pixels = np.asarray(decode_image(data))[::-1, :, 0]
+    np.testing.assert_array_equal(pixels, np.add.outer(np.arange(height), np.arange(width)))

@@ -148,6 +148,7 @@ def _rope(config: Json, where: str) -> tuple[float, RopeScaling | None]:
 
 
 def _scaling(rope: Json, where: str) -> RopeScaling | None:
+    rope = {name: value for name, value in rope.items() if value is not None}
     kind = one_of({"rope_type": rope.get("type", "default")} | rope, "rope_type", _ROPE_FIELDS, where)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[kind]}
     unknown = sorted(set(rope) - known)

@@ -46,6 +46,7 @@ MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel
 
 MAX_SCANS = 100  # of a JPEG, each of which passes over the whole image
 MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM whose numbers are text, which Pillow reads in Python
+MAX_BMP_RUNS = 1 << 20  # bytes of a BMP of runs, which Pillow decodes in Python
 MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
 
 _FORMS = ("NFC", "NFD")  # of names, in which they may be stored
@@ -139,7 +140,8 @@ class EncodedImage:
             image = self._image
             del self._image  # so that nothing holds what is replaced below
             if isinstance(image.fp, _CountedFile):
-                image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128
+                runs = min(len(self._data), MAX_BMP_RUNS) if image.format == "BMP" else 0  # Pillow reads each alone
+                image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128 + runs
             image.load()
             image = _upright(image)
             return to_rgb(image)

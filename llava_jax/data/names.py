@@ -17,7 +17,7 @@ from llava_jax.cli import UserError, shown
 MAX_LENGTH = 4096  # characters, of which Linux and macOS take fewer
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # of Unicode: what a name may become on the way to a disk
 _READABLE = re.compile(r"/|[a-zA-Z][\w.+-]+://")  # absolute names that can be allowed: paths of Unix, of object stores
-_ABSOLUTE = re.compile(rf"{_READABLE.pattern}|[a-zA-Z]:")  # with drives of Windows
+_ABSOLUTE = re.compile(rf"{_READABLE.pattern}|[a-zA-Z]:/")  # with drives of Windows
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from etils import epath
 from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
-from llava_jax.incoming import loads
+from llava_jax.incoming import loads, parse_json
 from llava_jax.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
@@ -150,11 +150,8 @@ def is_lines(path: epath.PathLike) -> bool:
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """The value in a file. Raises `UserError` with the line where it is no JSON, and for a key that is there twice."""
-    try:
-        return json.loads(read_text(path), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON: {error}") from error
+    """The value in a file. Raises `UserError` where it is no JSON, and for a key that is there twice."""
+    return parse_json(read_text(path), path)
 
 
 def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
@@ -166,14 +163,6 @@ def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
     if not isinstance(entries, dict):
         raise UserError(f"{path}: is no object of questions by id{hint}")
     return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]
-
-
-def _unique(pairs: list[tuple[str, Any]], path: epath.PathLike) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise UserError(f"{path}: {twice} stands there twice")
-    return value
 
 
 class Joined(NamedTuple):

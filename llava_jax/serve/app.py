@@ -63,6 +63,7 @@ def create_app(
     """
     about = "OpenAI's chat completions, answered by a LLaVA."
     app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts of a CDN
+    app.router.redirect_slashes = False  # behind TLS it would redirect to http
     errors.install(app)
     metrics = app.state.metrics = Metrics(engine)
     traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE, BODIES * max_body_bytes)
