@@ -5,8 +5,8 @@ example:
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
 The same command again resumes; where the newest step is damaged, with --resume-from and the one before it.
-configs/common.py explains every key. On several hosts the same command runs on each:
-on TPU pods and under SLURM as it is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
+configs/common.py explains every key. On several hosts the same command runs on each: on TPU pods and under SLURM as it
+is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """
 
 import re
@@ -24,7 +24,6 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
 START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all have met.", lower_bound=1)
-
 RESUME_FROM = flags.DEFINE_integer(
     "resume_from", None, "Resume from this step, not from the newest: later ones go to set_aside/.", lower_bound=0
 )

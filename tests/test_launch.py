@@ -288,7 +288,7 @@ def test_a_worker_tells_how_the_training_ended(worker):
     assert worker("status").stdout == "none\n"
     assert worker("follow").returncode == 1
     for arguments, outcome, logged in (
-        (["cpu", "--help"], "done", "The same command again resumes."),
+        (["cpu", "--help"], "done", "The same command again resumes"),
         (["cpu", "--config=configs/finetune.py"], "failed", "error: --workdir must be given"),
         (["abacus", "--help"], "failed", "error: 'abacus' is no platform"),
     ):

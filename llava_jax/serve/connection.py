@@ -39,7 +39,7 @@ def connection_limit() -> int:
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
-class Parser(h11.Connection):
+class RequestReader(h11.Connection):
     """h11's, which takes a head of any size where it arrives at once, and chunks of single bytes."""
 
     parts = size = 0  # of a body
@@ -64,7 +64,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args, limits: Limits, **kwargs):
         super().__init__(*args, **kwargs)
-        self.conn = Parser(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn = RequestReader(h11.SERVER, MAX_HEAD_BYTES)
         self.limits = limits
         self.heard = self.loop.time()  # when the client last sent something
         self._deadline: asyncio.TimerHandle | None = None
