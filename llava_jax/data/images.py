@@ -70,7 +70,7 @@ def load_image(path: str | epath.Path) -> Image.Image:
 
 
 def read_picture(path: str | epath.Path) -> bytes:
-    """A picture's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
+    """An image's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
     regular one of at most `MAX_BYTES`."""
     try:
         return in_any_spelling(_read, path)
