@@ -19,20 +19,20 @@ test: $(VENV)/.dev
 
 # Apache Beam wants older libraries than the rest does, so it has an environment of its own.
 test-beam: $(VENV)-beam/.ready
-	$(VENV)-beam/bin/python -m pytest tests/beam_shards.py
+	$(VENV)-beam/bin/python -m pytest tests/data/beam_shards.py
 
 # The web page in Debian's Chromium. Nothing is skipped: without it, this fails.
 test-browser: $(VENV)/.browser
 	@command -v $${CHROMIUM:-chromium} > /dev/null || \
 	  { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core; } || \
 	  { echo "error: no chromium, and apt-get cannot install it: install it, or name it by CHROMIUM=FILE" >&2; exit 1; }
-	$(BIN)/python -m pytest tests/page_in_chromium.py tests/report_in_chromium.py
+	$(BIN)/python -m pytest tests/serve/page_in_chromium.py tests/datagen/report_in_chromium.py
 
 # Exports in the generations of transformers that load them; the newest is that of `make test`.
 COMPAT := 4.51.3 4.57.6 5.0.0
 
 test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
-	$(BIN)/python -m pytest -n 0 tests/compat.py
+	$(BIN)/python -m pytest -n 0 tests/convert/compat.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

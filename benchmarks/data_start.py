@@ -85,22 +85,22 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
 
     import jax
 
-    from llava_jax import train  # as `llava_jax.main` imports it, with all that it imports
     from llava_jax.data.lengths import measure_once
+    from llava_jax.training import loop  # as `llava_jax.main` imports it, with all that it imports
 
     jax.devices()
-    encode = train.TextEncoder(TEMPLATE, train.load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
+    encode = loop.TextEncoder(TEMPLATE, loop.load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
     say("imports")
     data = {"built": folder / "built"} if built else {"json": folder / "samples.json", "images": folder / "pictures"}
-    source = train.open_data(ConfigDict(dict.fromkeys(("json", "images", "built", "mixture"), "") | data))
+    source = loop.open_data(ConfigDict(dict.fromkeys(("json", "images", "built", "mixture"), "") | data))
     say(f"{len(source):,} samples")
     lengths = measure_once(source, encode, WORKERS)
     say("their lengths")
-    order = train.Order(np.arange(len(source)), ROWS, seed=0)
-    room = train.Room(ROW_LENGTH, ROWS_PER_GROUP, image_slots=0)
-    (order,) = train.pack_orders([order], lengths, room, source)
+    order = loop.Order(np.arange(len(source)), ROWS, seed=0)
+    room = loop.Room(ROW_LENGTH, ROWS_PER_GROUP, image_slots=0)
+    (order,) = loop.pack_orders([order], lengths, room, source)
     steps = order.steps(1)
-    layout = train.plan_layout(
+    layout = loop.plan_layout(
         [(order, steps)],
         lengths,
         rows_per_group=ROWS_PER_GROUP,
@@ -110,8 +110,8 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
         image_slots=order.room.image_slots,
     )
     say(f"a plan of {steps:,} steps")
-    decode = train.ImageDecoder(SIZE, "square", CLIP_MEAN)
-    batches = train.Batches(source, encode, decode, order, layout).iterate(0, steps, WORKERS)
+    decode = loop.ImageDecoder(SIZE, "square", CLIP_MEAN)
+    batches = loop.Batches(source, encode, decode, order, layout).iterate(0, steps, WORKERS)
     batch = next(batches)
     say(f"the first batch, of {batch['segment_ids'].max(1).sum()} samples")
     more = sum(1 for _ in itertools.islice(batches, BATCHES))

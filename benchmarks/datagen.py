@@ -27,7 +27,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(os.fspath(ROOT / "tests"))
+sys.path.append(os.fspath(ROOT / "tests" / "support"))
 
 from scripted_llm import ScriptedLLM  # noqa: E402, the server that the tests ask: its folder has to be on the path first
 

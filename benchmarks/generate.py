@@ -122,8 +122,8 @@ def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
     """`llava_jax.decoding.Decoder`, driven as `llava_jax.generate.Generator` drives it."""
     import jax.numpy as jnp
 
-    from llava_jax.data.prompts import PromptBatch, bucket
-    from llava_jax.decoding import MAX_STEPS, Decoder
+    from llava_jax.inference.decoding import MAX_STEPS, Decoder
+    from llava_jax.inference.prompts import PromptBatch, bucket
     from llava_jax.models.llava import build
 
     decoder = Decoder(build(config, {name: jnp.array(value) for name, value in our_parameters(config, SCALE)}))

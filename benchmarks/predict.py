@@ -6,10 +6,10 @@ Both go the way of `evaluate predict`, after a round in which programs are compi
 import argparse
 import statistics
 
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, read_questions
-from llava_jax.generate import Generator, Sampling
+from llava_jax.inference.generate import Generator, Sampling
 
 
 def answer(

@@ -137,7 +137,7 @@ def encoder(config: LlavaConfig) -> Any:
     from transformers import AutoTokenizer
 
     from llava_jax.data.conversation import get_template
-    from llava_jax.generate import PromptEncoder
+    from llava_jax.inference.generate import PromptEncoder
 
     gguf = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -153,7 +153,7 @@ def smollm2() -> Path:
 
 def first_turn(seed: int) -> Any:
     """Every run differs from its first words on, so that nothing is known of it but by its own first turn."""
-    from llava_jax.generate import Request
+    from llava_jax.inference.generate import Request
 
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8))
@@ -162,7 +162,7 @@ def first_turn(seed: int) -> Any:
 
 
 def second_turn(first: Any, answer: str) -> Any:
-    from llava_jax.generate import Request
+    from llava_jax.inference.generate import Request
 
     return Request([*first.turns, ("assistant", answer), ("user", "Why is that so?")], first.images)
 
@@ -178,10 +178,10 @@ class EngineSide(NamedTuple):
     def __call__(self, config: LlavaConfig) -> Callable[[tuple], Any]:
         import jax.numpy as jnp
 
-        from llava_jax import compilation_cache
-        from llava_jax.generate import Sampling
+        from llava_jax.inference.engine import Engine
+        from llava_jax.inference.generate import Sampling
         from llava_jax.models.llava import build
-        from llava_jax.serve.engine import Engine
+        from llava_jax.parallel import compilation_cache
 
         compilation_cache.use(compilation_cache.usual())
         options = dict(self.options)
@@ -307,9 +307,9 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
     import jax
     import jax.numpy as jnp
 
+    from llava_jax.inference.quantization import quantize_decoder
     from llava_jax.models.llama import Conversations
     from llava_jax.models.llava import build
-    from llava_jax.models.quantization import quantize_decoder
 
     model = build(CONFIG, {name: jnp.array(value, dtype) for name, value in params.items()}, dtype)
     model.llm.unstack_layers()

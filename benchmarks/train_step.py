@@ -92,10 +92,10 @@ def jax_step(config: LlavaConfig) -> Step:
     import jax.numpy as jnp
     import optax
 
-    from llava_jax import optim
     from llava_jax.data.plan import Layout
-    from llava_jax.sharding import make_mesh
-    from llava_jax.training_step import StepSettings, TrainState, train_step
+    from llava_jax.parallel.sharding import make_mesh
+    from llava_jax.training import optim
+    from llava_jax.training.step import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
     for name, value in our_parameters(config):

@@ -36,8 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir")))
         return
     parse_flags(argv, (CONFIG, WORKDIR))
-    from llava_jax import distributed, plot  # only now: importing JAX takes a second, and a typing error need not wait
-    from llava_jax.train import train
+    from llava_jax import plot
+    from llava_jax.parallel import (
+        distributed,  # only now: importing JAX takes a second, and a typing error need not wait
+    )
+    from llava_jax.training.loop import train
 
     with distributed.joined(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value):
         train(CONFIG.value, WORKDIR.value, RESUME_FROM.value)

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, run, say, warn
-from llava_jax.incoming import loads, read_object, require_regular
-from llava_jax.whole_file import whole_file
+from llava_jax.files.reading import loads, read_object, require_regular
+from llava_jax.files.writing import whole_file
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune

@@ -44,7 +44,7 @@ settings.load_profile("default")
 @pytest.fixture(scope="session", autouse=True)
 def children_see_the_base_install() -> Iterator[None]:
     """What `base_install/sitecustomize.py` does, in every process that a test starts."""
-    paths = [os.fspath(Path(__file__).with_name("base_install")), os.environ.get("PYTHONPATH", "")]
+    paths = [os.fspath(Path(__file__).parent / "support" / "base_install"), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         yield

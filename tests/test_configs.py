@@ -6,10 +6,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import finetune, pretrain, scienceqa
-from llava_jax import knobs, main
+from llava_jax import main
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import TEMPLATES
 from llava_jax.models.config import PRESETS
+from llava_jax.training import config_check
 
 SHARED = {"warmup_ratio": 0.03, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "max_length": 2048}
 # stage, argument -> learning rate, rows, epochs, clipping, template, aspect, image position
@@ -106,7 +107,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line_with_its_place(text, message, 
 
 def test_a_recipe_that_does_not_begin_with_all_keys_is_one_line():
     with pytest.raises(UserError, match="the config has no key 'stage': a recipe begins with common.get_config"):
-        knobs.check(ConfigDict({"steps": 1}))
+        config_check.check(ConfigDict({"steps": 1}))
 
 
 def mistake(arguments, monkeypatch) -> str:

@@ -10,10 +10,10 @@ import pytest
 from kept import make
 from scripted_llm import ScriptedLLM
 
-from llava_jax import train
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.data.built import Built
 from llava_jax.data.sources import LlavaJson
+from llava_jax.training import loop
 
 ARCHIVES = sorted(Path(make.__file__).parent.glob("*.tar.gz"))
 
@@ -45,7 +45,7 @@ def test_a_built_set_is_what_it_was_built_of(kept):
 
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(kept, expected, monkeypatch):
     monkeypatch.chdir(kept)
-    train.train(make.config(), "run")
+    loop.train(make.config(), "run")
     np.testing.assert_allclose(make.losses(kept / "run"), expected["losses"], rtol=1e-5)
 
 

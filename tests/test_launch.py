@@ -17,8 +17,8 @@ import tiny
 import yaml
 
 from configs import common
-from llava_jax import train
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -325,7 +325,7 @@ def test_the_log_has_the_lines_that_the_readme_shows(tmp_path, capsys):
     config.update({"init": str(tiny.checkpoint(tmp_path)), "max_length": 64, "batch_rows": 4, "steps": 2})
     config.data.json, config.data.images = map(str, tiny.data(tmp_path))
     for expected in ([*at_start, *at_end], [*at_resume, *at_end]):
-        train.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
         log = capsys.readouterr().err.splitlines()
         assert [line for line in expected if not any(re.fullmatch(line, logged) for logged in log)] == []
 

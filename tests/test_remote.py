@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 from fake_gcs import FakeGcs
-from test_distributed import free_port
 
 from llava_jax import remote
 from llava_jax.data import build
+from tests.parallel.test_distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def store() -> Iterator[FakeGcs]:
 
 def start(store: FakeGcs, cwd: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
     """A process for which `gs://` is the store. In `cwd` a path taken for a local one leaves its trace."""
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | store.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, *arguments]

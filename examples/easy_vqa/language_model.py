@@ -28,10 +28,10 @@ from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, render
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_turns
-from llava_jax.loss import cross_entropy
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import Params, module_params
+from llava_jax.training.loss import cross_entropy
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", IMAGE_TOKEN]
 VOCABULARY = 448  # 256 bytes, the special tokens and the words of the data set

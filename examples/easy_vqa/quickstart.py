@@ -14,8 +14,8 @@ from pathlib import Path
 from examples.commands import command
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import run
+from llava_jax.files.writing import whole_file
 from llava_jax.plot import plot
-from llava_jax.whole_file import whole_file
 
 ROOT = Path("runs/quickstart")
 QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"

@@ -15,7 +15,7 @@ from examples.commands import command
 from examples.easy_vqa import data
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import UserError, run
-from llava_jax.whole_file import whole_file
+from llava_jax.files.writing import whole_file
 
 ROOT = Path("runs/smollm2")
 TEXT_QUESTION = "What is the capital of France?"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_fields import Json, get, part
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.sums import overlaid
 from llava_jax.convert.tensors import Tensors, open_directory
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
+from llava_jax.models.hf_fields import Json, get, part
 
 SETTINGS = "adapter_config.json"
 _FILES = (

@@ -9,20 +9,12 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 
-from llava_jax.array_store import is_layered
-from llava_jax.checkpoint import (
-    FROZEN,
-    Checkpoint,
-    Piece,
-    frozen_copy,
-    has_copy,
-    needed,
-    open_checkpoint,
-    write_model,
-    write_part,
-)
+from llava_jax.checkpoint.array_store import is_layered
+from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.writing import Piece, write_model, write_part
 from llava_jax.cli import UserError, track
-from llava_jax.lock import hold
+from llava_jax.files.lock import hold
 
 
 def copy(path: str | os.PathLike, output: str | os.PathLike) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.checkpoint import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, warn
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template

@@ -7,9 +7,9 @@ which it opens by that name, is a file of torch. Its models need no token for im
 import dataclasses
 from collections.abc import Callable
 
-from llava_jax.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.writing import copy_tokenizer
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, kept
 from llava_jax.convert.hf_processor import write_generation
 from llava_jax.convert.hf_text import write_text
 from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
@@ -20,6 +20,7 @@ from llava_jax.data.conversation import get_template, with_im_start_end
 from llava_jax.data.fit import end_of_answer
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, kept
 
 PROJECTOR = "mm_projector.bin"
 _TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}

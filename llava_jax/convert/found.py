@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_fields import Json, in_words_of_hf
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.hf_fields import Json, in_words_of_hf
 
 
 @dataclasses.dataclass(frozen=True)

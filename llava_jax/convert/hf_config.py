@@ -12,10 +12,10 @@ read as 10000 by transformers 4.
 from typing import NamedTuple
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
 
 # The vision_config of a LLaVA that has none.
 _LLAVA_VISION = {

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_config import select_strategy
-from llava_jax.convert.hf_fields import get, in_words_of_hf, part, require
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
 from llava_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,6 +16,7 @@ from llava_jax.models.config import (
     VisionConfig,
     check_channels,
 )
+from llava_jax.models.hf_fields import get, in_words_of_hf, part, require
 
 Json = dict[str, Any]
 

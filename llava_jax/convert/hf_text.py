@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_fields import Json, get, in_words_of_hf, one_of, part, require
 from llava_jax.models.config import RopeScaling, TextConfig, require_multiple
+from llava_jax.models.hf_fields import Json, get, in_words_of_hf, one_of, part, require
 
 
 class _Family(NamedTuple):

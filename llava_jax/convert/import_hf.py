@@ -19,15 +19,15 @@ from llava_jax.convert.found import (
     refuse,
     refuse_contradiction,
 )
-from llava_jax.convert.hf_fields import Json
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
 from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.tensors import open_directory
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
+from llava_jax.models.hf_fields import Json
 
 
 def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Options) -> Found:

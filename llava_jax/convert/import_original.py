@@ -27,7 +27,6 @@ from llava_jax.convert.found import (
     refuse,
     refuse_contradiction,
 )
-from llava_jax.convert.hf_fields import IMAGE_POSITION, Json, get, one_of, require
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
@@ -42,8 +41,9 @@ from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.sums import is_difference, overlaid, with_base
 from llava_jax.convert.tensors import has_weights, open_directory, open_files
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, one_of, require
 
 _MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")

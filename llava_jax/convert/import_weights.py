@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.checkpoint import Description, Piece, refuse_existing, write_model
+from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.writing import Piece, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
 from llava_jax.convert.adapter import is_adapter
 from llava_jax.convert.export import special_tokens
@@ -32,7 +33,7 @@ from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, module_params
 from llava_jax.models.projector import Projector

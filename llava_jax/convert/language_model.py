@@ -8,13 +8,13 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import base_name, is_adapter
 from llava_jax.convert.gguf_header import count_numbers
-from llava_jax.convert.hf_fields import Json, check_generation
 from llava_jax.convert.hf_text import num_parameters, read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
 from llava_jax.convert.stored_tensor import StoredTensor
 from llava_jax.convert.tensors import Tensors, has_weights, open_directory
 from llava_jax.data.tokenizer_files import MAX_BYTES
-from llava_jax.incoming import read_bytes, read_object, refuse_pointer_file
+from llava_jax.files.reading import read_bytes, read_object, refuse_pointer_file
+from llava_jax.models.hf_fields import Json, check_generation
 
 
 class LanguageModel(NamedTuple):

@@ -9,7 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.checkpoint import Checkpoint, absolute, new_directory
+from llava_jax.checkpoint.format import absolute
+from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.writing import new_directory
 from llava_jax.cli import UserError
 from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import Entry, to_hf_tensor

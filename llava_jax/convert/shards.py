@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.checkpoint import check_free
+from llava_jax.checkpoint.writing import check_free
 from llava_jax.cli import track
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.tensors import INDEX, WEIGHTS, write_json

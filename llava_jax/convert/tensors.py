@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import StoredTensor, read_numbers
 from llava_jax.convert.torch_files import open_torch
-from llava_jax.incoming import parse_json, read_object, refuse_pointer_file, require_regular
+from llava_jax.files.reading import parse_json, read_object, refuse_pointer_file, require_regular
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -21,7 +21,7 @@ import numpy as np
 
 from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
-from llava_jax.incoming import require_regular
+from llava_jax.files.reading import require_regular
 
 # torch's storages by their names in pickles -> the type of their numbers, in safetensors' words.
 STORAGES = {

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_jax.checkpoint import check_free
+from llava_jax.checkpoint.writing import check_free
 from llava_jax.convert.shards import Tensor, tensor_bytes
 from llava_jax.convert.torch_files import STORAGES
 

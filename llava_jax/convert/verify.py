@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from llava_jax.checkpoint import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.import_hf import find_llava
@@ -30,10 +30,10 @@ from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.chat_template import render_chats
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.prompts import Prompt
 from llava_jax.data.tokenizer_files import read_tokenizer_files
-from llava_jax.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
+from llava_jax.inference.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
+from llava_jax.inference.prompts import Prompt
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 

@@ -29,7 +29,7 @@ from llava_jax.data.published import PUBLISHED, Published, count_problems, expla
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, read_manifest, scratch_file
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.lock import entries, hold
+from llava_jax.files.lock import entries, hold
 
 if TYPE_CHECKING:
     from llava_jax.data.pipeline import TextEncoder

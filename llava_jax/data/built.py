@@ -16,10 +16,10 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from llava_jax.cli import UserError, short, shown
-from llava_jax.data import cache
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
-from llava_jax.incoming import read_object
+from llava_jax.files import cache
+from llava_jax.files.reading import read_object
 
 OWN_FEATURES = "tensorflow_datasets.core.features."
 # Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.

@@ -26,7 +26,7 @@ from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.whole_file import whole_file, whole_list
+from llava_jax.files.writing import whole_file, whole_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from etils import epath
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from llava_jax.cli import UserError
-from llava_jax.incoming import refuse_irregular, refuse_pointer
+from llava_jax.files.reading import refuse_irregular, refuse_pointer
 from llava_jax.remote import is_remote
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from llava_jax.data.images import decode_image
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
-from llava_jax.whole_file import whole_file
+from llava_jax.files.writing import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,11 +10,11 @@ import numpy as np
 import tokenizers
 import transformers
 
-from llava_jax.data import cache
 from llava_jax.data.pipeline import TextEncoder, measure
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
 from llava_jax.data.tokenization import default_system
+from llava_jax.files import cache
 
 LENGTHS = 2  # raise it when samples of the same texts are encoded or counted otherwise
 

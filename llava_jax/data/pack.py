@@ -17,7 +17,7 @@ from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.whole_file import whole_file
+from llava_jax.files.writing import whole_file
 
 EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\

@@ -14,11 +14,11 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
-from llava_jax.data import cache
 from llava_jax.data.images import in_any_spelling, load_image
 from llava_jax.data.names import image_path
 from llava_jax.data.samples import Fault
 from llava_jax.data.survey import Problem, Survey
+from llava_jax.files import cache
 
 AT_ONCE = 256
 PICTURES = 1  # of the cache: raise it when another version would find other pictures bad

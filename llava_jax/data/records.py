@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.data import cache
-from llava_jax.incoming import MAX_DEPTH, POINTER, broken, encoding_of, loads, refuse_pointer, require_regular
+from llava_jax.files import cache
+from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, encoding_of, loads, refuse_pointer, require_regular
 from llava_jax.remote import is_remote, new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time

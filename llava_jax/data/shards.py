@@ -35,7 +35,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image, read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.samples import ROLES, Sample
-from llava_jax.incoming import read_object
+from llava_jax.files.reading import read_object
 from llava_jax.remote import is_remote
 
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"

@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
-from llava_jax.data import cache
 from llava_jax.data.images import read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
+from llava_jax.files import cache
 
 INDEX = 3  # of the caches of files: raise it when another version would find other faults or digests
 

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.incoming import parse_json, read_bytes, refuse_pointer
+from llava_jax.files.reading import parse_json, read_bytes, refuse_pointer
 
 # What transformers may read of a directory to make a tokenizer.
 PATTERNS = ("*token*", "vocab.*", "merges.txt", "config.json", "chat_template*", "additional_chat_templates/*")

@@ -12,7 +12,7 @@ import sys
 from llava_jax.cli import Parser, UserError, say, track
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
-from llava_jax.whole_file import whole_list
+from llava_jax.files.writing import whole_list
 
 EPILOG = """example:
   python -m llava_jax.datagen captions --captions captions_train2017.json --output chat.json

@@ -21,7 +21,7 @@ from llava_jax.data.plan import permutation
 from llava_jax.datagen.caption_files import read_captions
 from llava_jax.datagen.captions import add_caption_arguments
 from llava_jax.datagen.phrases import METHODS, SPACY_MODEL, Extract, extractor
-from llava_jax.whole_file import whole_file, whole_list
+from llava_jax.files.writing import whole_file, whole_list
 
 EPILOG = """example:
   python -m llava_jax.datagen filter --captions cc3m.jsonl --output cc3m_balanced.jsonl --report coverage.json

@@ -28,7 +28,7 @@ from llava_jax.data.records import load_json, local_data, scan
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco
 from llava_jax.datagen.contexts import Box, Context, make_box, make_captions
-from llava_jax.incoming import require_regular
+from llava_jax.files.reading import require_regular
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import is_remote
 

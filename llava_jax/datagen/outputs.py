@@ -12,8 +12,8 @@ from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.duplicates import near_duplicates
 from llava_jax.datagen.instructions import with_image
 from llava_jax.datagen.parsing import Turns
+from llava_jax.files.writing import whole_list
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
-from llava_jax.whole_file import whole_list
 
 SAMPLES, REJECTS = "llava.json", "rejects.jsonl"
 NEAR_DUPLICATE = "near-duplicate"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.incoming import require_regular
+from llava_jax.files.reading import require_regular
 from llava_jax.llm_api.cost import Message
 
 OURS = Path(__file__).with_name("prompt_files")

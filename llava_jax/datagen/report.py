@@ -25,9 +25,9 @@ from llava_jax.datagen.objects import Finder
 from llava_jax.datagen.report_page import page
 from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, choose
 from llava_jax.datagen.statistics import Facts, Statistics, categories_of
+from llava_jax.files.writing import whole_file
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import new_local
-from llava_jax.whole_file import whole_file
 
 EPILOG = """example:
   python -m llava_jax.datagen report --json llava_instruct_158k.json --images train2017 \\

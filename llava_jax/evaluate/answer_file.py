@@ -16,8 +16,8 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.questions import Key, Question, key_of
+from llava_jax.files.writing import whole_file
 from llava_jax.remote import is_remote
-from llava_jax.whole_file import whole_file
 
 SECONDS = 30.0  # between writings of a part to an object store, where nothing can be appended
 

@@ -14,8 +14,8 @@ from etils import epath
 from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
-from llava_jax.incoming import loads, parse_json
-from llava_jax.thinking import after_thinking, says_nothing
+from llava_jax.files.reading import loads, parse_json
+from llava_jax.llm_api.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
 IDS = ("question_id", "questionId", "id", "index", "image")

@@ -18,7 +18,7 @@ from llava_jax.data.images import read_picture
 from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import MARK, Question, system_turns
-from llava_jax.incoming import refuse_pointer
+from llava_jax.files.reading import refuse_pointer
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
 

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax import distributed
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import Template
 from llava_jax.data.images import decode_image, load_image
@@ -29,9 +28,10 @@ from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
 from llava_jax.evaluate.questions import Question, marked, read_questions, system_turns
 from llava_jax.evaluate.suite_outcomes import outcomes_of
-from llava_jax.generate import Generator, PromptEncoder, Request, Sampling
+from llava_jax.inference.generate import Generator, PromptEncoder, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
+from llava_jax.parallel import distributed
 
 FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers, and STEP/BENCHMARK.outcomes.jsonl
 

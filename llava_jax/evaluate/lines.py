@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.incoming import loads, require_regular, to_utf8
-from llava_jax.whole_file import whole_file
+from llava_jax.files.reading import loads, require_regular, to_utf8
+from llava_jax.files.writing import whole_file
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")

@@ -9,7 +9,7 @@ from llava_jax.evaluate.answers import Answer, answer_of, by_key, check_asked, e
 from llava_jax.evaluate.benchmark import Benchmark, Labels, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
-from llava_jax.thinking import after_thinking
+from llava_jax.llm_api.thinking import after_thinking
 
 PREFIX = "v1_"  # of question ids in MM-Vet's own files
 GRADES = ("grade", "score", "content")  # fields that have a grade, or the text of a judge that begins with one

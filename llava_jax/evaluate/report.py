@@ -21,8 +21,8 @@ from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_chart import draw
 from llava_jax.evaluate.report_page import MAX_ROWS, page
 from llava_jax.evaluate.tables import aligned
+from llava_jax.files.writing import whole_file
 from llava_jax.remote import is_remote, new_local, upload
-from llava_jax.whole_file import whole_file
 
 EPILOG = """examples:
   python -m llava_jax.evaluate report runs/a runs/b

@@ -11,7 +11,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import Line, once, read_lines
-from llava_jax.thinking import after_thinking
+from llava_jax.llm_api.thinking import after_thinking
 
 FAILED = (-1.0, -1.0)  # what files have for scores where a review had none
 LOWEST = 1.0  # that a judge gives

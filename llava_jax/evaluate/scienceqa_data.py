@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
-from llava_jax.whole_file import whole_list
+from llava_jax.files.writing import whole_list
 
 EPILOG = """examples (the paper's training data and its questions):
   python -m llava_jax.evaluate questions scienceqa --problems problems.json --splits pid_splits.json \\

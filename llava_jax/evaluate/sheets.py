@@ -15,7 +15,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.evaluate.lines import Line, read_text
-from llava_jax.incoming import read_bytes, refuse_pointer
+from llava_jax.files.reading import read_bytes, refuse_pointer
 
 SUFFIXES = (".tsv", ".xlsx")
 MAX_BYTES = 256 * 2**20  # of an XLSX, also once it is unpacked

@@ -11,7 +11,7 @@ from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, qu
 from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.pope import answers_pope
-from llava_jax.whole_file import whole_file
+from llava_jax.files.writing import whole_file
 
 EPILOG = f"""examples:
   python -m llava_jax.evaluate submission vqav2 --answers answers.jsonl --output vqav2.json

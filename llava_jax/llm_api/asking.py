@@ -13,7 +13,7 @@ from llava_jax.llm_api.client import REFUSED, SERVER_ERROR, Client, Refused, Set
 from llava_jax.llm_api.cost import Budget, Message, estimate_tokens
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer, Ledger, Request
 from llava_jax.llm_api.stopping import stopped_by_signals
-from llava_jax.thinking import says_nothing
+from llava_jax.llm_api.thinking import says_nothing
 
 CUT, EMPTY = "cut off at --max-tokens", "empty"  # why an answer is none
 LONGER = "give a larger --max-tokens and another --ledger"  # what helps where answers are cut off

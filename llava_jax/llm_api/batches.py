@@ -17,7 +17,7 @@ import httpx2
 import openai
 
 from llava_jax.cli import UserError, say
-from llava_jax.incoming import loads
+from llava_jax.files.reading import loads
 from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
 from llava_jax.llm_api.cost import budget_spent
 from llava_jax.llm_api.ledger import Batch, Ledger, Request

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.files.lock import hold
 from llava_jax.llm_api.cost import Message, estimate_tokens
-from llava_jax.lock import hold
-from llava_jax.thinking import after_thinking
+from llava_jax.llm_api.thinking import after_thinking
 
 SCHEMA = Path(__file__).with_name("ledger.sql").read_text(encoding="utf-8")
 ACCEPTED = "accepted"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import UserError, positive
-from llava_jax.incoming import loads
+from llava_jax.files.reading import loads
 from llava_jax.llm_api.cost import Prices, check_budget
 from llava_jax.remote import is_remote
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_jax.incoming import loads
+from llava_jax.files.reading import loads
 from llava_jax.llm_api.cost import Message, estimate_tokens, most_tokens
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer
 from llava_jax.llm_api.limits import Refusal

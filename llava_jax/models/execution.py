@@ -8,7 +8,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.models.attention import attention
-from llava_jax.sharding import Fsdp
+from llava_jax.parallel.sharding import Fsdp
 
 # Names of activations that policies refer to.
 LAYER_INPUT, QKV = "layer_input", "qkv"

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_jax import compilation_cache
 from llava_jax.cli import Parser, UserError, run
 from llava_jax.data.conversation import choose_template
 from llava_jax.models.config import QUANTIZATIONS
+from llava_jax.parallel import compilation_cache
 
 DTYPES = ("float32", "bfloat16")
 MAX_KEY_BYTES = 4096
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     import jax.numpy as jnp  # only now: it takes seconds, and a typing error need not wait
 
-    from llava_jax.checkpoint import open_checkpoint
-    from llava_jax.sharding import make_mesh
+    from llava_jax.checkpoint.reading import open_checkpoint
+    from llava_jax.parallel.sharding import make_mesh
 
     try:  # what the extra `serve` brings
+        from llava_jax.inference.engine import Engine
         from llava_jax.serve.app import create_app
-        from llava_jax.serve.engine import Engine
         from llava_jax.serve.hosts import own_names
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
@@ -142,7 +142,7 @@ def _name(text: str) -> str:
 
 def _mesh(text: str) -> dict[str, int]:
     """`tensor=4`, `tensor=2,fsdp=2`: the sizes of axes."""
-    from llava_jax.sharding import AXES
+    from llava_jax.parallel.sharding import AXES
 
     sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
     if not all(axis in AXES and size.isdecimal() and int(size[:9]) > 0 for axis, size in sizes.items()):

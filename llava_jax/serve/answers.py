@@ -10,9 +10,9 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
-from llava_jax.generate import Request, Sampling
-from llava_jax.serve.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
-from llava_jax.serve.engine import Engine
+from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.generate import Request, Sampling
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 

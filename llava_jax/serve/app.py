@@ -11,10 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
+from llava_jax.inference.engine import Engine
 from llava_jax.serve import errors
 from llava_jax.serve.bodies import BoundedRoute
 from llava_jax.serve.completions import Chat, unknown_model
-from llava_jax.serve.engine import Engine
 from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
 from llava_jax.serve.log import HEADER, Log

@@ -19,10 +19,10 @@ from openai.types.chat import chat_completion_chunk as streamed
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.types import Receive, Scope, Send
 
-from llava_jax import generate
-from llava_jax.serve.answer import TokenLogprob
+from llava_jax.inference import generate
+from llava_jax.inference.answer import TokenLogprob
+from llava_jax.inference.engine import Engine
 from llava_jax.serve.answers import Answers
-from llava_jax.serve.engine import Engine
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.pictures import Reader

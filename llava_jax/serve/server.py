@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from llava_jax.cli import UserError, say
+from llava_jax.inference.engine import Engine
 from llava_jax.serve.connection import Connection, Limits, connection_limit
-from llava_jax.serve.engine import Engine
 
 MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
 BACKLOG = 2048

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import datagen_runs
 import numpy as np
@@ -24,10 +24,10 @@ import tiny
 from scripted_llm import ScriptedLLM
 
 from configs import common
-from llava_jax import train
-from llava_jax.checkpoint import open_checkpoint
+from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.data import build
 from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.training import loop
 
 STEPS, STOPPED, CONTEXTS, ASKED = 5, 2, 8, 3
 MODEL = tiny.config(
@@ -54,7 +54,7 @@ def losses(workdir: Path) -> list[float]:
 
 
 def _stopped_run() -> None:
-    count_tokens, calls = train.count_tokens, []
+    count_tokens, calls = loop.count_tokens, []
 
     def stop(*arguments):
         calls.append(1)
@@ -62,13 +62,13 @@ def _stopped_run() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return count_tokens(*arguments)
 
-    train.count_tokens = stop
+    loop.count_tokens = stop
     try:
-        train.train(config(), "run")
+        loop.train(config(), "run")
     except SystemExit:
         pass
     finally:
-        train.count_tokens = count_tokens
+        loop.count_tokens = count_tokens
 
 
 def _make(directory: Path) -> dict:
@@ -78,7 +78,7 @@ def _make(directory: Path) -> dict:
     file, images = tiny.data(directory)
     build.main(["--json", str(file), "--images", str(images), "--output", str(directory / "built"), "--shards", "2"])
     os.chdir(directory)
-    train.train(config(), "whole")
+    loop.train(config(), "whole")
     expected = {"losses": losses(directory / "whole")}
     shutil.rmtree(directory / "whole")
     _stopped_run()

@@ -1,0 +1,262 @@
+"""Checkpoints on disk: which there are, and their parameters as sharded arrays or part by part."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from llava_jax.checkpoint.array_store import TREE, open_array, parts_of
+from llava_jax.checkpoint.errors import damaged, readable
+from llava_jax.checkpoint.format import (
+    DESCRIPTION,
+    DIGEST,
+    STEPS,
+    Description,
+    Source,
+    absolute,
+    finished_steps,
+    frozen_copy,
+    has_copy,
+    read_description,
+)
+from llava_jax.cli import UserError, short
+from llava_jax.files.reading import read_object
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.remote import is_remote, may_read
+
+MAX_COMPRESSION = 100  # of weights; those of any training hardly shrink
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its weights not yet read. See `open_checkpoint`."""
+
+    root: epath.Path  # the import's directory or the workdir
+    weights: epath.Path  # the Orbax directory
+    name: str | None  # of the weights inside it (`params`), None where it is the whole
+    description: Description
+    tokenizer_dir: epath.Path
+    step: int | None = None
+
+    @property
+    def config(self) -> LlavaConfig:
+        return self.description.model
+
+    @property
+    def template(self) -> str:
+        return self.description.template
+
+    def with_image_position(self, position: str) -> "Checkpoint":
+        """The same, asked with images at these places instead of where they stood in training."""
+        model = dataclasses.replace(self.config, image_position=position)
+        return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
+
+    @functools.cached_property
+    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and types of the parameters held here, without those of the sources."""
+        with readable(self.weights):
+            if self.name is None:
+                metadata = ocp.metadata(self.weights).metadata
+            else:
+                metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
+            return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
+
+    @functools.cached_property
+    def parts(self) -> list[tuple["Checkpoint", tuple[str, ...]]]:
+        """The checkpoints that together hold the whole model, each with the names to take from it."""
+        own = tuple(self.stored)
+        return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
+
+    def _open(self, source: Source) -> "Checkpoint":
+        if has_copy(self.root, source):
+            return open_checkpoint(frozen_copy(self.root, source))
+        if not (may_read(source.relative, self.root) and may_read(source.path, self.root)):
+            raise UserError(self._unnamed(source))
+        for path in (self.root / source.relative, epath.Path(source.path)):
+            if path.exists():
+                found = open_checkpoint(path)
+                if found.description.id == source.id:
+                    return found
+        raise UserError(
+            f"{self.root}: its frozen parameters come from {source.path}, which is gone or was written anew since; "
+            "put the original back (convert copy-frozen would have brought them into the workdir)"
+        )
+
+    def _unnamed(self, source: Source) -> str:
+        command = f"copy --output DIR --checkpoint {self.root}"
+        if self.step is not None:
+            command = f"copy-frozen --checkpoint {self.root}"
+        return (
+            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names and you did "
+            f"not, so nothing is read there. If you know that place, copy them: python -m llava_jax.convert {command} "
+            f"--source {source.path}"
+        )
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and stored types of the whole model."""
+        return {name: part.stored[name] for part, names in self.parts for name in names}
+
+    def check(self) -> None:
+        """Raises UserError unless names and shapes are those of the model, and its files of the size for them."""
+        for part, _ in self.parts:
+            _refuse_inflated(part.weights, part.stored)
+        try:
+            check_names(self.abstract(), abstract_params(self.config))
+        except ValueError as error:
+            raise UserError(f"{self.weights}: does not hold this model: {error}") from None
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """One parameter as it is stored, or one layer of a stacked one, of which nothing else is kept in memory."""
+        part = self._part_with(name)
+        with readable(part.weights):
+            return part._array(name, layer).read().result()
+
+    def read_parts(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The same in parts, each with its place."""
+        part = self._part_with(name)
+        with readable(part.weights):
+            yield from parts_of(part._array(name, layer))
+
+    def _part_with(self, name: str) -> "Checkpoint":
+        return next(part for part, names in self.parts if name in names)
+
+    def _array(self, name: str, layer: int | None) -> ts.TensorStore:
+        array = open_array(self.weights / (self.name or TREE), name)
+        return array if layer is None else array[layer]
+
+    def load(
+        self,
+        names: Iterable[str] | None = None,
+        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
+        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    ) -> Params:
+        """Reads the named parameters (all by default), each in `dtype(name, stored type)`.
+
+        Each is sharded as it is read, or lies on the first device.
+        """
+        if sharding is None:
+            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            sharding = functools.partial(_always, single)
+        self.check()
+        shapes = abstract_params(self.config)
+        wanted = set(shapes if names is None else names)
+        params: Params = {}
+        for part, held in self.parts:
+            here = wanted.intersection(held)
+            if here:
+                tree = {
+                    name: jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=sharding(name))
+                    if name in here
+                    else ...
+                    for name, leaf in part.stored.items()
+                }
+                params |= {name: value for name, value in part._read(tree).items() if name in here}
+        return {name: params[name] for name in shapes if name in wanted}
+
+    def _read(self, tree: dict[str, Any]) -> Params:
+        with readable(self.weights):
+            if self.name is None:
+                return ocp.load(self.weights, tree)
+            return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
+
+    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
+        """How a checkpoint in `directory` refers to these parameters: at the place that really holds each."""
+        wanted = set(names)
+        sources = []
+        for part, held in self.parts:
+            here = tuple(sorted(wanted.intersection(held)))
+            if not here:
+                continue
+            path = part.root if part.step is None else part.weights
+            place = os.fspath(absolute(path))
+            # Between a bucket and a disk, or two buckets, there is no relative path.
+            related = not (is_remote(path) or is_remote(directory))
+            relative = os.path.relpath(place, os.path.abspath(directory)) if related else place
+            sources.append(Source(place, relative, part.description.id, here))
+        return tuple(sources)
+
+
+def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises UserError where a local directory is far smaller than the arrays that it says it holds: what is missing in
+    an array is read as zeros, however large."""
+    if is_remote(directory):
+        return
+    claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored.values())
+    held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
+    if claimed > MAX_COMPRESSION * held + 2**26:
+        raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
+
+
+def _always(value: Any, _name: str) -> Any:
+    return value
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Opens the output of `convert import`, a training workdir (its newest step) or one step's directory.
+
+    Raises UserError if it is none of these.
+    """
+    path = absolute(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint{_other_steps(path)}")
+    if (path / "params").exists() and (path / DESCRIPTION).exists():
+        return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
+    if (path / STEPS).exists():
+        steps = finished_steps(path / STEPS)
+        if not steps:
+            raise UserError(f"{path}: a workdir without a finished checkpoint")
+        return _open_step(path / STEPS / str(steps[-1]))
+    if path.name.isdecimal() and ocp.is_orbax_checkpoint(path):
+        return _open_step(path)
+    raise UserError(
+        f"{path}: neither the output of `convert import` (no {DESCRIPTION} and params/) nor a training workdir "
+        "(no checkpoints/) nor one step of it"
+    )
+
+
+def open_step(workdir: epath.Path, step: int) -> Checkpoint:
+    """The same of a step that is asked for. Raises UserError that lists the steps if it is not there."""
+    path = absolute(workdir) / STEPS / str(step)
+    if not path.exists():
+        raise UserError(f"{workdir}: has no step {step}{_other_steps(path)}")
+    return _open_step(path)
+
+
+def _other_steps(path: epath.Path) -> str:
+    steps = finished_steps(path.parent) if path.parent.name == STEPS else []
+    return f": the steps there are {', '.join(map(str, steps))}" if steps else ""
+
+
+def _open_step(path: epath.Path) -> Checkpoint:
+    with readable(path):
+        metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    digest = metadata.pop(DIGEST, None)  # which steps of earlier versions do not have
+    if "format" not in metadata or digest not in (None, digest(metadata)):
+        raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
+    root = path.parent.parent
+    with readable(path):
+        description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
+    return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+
+
+def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
+    """What steps of earlier versions do not say, `image_position` of the model, as the configuration of their run."""
+    model, file = metadata.get("model"), workdir / "config.json"
+    if model is None or "image_position" in model or not file.exists():
+        return {}
+    try:
+        position = read_object(file, strict=False)["image_position"]
+    except (OSError, UserError, KeyError) as error:
+        raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
+    return {"model": model | {"image_position": position}}

@@ -1,0 +1,139 @@
+"""Writing a whole model, or a part of one: into a directory that takes its name when it is complete."""
+
+import contextlib
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+
+from llava_jax.checkpoint.array_store import ArrayWriter
+from llava_jax.checkpoint.errors import in_one_line
+from llava_jax.checkpoint.format import Description, absolute, write_description
+from llava_jax.cli import UserError
+from llava_jax.data.tokenizer_files import MAX_BYTES
+from llava_jax.files.lock import entries, hold
+from llava_jax.files.reading import read_bytes
+from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.remote import is_remote
+
+Piece = tuple[str, int | None, np.ndarray]  # a parameter, a layer of it or None for the whole, values
+
+
+def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
+    """Writes a whole model; nothing is left behind if it fails. Raises UserError if `directory` exists."""
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+    pieces = ((name, None, np.asarray(value)) for name, value in params.items())
+    write_model(directory, shapes, pieces, description, tokenizer_dir)
+
+
+def write_model(
+    directory: str | os.PathLike,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    pieces: Iterable[Piece],
+    description: Description,
+    tokenizer_dir: str,
+) -> None:
+    """The same from pieces that make up parameters of these shapes and types, each written when it comes."""
+    directory = absolute(directory)
+    try:
+        check_names(shapes, abstract_params(description.model))
+    except ValueError as error:
+        raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
+    with new_directory(directory) as partial:
+        copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
+        _write_weights(partial, directory, shapes, pieces, description)
+
+
+def write_part(
+    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+) -> None:
+    """Some parameters of the model that `description` is of, for checkpoints that name it as a source."""
+    with new_directory(directory) as partial:
+        _write_weights(partial, directory, shapes, pieces, description)
+
+
+def _write_weights(
+    partial: epath.Path,
+    directory: epath.Path,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    pieces: Iterable[Piece],
+    description: Description,
+) -> None:
+    """Into `partial`, which becomes `directory` and is called that in errors."""
+    if not is_remote(partial):
+        check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
+    with in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
+        for name, layer, values in pieces:
+            writer.write(name, layer, values)
+    write_description(partial, description)
+
+
+def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if not file.is_dir():
+            (target / file.name).write_bytes(read_bytes(file, MAX_BYTES))  # from a disk to a bucket as well
+
+
+def check_free(directory: os.PathLike, size: int) -> None:
+    """Raises UserError where a local disk has no room for so many bytes, before time is spent on filling it."""
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise UserError(
+            f"{os.path.dirname(directory)}: the weights take {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+        )
+
+
+def refuse_existing(directory: str | os.PathLike) -> None:
+    """Raises UserError unless `directory` is empty or not there."""
+    directory = epath.Path(directory)
+    if directory.exists() and (not directory.is_dir() or entries(directory)):
+        raise UserError(f"{directory}: exists already; remove it or choose another output")
+
+
+@contextlib.contextmanager
+def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
+    """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error.
+
+    Object stores have no directories to rename: a remote one is filled in its place, by one process at a time. So write
+    last what makes it valid.
+    """
+    if is_remote(directory):
+        with hold(directory):
+            refuse_existing(directory)
+            with _gone_on_error(directory):
+                yield directory
+        return
+    refuse_existing(directory)
+    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    with _gone_on_error(partial):
+        yield partial
+        refuse_existing(directory)  # another process may have made it in the meantime
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+
+
+@contextlib.contextmanager
+def _gone_on_error(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _remove(directory)
+        raise
+
+
+def _remove(directory: epath.Path) -> None:
+    """Removes a directory, and for a second what threads of Orbax still write there after a failure."""
+    unfinished = any(directory.glob("*.orbax-checkpoint-tmp"))
+    for _ in range(10 if unfinished else 1):
+        with contextlib.suppress(OSError):
+            directory.rmtree()
+        time.sleep(0.1 * unfinished)

@@ -1,0 +1,246 @@
+"""The training step, compiled for a machine that is elsewhere, and what the compiler says of it.
+
+Nothing here runs a step: parameters and batches are shapes.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.data.pipeline import PADDING
+from llava_jax.data.plan import Layout
+from llava_jax.models.config import PRESETS, LlavaConfig
+from llava_jax.models.llava import abstract_params
+from llava_jax.parallel import sharding
+from llava_jax.parallel.hardware import GiB
+from llava_jax.preflight import hlo, targets
+from llava_jax.preflight.targets import Target
+from llava_jax.training import config_check, flops, optim
+from llava_jax.training.step import (
+    StepSettings,
+    TrainState,
+    abstract_placed,
+    abstract_state,
+    frozen_dtype,
+    jit_step,
+    step_settings,
+)
+
+# Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
+GPU_MARGIN = 2 * GiB
+# JAX's own default of XLA_PYTHON_CLIENT_MEM_FRACTION.
+MEMORY_FRACTION = 0.75
+# Of a schedule's length only constants in the program depend.
+STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A step ready to be compiled."""
+
+    target: Target
+    config: ConfigDict
+    mesh: Mesh
+    settings: StepSettings
+    arguments: tuple[TrainState, dict, dict]  # state, frozen, batch: shapes with shardings
+    step: Any
+
+    @property
+    def rows(self) -> int:
+        """Rows on a device at once."""
+        return self.settings.layout.batch_rows // (sharding.batch_shards(self.mesh) * self.settings.accumulation)
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        return flops.trainable_parts(self.arguments[0].trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    parameters: float
+    optimizer: float
+    batch: float
+    activations: float | None  # what else is there at the peak: gradients, activations, gathered weights, workspace
+    margin: float  # for what the compiler does not count
+    needed: float | None  # None where the compiler gave up before it knew
+    available: float  # what a program can use
+
+    @property
+    def state(self) -> float:
+        return self.parameters + self.optimizer
+
+    @property
+    def fits(self) -> bool:
+        return self.needed is not None and self.needed <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program; `account` None and `reason` a line where it refused."""
+
+    program: Program
+    memory: Memory
+    seconds: float
+    account: hlo.Account | None = None
+    moved: float = 0.0
+    reason: str = ""
+
+
+# ----------------------------------------------------------------------------------------------------- the program
+
+
+def build(config: ConfigDict, target: Target) -> Program:
+    """The step that training would run with this configuration on the target, if every row had a picture and every
+    position were learned (unless the configuration says how many slots there are)."""
+    config_check.check(config)
+    mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(target))
+    model = _model(config)
+    settings = step_settings(config, model, worst_layout(config, model), mesh)
+    arguments = _arguments(config, settings, mesh)
+    optimizer = optim.make_optimizer(config, arguments[0].trainable, config.steps or STEPS)
+    return Program(target, config, mesh, settings, arguments, jit_step(settings, optimizer, arguments[0]))
+
+
+def preset(config: ConfigDict) -> str:
+    """The name of the preset to compile, "" for the model of the checkpoint."""
+    return config.model or ("" if config.init else config.default_model)
+
+
+def _model(config: ConfigDict) -> LlavaConfig:
+    if name := preset(config):
+        if name not in PRESETS:
+            raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+    if config.init:
+        return open_checkpoint(config.init).config
+    raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says what is to be trained")
+
+
+def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
+    """The largest batch that a configuration admits; slots that data would decide are one picture a row (of packed rows
+    as many as have room), and every position."""
+    length = config_check.row_length(config)
+    pictures = max(length // model.image_tokens, 1) if config.pack else 1
+    return Layout(
+        batch_rows=config.batch_rows,
+        rows_per_group=config.rows_per_group,
+        max_length=length,
+        image_slots=max(config.image_slots or config.rows_per_group * pictures, 0),
+        label_slots=config.label_slots or config.rows_per_group * length,
+        image_tokens=model.image_tokens,
+        image_size=model.vision.image_size,
+    )
+
+
+def _arguments(config: ConfigDict, settings: StepSettings, mesh: Mesh) -> tuple[TrainState, dict, dict]:
+    shapes = abstract_params(settings.model)
+    names = optim.trainable_names(shapes, config.stage)
+    stored = frozen_dtype(config, mesh.devices.flat[0].platform)
+    state = abstract_state(optim.make_optimizer(config, names, STEPS), shapes, names, mesh)
+    dtypes = {name: stored(name, leaf.dtype) for name, leaf in shapes.items() if name not in state.trainable}
+    rows = sharding.batch_sharding(mesh)
+    batch = {name: array.update(sharding=rows) for name, array in abstract_batch(settings.layout).items()}
+    return state, abstract_placed(dtypes, shapes, mesh), batch
+
+
+def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of the batches of a layout."""
+    rows = {name: jax.ShapeDtypeStruct((layout.batch_rows, layout.max_length), jnp.int32) for name in PADDING}
+    shape = (layout.groups, layout.image_slots, layout.image_size, layout.image_size, 3)
+    return rows | {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+
+# ----------------------------------------------------------------------------------------------------- compiling it
+
+
+def compile_program(program: Program, memory_fraction: float | None = None) -> Compiled:
+    """Compiles it. `memory_fraction` is the share of a GPU's memory that JAX may take (its environment decides)."""
+    began = time.monotonic()
+    available = available_memory(program.target, memory_fraction)
+    try:
+        with targets.nothing_cached(), targets.assumed_cudnn():
+            lowered = program.step.lower(*program.arguments)
+            compiled = lowered.compile(compiler_options=targets.compile_options(program.target))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"{program.target.name}: the compiler failed: {_one_line(str(error))}") from error
+        reason, needed = _out_of_memory(str(error))
+        memory = _memory(program, needed, 0.0, available)
+        return Compiled(program, memory, time.monotonic() - began, reason=reason)
+    account = hlo.account(compiled.as_text())
+    stats = compiled.memory_analysis()
+    peak = stats.peak_memory_in_bytes
+    if program.target.platform != "tpu":  # there, what is temporary is one block
+        whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+        peak = max(peak, whole - stats.alias_size_in_bytes)
+    margin = _margin(program, account) if program.target.platform == "gpu" else 0.0
+    memory = _memory(program, peak + margin, margin, available)
+    reason = ""
+    if not memory.fits:
+        parts = f"{peak / GiB:.2f} GiB" + (f" and a margin of {margin / GiB:.2f} GiB" if margin else "")
+        reason = f"the step takes {parts}, there are {available / GiB:.2f} GiB"
+    moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    return Compiled(program, memory, time.monotonic() - began, account, moved, reason)
+
+
+def available_memory(target: Target, memory_fraction: float | None) -> float:
+    """Bytes of a device that a program can use."""
+    if target.platform == "tpu":
+        return target.machine.memory
+    if target.platform == "gpu":
+        fraction = memory_fraction or float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION))
+        return target.machine.memory * fraction
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / target.devices
+
+
+def _margin(program: Program, account: hlo.Account) -> float:
+    """What GPUs need beyond the peak; the backward pass of cuDNN's attention sums queries' gradients in float32."""
+    text, layout = program.settings.model.text, program.settings.layout
+    fused = any(name.startswith("__cudnn$fmha") for name in account.kernels)
+    return GPU_MARGIN + fused * 4.0 * program.rows * layout.max_length * text.num_heads * text.head_dim
+
+
+def _memory(program: Program, needed: float | None, margin: float, available: float) -> Memory:
+    state, frozen, batch = program.arguments
+    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes(state.optimizer)
+    rows = local_bytes(batch)
+    activations = None if needed is None else needed - margin - parameters - optimizer - rows
+    return Memory(parameters, optimizer, rows, activations, margin, needed, available)
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of parameters and optimizer on each device: the least that any step takes."""
+    return local_bytes(program.arguments[:2])
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that a device holds of a tree of shapes with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _out_of_memory(message: str) -> tuple[str, float | None]:
+    """libtpu's reason in one line, and the bytes it says that the program needs."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    needs = re.search(r"[^.\n]*\(([\d.]+)([KMGT])\) exceeds available HBM[^.\n]*(?:\.\d+[^.\n]*)?", message)
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm[^\n]*", message)
+    found = needs or used
+    if not found:
+        return _one_line(message), None
+    sentence = re.sub(r"^.*?(?=the total memory|total memory|Used)", "", found[0])
+    return f"libtpu: {_one_line(sentence).rstrip('.')}", float(found[1]) * units[found[2]]
+
+
+def _one_line(message: str) -> str:
+    return next((" ".join(line.split()) for line in message.splitlines() if line.strip()), "no reason given")

@@ -1,0 +1,119 @@
+"""Where the time of a run goes, over all its starts: `goodput.json` in the workdir.
+
+Every second is charged to one of `KINDS`, so that they add up to the time that the run was up. The time of a step is
+what the loop waits for the device; what the device does while the host reads data costs nothing.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+from etils import epath
+
+from llava_jax.cli import UserError, warn
+from llava_jax.files.reading import read_object
+from llava_jax.files.writing import whole_file
+
+Item = TypeVar("Item")
+
+# What charges nothing else is set-up before the loop and a step within it.
+KINDS = ("setup", "compile", "data", "step", "checkpoint", "evaluation", "profile")
+
+
+class Goodput:
+    """Charges time from the moment it is made; `open` adds what earlier starts of the run have written.
+
+    The file is written at most every `every` seconds and at the end: what a SIGKILL loses is less than that.
+    """
+
+    def __init__(self, every: float = 60.0):
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.starts, self.step, self.steps_done, self.steps_repeated = 1, 0, 0, 0
+        self.every, self.written = every, time.monotonic()
+        self.kind, self.since = "setup", time.monotonic()
+        self.file: epath.Path | None = None
+
+    def open(self, workdir: epath.Path, start_step: int) -> None:
+        """Continues the account of a run that resumes after `start_step`; steps beyond it will be done again."""
+        self.file, self.step = workdir / "goodput.json", start_step
+        # The account is no part of the training: where it is damaged, it begins anew.
+        with contextlib.suppress(UserError, OSError, KeyError, TypeError, AttributeError):
+            earlier = read_object(self.file)
+            seconds = {kind: earlier["seconds"].get(kind, 0.0) + self.seconds[kind] for kind in KINDS}
+            repeated = earlier["steps_repeated"] + max(earlier["step"] - start_step, 0)
+            starts, done = self.starts + earlier["starts"], self.steps_done + earlier["steps_done"]
+            self.seconds, self.starts, self.steps_done, self.steps_repeated = seconds, starts, done, repeated
+
+    @contextlib.contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Charges what happens within, or in a function decorated by it, to `kind`."""
+        self._charge()
+        outer, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self._charge()
+            self.kind = outer
+
+    def waiting(self, kind: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; waiting for the next one is charged to `kind`."""
+        iterator, end = iter(items), object()
+        while True:
+            with self.measure(kind):
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item
+
+    def step_seconds(self) -> float:
+        """What steps have taken so far, with waiting for their data but without compiling, saving and evaluating: by
+        its growth the speed of a step is judged."""
+        self._charge()
+        return self.seconds["step"] + self.seconds["data"]
+
+    def done(self, step: int) -> None:
+        """Counts a step whose metrics are known."""
+        self.step, self.steps_done = step, self.steps_done + 1
+        if time.monotonic() - self.written >= self.every:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file (process 0 only), whole or not at all."""
+        self._charge()
+        self.written = time.monotonic()
+        if self.file is None or jax.process_index() != 0:
+            return
+        try:
+            with whole_file(self.file) as file:
+                file.write(json.dumps(self.account(), indent=2).encode() + b"\n")
+        except Exception as error:  # of whichever client; it is no part of the training
+            warn(f"{self.file}: cannot be written now: {error}")
+
+    def account(self) -> dict:
+        """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""
+        total = sum(self.seconds.values())
+        kept = 1 - self.steps_repeated / max(self.steps_done, 1)
+        return {
+            "starts": self.starts,
+            "step": self.step,
+            "steps_done": self.steps_done,
+            "steps_repeated": self.steps_repeated,
+            "seconds": {kind: round(seconds, 3) for kind, seconds in self.seconds.items()},
+            "goodput": round(self.seconds["step"] * kept / max(total, 1e-9), 4),
+        }
+
+    def summary(self) -> str:
+        """One line."""
+        self._charge()
+        total, account = sum(self.seconds.values()), self.account()
+        parts = [f"{kind} {seconds:,.0f} s" for kind, seconds in self.seconds.items() if seconds >= 0.5]
+        times = f"{self.starts} start{'s' if self.starts > 1 else ''}"
+        return f"goodput {account['goodput']:.0%} of {total:,.0f} s in {times}: {', '.join(parts)}"
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        self.seconds[self.kind] += now - self.since
+        self.since = now

@@ -1,0 +1,249 @@
+"""The training step: the mean loss over all learned tokens of a batch (equation 3 of the paper), its gradients, one
+update. `train` runs it and `ahead` compiles it for machines that are elsewhere; `step_settings` makes both the same.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from llava_jax.cli import UserError
+from llava_jax.data.pipeline import Batch
+from llava_jax.data.plan import Layout
+from llava_jax.data.tokenization import IGNORE_INDEX
+from llava_jax.models.attention import choose_backend
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.execution import Execution
+from llava_jax.models.llava import Params, abstract_params, build_from_pieces
+from llava_jax.parallel import sharding
+from llava_jax.training.loss import loss_sum, next_token_targets
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array  # int32, steps done
+    trainable: Params  # float32
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What is compiled into a step."""
+
+    model: LlavaConfig
+    layout: Layout
+    mesh: Mesh
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+    packed: bool = True
+    remat: str = "none"
+    accumulation: int = 1
+
+    @functools.cached_property
+    def param_specs(self) -> dict[str, P]:
+        """How each parameter of the model is split."""
+        return {name: sharding.param_spec(self.mesh, name, v.shape) for name, v in abstract_params(self.model).items()}
+
+    def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
+        """The same of the named ones, without the axes that are the compiler's."""
+        return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
+
+    @property
+    def execution(self) -> Execution:
+        fsdp = sharding.Fsdp(self.param_specs, self.dtype) if sharding.axis_sizes(self.mesh)["fsdp"] > 1 else None
+        return Execution(self.attention, self.packed, self.remat, fsdp, self.mesh.shape["tensor"])
+
+
+def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
+    """What a configuration compiles to on a mesh, be its devices here or elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    packed = config.pack
+    dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    if config.attention == "cudnn" and packed:
+        raise UserError(
+            "config.attention=cudnn sees across the samples of packed rows: set attention=chunked, or no pack"
+        )
+    if config.attention == "cudnn" and dtype != jnp.bfloat16:
+        raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
+    return StepSettings(
+        model=model,
+        layout=layout,
+        mesh=mesh,
+        dtype=dtype,
+        attention=config.attention or choose_backend(platform, packed, dtype),
+        packed=packed,
+        remat=config.remat,
+        accumulation=accumulation_steps(config, layout, mesh),
+    )
+
+
+def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
+    """Microbatches of a step: as few as `max_rows_per_device` allows."""
+    shards = sharding.batch_shards(mesh)
+    limit = config.max_rows_per_device or config.batch_rows
+    accumulation = math.ceil(config.batch_rows / (limit * shards))
+    if layout.groups % (shards * accumulation):
+        raise UserError(
+            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, no "
+            f"multiple of {shards} devices x {accumulation} accumulated microbatches; "
+            "change batch_rows, rows_per_group or max_rows_per_device"
+        )
+    return accumulation
+
+
+def frozen_dtype(config: ConfigDict, platform: str) -> Callable[[str, jnp.dtype], jnp.dtype]:
+    """(name, stored type) -> the type in which a frozen parameter is loaded."""
+    chosen = config.frozen_dtype or ("" if platform == "cpu" else "bfloat16")
+    return lambda name, stored: jnp.dtype(chosen) if chosen else stored
+
+
+def batch_loss(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch, weight: jax.Array | float = 1.0
+) -> jax.Array:
+    """Sum of the losses of the targets, each times `weight`, in a device's rows of a (micro)batch, from its pieces of
+    the parameters."""
+    model, execution = build_from_pieces(settings.model, trainable | frozen, settings.dtype), settings.execution
+    hidden_BTD = model(batch, execution)
+    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
+    head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
+    return loss_sum(head_DV, hidden_BTD, targets_BT, batch["images"].shape[0], settings.layout.label_slots, weight)
+
+
+def count_targets(batch: Batch) -> jax.Array:
+    """Targets in all rows of all devices."""
+    targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
+    return sharding.sum_over(sharding.BATCH_AXES, jnp.sum(targets_BT != IGNORE_INDEX))
+
+
+def loss_and_gradients(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+) -> tuple[jax.Array, Params]:
+    """The mean loss over all targets of the batch and its gradients, whatever the devices and the accumulation."""
+    out_specs = (P(), settings.manual_specs(trainable))
+    each = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
+    loss, gradients = each(trainable, frozen, batch)
+    return loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
+
+
+def _loss_and_gradients(
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+) -> tuple[jax.Array, Params]:
+    """What each device does for it, with its rows and its pieces of the parameters."""
+    weight = 1 / jnp.maximum(count_targets(batch), 1)
+    fsdp = settings.execution.fsdp
+    gathered = {name for name in trainable if fsdp and fsdp.gathered(name)}
+
+    def mean_loss(places: Params, batch: Batch) -> jax.Array:
+        """`places`: in whose place gradients are taken, see `sharding.Piece`."""
+        pieces = {name: sharding.Piece(trainable[name], places[name]) for name in gathered}
+        return batch_loss(settings, places | pieces, frozen, batch, weight)
+
+    places = {name: jnp.zeros_like(w, settings.dtype) if name in gathered else w for name, w in trainable.items()}
+    if settings.accumulation == 1:
+        loss, gradients = jax.value_and_grad(mean_loss)(places, batch)
+    else:
+
+        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(places, microbatch)), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        A = settings.accumulation
+        microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
+        loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
+    # Each gradient so far is of the rows of one device or, where a weight was gathered, of those along `fsdp`.
+    summed = {
+        name: sharding.sum_over(
+            ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES, gradient
+        )
+        for name, gradient in gradients.items()
+    }
+    return sharding.sum_over(sharding.BATCH_AXES, loss), summed
+
+
+def on_each_device(
+    function: Callable, settings: StepSettings, trainable: Params, frozen: Params, out_specs: Any
+) -> Callable:
+    """`function(settings, trainable, frozen, batch)` as every device runs it, on its pieces of these and its rows."""
+    return jax.shard_map(
+        functools.partial(function, settings),
+        mesh=settings.mesh,
+        in_specs=(settings.manual_specs(trainable), settings.manual_specs(frozen), P(sharding.BATCH_AXES)),
+        out_specs=out_specs,
+        axis_names=sharding.manual_axes(settings.mesh),
+        check_vma=False,  # kernels say nothing of it; `loss_and_gradients` sums what has to be summed itself
+    )
+
+
+def train_step(
+    settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step. Only what is trainable is differentiated, clipped, counted and updated."""
+    loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+
+def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`train_step` to run or to compile ahead; `state` (arrays, or shapes with shardings) says where it lies."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole = sharding.replicated(settings.mesh)
+    return jax.jit(
+        functools.partial(train_step, settings, optimizer),
+        out_shardings=(shardings, {"loss": whole, "grad_norm": whole}),
+        donate_argnums=0,
+    )
+
+
+def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses and number of targets of a batch."""
+
+    def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss = sharding.sum_over(sharding.BATCH_AXES, batch_loss(settings, trainable, frozen, batch))
+        return loss, count_targets(batch)
+
+    return on_each_device(total, settings, trainable, frozen, (P(), P()))(trainable, frozen, batch)
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, shapes: Mapping[str, Any], names: Iterable[str], mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state that trains the parameters `names`, whose shapes are in `shapes`.
+
+    The optimizer's state is sharded like the parameters.
+    """
+    trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    places = sharding.tree_shardings(mesh, moments)
+    moments = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), moments, places)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
+
+
+def abstract_placed(
+    dtypes: Mapping[str, jnp.dtype], shapes: Mapping[str, Any], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters by name in these types, with the shapes of `shapes`, placed on the mesh."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            shapes[name].shape, dtype, sharding=sharding.param_sharding(mesh, name, shapes[name].shape)
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
+    """Step 0 of these values, sharded as `abstract_state` says from the moment it exists."""
+    like = abstract_state(optimizer, trainable, trainable, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like.optimizer)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), like.step.sharding), trainable, optimizer_state)

@@ -1,0 +1,181 @@
+"""The directory of a run: its configuration, which later starts must match, and its data's fingerprint."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from llava_jax.checkpoint.format import DESCRIPTION, FROZEN, STEPS, finished_steps
+from llava_jax.cli import UserError, say
+from llava_jax.data.plan import Lengths
+from llava_jax.data.sources import Source
+from llava_jax.files.lock import entries
+from llava_jax.files.reading import read_json, read_object, require_regular
+from llava_jax.files.writing import whole_file
+from llava_jax.training.metrics import BAD_SAMPLES, METRICS, step_of
+
+# What may differ when a run is resumed, since it cannot change the mathematics.
+NEUTRAL = (
+    "mesh",
+    "model",  # only checked against the checkpoint
+    "default_model",
+    "data.workers",
+    "data.allow_absolute_images",
+    "data.on_bad_sample",  # changes nothing of a run that came so far without
+    "data.max_bad_share",
+    "max_rows_per_device",
+    "remat",
+    "attention",
+    "log_every",
+    "eval_every",
+    "evaluate.",
+    "save_every",
+    "keep",
+    "profile.",
+    "compilation_cache",
+    "wandb.",
+)
+# What a run writes about its model and its steps, before it has done any.
+LEFTOVERS = (STEPS, "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPLES, "tensorboard", "evaluations")
+
+
+def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
+    """Makes `workdir` this run's: writes `config.json` and `data.json`, or compares with those that are there.
+
+    `data` is the fingerprint of the data. What a run left that failed before it had done a step is removed, so that the
+    configuration can be corrected. Raises UserError naming the differing keys, or if the data is not the data that the
+    run was started with.
+    """
+    files = {"data.json": dict(data), "config.json": config.to_dict()}
+    if not entries(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    elif not _is_workdir(workdir):
+        raise UserError(f"{workdir}: exists and is not a training workdir; choose another")
+    elif _has_trained(workdir):
+        _compare(workdir, config, dict(data))
+        return
+    else:
+        _remove_leftovers(workdir)
+    for name, values in files.items():
+        with whole_file(workdir / name) as file:
+            file.write(json.dumps(values, indent=2).encode() + b"\n")
+
+
+def resumes(workdir: epath.Path) -> bool:
+    """Whether a run in `workdir` continues from a checkpoint there, which `claim` leaves in its place."""
+    checkpoints = workdir / STEPS
+    return checkpoints.exists() and bool(finished_steps(checkpoints)) and _is_workdir(workdir) and _has_trained(workdir)
+
+
+def start_step(workdir: epath.Path, resume_from: int | None, speaks: bool = True) -> int:
+    """The step to resume from: the newest, or the one asked for if it was not resumed from before.
+
+    Launchers repeat a command after a preemption, which must not go back again. Says so if it `speaks`.
+    """
+    newest = finished_steps(workdir / STEPS)[-1]
+    if resume_from is None:
+        return newest
+    if (_aside(workdir, resume_from) / METRICS).exists():
+        if speaks:
+            say(
+                f"--resume-from {resume_from} was followed by an earlier start: resumes from the newest step, {newest} "
+                f"(to go back once more, move {_aside(workdir, resume_from)} elsewhere)",
+                file=sys.stderr,
+            )
+        return newest
+    return resume_from
+
+
+def set_aside(workdir: epath.Path, step: int) -> None:
+    """Moves the checkpoints after `step` out of the way, with a copy of what the run has logged until now."""
+    newer, aside = [each for each in finished_steps(workdir / STEPS) if each > step], _aside(workdir, step)
+    if not newer and not aside.exists():
+        return
+    aside.mkdir(parents=True, exist_ok=True)
+    _copy_log(workdir / BAD_SAMPLES, aside)
+    for each in reversed(newer):  # so that a crash leaves no gap
+        (workdir / STEPS / str(each)).rename(aside / str(each))
+    _copy_log(workdir / METRICS, aside)  # last: it says that all is done
+    moved = f"step{'s' * (len(newer) > 1)} {', '.join(map(str, newer))}"
+    say(f"resumes from step {step}: moved {moved} to {aside}; delete them when you don't need them", file=sys.stderr)
+
+
+def _copy_log(file: epath.Path, directory: epath.Path) -> None:
+    (directory / file.name).write_bytes(file.read_bytes() if file.exists() else b"")
+
+
+def _aside(workdir: epath.Path, step: int) -> epath.Path:
+    return workdir / "set_aside" / f"after_{step}"
+
+
+def _is_workdir(workdir: epath.Path) -> bool:
+    """Whether a run made it, by `data.json`, the first file that it writes: many directories have a `config.json`."""
+    if all(entry.match("data.json.*partial") for entry in entries(workdir)):
+        return True  # it was interrupted while it wrote that
+    if not (workdir / "data.json").exists():
+        return False
+    data = _read(workdir / "data.json")
+    return isinstance(data, dict) and data.keys() == {"samples", "sha256"}
+
+
+def _has_trained(workdir: epath.Path) -> bool:
+    """Whether a step was ever done. Step 0, with its checkpoint and its evaluation, is where a run begins."""
+    checkpoints, metrics = workdir / STEPS, workdir / METRICS
+    if checkpoints.exists() and any(finished_steps(checkpoints)):
+        return True
+    if not metrics.exists():
+        return False
+    require_regular(metrics)
+    return any(1 <= step_of(line) < math.inf for line in metrics.read_bytes().splitlines())
+
+
+def _remove_leftovers(workdir: epath.Path) -> None:
+    """What a run that has trained nothing wrote about its model and data, which may be others now."""
+    for name in LEFTOVERS:
+        path = workdir / name
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> None:
+    wanted = _flat(json.loads(json.dumps(config.to_dict())))  # as the file has it: a list for a tuple
+    found = _flat(_read(workdir / "config.json", read_object))
+    differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+    differing = [key for key in differing if not key.startswith(NEUTRAL)]
+    if differing:
+        changes = ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
+        raise UserError(f"{workdir} belongs to a run of another configuration ({changes}); choose another workdir")
+    if _read(workdir / "data.json") != data:
+        raise UserError(
+            f"{config.data.json or config.data.built or 'config.data.mixture'}: not the data that {workdir} was "
+            "started with (other samples, lengths or labels); put it back or choose another workdir"
+        )
+
+
+def _read(file: epath.Path, read: Callable[..., Any] = read_json) -> Any:
+    try:
+        return read(file, strict=False)
+    except (OSError, UserError) as error:
+        raise UserError(f"{file}: damaged ({str(error).removeprefix(f'{file}: ')}); choose another workdir") from None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def fingerprint(source: Source, lengths: Lengths) -> dict[str, Any]:
+    """What tells this data, as it is tokenized, from other data."""
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths))
+    digest.update(source.digest.encode())
+    return {"samples": len(lengths.tokens), "sha256": digest.hexdigest()}

@@ -1,0 +1,110 @@
+"""Exports in each generation of transformers: `make test-compat`, which makes an environment for each version.
+
+What is compared was computed here, by the model that is exported: no missing key, the same logits, the same greedy
+answer, ids and pixels of the processor.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.inference.generate import Generator, Request
+from tests.convert.test_command import CONFIG, TIED, convert, save_llava
+from tests.convert.test_families import FAMILIES, save
+from tests.models.test_llava import logits
+
+VERSIONS = sorted(path.parent.name for path in Path(".venv-compat").glob("*/.ready"))
+QUESTION = "What is the colour of the shape?"
+PICTURE = np.random.default_rng(0).integers(0, 256, (41, 30, 3), np.uint8)
+
+
+def make(case: str, directory: Path) -> Path:
+    """A checkpoint of ours."""
+    output = directory / "checkpoint"
+    flags = []
+    if case in FAMILIES:
+        save(FAMILIES[case], directory / "source")
+        flags = ["--template", FAMILIES[case].template]
+    elif case == "linear projector":
+        return tiny.checkpoint(directory, tiny.config(projector_type="linear"))
+    else:
+        save_llava(TIED if case == "tied" else CONFIG, directory / "source")
+        flags = ["--aspect", "square"] if case == "cropped" else []
+    convert("import", "--llava", directory / "source", "--output", output, *flags)
+    return output
+
+
+CASES = (*FAMILIES, "tied", "cropped", "padded, another theta, grouped queries", "linear projector")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[str, Path]:
+    """Exports, and what they are to compute."""
+    return {case: export(case, tmp_path_factory.mktemp("case")) for case in CASES}
+
+
+def export(case: str, directory: Path) -> Path:
+    checkpoint = make(case, directory)
+    convert("export", "--checkpoint", checkpoint, "--output", directory / "hf")
+    generator = Generator.from_checkpoint(open_checkpoint(checkpoint))
+    config = generator.config
+    picture = Image.fromarray(PICTURE)
+    prompt = generator.prompts.encode(Request([("user", f"<image>\n{QUESTION}")], [picture]))
+    image = prompt.image_feature_index >= 0
+    image_id = json.loads((directory / "hf/config.json").read_text())["image_token_index"]
+    pixels = generator.prompts.read(picture)
+    batch = {
+        "tokens": prompt.tokens[None],
+        "image_feature_index": prompt.image_feature_index[None],
+        "segment_ids": np.ones((1, len(image)), np.int32),
+        "positions": np.arange(len(image), dtype=np.int32)[None],
+        "images": pixels[None, None],
+    }
+    params = open_checkpoint(checkpoint).load()
+    expected = np.asarray(logits(config, params, batch))[0]
+    assert expected.std() > 0.01
+    normalized = (pixels / 255 - config.image_mean) / config.image_std
+    np.savez(
+        directory / "question.npz",
+        input_ids=np.where(image, image_id, prompt.tokens)[None].astype(np.int64),
+        attention_mask=np.ones((1, len(image)), np.int64),
+        pixel_values=normalized.transpose(2, 0, 1)[None].astype(np.float32),
+        logits=expected,
+        answer=continued(config, params, batch, steps=4),
+        question=QUESTION,
+        picture=PICTURE,
+    )
+    return directory
+
+
+def continued(config, params, batch, steps: int) -> list[int]:
+    """The likeliest tokens, each after the one before, without a cache."""
+    ids = []
+    for _ in range(steps):
+        ids.append(int(np.asarray(logits(config, params, batch))[0, -1].argmax()))
+        more = {"tokens": ids[-1], "image_feature_index": -1, "segment_ids": 1, "positions": len(batch["tokens"][0])}
+        added = {name: np.append(batch[name], [[np.int32(value)]], axis=1) for name, value in more.items()}
+        batch = batch | {name: values.astype(np.int32) for name, values in added.items()}
+    return ids
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_transformers_computes_the_same(version, exported):
+    python = Path(".venv-compat") / version / "bin/python"
+    command = [python, Path(__file__).parents[1] / "support" / "compat_load.py", *exported.values()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, line in zip(exported, done.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        assert found.pop("logits") < 1e-4 and found.pop("pixels") < 1e-5, (case, line)
+        assert found == {"keys": {}, "answer": True, "ids": True}, case
+
+
+def test_there_are_versions():
+    assert {version.rpartition(".")[0] for version in VERSIONS} >= {"4.51", "4.57", "5.0"}

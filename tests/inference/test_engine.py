@@ -1,0 +1,278 @@
+"""Many answers at a time against one at a time, what is computed again and what is not, and how answers end."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.generate import PromptEncoder, Request, Sampling
+from llava_jax.models.llava import build
+from tests.inference.test_generate import CONFIG, PICTURES, TEMPLATE, generator, params, question, tokenizer
+
+SHORT = Sampling(max_new_tokens=12)
+REPORTED = Sampling(max_new_tokens=12, logprobs=0)
+LONG = Sampling(max_new_tokens=400)
+
+
+def make(**options) -> Engine:
+    model = build(CONFIG, jax.tree.map(jnp.copy, params()))
+    return Engine(model, PromptEncoder(CONFIG, tokenizer(), TEMPLATE), **{"slots": 4, "queue": 200} | options)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = make()
+    assert not engine.ready
+    engine.warm_up()
+    assert engine.ready
+    yield engine
+    engine.close(drain=False)
+
+
+def text(answer: Answer) -> str:
+    return "".join(piece.text for piece in answer)
+
+
+def collect(answer: Answer) -> tuple[str, list[float]]:
+    """Its text, and the log probabilities of its tokens."""
+    pieces = list(answer)
+    return "".join(p.text for p in pieces), [entry.logprob for p in pieces for entry in p.token_logprobs]
+
+
+def ask(engine: Engine, request: Request, sampling: Sampling = SHORT) -> str:
+    return text(engine.submit(request, sampling))
+
+
+def ragged(count: int) -> list[Request]:
+    """Prompts of 30 to 300 tokens with no, one or two pictures, alone or after an answer."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for _ in range(count):
+        words = rng.choice(["red", "white", "What colour", "🦙", "Is it", "\n", "blue?"], rng.integers(1, 60))
+        images = [PICTURES[i] for i in rng.integers(0, len(PICTURES), rng.integers(0, 3))]
+        marks = "<image>\n" * len(images)
+        turns = [("user", marks + " ".join(words))]
+        if rng.random() < 0.3:
+            turns += [("assistant", "It is red."), ("user", " ".join(words[:5]))]
+        requests.append(Request(turns, images))
+    return requests
+
+
+def test_200_ragged_prompts_are_answered_together_as_one_by_one(engine):
+    requests, sampling = ragged(200), Sampling(max_new_tokens=8, logprobs=0)
+
+    together = [collect(answer) for answer in [engine.submit(request, sampling) for request in requests]]
+    alone = [collect(engine.submit(request, sampling)) for request in requests]
+    assert [text for text, _ in together] == [text for text, _ in alone]
+    for (_, logprobs), (_, others) in zip(together, alone, strict=True):
+        np.testing.assert_allclose(logprobs, others, rtol=0, atol=1e-5)
+    assert len({text for text, _ in alone}) > 100
+
+
+def test_answers_are_those_of_the_generator(engine):
+    requests = ragged(12)
+    answers = [engine.submit(request, SHORT) for request in requests]
+    assert [text(answer) for answer in answers] == generator().answer(requests, SHORT)
+    sampled = Sampling(temperature=1.3, top_p=0.9, top_k=50, seed=5, max_new_tokens=12)
+    assert ask(engine, requests[0], sampled) == generator().answer(requests[:1], sampled)[0]
+
+
+def test_each_answer_is_sampled_in_its_own_way(engine):
+    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    ways = [
+        Sampling(max_new_tokens=n, temperature=t, seed=s) for n, t, s in [(9, 0, 0), (5, 1, 1), (9, 1, 1), (9, 1, 2)]
+    ]
+    alone = [ask(engine, request, way) for way in ways]
+    together = [text(answer) for answer in [engine.submit(request, way) for way in ways]]
+    assert together == alone
+    assert len(set(alone)) == 4 and alone[2].startswith(alone[1])
+    for limit in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert ask(engine, request, Sampling(max_new_tokens=9, temperature=2.0, **limit)) == alone[0]
+
+
+def test_stop_strings_end_an_answer_wherever_tokens_end(engine):
+    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    whole = ask(engine, request, Sampling(max_new_tokens=40))
+    for start in (4, 9, 15):
+        stop = whole[start : start + 5].strip()
+        answer = engine.submit(request, Sampling(max_new_tokens=40, stop=("never this", stop)))
+        assert text(answer) == whole[: whole.index(stop)].strip()
+        assert answer.finish_reason == "stop" and answer.completion_tokens < 40
+
+
+def test_the_next_turn_computes_neither_earlier_turns_nor_the_picture_again(engine, monkeypatch):
+    first = question("<image>\nWhat colour is it? " + "white " * 40, Image.new("RGB", (20, 20), (3, 7, 9)))
+    encoded = []
+    encode = engine._programs.encode
+    monkeypatch.setattr(engine._programs, "encode", lambda *arguments: (encoded.append(1), encode(*arguments)))
+    before = engine.stats()
+    answer = ask(engine, first)
+    follow_up = Request([*first.turns, ("assistant", answer), ("user", "Why?")], first.images)
+    second = engine.submit(follow_up, REPORTED)
+    reused, logprobs = collect(second)
+    assert len(encoded) == 1
+    length = engine.count_tokens(first)
+    assert length - 2 <= second.prefix_tokens < second.prompt_tokens
+    assert engine.stats().prefix_tokens - before.prefix_tokens >= length - 2
+    assert reused == generator().answer([follow_up], SHORT)[0]
+    engine.forget()
+    anew = engine.submit(follow_up, REPORTED)
+    text_anew, logprobs_anew = collect(anew)
+    assert anew.prefix_tokens == 0 and text_anew == reused
+    np.testing.assert_allclose(logprobs, logprobs_anew, rtol=0, atol=1e-5)
+
+
+def test_another_picture_is_another_prefix(engine):
+    requests = [question("<image>\nWhat colour is it?", picture) for picture in PICTURES]
+    answers = [engine.submit(request, SHORT) for request in requests]
+    before_picture = int(np.argmax(generator().prompts.encode(requests[0]).image_feature_index >= 0))
+    assert [text(answer) for answer in answers] == generator().answer(requests, SHORT)
+    again = engine.submit(requests[2], SHORT)
+    assert text(again) == generator().answer(requests[2:3], SHORT)[0]
+    assert again.prefix_tokens == again.prompt_tokens - 1
+    assert all(answer.prefix_tokens >= before_picture - 1 for answer in answers[1:])
+
+
+def test_cancelling_frees_the_slot_and_the_others_go_on(engine):
+    before = engine.stats()
+    answers = [engine.submit(question(f"Story {i}"), LONG) for i in range(4)]
+    waiting = engine.submit(question("Hello"), SHORT)
+    next(iter(answers[0]))
+    answers[0].cancel()
+    assert text(waiting) == generator().answer([question("Hello")], SHORT)[0]
+    ended = [text(answer) is not None and answer.finish_reason for answer in answers]
+    assert ended == ["cancelled", "length", "length", "length"]
+    assert all(answer.completion_tokens == LONG.max_new_tokens for answer in answers[1:])
+    after = engine.stats()
+    assert after.cancelled - before.cancelled == 1 and after.busy == after.queued == 0
+
+
+def test_who_is_cancelled_in_the_queue_or_in_a_prompt_never_begins(engine, monkeypatch):
+    extend, pieces, submitted = engine._programs.extend, [], threading.Event()
+
+    def extend_one_and_cancel(*arguments):
+        submitted.wait()
+        pieces.append(arguments)
+        reading.cancel()
+        return extend(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._programs, "extend", extend_one_and_cancel)
+        reading = engine.submit(question("🦙" * 100), SHORT)
+        submitted.set()
+        assert text(reading) == ""
+    assert len(pieces) == 1 and reading.prompt_tokens > 256
+    assert (reading.finish_reason, reading.completion_tokens) == ("cancelled", 0)
+
+    running = [engine.submit(question(f"Story {i}"), LONG) for i in range(4)]
+    waiting = engine.submit(question("Hello"), SHORT)
+    waiting.cancel()
+    assert text(waiting) == ""
+    assert engine.stats().busy == 4 and waiting.finish_reason == "cancelled"
+    for answer in running:
+        answer.cancel()
+    assert ask(engine, question("Hello")) == generator().answer([question("Hello")], SHORT)[0]
+
+
+def test_one_prompt_asked_several_times_at_once_is_computed_once(engine, monkeypatch):
+    encode, encoded, picture = engine._programs.encode, [], Image.new("RGB", (20, 20), (5, 9, 2))
+    monkeypatch.setattr(engine._programs, "encode", lambda *arguments: (encoded.append(1), encode(*arguments)))
+    request = question("<image>\nWhat colour is it? " + "white " * 60, picture)
+    answers = [engine.submit(request, Sampling(1.0, seed=seed, max_new_tokens=12)) for seed in range(3)]
+    texts = [text(answer) for answer in answers]
+    assert len(encoded) == 1
+    assert [answer.prefix_tokens for answer in answers[1:]] == [answers[0].prompt_tokens - 1] * 2
+    assert texts == [generator().answer([request], answer.sampling)[0] for answer in answers]
+
+
+def test_logprobs_are_those_of_the_tokens(engine):
+    answer = engine.submit(question("Say something."), Sampling(max_new_tokens=10, logprobs=3))
+    entries = [entry for piece in answer for entry in piece.token_logprobs]
+    assert len(entries) == answer.completion_tokens == 10
+    assert all(entry.logprob == entry.top[0].logprob and entry.token == entry.top[0].token for entry in entries)
+    assert all(len(entry.top) == 3 and entry.logprob < 0 for entry in entries)
+    whole = b"".join(entry.bytes for entry in entries).decode(errors="replace")
+    assert whole.strip("\ufffd \n") == ask(engine, question("Say something."), Sampling(max_new_tokens=10)).strip(
+        "\ufffd"
+    )
+
+
+def test_what_cannot_be_answered_is_refused_at_once(engine):
+    request = question("<image>\nHello", PICTURES[0])
+    room = engine.room(request)
+    assert room == CONFIG.text.max_position_embeddings - engine.count_tokens(request)
+    with pytest.raises(ContextExceeded, match="shorten the conversation") as refused:
+        engine.submit(request, Sampling(max_new_tokens=room + 1))
+    assert (refused.value.prompt_tokens, refused.value.context) == (engine.count_tokens(request), engine.context)
+    answer = engine.submit(request, Sampling(max_new_tokens=room))
+    text(answer)
+    assert answer.finish_reason == "length" and answer.completion_tokens == room
+    with pytest.raises(UserError, match="1 <image> in the text, but 0 pictures"):
+        engine.submit(question("<image>\nIt?"), SHORT)
+    with pytest.raises(UserError, match=r"no\.png: No such file"):
+        engine.submit(question("<image>\nIt?", "no.png"), SHORT)
+
+
+def test_a_failing_device_fails_what_runs_and_nothing_after(engine, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._programs, "decode", lambda *arguments: 1 / 0)
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
+            ask(engine, question("Hello"))
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert ask(engine, question("Hello")) == generator().answer([question("Hello")], SHORT)[0]
+    assert engine.stats().busy == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_broke_down(monkeypatch):
+    engine = make(slots=1)
+    monkeypatch.setattr(engine._programs, "extend", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(engine._programs, "reset", lambda: 1 / 0)
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
+        ask(engine, question("Hello"))
+    engine.close()
+    with pytest.raises(EngineClosed):
+        engine.submit(question("Hello"), SHORT)
+
+
+def test_a_full_queue_refuses_and_a_closing_engine_finishes_what_it_has():
+    engine = make(slots=1, queue=2)
+    assert engine.capacity == 3
+    first = engine.submit(question("Hello"), LONG)
+    next(iter(first))
+    answers = [first, *(engine.submit(question(f"Hello {i}"), SHORT) for i in range(2))]
+    with pytest.raises(QueueFull) as full:
+        engine.submit(question("One more"), SHORT)
+    assert full.value.retry_after >= 1
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closing:
+        time.sleep(0.01)
+    with pytest.raises(EngineClosed):
+        engine.submit(question("Too late"), SHORT)
+    assert all(text(answer) is not None and answer.finish_reason == "length" for answer in answers)
+    closing.join()
+
+
+def test_closing_without_draining_cancels():
+    engine = make(slots=1)
+    answers = [engine.submit(question(f"Hello {i}"), LONG) for i in range(3)]
+    engine.close(drain=False)
+    assert [text(answer) is not None and answer.finish_reason for answer in answers] == ["cancelled"] * 3
+
+
+def test_a_checkpoint_is_an_engine(tmp_path):
+    engine = Engine.from_checkpoint(open_checkpoint(tiny.checkpoint(tmp_path)), slots=1, context=100)
+    assert engine.context == 100 and engine.template.name == "v1"
+    assert ask(engine, question("Hello"))
+    engine.close()

@@ -1,0 +1,211 @@
+"""Every mesh trains the same model, and answers alike. Run by tests/parallel/test_meshes.py with eight fake devices."""
+
+import functools
+import gc
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.checkpoint.training import TrainingCheckpoints
+from llava_jax.inference.engine import Engine
+from llava_jax.inference.generate import Request, Sampling
+from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.models.execution import REMAT_POLICIES
+from llava_jax.models.llava import module_params
+from llava_jax.parallel import sharding
+from llava_jax.training import optim
+from llava_jax.training import step as training_step
+from tests.training.test_loop import make_config, random_batches, settings_for
+
+STEPS = 10
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
+MODEL = tiny.config(
+    vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8),
+    text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8, qkv_bias=True),
+)
+
+LAYER = re.compile(r"(vision|llm)\.layers\..+\.kernel")
+
+
+def mesh_of(sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
+
+
+def on(mesh, params):
+    return {name: jax.device_put(v, sharding.param_sharding(mesh, name, v.shape)) for name, v in params.items()}
+
+
+def start(stage: str, mesh, model, config):
+    """Optimizer, state and frozen parameters on a mesh."""
+    params = tiny.params(model)
+    names = optim.trainable_names(params, stage)
+    optimizer = optim.make_optimizer(config, names, STEPS)
+    trainable = on(mesh, {name: params[name] for name in names})
+    frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
+    return optimizer, training_step.init_state(optimizer, trainable, mesh), frozen
+
+
+def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
+    """(gradients of the first step, losses, weights) as numpy."""
+    config = make_config(stage, learning_rate=1e-2, weight_decay=0.1)
+    optimizer, state, frozen = start(stage, mesh, model, config)
+    (batch,) = random_batches(model, 1, rows=16)
+    settings = settings_for(model, batch, mesh=mesh, **changes)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step = training_step.jit_step(settings, optimizer, state)
+    losses = []
+    for number in range(STEPS):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+        if number == 0:  # Adam's first moment is (1 - beta1) of it
+            gradients = {name: moment / (1 - config.beta1) for name, moment in first_moments(state.optimizer).items()}
+    return gradients, losses, jax.device_get(state.trainable)
+
+
+def first_moments(optimizer_state) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(optimizer_state)
+    is_moment = jax.tree_util.GetAttrKey("mu")
+    return {path[-1].key: jax.device_get(leaf) for path, leaf in leaves if is_moment in path}
+
+
+@functools.cache
+def one_device(stage: str):
+    return train_ten_steps(stage, mesh_of((1, 1, 1)))
+
+
+def assert_agrees(run, reference) -> None:
+    (gradients, losses, weights), (expected_gradients, expected_losses, expected_weights) = run, reference
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert expected_losses[-1] < 0.99 * expected_losses[0], "nothing was learned: equal losses would say little"
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
+    for name, expected in expected_gradients.items():
+        np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-5 * largest, err_msg=name)
+    off = sum(np.sum((weights[name] - expected) ** 2) for name, expected in expected_weights.items())
+    norm = sum(np.sum(expected**2) for expected in expected_weights.values())
+    assert (off / norm) ** 0.5 < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_every_mesh_trains_as_one_device_does(sizes, stage):
+    assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
+
+
+@pytest.mark.parametrize("sizes,remat", [((2, 4, 1), "full"), ((1, 4, 2), "save_qkv")])
+def test_rematerialised_accumulated_and_chunked(sizes, remat):
+    changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
+    assert_agrees(train_ten_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
+
+
+def test_rows_without_pictures_are_accumulated_too():
+    mesh = mesh_of((1, 2, 1))
+    _, state, frozen = start("finetune", mesh, MODEL, make_config("finetune"))
+    (batch,) = random_batches(MODEL, 1, rows=8)
+    batch["image_feature_index"][:] = -1
+    batch["images"] = batch["images"][:, :0]
+    losses = [
+        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
+            settings_for(MODEL, batch, mesh=mesh, accumulation=accumulation), state.trainable, frozen, batch
+        )[0]
+        for accumulation in (1, 2)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_rings_of_a_torus(monkeypatch):
+    monkeypatch.setattr(sharding, "position", lambda device: (0, device.id // 4, device.id // 2 % 2, device.id % 2, 0))
+    mesh = mesh_of((2, 4, 1))
+    assert [mesh.shape[axis] for axis in mesh.axis_names] == [2, 1, 1, 2, 2, 1, 1]
+    assert_agrees(train_ten_steps("finetune", mesh), one_device("finetune"))
+
+
+def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
+    """Into shapes with shardings: nothing but the state is made, and a step donates all of it."""
+    description = Description(MODEL, "v1", stage="finetune")
+    config = make_config("finetune")
+    optimizer, saved, _ = start("finetune", mesh_of((1, 8, 1)), MODEL, config)
+    saved = saved._replace(trainable=jax.tree.map(lambda x: x + 1, saved.trainable))
+    checkpoints = TrainingCheckpoints(tmp_path, description, keep=1)
+    checkpoints.save(3, saved.trainable, saved.optimizer, wait=True)
+    values = jax.device_get(saved)
+    del saved
+    for sizes in ((2, 2, 2), (2, 4, 1)):
+        mesh = mesh_of(sizes)
+        _, fresh, frozen = start("finetune", mesh, MODEL, config)
+        like = training_step.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
+        assert jax.tree.map(lambda leaf: leaf.sharding, like) == jax.tree.map(lambda leaf: leaf.sharding, fresh)
+        del fresh
+        trainable, optimizer_state = checkpoints.restore(3, like.trainable, like.optimizer)
+        state = training_step.TrainState(jax.device_put(3, like.step.sharding), trainable, optimizer_state)
+        assert live_bytes() == sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
+        leaves = (jax.tree.leaves(tree) for tree in (state, like, values._replace(step=3)))
+        for restored, shape, value in zip(*leaves, strict=True):
+            assert (restored.sharding, restored.dtype, restored.shape) == (shape.sharding, shape.dtype, shape.shape)
+            np.testing.assert_array_equal(restored, value)
+        (batch,) = random_batches(MODEL, 1, rows=16)
+        step = training_step.jit_step(settings_for(MODEL, batch, mesh=mesh), optimizer, like)
+        given = jax.tree.leaves(state)
+        state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        assert all(leaf.is_deleted() for leaf in given)
+    checkpoints.close()
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_a_device_holds_its_part_of_every_matrix_and_of_its_moments():
+    for sizes in MESHES[1:]:
+        _, state, frozen = start("finetune", mesh_of(sizes), MODEL, make_config("finetune"))
+        for tree in (state.trainable, frozen, state.optimizer):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                if str(path[-1]).endswith(("kernel']", "embed_tokens.embedding']", "position_embedding']")):
+                    held = leaf.addressable_shards[0].data.size
+                    assert held in (leaf.size // sizes[1], leaf.size // sizes[1] // sizes[2]), path
+
+
+def test_no_policy_keeps_gathered_weights():
+    """Kept, they would be the whole model on every device: each is gathered again for the backward pass."""
+    mesh = mesh_of((1, 8, 1))
+    _, state, frozen = start("finetune", mesh, MODEL, make_config("finetune"))
+    (batch,) = random_batches(MODEL, 1, rows=16)
+    gathers = {}
+    for remat in REMAT_POLICIES:
+        settings = settings_for(MODEL, batch, mesh=mesh, remat=remat)
+        jaxpr = jax.make_jaxpr(training_step.loss_and_gradients, static_argnums=0)(
+            settings, state.trainable, frozen, batch
+        )
+        gathers[remat] = str(jaxpr).count(" all_gather[")
+    assert len(set(gathers.values())) == 1, gathers
+
+
+def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[int]]:
+    """Texts and log probabilities of a few answers given at the same time, and in how many parts layers lie."""
+    engine = Engine.from_checkpoint(checkpoint, slots=2, kept=0, context=256, mesh=mesh, quantize=quantize)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
+    answers = [engine.submit(request, Sampling(max_new_tokens=10, logprobs=0)) for request in requests]
+    pieces = [piece for answer in answers for piece in answer]
+    engine.close()
+    params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))
+    parts = {x.nbytes // x.addressable_shards[0].data.nbytes for name, x in params.items() if LAYER.fullmatch(name)}
+    logprobs = [entry.logprob for piece in pieces for entry in piece.token_logprobs]
+    return [piece.text for piece in pieces], logprobs, parts
+
+
+@pytest.mark.parametrize("sizes,quantize", [((1, 4, 2), None), ((2, 1, 4), "int8")])
+def test_a_served_model_answers_as_on_one_device(sizes, quantize, tmp_path):
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path, MODEL))
+    texts, logprobs, _ = answers_on(None, checkpoint, quantize)
+    texts_on_mesh, logprobs_on_mesh, parts = answers_on(mesh_of(sizes), checkpoint, quantize)
+    assert texts_on_mesh == texts
+    np.testing.assert_allclose(logprobs_on_mesh, logprobs, rtol=0, atol=1e-4)
+    assert parts == {sizes[1] * sizes[2]}  # of every layer's every matrix a device has one

@@ -1,0 +1,224 @@
+"""The training step compiled for a TPU slice and for GPUs: memory, FLOPs and bytes of a small model; the command."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from configs import common, finetune
+from llava_jax.cli import UserError
+from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.llava import abstract_params
+from llava_jax.parallel.hardware import GiB
+from llava_jax.preflight import __main__ as preflight
+from llava_jax.preflight import compile as ahead
+from llava_jax.preflight import report as forecast
+from llava_jax.preflight import targets
+
+targets.prepare_environment()
+pytestmark = pytest.mark.usefixtures("optimized")
+
+MiB = 2**20
+# Two layers as wide as is quick to compile; heads of 128 and a short text, as kernels for attention want it.
+SMALL = LlavaConfig(
+    VisionConfig(256, 512, 3, 4, image_size=56, patch_size=14),
+    TextConfig(4096, 1024, 2816, 2, 8, 8, 128),
+)
+TARGETS = ["v5e:2x2", "h100:4"]
+# Target -> MiB of the peak of the small model's step, measured; regressions show here.
+PEAKS = {"v5e:2x2": 200, "h100:4": 240}
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+
+
+def small_config(**changes):
+    config = common.get_config()
+    config.update(stage="finetune", model="small", batch_rows=8, max_length=256, max_rows_per_device=2)
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Target -> the report of the small model, compiled once."""
+
+    @functools.cache
+    def report(name: str) -> dict:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PRESETS, "small", SMALL)
+            return forecast.report(small_config(), name)
+
+    return report
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_memory(reports, name):
+    report = reports(name)
+    memory = report["memory"]
+    names = abstract_params(SMALL)
+    parameters = sum(value.size for value in names.values())
+    trained = sum(value.size for name, value in names.items() if not name.startswith("vision."))
+    assert report["fits"] and report["devices"] == 4 and report["rows_per_device"] == 2
+    # A quarter each: float32 with two moments where it is trained, bfloat16 where frozen.
+    assert memory["optimizer"] == pytest.approx(2 * trained, rel=0.01)
+    assert memory["parameters"] == pytest.approx(trained + (parameters - trained) / 2, rel=0.01)
+    parts = ("parameters", "optimizer", "batch", "activations", "margin")
+    assert memory["needed"] == pytest.approx(sum(memory[part] for part in parts))
+    peak = (memory["needed"] - memory["margin"]) / MiB
+    assert 0.8 * PEAKS[name] < peak <= PEAKS[name]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_flops_are_those_of_the_formula(reports, name):
+    compiled = reports(name)["compiled"]
+    assert compiled["ratio"] == pytest.approx(1, abs=0.01)
+    assert compiled["recomputed"] == 0 and not compiled["loops_of_unknown_length"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_more_is_sent_than_has_to_be(reports, name):
+    """And no weights in float32."""
+    collectives = reports(name)["collectives"]
+    assert collectives["ratio"] == pytest.approx(1, abs=0.02)
+    float32 = [row["wire"] for row in collectives["kinds"] if row["dtype"] == "f32"]
+    assert sum(float32) < 0.01 * collectives["wire"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_time_is_bounded_by_the_slowest_of_three(reports, name):
+    seconds = reports(name)["bound"]["seconds"]
+    assert seconds["step"] == max(seconds["compute"], seconds["memory"], seconds["network"]) > 0
+    assert 0 < reports(name)["bound"]["mfu"]["causal"] < reports(name)["bound"]["mfu"]["full"] <= 1
+
+
+def test_the_first_stage_holds_no_optimizer_for_what_is_frozen():
+    report = forecast.report(small_config(stage="pretrain"), "h100:4")
+    trained = 2 * 4 * (256 * 1024 + 1024 * 1024) / 4
+    assert report["memory"]["optimizer"] == pytest.approx(trained, rel=0.05)
+    assert report["compiled"]["ratio"] == pytest.approx(1, abs=0.01)
+
+
+def test_packed_rows_may_be_longer_and_hold_as_many_pictures_as_have_room():
+    model = PRESETS["small"]
+    assert model.image_tokens == 16
+    layout = ahead.worst_layout(small_config(pack=True, row_length=1000, rows_per_group=4), model)
+    assert (layout.max_length, layout.image_slots, layout.label_slots) == (1000, 4 * 62, 4000)
+    layout = ahead.worst_layout(small_config(pack=True, rows_per_group=4, image_slots=19, label_slots=500), model)
+    assert (layout.max_length, layout.image_slots, layout.label_slots) == (256, 19, 500)
+
+
+def test_libtpu_says_what_does_not_fit():
+    config = small_config(batch_rows=4096, max_rows_per_device=0, remat="none")
+    report = forecast.report(config, "v5e:1x1")
+    assert not report["fits"] and report["memory"]["needed"] > report["memory"]["available"] == 15.75 * GiB
+    assert report["reason"].startswith("libtpu: ") and "exceeds available HBM (15.75G)" in report["reason"]
+    assert "\n" not in report["reason"]
+    assert report["remedies"][:2] == [
+        "--config.max_rows_per_device=2048 (now 4096 rows at once)",
+        "--config.remat=full",
+    ]
+    assert "unfit      libtpu" in preflight.text(report)
+
+
+def test_gpus_are_measured_against_the_part_that_jax_takes(reports):
+    needed = reports("h100:4")["memory"]["needed"]
+    whole = reports("h100:4")["memory"]["available"] / 0.75
+    assert needed > 2 * GiB  # the margin
+    report = forecast.report(small_config(), "h100:4", memory_fraction=0.99 * needed / whole)
+    assert not report["fits"] and "margin" in report["reason"]
+
+
+def test_largest_batch(reports):
+    """The search ends where one row more would not fit."""
+    memory = reports("h100:4")["memory"]
+    whole = memory["available"] / 0.75
+    result = forecast.largest_batch(small_config(max_length=1024), "h100:4", (memory["needed"] + 160 * MiB) / whole)
+    rows = result["rows_per_device"]
+    assert result["fits"] and result["tried"][rows] and result["batch_rows"] % (4 * rows) == 0
+    assert not result["tried"][rows + 1]
+
+
+def test_smallest_slice(monkeypatch):
+    """Two layers of 2.7e9 parameters each with two moments: 64 GB, of which an H100 does not have as many for JAX."""
+    wide = dataclasses.replace(SMALL, text=TextConfig(4096, 16384, 32768, 2, 128, 128, 128))
+    monkeypatch.setitem(PRESETS, "small", wide)
+    result = forecast.smallest_slice(small_config(), "h100")
+    *smaller, least = result["tried"]
+    assert smaller[0] == "h100:1" and not any(result["tried"][name] for name in smaller)
+    assert result["fits"] and result["target"] == least and result["tried"][least]
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="neither config.model .* nor config.init"):
+        forecast.report(small_config(model=""), "cpu")
+    with pytest.raises(UserError, match="config.model is 'no-such', not one of"):
+        forecast.report(small_config(model="", default_model="no-such"), "cpu")
+
+
+def test_a_recipe_without_a_size_compiles_the_published_one():
+    assert ahead.preset(finetune.get_config()) == "llava-v1.5-7b"
+    assert ahead.preset(finetune.get_config("v0,13b")) == "llava-v0-13b"
+    config = finetune.get_config()
+    config.init = "runs/import"
+    assert ahead.preset(config) == "", "the model is the checkpoint's"
+
+
+def test_a_table_has_a_line_a_target(reports):
+    results = [reports(name) for name in TARGETS]
+    lines = preflight.table(results).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == TARGETS and all(" yes " in line for line in lines[1:3])
+    for result in results:
+        assert "fits       " in preflight.text(result)
+
+
+RECIPE = """
+from configs import common, finetune
+from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
+
+PRESETS["small"] = LlavaConfig(
+    VisionConfig(256, 512, 3, 4, image_size=56, patch_size=14), TextConfig(4096, 1024, 2816, 2, 8, 8, 128)
+)
+
+
+def get_config():
+    config = common.get_config()
+    config.update(stage="finetune", model="small", batch_rows=8, max_length=256, max_rows_per_device=2)
+    return config.lock()
+"""
+
+
+def test_the_command(tmp_path):
+    """Without `ptxas` on the path; what fits exits with 0, what does not with 3."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "llava_jax.preflight", f"--config={recipe}", "--target=h100:4", "--json"]
+    environment = os.environ | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["fits"] and json.loads(line)["target"] == "h100:4"
+    unfit = subprocess.run(
+        [*command[:-1], "--memory_fraction=0.1", "--config.batch_rows=16384", "--config.max_rows_per_device=0"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert unfit.returncode == preflight.UNFIT, unfit.stderr
+    assert "unfit      the step takes" in unfit.stdout and "max_rows_per_device=2048" in unfit.stdout
+
+
+def test_mistakes_on_the_command_line():
+    command = [sys.executable, "-m", "llava_jax.preflight"]
+    for arguments, message in [
+        (["--config=configs/finetune.py"], "--target must be given"),
+        (["--config=configs/finetune.py", "--target=v5e:4x4", "--config.bach_rows=1"], "nearest is 'batch_rows'"),
+    ]:
+        done = subprocess.run(command + arguments, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,80 @@
+"""The formula against what XLA compiles, and against published counts."""
+
+import dataclasses
+
+import jax
+import pytest
+import tiny
+
+from configs import common
+from llava_jax.data.plan import Layout
+from llava_jax.models.config import PRESETS, VisionConfig
+from llava_jax.models.llava import abstract_params
+from llava_jax.preflight import compile, targets
+from llava_jax.training import flops
+
+MODEL = PRESETS["llava-v1.5-7b"]
+ROW = Layout(1, 1, 2048, 1, 2048, MODEL.image_tokens, MODEL.vision.image_size)
+BOTH = frozenset({"projector", "llm"})
+
+
+SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
+MODELS = {"pretrain": tiny.config(vision=SIGLIP), "finetune": tiny.config()}
+
+
+@pytest.mark.parametrize("stage", MODELS)
+@pytest.mark.parametrize("remat,label_slots", [("none", 48), ("full", 1200)])  # 1200 are in chunks
+def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", MODELS[stage])
+    config = common.get_config()
+    config.update(stage=stage, model="tiny", remat=remat, max_length=640, batch_rows=4, rows_per_group=2)
+    config.update(max_rows_per_device=2, label_slots=label_slots, image_slots=3)
+    config.mesh.fsdp = jax.device_count()
+    program = compile.build(config, targets.parse("cpu"))
+    compiled = compile.compile_program(program)
+    parts = flops.step_flops(program.settings.model, program.settings.layout, program.trainable, remat)
+    assert compiled.account.flops * program.mesh.size == pytest.approx(flops.executed_flops(parts), rel=0.01)
+    assert compiled.memory.fits and not compiled.reason
+
+
+def test_seven_billion_parameters_take_six_flops_each_and_token():
+    """6 N T when all is trained, 4 N T when gradients only pass through; N without embeddings, which are looked up."""
+    shapes = abstract_params(MODEL)
+    N = sum(value.size for name, value in shapes.items() if name.startswith("llm.layers") and value.ndim == 3)
+    head = shapes["llm.lm_head.kernel"].size
+    trained = flops.step_flops(MODEL, ROW, BOTH, "full")
+    assert trained["llm"].needed == 6 * N * 2048 and trained["logits"].needed == 6 * head * 2048
+    frozen = flops.step_flops(MODEL, ROW, {"projector"}, "full")
+    assert frozen["llm"].needed == 4 * N * 2048 and frozen["logits"].needed == 4 * head * 2048
+    # A layer's last product is not computed again.
+    down = shapes["llm.layers.mlp.down_proj.kernel"].size
+    assert trained["llm"].recomputed == 2 * (N - down) * 2048
+
+
+def test_the_tower_runs_forward_only_and_not_its_last_layer():
+    shapes = abstract_params(MODEL)
+    part = flops.step_flops(MODEL, ROW, BOTH, "full")["vision"]
+    used = sum(value.size for name, value in shapes.items() if name.startswith("vision.layers") and value.ndim == 3)
+    used *= MODEL.vision_layers_used / MODEL.vision.num_layers
+    patches = shapes["vision.patch_embedding.kernel"].size
+    assert part.forward == pytest.approx(2 * 577 * used + 2 * 576 * patches)
+    assert part.activations == part.weights == part.recomputed == 0
+    empty = flops.step_flops(MODEL, dataclasses.replace(ROW, image_slots=0), BOTH, "full")
+    assert empty["vision"].forward == empty["projector"].needed == 0
+
+
+def test_utilisation_by_convention():
+    """Half of the decoder's attention is all that the conventions differ in; what remat adds is in neither."""
+    parts = flops.step_flops(MODEL, ROW, BOTH, "full")
+    full, causal = (flops.model_flops(parts, convention) for convention in flops.CONVENTIONS)
+    assert full - causal == parts["llm attention"].needed / 2 == 3 * 4 * 2048**2 * 4096 * 32 / 2
+    assert full == flops.model_flops(flops.step_flops(MODEL, ROW, BOTH, "none"), "full") < flops.executed_flops(parts)
+    assert flops.mfu(parts, 2.0, 4, full / 4)["full"] == 0.5
+
+
+def test_policies_recompute_less_the_more_they_keep():
+    again = {
+        remat: sum(part.recomputed for part in flops.step_flops(MODEL, ROW, BOTH, remat).values())
+        for remat in flops.RECOMPUTED
+    }
+    assert again["none"] < again["save_qkv"] < again["full"] == again["offload"]
