@@ -129,7 +129,7 @@ def test_a_run_on_a_disk_reads_a_bucket_that_it_names_when_the_user_does(store, 
     assert "copied from gs://bucket/model" in finish(start(store, tmp_path, *copy, "--source", "gs://bucket/model"))
     store.objects.clear()
     finish(
-        start(store, tmp_path, "-c", f"import llava_jax.checkpoint as c; c.open_checkpoint('{tmp_path}/run').load()")
+        start(store, tmp_path, "-c", f"import llava_jax.checkpoint.reading as c; c.open_checkpoint('{tmp_path}/run').load()")
     )
 
 
