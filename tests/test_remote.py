@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 WRITE_MODEL = """
 import sys, tiny
-from llava_jax.checkpoint import Description, save_model
+from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.writing import save_model
 model = tiny.config()
 save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
 """
@@ -103,7 +104,10 @@ WRITE_RUN = """
 import sys
 import jax.numpy as jnp
 from etils import epath
-from llava_jax.checkpoint import Description, TrainingCheckpoints, copy_tokenizer, open_checkpoint, write_description
+from llava_jax.checkpoint.format import Description, write_description
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.checkpoint.training import TrainingCheckpoints
+from llava_jax.checkpoint.writing import copy_tokenizer
 source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[1])
 trained = {name: value for name, value in source.load().items() if name.startswith("projector.")}
 frozen = [name for name in source.abstract() if name not in trained]

@@ -99,7 +99,7 @@ class Description:
             raise ValueError("id is none")
 
 
-def description_digest(metadata: dict[str, Any]) -> str:
+def digest(metadata: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llava_jax.checkpoint.array_store import layer_by_layer
 from llava_jax.checkpoint.errors import in_one_line, readable
-from llava_jax.checkpoint.format import DIGEST, STEPS, Description, absolute, description_digest, finished_steps
+from llava_jax.checkpoint.format import DIGEST, STEPS, Description, absolute, digest, finished_steps
 from llava_jax.models.llava import Params
 
 
@@ -38,7 +38,7 @@ class TrainingCheckpoints:
                 return
             state = {"params": trainable, "optimizer": optimizer}
             metadata = self.description.to_json()
-            metadata[DIGEST] = description_digest(metadata)
+            metadata[DIGEST] = digest(metadata)
             self.checkpointer.save_checkpointables_async(step, state, custom_metadata=metadata, force=True)
             self.latest = step
             if wait:

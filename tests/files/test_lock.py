@@ -274,7 +274,7 @@ with lock.hold(run) as check:
 assert json.loads((run / "run.lock").read_text())["pid"] == 7
 
 # A directory that is filled in its place.
-from llava_jax.checkpoint import new_directory
+from llava_jax.checkpoint.writing import new_directory
 model = epath.Path("gs://bucket/model")
 with new_directory(model) as mine:
     (mine / "a").write_text("mine")
