@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,6 +21,7 @@ from etils import epath
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.names import add_allow_absolute, folder_of, image_path
@@ -30,9 +31,6 @@ from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.writing import atomic_file, atomic_path
-
-if TYPE_CHECKING:
-    from llava_jax.data.pipeline import TextEncoder
 
 EPILOG = """example:
   python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
@@ -53,7 +51,7 @@ def build(
     workers: int = 0,
     decode: bool = True,
     published: Published | None = None,
-    encode: "TextEncoder | None" = None,
+    encode: TextEncoder | None = None,
     beam: tfds.download.DownloadConfig | None = None,
 ) -> None:
     """Builds, or goes on building, a data set.
@@ -192,14 +190,15 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
             np.save(file, np.array(ends, np.int64))
 
 
-def _write_lengths(directory: epath.Path, source: LlavaJson, encode: "TextEncoder") -> None:
+def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
     """Measures all samples and writes what `cache` would: whoever opens the data set has it in the cache."""
     from llava_jax.data.lengths import lengths_name, measure_once
 
-    path = directory / f"{lengths_name(source, encode)}.npz"
+    encoded = EncodedSource(source, encode)
+    path = directory / f"{lengths_name(encoded)}.npz"
     if path.exists():
         return
-    lengths = measure_once(source, encode)
+    lengths = measure_once(encoded)
     with atomic_path(path) as file, open(file, "wb") as target:
         np.savez(target, lengths=np.stack(lengths))
 
@@ -243,9 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
-def _encoder(args: argparse.Namespace) -> "TextEncoder":
-    from llava_jax.data.pipeline import TextEncoder  # and JAX and Grain, which take seconds
-
+def _encoder(args: argparse.Namespace) -> TextEncoder:
     tokenizer = load_tokenizer(args.tokenizer)
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, say, short, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.pictures import picture_problems
@@ -177,9 +178,7 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             raise
         say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
-    encode = measuring.TextEncoder(
-        template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
-    )
+    encode = TextEncoder(template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed)
     return measuring.Measuring(encode, args.max_length, args.workers)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llava_jax.cli import Parser, UserError, run, say, track
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
@@ -150,15 +151,14 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    from llava_jax.data.built import Built  # only now: JAX and Grain take seconds
+    from llava_jax.data.built import Built  # only now: Grain takes seconds
     from llava_jax.data.lengths import measure_once
-    from llava_jax.data.pipeline import TextEncoder
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
     tokenizer = load_tokenizer(args.tokenizer)
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     encode = TextEncoder(template, tokenizer, args.image_tokens, args.max_length)
-    lengths = measure_once(source, encode, args.workers)
+    lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
         raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
