@@ -22,7 +22,7 @@ def test_a_start_of_jax_says_nothing_where_the_cuda_plugin_finds_no_driver():
 
 def test_the_plugin_compiles_as_before():
     code = """
-    from llava_jax import targets
+    from llava_jax.preflight import targets
     targets.prepare_environment()
     print(targets.devices(targets.parse("h100:8"))[0].device_kind)
     import jaxlib.gpu_linalg
