@@ -26,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llava_jax.convert.hf_text import write_text
-from llava_jax.convert.layouts import EXPORT_PREFIXES, entries_of
+from llava_jax.convert.layouts import EXPORT_PREFIXES
+from llava_jax.convert.names import entries_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 from llava_jax.models.config import PRESETS, LlavaConfig
