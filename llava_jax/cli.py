@@ -1,7 +1,8 @@
-"""What every command shares: one-line errors, exit statuses and progress."""
+"""What every command shares: its environment, one-line errors, exit statuses and progress."""
 
 import argparse
 import datetime
+import glob
 import math
 import os
 import re
@@ -18,9 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from llava_jax import remote
+from llava_jax import quiet, remote
 
 Item = TypeVar("Item")
+
+COMMAND = "LLAVA_JAX_COMMAND"  # set in the processes of a command, so in its workers too
+# Where Linux has none of these, there is no accelerator. libtpu and the CUDA plugin may be installed all the same, only
+# to compile for hardware you don't have: JAX would look for their devices, log a page, and use the CPU in the end.
+DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 SHOWN = 80  # characters of a value of a file in a message
 LONGEST_MESSAGE = 4000  # characters
@@ -65,9 +71,25 @@ def warn(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
+def prepare() -> None:
+    """Sets up the process of a command: the platform of JAX, and libraries that log less. Call it before JAX is
+    imported. The library itself never does this: environment and import hooks belong to whoever runs the process.
+    """
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in DEVICE_FILES):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if (jax := sys.modules.get("jax")) and not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    # Without torch, transformers logs at every start that its models are missing. Only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')  # see `remote.name`
+    os.environ[COMMAND] = "1"
+    quiet.install()
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
     bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    prepare()
     if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -201,3 +223,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
             last = now
             left = f"{time_left((now - start) / done * (total - done))} left" if total else f"{now - start:.0f} s"
             print(f"{done}/{total or '?'}, {left}: {description}", file=sys.stderr, flush=True)
+
+
+if COMMAND in os.environ:  # a worker, in which nothing calls `prepare`
+    quiet.install()
