@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import glob
+import importlib
 import math
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
@@ -122,6 +123,45 @@ def report(error: BaseException) -> tuple[int, str]:
     return status, message.removeprefix("error: ")
 
 
+launcher: str | None = None  # what starts every command: `llava`, or None where each is a module of its own
+
+
+def as_typed(text: str) -> str:
+    """A text that names commands as modules (`python -m llava_jax.data.check`), as the user types them: `llava data
+    check`."""
+    if launcher is None:
+        return text
+    text = text.replace("python -m llava_jax.main", f"{launcher} train")
+    return re.sub(
+        r"python -m llava_jax\.(\w+(?:\.\w+)?)",
+        lambda found: f"{launcher} {re.sub('[._]', lambda c: ' ' if c[0] == '.' else '-', found[1])}",
+        text,
+    )
+
+
+def dispatch(
+    program: str, description: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
+) -> int | None:
+    """Calls the command that the first words of `argv` name, with those that follow.
+
+    `commands` maps what is typed to its function (`module:function`, or a module whose `main` is called) and to what it
+    does. The module is imported only then. Prints the list of commands for `--help`, and where none is named.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in commands:
+            module, _, function = commands[name][0].partition(":")
+            return getattr(importlib.import_module(module), function or "main")(argv[words:])
+    asked = bool({"-h", "--help"}.intersection(argv))
+    width = 2 + max(map(len, commands))
+    lines = [f"usage: {as_typed(program)} COMMAND ... (COMMAND --help has its options)", "", description, ""]
+    lines += [f"  {name:<{width}}{what}" for name, (_, what) in commands.items()]
+    say("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    if argv and not asked:
+        raise UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+    return 0 if asked else 2
+
+
 PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 
@@ -130,7 +170,8 @@ class Parser(argparse.ArgumentParser):
     expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
 
     def __init__(self, **settings: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+        texts = {name: as_typed(settings[name]) for name in ("prog", "description", "epilog") if settings.get(name)}
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings | texts)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
