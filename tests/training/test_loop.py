@@ -31,8 +31,10 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
 from llava_jax.data.conversation import get_template
+from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
-from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
@@ -258,7 +260,8 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
     model, params = tiny.config(), tiny.params(tiny.config())
     source = LlavaJson(*tiny.data(tmp_path))
     encode = TextEncoder(get_template("v1"), tiny.tokenizer(), model.image_tokens, 96)
-    lengths = measure(source, encode)
+    encoded = EncodedSource(source, encode)
+    lengths = measure(encoded)
     length, rows = int(3.3 * lengths.tokens.max()), len(source)
     unpacked = Order(np.arange(rows), rows, 0)
     packed = PackedOrder(np.arange(rows), 4, 0, lengths=lengths, room=Room(length, 2, 5))
@@ -268,7 +271,7 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
         assert order.epoch_steps(0) == 1
         shapes = {"max_length": row_length, "image_tokens": model.image_tokens, "image_size": 16}
         layout = plan_layout([(order, 1)], lengths, rows_per_group=group, **shapes)
-        batch = Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
+        batch = Batches(encoded, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
         settings = training_step.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
         loss, gradients = jax.jit(functools.partial(training_step.loss_and_gradients, settings))(
             trainable, frozen, batch
