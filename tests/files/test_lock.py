@@ -225,7 +225,7 @@ def test_two_threads_of_one_process_do_not_share_it(tmp_path):
 GCS = """
 import json, os, sys
 from etils import epath
-from llava_jax import lock
+from llava_jax.files import lock
 from llava_jax.cli import UserError
 run, waits = epath.Path("gs://bucket/run"), []
 lock.time.sleep = waits.append

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import tiny
 
-from configs import common
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.models.config import LlavaConfig
+from llava_jax.recipes import common
 from llava_jax.training.loop import train
 
 
