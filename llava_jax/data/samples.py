@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.data import dialects
 from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
+from llava_jax.data.formats import to_llava
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -55,7 +56,7 @@ class Reading(NamedTuple):
 
 def parse_sample(record: Record) -> Sample:
     """The sample of a record; one that begins with an answer loses it, as published. Raises `UserError`."""
-    value = record_value(record)
+    value = sample_value(record)
     reading = read_sample(value)
     for fault in reading.faults:
         raise UserError(f"{record.where} (id {sample_id(record, value)}): {fault.detail}")
@@ -65,6 +66,12 @@ def parse_sample(record: Record) -> Sample:
 def record_value(record: Record) -> Any:
     """The JSON value of a record. Raises `UserError` for a line that is no JSON."""
     return load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
+
+
+def sample_value(record: Record) -> Any:
+    """The same in LLaVA's format, if it is in a registered one. Raises `UserError`, also where it is not as its format
+    says."""
+    return to_llava(record_value(record), record.where)
 
 
 def sample_id(record: Record, value: Any) -> str:

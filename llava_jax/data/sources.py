@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
+from llava_jax.data.formats import FORMATS
 from llava_jax.data.images import read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.records import Record, RecordFile, local_data, scan
@@ -53,6 +54,7 @@ class LlavaJson(Sequence[Sample]):
     def __init__(self, path: epath.PathLike, images: epath.PathLike = "", lenient: bool = False):
         self.path = path
         self.images = images
+        self.formats = tuple(FORMATS.values())  # whose modules processes that read samples have to import
         self._records, self.digest = _index(path, lenient)
 
     def __len__(self) -> int:
@@ -87,7 +89,9 @@ def read_images(
 def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
     """Where the records of a file are, once all are known to be samples (or not, if `lenient`), and their digest."""
     file = local_data(path)
-    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.content_version(file))}"
+    formats = [(data_format.name, data_format.version) for data_format in FORMATS.values()]
+    parts = (INDEX, lenient, os.path.abspath(file), cache.content_version(file), *formats)
+    name = f"index-{cache.digest(*parts)}"
     index = cache.load(name)
     if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
