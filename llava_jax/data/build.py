@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,10 +26,11 @@ from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.names import add_allow_absolute, folder_of, image_path
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, read_manifest, scratch_file
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, read_manifest
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
+from llava_jax.files.writing import atomic_file, atomic_path
 
 EPILOG = """example:
   python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
@@ -132,9 +132,8 @@ def _begin(
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write_texts(directory, source)
-    with scratch_file(directory / MANIFEST) as file:
-        Path(file).write_text(json.dumps(manifest))  # as TFDS writes it
-        put(file, directory / MANIFEST)
+    with atomic_file(directory / MANIFEST) as file:
+        file.write(json.dumps(manifest).encode())  # as TFDS writes it
     return manifest
 
 
@@ -181,7 +180,7 @@ def _size(path: epath.Path) -> int | None:
 
 
 def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
-    with scratch_file(directory / TEXT) as texts, scratch_file(directory / OFFSETS) as offsets:
+    with atomic_path(directory / TEXT) as texts, atomic_path(directory / OFFSETS) as offsets:
         ends = [0]
         with open(texts, "wb") as file:
             for sample in track(source, "writing texts"):
@@ -189,8 +188,6 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
                 ends.append(file.tell())
         with open(offsets, "wb") as file:
             np.save(file, np.array(ends, np.int64))
-        put(texts, directory / TEXT)
-        put(offsets, directory / OFFSETS)
 
 
 def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
@@ -202,10 +199,8 @@ def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder
     if path.exists():
         return
     lengths = measure_once(encoded)
-    with scratch_file(path) as file:
-        with open(file, "wb") as target:
-            np.savez(target, lengths=np.stack(lengths))
-        put(file, path)
+    with atomic_path(path) as file, open(file, "wb") as target:
+        np.savez(target, lengths=np.stack(lengths))
 
 
 def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decode: bool) -> list[Shard]:

@@ -27,7 +27,7 @@ from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.files.writing import whole_file, whole_list
+from llava_jax.files.writing import atomic_file, atomic_list, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, i
     if len(reasons) == count:
         raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
     rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
-    with whole_list(out, lines=survey.unit.endswith("line")) as keep, whole_file(rejects) as rejected:
+    with atomic_list(out, lines=survey.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
         for index in track(range(count), f"writing {out}"):
             if index in reasons:
                 rejected.write(_reject(survey, index, reasons[index]))
@@ -162,8 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             "lengths": report.lengths,
             "padding": report.padding,
         }
-        with whole_file(args.report) as file:
-            file.write(json.dumps(values, indent=2).encode() + b"\n")
+        write_json(args.report, values)
     say(report.summary(), file=sys.stderr)
     return 1 if report.counts else 0
 

@@ -21,7 +21,7 @@ from llava_jax.data.images import decode_image
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample, read_images
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSiz
 
 
 def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
-    with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else whole_file(out) as file:
+    with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else atomic_file(out) as file:
         for sample, encoded, images in samples:
             line = {
                 "id": sample.id,

@@ -3,7 +3,6 @@
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import write_json
 
 EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
@@ -176,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json_out:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
-        with whole_file(args.json_out) as file:
-            file.write(json.dumps(report, indent=2).encode() + b"\n")
+        write_json(args.json_out, report)
     say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
