@@ -31,7 +31,7 @@ from llava_jax.convert.layouts import entries_of
 from llava_jax.convert.names import pieces
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
-from llava_jax.data.fit import chosen_template, missing_marks, require_fit
+from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig

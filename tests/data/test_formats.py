@@ -42,7 +42,7 @@ RECORDS = [
 def asked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(formats, "FORMATS", FORMATS.copy())
-    for name in ("sources", "survey"):
+    for name in ("sources", "check_records"):
         monkeypatch.setattr(f"llava_jax.data.{name}.FORMATS", formats.FORMATS)
     (tmp_path / "asked_format.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -11,10 +11,10 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, short, track
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.dialects import READ, doubtful_mark, unread_texts
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
+from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
 LONGEST_ID = 500  # characters of an id in a line
 
@@ -46,7 +46,7 @@ class Survey(Sequence[Sample]):
         self.unit = ""  # which of these
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
-        self.names, self.users = array.array("q"), array.array("q")  # hashes of picture names, and whose they are
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and whose they are
         self.unread: collections.Counter[str] = collections.Counter()  # keys that are left alone, and of how many
         self._digest = hashlib.sha256()
         self.formats = tuple(FORMATS.values())  # whose modules processes that read samples have to import
@@ -101,7 +101,7 @@ class Survey(Sequence[Sample]):
         for index in np.flatnonzero(first_id != np.arange(len(first_id))).tolist():
             same = first_content[index] != index
             first = int((first_content if same else first_id)[index])
-            what = "is the same as" if same else "has other turns or pictures than, and the id of,"
+            what = "is the same as" if same else "has other turns or images than, and the id of,"
             detail = f"{self.where(index)} has the id of {self.where(first)}: it {what} that one"
             yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
 
