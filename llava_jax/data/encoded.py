@@ -8,8 +8,8 @@ import numpy as np
 
 from llava_jax.cli import UserError, short
 from llava_jax.data.conversation import Template
-from llava_jax.data.fit import require_fit
 from llava_jax.data.sources import Sample, Source
+from llava_jax.data.template_fit import require_fit
 from llava_jax.data.tokenization import IGNORE_INDEX, Row, encode_sample, expand
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, one_line, printable, run, short, track, warn
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
-from llava_jax.data.fit import chosen_template, missing_marks, require_fit
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.data.images import decode_image
-from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.sources import LlavaJson, Sample, read_images
+from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
 from llava_jax.files.writing import atomic_file
 

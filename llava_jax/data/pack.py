@@ -1,5 +1,5 @@
 """How full rows and the image slots of their groups would be, packed and unpacked, and which sizes to choose for
-`config.pack`. Reads texts alone, no pictures."""
+`config.pack`. Reads texts alone, no images."""
 
 import argparse
 import itertools
@@ -11,11 +11,11 @@ import numpy as np
 
 from llava_jax.cli import Parser, UserError, run, say, track
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import write_json
 
