@@ -20,15 +20,13 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
-from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.image_folder import add_allow_absolute, folder_of, image_path
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.template_fit import chosen_template
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.writing import atomic_file, atomic_path
 
@@ -226,26 +224,20 @@ def _refuse(bad: list[BadImage]) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of images")
+    images = open_image_folder(args)
+    settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
     build(
         LlavaJson(args.json),
-        folder_of(args),
+        images,
         args.output.rstrip("/"),
         shards=args.shards,
         workers=args.workers,
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
-        encode=_encoder(args) if args.tokenizer else None,
+        encode=text_encoder(args, **settings) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
-
-
-def _encoder(args: argparse.Namespace) -> TextEncoder:
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)
 
 
 def _beam_config(options: str) -> tfds.download.DownloadConfig:
@@ -258,9 +250,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its images")
-    add_allow_absolute(parser)
+    add_options(parser, json={}, images={})
     parser.add_argument(
         "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
     )
@@ -276,11 +266,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="trust images: do not decode them to find damaged ones (data.check did)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=positive, default=2048, metavar="N", help="config.max_length (2048)")
-    parser.add_argument("--image-tokens", type=positive, default=576, metavar="P", help="tokens an image takes (576)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
+    tokenizer = {"help": "store lengths: training with this tokenizer and the settings below does not measure them"}
+    add_options(parser, tokenizer=tokenizer, template={}, max_length={}, image_tokens={}, image_position={})
     parser.add_argument(
         "--beam",
         metavar="OPTIONS",
