@@ -36,6 +36,7 @@ from data_sides import (
     peer_text,
 )
 
+from llava_jax import cli
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.packing import fill, image_slot_plans
@@ -215,4 +216,4 @@ def report_tokens(task: Task) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from synthetic import write_json, write_pictures
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN
 
 WORKERS = 2
@@ -163,4 +164,4 @@ def pss(process: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

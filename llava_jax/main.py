@@ -33,10 +33,16 @@ RESUME_FROM = flags.DEFINE_integer(
 flags.DEFINE_alias("resume-from", "resume_from")
 
 
+def command(argv: list[str]) -> None:
+    """`llava train`: the arguments without the name of the program, which comes first in those of Abseil."""
+    main(["llava train", *argv])
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"}.intersection(argv):
-        print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir")))
+        own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir"))
+        cli.say(cli.as_typed(__doc__) + own)
         return
     parse_flags(argv, (CONFIG, WORKDIR))
     from llava_jax import plot
