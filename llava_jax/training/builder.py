@@ -47,8 +47,8 @@ class TrainingProgram:
     @property
     def flops(self) -> dict[str, flops.Part]:
         """FLOPs of a step by part of the model, see `flops.step_flops`."""
-        settings, trained = self.settings, flops.trainable_parts(self.state.trainable)
-        return flops.step_flops(settings.model, settings.layout, trained, settings.remat)
+        settings = self.settings
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as StableHLO, which `.compile()` makes an executable of."""
