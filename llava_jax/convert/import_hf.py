@@ -1,4 +1,4 @@
-"""Hugging Face's models: a vision tower and a language model, or a LLaVA."""
+"""Finds models of transformers: a vision tower and a language model, or a LLaVA."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from llava_jax.models.registry import TOWERS
 
 
 def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Options) -> Found:
-    """A projector of stage 1 may bring tokens that it was trained with."""
+    """A language model, a vision tower and perhaps a projector of stage 1, which may have embeddings of new tokens."""
     model = open_language_model(llm)
     file = open_projector(projector) if projector else None
     if file:
@@ -70,7 +70,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
 
 
 def read_tower(directory: Path) -> tuple[VisionConfig, Json, ImageSettings]:
-    """A vision tower's configuration, as ours and as it is there, and how its pictures are prepared."""
+    """The configuration of a vision tower, as ours and as in its file, and how its images are preprocessed."""
     where = str(directory / "config.json")
     json = read_object(directory / "config.json")
     tower = hf_config.read_vision(json, where)
@@ -91,14 +91,14 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
     settings = read_object(base / "config.json")
     if settings.get("model_type") != "llava" or "text_config" not in settings:
         raise UserError(
-            f"{base}: is no LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
+            f"{base}: not a LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
             "its config.json"
         )
     return find_llava(base, options, adapter)
 
 
 def find_llava(directory: Path, options: Options, adapter: Path | None = None) -> Found:
-    """A LLaVA, to which an `adapter` is added if one is given, with its tokenizer if it brings one."""
+    """A LLaVA, with an `adapter` added if one is given, and the adapter's tokenizer if it has one."""
     where = str(directory / "config.json")
     source_json = read_object(directory / "config.json")
     found = hf_config.read_llava(source_json, where)
@@ -143,7 +143,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
 
 def _assume_padding(directory: Path) -> str:
     say(
-        f"{directory}: does not say how pictures become squares (no do_pad in preprocessor_config.json): they are "
+        f"{directory}: does not say how images become squares (no do_pad in preprocessor_config.json): they are "
         "padded, as LLaVA-1.5 was trained; --aspect square crops them",
         file=sys.stderr,
     )
