@@ -1,6 +1,7 @@
 """Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
 
 import argparse
+import dataclasses
 
 from llava_jax.cli import Parser, run, say
 from llava_jax.data.conversation import IMAGE_POSITIONS
@@ -67,16 +68,7 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     from llava_jax.convert.found import Options
     from llava_jax.convert.import_weights import import_backbones, import_llava
 
-    options = Options(
-        template=args.template,
-        projector_type=args.projector_type,
-        aspect=args.aspect,
-        image_position=args.image_position,
-        select_layer=args.select_layer,
-        select_feature=args.select_feature,
-        seed=args.seed,
-        fit_rows=args.rows == "tokenizer",
-    )
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     if args.llava and not (args.llm or args.projector):
         config = import_llava(args.llava, args.output, options, args.base, args.vision)
     elif args.llm and args.vision and not (args.llava or args.base):

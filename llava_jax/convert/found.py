@@ -26,7 +26,7 @@ class Options:
     select_layer: int | None = None  # default: -2
     select_feature: str | None = None  # default: patch
     seed: int = 0  # of a fresh projector
-    fit_rows: bool = False  # one row of embeddings and head for each id of the tokenizer, not those of the source
+    rows: str = "source"  # of embeddings and head; "tokenizer": one for each of its ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,13 +34,13 @@ _LLAVA_FIXED = {"multimodal_projector_bias": True, "quantization_config": None}
 
 
 class LlavaSource(NamedTuple):
-    """What a LLaVA's `config.json` says."""
+    """The `config.json` of a LLaVA: fields of `LlavaConfig`, and the id that marks the positions of images."""
 
     vision: VisionConfig
     text: TextConfig
     select_layer: int
     select_feature: str
-    image_token_index: int  # marks positions of images
+    image_token_index: int
     projector_type: str
     im_start_end: bool
     image_position: str

@@ -109,16 +109,14 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     images = read_image_settings(directory, found.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
-    linear = found.projector_type == "linear"  # stored as two layers, of which the second is the identity
+    fields = found._asdict()
+    image_id = fields.pop("image_token_index")
+    linear = found.projector_type == "linear"
+    if linear:  # stored as two layers, of which the second is the identity
+        fields["projector_type"] = "mlp2x_gelu"
     config = llava_config(
         where,
-        vision=found.vision,
-        text=found.text,
-        projector_type="mlp2x_gelu" if linear else found.projector_type,
-        select_layer=found.select_layer,
-        select_feature=found.select_feature,
-        im_start_end=found.im_start_end,
-        image_position=found.image_position,
+        **fields,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
         image_mean=images.mean,
         image_std=images.std,
@@ -133,7 +131,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
         config = dataclasses.replace(config, projector_type="linear")
     refuse_contradiction(where, "--projector-type", options.projector_type, config.projector_type)
     hf = {
-        "config": source_json | {"image_token_index": found.image_token_index},
+        "config": source_json | {"image_token_index": image_id},
         "generation_config": read_generation(directory),
     }
     parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)

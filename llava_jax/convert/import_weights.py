@@ -87,7 +87,7 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         tokenizer = load_tokenizer(scratch)
-        found = _fitting(found, tokenizer, options.fit_rows)
+        found = _fitting(found, tokenizer, options.rows == "tokenizer")
         if options.image_position:
             config = dataclasses.replace(found.config, image_position=options.image_position)
             found = dataclasses.replace(found, config=config)
