@@ -13,13 +13,13 @@ from rich.console import Console
 
 from llava_jax.cli import one_line, printable, say, short, track, warn
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.fit import missing_marks
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
 from llava_jax.data.padding import padding_of_run
 from llava_jax.data.pipeline import TextEncoder
 from llava_jax.data.plan import Lengths, Order
 from llava_jax.data.sources import Source
+from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.tokenization import encode_sample, truncate
 from llava_jax.models.llava import Params
 from llava_jax.parallel import sharding
