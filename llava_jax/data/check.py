@@ -1,8 +1,8 @@
 """Finds every problem of a data set before step 0: in its structure, images, ids, texts and lengths.
 
-Problems are told a line each, `kind, id, detail`; the exit status is 1 where there are any. Warnings are of what
-training takes as it is, but is seldom meant. With --fix the samples without problems other than warnings are written
-to a file, as they are, and the others with the reasons to another.
+Prints each problem as a line `kind, id, detail`. The exit status is 1 if there are any. A warning is about something
+that training accepts but that is seldom intended. --fix writes the samples that have no problem, or only warnings, to a
+file, unchanged, and the others with the reasons to another file.
 """
 
 import argparse
@@ -44,14 +44,14 @@ UNREAD_KEYS = 20  # that are listed
 
 
 class Report:
-    """What is told of a data set: all problems as they are found, their counts, reasons to drop samples, lengths."""
+    """The results of a check: counts and examples of problems, reasons to reject samples, lengths and padding."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
-        self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # of samples to drop, by index
+        self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # to reject a sample, by its index
         self.lengths: dict[str, Any] | None = None
-        self.padding: str | None = None  # where there would be much of it
+        self.padding: str | None = None  # if there would be much
 
     def add(self, problem: Problem) -> None:
         self.counts[problem.kind] += 1
@@ -66,7 +66,7 @@ class Report:
 
 
 def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
-    """The lengths for people."""
+    """The lengths as lines of text."""
     if not lengths["samples"]:
         return
     yield "tokens a sample: " + ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p99", "max"))
@@ -84,7 +84,7 @@ def find_problems(
     measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of a file whose images are in folder `images`; `report` gets its lengths and padding."""
+    """All problems of a file and its folder of images. Sets the lengths and the padding of `report`."""
     yield from survey.read(tuple(special_tokens))
     yield from survey.duplicates()
     yield from image_problems(survey, images, workers)
@@ -96,10 +96,10 @@ def find_problems(
 
 
 def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
-    """Writes the records without a reason to `out`, in the format of the file, byte for byte, and the others beside it.
+    """Writes the good records to `out` in the format of the file, byte for byte, and the others to a file beside it.
 
     Returns:
-      The name of the file of rejects, JSONL of `id`, `reasons` and `record`; how many records are kept.
+      The name of the file of rejects, JSONL of `id`, `reasons` and `record`; the number of records in `out`.
     """
     count = len(survey.lines)
     if len(reasons) == count:
@@ -167,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
-    """How lengths are measured; None, which is said, where nobody asks for them and no template is known."""
-    from llava_jax.data import check_lengths  # and Grain, which takes seconds
+    """How to measure lengths; None, with a message, if no option asks for lengths and the template is unknown."""
+    from llava_jax.data import check_lengths  # imports Grain, which takes seconds
 
     try:
         template = chosen_template(args.template, tokenizer, args.tokenizer)
@@ -194,14 +194,12 @@ def _show(problem: Problem, console: Console) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.check", description=__doc__, epilog=EPILOG)
     tokenizer = {"help": "a Hugging Face tokenizer directory, to measure lengths"}
-    length = {"default": None, "help": "report what is longer, in tokens"}
+    length = {"default": None, "help": "report samples of more tokens"}
     add_options(parser, json={}, images={}, tokenizer=tokenizer, template={}, max_length=length)
     add_options(parser, image_tokens={}, image_position={}, seed={})
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
-    parser.add_argument(
-        "--fix", metavar="OUT", help="write the good samples to OUT, the others to OUT's .rejects.jsonl"
-    )
+    parser.add_argument("--fix", metavar="OUT", help="write good samples to OUT, the others to OUT's .rejects.jsonl")
     args = parser.parse_args(argv)
     for option, value in (("--max-length", args.max_length), ("--template", args.template)):
         if value is not None and not args.tokenizer:

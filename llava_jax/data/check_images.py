@@ -1,7 +1,7 @@
-"""Whether the images of samples exist and can be decoded. Those that could, and are as they were, are not read again.
+"""Checks that the images of samples exist and can be decoded. Good images that did not change are not read again.
 
-The cache is a file of eight bytes for each good image, appended as they are found, so that an interrupted check goes
-on where it was. What is bad is looked at each time.
+The cache is a file of eight bytes for each good image, appended as they are found, so that an interrupted check
+continues where it was. Bad images are read each time.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from llava_jax.data.samples import Fault
 from llava_jax.files import cache
 
 AT_ONCE = 256
-IMAGES = 1  # of the cache: raise it when another version would find other images bad
+IMAGES = 1  # version of the cache: raise it when other images would be found bad
 
 
 class GoodImages:
-    """The images of a folder that were found good, by hashes of name and version."""
+    """The good images of a folder, by hashes of name and version."""
 
     def __init__(self, folder: epath.PathLike):
         where = folder if cache.is_remote(folder) else os.path.abspath(folder)
@@ -47,7 +47,7 @@ class GoodImages:
 
 
 def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
-    """The faults of the images in a folder, for each sample that names them; each image is read once at most."""
+    """The faults of the images in a folder, for each sample that names them. No image is read twice."""
     good = GoodImages(folder)
     order = np.argsort(np.array(survey.names), kind="stable")
     names, users = np.array(survey.names)[order], np.array(survey.users)[order]
@@ -72,7 +72,7 @@ def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iter
 
 
 def _look(folder: epath.PathLike, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
-    """The fault of an image, or the key of one that is newly found good."""
+    """The fault of an image, or its key if it is good and not cached yet."""
     try:
         path = image_path(folder, name)
     except UserError as error:

@@ -1,5 +1,7 @@
-"""Shows what the model will see of a data set: its tokens, and which of them are learned. Without --images it reads no
-images; with it those of the samples that are shown, and says how large they are."""
+"""Shows the tokens of samples as the model sees them, and which of them are targets.
+
+With --images it also reads the images of these samples and shows their sizes.
+"""
 
 import argparse
 import contextlib
@@ -39,22 +41,22 @@ class ImageSize(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What is shown of a sample."""
+    """A sample to show."""
 
     sample: Sample
     encoded: Encoded
-    images: list[ImageSize] | None  # None where they are not read
+    images: list[ImageSize] | None  # None without --images
 
 
 def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The vocabulary's name of every token, `<image>` for an image."""
+    """The name of every token in the vocabulary; `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
 def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
+    """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
     for (is_image, learned), run_of_ids in itertools.groupby(
         zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True),
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     encode = text_encoder(
         args, image_tokens=1, max_length=1, image_position=args.image_position, seed=args.seed
-    )  # of which no sample is expanded or cut
+    )  # no sample is expanded or cut
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
     samples = LlavaJson(args.json, open_image_folder(args))
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
-    """The images of a sample, as training reads them. Raises UserError naming the image and the sample."""
+    """The sizes of the images of a sample, read as in training. Raises UserError naming image and sample."""
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 

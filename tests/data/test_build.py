@@ -194,7 +194,7 @@ def test_shards_have_a_size(data, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SHARD_BYTES", -(-total // 3))
     names = contents(run(data, tmp_path / "set"))
     assert sum("-of-00003" in name for name in names) == 3
-    monkeypatch.setattr(build, "MOST_SHARDS", 2)
+    monkeypatch.setattr(build, "MAX_SHARDS", 2)
     assert sum("-of-00002" in name for name in contents(run(data, tmp_path / "fewer"))) == 2
     assert sum("-of-00008" in name for name in contents(run(data, tmp_path / "most", "--shards", 100))) == 8
 
@@ -268,7 +268,7 @@ def test_what_is_no_file_is_refused_with_its_sample(data, tmp_path, name, capsys
     (tmp_path / "data.json").write_text(json.dumps(samples))
     with pytest.raises(UserError, match="1 images cannot be read"):
         run((tmp_path / "data.json", images), tmp_path / "set", "--no-decode")
-    assert re.match(f"bad-image, s3, picture .*{name}", capsys.readouterr().out)
+    assert re.match(f"bad-image, s3, image .*{name}", capsys.readouterr().out)
 
 
 def test_absolute_names_are_built_by_an_option(data, tmp_path):
