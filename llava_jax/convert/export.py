@@ -27,6 +27,7 @@ from llava_jax.data.conversation import get_template, stop_strings, with_im_star
 from llava_jax.data.template_fit import end_of_answer, missing_marks
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.registry import TOWERS
 
 
 def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
@@ -37,10 +38,11 @@ def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
     """
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
-    if checkpoint.config.projector_type not in ("linear", "mlp2x_gelu"):
+    supported = sorted(hf_config.hf_projectors().values())
+    if checkpoint.config.projector_type not in supported:
         raise UserError(
-            f"{checkpoint_path}: Hugging Face has no projector {checkpoint.config.projector_type}, only linear and "
-            "mlp2x_gelu: it cannot be exported"
+            f"{checkpoint_path}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
+            f"{' and '.join(supported)}: it cannot be exported"
         )
     with new_export(output) as directory:
         special = write_settings(checkpoint, directory, dtype)
@@ -82,7 +84,8 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
 
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:
     """The tensors of the export, none of them read yet."""
-    yield from tensors_of(checkpoint, dtype, lambda part, leaf: EXPORT_PREFIXES[part] + leaf, rows=rows)
+    prefixes = EXPORT_PREFIXES | {"vision": TOWERS[checkpoint.config.vision.kind].hf_prefix}
+    yield from tensors_of(checkpoint, dtype, lambda part, leaf: prefixes[part] + leaf, rows=rows)
     if checkpoint.config.projector_type == "linear":
         stored = checkpoint.abstract()["projector.linear_1.kernel"].dtype
         yield from _identity(jnp.dtype(dtype or stored), checkpoint.config)

@@ -19,18 +19,17 @@ from llava_jax.convert.torch_save import save_torch
 from llava_jax.data.conversation import get_template, with_im_start_end
 from llava_jax.data.template_fit import end_of_answer
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, kept
+from llava_jax.models.registry import FAMILIES, TOWERS
 
 PROJECTOR = "mm_projector.bin"
-_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
 _PREFIXES = {
     "llm": "model.",
     "head": "",
     "projector": "model.mm_projector.",
     "vision": "model.vision_tower.vision_tower.vision_model.",
 }
-_CLASSES = {"llama": ("llava_llama", "LlavaLlama"), "mistral": ("llava_mistral", "LlavaMistral")}
 _NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that its transformers does not know
 
 
@@ -92,11 +91,11 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
     decoder = write_text(config.text, text, dtype or common_dtype(checkpoint))
     where = str(checkpoint.root)
     _refuse_unknown(config, decoder, where)
-    model_type, name = _CLASSES[decoder["model_type"]]
+    family = FAMILIES[decoder["model_type"]]
     scaling = config.text.rope_scaling
     own = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": model_type,
+        "architectures": [f"Llava{family.hf_class}"],
+        "model_type": family.original,
         "rope_scaling": scaling and {"type": scaling.kind, "factor": scaling.factor},
         "use_cache": True,
         "use_mm_proj": True,
@@ -121,10 +120,12 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
 def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
     """Raises UserError for what the original, with transformers 4.37, does not compute."""
     text, problems = config.text, []
-    if decoder["model_type"] not in _CLASSES:
-        problems.append(f"language model {decoder['model_type']}, only {' and '.join(_CLASSES)}")
-    if config.vision.kind != "clip":
-        problems.append(f"vision tower {config.vision.kind}, only clip")
+    known = [name for name, family in FAMILIES.items() if family.original]
+    if decoder["model_type"] not in known:
+        problems.append(f"language model {decoder['model_type']}, only {' and '.join(known)}")
+    known = [name for name, tower in TOWERS.items() if tower.original]
+    if config.vision.kind not in known:
+        problems.append(f"vision tower {config.vision.kind}, only {' and '.join(known)}")
     if config.image_aspect == "resize":
         problems.append("image aspect resize, only pad and square")
     if text.rope_scaling and text.rope_scaling.kind != "linear":
@@ -138,11 +139,12 @@ def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
 
 
 def _tower(config: LlavaConfig, where: str) -> str:
-    for name, tower in _TOWERS.items():
+    kind = TOWERS[config.vision.kind]
+    for name, tower in kind.original.items():
         same = dataclasses.replace(config.vision, projection_dim=tower.projection_dim) == tower
-        if same and (config.image_mean, config.image_std) == (CLIP_MEAN, CLIP_STD):
+        if same and (config.image_mean, config.image_std) == (kind.image_mean, kind.image_std):
             return name
     raise UserError(
-        f"{where}: its vision tower is neither {' nor '.join(_TOWERS)}: give --tower NAME, the directory or name of "
-        "the CLIP that the original LLaVA is to load"
+        f"{where}: its vision tower is neither {' nor '.join(kind.original)}: give --tower NAME, the directory or name "
+        "of the CLIP that the original LLaVA is to load"
     )

@@ -12,6 +12,7 @@ from llava_jax.cli import UserError
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_fields import Json, in_words_of_hf
+from llava_jax.models.registry import PROJECTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,26 @@ def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
 
 
 def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:
-    """The type of the projector in `file`, by the number of its layers, or of a fresh one."""
+    """The type of the projector in `file`, or of a fresh one.
+
+    Names tell the number of layers but not the activation: a requested type counts if it has just these names.
+    """
     if source is None:
         return requested or "mlp2x_gelu"
-    linears = {leaf.split(".")[0] for leaf in source.leaves("projector") if re.fullmatch(r"linear_\d+\..+", leaf)}
+    leaves = set(source.leaves("projector"))
+    if requested and _is_stored_as(requested, leaves):
+        return requested
+    linears = {leaf.split(".")[0] for leaf in leaves if re.fullmatch(r"linear_\d+\..+", leaf)}
     if not linears:
         raise UserError(f"{file}: no projector (multi_modal_projector.linear_1.weight or model.mm_projector.0.weight)")
     found = "linear" if len(linears) == 1 else f"mlp{len(linears)}x_gelu"
     refuse_contradiction(str(file), "--projector-type", requested, found)
     return found
+
+
+def _is_stored_as(projector_type: str, leaves: set[str]) -> bool:
+    kinds = [kind for pattern, kind in PROJECTORS.items() if re.fullmatch(pattern, projector_type)]
+    return any({leaf for e in kind.entries(projector_type) for leaf in e.leaves()} == leaves for kind in kinds)
 
 
 def ends_in_identity(source: Source, config: LlavaConfig) -> bool:

@@ -2,23 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_config import select_strategy
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    LlavaConfig,
-    VisionConfig,
-    check_channels,
-)
-from llava_jax.models.hf_fields import get, in_words_of_hf, part, require
-
-Json = dict[str, Any]
+from llava_jax.models.config import LlavaConfig, VisionConfig, check_channels
+from llava_jax.models.hf_fields import Json, get, in_words_of_hf, part, require
+from llava_jax.models.registry import TOWERS
 
 BICUBIC = 3  # Pillow's number
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
@@ -35,22 +26,15 @@ class ImageSettings(NamedTuple):
     aspect: str | None  # None where the source does not say
 
 
-# Of the published towers.
-_DEFAULTS = {
-    "clip": ImageSettings(CLIP_MEAN, CLIP_STD, None),
-    "siglip": ImageSettings(SIGLIP_MEAN, SIGLIP_STD, "resize"),
-}
-
-
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     """From `preprocessor_config.json`, or `processor_config.json` where transformers 5 keeps it, or the tower's own.
 
     Raises UserError where pictures would be prepared in a way that is not known here, or not for the tower.
     """
     config, where = _find(directory)
-    default = _DEFAULTS[vision.kind]
+    tower = TOWERS[vision.kind]
     if config is None:
-        return default
+        return ImageSettings(tower.image_mean, tower.image_std, tower.image_aspect)
     require(config, _FIXED, where)
     if not math.isclose(get(config, "rescale_factor", 1 / 255, where), 1 / 255, rel_tol=1e-6):
         raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
@@ -65,9 +49,8 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
         )
     else:
         aspect = None if config.get("do_pad") is None else "pad" if pads else "square"
-    return ImageSettings(
-        _channels(config, "image_mean", default.mean, where), _channels(config, "image_std", default.std, where), aspect
-    )
+    mean = _channels(config, "image_mean", tower.image_mean, where)
+    return ImageSettings(mean, _channels(config, "image_std", tower.image_std, where), aspect)
 
 
 def _channels(config: Json, field: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:

@@ -22,12 +22,13 @@ from llava_jax.convert.found import (
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
-from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
+from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.tensors import open_directory
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
 from llava_jax.models.hf_fields import Json
+from llava_jax.models.registry import TOWERS
 
 
 def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Options) -> Found:
@@ -77,7 +78,7 @@ def read_tower(directory: Path) -> tuple[VisionConfig, Json, ImageSettings]:
 
 
 def open_tower(directory: Path, tower: VisionConfig) -> Source:
-    return Source(open_directory(directory), CLIP, dropped=CONSTANTS + CLIP_REST + POOLING[tower.kind])
+    return Source(open_directory(directory), CLIP, dropped=CONSTANTS + CLIP_REST + TOWERS[tower.kind].ignored)
 
 
 def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Found:
@@ -104,15 +105,16 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     tensors = open_directory(directory)
     if adapter:
         tensors = with_adapter(tensors, adapter, finder(tensors, LLAVA))
-    source = Source(tensors, LLAVA, dropped=CONSTANTS + POOLING[found.vision.kind])
+    source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[found.vision.kind].ignored)
     images = read_image_settings(directory, found.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
+    linear = found.projector_type == "linear"  # stored as two layers, of which the second is the identity
     config = llava_config(
         where,
         vision=found.vision,
         text=found.text,
-        projector_type="mlp2x_gelu",  # Hugging Face has no other
+        projector_type="mlp2x_gelu" if linear else found.projector_type,
         select_layer=found.select_layer,
         select_feature=found.select_feature,
         im_start_end=found.im_start_end,
@@ -123,7 +125,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     )
     refuse(problems_of(directory, source, config, "llm", "head", "projector", "vision"))
     check_tied_head(directory, source, config)
-    if found.linear_projector:
+    if linear:
         if not ends_in_identity(source, config):
             raise UserError(
                 f"{where}: projector_hidden_act is 'linear', but linear_2 is not the identity: not supported"

@@ -37,15 +37,15 @@ from llava_jax.convert.language_model import (
     open_language_model,
     read_generation,
 )
-from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
+from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.sums import is_difference, overlaid, with_base
 from llava_jax.convert.tensors import has_weights, open_directory, open_files
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.config import VisionConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, one_of, require
+from llava_jax.models.registry import FAMILIES, TOWERS
 
-_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
 # Fields that change what is computed, with the only value supported.
 _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
@@ -64,13 +64,13 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     """Raises UserError that names what else is needed, or lists all that is missing, unexpected or misshapen."""
     where = str(directory / "config.json")
     settings = read_object(directory / "config.json")
-    one_of(settings, "model_type", _MODEL_TYPES, where)
+    one_of(settings, "model_type", _model_types(), where)
     require(settings, _FIXED, where)
     model, trained = _decoder(directory, settings, base)
     text_json = _text_json(model.config)
     text = read_text(text_json, model.where)
     tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
-    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + POOLING[tower.config.kind])
+    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + TOWERS[tower.config.kind].ignored)
     kind = projector_type(source, directory, options.projector_type)
     refuse_contradiction(where, "mm_projector_type", get(settings, "mm_projector_type", kind, where), kind)
     select_layer = hf_config.select_layer(settings, "mm_vision_select_layer", tower.config, where)
@@ -165,7 +165,12 @@ def _tokenizer(directory: Path, model: LanguageModel) -> functools.partial:
 def _text_json(config: Json) -> Json:
     """The decoder alone."""
     own = {field: value for field, value in config.items() if field not in _TRAINING and "mm_" not in field}
-    return own | {"model_type": _MODEL_TYPES.get(config.get("model_type"), config.get("model_type"))}
+    return own | {"model_type": _model_types().get(config.get("model_type"), config.get("model_type"))}
+
+
+def _model_types() -> dict[str, str]:
+    """The original's `model_type`s -> those of their decoders in transformers."""
+    return {"llava": "llama"} | {family.original: name for name, family in FAMILIES.items() if family.original}
 
 
 def _aspect(settings: Json, where: str) -> str:
@@ -191,10 +196,9 @@ def _tower(directory: Path, settings: Json, vision: Path | None, model: Source) 
         raise UserError(
             f"{directory}: has no vision tower: give --vision DIR, that of {settings.get('mm_vision_tower')}"
         )
-    json = _openai_clip(model, directory)
-    return _Tower(
-        hf_config.read_vision(json, str(directory)), json, ImageSettings(CLIP_MEAN, CLIP_STD, aspect=None), None
-    )
+    json, clip = _openai_clip(model, directory), TOWERS["clip"]
+    images = ImageSettings(clip.image_mean, clip.image_std, aspect=None)
+    return _Tower(clip.read(json, str(directory)), json, images, None)
 
 
 def _openai_clip(model: Source, directory: Path) -> Json:

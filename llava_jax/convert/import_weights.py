@@ -18,7 +18,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.format import Description
-from llava_jax.checkpoint.writing import Piece, refuse_existing, write_model
+from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
 from llava_jax.convert.adapter import is_adapter
 from llava_jax.convert.export import special_tokens
@@ -27,16 +27,14 @@ from llava_jax.convert.hub import Located, locate
 from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.language_model import read_if_there
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import pieces
+from llava_jax.convert.names import entries_of, slices
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params, module_params
-from llava_jax.models.projector import Projector
+from llava_jax.models.llava import Params, abstract_params, build_projector, module_params
 
 
 def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
@@ -146,7 +144,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
     return found
 
 
-def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Piece]]:
+def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
     """Shapes and types of all parameters, and their values, read piece by piece."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts[part]]
@@ -159,7 +157,7 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     reads = [
         ((entry.name, layer), read)
         for part, entry in entries
-        for layer, read in pieces(entry, functools.partial(found.sources[part].get, part))
+        for layer, read in slices(entry, functools.partial(found.sources[part].get, part))
     ] + [((name, None), functools.partial(np.asarray, value)) for name, value in fresh.items()]
     values = track(read_ahead(read for _, read in reads), "converting weights", len(reads))
     return shapes, ((*place, array) for (place, _), array in zip(reads, values, strict=True))
@@ -167,6 +165,5 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
 
 def fresh_projector(config: LlavaConfig, seed: int) -> Params:
     """A projector to begin stage 1 with, float32."""
-    rngs = nnx.Rngs(params=jax.random.key(seed))
-    projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+    projector = build_projector(config, nnx.Rngs(params=jax.random.key(seed)))
     return {f"projector.{name}": value for name, value in module_params(projector).items()}

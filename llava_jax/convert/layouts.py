@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, vision_entries
+from llava_jax.convert.names import entries_of
 from llava_jax.convert.sums import overlaid, with_rows
 from llava_jax.convert.tensors import Tensors
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
 
 # Patterns of whole names -> the part of the model; the group is the leaf name. The first pattern that fits counts.
@@ -46,7 +47,7 @@ ORIGINAL: Layout = {
 }
 PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
 
-# What exports put before the leaf names.
+# What exports put before the leaf names; for some towers something else, see `Tower.hf_prefix`.
 EXPORT_PREFIXES = {
     "llm": "language_model.model.",
     "head": "language_model.",
@@ -54,24 +55,13 @@ EXPORT_PREFIXES = {
     "vision": "vision_tower.vision_model.",
 }
 
-# Tensors that no model of ours has: constants that old versions stored, what a whole CLIP or SigLIP has besides its
-# tower, and what a tower of a kind has besides features.
+# Tensors that no model of ours has: constants that old versions stored, and what a whole CLIP or SigLIP has besides its
+# tower. `Tower.ignored` names those inside a tower.
 CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
 CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_(?:scale|bias)")
-POOLING = {"clip": (), "siglip": (r"(?:.+\.)?head\..+",)}
 
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # of weights, from safetensors' words
 _ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential
-
-
-def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
-    """The table of names for each part of a model."""
-    return {
-        "vision": vision_entries(config.vision),
-        "projector": projector_entries(config.projector_type),
-        "llm": llm_entries(config.text),
-        "head": head_entries(config.text),
-    }
 
 
 EMBEDDINGS = ("llm", "embed_tokens.weight")

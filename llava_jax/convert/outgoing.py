@@ -13,10 +13,10 @@ from llava_jax.checkpoint.format import absolute
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.checkpoint.writing import new_directory
 from llava_jax.cli import UserError
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import Entry, to_hf_tensor
+from llava_jax.convert.names import entries_of, to_hf_tensor
 from llava_jax.convert.shards import Tensor
 from llava_jax.convert.sums import resized
+from llava_jax.models.hf_names import Entry
 
 PARTS = ("vision", "projector", "llm", "head")
 _ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # those with a row for each token
@@ -64,8 +64,8 @@ def read_tensor(checkpoint: Checkpoint, entry: Entry, layer: int) -> np.ndarray:
     """Hugging Face's tensor of a parameter, or of one layer of a stacked one, in the type that it is stored in."""
     stored = checkpoint.abstract()[entry.name]
     if entry.layers is None:
-        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_parts(entry.name))
-    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_parts(entry.name, layer))
+        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_chunks(entry.name))
+    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_chunks(entry.name, layer))
 
 
 def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -24,8 +24,7 @@ from llava_jax.cli import UserError, track
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import Entry
+from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.chat_template import render_chats
@@ -35,6 +34,7 @@ from llava_jax.files.reading import read_object
 from llava_jax.inference.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
 from llava_jax.inference.prompts import Prompt
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import Params, build
 
 _STACKED = "llm.layers."
@@ -81,7 +81,7 @@ def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
 
 def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
     """Every field, but for rows of the vocabulary that an export adds."""
-    ours, theirs = (_flat(dataclasses.asdict(config)) for config in (checkpoint.config, found.config))
+    ours, theirs = (_flat(config.to_dict()) for config in (checkpoint.config, found.config))
     rows = ours.pop("text.vocab_size"), theirs.pop("text.vocab_size")
     wrong = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     if rows[1] < rows[0]:

@@ -45,19 +45,19 @@ class Execution:
     fsdp: Fsdp | None = None  # how pieces of parameters become whole; None where every device has all
     tensor: int = 1  # over how many devices the heads are split
 
-    def whole(self, prefix: str, module: Any) -> Any:
+    def gather(self, prefix: str, module: Any) -> Any:
         """A module (`prefix` is its name), its weights gathered from the devices that hold their pieces."""
         return module if self.fsdp is None else self.fsdp.whole(prefix, module)
 
-    def whole_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-        """As `whole`, but not before `x` is computed, and with its gradient split before that of `x` is used.
+    def gather_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        """As `gather`, but not before `x` is computed, and with its gradient split before that of `x` is used.
 
         The largest weights would else be in memory beside the layers' activations.
         """
         if self.fsdp is None:
             return module, x
         module, x = jax.lax.optimization_barrier((module, x))
-        return self.whole(prefix, module), x
+        return self.gather(prefix, module), x
 
     def lookup(self, name: str, embedding: Any, tokens_BT: jax.Array) -> jax.Array:
         """`embedding(tokens)`, whoever holds the table (`name`)."""

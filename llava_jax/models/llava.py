@@ -11,17 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
-from llava_jax.models.layers import unstack_layers
+from llava_jax.models.layers import broadcast_last, unstack_layers
 from llava_jax.models.llama import Llama
-from llava_jax.models.projector import Projector
-from llava_jax.models.siglip import SiglipVision
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
-
-TOWERS = {"clip": ClipVision, "siglip": SiglipVision}
 
 
 class Llava(nnx.Module):
@@ -30,8 +27,8 @@ class Llava(nnx.Module):
     def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.vision = TOWERS[config.vision.kind](config.vision, rngs=rngs)
-        self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+        self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
+        self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
 
     def unstack_layers(self, transposed: bool = False) -> None:
@@ -59,7 +56,7 @@ class Llava(nnx.Module):
         with jax.named_scope("vision"):
             features_NPD = self.visual_features(images.reshape(-1, *images.shape[-3:]), execution)
         with jax.named_scope("projector"):
-            projected_NPD = execution.whole("projector", self.projector)(features_NPD)
+            projected_NPD = execution.gather("projector", self.projector)(features_NPD)
         return projected_NPD.reshape(*leading, *projected_NPD.shape[1:])
 
     def embed(
@@ -83,6 +80,20 @@ class Llava(nnx.Module):
         """A batch of the training layout -> hidden states [B, T, D]."""
         x_BTD = self.embed(batch["tokens"], batch["images"], batch["image_feature_index"], execution)
         return self.llm(x_BTD, batch["positions"], batch["segment_ids"], execution)
+
+
+def build_projector(config: LlavaConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """W, with fresh float32 parameters."""
+    kind = projector_kind(config.projector_type)
+    return kind.build(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8[..., H, W, 3] -> float32, (x / 255 - mean) / std, on the device: images travel as bytes."""
+    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
+    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+    x = images.astype(jnp.float32)
+    return x * broadcast_last(scale, x) + broadcast_last(shift, x)
 
 
 def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Array) -> jax.Array:

@@ -206,7 +206,7 @@ HOSTILE = {
     "hf.config": ("a", "llava.json: hf: config is 'a'; only one dict"),
     "hf.generation_config": ({"eos_token_id": ["</s>"]}, "eos_token_id is .*, not an id or a list of ids"),
     "origins": ({"llm": 5}, "damaged description"),
-    "sources": ([{"path": "/", "relative": "..", "id": "../../etc", "names": []}], "id is none"),
+    "sources": ([{"path": "/", "relative": "..", "id": "../../etc", "names": []}], "id is not made of 1 to 64 letters"),
     "sources.": ([{"path": 5, "relative": "..", "id": "a", "names": []}], "sources are not all texts"),
     "template": (3, "not all texts"),
 }  # fmt: skip
@@ -254,9 +254,9 @@ def test_a_place_that_only_a_file_names_is_not_contacted(path, tmp_path, model_d
     exists = type(workdir).exists
     monkeypatch.setattr(type(workdir), "exists", lambda self: exists(self) and "//" not in str(self))
     monkeypatch.setattr("llava_jax.checkpoint.reading.open_checkpoint", lambda path: pytest.fail(f"opened {path}"))
-    with pytest.raises(UserError, match=f"names and you did not.*convert copy-frozen .*--source {path}$"):
-        step.parts  # noqa: B018  # opens its sources
-    with pytest.raises(UserError, match="names and you did not"):
+    with pytest.raises(UserError, match=f"names but you did not.*convert copy-frozen .*--source {path}$"):
+        step.holders  # noqa: B018  # opens its sources
+    with pytest.raises(UserError, match="names but you did not"):
         step.load()
 
 

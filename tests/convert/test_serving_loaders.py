@@ -12,11 +12,11 @@ import re
 import pytest
 import tiny
 import torch_reference as reference
+from conversion import convert
 
 from llava_jax.convert.tensors import open_directory
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.models.config import SIGLIP_MEAN
-from tests.convert.test_command import convert
+from llava_jax.models.towers.siglip import SIGLIP_MEAN
 
 TEXT = dataclasses.replace(reference.TEXT, vocab_size=tiny.VOCAB)
 MODELS = {

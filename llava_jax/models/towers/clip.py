@@ -1,15 +1,18 @@
 """CLIP vision transformer (Radford et al. 2021; Dosovitskiy et al. 2021), the visual encoder g of the paper.
 
-Axes: N pictures, S = 1 + patches tokens, D embed, C channels.
+Axes: N images, S = 1 + patches tokens, D embed, C channels.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.config import VisionConfig
+from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, VisionConfig
 from llava_jax.models.execution import SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, broadcast_last, stack_layers
+from llava_jax.models.hf_fields import Json, get
+from llava_jax.models.hf_names import Entry, layer_norm
+from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, stack_layers
+from llava_jax.models.towers import Tower, register
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -17,7 +20,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-_FUNCTIONS = {  # by the names in `models.config.ACTIVATIONS`
+_FUNCTIONS = {  # the names are `VisionConfig.ACTIVATIONS`
     "quick_gelu": quick_gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -40,8 +43,8 @@ class ClipVision(nnx.Module):
     def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
         """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
         N = pixels_NHWC.shape[0]
-        patch_embedding = execution.whole("vision.patch_embedding", self.patch_embedding)
-        position_embedding = execution.whole("vision.position_embedding", self.position_embedding)
+        patch_embedding = execution.gather("vision.patch_embedding", self.patch_embedding)
+        position_embedding = execution.gather("vision.position_embedding", self.position_embedding)
         patches_NPD = patch_embedding(pixels_NHWC)
         x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
         x_NSD += position_embedding[...].astype(x_NSD.dtype)[None]
@@ -78,7 +81,7 @@ def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int
         layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
 
     def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
-        return execution.whole("vision.layers", layer)(x_NSD, execution)
+        return execution.gather("vision.layers", layer)(x_NSD, execution)
 
     with jax.named_scope("vision_layers"):
         return execution.scan_layers(step, x_NSD, layers)
@@ -128,9 +131,25 @@ class ClipMlp(nnx.Module):
         return self.fc2(_FUNCTIONS[self.activation](self.fc1(x)))
 
 
-def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8[..., H, W, 3] -> float32, (x / 255 - mean) / std, on the device: pictures travel as bytes."""
-    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
-    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
-    x = images.astype(jnp.float32)
-    return x * broadcast_last(scale, x) + broadcast_last(shift, x)
+@register
+class Clip(Tower):
+    """CLIP, by itself or the tower of a whole CLIP."""
+
+    name = "clip"
+    module = ClipVision
+    class_token = True
+    model_type, whole_model_type = "clip_vision_model", "clip"
+    defaults = Tower.defaults | {"projection_dim": 512}
+    original = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
+
+    def embedding_entries(self) -> list[Entry]:
+        return super().embedding_entries() + [
+            Entry("vision.class_embedding", "embeddings.class_embedding"),
+            *layer_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
+        ]
+
+    def read_fields(self, json: Json, where: str) -> dict[str, object]:
+        return {"projection_dim": get(json, "projection_dim", VisionConfig.projection_dim, where)}
+
+    def write(self, config: VisionConfig) -> Json:
+        return super().write(config) | {"projection_dim": config.projection_dim}
