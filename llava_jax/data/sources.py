@@ -9,7 +9,7 @@ the other keys that are read.
 import array
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -117,11 +117,3 @@ def _is_index(index: dict[str, np.ndarray], file: Path) -> bool:
         return False
     ends = np.stack(places, axis=1).ravel()
     return len(ends) > 0 and ends[0] >= 0 and ends[-1] <= file.stat().st_size and bool(np.all(np.diff(ends) >= 0))
-
-
-def digest_of(samples: Iterable[Sample]) -> str:
-    """What tells these samples, their image names and their order from others."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(repr(sample).encode())
-    return digest.hexdigest()
