@@ -9,7 +9,8 @@ from etils import epath
 
 from llava_jax.cli import UserError, say
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
+from llava_jax.data.conversation import render
+from llava_jax.data.templates import TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 if TYPE_CHECKING:

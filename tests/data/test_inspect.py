@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
 from llava_jax.data.inspect import LEARNED, main, view
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import encode_sample
 
 
