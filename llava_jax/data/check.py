@@ -20,7 +20,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
-from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.check_records import Problem, CheckedRecords
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.options import add_options, open_image_folder
@@ -77,7 +77,7 @@ def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
 
 
 def find_problems(
-    survey: Survey,
+    checked: CheckedRecords,
     images: epath.PathLike,
     report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
@@ -85,39 +85,39 @@ def find_problems(
     workers: int = 1,
 ) -> Iterator[Problem]:
     """All problems of a file and its folder of images. Sets the lengths and the padding of `report`."""
-    yield from survey.read(tuple(special_tokens))
-    yield from survey.duplicates()
-    yield from image_problems(survey, images, workers)
-    if measuring and len(survey):
-        lengths = measuring.measure(survey)
+    yield from checked.read(tuple(special_tokens))
+    yield from checked.duplicates()
+    yield from image_problems(checked, images, workers)
+    if measuring and len(checked):
+        lengths = measuring.measure(checked)
         report.lengths = measuring.describe(lengths)
         report.padding = measuring.padding(lengths)
-        yield from measuring.problems(survey, lengths)
+        yield from measuring.problems(checked, lengths)
 
 
-def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
+def fix(checked: CheckedRecords, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
     """Writes the good records to `out` in the format of the file, byte for byte, and the others to a file beside it.
 
     Returns:
       The name of the file of rejects, JSONL of `id`, `reasons` and `record`; the number of records in `out`.
     """
-    count = len(survey.lines)
+    count = len(checked.lines)
     if len(reasons) == count:
         raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
     rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
-    with atomic_list(out, lines=survey.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
+    with atomic_list(out, lines=checked.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
         for index in track(range(count), f"writing {out}"):
             if index in reasons:
-                rejected.write(_reject(survey, index, reasons[index]))
+                rejected.write(_reject(checked, index, reasons[index]))
             else:
-                keep(survey.records[index])
+                keep(checked.records[index])
     return rejects, count - len(reasons)
 
 
-def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
-    data = survey.records[index]
+def _reject(checked: CheckedRecords, index: int, reasons: list[str]) -> bytes:
+    data = checked.records[index]
     try:
-        ident, record = survey.id(index), load_json(data, "")
+        ident, record = checked.id(index), load_json(data, "")
     except UserError:  # no JSON: as text
         ident, record = str(index), data.decode(errors="backslashreplace")
     return json.dumps({"id": ident, "reasons": reasons, "record": record}).encode() + b"\n"
@@ -134,26 +134,26 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
-    survey, report, console = Survey(args.json, args.image_position), Report(), Console()
-    for problem in find_problems(survey, images, report, special_tokens, measuring, args.workers):
+    checked, report, console = CheckedRecords(args.json, args.image_position), Report(), Console()
+    for problem in find_problems(checked, images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
-    if survey.unread:
-        keys = ", ".join(f"{short(key)} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
+    if checked.unread:
+        keys = ", ".join(f"{short(key)} ({count:,})" for key, count in checked.unread.most_common(UNREAD_KEYS))
         say(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         say(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
     if report.padding:
         say(f"padding, one sample a row: {report.padding}", file=sys.stderr)
     if args.fix:
-        rejects, kept = fix(survey, report.reasons, args.fix)
+        rejects, kept = fix(checked, report.reasons, args.fix)
         say(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
     if args.report:
         values = {
             "json": args.json,
             "images": args.images,
-            "records": len(survey.lines),
-            "samples": len(survey),
+            "records": len(checked.lines),
+            "samples": len(checked),
             "rejected": len(report.reasons),
             "problems": report.counts.total(),
             "counts": dict(report.counts.most_common()),

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
-from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.check_records import Problem, CheckedRecords
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling, load_image
 from llava_jax.data.samples import Fault
@@ -46,15 +46,15 @@ class GoodImages:
             file.write(np.array(keys, np.uint64).tobytes())
 
 
-def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
+def image_problems(checked: CheckedRecords, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
     """The faults of the images in a folder, for each sample that names them. No image is read twice."""
     good = GoodImages(folder)
-    order = np.argsort(np.array(survey.names), kind="stable")
-    names, users = np.array(survey.names)[order], np.array(survey.users)[order]
+    order = np.argsort(np.array(checked.names), kind="stable")
+    names, users = np.array(checked.names)[order], np.array(checked.users)[order]
     hashes, firsts, counts = np.unique(names, return_index=True, return_counts=True)
 
     def look(number: int) -> tuple[Fault | None, int | None]:
-        sample = survey.sample(int(users[firsts[number]]))
+        sample = checked.sample(int(users[firsts[number]]))
         name = next(name for name in sample.images if hash(name) == hashes[number])
         return _look(folder, name, good)
 
@@ -68,7 +68,7 @@ def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iter
     for number, fault in enumerate(track(faults(), "reading images", len(hashes))):
         if fault:
             for index in users[firsts[number] : firsts[number] + counts[number]].tolist():
-                yield Problem(fault.kind, survey.id(index), fault.detail, index)
+                yield Problem(fault.kind, checked.id(index), fault.detail, index)
 
 
 def _look(folder: epath.PathLike, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:

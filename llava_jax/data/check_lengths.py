@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.check_records import Problem, CheckedRecords
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure_once
 from llava_jax.data.padding import padding_of_samples
@@ -26,10 +26,10 @@ class Measuring:
     maximum: int | None
     workers: int
 
-    def measure(self, survey: Survey) -> Lengths:
+    def measure(self, checked: CheckedRecords) -> Lengths:
         """The lengths before samples are cut; a sample that cannot be encoded has no tokens."""
-        workers = self.workers if len(survey) >= IN_PROCESSES else 0
-        return measure_once(EncodedSource(survey, replace(self.encode, max_length=UNLIMITED), skip_bad=True), workers)
+        workers = self.workers if len(checked) >= IN_PROCESSES else 0
+        return measure_once(EncodedSource(checked, replace(self.encode, max_length=UNLIMITED), skip_bad=True), workers)
 
     @staticmethod
     def describe(lengths: Lengths) -> dict[str, Any]:
@@ -49,12 +49,12 @@ class Measuring:
         """The message of `padding_of_samples`; None without a maximal length."""
         return padding_of_samples(lengths, self.maximum) if self.maximum else None
 
-    def problems(self, survey: Survey, lengths: Lengths) -> Iterator[Problem]:
+    def problems(self, checked: CheckedRecords, lengths: Lengths) -> Iterator[Problem]:
         if misfit := missing_marks(self.encode.template, self.encode.tokenizer):
             yield Problem("template", "-", misfit, -1, warning=True)
         for number in np.flatnonzero(lengths.tokens == 0).tolist():
-            if any(role == "assistant" for role, _ in survey[number].turns):  # else it was reported
-                yield from self._nothing_learned(survey, number, UNLIMITED)
+            if any(role == "assistant" for role, _ in checked[number].turns):  # else it was reported
+                yield from self._nothing_learned(checked, number, UNLIMITED)
         if self.maximum is None:
             return
         for number in np.flatnonzero(lengths.tokens > self.maximum).tolist():
@@ -62,10 +62,10 @@ class Measuring:
             text = length - images * self.encode.image_tokens
             parts = f"{text} of text, {images} images of {self.encode.image_tokens}"
             detail = f"{length} tokens ({parts}) will be cut to {self.maximum}"
-            yield Problem("too-long", survey[number].id, detail, survey.good[number], warning=True)
-            yield from self._nothing_learned(survey, number, self.maximum)
+            yield Problem("too-long", checked[number].id, detail, checked.good[number], warning=True)
+            yield from self._nothing_learned(checked, number, self.maximum)
 
-    def _nothing_learned(self, survey: Survey, number: int, max_length: int) -> Iterator[Problem]:
-        encoded = EncodedSource(survey, replace(self.encode, max_length=max_length))
+    def _nothing_learned(self, checked: CheckedRecords, number: int, max_length: int) -> Iterator[Problem]:
+        encoded = EncodedSource(checked, replace(self.encode, max_length=max_length))
         for _, ident, reason in encoded.bad_texts([number]):
-            yield Problem("nothing-learned", ident, reason, survey.good[number])
+            yield Problem("nothing-learned", ident, reason, checked.good[number])

@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         return line.encode(errors="backslashreplace").decode()
 
 
-class Survey(Sequence[Sample]):
+class CheckedRecords(Sequence[Sample]):
     """The good samples of a file: a `Source` of texts after `read` has ended."""
 
     def __init__(self, path: epath.PathLike, image_position: str = "first"):
@@ -46,10 +46,7 @@ class Survey(Sequence[Sample]):
         self.unit = ""  # "line" or "sample"
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
-        self.names, self.users = (
-            array.array("q"),
-            array.array("q"),
-        )  # hashes of image names, and the records that have them
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and indices of their users
         self.unread: collections.Counter[str] = collections.Counter()  # keys that are ignored, with counts
         self._digest = hashlib.sha256()
         self.formats = tuple(FORMATS.values())  # unpickling these imports their modules in reading processes

@@ -31,7 +31,7 @@ class Rendered(NamedTuple):
     """
 
     text: str
-    learned_spans: list[tuple[int, int]]
+    target_spans: list[tuple[int, int]]
 
 
 def render(

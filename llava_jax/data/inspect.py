@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
 """
-LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
+TARGET, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
 class ImageSize(NamedTuple):
@@ -58,15 +58,15 @@ def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> lis
 def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
     """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
-    for (is_image, learned), run_of_ids in itertools.groupby(
+    for (is_image, is_target), run_of_ids in itertools.groupby(
         zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True),
         key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX),
     ):
         ids = [token for token, _ in run_of_ids]
         if is_image:
             text.append(IMAGE_TOKEN * len(ids), IMAGE)
-        elif learned:
-            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", LEARNED)
+        elif is_target:
+            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", TARGET)
         else:
             text.append(printable(tokenizer.decode(ids)), MASKED)
     return text
@@ -115,11 +115,11 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded, sizes in samples:
-        learned = int((encoded.labels != IGNORE_INDEX).sum())
+        targets = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
         ident = one_line(short(sample.id))
-        console.rule(Text(f"{ident}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        console.rule(Text(f"{ident}: text tokens {text}, learned {targets}; images {images}"), align="left")
         for name, width, height in sizes or ():
             console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))

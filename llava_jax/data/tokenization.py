@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200  # the id of an image
-IGNORE_INDEX = -100  # a label that is not learned
+IGNORE_INDEX = -100  # the label of a position without a target
 
 
 class Encoded(NamedTuple):
@@ -157,8 +157,8 @@ def encode_turns(
     if IM_START_TOKEN in template.image:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
-    text, learned_spans = render(turns, template, system, begun)
-    return _encode(text, learned_spans, tokenizer)
+    text, target_spans = render(turns, template, system, begun)
+    return _encode(text, target_spans, tokenizer)
 
 
 def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
@@ -199,8 +199,8 @@ class _Chunk(NamedTuple):
     added: np.ndarray  # bool[N]: whether the tokenizer added it to the text
 
 
-def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    spans = np.array(learned_spans, np.int64).reshape(-1, 2)
+def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    spans = np.array(target_spans, np.int64).reshape(-1, 2)
     chunks = _tokenize(text, (), tokenizer)
     if cuts := _straddled(chunks, spans[:, 0]):
         # White space at the beginning of an answer may share a token with the end of its prompt. Generation never
@@ -210,9 +210,9 @@ def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrain
     return _joined(chunks, [_overlap(chunk, spans) & ~chunk.added for chunk in chunks])
 
 
-def _joined(chunks: list[_Chunk], learned: list[np.ndarray]) -> Encoded:
+def _joined(chunks: list[_Chunk], targets: list[np.ndarray]) -> Encoded:
     ids, labels = [], []
-    for chunk, mask in zip(chunks, learned, strict=True):
+    for chunk, mask in zip(chunks, targets, strict=True):
         if chunk.after_image:
             ids.append([IMAGE_TOKEN_INDEX])
             labels.append([IGNORE_INDEX])
@@ -246,7 +246,7 @@ def _extents(offsets: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts and ends of the tokens of a part of a text that begins at `begin`, from offsets int[N, 2].
 
     Some tokenizers leave white space out of their offsets: a token gets the characters between it and the one before.
-    A token with an empty offset counts as a character, because it has to be learned in an answer.
+    A token with an empty offset counts as a character, because it is a target in an answer.
     """
     starts, ends = offsets.T
     previous_ends = np.maximum.accumulate(np.concatenate([[begin], ends]))[:-1]
