@@ -1,8 +1,7 @@
-"""Weights of others to a checkpoint.
+"""Imports: weights of transformers or of the original LLaVA to a checkpoint.
 
-What a directory holds is decided by its `config.json` and its tensors alone, never by its name. Tensors keep their
-types and bits, and every key has to be accounted for. Nothing large is read before all of that is known, and then one
-tensor at a time.
+The `config.json` and the tensors of a directory decide what it holds, never its name. Tensors keep their types and
+bits, and each of them has to be known. Weights are read after all of that has been checked, one tensor at a time.
 """
 
 import contextlib
@@ -38,9 +37,9 @@ from llava_jax.models.llava import Params, abstract_params, build_projector, mod
 
 
 def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
-    """Joins a language model and a vision tower by a projector from a file, or by a fresh one.
+    """Joins a language model and a vision tower with a projector from a file, or a fresh one.
 
-    Raises UserError that lists all missing, unexpected and misshapen keys.
+    Raises UserError that lists all missing, unexpected and misshapen tensors.
     """
     refuse_existing(output)
     places = _located(llm=llm, vision=vision)
@@ -53,7 +52,7 @@ def import_backbones(llm: str, vision: str, projector: str | None, output: str, 
 def import_llava(
     directory: str, output: str, options: Options, base: str | None = None, vision: str | None = None
 ) -> LlavaConfig:
-    """Imports a LLaVA of transformers or of the original, where that is not all with its `base` or vision tower.
+    """Imports a LLaVA of transformers or of the original, with a `base` or a vision tower if it is not complete.
 
     Raises UserError as `import_backbones` does.
     """
@@ -61,15 +60,15 @@ def import_llava(
     places = _located(llava=directory, base=base, vision=vision)
     path = places["llava"].path
     adapter = is_adapter(path)
-    # An adapter of a LLaVA of transformers mostly comes without the model's config.json.
+    # An adapter of a LLaVA of transformers usually comes without the model's config.json.
     if is_original((read_if_there if adapter else read_object)(path / "config.json")):
         found = find_original(path, _path(places, "base"), _path(places, "vision"), options)
     elif vision and adapter:
-        raise UserError(f"{directory}: an adapter of a LLaVA of transformers, which has its tower: leave --vision out")
+        raise UserError(f"{directory}: an adapter of a LLaVA of transformers, which has a tower: leave --vision out")
     elif adapter:
         found = find_adapted_llava(path, _path(places, "base"), options)
     elif base or vision:
-        raise UserError(f"{directory}: a LLaVA of transformers, which is whole: leave --base and --vision out")
+        raise UserError(f"{directory}: a LLaVA of transformers, which is complete: leave --base and --vision out")
     else:
         found = find_llava(path, options)
     return _save(found, output, options, places)
@@ -88,7 +87,7 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
         found.write_tokenizer(Path(scratch))
         tokenizer = load_tokenizer(scratch)
-        found = _fitting(found, tokenizer, options.fit_rows)
+        found = _fitting(found, tokenizer, options.rows == "tokenizer")
         if options.image_position:
             config = dataclasses.replace(found.config, image_position=options.image_position)
             found = dataclasses.replace(found, config=config)
@@ -100,9 +99,9 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
 
 
 def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:
-    """The template asked for, or the tokenizer's own, or else v1, as LLaVA-1.5 was trained.
+    """The requested template, or that of the tokenizer, or v1, with which LLaVA-1.5 was trained.
 
-    Raises UserError where it cannot be used with the tokenizer; warns of one asked for whose marks are no tokens.
+    Raises UserError if it cannot be used with the tokenizer; warns if its marks are not single tokens.
     """
     template = chosen_template(requested, tokenizer, where, default="v1")
     require_fit(template, tokenizer)
@@ -115,7 +114,7 @@ def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: 
 
 @contextlib.contextmanager
 def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
-    """Errors within name the sources of a tokenizer, not the directory that it is copied to."""
+    """Makes errors name the sources of a tokenizer instead of the directory that it is copied to."""
     sources = " or ".join(str(place.path) for name, place in places.items() if name != "vision")
     try:
         yield
@@ -124,7 +123,7 @@ def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
 
 
 def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -> Found:
-    """Says now what would otherwise be found out after training. With `fit_rows`, rows as the tokenizer has ids."""
+    """Checks that the model fits its tokenizer; with `fit_rows`, gives it one row for each id of the tokenizer."""
     if found.config.im_start_end:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     rows, needed = found.config.text.vocab_size, 1 + max(tokenizer.get_vocab().values())
@@ -145,7 +144,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
 
 
 def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
-    """Shapes and types of all parameters, and their values, read piece by piece."""
+    """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts[part]]
     fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
@@ -164,6 +163,6 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> Params:
-    """A projector to begin stage 1 with, float32."""
+    """A new projector for stage 1, float32."""
     projector = build_projector(config, nnx.Rngs(params=jax.random.key(seed)))
     return {f"projector.{name}": value for name, value in module_params(projector).items()}

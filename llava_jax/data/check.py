@@ -20,7 +20,7 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
-from llava_jax.data.check_records import Problem, CheckedRecords
+from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.options import add_options, open_image_folder

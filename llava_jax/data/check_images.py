@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
-from llava_jax.data.check_records import Problem, CheckedRecords
+from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling, load_image
 from llava_jax.data.samples import Fault

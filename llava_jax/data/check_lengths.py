@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.data.check_records import Problem, CheckedRecords
+from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure_once
 from llava_jax.data.padding import padding_of_samples

@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data.templates import (  # noqa: F401, until all import them there
-    IM_END_TOKEN,
-    IM_START_TOKEN,
-    IMAGE_TOKEN,
-    TEMPLATES,
-    Template,
-    choose_template,
-    get_template,
-    stop_strings,
-    with_im_start_end,
-)
+from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 IMAGE_POSITIONS = ("random", "first", "as_is")
 

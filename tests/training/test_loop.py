@@ -31,13 +31,13 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
@@ -46,6 +46,7 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, goodput, loop, optim, summary
 from llava_jax.training import step as training_step
+from llava_jax.training.profiling import Profile
 
 # ------------------------------------------------------------------------------------------------- the step
 
@@ -591,7 +592,7 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
         monkeypatch.setattr(owner, name, slow)
 
     delayed(loop.TrainingCheckpoints, "save")
-    delayed(loop.Profile, "close")
+    delayed(Profile, "close")
     delayed(jax.profiler, "start_trace")
     delayed(jax.stages.Lowered, "compile")
     delayed(builder, "eval_step")  # traced once
