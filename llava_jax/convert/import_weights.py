@@ -28,8 +28,8 @@ from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.names import entries_of, slices
 from llava_jax.convert.read_ahead import read_ahead
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
