@@ -14,7 +14,8 @@ import tiny
 from PIL import Image
 
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.inference.generate import Generator, Request
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request
 from tests.convert.test_command import CONFIG, TIED, convert, save_llava
 from tests.convert.test_families import FAMILIES, save
 from tests.models.test_llava import logits

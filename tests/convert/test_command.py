@@ -34,7 +34,8 @@ from llava_jax.convert.tensors import open_directory
 from llava_jax.data.conversation import get_template, place_images, render
 from llava_jax.data.images import preprocess
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
-from llava_jax.inference.generate import Generator, Request
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request
 from llava_jax.models.llava import abstract_params
 from llava_jax.training.loop import train
 from tests.convert.test_hf_tokenizer import byte_level

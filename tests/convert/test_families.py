@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import SIGLIP_MEAN, SIGLIP_STD, LlavaConfig, TextConfig, VisionConfig
 from tests.convert.test_command import convert, load
 from tests.convert.test_hf_tokenizer import byte_level
