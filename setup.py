@@ -92,7 +92,8 @@ setup(
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
     package_data={
         "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*", "word_files/*"],
-        "llava_jax.evaluate": ["contractions.txt", "prompt_files/*", "report_assets/*"],
+        "llava_jax.evaluate": ["report_assets/*"],
+        "llava_jax.evaluate.benchmarks": ["contractions.txt", "prompt_files/*"],
         "llava_jax.llm_api": ["ledger.sql"],
         "llava_jax.serve": ["static/*"],
     },

@@ -1,19 +1,20 @@
-"""Own questions: the share of answers that are the right one, of all and by category.
+"""Your own questions: the share of answers that equal the label, in all and by category.
 
-Labels are the questions in LLaVA JSON, whose first answers are right, or objects of `question_id` and `answer` (JSONL,
-an array, a table), which may be a list of answers of which each is right. Both may tell a `category`.
+Label files are the questions in LLaVA JSON, whose first answers are right, or objects with `question_id` and `answer`
+(JSONL, an array or a table). `answer` may be a list of right answers. Both may have a `category`.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
 from llava_jax.evaluate.answers import IDS, Answer, percent, percent_by, question_id
-from llava_jax.evaluate.benchmark import Benchmark, Labels, unique
+from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark, Labels
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, unmarked
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
@@ -30,31 +31,21 @@ class Label(NamedTuple):
         return self.answers[0]
 
 
-class Entry(NamedTuple):
-    """A question with its answer, as a file has it."""
-
-    id: str
-    question: str  # empty where the file does not tell
-    label: Label
-    where: str
-
-
 def normal(text: str) -> str:
-    """What is compared: letters' case, white space around and repeated, and full stops at the end do not count."""
+    """The text that is compared: without case, full stops at the end, leading, trailing and repeated white space."""
     return " ".join(text.split()).rstrip(" .").casefold()
 
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """The share of answers that are one of the right ones, but for what `normal` leaves out."""
+    """The share of answers that equal one of the right answers once both are `normal`."""
     right = [(label.category, answer.read(normal, "") in map(normal, label.answers)) for answer, label in pairs]
     named = percent_by(sorted(item for item in right if item[0]))
     accuracy = {"accuracy": percent(sum(value for _, value in right), len(right))}
     return accuracy | ({"by_category": named} if named else {}) | {"total": len(pairs)}
 
 
-def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """By question id; where several questions have the same id, by that and the question, which `prompt` tells."""
-    entries = [entry for path in paths for entry in read_entries(path)]
+def labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    """By question id. Questions with the same id are told apart by their text, which an answer has in `prompt`."""
     texts: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         texts[entry.id].add(entry.question)
@@ -73,9 +64,17 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
     return Labels(unique((key(entry.id, entry.question), entry.label, entry.where) for entry in entries), of_answer)
 
 
-def read_entries(path: str) -> Iterator[Entry]:
-    """What a file asks and what is right. Raises `UserError` where an entry has no answer."""
-    for entry in map(_of_line, read_sheet(path)) if is_sheet(path) else map(_of_record, scan(local_data(path), path)):
+def read_table(path: str) -> Iterator[Entry]:
+    return _checked(map(_of_line, read_sheet(path)))
+
+
+def read_records(path: str) -> Iterator[Entry]:
+    return _checked(map(_of_record, scan(local_data(path), path)))
+
+
+def _checked(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries. Raises `UserError` for one without an answer."""
+    for entry in entries:
         if not all(map(normal, entry.label.answers)) or not entry.label.answers:
             raise UserError(f"{entry.where}: the right answer to question {entry.id} is empty")
         yield entry
@@ -92,7 +91,7 @@ def _of_record(record: Record) -> Entry:
     turns = [text for role, text in sample.turns if role != "system"]
     if len(turns) < 2:
         raise UserError(f"{line.where} (id {sample.id}): has no answer to its question")
-    return Entry(sample.id, unmarked(turns[0]), Label((turns[1],), _category(line)), line.where)
+    return Entry(sample.id, Label((turns[1],), _category(line)), line.where, unmarked(turns[0]))
 
 
 def _of_line(line: Line) -> Entry:
@@ -102,7 +101,7 @@ def _of_line(line: Line) -> Entry:
         raise UserError(f"{line.where}: the right answer is neither a text nor a list of texts")
     question = str(line.value.get("question", line.value.get("text", "")))
     ident = line.text(*IDS)
-    return Entry(ident, unmarked(question), Label(tuple(map(str, answers)), _category(line)), line.where)
+    return Entry(ident, Label(tuple(map(str, answers)), _category(line)), line.where, unmarked(question))
 
 
 def _category(line: Line) -> str:
@@ -110,4 +109,10 @@ def _category(line: Line) -> str:
     return "" if category is None else str(category)
 
 
-EXACT = Benchmark("own questions: exact answers", labels=labels, score=score)
+LABEL_FORMATS.register(LabelFormat(
+    "records", "LLaVA JSON, or objects of `question_id` and `answer`", ("exact",), read_records
+))  # fmt: skip
+LABEL_FORMATS.register(LabelFormat(
+    "table", "a table (TSV, XLSX) with these columns", ("exact",), read_table, matches=is_sheet
+))  # fmt: skip
+EXACT = BENCHMARKS.register(Benchmark("exact", "your own questions: exact answers", labels=labels, score=score))

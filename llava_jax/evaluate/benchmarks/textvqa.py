@@ -1,6 +1,6 @@
-"""TextVQA: short answers that have to be read in the picture.
+"""TextVQA: short answers that have to be read in the image.
 
-The original's question ids are those of pictures, so the prompt tells which question a line answers.
+The question ids of published answers are those of images, so the prompt says which question a line answers.
 """
 
 import json
@@ -11,35 +11,40 @@ from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, field, listed
+from llava_jax.evaluate.benchmark import BENCHMARKS, SHORT, Benchmark, Labels
+from llava_jax.evaluate.benchmarks.vqa import Label
+from llava_jax.evaluate.benchmarks.vqa_answers import soft_accuracy, submitted
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
-from llava_jax.evaluate.vqa import Label
-from llava_jax.evaluate.vqa_answers import soft_accuracy, submitted
 
 AMONG_TOKENS = re.compile(r"^OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
 APART = ("Reference OCR token:", SHORT)
 
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Soft accuracy of answers normalised as people's."""
+    """Soft accuracy. Answers and labels are normalized in the same way."""
     accuracies = [
         soft_accuracy(a.read(submitted, None), [submitted(text) for text in label.answers]) for a, label in pairs
     ]
     return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
 
 
-def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    entries = _entries(paths, lines)
-    return Labels({key: _texts(value, where) for key, (where, value) in entries.items()}, entries.key, entries.again)
+def read(path: str) -> list[tuple[str, Any]]:
+    """The entries of TextVQA's JSON, each after its place in the file."""
+    return listed(read_json(path), "data", path)
 
 
-def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
-    """Where each entry stands and what it is, by picture and question, since published answers have the picture's id;
-    or by the questions' own ids. What is asked twice about a picture has its answers in the same order."""
-    entries = [entry for path in paths for entry in listed(read_json(path), "data", path)]
+def labels(entries: Sequence[tuple[str, Any]], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    found = _joined(entries, lines)
+    return Labels({key: _people(value, where) for key, (where, value) in found.items()}, found.key, found.again)
+
+
+def _joined(entries: Sequence[tuple[str, Any]], lines: Sequence[Line]) -> Labels:
+    """The entries by image and question, since published answers have the image's id, or by the questions' own ids.
+    Repeated questions about an image match its answers in order."""
     asked = [
-        _picture_and_question(field(value, "image_id", where), field(value, "question", where, str))
+        _image_and_question(field(value, "image_id", where), field(value, "question", where, str))
         for where, value in entries
     ]
     keys = _numbered(asked)
@@ -51,7 +56,7 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
         ident, prompt = question_id(line), line.value.get("prompt")
         if ident in by_id and (prompt is None or _asks(prompt, found[by_id[ident]][1])):
             return by_id[ident]
-        return _picture_and_question(ident, asked_in(line.text("prompt")))
+        return _image_and_question(ident, asked_in(line.text("prompt")))
 
     numbered = dict(zip((line.where for line in lines), _numbered(map(plain, lines)), strict=True))
 
@@ -61,7 +66,7 @@ def _entries(paths: Sequence[str], lines: Sequence[Line]) -> Labels:
     return Labels(found, key, again)
 
 
-def _texts(value: Any, where: str) -> Label:
+def _people(value: Any, where: str) -> Label:
     answers = field(value, "answers", where, list)
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: its answers are no texts of people")
@@ -69,7 +74,7 @@ def _texts(value: Any, where: str) -> Label:
 
 
 def _numbered(keys: Iterable[str]) -> list[str]:
-    """Keys, of which those that were there before have a number."""
+    """The keys; repeated ones get a number."""
     seen: Counter[str] = Counter()
     result = []
     for key in keys:
@@ -79,34 +84,34 @@ def _numbered(keys: Iterable[str]) -> list[str]:
 
 
 def _asks(prompt: Any, entry: Any) -> bool:
-    """Whether a prompt has the entry's question: ids of other benchmarks may be the same numbers."""
+    """Whether a prompt contains the entry's question: other benchmarks may have the same ids."""
     return entry["question"].strip().lower() in str(prompt).lower()
 
 
-def _picture_and_question(image: Any, question: str) -> str:
+def _image_and_question(image: Any, question: str) -> str:
     return f"{image}: {question.lower().strip()}"
 
 
 def asked_in(prompt: str) -> str:
-    """The question in a prompt of one of the published forms: among OCR tokens (`OCR tokens: ... Question: ... Short
-    answer:`), or with them and the format of the answer in lines of their own."""
+    """The question in a published prompt: either `OCR tokens: ... Question: ... Short answer:`, or with OCR tokens and
+    the format of the answer in separate lines."""
     if found := AMONG_TOKENS.search(prompt):
         return found[1]
     return "\n".join(line for line in prompt.split("\n") if not line.startswith(APART))
 
 
 def questions(path: str) -> Iterator[Question]:
-    """Without OCR tokens, which the v1.5 release showed: its own file of questions has them."""
-    for where, question in listed(read_json(path), "data", path):
+    """Without the OCR tokens that the v1.5 release adds in its own file of questions."""
+    for where, question in read(path):
         image = field(question, "image_id", where)
         yield Question(image, field(question, "question", where), (f"{image}.jpg",))
 
 
 def submission(lines: Sequence[Line], own: str | None) -> bytes:
-    """The server knows questions by ids that published answers lack."""
+    """The server knows questions by ids that published answers do not have."""
     if own is None:
         raise UserError("--labels: TextVQA's JSON of questions is needed, since its server wants the ids there")
-    entries = _entries([own], lines)
+    entries = _joined(read(own), lines)
     answers = entries.answers(lines)
     check_asked(answers, entries, own)
     rows = []
@@ -117,4 +122,8 @@ def submission(lines: Sequence[Line], own: str | None) -> bytes:
     return json.dumps(rows).encode() + b"\n"
 
 
-TEXTVQA = Benchmark("TextVQA: soft accuracy", questions, SHORT, labels=labels, score=score, submission=submission)
+LABEL_FORMATS.register(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
+TEXTVQA = BENCHMARKS.register(Benchmark(
+    "textvqa", "TextVQA: soft accuracy", questions=questions, suffix=SHORT, labels=labels, score=score,
+    submission=submission,
+))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Questions with short answers: VQAv2, VizWiz, GQA."""
+"""VQAv2, VizWiz and GQA: questions with short answers."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,12 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, entries_by_id, question_id, read_json
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, field, listed, of_files, unique
+from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, question_id, read_json
+from llava_jax.evaluate.benchmark import BENCHMARKS, SHORT, Benchmark, Labels, by_id, by_kind
+from llava_jax.evaluate.benchmarks.vqa_answers import official, soft_accuracy, submitted
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
-from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
 
 OTHER_KIND = ": is it a file of another kind?"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -22,7 +23,7 @@ class Label(NamedTuple):
 
     @property
     def right(self) -> str:
-        """What most said."""
+        """The most frequent answer."""
         return max(self.answers, key=self.answers.count)
 
 
@@ -30,8 +31,8 @@ class Label(NamedTuple):
 
 
 def score_vqav2(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Soft accuracy as the challenge's server computes it of what the published models submitted: where people agree,
-    answers are compared as they are."""
+    """Soft accuracy as the challenge's server computes it for submitted answers: if all people give the same answer,
+    texts are compared without normalization."""
     return by_kind(
         [(label.kind, _vqav2_accuracy(answer.read(submitted, None), label.answers)) for answer, label in pairs]
     )
@@ -45,7 +46,7 @@ def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
 
 
 def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """The same by VizWiz's server, which normalises the answer and never what people said."""
+    """Soft accuracy by VizWiz's server, which normalizes the answer but never those of people."""
     return by_kind(
         [
             (label.kind, soft_accuracy(answer.read(lambda text: official(submitted(text)), None), label.answers))
@@ -55,7 +56,7 @@ def score_vizwiz(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 
 def score_gqa(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """The share of answers that are exactly right, but for case and full stops at the end."""
+    """The share of answers that equal the label, ignoring case and full stops at the end."""
     return by_kind(
         [(label.kind, float(answer.read(gqa_prediction, None) == label.answers[0])) for answer, label in pairs]
     )
@@ -68,29 +69,25 @@ def gqa_prediction(text: str) -> str:
 # ------------------------------------------------------------------------------------------------- labels and questions
 
 
-def vqav2_labels(path: str) -> Iterator[tuple[str, Label, str]]:
+def read_vqav2(path: str) -> Iterator[Entry]:
     for where, value in listed(read_json(path), "annotations", path):
-        yield str(field(value, "question_id", where)), _people(value, where), where
+        yield Entry(str(field(value, "question_id", where)), _people(value, where), where)
 
 
-def vizwiz_labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    pictures = _pictures(asked)
-    found = unique(
-        (str(field(value, "image", where)), _people(value, where), where)
-        for path in paths
-        for where, value in listed(read_json(path), "", path)
-    )
-
-    def key(line: Line) -> str:
-        ident = question_id(line)
-        return pictures.get(ident, ident)
-
-    return Labels(found, key)
+def read_vizwiz(path: str) -> Iterator[Entry]:
+    for where, value in listed(read_json(path), "", path):
+        yield Entry(str(field(value, "image", where)), _people(value, where), where)
 
 
-def _pictures(asked: Sequence[Question]) -> dict[str, str]:
-    """The names of the pictures that are asked about, by the ids of the questions."""
-    return {str(question.id): PurePath(str(question.pictures[0])).name for question in asked if question.pictures}
+def vizwiz_labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    """By the names of images, which `asked` gives for other question ids."""
+    images = _image_names(asked)
+    return Labels(by_id(entries, lines, asked), lambda line: images.get(question_id(line), question_id(line)))
+
+
+def _image_names(asked: Sequence[Question]) -> dict[str, str]:
+    """The file names of the questions' images, by question id."""
+    return {str(question.id): PurePath(str(question.images[0])).name for question in asked if question.images}
 
 
 def _people(value: Any, where: str) -> Label:
@@ -100,15 +97,15 @@ def _people(value: Any, where: str) -> Label:
     return Label(tuple(answers), str(value.get("answer_type", "other")))
 
 
-def gqa_labels(path: str) -> Iterator[tuple[str, Label, str]]:
+def read_gqa(path: str) -> Iterator[Entry]:
     for where, ident, value in entries_by_id(path, OTHER_KIND):
         structure = field(field(value, "types", where), "structural", where)
         kind = "open" if structure == "query" else "binary"
-        yield ident, Label((field(value, "answer", where, str),), kind), where
+        yield Entry(ident, Label((field(value, "answer", where, str),), kind), where)
 
 
 def vqav2_questions(path: str) -> Iterator[Question]:
-    """Of v2_OpenEnded_mscoco_*_questions.json, whose pictures are COCO's."""
+    """From v2_OpenEnded_mscoco_*_questions.json. Its images are COCO's."""
     value = read_json(path)
     split = str(field(value, "data_subtype", path)).replace("test-dev2015", "test2015")
     for where, question in listed(value, "questions", path):
@@ -135,7 +132,7 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
 
 
 def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
-    """The server wants all questions of its split: those of `own` that have no answer get an empty one."""
+    """The server wants all questions of its split: those of `own` without an answer get an empty one."""
     answers = by_key(lines, question_id)
     ids = {question_id(line): line.get(*IDS) for line in lines}
     texts = {ids[ident]: submitted(answer.text or "") for ident, answer in answers.items()}
@@ -147,19 +144,19 @@ def submit_vqav2(lines: Sequence[Line], own: str | None) -> bytes:
 
 
 def submit_vizwiz(lines: Sequence[Line], own: str | None) -> bytes:
-    """The server knows questions by their pictures, which `own` tells where the ids are others."""
-    pictures = _pictures(read_questions([own], "", vizwiz_questions)) if own else {}
-    answers = by_key(lines, lambda line: pictures.get(question_id(line), question_id(line)))
+    """The server knows questions by their images. `own` names them if question ids are others."""
+    images = _image_names(read_questions([own], "", vizwiz_questions)) if own else {}
+    answers = by_key(lines, lambda line: images.get(question_id(line), question_id(line)))
     if own:
-        check_asked(answers, dict.fromkeys(pictures.values()), own)
-    if unknown := next((picture for picture in answers if not PurePath(picture).suffix), None):
+        check_asked(answers, dict.fromkeys(images.values()), own)
+    if unknown := next((image for image in answers if not PurePath(image).suffix), None):
         where = answers[unknown].where
-        raise UserError(f"{where}: {unknown} names no picture: --labels with the questions tells which it is")
-    return _array([{"image": picture, "answer": submitted(answer.text or "")} for picture, answer in answers.items()])
+        raise UserError(f"{where}: {unknown} names no image: --labels with the questions tells which it is")
+    return _array([{"image": image, "answer": submitted(answer.text or "")} for image, answer in answers.items()])
 
 
 def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
-    """Of `own`, GQA's questions, all have to be among the answers, and no others."""
+    """All answers have to be to questions of `own`, GQA's questions."""
     answers = by_key(lines, question_id)
     if own:
         asked = (str(question.id) for question in read_questions([own], "", gqa_questions))
@@ -168,15 +165,18 @@ def submit_gqa(lines: Sequence[Line], own: str | None) -> bytes:
     return _array([{"questionId": ident, "prediction": text} for ident, text in predictions.items()])
 
 
-VQAV2 = Benchmark(
-    "VQAv2: soft accuracy", vqav2_questions, SHORT, labels=of_files(vqav2_labels), score=score_vqav2,
+LABEL_FORMATS.register(LabelFormat("vqav2", "the challenge's annotations", ("vqav2",), read_vqav2))
+LABEL_FORMATS.register(LabelFormat("vizwiz", "the challenge's annotations", ("vizwiz",), read_vizwiz))
+LABEL_FORMATS.register(LabelFormat("gqa", "GQA's questions with `answer`", ("gqa",), read_gqa))
+VQAV2 = BENCHMARKS.register(Benchmark(
+    "vqav2", "VQAv2: soft accuracy", questions=vqav2_questions, suffix=SHORT, score=score_vqav2,
     submission=submit_vqav2, ids=r"\d+",
-)  # fmt: skip
-VIZWIZ = Benchmark(
-    "VizWiz: soft accuracy", vizwiz_questions, SHORT, labels=vizwiz_labels, score=score_vizwiz,
-    submission=submit_vizwiz, ids=r"[^/]+",
-)  # fmt: skip
-GQA = Benchmark(
-    "GQA: exact answers", gqa_questions, SHORT, labels=of_files(gqa_labels), score=score_gqa, submission=submit_gqa,
+))  # fmt: skip
+VIZWIZ = BENCHMARKS.register(Benchmark(
+    "vizwiz", "VizWiz: soft accuracy", questions=vizwiz_questions, suffix=SHORT, labels=vizwiz_labels,
+    score=score_vizwiz, submission=submit_vizwiz, ids=r"[^/]+",
+))  # fmt: skip
+GQA = BENCHMARKS.register(Benchmark(
+    "gqa", "GQA: exact answers", questions=gqa_questions, suffix=SHORT, score=score_gqa, submission=submit_gqa,
     ids=r"[^\W_]{1,10}",
-)  # fmt: skip
+))  # fmt: skip

@@ -1,7 +1,7 @@
-"""POPE: is there such an object in the picture? F1 of "yes", in three samplings of the objects.
+"""POPE: is an object in the image? F1 of "yes" for three ways of sampling the objects.
 
-Question ids of label files begin anew in each file, and versions of them differ in their questions. So answers are
-joined by sampling, picture and question where a file of questions tells these, and by id only else.
+Each label file numbers its questions anew, and versions of the files have other questions. So answers are joined by
+sampling, image and object if a file of questions is given, and otherwise by id.
 """
 
 import re
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, percent, question_id
-from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, unique
+from llava_jax.evaluate.benchmark import BENCHMARKS, SHORT, Benchmark, Labels
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 
@@ -31,7 +32,7 @@ class Label(NamedTuple):
 
 
 def says_no(text: str) -> bool:
-    """As the original reads it: `no` or `not` is a word of the first sentence; whatever else is a yes."""
+    """Whether `no` or `not` is a word of the first sentence. The original counts everything else as yes."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"}.isdisjoint(words)
 
@@ -41,7 +42,7 @@ def says_yes(text: str) -> bool:
 
 
 def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """In percent, by sampling and on average over these (the published number is the average F1)."""
+    """In percent, by sampling and averaged over the samplings. The published number is the average F1."""
     categories: dict[str, list[tuple[bool | None, bool]]] = {}
     for answer, label in pairs:
         categories.setdefault(label.category, []).append((answer.read(says_yes, None), label.present))
@@ -55,7 +56,7 @@ def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
 
 
 def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
-    """Of (said yes, is there); None of nothing. Where nothing was said (None) that is wrong, but no yes."""
+    """The shares of (said yes, is present); None if nothing is counted. No answer (None) is wrong, but not a yes."""
     right = sum(said == present for said, present in answers)
     found = sum(bool(said and present) for said, present in answers)
     false = sum(said is not False and not present for said, present in answers)
@@ -75,8 +76,8 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else percent(share, 1)
 
 
-def answers_pope(line: Line) -> bool:
-    """Whether a line answers a question of POPE, as far as it tells."""
+def asks_pope(line: Line) -> bool:
+    """Whether a line looks like an answer to a question of POPE, by its category or its prompt."""
     prompt = str(line.value.get("prompt", "")).replace(SHORT, "").strip()
     return line.value.get("category") in SAMPLINGS or bool(ASKS.fullmatch(prompt))
 
@@ -90,12 +91,13 @@ class Entry(NamedTuple):
     where: str
 
 
-def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    entries = [entry for path in paths for entry in _read(path)]
-    only = _category(paths[0]) if len(paths) == 1 else ""
+def labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+    """By sampling, image and object. Raises `UserError` if an answer may be to several samplings."""
+    samplings = {entry.label.category for entry in entries}
+    only = samplings.pop() if len(samplings) == 1 else ""
     if asked:
         placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
-        index = {(category, str(q.id)): _key(category, q.pictures, q.text) for category, q in placed}
+        index = {(category, str(q.id)): _key(category, q.images, q.text) for category, q in placed}
     else:
         index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
     categories: dict[str, list[str]] = {}
@@ -113,7 +115,7 @@ def labels(paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question
     return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
 
 
-def _read(path: str) -> Iterator[Entry]:
+def read(path: str) -> Iterator[Entry]:
     category = _category(path)
     for line in read_lines(path):
         label = line.get("label")
@@ -123,17 +125,19 @@ def _read(path: str) -> Iterator[Entry]:
         yield Entry(question_id(line), key, Label(category, label == "yes"), line.where)
 
 
-def _key(category: str, pictures: Sequence[Any], text: str) -> str:
-    """The thing that is asked for, whatever the version of the question's text; and the picture's name, wherever it
-    lies: `COCO_val2014_000000310196.jpg`."""
-    picture = str(pictures[0]).rpartition("/")[2] if pictures else ""
+def _key(category: str, images: Sequence[Any], text: str) -> str:
+    """The sampling, the file name of the image and the object, which all versions of the question's text have."""
+    image = str(images[0]).rpartition("/")[2] if images else ""
     text = " ".join(text.replace(SHORT, "").split())
     asks = ASKS.fullmatch(text)
-    return f"{category} {picture}: {asks[1].lower() if asks else text}"
+    return f"{category} {image}: {asks[1].lower() if asks else text}"
 
 
 def _category(path: str) -> str:
     return PurePath(path).stem.removeprefix(PREFIX)
 
 
-POPE = Benchmark("POPE: F1 of yes, over three samplings", None, SHORT, labels=labels, score=score)
+LABEL_FORMATS.register(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
+POPE = BENCHMARKS.register(Benchmark(
+    "pope", "POPE: F1 of yes, over three samplings", suffix=SHORT, labels=labels, score=score, recognizes=asks_pope
+))  # fmt: skip
