@@ -6,13 +6,14 @@ greedy texts are compared, in every type that the engine computes in.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from serve import CONFIG, encoder, smollm2_parameters
+
+from llava_jax import cli
 
 ENGINES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
@@ -96,4 +97,4 @@ def common(first: list[int], second: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

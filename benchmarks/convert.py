@@ -25,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llava_jax import cli
 from llava_jax.convert.hf_text import write_text
 from llava_jax.convert.layouts import EXPORT_PREFIXES, entries_of
 from llava_jax.convert.shards import Tensor, write_shards
@@ -192,4 +193,4 @@ def same(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

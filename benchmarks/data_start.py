@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from synthetic import write_json, write_pictures
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN
 
 WORKERS = 2
@@ -85,16 +86,18 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
 
     import jax
 
+    from llava_jax.data.encoded import EncodedSource, TextEncoder
     from llava_jax.data.lengths import measure_once
     from llava_jax.training import loop  # as `llava_jax.main` imports it, with all that it imports
 
     jax.devices()
-    encode = loop.TextEncoder(TEMPLATE, loop.load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
+    encode = TextEncoder(TEMPLATE, loop.load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
     say("imports")
     data = {"built": folder / "built"} if built else {"json": folder / "samples.json", "images": folder / "pictures"}
     source = loop.open_data(ConfigDict(dict.fromkeys(("json", "images", "built", "mixture"), "") | data))
     say(f"{len(source):,} samples")
-    lengths = measure_once(source, encode, WORKERS)
+    encoded = EncodedSource(source, encode)
+    lengths = measure_once(encoded, WORKERS)
     say("their lengths")
     order = loop.Order(np.arange(len(source)), ROWS, seed=0)
     room = loop.Room(ROW_LENGTH, ROWS_PER_GROUP, image_slots=0)
@@ -111,8 +114,8 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
     )
     say(f"a plan of {steps:,} steps")
     decode = loop.ImageDecoder(SIZE, "square", CLIP_MEAN)
-    batches = loop.Batches(source, encode, decode, order, layout).iterate(0, steps, WORKERS)
-    batch = next(batches)
+    batches = loop.Batches(encoded, decode, order, layout).iterate(0, steps, WORKERS)
+    batch = next(batches).batch
     say(f"the first batch, of {batch['segment_ids'].max(1).sum()} samples")
     more = sum(1 for _ in itertools.islice(batches, BATCHES))
     say(f"{more} more")
@@ -156,4 +159,4 @@ def pss(process: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_jax.models.llava import abstract_params
 
@@ -200,4 +201,4 @@ def torch_side(config: LlavaConfig) -> Callable[[tuple], Run | float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -23,6 +23,7 @@ from generate import SCALE, TIE, read_bandwidth
 from peers import CONFIG, Side, entries, our_parameters, torch_model
 from PIL import Image
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, VisionConfig
 
 TINY = dataclasses.replace(
@@ -331,4 +332,4 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 
 ROWS, QUESTION, ANSWER = 4, 80, 40
@@ -148,4 +149,4 @@ def torch_step(config: LlavaConfig) -> Step:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -14,7 +14,7 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, run, say, warn
 from llava_jax.files.reading import loads, read_object, require_regular
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 EPILOG = """examples:
   python -m llava_jax.plot --workdir runs/finetune
@@ -99,7 +99,7 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
     runs = {label: read_losses(workdir) for label, workdir in labels.items()}
     chart = draw(runs, {label: stage_of(workdir) for label, workdir in labels.items()}, suffix)
     epath.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         file.write(chart)
 
 

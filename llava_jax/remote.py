@@ -22,8 +22,14 @@ _named: set[str] = set()
 
 
 def name(*paths: Any) -> None:
-    """Notes which stores the user named, on the command line or in a configuration: see `may_read`."""
-    _named.update(_store(path) for path in paths if isinstance(path, str | os.PathLike) and is_remote(path))
+    """Notes which stores the user named, on the command line or in a configuration: see `may_read`. From then on gcsfs
+    lists a directory anew each time: from its cache it would not see what another host has just written."""
+    stores = {_store(path) for path in paths if isinstance(path, str | os.PathLike) and is_remote(path)}
+    if stores - _named:
+        import fsspec
+
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    _named.update(stores)
 
 
 def may_read(path: str | os.PathLike, origin: str | os.PathLike) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from examples.commands import command
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import run
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 from llava_jax.plot import plot
 
 ROOT = Path("runs/quickstart")
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         "loss_curve": f"{ROOT}/loss.png",
         "question": {"image": str(PICTURE), "question": QUESTION, "answer": answer},
     }
-    with whole_file(ROOT / "summary.json") as file:
+    with atomic_file(ROOT / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     print(report(summary, chat))
 

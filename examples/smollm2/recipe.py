@@ -15,7 +15,7 @@ from examples.commands import command
 from examples.easy_vqa import data
 from examples.easy_vqa.data import IMAGES
 from llava_jax.cli import UserError, run
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 ROOT = Path("runs/smollm2")
 TEXT_QUESTION = "What is the capital of France?"
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
     seconds["total"] = round(time.monotonic() - began)
     summary = {"measured": measured, "seconds": seconds, "text alone": {TEXT_QUESTION: talk.strip()}}
-    with whole_file(ROOT / "summary.json") as file:
+    with atomic_file(ROOT / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     print(report(summary))
 

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from llava_jax.cli import UserError
 from llava_jax.files.lock import entries
 from llava_jax.files.reading import loads, read_bytes, to_utf8
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import write_json
 from llava_jax.models import hf_fields
 from llava_jax.models.config import LlavaConfig
 from llava_jax.remote import is_remote
@@ -113,8 +113,7 @@ def read_description(directory: epath.Path) -> Description:
 
 
 def write_description(directory: epath.Path, description: Description) -> None:
-    with whole_file(directory / DESCRIPTION) as file:
-        file.write(json.dumps(description.to_json(), indent=2).encode() + b"\n")
+    write_json(directory / DESCRIPTION, description.to_json())
 
 
 def finished_steps(directory: epath.Path) -> list[int]:

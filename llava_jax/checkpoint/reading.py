@@ -24,6 +24,7 @@ from llava_jax.checkpoint.format import (
     Description,
     Source,
     absolute,
+    digest,
     finished_steps,
     frozen_copy,
     has_copy,
@@ -241,8 +242,8 @@ def _other_steps(path: epath.Path) -> str:
 def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
         metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
-    digest = metadata.pop(DIGEST, None)  # which steps of earlier versions do not have
-    if "format" not in metadata or digest not in (None, digest(metadata)):
+    stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
+    if "format" not in metadata or stored not in (None, digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):

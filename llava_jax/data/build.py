@@ -12,8 +12,7 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -22,17 +21,16 @@ from etils import epath
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.names import add_allow_absolute, folder_of, image_path
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, put, read_manifest, scratch_file
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, read_manifest
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
-
-if TYPE_CHECKING:
-    from llava_jax.data.pipeline import TextEncoder
+from llava_jax.files.writing import atomic_file, atomic_path
 
 EPILOG = """example:
   python -m llava_jax.data.build --json llava_v1_5_mix665k.json --images playground/data \\
@@ -53,7 +51,7 @@ def build(
     workers: int = 0,
     decode: bool = True,
     published: Published | None = None,
-    encode: "TextEncoder | None" = None,
+    encode: TextEncoder | None = None,
     beam: tfds.download.DownloadConfig | None = None,
 ) -> None:
     """Builds, or goes on building, a data set.
@@ -134,9 +132,8 @@ def _begin(
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write_texts(directory, source)
-    with scratch_file(directory / MANIFEST) as file:
-        Path(file).write_text(json.dumps(manifest))  # as TFDS writes it
-        put(file, directory / MANIFEST)
+    with atomic_file(directory / MANIFEST) as file:
+        file.write(json.dumps(manifest).encode())  # as TFDS writes it
     return manifest
 
 
@@ -183,7 +180,7 @@ def _size(path: epath.Path) -> int | None:
 
 
 def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
-    with scratch_file(directory / TEXT) as texts, scratch_file(directory / OFFSETS) as offsets:
+    with atomic_path(directory / TEXT) as texts, atomic_path(directory / OFFSETS) as offsets:
         ends = [0]
         with open(texts, "wb") as file:
             for sample in track(source, "writing texts"):
@@ -191,22 +188,19 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
                 ends.append(file.tell())
         with open(offsets, "wb") as file:
             np.save(file, np.array(ends, np.int64))
-        put(texts, directory / TEXT)
-        put(offsets, directory / OFFSETS)
 
 
-def _write_lengths(directory: epath.Path, source: LlavaJson, encode: "TextEncoder") -> None:
+def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
     """Measures all samples and writes what `cache` would: whoever opens the data set has it in the cache."""
     from llava_jax.data.lengths import lengths_name, measure_once
 
-    path = directory / f"{lengths_name(source, encode)}.npz"
+    encoded = EncodedSource(source, encode)
+    path = directory / f"{lengths_name(encoded)}.npz"
     if path.exists():
         return
-    lengths = measure_once(source, encode)
-    with scratch_file(path) as file:
-        with open(file, "wb") as target:
-            np.savez(target, lengths=np.stack(lengths))
-        put(file, path)
+    lengths = measure_once(encoded)
+    with atomic_path(path) as file, open(file, "wb") as target:
+        np.savez(target, lengths=np.stack(lengths))
 
 
 def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decode: bool) -> list[Shard]:
@@ -248,9 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
-def _encoder(args: argparse.Namespace) -> "TextEncoder":
-    from llava_jax.data.pipeline import TextEncoder  # and JAX and Grain, which take seconds
-
+def _encoder(args: argparse.Namespace) -> TextEncoder:
     tokenizer = load_tokenizer(args.tokenizer)
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)

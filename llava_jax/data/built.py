@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from llava_jax.cli import UserError, short, shown
+from llava_jax.cli import UserError, shown
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
 from llava_jax.files import cache
@@ -78,17 +78,18 @@ class Built(Sequence[Sample]):
         start, stop = self._lines[index : index + 2].tolist()
         return sample_of_line(os.pread(self._file, stop - start, start))
 
-    def read_pictures(self, index: int, count: int) -> list[bytes]:
-        if not count:
+    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
+        if not names:
             return []
         try:
             example = tf_example_pb2.Example.FromString(self._records[range(len(self))[index]])
+            stored = example.features.feature["images"].bytes_list.value
+            return [stored[number] for number in range(len(names))]
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
-                f"sample {short(self[index].id)}: its record in {self.path} is damaged ({error}): remove that shard "
-                "and dataset_info.json, and run the same build again"
+                f"its record in {self.path} is damaged ({error}): remove that shard and dataset_info.json, and run the "
+                "same build again"
             ) from error
-        return list(example.features.feature["images"].bytes_list.value[:count])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_file", "_lines")}

@@ -20,13 +20,14 @@ from rich.text import Text
 
 from llava_jax.cli import Parser, UserError, run, say, short, track
 from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.names import add_allow_absolute, folder_of
 from llava_jax.data.pictures import picture_problems
 from llava_jax.data.records import load_json
 from llava_jax.data.survey import Problem, Survey
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.files.writing import whole_file, whole_list
+from llava_jax.files.writing import atomic_file, atomic_list, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +105,7 @@ def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, i
     if len(reasons) == count:
         raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
     rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
-    with whole_list(out, lines=survey.unit.endswith("line")) as keep, whole_file(rejects) as rejected:
+    with atomic_list(out, lines=survey.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
         for index in track(range(count), f"writing {out}"):
             if index in reasons:
                 rejected.write(_reject(survey, index, reasons[index]))
@@ -161,8 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             "lengths": report.lengths,
             "padding": report.padding,
         }
-        with whole_file(args.report) as file:
-            file.write(json.dumps(values, indent=2).encode() + b"\n")
+        write_json(args.report, values)
     say(report.summary(), file=sys.stderr)
     return 1 if report.counts else 0
 
@@ -178,9 +178,7 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             raise
         say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
-    encode = measuring.TextEncoder(
-        template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed
-    )
+    encode = TextEncoder(template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed)
     return measuring.Measuring(encode, args.max_length, args.workers)
 
 

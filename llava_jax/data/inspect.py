@@ -19,9 +19,9 @@ from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
 from llava_jax.data.fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.images import decode_image
 from llava_jax.data.names import add_allow_absolute, folder_of
-from llava_jax.data.sources import LlavaJson, Sample
+from llava_jax.data.sources import LlavaJson, Sample, read_images
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def shown(index: int) -> Shown:
         sample = samples[index]
-        return Shown(sample, encode(sample), None if args.images is None else image_sizes(samples, index))
+        return Shown(sample, encode(sample), None if args.images is None else image_sizes(samples, index, sample))
 
     if args.jsonl:
         _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), tokenizer)
@@ -97,20 +97,13 @@ def main(argv: list[str] | None = None) -> None:
         _show(map(shown, range(count)), tokenizer)
 
 
-def image_sizes(samples: LlavaJson, index: int) -> list[ImageSize]:
+def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
     """The images of a sample, as training reads them. Raises UserError naming the image and the sample."""
-    sample = samples[index]
-    sizes = []
-    for name, data in zip(sample.images, samples.read_pictures(index, len(sample.images)), strict=True):
-        try:
-            sizes.append(ImageSize(name, *decode_image(data, name).size))
-        except UserError as error:
-            raise UserError(f"sample {short(sample.id)}: {error}") from error
-    return sizes
+    return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 
 def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
-    with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else whole_file(out) as file:
+    with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else atomic_file(out) as file:
         for sample, encoded, images in samples:
             line = {
                 "id": sample.id,

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import UserError
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.fit import missing_marks
 from llava_jax.data.lengths import measure_once
 from llava_jax.data.padding import padding_of_samples
-from llava_jax.data.pipeline import TextEncoder, encode_text
 from llava_jax.data.plan import Lengths
 from llava_jax.data.survey import Problem, Survey
 
@@ -30,7 +29,7 @@ class Measuring:
     def measure(self, survey: Survey) -> Lengths:
         """Without a maximal length; a sample that cannot be encoded has no tokens."""
         workers = self.workers if len(survey) >= IN_PROCESSES else 0
-        return measure_once(survey, replace(self.encode, max_length=UNLIMITED), workers, skip_bad=True)
+        return measure_once(EncodedSource(survey, replace(self.encode, max_length=UNLIMITED), skip_bad=True), workers)
 
     @staticmethod
     def describe(lengths: Lengths) -> dict[str, Any]:
@@ -54,8 +53,8 @@ class Measuring:
         if misfit := missing_marks(self.encode.template, self.encode.tokenizer):
             yield Problem("template", "-", misfit, -1, warning=True)
         for number in np.flatnonzero(lengths.tokens == 0).tolist():
-            if any(role == "assistant" for role, _ in survey[number].turns):  # else it is told already
-                yield self._nothing_learned(survey, number, UNLIMITED)
+            if any(role == "assistant" for role, _ in survey[number].turns):  # else it was reported
+                yield from self._nothing_learned(survey, number, UNLIMITED)
         if self.maximum is None:
             return
         for number in np.flatnonzero(lengths.tokens > self.maximum).tolist():
@@ -64,12 +63,9 @@ class Measuring:
             parts = f"{text} of text, {images} images of {self.encode.image_tokens}"
             detail = f"{length} tokens ({parts}) will be cut to {self.maximum}"
             yield Problem("too-long", survey[number].id, detail, survey.good[number], warning=True)
-            if problem := self._nothing_learned(survey, number, self.maximum):
-                yield problem
+            yield from self._nothing_learned(survey, number, self.maximum)
 
-    def _nothing_learned(self, survey: Survey, number: int, max_length: int) -> Problem | None:
-        try:
-            encode_text(survey, replace(self.encode, max_length=max_length), number)
-        except UserError as error:
-            return Problem("nothing-learned", survey[number].id, str(error), survey.good[number])
-        return None
+    def _nothing_learned(self, survey: Survey, number: int, max_length: int) -> Iterator[Problem]:
+        encoded = EncodedSource(survey, replace(self.encode, max_length=max_length))
+        for _, ident, reason in encoded.bad_texts([number]):
+            yield Problem("nothing-learned", ident, reason, survey.good[number])

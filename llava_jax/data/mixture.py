@@ -39,9 +39,9 @@ class Mixture(Sequence[Sample]):
         source, index = self._find(index)
         return source[index]
 
-    def read_pictures(self, index: int, count: int) -> list[bytes]:
+    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
         source, index = self._find(index)
-        return source.read_pictures(index, count)
+        return source.read_images(index, names)
 
     def _find(self, index: int) -> tuple[Source, int]:
         index = range(len(self))[index]

@@ -3,7 +3,6 @@
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,13 +10,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llava_jax.cli import Parser, UserError, run, say, track
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.fit import chosen_template
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import write_json
 
 EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
@@ -151,15 +151,14 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    from llava_jax.data.built import Built  # only now: JAX and Grain take seconds
+    from llava_jax.data.built import Built  # only now: Grain takes seconds
     from llava_jax.data.lengths import measure_once
-    from llava_jax.data.pipeline import TextEncoder
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
     tokenizer = load_tokenizer(args.tokenizer)
     template = chosen_template(args.template, tokenizer, args.tokenizer)
     encode = TextEncoder(template, tokenizer, args.image_tokens, args.max_length)
-    lengths = measure_once(source, encode, args.workers)
+    lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
         raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
@@ -176,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json_out:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
-        with whole_file(args.json_out) as file:
-            file.write(json.dumps(report, indent=2).encode() + b"\n")
+        write_json(args.json_out, report)
     say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 

@@ -54,10 +54,9 @@ class PackedOrder(Order):
             self._planned[epoch] = self._plan(epoch)
         return self._planned[epoch]
 
-    def rows(self, step: int) -> list[tuple[int, ...]]:
+    def row(self, step: int, number: int) -> tuple[int, ...]:
         epoch, step_in_epoch = self.find(step)
-        rows, first = self.epoch_rows(epoch), step_in_epoch * self.batch_rows
-        return [rows.row(number) for number in range(first, first + self.batch_rows)]
+        return self.epoch_rows(epoch).row(step_in_epoch * self.batch_rows + number)
 
     def epoch_steps(self, epoch: int) -> int:
         return math.ceil(self.epoch_rows(epoch).count / self.batch_rows)

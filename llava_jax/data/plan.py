@@ -147,12 +147,15 @@ class Order:
             epochs[-1] = rows._replace(samples=rows.samples[: rows.starts[min(rest * self.batch_rows, rows.count)]])
         return np.concatenate([np.empty(0, np.int64), *(rows.samples for rows in epochs)])
 
-    def rows(self, step: int) -> list[tuple[int, ...]]:
-        """The indices of the samples in each row of a step; no index for an empty row."""
+    def row(self, step: int, number: int) -> tuple[int, ...]:
+        """The indices of the samples in a row of a step; none if it is empty."""
         epoch, step_in_epoch = self.find(step)
-        first = step_in_epoch * self.batch_rows
-        chosen = self.visits(epoch, slice(first, first + self.batch_rows)).tolist()
-        return [(index,) for index in chosen] + [()] * (self.batch_rows - len(chosen))
+        first = step_in_epoch * self.batch_rows + number
+        return tuple(self.visits(epoch, slice(first, first + 1)).tolist())
+
+    def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The same of each row of a step."""
+        return [self.row(step, number) for number in range(self.batch_rows)]
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,19 @@ SAMPLES, STARTS = "samples.npy", "starts.npy"
 
 @dataclass(frozen=True)
 class Schedule:
-    """`rows(step)` as the order that it was written from, for steps from `start` on."""
+    """Has the rows of the order that it was written from, for steps from `start` on."""
 
     directory: Path
     start: int
     batch_rows: int
 
+    def row(self, step: int, number: int) -> tuple[int, ...]:
+        """The indices of the samples in a row of a step; none if it is empty."""
+        return _mapped(self.directory).row((step - self.start) * self.batch_rows + number)
+
     def rows(self, step: int) -> list[tuple[int, ...]]:
-        """The indices of the samples in each row of a step; no index for an empty row."""
-        rows, first = _mapped(self.directory), (step - self.start) * self.batch_rows
-        return [rows.row(number) for number in range(first, first + self.batch_rows)]
+        """The same of each row of a step."""
+        return [self.row(step, number) for number in range(self.batch_rows)]
 
 
 def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:

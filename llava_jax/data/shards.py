@@ -18,13 +18,10 @@ whole, so the shards that are there are good, whoever wrote them, and however th
 import contextlib
 import json
 import os
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -36,6 +33,7 @@ from llava_jax.data.images import decode_image, read_picture
 from llava_jax.data.names import image_path
 from llava_jax.data.samples import ROLES, Sample
 from llava_jax.files.reading import read_object
+from llava_jax.files.writing import atomic_path
 from llava_jax.remote import is_remote
 
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
@@ -97,7 +95,7 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
     bad: list[BadPicture] = []
     if is_whole(shard):
         return bad
-    with scratch_file(shard.path) as file:
+    with atomic_path(shard.path) as file:
         with _record_writer(file) as writer:
             for sample in read_samples(shard):
                 if stopped():
@@ -106,8 +104,8 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
                 bad += [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
                 if not bad:
                     writer.write(serialize(sample, pictures))
-        if not bad:
-            put(file, shard.path)
+        if bad:
+            os.unlink(file)
     return bad
 
 
@@ -186,26 +184,3 @@ def _read_picture(shard: Shard, name: str) -> bytes | UserError:
 
 def _utf8(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def scratch_file(path: epath.Path) -> Iterator[str]:
-    """A local file to write what is to be put at `path`; it is gone afterwards."""
-    directory = tempfile.gettempdir() if is_remote(path) else os.fspath(path.parent)
-    file = os.path.join(directory, f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file)
-
-
-def put(file: str, path: epath.Path) -> None:
-    """Moves a local file to `path`: at once, and after it has reached the disk."""
-    if is_remote(path):
-        files, name = fsspec.url_to_fs(os.fspath(path))
-        files.put_file(file, name)  # unlike a remote file that is closed too early, nothing is there until all is
-    else:
-        with open(file, "rb") as written:
-            os.fsync(written)
-        os.replace(file, path)

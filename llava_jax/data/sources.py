@@ -10,9 +10,9 @@ number or be absent, and is then the index. `samples` has the other keys and spe
 import array
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -23,6 +23,8 @@ from llava_jax.data.names import image_path
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
+
+T = TypeVar("T")
 
 INDEX = 3  # of the caches of files: raise it when another version would find other faults or digests
 
@@ -36,8 +38,8 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def read_pictures(self, index: int, count: int) -> list[bytes]:
-        """The first `count` pictures of a sample as they are stored. Raises `UserError` naming picture and sample."""
+    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
+        """The files of the first images of a sample, called `names` in it. Raises `UserError` naming the image."""
         ...
 
 
@@ -61,15 +63,25 @@ class LlavaJson(Sequence[Sample]):
         where = f"{self.path}: sample {index}"
         return parse_sample(Record(where, index, 0, 0, self._records[index]))
 
-    def read_pictures(self, index: int, count: int) -> list[bytes]:
-        sample = self[index]
-        try:
-            return [read_picture(image_path(self.images, name)) for name in sample.images[:count]]
-        except UserError as error:
-            raise UserError(f"sample {short(sample.id)}: {error}") from error
+    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
+        return [read_picture(image_path(self.images, name)) for name in names]
 
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"
+
+
+def read_images(
+    source: Source, index: int, sample: Sample, decode: Callable[[bytes, str], T], count: int | None = None
+) -> list[T]:
+    """Reads and decodes the images of a sample of a source, all or the first `count`.
+
+    `decode` makes of an image's file and name what is returned of it. Raises `UserError` naming image and sample.
+    """
+    names = sample.images[:count]
+    try:
+        return [decode(data, name) for data, name in zip(source.read_images(index, names), names, strict=True)]
+    except UserError as error:
+        raise UserError(f"sample {short(sample.id)}: {error}") from error
 
 
 def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:

@@ -16,7 +16,7 @@ from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.names import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -68,7 +68,7 @@ def save(path: epath.Path, transcript: Transcript) -> None:
             load(path)
         except UserError as error:
             raise UserError(f"{path} exists and is no saved conversation: choose another name") from error
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(dump(transcript, path.stem).encode())
 
 

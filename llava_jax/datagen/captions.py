@@ -12,7 +12,7 @@ import sys
 from llava_jax.cli import Parser, UserError, say, track
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
-from llava_jax.files.writing import whole_list
+from llava_jax.files.writing import atomic_list
 
 EPILOG = """example:
   python -m llava_jax.datagen captions --captions captions_train2017.json --output chat.json
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     count = 0
     captions = track(read_captions(args.captions, args.keys, args.skip_bad), "expanding captions")
-    with whole_list(args.output, lines=args.output.endswith(".jsonl")) as add:
+    with atomic_list(args.output, lines=args.output.endswith(".jsonl")) as add:
         for caption in captions:
             add(json.dumps(expand(caption, args.style, args.seed), ensure_ascii=False).encode())
             count += 1

@@ -8,7 +8,6 @@ The same file, options and seed give the same output. Records are kept as they a
 import argparse
 import array
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -21,7 +20,7 @@ from llava_jax.data.plan import permutation
 from llava_jax.datagen.caption_files import read_captions
 from llava_jax.datagen.captions import add_caption_arguments
 from llava_jax.datagen.phrases import METHODS, SPACY_MODEL, Extract, extractor
-from llava_jax.files.writing import whole_file, whole_list
+from llava_jax.files.writing import atomic_list, write_json
 
 EPILOG = """example:
   python -m llava_jax.datagen filter --captions cc3m.jsonl --output cc3m_balanced.jsonl --report coverage.json
@@ -135,8 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {"method": method, "settings": settings, **coverage(index, chosen, args.least)}
     report["most common phrases"] = _write(args, index, chosen, extract)
     if args.report:
-        with whole_file(args.report) as file:
-            file.write(json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_json(args.report, report, ensure_ascii=False)
     say(*summary(report), f"{args.output}: {report['captions']['after']} captions", sep="\n", file=sys.stderr)
 
 
@@ -147,7 +145,7 @@ def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: 
     first_in = {int(index.captions_of(phrase)[0]) for phrase in common}
     names = {}
     captions = read_captions(args.captions, args.keys, skip_bad=True, quiet=True)
-    with whole_list(args.output, lines=args.output.endswith(".jsonl")) as add:
+    with atomic_list(args.output, lines=args.output.endswith(".jsonl")) as add:
         for number, caption in enumerate(track(captions, f"writing {args.output}", index.captions)):
             if number in first_in:
                 names |= {key_of(phrase): phrase for phrase in next(extract([caption.text]))}

@@ -12,7 +12,7 @@ from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.duplicates import near_duplicates
 from llava_jax.datagen.instructions import with_image
 from llava_jax.datagen.parsing import Turns
-from llava_jax.files.writing import whole_list
+from llava_jax.files.writing import atomic_list
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 
 SAMPLES, REJECTS = "llava.json", "rejects.jsonl"
@@ -44,7 +44,7 @@ def write_outputs(ledger: Ledger, directory: Path, limit: int | None, seed: int)
     find_duplicates(ledger, limit)
     verdicts: collections.Counter[str] = collections.Counter()
     count = contexts.count(ledger.db, limit)
-    with whole_list(directory / SAMPLES, lines=False) as add, whole_list(directory / REJECTS, lines=True) as reject:
+    with atomic_list(directory / SAMPLES, lines=False) as add, atomic_list(directory / REJECTS, lines=True) as reject:
         for result in track(read_results(ledger, limit), f"writing {directory / SAMPLES}", count):
             verdicts[result.reason] += 1
             if result.reason == ACCEPTED:

@@ -25,7 +25,7 @@ from llava_jax.datagen.objects import Finder
 from llava_jax.datagen.report_page import page
 from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, choose
 from llava_jax.datagen.statistics import Facts, Statistics, categories_of
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import new_local
 
@@ -72,7 +72,7 @@ def write_report(
         draw.put_reject(reject)
     browser = choose(draw, shown, samples, Shown(images, ledger, facts, kind))
     text = page(title, list(_about(len(samples), reasons.total(), ledger)), statistics, reasons, browser)
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 

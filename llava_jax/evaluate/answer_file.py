@@ -15,7 +15,7 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.evaluate.lines import read_lines
 from llava_jax.evaluate.questions import Key, Question, key_of
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote
 
 SECONDS = 30.0  # between writes of a part to an object store, which cannot append
@@ -117,5 +117,5 @@ def _encode(lines: Iterable[dict[str, Any]]) -> bytes:
 
 def _write(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(_encode(lines))

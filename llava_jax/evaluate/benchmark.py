@@ -6,7 +6,7 @@ A benchmark is a module that registers one `Benchmark`. All commands ask that ob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
 from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
@@ -46,11 +46,6 @@ class Labels(dict[str, Any]):
         answers = by_key(lines, self.key, names)
         shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
         return answers | shared
-
-
-def by_id(entries: Iterable[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """The labels of a benchmark whose questions have unique ids."""
-    return Labels(unique((entry.id, entry.label, entry.where) for entry in entries))
 
 
 class Group(NamedTuple):
@@ -135,62 +130,80 @@ class ScoreCommand:
     to_json: Callable[[Scores], Scores] = dict
 
 
-class MakesLabels(Protocol):
-    def __call__(self, entries: Sequence[Any], lines: Sequence[Line], asked: Sequence[Question]) -> Labels: ...
-
-
-@dataclass(frozen=True)
 class Benchmark:
-    """Attributes:
-    name: on the command line and in file names.
-    what: its title, a colon and its score, in a few words.
-    label_files: the files that its score needs, if these have no `LabelFormat`.
-    questions: reads questions from a file in the benchmark's own format; None if it only has the common formats.
-    suffix: text after each question, as in the v1.5 release.
-    max_new_tokens: of an answer.
-    labels: (entries of the label files, lines of the answers, questions if they are given) -> labels.
-    score: the scores of answers with their labels; None if it has only `score_commands`.
-    groups: answers that are scored together; None if each is scored by itself.
-    submission: (answers as objects, the benchmark's own file or None) -> the content of a file to hand in, or of each
-      file of a folder.
-    fields: fields of a line that hold what is scored; the first one present counts.
-    ids: a regular expression that all its question ids match. A submission refuses other ids.
-    own_fields: fields that only answers to this benchmark have.
-    recognizes: whether a line looks like an answer to this benchmark. Submissions to others refuse such answers.
-    judge: how a language model judges answers.
-    reference: how a language model makes reference answers.
-    score_commands: `score` commands with options of their own.
-    commands: other commands of its own, by their words: (`module:function`, what it does).
+    """A benchmark: a subclass that `register` adds, with what differs from these defaults.
+
+    Attributes:
+      name: on the command line and in file names.
+      what: its title, a colon and its score, in a few words.
+      label_files: the files that its score needs, if these have no `LabelFormat`.
+      suffix: text after each question, as in the v1.5 release.
+      max_new_tokens: of an answer.
+      fields: fields of a line that hold what is scored; the first one present counts.
+      ids: a regular expression that all its question ids match. A submission refuses other ids.
+      own_fields: fields that only answers to this benchmark have.
+      judge: how a language model judges answers.
+      reference: how a language model writes reference answers.
+      score_commands: `score` commands with options of their own.
+      commands: other commands of its own, by their words: (`module:function`, what it does).
+
+    Methods that are None here are those that some benchmarks do not have:
+      questions: path -> the questions of a file in the benchmark's own format.
+      score: answers with their labels -> scores.
+      groups: answers with their labels -> those that are scored together, if not each by itself.
+      submission: (lines of answers, the benchmark's own file or None) -> the content of a file to hand in, or of each
+        file of a folder.
     """
 
     name: str
     what: str
-    label_files: str = ""
-    questions: Callable[[str], Iterable[Question]] | None = None
-    suffix: str = ""
-    max_new_tokens: int = 128
-    labels: MakesLabels = by_id
-    score: Callable[[Pairs], Scores] | None = None
-    groups: Callable[[Pairs], Iterable[Group]] | None = None
-    submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
+    label_files = ""
+    suffix = ""
+    max_new_tokens = 128
     fields: Sequence[str] = TEXTS
-    ids: str = ""
+    ids = ""
     own_fields: Sequence[str] = ()
-    recognizes: Callable[[Line], bool] | None = None
     judge: ModelTask | None = None
     reference: ModelTask | None = None
     score_commands: Sequence[ScoreCommand] = ()
-    commands: Mapping[str, tuple[str, str]] | None = None
+    commands: Mapping[str, tuple[str, str]] = {}
 
-    @property
-    def title(self) -> str:
-        return self.what.partition(":")[0]
+    questions: Callable[[str], Iterable[Question]] | None = None
+    score: Callable[[Pairs], Scores] | None = None
+    groups: Callable[[Pairs], Iterable[Group]] | None = None
+    submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """The labels from the entries of label files; by default by question id.
+
+        Args:
+          lines: the answers.
+          asked: the questions, if they are given.
+        """
+        return Labels(unique((entry.id, entry.label, entry.where) for entry in entries))
+
+    def recognizes(self, line: Line) -> bool:
+        """Whether a line looks like an answer to this benchmark. Submissions to others refuse such answers."""
+        return False
 
     def read_labels(
         self, paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question], form: LabelFormat | None = None
     ) -> Labels:
         """The labels in files, for these answers. `form` is the format of the files; by default they tell it."""
         return self.labels([entry for path in paths for entry in read_labels(path, self.name, form)], lines, asked)
+
+    @property
+    def title(self) -> str:
+        return self.what.partition(":")[0]
+
+
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
+
+
+def register(benchmark: type[Benchmark]) -> type[Benchmark]:
+    """Class decorator that adds a benchmark."""
+    BENCHMARKS.add(benchmark())
+    return benchmark
 
 
 def read_prompt(name: str) -> str:
@@ -202,6 +215,3 @@ def by_kind(values: Sequence[tuple[str, float]]) -> Scores:
     """The scores of a benchmark whose questions are of several kinds, from (kind, accuracy of an answer)."""
     accuracy = percent(sum(value for _, value in values), len(values))
     return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
-
-
-BENCHMARKS = Registry(Benchmark, "benchmark")

@@ -40,7 +40,7 @@ class LabelFormat:
     matches: Callable[[str], bool] = lambda path: True
 
 
-LABEL_FORMATS = Registry(LabelFormat, "label format")
+LABEL_FORMATS: Registry[LabelFormat] = Registry("label format")
 
 
 def read_labels(path: str, benchmark: str, form: LabelFormat | None = None) -> Iterable[Any]:

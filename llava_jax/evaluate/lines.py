@@ -9,7 +9,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.files.reading import loads, require_regular, to_utf8
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -46,7 +46,7 @@ def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
 
 def write_lines(path: epath.PathLike, values: Iterable[dict[str, Any]]) -> None:
     """Writes objects to a file atomically."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.writelines(json.dumps(value).encode() + b"\n" for value in values)
 
 

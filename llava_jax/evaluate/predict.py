@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate predict", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:OBJECT of your own")
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")
     add("--images", default="", metavar="DIR", help="the folder of the images")
     add_allow_absolute(parser)

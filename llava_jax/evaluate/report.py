@@ -19,7 +19,7 @@ from llava_jax.evaluate.comparison import Interval, Row, compare_runs, judges, p
 from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_page import MAX_ROWS, draw, page
 from llava_jax.evaluate.tables import aligned
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote, new_local, upload
 
 EPILOG = """examples:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             "report.json": json.dumps(report).encode() + b"\n",
         }
         for name, content in contents.items():
-            with whole_file(output / name) as file:
+            with atomic_file(output / name) as file:
                 file.write(content)
         write_board(output, args.runs, names, rows)
         say(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)

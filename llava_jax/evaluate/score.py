@@ -117,11 +117,11 @@ def _rows(scores: Scores, indent: str = "") -> Iterator[str]:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:OBJECT of your own")
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (below); of mm-vet, the "
         "judge's grades")  # fmt: skip
     add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
-    add("--label-format", metavar="NAME", help="of the labels, as MODULE:OBJECT of your own (default: the files tell "
+    add("--label-format", metavar="NAME", help="of the labels, as MODULE:NAME of your own (default: the files tell "
         "it)")  # fmt: skip
     add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
         "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip

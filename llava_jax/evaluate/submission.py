@@ -11,7 +11,7 @@ from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, qu
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import BENCHMARKS, find, listing
 from llava_jax.evaluate.lines import Line
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 
 EPILOG = f"""examples:
   python -m llava_jax.evaluate submission vqav2 --answers answers.jsonl --output vqav2.json
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{args.answers}: questions without an answer ({counts}) are handed in as such")
     content = benchmark.submission(lines, args.labels)
     if isinstance(content, bytes):
-        with whole_file(args.output) as file:
+        with atomic_file(args.output) as file:
             file.write(content)
     else:
         _write_folder(epath.Path(args.output), content)
@@ -72,14 +72,14 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
         raise UserError(f"{folder}: is there already; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        with whole_file(folder / name) as file:
+        with atomic_file(folder / name) as file:
             file.write(content)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate submission", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:OBJECT of your own")
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
     add("--labels", metavar="F", help="the benchmark's own questions, to which the answers have to belong: textvqa, "
         "mmbench and mme (a folder) need them; of vqav2 and vizwiz those of the whole split")  # fmt: skip

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import track, warn
+from llava_jax.files import writing
 from llava_jax.remote import is_remote, new_local
 
 COPY_BYTES = 16 * 2**20
@@ -100,15 +100,8 @@ def save(name: str, **arrays: np.ndarray) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is at `path` once it is whole, whoever else writes the same; or nowhere."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
-        try:
-            yield file
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    with writing.replacing(epath.Path(path), durable=False) as file:
+        yield file
 
 
 def adopt(file: epath.Path) -> None:

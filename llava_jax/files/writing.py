@@ -1,11 +1,14 @@
-"""Files that are there once they are whole: a crash, a full disk or a second writer leaves the old one or the new."""
+"""Atomic writes: a crash, a full disk or a second writer leaves the old file or the new one, never a part of one."""
 
 import contextlib
+import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import fsspec
 from etils import epath
 
 from llava_jax.cli import UserError
@@ -13,44 +16,90 @@ from llava_jax.remote import is_remote
 
 
 @contextlib.contextmanager
-def whole_file(out: epath.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name, or the place of another, at the end; if that isn't reached, it is gone.
+def atomic_file(out: epath.PathLike) -> Iterator[BinaryIO]:
+    """Yields a file to write that replaces `out` at the end. If an exception ends the block, `out` stays as it was.
 
-    A link stays, and what it points to is replaced. A device or a pipe is written directly.
+    A symbolic link stays, and its target is replaced. A device or a pipe is written directly.
+
+    Raises:
+      UserError: the system refuses to write.
     """
     target = epath.Path(out if is_remote(out) else os.path.realpath(out))
-    if not is_remote(target) and os.path.exists(target) and not os.path.isfile(target):
-        with _said(out), open(target, "wb") as file:  # or an IsADirectoryError
-            yield file
-        return
-    partial = epath.Path(f"{target}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with _said(out):
-            with partial.open("wb") as file:
+    with _as_user_error(out):
+        if not is_remote(target) and os.path.exists(target) and not os.path.isfile(target):
+            with open(target, "wb") as file:  # or an IsADirectoryError
                 yield file
-                if not is_remote(target):
-                    file.flush()
-                    os.fsync(file.fileno())  # before it takes the place of another
-            partial.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            if partial.exists():
-                partial.unlink()
+        else:
+            with replacing(target) as file:
+                yield file
 
 
 @contextlib.contextmanager
-def _said(out: epath.PathLike) -> Iterator[None]:
+def replacing(target: epath.Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """The same for code that handles OSError. `durable`: wait until the content is on the disk before the rename."""
+    with _temporary(f"{target}.{uuid.uuid4().hex[:8]}.partial") as partial:
+        with partial.open("wb") as file:
+            yield file
+            if durable and not is_remote(target):
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(target)
+
+
+@contextlib.contextmanager
+def atomic_path(target: epath.Path) -> Iterator[str]:
+    """The same for code that writes a file by name or at random: yields the name of a local file to write.
+
+    Nothing is replaced if that file does not exist at the end.
+    """
+    directory = tempfile.gettempdir() if is_remote(target) else os.fspath(target.parent)
+    with _temporary(os.path.join(directory, f"{target.name}.{uuid.uuid4().hex}.partial")) as partial:
+        yield os.fspath(partial)
+        if not partial.exists():
+            return
+        if is_remote(target):
+            files, name = fsspec.url_to_fs(os.fspath(target))
+            files.put_file(os.fspath(partial), name)  # an object exists only once all of it is uploaded
+        else:
+            with partial.open("rb") as written:
+                os.fsync(written)
+            partial.replace(target)
+
+
+@contextlib.contextmanager
+def _temporary(name: str) -> Iterator[epath.Path]:
+    """The path of a file that is removed at the end, if it still exists."""
+    path = epath.Path(name)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            if path.exists():
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _as_user_error(out: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def write_json(out: epath.PathLike, value: Any, ensure_ascii: bool = True) -> None:
+    """Writes a value as indented JSON, atomically. Raises as `atomic_file` does."""
+    with atomic_file(out) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=ensure_ascii).encode() + b"\n")
+
+
 @contextlib.contextmanager
-def whole_list(out: epath.PathLike, lines: bool) -> Iterator[Callable[[bytes], None]]:
-    """Such a file of JSON values, one a line or in an array; yields what adds the text of one."""
+def atomic_list(out: epath.PathLike, lines: bool) -> Iterator[Callable[[bytes], None]]:
+    """Writes a list of JSON values as `atomic_file` does: JSONL if `lines`, else an array.
+
+    Yields a function that appends the JSON text of one value.
+    """
     opening, between, closing = (b"", b"\n", b"\n") if lines else (b"[\n", b",\n", b"\n]\n")
-    with whole_file(out) as file:
+    with atomic_file(out) as file:
         separator = opening
 
         def add(value: bytes) -> None:

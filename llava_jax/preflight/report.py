@@ -31,7 +31,7 @@ def report(config: ConfigDict, name: str, memory_fraction: float | None = None) 
     program = build(config, target)
     compiled = compile_program(program, memory_fraction)
     settings, memory = program.settings, compiled.memory
-    parts = step_parts(program)
+    parts = program.training.flops
     result = {
         "target": name,
         "fits": memory.fits,
@@ -158,12 +158,6 @@ def with_rows(config: ConfigDict, name: str, rows: int) -> ConfigDict:
 # ---------------------------------------------------------------------------------------------- what follows from it
 
 
-def step_parts(program: Program) -> dict[str, flops.Part]:
-    """FLOPs of the step by formula, see `flops.step_flops`."""
-    settings = program.settings
-    return flops.step_flops(settings.model, settings.layout, program.trainable, settings.remat)
-
-
 def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
     """The parts of the formula that the HLO hides in kernels: attention, where any kernel is one."""
     fused = any(name.startswith(ATTENTION_KERNELS) for name in account.kernels)
@@ -181,7 +175,7 @@ def ideal_wire(program: Program) -> float | None:
     n, copies = sizes["fsdp"], sizes["data"]
     if sizes["tensor"] > 1:
         return None
-    state, frozen, _ = program.arguments
+    state, frozen, _ = program.training.arguments
     looked_up = program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
     total = 0.0
     for name, leaf in (state.trainable | frozen).items():
@@ -204,12 +198,12 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
     program, account, machine = compiled.program, compiled.account, compiled.program.target.machine
     kernels = sum(
         (part.needed + part.recomputed) * (0.5 if name == "llm attention" else 1.0)
-        for name, part in step_parts(program).items()
+        for name, part in program.training.flops.items()
         if name in hidden_parts(account)
     )
     seconds = {"compute": (account.flops + kernels / program.mesh.size) / machine.flops}
     # State is read and written once, and whole weights are read in the forward and in the backward pass.
-    state, frozen, _ = program.arguments
+    state, frozen, _ = program.training.arguments
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.trainable, frozen)))
     passes = 2 * program.settings.accumulation / sharding.axis_sizes(program.mesh)["tensor"]
     read = weights * program.settings.dtype.itemsize * passes

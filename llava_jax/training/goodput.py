@@ -5,7 +5,6 @@ what the loop waits for the device; what the device does while the host reads da
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -15,7 +14,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, warn
 from llava_jax.files.reading import read_object
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import write_json
 
 Item = TypeVar("Item")
 
@@ -87,8 +86,7 @@ class Goodput:
         if self.file is None or jax.process_index() != 0:
             return
         try:
-            with whole_file(self.file) as file:
-                file.write(json.dumps(self.account(), indent=2).encode() + b"\n")
+            write_json(self.file, self.account())
         except Exception as error:  # of whichever client; it is no part of the training
             warn(f"{self.file}: cannot be written now: {error}")
 

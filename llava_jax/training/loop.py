@@ -8,13 +8,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax import cli, remote
@@ -38,42 +37,50 @@ from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import Params
 from llava_jax.parallel import compilation_cache, distributed, sharding
 from llava_jax.parallel.hardware import peak_flops
-from llava_jax.training import config_check, flops, optim, tracking
+from llava_jax.training import builder, config_check, flops, optim, tracking
 from llava_jax.training.bad_samples import BadSamples, check_texts
 from llava_jax.training.goodput import Goodput
 from llava_jax.training.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen
 from llava_jax.training.profiling import Profile
 from llava_jax.training.signals import catch_signals
-from llava_jax.training.step import (
-    TrainState,
-    abstract_placed,
-    abstract_state,
-    eval_step,
-    frozen_dtype,
-    init_state,
-    jit_step,
-    step_settings,
-)
+from llava_jax.training.step import TrainState
 from llava_jax.training.summary import introduce, show_first_sample, warn_of_moved_images
 from llava_jax.training.workdir import claim, fingerprint, resumes, set_aside, start_step
 
+# Called with (step, metrics).
+Callback = Callable[[int, Mapping[str, float]], None]
 
-def train(config: ConfigDict, workdir: str, resume_from: int | None = None) -> None:
+
+def train(
+    config: ConfigDict, workdir: str, resume_from: int | None = None, *, callbacks: Sequence[Callback] = ()
+) -> None:
     """Trains one stage; called again with the same configuration and workdir it resumes.
 
-    It resumes from the newest step or from `resume_from`. Raises UserError for what the user can mend, before the first
-    step wherever possible, and where another process trains in that workdir.
+    Args:
+      config: a recipe's configuration, see configs/common.py.
+      workdir: a directory, local or remote, for checkpoints, metrics and logs.
+      resume_from: the step to resume from; by default the newest one.
+      callbacks: each is called on process 0 with a step and its metrics: for every logged step, once its loss is known
+        to be finite, and for every validation loss and benchmark score.
+
+    Raises UserError for what the user can mend, before the first step wherever possible, and where another process
+    trains in that workdir.
     """
     goodput = Goodput()
     config_check.check(config)
     directory = epath.Path(workdir)
     with hold(directory) if distributed.is_first() else contextlib.nullcontext(lambda: None) as check:
         distributed.barrier("lock")
-        _train(config, directory, resume_from, goodput, check)
+        _train(config, directory, resume_from, goodput, check, callbacks)
 
 
 def _train(
-    config: ConfigDict, directory: epath.Path, resume_from: int | None, goodput: Goodput, check: Callable[[], None]
+    config: ConfigDict,
+    directory: epath.Path,
+    resume_from: int | None,
+    goodput: Goodput,
+    check: Callable[[], None],
+    callbacks: Sequence[Callback],
 ) -> None:
     """The same within the lock of the workdir; `check` raises UserError once that is lost."""
     compilation_cache.use(config.compilation_cache)
@@ -99,8 +106,6 @@ def _train(
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
             "which is not supported: train stage 2, or start from a model without them"
         )
-    trainable_names = optim.trainable_names(source.abstract(), config.stage)
-    frozen_names = [name for name in source.abstract() if name not in set(trainable_names)]
 
     # ---- Data: every error in the text, the order and the shapes are known from here on
     skip_bad = config.data.on_bad_sample == "skip"
@@ -139,7 +144,7 @@ def _train(
     )
     asked = Evaluation(config, model, encode.tokenizer, template) if config.evaluate.benchmark else None
     decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
-    settings = step_settings(config, model, layout, mesh)
+    program = builder.build(config, model, layout, mesh, steps, source.abstract())
     groups = sharding.local_groups(mesh, layout.groups)  # each process reads what its own devices take
     batches = Batches(samples, encode, decode, order, layout, groups, skip_bad)
     validation_batches = Batches(samples, encode, decode, validation, layout, groups, skip_bad)
@@ -148,26 +153,22 @@ def _train(
     first = distributed.is_first()  # writes all that is written once
     if first:
         claim(directory, config, fingerprint(samples, lengths))
-        description = source.description if resumed else _describe(directory, source, model, config, frozen_names)
+        description = source.description if resumed else _describe(directory, source, model, config, program.frozen)
     distributed.barrier("workdir")
     if not first:
         description = _read_shared_description(directory)
 
     # ---- Parameters and optimizer
-    optimizer = optim.make_optimizer(config, trainable_names, steps)
     checkpoints = TrainingCheckpoints(directory, description, config.keep)
     _require_common(directory, start)
-    shapes = source.abstract()
-    sharding.check_replicated(mesh, shapes)
-    loaded = frozen_dtype(config, jax.default_backend())
-    frozen = _load(source, {name: loaded(name, shapes[name].dtype) for name in frozen_names}, mesh)
+    frozen = _load(source, program.frozen)
     if start is None:
-        state = init_state(optimizer, _load(source, dict.fromkeys(trainable_names, jnp.float32), mesh), mesh)
+        state = program.init_state(_load(source, program.state.trainable))
         # A full disk or a wrong path fails now, not after a day.
         with goodput.measure("checkpoint"):
             checkpoints.save(0, state.trainable, state.optimizer, wait=True)
     else:
-        state = _restore(checkpoints, start, abstract_state(optimizer, shapes, trainable_names, mesh))
+        state = _restore(checkpoints, start, program.state)
         if first and start == resume_from:
             set_aside(directory, start)  # only now that it could be read
         distributed.barrier("set aside")
@@ -175,26 +176,30 @@ def _train(
     start = start or 0
     if first:
         sources = needed(directory, description)
-        introduce(config, directory, mesh, settings, steps, order, lengths, state, frozen, start, sources)
+        introduce(config, directory, mesh, program.settings, steps, order, lengths, state, frozen, start, sources)
         warn_of_moved_images(samples, lengths, config.image_position)
         show_first_sample(samples[next(index for index in order.visits(0) if lengths.tokens[index])], encode)
 
     # ---- The loop
-    step_fn = jit_step(settings, optimizer, state)
-    eval_fn = jax.jit(functools.partial(eval_step, settings))
+    eval_fn = program.evaluation()
     put = functools.partial(sharding.put_batch, mesh, layout.groups)
     rates = optim.schedules(config, steps)
     profile = Profile(directory, config.profile.start, config.profile.steps)
     goodput.open(directory, start)
     signals = distributed.Ballot(mesh)
     peak = peak_flops(jax.devices()[0].device_kind)  # None on CPUs
-    step_flops = flops.step_flops(model, layout, flops.trainable_parts(trainable_names), config.remat)
+    step_flops = program.flops
     writer = MetricsWriter(directory, start, tracking.start(config, directory), check) if first else None
     screen = Screen(start, steps) if first else None
     bad = BadSamples(order, lengths, config.data.max_bad_share, start, _bad_pictures(writer))
     if first and start == 0 and skip_bad:
         bad.tell(bad.of_texts(samples, encode), writer, screen)
     began, clock = time.monotonic(), goodput.step_seconds()
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        writer.write(step, values)
+        for callback in callbacks:
+            callback(step, dict(values))
 
     def report(step: int, metrics: dict[str, jax.Array], counts: dict[str, float]) -> None:
         """Waits for a step's metrics, checks and writes them."""
@@ -223,7 +228,7 @@ def _train(
             values |= {f"mfu_{convention}": value for convention, value in mfu.items()}
         screen.show(step, values)
         if step % config.log_every == 0 or step == steps:
-            writer.write(step, values)
+            write(step, values)
 
     @goodput.measure("evaluation")
     def validate(step: int) -> None:
@@ -235,15 +240,15 @@ def _train(
         tell_bad(f"validation {step}")
         loss = total / max(count, 1)  # all of them may be skipped
         if first:
-            writer.write(step, {"validation_loss": loss})
+            write(step, {"validation_loss": loss})
             screen.say(f"step {step}: validation loss {loss:.4f}")
 
     @goodput.measure("evaluation")
     def ask(step: int) -> None:
         """Has the model of this step answer a benchmark."""
-        scores = asked.run(step, state.trainable | frozen, settings.dtype, directory)
+        scores = asked.run(step, state.trainable | frozen, program.settings.dtype, directory)
         if first:
-            writer.write(step, scores)
+            write(step, scores)
             screen.say(f"step {step}: " + "  ".join(f"{name} {score:g}" for name, score in scores.items()))
 
     def due(step: int) -> tuple[bool, bool]:
@@ -284,7 +289,7 @@ def _train(
         for step, (batch, found) in enumerate(read_ahead, start + 1):
             if step == start + 1:
                 with goodput.measure("compile"):
-                    step_fn = step_fn.lower(state, frozen, put(batch)).compile()
+                    step_fn = program.lower().compile()
             with goodput.measure("profile"):
                 profile.begin(step)
             with profile.step(step):
@@ -385,10 +390,9 @@ def _require_common(directory: epath.Path, start: int | None) -> None:
         )
 
 
-def _load(source: Checkpoint, dtypes: Mapping[str, jnp.dtype], mesh: Mesh) -> Params:
-    """Parameters of a checkpoint in these types, by name, each read where it will lie."""
-    places = abstract_placed(dtypes, source.abstract(), mesh)
-    return source.load(dtypes, lambda name, stored: dtypes[name], lambda name: places[name].sharding)
+def _load(source: Checkpoint, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Parameters of a checkpoint, each in the type and with the sharding of its entry in `like`."""
+    return source.load(like, lambda name, stored: like[name].dtype, lambda name: like[name].sharding)
 
 
 def _restore(checkpoints: TrainingCheckpoints, step: int, like: TrainState) -> TrainState:
@@ -431,14 +435,14 @@ def _template(config: ConfigDict, source: Checkpoint) -> Template:
 
 
 def _describe(
-    directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen_names: list[str]
+    directory: epath.Path, source: Checkpoint, model: LlavaConfig, config: ConfigDict, frozen: Iterable[str]
 ) -> Description:
     """Writes the description of a new run, and its tokenizer."""
     description = Description(
         model=model,
         template=config.template,
         hf=source.description.hf,
-        sources=source.sources_of(frozen_names, directory),
+        sources=source.sources_of(list(frozen), directory),
         stage=config.stage,
     )
     copy_tokenizer(source.tokenizer_dir, directory / "tokenizer")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left, warn
 from llava_jax.files.reading import loads, require_regular
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote, new_local, upload
 
 METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
@@ -109,7 +109,7 @@ def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
         say(f"{source}: dropped {damaged} damaged line{'s' * (damaged > 1)}, as a crash leaves them", file=sys.stderr)
     kept = b"".join(line + b"\n" for step, line in steps if last and step <= last)
     if kept != data or target != source:
-        with whole_file(target) as file:
+        with atomic_file(target) as file:
             file.write(kept)
 
 

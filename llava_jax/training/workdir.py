@@ -17,7 +17,7 @@ from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Source
 from llava_jax.files.lock import entries
 from llava_jax.files.reading import read_json, read_object, require_regular
-from llava_jax.files.writing import whole_file
+from llava_jax.files.writing import write_json
 from llava_jax.training.metrics import BAD_SAMPLES, METRICS, step_of
 
 # What may differ when a run is resumed, since it cannot change the mathematics.
@@ -63,8 +63,7 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
     else:
         _remove_leftovers(workdir)
     for name, values in files.items():
-        with whole_file(workdir / name) as file:
-            file.write(json.dumps(values, indent=2).encode() + b"\n")
+        write_json(workdir / name, values)
 
 
 def resumes(workdir: epath.Path) -> bool:

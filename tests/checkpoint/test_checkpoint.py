@@ -253,7 +253,7 @@ def test_a_place_that_only_a_file_names_is_not_contacted(path, tmp_path, model_d
     step = dataclasses.replace(step, description=dataclasses.replace(step.description, sources=(source,)))
     exists = type(workdir).exists
     monkeypatch.setattr(type(workdir), "exists", lambda self: exists(self) and "//" not in str(self))
-    monkeypatch.setattr("llava_jax.checkpoint.open_checkpoint", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr("llava_jax.checkpoint.reading.open_checkpoint", lambda path: pytest.fail(f"opened {path}"))
     with pytest.raises(UserError, match=f"names and you did not.*convert copy-frozen .*--source {path}$"):
         step.parts  # noqa: B018  # opens its sources
     with pytest.raises(UserError, match="names and you did not"):

@@ -243,7 +243,7 @@ def test_system_prompts_and_names_in_another_unicode_form(tmp_path):
     built = Built(run((tmp_path / "data.json", tmp_path / "images"), tmp_path / "set"))
     assert list(built) == list(source) == list(LlavaJson(tmp_path / "set" / "text.jsonl"))
     assert built[0].turns[0] == ("system", "Be brief.")
-    assert built.read_pictures(0, 1) == source.read_pictures(0, 1)
+    assert built.read_images(0, source[0].images) == source.read_images(0, source[0].images)
 
 
 @pytest.mark.parametrize("name", tiny.OUTSIDE)
@@ -278,4 +278,4 @@ def test_absolute_names_are_built_by_an_option(data, tmp_path):
     with pytest.raises(UserError, match="sample s3: .*--allow-absolute-images"):
         run((tmp_path / "data.json", data[1]), tmp_path / "set")
     built = Built(run((tmp_path / "data.json", data[1]), tmp_path / "set", "--allow-absolute-images"))
-    assert built.read_pictures(3, 1) == [(data[1] / "c.jpg").read_bytes()]
+    assert built.read_images(3, built[3].images) == [(data[1] / "c.jpg").read_bytes()]

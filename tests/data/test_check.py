@@ -327,7 +327,7 @@ def test_names_and_files_of_other_systems(tmp_path, images, encoding, form):
     data.write_text(json.dumps([sample("a", "<image>\n\u56fe?", image="caf\u00e9.png")], ensure_ascii=False), encoding)
     arguments = ["--json", str(data), "--images", str(images)]
     assert main(arguments) == main(arguments) == 0  # the second finds it in the cache
-    assert LlavaJson(data, images).read_pictures(0, 1)[0].startswith(b"\x89PNG")
+    assert LlavaJson(data, images).read_images(0, ["caf\u00e9.png"])[0].startswith(b"\x89PNG")
 
 
 def test_a_template_without_a_system_prompt_says_so(tmp_path, images, capsys, bare_llama_dir):

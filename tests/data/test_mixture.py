@@ -40,8 +40,8 @@ def test_a_mixture_is_its_sets_one_after_the_other(sets):
     assert both[12].id == both[-5].id == "other-0" and both.weights == (1.0, 0.5)
     for index in (0, 3, 11, 12, 16):
         source, place = (alone[0], index) if index < 12 else (alone[1], index - 12)
-        count = len(both[index].images)
-        assert both.read_pictures(index, count) == source.read_pictures(place, count)
+        names = both[index].images
+        assert both.read_images(index, names) == source.read_images(place, names)
     digests = {both.digest, alone[0].digest, open_data(config(mixture=sets[::-1])).digest}
     assert len(digests) == 3 and open_data(config(mixture=sets)).digest == both.digest
 

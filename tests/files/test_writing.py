@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
-from llava_jax.files.writing import whole_file, whole_list
+from llava_jax.files.writing import atomic_file, atomic_list
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path_factory, before, after, room
         out.write_bytes(before)
     written = False
     try:
-        with disk_of(room), whole_file(out) as file:
+        with disk_of(room), atomic_file(out) as file:
             file.write(after)
         written = True
     except UserError as error:
@@ -46,14 +46,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path_factory, before, after, room
 
 def test_two_who_write_the_same_file_leave_that_of_one(tmp_path):
     out = tmp_path / "out"
-    with whole_file(out) as first, whole_file(out) as second:
+    with atomic_file(out) as first, atomic_file(out) as second:
         first.write(b"first" * 1000)
         second.write(b"second")
     assert out.read_bytes() == b"first" * 1000 and list(tmp_path.iterdir()) == [out]
 
     def write(text: bytes) -> None:
         for _ in range(50):
-            with whole_list(out, lines=True) as add:
+            with atomic_list(out, lines=True) as add:
                 for _ in range(20):
                     add(text)
 
@@ -69,16 +69,16 @@ def test_links_stay_and_a_pipe_is_written_directly(tmp_path):
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)
-    with whole_file(link) as file:
+    with atomic_file(link) as file:
         file.write(b"new")
     assert link.is_symlink() and target.read_text() == "new"
     os.mkfifo(pipe)
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append(Path(pipe).read_bytes()))
     reader.start()
-    with whole_file(pipe) as file:
+    with atomic_file(pipe) as file:
         file.write(b"through")
     reader.join()
     assert read == [b"through"] and pipe.is_fifo()
-    with pytest.raises(UserError, match="Is a directory"), whole_file(tmp_path):
+    with pytest.raises(UserError, match="Is a directory"), atomic_file(tmp_path):
         pass

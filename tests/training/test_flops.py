@@ -32,7 +32,7 @@ def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkey
     config.mesh.fsdp = jax.device_count()
     program = compile.build(config, targets.parse("cpu"))
     compiled = compile.compile_program(program)
-    parts = flops.step_flops(program.settings.model, program.settings.layout, program.trainable, remat)
+    parts = program.training.flops
     assert compiled.account.flops * program.mesh.size == pytest.approx(flops.executed_flops(parts), rel=0.01)
     assert compiled.memory.fits and not compiled.reason
 

@@ -1,32 +1,19 @@
-"""The benchmarks by name. Each module registers one or several; read `pope.py` first.
+"""The benchmarks by name. Each module here may register some, when this package is imported; read `pope.py` first.
 
 `docs/extending.md` shows a benchmark in a module of your own.
 """
 
-from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark
-from llava_jax.evaluate.benchmarks import (
-    easy_vqa,
-    exact,
-    llava_bench,
-    mm_vet,
-    mmbench,
-    mme,
-    pope,
-    scienceqa,
-    scienceqa_ensemble,
-    seed,
-    textvqa,
-    vqa,
-)
+import importlib
+import pkgutil
 
-__all__ = ["BENCHMARKS", "Benchmark", "find", "listing"]
-MODULES = (
-    easy_vqa, exact, llava_bench, mm_vet, mmbench, mme, pope, scienceqa, scienceqa_ensemble, seed, textvqa, vqa,
-)  # fmt: skip
+from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 
 def find(name: str, has: str) -> Benchmark:
-    """The benchmark with this name, or of `MODULE:OBJECT`. Raises `UserError` if it lacks the attribute `has`."""
+    """The benchmark with this name, or `MODULE:NAME`. Raises `UserError` unless it has the attribute `has`."""
     return BENCHMARKS.find(name, lambda benchmark: getattr(benchmark, has) is not None)
 
 

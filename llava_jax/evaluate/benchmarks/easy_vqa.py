@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate.answers import Answer
-from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark, by_kind
+from llava_jax.evaluate.benchmark import Benchmark, by_kind, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat
 from llava_jax.evaluate.questions import unmarked
 
@@ -28,11 +28,6 @@ def kind(question: str, answer: str) -> str:
     return f"is it that {'shape' if any(shape in question for shape in SHAPES) else 'colour'}"
 
 
-def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """The share of answers that equal the label."""
-    return by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])
-
-
 def read(path: str) -> Iterator[Entry]:
     for sample in LlavaJson(path):
         turns = [text for role, text in sample.turns if role != "system"]
@@ -42,5 +37,14 @@ def read(path: str) -> Iterator[Entry]:
         yield Entry(sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}")
 
 
-LABEL_FORMATS.register(LabelFormat("easy-vqa", "the LLaVA JSON of `examples.easy_vqa.data`", ("easy-vqa",), read))
-EASY_VQA = BENCHMARKS.register(Benchmark("easy-vqa", "easy-VQA: exact answers", max_new_tokens=8, score=score))
+LABEL_FORMATS.add(LabelFormat("easy-vqa", "the LLaVA JSON of `examples.easy_vqa.data`", ("easy-vqa",), read))
+
+
+@register
+class EasyVqa(Benchmark):
+    name, what = "easy-vqa", "easy-VQA: exact answers"
+    max_new_tokens = 8
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """The share of answers that equal the label."""
+        return by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])

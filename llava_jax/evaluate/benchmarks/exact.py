@@ -13,7 +13,7 @@ from llava_jax.cli import UserError
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
 from llava_jax.evaluate.answers import IDS, Answer, percent, percent_by, question_id
-from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark, Labels
+from llava_jax.evaluate.benchmark import Benchmark, Labels, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, unmarked
@@ -34,34 +34,6 @@ class Label(NamedTuple):
 def normal(text: str) -> str:
     """The text that is compared: without case, full stops at the end, leading, trailing and repeated white space."""
     return " ".join(text.split()).rstrip(" .").casefold()
-
-
-def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """The share of answers that equal one of the right answers once both are `normal`."""
-    right = [(label.category, answer.read(normal, "") in map(normal, label.answers)) for answer, label in pairs]
-    named = percent_by(sorted(item for item in right if item[0]))
-    accuracy = {"accuracy": percent(sum(value for _, value in right), len(right))}
-    return accuracy | ({"by_category": named} if named else {}) | {"total": len(pairs)}
-
-
-def labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """By question id. Questions with the same id are told apart by their text, which an answer has in `prompt`."""
-    texts: dict[str, set[str]] = defaultdict(set)
-    for entry in entries:
-        texts[entry.id].add(entry.question)
-
-    def key(ident: str, asked: str) -> str:
-        return f"{ident}: {asked}" if len(texts[ident]) > 1 else ident
-
-    def of_answer(line: Line) -> str:
-        ident = question_id(line)
-        if len(texts.get(ident, ())) < 2:
-            return ident
-        prompt = line.text("prompt")
-        known = [text for text in texts[ident] if prompt == text or prompt.startswith(f"{text}\n")]
-        return key(ident, max(known, key=len, default=prompt))
-
-    return Labels(unique((key(entry.id, entry.question), entry.label, entry.where) for entry in entries), of_answer)
 
 
 def read_table(path: str) -> Iterator[Entry]:
@@ -109,10 +81,40 @@ def _category(line: Line) -> str:
     return "" if category is None else str(category)
 
 
-LABEL_FORMATS.register(LabelFormat(
+LABEL_FORMATS.add(LabelFormat(
     "records", "LLaVA JSON, or objects of `question_id` and `answer`", ("exact",), read_records
 ))  # fmt: skip
-LABEL_FORMATS.register(LabelFormat(
+LABEL_FORMATS.add(LabelFormat(
     "table", "a table (TSV, XLSX) with these columns", ("exact",), read_table, matches=is_sheet
 ))  # fmt: skip
-EXACT = BENCHMARKS.register(Benchmark("exact", "your own questions: exact answers", labels=labels, score=score))
+
+
+@register
+class Exact(Benchmark):
+    name, what = "exact", "your own questions: exact answers"
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """By question id. Questions with the same id are told apart by their text, which an answer has in `prompt`."""
+        texts: dict[str, set[str]] = defaultdict(set)
+        for entry in entries:
+            texts[entry.id].add(entry.question)
+
+        def key(ident: str, asked: str) -> str:
+            return f"{ident}: {asked}" if len(texts[ident]) > 1 else ident
+
+        def of_answer(line: Line) -> str:
+            ident = question_id(line)
+            if len(texts.get(ident, ())) < 2:
+                return ident
+            prompt = line.text("prompt")
+            known = [text for text in texts[ident] if prompt == text or prompt.startswith(f"{text}\n")]
+            return key(ident, max(known, key=len, default=prompt))
+
+        return Labels(unique((key(entry.id, entry.question), entry.label, entry.where) for entry in entries), of_answer)
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """The share of answers that equal one of the right answers once both are `normal`."""
+        right = [(label.category, answer.read(normal, "") in map(normal, label.answers)) for answer, label in pairs]
+        named = percent_by(sorted(item for item in right if item[0]))
+        accuracy = {"accuracy": percent(sum(value for _, value in right), len(right))}
+        return accuracy | ({"by_category": named} if named else {}) | {"total": len(pairs)}

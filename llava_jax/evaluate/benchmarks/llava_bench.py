@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError, warn
-from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark, ScoreCommand
+from llava_jax.evaluate.benchmark import Benchmark, ScoreCommand, register
 from llava_jax.evaluate.benchmarks.llava_bench_files import read_by_id
 from llava_jax.evaluate.benchmarks.llava_bench_judge import JUDGE, REFERENCE
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import FAILED, Review, outcomes, read_reviews
@@ -194,7 +194,12 @@ the first three are then means over the files, and `std` is the (sample) standar
     table=table,
     to_json=to_json,
 )
-LLAVA_BENCH = BENCHMARKS.register(Benchmark(
-    "llava-bench", SCORE.what, label_files="reviews by a judge", max_new_tokens=1024, judge=JUDGE, reference=REFERENCE,
-    score_commands=(SCORE,),
-))  # fmt: skip
+
+
+@register
+class LlavaBench(Benchmark):
+    name, what = "llava-bench", SCORE.what
+    label_files = "reviews by a judge"
+    max_new_tokens = 1024
+    judge, reference = JUDGE, REFERENCE
+    score_commands = (SCORE,)

@@ -19,7 +19,7 @@ from llava_jax.evaluate.answers import (
     percent_by,
     refuse_questions,
 )
-from llava_jax.evaluate.benchmark import BENCHMARKS, Benchmark, Case, Labels, ModelTask, Prompts, read_prompt
+from llava_jax.evaluate.benchmark import Benchmark, Case, Labels, ModelTask, Prompts, read_prompt, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
@@ -61,39 +61,7 @@ def grade(answer: Answer) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Mean grades in percent, of all answers and by capability. No answer has grade 0; `failed` judgements without a
-    grade are left out."""
-    grades = [(0.0 if answer.absent else grade(answer), label) for answer, label in pairs]
-    known = [value for value, _ in grades if value is not None]
-    taken = ((name, value) for value, label in grades if value is not None for name in label.capabilities)
-    return {
-        "score": percent(sum(known), len(known)),
-        "by_capability": dict(sorted(percent_by(taken).items())),
-        "total": len(known),
-        "failed": len(grades) - len(known),
-    }
-
-
 # ------------------------------------------------------------------------------------------------- labels and questions
-
-
-def labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """Raises `UserError` if `lines` are answers that are not graded yet, or if no judgement has a grade."""
-    for line in lines:
-        if isinstance(line.value.get("text"), str | None) and not any(name in line.value for name in GRADES):
-            raise UserError(
-                f"{line.where}: has no grade: first have the answers graded by `judge mm-vet --output grades.jsonl`, "
-                "then score grades.jsonl"
-            )
-    answers = [answer_of(line, (*GRADES, "text")) for line in lines]
-    if answers and all(grade(answer) is None and not answer.absent for answer in answers):
-        raise UserError(f"{lines[0].where}: has no grade, nor has any other of the {len(lines)} judgements")
-    found = unique(
-        (entry.id, Label(tuple(map(str, field(entry.label, "capability", entry.where, list)))), entry.where)
-        for entry in entries
-    )
-    return Labels(found, key)
 
 
 def key(line: Line) -> str:
@@ -105,21 +73,6 @@ def read(path: str) -> Iterator[Entry]:
     """The entries of mm-vet.json; ids lose their prefix."""
     for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):
         yield Entry(ident.removeprefix(PREFIX), entry, where)
-
-
-def questions(path: str) -> Iterator[Question]:
-    for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):
-        yield Question(ident, field(entry, "question", where), (field(entry, "imagename", where),))
-
-
-def submission(lines: Sequence[Line], own: str | None) -> bytes:
-    """The file that MM-Vet's grader reads."""
-    answers = by_key(lines, key)
-    if own:
-        asked = (str(question.id).removeprefix(PREFIX) for question in read_questions([own], "", questions))
-        check_asked(answers, dict.fromkeys(asked), own)
-    texts = {f"{PREFIX}{ident}": answer.text or "" for ident, answer in answers.items()}
-    return json.dumps(texts, indent=2).encode() + b"\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -186,8 +139,56 @@ instructions than the benchmark's own are not comparable with published ones."""
     max_tokens=16,
 )
 
-LABEL_FORMATS.register(LabelFormat("mm-vet", "`mm-vet.json`", ("mm-vet",), read))
-MM_VET = BENCHMARKS.register(Benchmark(
-    "mm-vet", "MM-Vet: grades by a judge, by capability", questions=questions, max_new_tokens=1024, labels=labels,
-    score=score, submission=submission, fields=(*GRADES, "text"), ids=r"(v1_)?\d{1,3}", judge=JUDGE,
-))  # fmt: skip
+LABEL_FORMATS.add(LabelFormat("mm-vet", "`mm-vet.json`", ("mm-vet",), read))
+
+
+@register
+class MmVet(Benchmark):
+    name, what = "mm-vet", "MM-Vet: grades by a judge, by capability"
+    max_new_tokens = 1024
+    fields = (*GRADES, "text")
+    ids = r"(v1_)?\d{1,3}"
+    judge = JUDGE
+
+    def questions(self, path: str) -> Iterator[Question]:
+        for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):
+            yield Question(ident, field(entry, "question", where), (field(entry, "imagename", where),))
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """Raises `UserError` if `lines` are answers that are not graded yet, or if no judgement has a grade."""
+        for line in lines:
+            if isinstance(line.value.get("text"), str | None) and not any(name in line.value for name in GRADES):
+                raise UserError(
+                    f"{line.where}: has no grade: first have the answers graded by `judge mm-vet --output grades.jsonl`"
+                    ", then score grades.jsonl"
+                )
+        answers = [answer_of(line, (*GRADES, "text")) for line in lines]
+        if answers and all(grade(answer) is None and not answer.absent for answer in answers):
+            raise UserError(f"{lines[0].where}: has no grade, nor has any other of the {len(lines)} judgements")
+        found = unique(
+            (entry.id, Label(tuple(map(str, field(entry.label, "capability", entry.where, list)))), entry.where)
+            for entry in entries
+        )
+        return Labels(found, key)
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """Mean grades in percent, of all answers and by capability. An absent answer has grade 0; `failed` judgements,
+        which have no grade, are left out."""
+        grades = [(0.0 if answer.absent else grade(answer), label) for answer, label in pairs]
+        known = [value for value, _ in grades if value is not None]
+        taken = ((name, value) for value, label in grades if value is not None for name in label.capabilities)
+        return {
+            "score": percent(sum(known), len(known)),
+            "by_capability": dict(sorted(percent_by(taken).items())),
+            "total": len(known),
+            "failed": len(grades) - len(known),
+        }
+
+    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+        """The file that MM-Vet's grader reads."""
+        answers = by_key(lines, key)
+        if own:
+            asked = (str(question.id).removeprefix(PREFIX) for question in read_questions([own], "", self.questions))
+            check_asked(answers, dict.fromkeys(asked), own)
+        texts = {f"{PREFIX}{ident}": answer.text or "" for ident, answer in answers.items()}
+        return json.dumps(texts, indent=2).encode() + b"\n"

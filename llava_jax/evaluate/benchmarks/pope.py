@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, percent, question_id
-from llava_jax.evaluate.benchmark import BENCHMARKS, SHORT, Benchmark, Labels
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
@@ -41,20 +41,6 @@ def says_yes(text: str) -> bool:
     return not says_no(text)
 
 
-def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """In percent, by sampling and averaged over the samplings. The published number is the average F1."""
-    categories: dict[str, list[tuple[bool | None, bool]]] = {}
-    for answer, label in pairs:
-        categories.setdefault(label.category, []).append((answer.read(says_yes, None), label.present))
-    shares = {category: _shares(answers) for category, answers in sorted(categories.items())}
-    means = {name: _mean([share[name] for share in shares.values()]) for name in SHARES}
-    by_category = {
-        category: {name: _percent(share[name]) for name in SHARES} | {"total": len(categories[category])}
-        for category, share in shares.items()
-    }
-    return {name: _percent(mean) for name, mean in means.items()} | {"by_category": by_category, "total": len(pairs)}
-
-
 def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
     """The shares of (said yes, is present); None if nothing is counted. No answer (None) is wrong, but not a yes."""
     right = sum(said == present for said, present in answers)
@@ -76,12 +62,6 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else percent(share, 1)
 
 
-def asks_pope(line: Line) -> bool:
-    """Whether a line looks like an answer to a question of POPE, by its category or its prompt."""
-    prompt = str(line.value.get("prompt", "")).replace(SHORT, "").strip()
-    return line.value.get("category") in SAMPLINGS or bool(ASKS.fullmatch(prompt))
-
-
 class Entry(NamedTuple):
     """A line of a label file."""
 
@@ -89,30 +69,6 @@ class Entry(NamedTuple):
     key: str
     label: Label
     where: str
-
-
-def labels(entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    """By sampling, image and object. Raises `UserError` if an answer may be to several samplings."""
-    samplings = {entry.label.category for entry in entries}
-    only = samplings.pop() if len(samplings) == 1 else ""
-    if asked:
-        placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
-        index = {(category, str(q.id)): _key(category, q.images, q.text) for category, q in placed}
-    else:
-        index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
-    categories: dict[str, list[str]] = {}
-    for category, ident in index:
-        categories.setdefault(ident, []).append(category)
-
-    def key(line: Line) -> str:
-        ident = question_id(line)
-        known = categories.get(ident, [])
-        if "category" not in line.value and len(known) > 1:
-            raise UserError(f"{line.where}: question {ident} may be of {' or '.join(known)}: give --questions")
-        category = _category(str(line.value.get("category", known[0] if known else only)))
-        return index.get((category, ident), f"{ident} {category}".strip())
-
-    return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
 
 
 def read(path: str) -> Iterator[Entry]:
@@ -137,7 +93,54 @@ def _category(path: str) -> str:
     return PurePath(path).stem.removeprefix(PREFIX)
 
 
-LABEL_FORMATS.register(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
-POPE = BENCHMARKS.register(Benchmark(
-    "pope", "POPE: F1 of yes, over three samplings", suffix=SHORT, labels=labels, score=score, recognizes=asks_pope
-))  # fmt: skip
+LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
+
+
+@register
+class Pope(Benchmark):
+    name, what = "pope", "POPE: F1 of yes, over three samplings"
+    suffix = SHORT
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """By sampling, image and object. Raises `UserError` if an answer may be to several samplings."""
+        samplings = {entry.label.category for entry in entries}
+        only = samplings.pop() if len(samplings) == 1 else ""
+        if asked:
+            placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
+            index = {(category, str(q.id)): _key(category, q.images, q.text) for category, q in placed}
+        else:
+            index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
+        categories: dict[str, list[str]] = {}
+        for category, ident in index:
+            categories.setdefault(ident, []).append(category)
+
+        def key(line: Line) -> str:
+            ident = question_id(line)
+            known = categories.get(ident, [])
+            if "category" not in line.value and len(known) > 1:
+                raise UserError(f"{line.where}: question {ident} may be of {' or '.join(known)}: give --questions")
+            category = _category(str(line.value.get("category", known[0] if known else only)))
+            return index.get((category, ident), f"{ident} {category}".strip())
+
+        return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """In percent, by sampling and averaged over the samplings. The published number is the average F1."""
+        categories: dict[str, list[tuple[bool | None, bool]]] = {}
+        for answer, label in pairs:
+            categories.setdefault(label.category, []).append((answer.read(says_yes, None), label.present))
+        shares = {category: _shares(answers) for category, answers in sorted(categories.items())}
+        means = {name: _mean([share[name] for share in shares.values()]) for name in SHARES}
+        by_category = {
+            category: {name: _percent(share[name]) for name in SHARES} | {"total": len(categories[category])}
+            for category, share in shares.items()
+        }
+        return {name: _percent(mean) for name, mean in means.items()} | {
+            "by_category": by_category,
+            "total": len(pairs),
+        }
+
+    def recognizes(self, line: Line) -> bool:
+        """Whether a line looks like an answer to a question of POPE, by its category or its prompt."""
+        prompt = str(line.value.get("prompt", "")).replace(SHORT, "").strip()
+        return line.value.get("category") in SAMPLINGS or bool(ASKS.fullmatch(prompt))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_jax.evaluate.answers import count_absent, join
-from llava_jax.evaluate.benchmark import BENCHMARKS, LETTER, Benchmark, ScoreCommand
+from llava_jax.evaluate.benchmark import LETTER, Benchmark, ScoreCommand, register
 from llava_jax.evaluate.benchmarks.scienceqa_ensemble import JUDGE, SCORE_ENSEMBLE
 from llava_jax.evaluate.benchmarks.scienceqa_scores import (
     STORED,
@@ -55,9 +55,19 @@ Options are read as in the original: the text is a letter, begins with `X. `, or
     score=score_results,
     table=table,
 )
-SCIENCEQA = BENCHMARKS.register(Benchmark(
-    "scienceqa", "ScienceQA: accuracy in the nine columns of the paper",
-    label_files="`problems.json`, `pid_splits.json`", suffix=LETTER, max_new_tokens=1024, judge=JUDGE, score_commands=(SCORE, SCORE_ENSEMBLE),
-    commands={"questions scienceqa": ("llava_jax.evaluate.benchmarks.scienceqa_questions",
-                                      "problems to LLaVA JSON: training data and questions")},
-))  # fmt: skip
+
+
+@register
+class ScienceQa(Benchmark):
+    name, what = "scienceqa", "ScienceQA: accuracy in the nine columns of the paper"
+    label_files = "`problems.json`, `pid_splits.json`"
+    suffix = LETTER
+    max_new_tokens = 1024
+    judge = JUDGE
+    score_commands = (SCORE, SCORE_ENSEMBLE)
+    commands = {
+        "questions scienceqa": (
+            "llava_jax.evaluate.benchmarks.scienceqa_questions",
+            "problems to LLaVA JSON: training data and questions",
+        )
+    }

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, say
 from llava_jax.evaluate.benchmarks.scienceqa_scores import OPTIONS, SCORED, Problem, read_problems
-from llava_jax.files.writing import whole_list
+from llava_jax.files.writing import atomic_list
 
 EPILOG = """examples (the paper's training data and its questions):
   python -m llava_jax.evaluate questions scienceqa --problems problems.json --splits pid_splits.json \\
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     check_format(args.format)
     problems = read_problems(args.problems, args.splits, args.split, FIELDS)
-    with whole_list(epath.Path(args.output), lines=False) as add:
+    with atomic_list(epath.Path(args.output), lines=False) as add:
         for ident, problem in problems.items():
             add(json.dumps(sample(ident, problem, args.format)).encode())
     say(f"{len(problems)} samples: {args.output}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
-from llava_jax.evaluate.benchmark import BENCHMARKS, SHORT, Benchmark, Labels
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.benchmarks.vqa import Label
 from llava_jax.evaluate.benchmarks.vqa_answers import soft_accuracy, submitted
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, listed
@@ -22,22 +22,9 @@ AMONG_TOKENS = re.compile(r"^OCR tokens: .*?Question: (.*?) Short answer:", re.D
 APART = ("Reference OCR token:", SHORT)
 
 
-def score(pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
-    """Soft accuracy. Answers and labels are normalized in the same way."""
-    accuracies = [
-        soft_accuracy(a.read(submitted, None), [submitted(text) for text in label.answers]) for a, label in pairs
-    ]
-    return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
-
-
 def read(path: str) -> list[tuple[str, Any]]:
     """The entries of TextVQA's JSON, each after its place in the file."""
     return listed(read_json(path), "data", path)
-
-
-def labels(entries: Sequence[tuple[str, Any]], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-    found = _joined(entries, lines)
-    return Labels({key: _people(value, where) for key, (where, value) in found.items()}, found.key, found.again)
 
 
 def _joined(entries: Sequence[tuple[str, Any]], lines: Sequence[Line]) -> Labels:
@@ -100,30 +87,41 @@ def asked_in(prompt: str) -> str:
     return "\n".join(line for line in prompt.split("\n") if not line.startswith(APART))
 
 
-def questions(path: str) -> Iterator[Question]:
-    """Without the OCR tokens that the v1.5 release adds in its own file of questions."""
-    for where, question in read(path):
-        image = field(question, "image_id", where)
-        yield Question(image, field(question, "question", where), (f"{image}.jpg",))
+LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
 
 
-def submission(lines: Sequence[Line], own: str | None) -> bytes:
-    """The server knows questions by ids that published answers do not have."""
-    if own is None:
-        raise UserError("--labels: TextVQA's JSON of questions is needed, since its server wants the ids there")
-    entries = _joined(read(own), lines)
-    answers = entries.answers(lines)
-    check_asked(answers, entries, own)
-    rows = []
-    for key, answer in answers.items():
-        where, value = entries[key]
-        ident = field(value, "question_id", where)
-        rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text or "")})
-    return json.dumps(rows).encode() + b"\n"
+@register
+class TextVqa(Benchmark):
+    name, what = "textvqa", "TextVQA: soft accuracy"
+    suffix = SHORT
 
+    def questions(self, path: str) -> Iterator[Question]:
+        """Without the OCR tokens that the v1.5 release adds in its own file of questions."""
+        for where, question in read(path):
+            image = field(question, "image_id", where)
+            yield Question(image, field(question, "question", where), (f"{image}.jpg",))
 
-LABEL_FORMATS.register(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
-TEXTVQA = BENCHMARKS.register(Benchmark(
-    "textvqa", "TextVQA: soft accuracy", questions=questions, suffix=SHORT, labels=labels, score=score,
-    submission=submission,
-))  # fmt: skip
+    def labels(self, entries: Sequence[tuple[str, Any]], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        found = _joined(entries, lines)
+        return Labels({key: _people(value, where) for key, (where, value) in found.items()}, found.key, found.again)
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """Soft accuracy. Answers and labels are normalized in the same way."""
+        accuracies = [
+            soft_accuracy(a.read(submitted, None), [submitted(text) for text in label.answers]) for a, label in pairs
+        ]
+        return {"accuracy": percent(sum(accuracies), len(accuracies)), "total": len(pairs)}
+
+    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+        """The server knows questions by ids that published answers do not have."""
+        if own is None:
+            raise UserError("--labels: TextVQA's JSON of questions is needed, since its server wants the ids there")
+        entries = _joined(read(own), lines)
+        answers = entries.answers(lines)
+        check_asked(answers, entries, own)
+        rows = []
+        for key, answer in answers.items():
+            where, value = entries[key]
+            ident = field(value, "question_id", where)
+            rows.append({"question_id": ident, "image_id": value["image_id"], "answer": submitted(answer.text or "")})
+        return json.dumps(rows).encode() + b"\n"
