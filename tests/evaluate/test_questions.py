@@ -99,7 +99,7 @@ def test_a_model_that_saw_images_in_their_places_is_asked_so(tmp_path):
     first = "<image>\n<image>\nSource: \nTarget:\nBriefly."
     assert marked(asked, image_position="as_is") == f"{text}\nBriefly."
     assert marked(asked) == marked(asked, image_position="random") == first
-    assert marked(asked, picture_last=True, image_position="as_is").endswith("\nBriefly.\n<image>\n<image>")
+    assert marked(asked, image_last=True, image_position="as_is").endswith("\nBriefly.\n<image>\n<image>")
     assert request(asked, str(tmp_path), "as_is").turns == [("user", f"{text}\nBriefly.")]
     (message,) = messages(asked, str(tmp_path))
     assert [part.get("text", part["type"]) for part in message["content"]] == [
