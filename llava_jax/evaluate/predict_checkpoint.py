@@ -22,8 +22,8 @@ from etils import epath
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, say, track
 from llava_jax.data.conversation import Template, choose_template
+from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.data.names import folder_of, image_path
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Key, Question, key_of, request_turns
 from llava_jax.inference.generate import Generator, Request, Sampling

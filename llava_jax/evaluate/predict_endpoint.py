@@ -14,8 +14,8 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError, say, short, warn
-from llava_jax.data.images import read_picture
-from llava_jax.data.names import folder_of, image_path
+from llava_jax.data.image_folder import folder_of, image_path
+from llava_jax.data.images import read_image
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.files.reading import refuse_pointer
@@ -103,7 +103,7 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
 
 
 def _data_url(image: str | bytes, folder: epath.PathLike) -> str:
-    data = image if isinstance(image, bytes) else read_picture(image_path(folder, image))
+    data = image if isinstance(image, bytes) else read_image(image_path(folder, image))
     name = image if isinstance(image, str) else "in the file"
     refuse_pointer(data, f"image {name}")
     try:

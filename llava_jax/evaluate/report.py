@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, printable, say
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.evaluate.comparison import Interval, Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
 from llava_jax.evaluate.report_page import MAX_ROWS, draw, page

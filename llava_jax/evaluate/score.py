@@ -35,34 +35,28 @@ and, for scores by category, `category`. Case, white space and full stops at the
 
 
 def score(
-    name: str, answers: str, labels: list[str], questions: list[str], partial: bool = False, outcomes: str | None = None
-) -> Scores:
-    """The scores of a file of answers.
+    name: str,
+    answers: str,
+    labels: Sequence[str],
+    questions: Sequence[str],
+    partial: bool = False,
+    label_format: str | None = None,
+) -> tuple[Scores, Iterator[Outcome]]:
+    """The scores of a file of answers, and the outcome of each question.
 
     Args:
       name: of the benchmark.
       labels, questions: files.
       partial: scores an incomplete set.
-      outcomes: a file for the outcome of each question.
 
     Raises:
       UserError: if files do not belong together, or are incomplete without `partial`.
     """
-    scores, found = _score(name, answers, labels, questions, partial)
-    if outcomes:
-        write_outcomes(outcomes, found)
-    return scores
-
-
-def _score(
-    name: str, answers: str, labels: list[str], questions: list[str], partial: bool, form: str | None = None
-) -> tuple[Scores, Iterator[Outcome]]:
-    """The scores, and the outcome of each question."""
     benchmark = find(name, "score")
     lines = answer_lines(answers, partial)
     refuse_questions(lines, benchmark.suffix)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
-    right = benchmark.read_labels(labels, lines, asked, LABEL_FORMATS.find(form) if form else None)
+    right = benchmark.read_labels(labels, lines, asked, LABEL_FORMATS.find(label_format) if label_format else None)
     joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
     absent = count_absent(answer for answer, _ in joined.pairs)
     scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
@@ -95,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _score_answers(args: argparse.Namespace) -> tuple[Scores, Iterable[Outcome]]:
-    return _score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
+    return score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
 
 
 def _table(scores: Scores) -> str:

@@ -6,15 +6,17 @@ but the gradients of activations pass through them (4 N T FLOPs instead of 6 N T
 Attention has two conventions in the literature: "full" counts every query with every key (what dense attention
 computes), "causal" half of that (what a decoder needs).
 
-Axes: B rows, T positions, P patches, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary.
+Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 """
 
 import dataclasses
 from collections.abc import Collection, Iterable
 
 from llava_jax.data.plan import Layout
-from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.projector import num_projector_layers
+from llava_jax.models.config import LlavaConfig, TextConfig
+from llava_jax.models.families import family_of
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
 
 CONVENTIONS = ("full", "causal")
@@ -60,9 +62,10 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
+    products, attention = TOWERS[model.vision.kind].flops(model.vision, model.vision_layers_used)
     parts = {
-        "vision": _vision(model.vision, model.vision_layers_used) * images,
-        "vision attention": _vision_attention(model.vision, model.vision_layers_used) * images,
+        "vision": Part(products) * images,
+        "vision attention": Part(attention) * images,
         "projector": _projector(model, "projector" in trainable) * (images * layout.image_tokens),
         "llm": _decoder(text, "llm" in trainable, remat) * (rows * layout.max_length),
         "llm attention": _decoder_attention(text, layout.max_length, remat) * rows,
@@ -90,38 +93,20 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
     return {convention: model_flops(parts, convention) / (seconds * devices * peak) for convention in CONVENTIONS}
 
 
-# ----------------------------------------------------------------------------------------- one picture, token, row
-
-
-def _vision(vision: VisionConfig, layers: int) -> Part:
-    """One picture: the patches, then projections and MLP of each layer."""
-    D, P, S = vision.hidden_size, vision.num_patches, vision.num_tokens
-    patches = 2.0 * P * 3 * vision.patch_size**2 * D
-    layer = 2.0 * S * (4 * D * D + 2 * D * vision.intermediate_size)
-    return Part(forward=patches + layers * layer)
-
-
-def _vision_attention(vision: VisionConfig, layers: int) -> Part:
-    """One picture: scores and weighted values, 2 S S D each."""
-    return Part(forward=layers * 4.0 * vision.num_tokens**2 * vision.hidden_size)
+# ----------------------------------------------------------------------------------------- one token, row
 
 
 def _projector(model: LlavaConfig, trainable: bool) -> Part:
     """One patch. What comes from the frozen tower needs no gradient, so that the first layer has but its weights'."""
-    first = 2.0 * model.vision.hidden_size * model.text.hidden_size
-    later = (num_projector_layers(model.projector_type) - 1) * 2.0 * model.text.hidden_size**2
-    return Part(first + later, later, (first + later) * trainable)
+    kind = projector_kind(model.projector_type)
+    matrices = kind.matrices(model.projector_type, model.vision.hidden_size, model.text.hidden_size)
+    first, *later = [2.0 * rows * columns for rows, columns in matrices]
+    return Part(first + sum(later), sum(later), (first + sum(later)) * trainable)
 
 
 def _decoder(text: TextConfig, trainable: bool, remat: str) -> Part:
     """One token through all layers, attention left out."""
-    D, H = text.hidden_size, text.head_dim
-    products = {
-        "qkv": 2.0 * D * (text.num_heads + 2 * text.num_kv_heads) * H,
-        "output": 2.0 * text.num_heads * H * D,
-        "gate_up": 2.0 * D * 2 * text.intermediate_size,
-        "down": 2.0 * text.intermediate_size * D,
-    }
+    products = family_of(text).products(text)
     layer = sum(products.values())
     again = sum(products.get(name, 0) for name in RECOMPUTED[remat])
     return Part(layer, layer, layer * trainable, again) * text.num_layers
