@@ -1,7 +1,7 @@
-"""The files of LLaVA-Bench: questions, descriptions of their pictures, answers; joined by question id and by picture.
+"""The files of LLaVA-Bench: questions, descriptions of their images, and answers, joined by question id and by image.
 
-Questions have `question_id`, `image`, `text` and `category`. Descriptions are of a picture (`image`): of COCO's
-`captions` and `instances` (`category`, `bbox`), of those in the wild a `caption`. Answers have `question_id`, `text`.
+Questions have `question_id`, `image`, `text` and `category`. Descriptions have `image` and either COCO's `captions` and
+`instances` (`category`, `bbox`), or a `caption` (In-the-Wild). Answers have `question_id` and `text`.
 """
 
 from collections.abc import Iterator
@@ -11,26 +11,25 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import answer_of, refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
-WILD_PREFIX = "llava_bench_"  # of categories in reviews of answers in the wild
+WILD_PREFIX = "llava_bench_"  # of the categories of In-the-Wild in reviews
 
 
 class Question(NamedTuple):
-    question_id: Any  # as it stands in the file
-    category: str  # with the prefix, where its picture is one in the wild
+    question_id: Any  # as it is in the file
+    category: str  # with the prefix if its image is of In-the-Wild
     text: str
-    context: str  # the picture in words
-    image: str
+    context: str  # a description of the image
 
 
 class Answer(NamedTuple):
     answer_id: Any
     model_id: str | None
-    text: str | None  # without its thinking; None where there is no answer
-    absent: str = ""  # why there is none
+    text: str | None  # without its thinking; None if there is no answer
+    absent: str = ""  # the reason why there is no answer
 
 
 def read_questions(questions: str, contexts: str) -> dict[str, Question]:
-    """The questions by id. Raises `UserError` for one that is there in two ways, or whose picture has no
+    """The questions by id. Raises `UserError` for two different ones with an id, and for an image without a
     description."""
     described = read_contexts(contexts)
 
@@ -38,21 +37,21 @@ def read_questions(questions: str, contexts: str) -> dict[str, Question]:
         for line in read_lines(questions):
             ident, image = line.text("question_id"), line.text("image")
             if image not in described:
-                raise UserError(f"{line.where}: question {ident}: {contexts} has no description of its picture {image}")
+                raise UserError(f"{line.where}: question {ident}: {contexts} has no description of its image {image}")
             context, prefix = described[image]
             category = prefix + line.text("category")
-            yield ident, Question(line.get("question_id"), category, line.text("text"), context, image), line.where
+            yield ident, Question(line.get("question_id"), category, line.text("text"), context), line.where
 
-    found = once(asked(), "question {key} stands there for the second time, with other content")
+    found = once(asked(), "question {key} is there a second time, with other content")
     if not found:
         raise UserError(f"{questions}: holds no questions")
     return {ident: question for ident, (question, _) in found.items()}
 
 
 def read_contexts(path: str) -> dict[str, tuple[str, str]]:
-    """By picture: its description, and the prefix of the categories of its questions."""
+    """By image: its description, and the prefix of the categories of its questions."""
     lines = ((line.text("image"), _description(line), line.where) for line in read_lines(path))
-    found = once(lines, "picture {key} has another description before", what="picture")
+    found = once(lines, "image {key} has another description before", what="image")
     return {image: description for image, (description, _) in found.items()}
 
 
@@ -69,7 +68,7 @@ def _description(line: Line) -> tuple[str, str]:
 def _text(line: Line, name: str) -> str:
     value = line.get(name)
     if not isinstance(value, str | list):
-        raise UserError(f"{line.where}: its {name} is neither a text nor a list of them")
+        raise UserError(f"{line.where}: its {name} is neither a text nor a list of texts")
     return value if isinstance(value, str) else "\n".join(map(str, value))
 
 
@@ -81,7 +80,7 @@ def _box(line: Line, instance: Any) -> str:
 
 
 def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
-    """The answers by question id: one to each question. Raises `UserError` for two different ones, or too few."""
+    """The answers by question id. Raises `UserError` unless each question has exactly one."""
     lines = {line.where: line for line in read_lines(path)}
     refuse_questions(list(lines.values()))
 
@@ -101,3 +100,11 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
             f"{path}: has no answer to {len(missing)} of {len(questions)} questions, {missing[0]} the first"
         )
     return answers
+
+
+def read_by_id(path: str | None) -> dict[str, Line]:
+    """The lines of a file by `question_id`; none without a file. Raises `UserError` for two different ones with an
+    id."""
+    lines = ((line.text("question_id"), line.value, line.where) for line in (read_lines(path) if path else ()))
+    found = once(lines, "question {key} is there a second time, with other content")
+    return {ident: Line(where, value) for ident, (value, where) in found.items()}

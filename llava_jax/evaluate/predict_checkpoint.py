@@ -1,11 +1,14 @@
-"""Answers many questions with a checkpoint, on all devices of this process.
+"""`predict` with a checkpoint: answers many questions on all devices of all processes.
 
-Each replica of the model lies on one device, or is split over several, and has a thread that feeds it. Pictures are
-read by other threads, a batch or two ahead.
+Every process answers its share of the questions. Each replica of the model is on one device, or split over several, and
+has a thread that feeds it; other threads read images a batch or two ahead.
 """
 
+import argparse
 import dataclasses
+import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,18 +19,21 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import UserError
-from llava_jax.data.image_folder import image_path
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.cli import UserError, say, track
+from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.data.templates import Template
-from llava_jax.evaluate.questions import Question, marked, system_turns
+from llava_jax.data.templates import Template, choose_template
+from llava_jax.evaluate.answer_file import AnswerFile
+from llava_jax.evaluate.questions import Key, Question, key_of, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
+from llava_jax.parallel import distributed
 
+START_SECONDS = 300  # until all processes have met
 READERS = 4  # threads of a process
 AHEAD = 2  # batches of a replica that are read ahead
-ANSWER_IS = " ###\nANSWER:"  # what a model of ScienceQA goes on from, after its reasons
+ANSWER_IS = " ###\nANSWER:"  # a model of ScienceQA continues from this after its reasons
 
 
 class Asking(NamedTuple):
@@ -36,19 +42,70 @@ class Asking(NamedTuple):
     images: epath.PathLike  # the folder of images, see `names.ImageFolder`
     sampling: Sampling
     batch_rows: int
-    picture_last: bool = False  # as the paper's models have it, which end questions with the picture
-    answer_prompter: bool = False  # asks again after the reasons, which for the paper's models end before the answer
+    image_last: bool = False  # after the question, as in the paper
+    answer_prompter: bool = False  # ask again after the reasons, which end before the answer in the paper's models
+
+
+def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
+    sampling = Sampling(args.temperature, args.top_p, args.seed, args.max_tokens)
+    asking = Asking(folder_of(args), sampling, args.batch_rows, args.picture_last, args.answer_prompter)
+    with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
+        file = AnswerFile(args.output, questions, args.model_id, jax.process_index())
+        answered = {tuple(key) for keys in _gathered("answered", list(file.lines)) for key in keys}
+        waiting = [question for question in questions if question.key not in answered]
+        if waiting:
+            _answer(args, asking, file, batches(waiting, asking.batch_rows), len(answered))
+        lines = {key_of(line): line for lines in _gathered("answers", list(file.lines.values())) for line in lines}
+        if distributed.is_first():
+            say(f"{file.finish(lines)} answers: {args.output}", file=sys.stderr)
+        distributed.barrier("answers are written")
+        file.remove_part()
+
+
+def _answer(
+    args: argparse.Namespace, asking: Asking, file: AnswerFile, work: Sequence[Sequence[Question]], answered: int
+) -> None:
+    """Answers this process's share of the batches, of about the same lengths as the shares of others."""
+    share = work[jax.process_index() :: jax.process_count()]
+    if answered:
+        say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
+    checkpoint = open_checkpoint(args.checkpoint)
+    template = choose_template(args.template, checkpoint.template)
+    if asking.image_last:
+        checkpoint = checkpoint.with_image_position("as_is")
+    answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
+
+    def one_by_one() -> Iterator[Question]:
+        for answers in answering:
+            file.add(answers)
+            yield from (question for question, _ in answers)
+
+    count = sum(map(len, share))
+    for _ in track(one_by_one(), "answering", total=count):
+        pass
+    file.flush()
+    say(
+        f"{count} answers in {answering.seconds:.1f} s, {count / max(answering.seconds, 1e-9):.1f} a second; devices "
+        f"were idle for {answering.idle:.1%} of it",
+        file=sys.stderr,
+    )
+
+
+def _gathered(name: str, values: list[dict | Key]) -> list[list]:
+    """The JSON values of all processes."""
+    encoded = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    return [json.loads(array.tobytes()) for array in distributed.gather(name, encoded)]
 
 
 def batches(questions: Sequence[Question], rows: int) -> list[list[Question]]:
-    """Batches of questions that have about the same length, long ones first, those about a picture together: their
-    rows share its computation."""
+    """Batches of questions of about the same length, long ones first. Questions about an image are together, since
+    their rows share its computation."""
     groups: dict[Any, list[Question]] = {}
     for question in questions:
-        groups.setdefault(question.pictures or (question.key,), []).append(question)
+        groups.setdefault(question.images or (question.key,), []).append(question)
 
     def longest(group: list[Question]) -> tuple[int, int]:
-        return len(group[0].pictures), max(len(question.text) for question in group)
+        return len(group[0].images), max(len(question.text) for question in group)
 
     ordered = [question for group in sorted(groups.values(), key=longest, reverse=True) for question in group]
     return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
@@ -64,10 +121,10 @@ def replicas(checkpoint: Checkpoint, template: Template | None, devices_each: in
 
 
 class Answering:
-    """Answers batches. Iterating gives the answers of a batch as soon as they are there.
+    """Answers batches. An iteration gives the answers of each batch as soon as they are done.
 
     Attributes:
-      seconds: from the first batch on.
+      seconds: since the start of the first batch.
     """
 
     def __init__(self, generators: Sequence[Generator], asking: Asking, work: Sequence[Sequence[Question]]):
@@ -76,7 +133,7 @@ class Answering:
 
     @property
     def idle(self) -> float:
-        """The share of the time in which devices had nothing to do."""
+        """The share of the time in which devices were idle."""
         computing = sum(generator.computing for generator in self.generators)
         return 1 - computing / (self.seconds * len(self.generators)) if self.seconds else 0.0
 
@@ -103,7 +160,7 @@ class Answering:
             finally:
                 stop.set()
                 for thread in threads:
-                    while thread.is_alive():  # whoever waits to put or to get something goes on
+                    while thread.is_alive():  # so that a thread that waits for a queue continues
                         _drain(prepared)
                         prepared.put_nowait(None)
                         thread.join(0.05)
@@ -111,13 +168,13 @@ class Answering:
     def _prepare(self, readers: ThreadPoolExecutor, prepared: queue.Queue, stop: threading.Event) -> None:
         try:
             for batch in self.work:
-                asker = {name: question for question in reversed(batch) for name in question.pictures}
-                pictures = dict(zip(asker, readers.map(self._read, asker, asker.values()), strict=True))
+                asker = {name: question for question in reversed(batch) for name in question.images}
+                images = dict(zip(asker, readers.map(self._read, asker, asker.values()), strict=True))
                 if stop.is_set():
                     return
-                prepared.put([(question, self._request(question, pictures)) for question in batch])
+                prepared.put([(question, self._request(question, images)) for question in batch])
         except BaseException as error:
-            prepared.put(error)  # behind what can be answered
+            prepared.put(error)  # after the batches that can be answered
             return
         for _ in self.generators:
             prepared.put(None)
@@ -130,10 +187,9 @@ class Answering:
         except UserError as error:
             raise UserError(f"question {asker.id}: {error}") from error
 
-    def _request(self, question: Question, pictures: dict[str | bytes, np.ndarray], begun: str = "") -> Request:
-        text = marked(question, self.asking.picture_last, self.generators[0].config.image_position)
-        turns = [*system_turns(question), ("user", text)]
-        return Request(turns, [pictures[name] for name in question.pictures], begun)
+    def _request(self, question: Question, images: dict[str | bytes, np.ndarray]) -> Request:
+        turns = request_turns(question, self.asking.image_last, self.generators[0].config.image_position)
+        return Request(turns, [images[name] for name in question.images])
 
     def _answer(self, generator: Generator, prepared: queue.Queue, done: queue.Queue, stop: threading.Event) -> None:
         try:
@@ -159,7 +215,7 @@ class Answering:
 
 
 def _longest(generator: Generator, questions: Sequence[Question], requests: Sequence[Request]) -> Any:
-    """The id of the question that leaves the least room for an answer."""
+    """The id of the question whose prompt leaves the least room for an answer."""
     return questions[int(np.argmin([generator.room(request) for request in requests]))].id
 
 
