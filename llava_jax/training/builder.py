@@ -53,7 +53,7 @@ class TrainingProgram:
     def flops(self) -> dict[str, flops.Part]:
         """FLOPs of a step by part of the model, see `flops.step_flops`."""
         settings = self.settings
-        return flops.step_flops(settings.model, settings.layout, self.trainable_parts, settings.remat)
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as StableHLO, which `.compile()` makes an executable of."""
@@ -91,7 +91,7 @@ def build(
     stored = abstract_params(model) if stored is None else stored
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = optim.trainable_names(stored, config.stage)
+    names = optim.trainable_names(stored, config)
     optimizer = optim.make_optimizer(config, names, steps)
     state = abstract_state(optimizer, stored, names, mesh)
     loaded = frozen_dtype(config, _platform(mesh))

@@ -1,7 +1,8 @@
 """FLOPs of a training step by formula: 2 a multiply-add of matrix products, nothing else counted.
 
-The vision tower is frozen and runs forward only. Frozen parts of what follows the projector have no weight gradients,
-but the gradients of activations pass through them (4 N T FLOPs instead of 6 N T).
+Frozen parameters have no weight gradients. If a parameter before them is trained, the gradients of activations pass
+through them all the same (4 N T FLOPs instead of 6 N T); if none is, as in the vision tower of both stages, they only
+run forward (2 N T).
 
 Attention has two conventions in the literature: "full" counts every query with every key (what dense attention
 computes), "causal" half of that (what a decoder needs).
@@ -10,7 +11,8 @@ Axes: B rows, T positions, P patches, D embed, F mlp, N heads, K key/value heads
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+import operator
+from collections.abc import Collection, Iterable, Mapping
 
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -42,6 +44,9 @@ class Part:
     def needed(self) -> float:
         return self.forward + self.activations + self.weights
 
+    def __add__(self, other: "Part") -> "Part":
+        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
     def __mul__(self, factor: float) -> "Part":
         return Part(*(factor * value for value in dataclasses.astuple(self)))
 
@@ -55,22 +60,30 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     """FLOPs of a step over all devices, by part, attention "full".
 
     Args:
-      trainable: the parts that have weight gradients ("projector", "llm").
-      remat: the policy of the decoder's layers, a key of `RECOMPUTED`.
+      trainable: names of the trained parameters, see `optim.trained`.
+      remat: the policy of the layers, a key of `RECOMPUTED`.
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
-    text = model.text
+    text, layers = model.text, model.vision_layers_used
+    trainable = frozenset(trainable)
+    vision = any(name.startswith("vision.") for name in trainable)
+    decoder_input = vision or any(name.startswith(("projector.", "llm.embed_tokens.")) for name in trainable)
+    decoder = decoder_input or any(name.startswith("llm.layers.") for name in trainable)
     parts = {
-        "vision": _vision(model.vision, model.vision_layers_used) * images,
-        "vision attention": _vision_attention(model.vision, model.vision_layers_used) * images,
-        "projector": _projector(model, "projector" in trainable) * (images * layout.image_tokens),
-        "llm": _decoder(text, "llm" in trainable, remat) * (rows * layout.max_length),
-        "llm attention": _decoder_attention(text, layout.max_length, remat) * rows,
+        "vision": _vision(model.vision, layers, trainable, remat) * images,
+        "vision attention": _attention(model.vision.num_tokens, model.vision.hidden_size, layers, vision, remat)
+        * images,
+        "projector": _projector(model, vision, trainable) * (images * layout.image_tokens),
+        "llm": _decoder(text, decoder, trainable, remat) * (rows * layout.max_length),
+        "llm attention": _attention(layout.max_length, text.num_heads * text.head_dim, text.num_layers, decoder, remat)
+        * rows,
     }
     slots = layout.label_slots
-    slots += -slots % min(slots, LABEL_CHUNK)  # whole chunks
+    slots += -slots % min(slots, LABEL_CHUNK)  # padded to whole chunks
     logits = 2.0 * text.hidden_size * text.vocab_size
-    parts["logits"] = Part(logits, logits, logits * ("llm" in trainable)) * (layout.groups * slots)
+    head = "llm.embed_tokens.embedding" if text.tie_word_embeddings else "llm.lm_head.kernel"
+    hidden = decoder or "llm.norm.scale" in trainable
+    parts["logits"] = Part(logits, logits * hidden, logits * (head in trainable)) * (layout.groups * slots)
     return parts
 
 
@@ -90,44 +103,75 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
     return {convention: model_flops(parts, convention) / (seconds * devices * peak) for convention in CONVENTIONS}
 
 
-# ----------------------------------------------------------------------------------------- one picture, token, row
+# ------------------------------------------------------------------------------------------- one image, token or row
 
 
-def _vision(vision: VisionConfig, layers: int) -> Part:
-    """One picture: the patches, then projections and MLP of each layer."""
+def _vision(vision: VisionConfig, layers: int, trainable: Collection[str], remat: str) -> Part:
+    """One image: the patches, then projections and MLP of each layer. Pixels need no gradient."""
     D, P, S = vision.hidden_size, vision.num_patches, vision.num_tokens
     patches = 2.0 * P * 3 * vision.patch_size**2 * D
-    layer = 2.0 * S * (4 * D * D + 2 * D * vision.intermediate_size)
-    return Part(forward=patches + layers * layer)
+    products = {
+        "attention.q_proj": ("qkv", 2.0 * S * D * D),
+        "attention.k_proj": ("qkv", 2.0 * S * D * D),
+        "attention.v_proj": ("qkv", 2.0 * S * D * D),
+        "attention.out_proj": ("output", 2.0 * S * D * D),
+        "mlp.fc1": ("gate_up", 2.0 * S * D * vision.intermediate_size),
+        "mlp.fc2": ("down", 2.0 * S * D * vision.intermediate_size),
+    }
+    backward = any(name.startswith("vision.") for name in trainable)
+    embedding = Part(forward=patches, weights=patches * ("vision.patch_embedding.kernel" in trainable))
+    return embedding + _layers("vision.layers", products, backward, trainable, _recomputed("vision", remat)) * layers
 
 
-def _vision_attention(vision: VisionConfig, layers: int) -> Part:
-    """One picture: scores and weighted values, 2 S S D each."""
-    return Part(forward=layers * 4.0 * vision.num_tokens**2 * vision.hidden_size)
+def _projector(model: LlavaConfig, backward: bool, trainable: Collection[str]) -> Part:
+    """One patch. `backward`: whether the tower is trained, else the first layer has no gradient of its input."""
+    total = Part()
+    for number in range(1, num_projector_layers(model.projector_type) + 1):
+        width = model.vision.hidden_size if number == 1 else model.text.hidden_size
+        flops = 2.0 * width * model.text.hidden_size
+        trains = f"projector.linear_{number}.kernel" in trainable
+        total += Part(flops, flops * backward, flops * trains)
+        backward = backward or trains or f"projector.linear_{number}.bias" in trainable
+    return total
 
 
-def _projector(model: LlavaConfig, trainable: bool) -> Part:
-    """One patch. What comes from the frozen tower needs no gradient, so that the first layer has but its weights'."""
-    first = 2.0 * model.vision.hidden_size * model.text.hidden_size
-    later = (num_projector_layers(model.projector_type) - 1) * 2.0 * model.text.hidden_size**2
-    return Part(first + later, later, (first + later) * trainable)
-
-
-def _decoder(text: TextConfig, trainable: bool, remat: str) -> Part:
+def _decoder(text: TextConfig, backward: bool, trainable: Collection[str], remat: str) -> Part:
     """One token through all layers, attention left out."""
     D, H = text.hidden_size, text.head_dim
     products = {
-        "qkv": 2.0 * D * (text.num_heads + 2 * text.num_kv_heads) * H,
-        "output": 2.0 * text.num_heads * H * D,
-        "gate_up": 2.0 * D * 2 * text.intermediate_size,
-        "down": 2.0 * text.intermediate_size * D,
+        "attention.q_proj": ("qkv", 2.0 * D * text.num_heads * H),
+        "attention.k_proj": ("qkv", 2.0 * D * text.num_kv_heads * H),
+        "attention.v_proj": ("qkv", 2.0 * D * text.num_kv_heads * H),
+        "attention.o_proj": ("output", 2.0 * text.num_heads * H * D),
+        "mlp.gate_proj": ("gate_up", 2.0 * D * text.intermediate_size),
+        "mlp.up_proj": ("gate_up", 2.0 * D * text.intermediate_size),
+        "mlp.down_proj": ("down", 2.0 * text.intermediate_size * D),
     }
-    layer = sum(products.values())
-    again = sum(products.get(name, 0) for name in RECOMPUTED[remat])
-    return Part(layer, layer, layer * trainable, again) * text.num_layers
+    return _layers("llm.layers", products, backward, trainable, _recomputed("llm", remat)) * text.num_layers
 
 
-def _decoder_attention(text: TextConfig, length: int, remat: str) -> Part:
-    """One row: scores and weighted values, 2 T T N H each; each has two gradients."""
-    layer = 4.0 * length**2 * text.num_heads * text.head_dim
-    return Part(layer, 2 * layer, 0.0, layer * ("attention" in RECOMPUTED[remat])) * text.num_layers
+def _layers(
+    prefix: str,
+    products: Mapping[str, tuple[str, float]],
+    backward: bool,
+    trainable: Collection[str],
+    recomputed: Collection[str],
+) -> Part:
+    """One layer. `products`: the FLOPs of each, and its name in `RECOMPUTED`. `backward`: whether gradients of
+    activations pass through, which they do through all of the stacked layers or through none."""
+    layer = sum(flops for _, flops in products.values())
+    weights = sum(flops for name, (_, flops) in products.items() if f"{prefix}.{name}.kernel" in trainable)
+    again = sum(flops for kind, flops in products.values() if kind in recomputed)
+    return Part(layer, layer * backward, weights, again * backward)
+
+
+def _attention(length: int, width: int, layers: int, backward: bool, remat: str) -> Part:
+    """One row or image: scores and weighted values, 2 T T N H each; each has two gradients."""
+    layer = 4.0 * length**2 * width
+    again = layer * ("attention" in RECOMPUTED[remat])
+    return Part(layer, 2 * layer * backward, 0.0, again * backward) * layers
+
+
+def _recomputed(part: str, remat: str) -> tuple[str, ...]:
+    """The tower's layers name nothing that "save_qkv" could keep."""
+    return RECOMPUTED["full" if part == "vision" and remat == "save_qkv" else remat]

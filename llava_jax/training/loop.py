@@ -183,7 +183,7 @@ def _train(
     # ---- The loop
     eval_fn = program.evaluation()
     put = functools.partial(sharding.put_batch, mesh, layout.groups)
-    rates = optim.schedules(config, steps)
+    rates = optim.reported_rates(config, steps)
     profile = Profile(directory, config.profile.start, config.profile.steps)
     goodput.open(directory, start)
     signals = distributed.Ballot(mesh)
@@ -218,9 +218,7 @@ def _train(
         if not first:
             return
         seconds, clock = goodput.step_seconds() - clock, goodput.step_seconds()
-        values["learning_rate"] = float(rates["llm" if config.stage == "finetune" else "projector"](step - 1))
-        if config.projector_learning_rate:
-            values["projector_learning_rate"] = float(rates["projector"](step - 1))
+        values |= {name: float(rate(step - 1)) for name, rate in rates.items()}
         values |= {"bad_samples": bad.count} if skip_bad else {}
         values |= _speed(counts, seconds) | {"seconds": seconds}
         if peak:
