@@ -24,7 +24,7 @@ def test_example(heading, tmp_path):
     program = examples()[heading]
     assert re.search(r"^\s*assert ", program, re.MULTILINE), "an example ends with asserts that show that it works"
     (tmp_path / "example.py").write_text(program)
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([os.getcwd(), os.path.abspath("tests/support"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "example.py"],
         cwd=tmp_path,

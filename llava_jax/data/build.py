@@ -1,6 +1,6 @@
 """Turns LLaVA JSON and a folder of images into shards of ArrayRecord, which TFDS and training read.
 
-Pictures are stored as they are, byte for byte. Interrupted anywhere, the same command goes on with the next shard and
+Images are stored as they are, byte for byte. Interrupted anywhere, the same command goes on with the next shard and
 ends with the same bytes. All paths may be on an object store (gs://...).
 """
 
@@ -20,15 +20,13 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
-from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import chosen_template
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
-from llava_jax.data.names import add_allow_absolute, folder_of, image_path
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, read_manifest
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.writing import atomic_file, atomic_path
 
@@ -57,10 +55,10 @@ def build(
     """Builds, or goes on building, a data set.
 
     Args:
-      images: the folder of images, see `names.ImageFolder`.
+      images: the folder of images, see `image_folder.ImageFolder`.
       shards: how many files; 0 makes them of about `SHARD_BYTES`, but no more than `MOST_SHARDS`.
       workers: threads; 0 is one a core.
-      decode: whether to decode all pictures, to find damaged ones.
+      decode: whether to decode all images, to find damaged ones.
       published: the data set that `source` has to be.
       encode: as training will encode the samples, whose lengths are then stored, too.
       beam: what runs it on Apache Beam.
@@ -79,8 +77,8 @@ def build(
         planned = _shards(manifest, output, images, decode)
         builder = LlavaBuilder(planned, published.name if published else "custom", workers)
         builder.download_and_prepare(download_config=beam)
-    if builder.bad_pictures:
-        _refuse(builder.bad_pictures)
+    if builder.bad_images:
+        _refuse(builder.bad_images)
 
 
 def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str, Any] | None:
@@ -103,7 +101,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 def _begin(
     directory: epath.Path, source: LlavaJson, images: epath.PathLike, shards: int, published: Published | None
 ) -> dict[str, Any]:
-    """Looks for all pictures, writes the texts and then the manifest: from here on it can be resumed."""
+    """Looks for all images, writes the texts and then the manifest: from here on it can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
     text_only = 0
     for sample in track(source, "reading samples"):
@@ -152,19 +150,19 @@ def _refuse_names(source: LlavaJson, images: epath.PathLike, names: Collection[s
 
 
 def _sizes(images: epath.PathLike, names: Sequence[str]) -> dict[str, int | None]:
-    """Bytes of each picture, None where there is none."""
+    """Bytes of each image, None where there is none."""
 
     def sizes(start: int) -> list[int | None]:
         return [_size(image_path(images, name)) for name in names[start : start + STATS_AT_ONCE]]
 
     starts = range(0, len(names), STATS_AT_ONCE)
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        found = track(pool.map(sizes, starts), f"looking for pictures, {STATS_AT_ONCE} at once", len(starts))
+        found = track(pool.map(sizes, starts), f"looking for images, {STATS_AT_ONCE} at once", len(starts))
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
 
 
 def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
-    """The id of the first sample with each of these pictures."""
+    """The id of the first sample with each of these images."""
     users: dict[str, str] = {}
     for sample in source:
         for name in names.intersection(sample.images):
@@ -215,37 +213,31 @@ def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decod
     ]
 
 
-def _refuse(bad: list[BadPicture]) -> NoReturn:
+def _refuse(bad: list[BadImage]) -> NoReturn:
     for ident, detail in sorted(bad):
         say(one_line(f"bad-image, {short(ident)}, {detail}"))
     raise UserError(
-        f"{len(bad)} pictures cannot be read (listed above); the other shards are kept: replace the pictures and run "
+        f"{len(bad)} images cannot be read (listed above); the other shards are kept: replace the images and run "
         "the same command, or let llava_jax.data.check --fix write the samples that are whole, and build from these"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+    images = open_image_folder(args)
+    settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
     build(
         LlavaJson(args.json),
-        folder_of(args),
+        images,
         args.output.rstrip("/"),
         shards=args.shards,
         workers=args.workers,
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
-        encode=_encoder(args) if args.tokenizer else None,
+        encode=text_encoder(args, **settings) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
-
-
-def _encoder(args: argparse.Namespace) -> TextEncoder:
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)
 
 
 def _beam_config(options: str) -> tfds.download.DownloadConfig:
@@ -258,9 +250,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
-    add_allow_absolute(parser)
+    add_options(parser, json={}, images={})
     parser.add_argument(
         "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
     )
@@ -268,19 +258,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset", choices=[known.name for known in PUBLISHED], help="check that it is all of what was published"
     )
     parser.add_argument(
-        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of pictures, at most 512"
+        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of images, at most 512"
     )
     parser.add_argument("--workers", type=positive, default=0, metavar="N", help="threads (default: one a core)")
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="trust pictures: do not decode them to find damaged ones (data.check did)",
+        help="trust images: do not decode them to find damaged ones (data.check did)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=positive, default=2048, metavar="N", help="config.max_length (2048)")
-    parser.add_argument("--image-tokens", type=positive, default=576, metavar="P", help="tokens an image takes (576)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
+    tokenizer = {"help": "store lengths: training with this tokenizer and the settings below does not measure them"}
+    add_options(parser, tokenizer=tokenizer, template={}, max_length={}, image_tokens={}, image_position={})
     parser.add_argument(
         "--beam",
         metavar="OPTIONS",

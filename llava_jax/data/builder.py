@@ -16,9 +16,9 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from llava_jax.cli import track
 from llava_jax.data.published import PUBLISHED
-from llava_jax.data.shards import FEATURES, BadPicture, Shard, write_shard
+from llava_jax.data.shards import FEATURES, BadImage, Shard, write_shard
 
-BAD_PICTURES = "bad_pictures.json"  # what workers of Beam found
+BAD_IMAGES = "bad_pictures.json"  # what workers of Beam found
 
 
 class LlavaBuilder(FileReaderBuilder, skip_registration=True):
@@ -31,7 +31,7 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
     def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
         self.shards = shards
         self.workers = workers or os.cpu_count()  # threads that write
-        self.bad_pictures: list[BadPicture] = []  # that `download_and_prepare` found: with any the set isn't finished
+        self.bad_images: list[BadImage] = []  # that `download_and_prepare` found: with any the set isn't finished
         super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:
@@ -51,10 +51,10 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
 
     def _download_and_prepare(self, dl_manager: None, download_config: tfds.download.DownloadConfig) -> None:
         if download_config.beam_runner or download_config.beam_options:
-            self.bad_pictures = write_on_beam(self.shards, download_config)
+            self.bad_images = write_on_beam(self.shards, download_config)
         else:
-            self.bad_pictures = write_in_threads(self.shards, self.workers)
-        if self.bad_pictures:
+            self.bad_images = write_in_threads(self.shards, self.workers)
+        if self.bad_images:
             return
         template = tfds.core.ShardedFileTemplate(
             data_dir=self.data_path, dataset_name=self.name, split="train", filetype_suffix="array_record"
@@ -69,9 +69,9 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
         self.info.write_to_directory(self.data_path)
 
 
-def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadPicture]:
-    """Threads suffice: files are read, pictures decoded and records written without the interpreter's lock."""
-    bad: list[BadPicture] = []
+def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadImage]:
+    """Threads suffice: files are read, images decoded and records written without the interpreter's lock."""
+    bad: list[BadImage] = []
     leave = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(write_shard, shard, leave.is_set) for shard in shards]
@@ -85,10 +85,10 @@ def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadPicture]:
     return bad
 
 
-def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig) -> list[BadPicture]:
+def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig) -> list[BadImage]:
     import apache_beam as beam
 
-    found = epath.Path(shards[0].output) / BAD_PICTURES
+    found = epath.Path(shards[0].output) / BAD_IMAGES
     with beam.Pipeline(runner=config.beam_runner, options=config.beam_options) as pipeline:
         _ = (
             pipeline
@@ -98,6 +98,6 @@ def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig)
             | "gather" >> beam.combiners.ToList()
             | "report" >> beam.Map(lambda bad: found.write_text(json.dumps(bad)))
         )
-    bad = [BadPicture(*values) for values in json.loads(found.read_text())]
+    bad = [BadImage(*values) for values in json.loads(found.read_text())]
     found.unlink()
     return bad

@@ -1,4 +1,4 @@
-"""Finds every problem of a data set before step 0: in its structure, pictures, ids, texts and lengths.
+"""Finds every problem of a data set before step 0: in its structure, images, ids, texts and lengths.
 
 Problems are told a line each, `kind, id, detail`; the exit status is 1 where there are any. Warnings are of what
 training takes as it is, but is seldom meant. With --fix the samples without problems other than warnings are written
@@ -18,21 +18,21 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, say, short, track
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.cli import Parser, UserError, positive, run, say, short, track
+from llava_jax.data.check_images import image_problems
+from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.encoded import TextEncoder
-from llava_jax.data.fit import chosen_template
-from llava_jax.data.names import add_allow_absolute, folder_of
-from llava_jax.data.pictures import picture_problems
+from llava_jax.data.options import add_options, open_image_folder
 from llava_jax.data.records import load_json
-from llava_jax.data.survey import Problem, Survey
+from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import atomic_file, atomic_list, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llava_jax.data.measuring import Measuring
+    from llava_jax.data.check_lengths import Measuring
 
 EPILOG = """example:
   python -m llava_jax.data.check --json data.json --images images \\
@@ -84,10 +84,10 @@ def find_problems(
     measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths and padding."""
+    """All problems of a file whose images are in folder `images`; `report` gets its lengths and padding."""
     yield from survey.read(tuple(special_tokens))
     yield from survey.duplicates()
-    yield from picture_problems(survey, images, workers)
+    yield from image_problems(survey, images, workers)
     if measuring and len(survey):
         lengths = measuring.measure(survey)
         report.lengths = measuring.describe(lengths)
@@ -125,8 +125,7 @@ def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+    images = open_image_folder(args)
     for out in filter(None, (args.fix, args.report)):
         if Path(out).resolve() == Path(args.json).resolve():
             raise UserError(f"{out}: is the file that is checked: write to another")
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
     survey, report, console = Survey(args.json, args.image_position), Report(), Console()
-    for problem in find_problems(survey, folder_of(args), report, special_tokens, measuring, args.workers):
+    for problem in find_problems(survey, images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
     if survey.unread:
@@ -169,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
     """How lengths are measured; None, which is said, where nobody asks for them and no template is known."""
-    from llava_jax.data import measuring  # and Grain, which takes seconds
+    from llava_jax.data import check_lengths  # and Grain, which takes seconds
 
     try:
         template = chosen_template(args.template, tokenizer, args.tokenizer)
@@ -178,8 +177,10 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             raise
         say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
-    encode = TextEncoder(template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed)
-    return measuring.Measuring(encode, args.max_length, args.workers)
+    encode = TextEncoder(
+        template, tokenizer, args.image_tokens, check_lengths.UNLIMITED, args.image_position, args.seed
+    )
+    return check_lengths.Measuring(encode, args.max_length, args.workers)
 
 
 def _show(problem: Problem, console: Console) -> None:
@@ -192,23 +193,16 @@ def _show(problem: Problem, console: Console) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.check", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
-    add_allow_absolute(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer directory, to measure lengths")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")
-    parser.add_argument("--image-tokens", type=int, default=576, metavar="P", help="tokens an image takes (576)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
-    parser.add_argument("--seed", type=int, default=0, help="of image position random")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    tokenizer = {"help": "a Hugging Face tokenizer directory, to measure lengths"}
+    length = {"default": None, "help": "report what is longer, in tokens"}
+    add_options(parser, json={}, images={}, tokenizer=tokenizer, template={}, max_length=length)
+    add_options(parser, image_tokens={}, image_position={}, seed={})
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
     parser.add_argument(
         "--fix", metavar="OUT", help="write the good samples to OUT, the others to OUT's .rejects.jsonl"
     )
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers has to be 1 or more")
     for option, value in (("--max-length", args.max_length), ("--template", args.template)):
         if value is not None and not args.tokenizer:
             parser.error(f"{option} needs --tokenizer")

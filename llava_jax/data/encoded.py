@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llava_jax.cli import UserError, short
 from llava_jax.data.conversation import Template
-from llava_jax.data.fit import require_fit
 from llava_jax.data.sources import Sample, Source
-from llava_jax.data.tokenization import IGNORE_INDEX, Row, encode_sample, expand
+from llava_jax.data.template_fit import require_fit
+from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Row, encode_sample, expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,11 @@ class TextEncoder:
         require_fit(self.template, self.tokenizer)
 
     def __call__(self, sample: Sample) -> Row:
-        encoded = encode_sample(
-            sample, self.template, self.tokenizer, image_position=self.image_position, seed=self.seed
-        )
-        return expand(encoded, self.image_tokens, self.max_length)
+        return expand(self.ids(sample), self.image_tokens, self.max_length)
+
+    def ids(self, sample: Sample) -> Encoded:
+        """The token ids and labels before images are expanded and the sample is cut."""
+        return encode_sample(sample, self.template, self.tokenizer, image_position=self.image_position, seed=self.seed)
 
 
 class BadSample(NamedTuple):
@@ -103,10 +104,6 @@ class EncodedSource:
             return self.source[index].id
         except UserError:
             return str(index)
-
-
-def as_encoded(source: Source | EncodedSource, *old: Any) -> EncodedSource:  # until training.loop passes one
-    return source if isinstance(source, EncodedSource) else EncodedSource(source, *old)
 
 
 def num_targets(row: Row) -> int:

@@ -1,7 +1,7 @@
-"""Pictures: from a file to the uint8 square that the vision tower sees.
+"""Images: from a file to the uint8 square that the vision tower sees.
 
 `preprocess` is bit-equal to Hugging Face's CLIP image processor (its Pillow backend) up to its rescaling;
-rescaling and normalisation happen on the device, so a picture travels as one byte a channel.
+rescaling and normalisation happen on the device, so an image travels as one byte a channel.
 
 What a file means before that, where libraries differ:
   transparency  is laid on white, as transformers 5 does (dropping alpha turns many logos black).
@@ -40,7 +40,7 @@ ASPECTS = ("square", "pad", "resize")
 # Decoders tried on a file. Not all that Pillow has: EPS alone would run Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
+# The largest image, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
 MAX_PIXELS = 2 * 89_478_485
 MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
 
@@ -65,17 +65,17 @@ _UPRIGHT = {
 
 
 def load_image(path: str | epath.Path) -> Image.Image:
-    """Reads a picture, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
-    return decode_image(read_picture(path), name=str(path))
+    """Reads an image, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
+    return decode_image(read_image(path), name=str(path))
 
 
-def read_picture(path: str | epath.Path) -> bytes:
+def read_image(path: str | epath.Path) -> bytes:
     """An image's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
     regular one of at most `MAX_BYTES`."""
     try:
         return in_any_spelling(_read, path)
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
-        raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"image {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read(path: epath.Path) -> bytes:
@@ -84,12 +84,12 @@ def _read(path: epath.Path) -> bytes:
     else:
         found = os.stat(path)
         if not stat.S_ISDIR(found.st_mode):  # which cannot be opened
-            refuse_irregular(found, f"picture {path}")
+            refuse_irregular(found, f"image {path}")
         limit = min(found.st_size, MAX_BYTES)
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > MAX_BYTES:
-        raise UserError(f"picture {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
+        raise UserError(f"image {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
     return data
 
 
@@ -110,10 +110,10 @@ def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> 
 
 
 def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an encoded picture (JPEG, PNG, WebP, ...) to upright RGB. Its size is known before it is decoded.
+    """Decodes an encoded image (JPEG, PNG, WebP, ...) to upright RGB. Its size is known before it is decoded.
 
     Raises:
-      UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
+      UserError: the data is no image, truncated, corrupt, too large, or of a kind without a meaning in RGB.
     """
     return open_image(data, name, max_pixels).decode()
 
@@ -149,7 +149,7 @@ class EncodedImage:
 
 def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Reads the header of an encoded image. Raises UserError as `decode_image` does."""
-    refuse_pointer(data, f"picture {name}")
+    refuse_pointer(data, f"image {name}")
     with _errors(name):
         file = _CountedFile(data)
         image = _Jpeg(file) if data.startswith(b"\xff\xd8\xff") else Image.open(file, formats=FORMATS)
@@ -169,15 +169,13 @@ def _errors(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"picture {name}: {error}") from error
+        raise UserError(f"image {name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"picture {name} is refused as a decompression bomb: shrink it or remove it") from error
+        raise UserError(f"image {name} is refused as a decompression bomb: shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(
-            f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"
-        ) from error
+        raise UserError(f"image {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
-        raise UserError(f"picture {name} is damaged ({error}): replace it or remove it") from error
+        raise UserError(f"image {name} is damaged ({error}): replace it or remove it") from error
 
 
 class _CountedFile(io.BytesIO):
@@ -240,7 +238,7 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:
-    """One picture as the vision tower's input before rescaling.
+    """One image as the vision tower's input before rescaling.
 
     Args:
       image: any Pillow image.
@@ -253,7 +251,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
       uint8[size, size, 3], read-only
 
     Raises:
-      UserError: unknown aspect, or a picture so thin that resizing it takes more than `MAX_PIXELS`.
+      UserError: unknown aspect, or an image so thin that resizing it takes more than `MAX_PIXELS`.
     """
     image = to_rgb(image)
     if aspect == "square":
@@ -308,7 +306,7 @@ def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
     left = (resized - size) // 2
     start, stop = left // step * step, -(-(left + size) // step) * step
     whole, part = _Part(0, length, 0, resized), _Part(start * length // resized, stop * length // resized, start, stop)
-    if part == whole or resized >= 100 * size:  # columns come first where a picture is a hundred times as tall as wide
+    if part == whole or resized >= 100 * size:  # columns come first where an image is a hundred times as tall as wide
         return whole
     window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than any is made from
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
@@ -318,7 +316,7 @@ def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
-    """Expands to a square, the picture at floor((long - short) / 2), and resizes that to `size` x `size`.
+    """Expands to a square, the image at floor((long - short) / 2), and resizes that to `size` x `size`.
 
     The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never made. Pillow resizes rows first and
     columns after, so bands of rows can be padded and resized one by one, and rows of a single colour stay as they

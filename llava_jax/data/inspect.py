@@ -7,20 +7,18 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, one_line, printable, run, short, track, warn
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
-from llava_jax.data.fit import chosen_template, missing_marks, require_fit
+from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
+from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.sources import LlavaJson, Sample, read_images
-from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+from llava_jax.data.template_fit import missing_marks
+from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
 from llava_jax.files.writing import atomic_file
 
 if TYPE_CHECKING:
@@ -74,27 +72,23 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    require_fit(template, tokenizer)
-    if misfit := missing_marks(template, tokenizer):
+    encode = text_encoder(
+        args, image_tokens=1, max_length=1, image_position=args.image_position, seed=args.seed
+    )  # of which no sample is expanded or cut
+    if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
-    encode = partial(
-        encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
-    )
-    if args.images is not None and not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of images")
-    samples = LlavaJson(args.json, folder_of(args))
+    samples = LlavaJson(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
     def shown(index: int) -> Shown:
         sample = samples[index]
-        return Shown(sample, encode(sample), None if args.images is None else image_sizes(samples, index, sample))
+        sizes = None if args.images is None else image_sizes(samples, index, sample)
+        return Shown(sample, encode.ids(sample), sizes)
 
     if args.jsonl:
-        _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), tokenizer)
+        _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), encode.tokenizer)
     else:
-        _show(map(shown, range(count)), tokenizer)
+        _show(map(shown, range(count)), encode.tokenizer)
 
 
 def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
@@ -138,13 +132,8 @@ def _limit(text: str) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.inspect", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
-    add_allow_absolute(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
-    parser.add_argument("--seed", type=int, default=0, help="of image position random")
+    images = {"required": False, "help": "the folder of its images: read them and show their sizes"}
+    add_options(parser, json={}, images=images, tokenizer={"required": True}, template={}, image_position={}, seed={})
     parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")
     parser.add_argument("--jsonl", metavar="OUT", help="write one JSON object a sample to OUT (- for standard output)")
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
-from llava_jax.data.names import ImageFolder
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.plan import Lengths, Visits
 from llava_jax.data.sources import LlavaJson, Sample, Source
 
@@ -71,7 +71,7 @@ def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) 
         raise UserError(f"{name} {said} json (with images) {'and' if given.get('json') else 'or'} built")
     if given.get("built"):
         if given.get("images"):
-            raise UserError(f"{name}.images is set, but {given['built']} holds its own pictures")
+            raise UserError(f"{name}.images is set, but {given['built']} holds its own images")
         return Built(given["built"])
     images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
     return LlavaJson(given["json"], images, lenient)
@@ -96,13 +96,13 @@ def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits
 
 
 def check_folders(source: Source, lengths: Lengths) -> None:
-    """Raises `UserError` where there are samples with pictures but no folder of these."""
+    """Raises `UserError` where there are samples with images but no folder of these."""
     for part, images in _parts(source, lengths.images):
         if isinstance(part, LlavaJson) and images.any():
             if not part.images:
-                raise UserError(f"{part.path} has samples with pictures: give their folder (--config.data.images=...)")
+                raise UserError(f"{part.path} has samples with images: give their folder (--config.data.images=...)")
             if not epath.Path(part.images).is_dir():
-                raise UserError(f"{part.images}: no such folder of pictures (of {part.path})")
+                raise UserError(f"{part.images}: no such folder of images (of {part.path})")
 
 
 def _parts(source: Source, values: np.ndarray) -> Iterator[tuple[Source, np.ndarray]]:

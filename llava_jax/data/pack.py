@@ -1,5 +1,5 @@
 """How full rows and the image slots of their groups would be, packed and unpacked, and which sizes to choose for
-`config.pack`. Reads texts alone, no pictures."""
+`config.pack`. Reads texts alone, no images."""
 
 import argparse
 import itertools
@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, run, say, track
-from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import chosen_template
+from llava_jax.cli import Parser, UserError, positive, run, say, track
+from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
+from llava_jax.data.options import add_options, text_encoder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import write_json
 
 EPILOG = """example:
@@ -155,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava_jax.data.lengths import measure_once
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    encode = TextEncoder(template, tokenizer, args.image_tokens, args.max_length)
+    encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length)
     lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
@@ -180,13 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
+    return [positive(part) for part in text.split(",")]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -194,14 +185,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
     data.add_argument("--built", metavar="DIR", help="what llava_jax.data.build made")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=_number, default=2048, metavar="N", help="longer samples are cut (2048)")
-    parser.add_argument("--image-tokens", type=_number, default=576, metavar="P", help="tokens an image takes (576)")
+    add_options(parser, tokenizer={"required": True}, template={}, max_length={}, image_tokens={})
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
     parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
-    parser.add_argument("--image-slots", type=_number, metavar="I", help="of a group; by default the best are sought")
-    parser.add_argument("--samples-a-step", type=_number, default=128, metavar="N", help="for the suggestion (128)")
+    parser.add_argument("--image-slots", type=positive, metavar="I", help="of a group; by default the best are sought")
+    parser.add_argument("--samples-a-step", type=positive, default=128, metavar="N", help="for the suggestion (128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (0: threads)")
     parser.add_argument("--json-out", metavar="F", help="write the report as JSON, too")

@@ -22,7 +22,7 @@ class Lengths(NamedTuple):
 
     tokens: np.ndarray  # positions
     targets: np.ndarray  # labels that the position before them predicts
-    images: np.ndarray  # pictures kept
+    images: np.ndarray  # images kept
 
 
 @functools.lru_cache(maxsize=4)

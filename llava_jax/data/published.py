@@ -1,4 +1,4 @@
-"""The published data sets: what they hold, where their pictures are, and what goes wrong when they are downloaded."""
+"""The published data sets: what they hold, where their images are, and what goes wrong when they are downloaded."""
 
 import collections
 import dataclasses
@@ -77,7 +77,7 @@ PUBLISHED = (
 
 
 def folder_problems(published: Published, images: epath.Path) -> Iterator[str]:
-    """Folders of pictures that are not there."""
+    """Folders of images that are not there."""
     for folder, origin in published.folders.items():
         if not (images / folder).is_dir():
             yield f"{images / folder} is missing: it holds {origin}"
@@ -88,17 +88,17 @@ def count_problems(published: Published, samples: int, text_only: int) -> Iterat
     if samples != published.samples:
         yield f"{samples:,} samples where {published.json} of {published.source} has {published.samples:,}"
     elif published.text_only is not None and text_only != published.text_only:
-        yield f"{text_only:,} samples without a picture where {published.json} has {published.text_only:,}"
+        yield f"{text_only:,} samples without an image where {published.json} has {published.text_only:,}"
 
 
 def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[str]:
-    """Pictures that are not there (name -> the id of a sample), by folder, and where it looks like it what became of
+    """Images that are not there (name -> the id of a sample), by folder, and where it looks like it what became of
     them."""
     folders = collections.defaultdict(list)
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
-        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}; it is "
+        told = f"{len(names):,} images missing in {images / folder}, such as {names[0]}; it is "
         told += f"of sample {missing[names[0]]}"
         looked = names[:100]
         renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)

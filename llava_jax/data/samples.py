@@ -1,7 +1,7 @@
 """A sample, and what makes one of a JSON value: the keys that are read, in either of their spellings, and all faults.
 
 Turns are `conversations` of `from` and `value`, as LLaVA has them, or `messages` of `role` and `content`, as OpenAI
-has them. What is understood is used; what would change what is learned and is not understood is a fault (`dialects`).
+has them. What is understood is used. What would change the targets and is not understood is a fault, see `unsupported`.
 """
 
 import json
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data import dialects
+from llava_jax.data import unsupported
 from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
+from llava_jax.data.formats import to_llava
 from llava_jax.data.records import Record, load_json
 
 ROLES = {
@@ -55,7 +56,7 @@ class Reading(NamedTuple):
 
 def parse_sample(record: Record) -> Sample:
     """The sample of a record; one that begins with an answer loses it, as published. Raises `UserError`."""
-    value = record_value(record)
+    value = sample_value(record)
     reading = read_sample(value)
     for fault in reading.faults:
         raise UserError(f"{record.where} (id {sample_id(record, value)}): {fault.detail}")
@@ -65,6 +66,12 @@ def parse_sample(record: Record) -> Sample:
 def record_value(record: Record) -> Any:
     """The JSON value of a record. Raises `UserError` for a line that is no JSON."""
     return load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
+
+
+def sample_value(record: Record) -> Any:
+    """The same in LLaVA's format, if it is in a registered one. Raises `UserError`, also where it is not as its format
+    says."""
+    return to_llava(record_value(record), record.where)
 
 
 def sample_id(record: Record, value: Any) -> str:
@@ -99,7 +106,7 @@ def read_sample(value: Any) -> Reading:
     images = images or tuple(named)
     if turns[0][0] == "system" or not value.keys() <= _PLAIN:
         turns = _with_system(value, turns, faults)
-        details = (*dialects.unread_keys(value, bool(images)), *dialects.unlearned(value))
+        details = (*unsupported.unread_keys(value, bool(images)), *unsupported.unlearned(value))
         faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
 
@@ -140,7 +147,7 @@ def _sentences(value: dict) -> list | Fault:
         return Fault("key", "`conversations` and `messages` hold other turns: keep one")
     sentences = given[0] if given else value.get("conversations")
     if not isinstance(sentences, list) or not sentences:
-        hint = dialects.explain_missing(value) if sentences is None else ""
+        hint = unsupported.explain_missing(value) if sentences is None else ""
         return Fault("structure", f"`conversations` is no list of turns but {_shown(sentences)}{hint}")
     return sentences
 
@@ -176,7 +183,7 @@ def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> 
         text = ""
     elif not _encodable(text):
         fault("structure", f"`{content}` of turn {number} is no valid Unicode: it holds half a surrogate pair")
-    for detail in dialects.unread_turn_keys(sentence, answers=role == "assistant"):
+    for detail in unsupported.unread_turn_keys(sentence, answers=role == "assistant"):
         fault("key", f"turn {number}: {detail}")
     return role, text
 
@@ -249,9 +256,9 @@ def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ..
         yield Fault("marks", detail)
     if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    if begin or dialects.may_hold_marks(whole):
+    if begin or unsupported.may_hold_marks(whole):
         for role, text in talk:
-            if mark := dialects.foreign_mark(text, role == "user"):
+            if mark := unsupported.foreign_mark(text, role == "user"):
                 detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"
                 yield Fault("marks", detail)
 

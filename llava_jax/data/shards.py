@@ -1,17 +1,17 @@
-"""The files of a built data set: its texts in one, its samples with their pictures in shards of ArrayRecord.
+"""The files of a built data set: its texts in one, its samples with their images in shards of ArrayRecord.
 
     metadata.json        what it is built from, counts of samples and images; written first
     text.jsonl           the samples, one a line, as LLaVA JSON
     text_offsets.npy     int64[N + 1]: where in it each line begins, and its end
     lengths-*.npz         where asked for: tokens, learned tokens and images of each sample, as the cache keeps them
-    llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and pictures, the bytes of their files
+    llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and images, the bytes of their files
     dataset_info.json, features.json               what makes it a TFDS data set; written last
 
 Texts stand apart, beside in the records, since they are a hundredth of the data: training measures and plans all
-samples before the first step, which must not read the pictures. Records hold them too, for those who read the shards
+samples before the first step, which must not read the images. Records hold them too, for those who read the shards
 with `tfds.data_source` alone. `text.jsonl` is plain LLaVA JSON, so all tools for that take it.
 
-A shard is a function of its samples' lines and pictures. It is written elsewhere and put in its place when it is
+A shard is a function of its samples' lines and images. It is written elsewhere and put in its place when it is
 whole, so the shards that are there are good, whoever wrote them, and however the others were interrupted.
 """
 
@@ -29,8 +29,8 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import decode_image, read_picture
-from llava_jax.data.names import image_path
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import decode_image, read_image
 from llava_jax.data.samples import ROLES, Sample
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
@@ -39,7 +39,7 @@ from llava_jax.remote import is_remote
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
 SHARD_NAME = "llava-train.array_record-{index:05}-of-{count:05}"  # as TFDS names them
 
-# One record a group: random access. Pictures are compressed already.
+# One record a group: random access. Images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 FEATURES = tfds.features.FeaturesDict(
@@ -54,8 +54,8 @@ FEATURES = tfds.features.FeaturesDict(
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
 
 
-class BadPicture(NamedTuple):
-    """A sample, and why a picture of it cannot be read."""
+class BadImage(NamedTuple):
+    """A sample, and why an image of it cannot be read."""
 
     id: str
     detail: str
@@ -66,7 +66,7 @@ class Shard:
     """One shard to write; it travels to other machines."""
 
     output: str  # the directory of the data set, local or remote
-    images: epath.PathLike  # the folder that image names are relative to, see `names.ImageFolder`
+    images: epath.PathLike  # the folder that image names are relative to, see `image_folder.ImageFolder`
     index: int
     count: int  # of all shards
     begin: int  # this and `end`: the bytes of `text.jsonl` that hold its samples
@@ -87,12 +87,12 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
     return manifest
 
 
-def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
+def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadImage]:
     """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
 
     `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
     """
-    bad: list[BadPicture] = []
+    bad: list[BadImage] = []
     if is_whole(shard):
         return bad
     with atomic_path(shard.path) as file:
@@ -100,10 +100,10 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
             for sample in read_samples(shard):
                 if stopped():
                     raise InterruptedError
-                pictures = [_read_picture(shard, name) for name in sample.images]
-                bad += [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
+                images = [_read_image(shard, name) for name in sample.images]
+                bad += [BadImage(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
                 if not bad:
-                    writer.write(serialize(sample, pictures))
+                    writer.write(serialize(sample, images))
         if bad:
             os.unlink(file)
     return bad
@@ -148,14 +148,14 @@ def conversation_of(sample: Sample) -> list[dict[str, str]]:
     return [{"from": names[role], "value": text} for role, text in sample.turns]
 
 
-def serialize(sample: Sample, pictures: list[bytes]) -> bytes:
+def serialize(sample: Sample, images: list[bytes]) -> bytes:
     """The record of a sample: a tf.Example of `FEATURES`."""
     example = {
         "id": _utf8(sample.id),
         "conversations": conversation_of(sample),
         "image_names": [_utf8(name) for name in sample.images],
         "num_images": len(sample.images),
-        "images": pictures,
+        "images": images,
     }
     # Maps are written in any order otherwise, and shards would differ from one process to the next.
     return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
@@ -172,9 +172,9 @@ def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
         raise UserError(f"a shard cannot be written: {error}") from error
 
 
-def _read_picture(shard: Shard, name: str) -> bytes | UserError:
+def _read_image(shard: Shard, name: str) -> bytes | UserError:
     try:
-        data = read_picture(image_path(shard.images, name))
+        data = read_image(image_path(shard.images, name))
         if shard.decode:
             decode_image(data, name=f"{shard.images}/{name}")
     except UserError as error:

@@ -18,8 +18,9 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
-from llava_jax.data.images import read_picture
-from llava_jax.data.names import image_path
+from llava_jax.data.formats import FORMATS
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import read_image
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
@@ -30,7 +31,7 @@ INDEX = 3  # of the caches of files: raise it when another version would find ot
 
 
 class Source(Protocol):
-    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read."""
+    """Random access to samples; texts are cheap and apart from images. Travels to processes that read."""
 
     digest: str  # of all samples in their order, whatever holds them: `digest_of`
 
@@ -44,7 +45,7 @@ class Source(Protocol):
 
 
 class LlavaJson(Sequence[Sample]):
-    """The samples of a file, their pictures in folder `images` (not needed where none is read): a `Source`.
+    """The samples of a file, their images in folder `images` (not needed where none is read): a `Source`.
 
     All are checked when it is opened, which the cache remembers; texts stay in the file. Raises `UserError` with file,
     line or index, and id; if `lenient`, only where a record is asked for that is no sample.
@@ -53,6 +54,7 @@ class LlavaJson(Sequence[Sample]):
     def __init__(self, path: epath.PathLike, images: epath.PathLike = "", lenient: bool = False):
         self.path = path
         self.images = images
+        self.formats = tuple(FORMATS.values())  # whose modules processes that read samples have to import
         self._records, self.digest = _index(path, lenient)
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class LlavaJson(Sequence[Sample]):
         return parse_sample(Record(where, index, 0, 0, self._records[index]))
 
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        return [read_picture(image_path(self.images, name)) for name in names]
+        return [read_image(image_path(self.images, name)) for name in names]
 
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"
@@ -87,7 +89,9 @@ def read_images(
 def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
     """Where the records of a file are, once all are known to be samples (or not, if `lenient`), and their digest."""
     file = local_data(path)
-    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.content_version(file))}"
+    formats = [(data_format.name, data_format.version) for data_format in FORMATS.values()]
+    parts = (INDEX, lenient, os.path.abspath(file), cache.content_version(file), *formats)
+    name = f"index-{cache.digest(*parts)}"
     index = cache.load(name)
     if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.names import ImageFolder, image_path
+from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import parse_sample, record_value
 from llava_jax.files.writing import atomic_file
@@ -22,37 +22,37 @@ SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 class Transcript(NamedTuple):
-    """Turns of user and assistant, a picture's name for each `<image>` in them, and the system prompt if it had one."""
+    """Turns of user and assistant, an image name for each `<image>` in them, and the system prompt if there was one."""
 
     turns: Sequence[tuple[str, str]]
-    pictures: Sequence[str] = ()
+    images: Sequence[str] = ()
     system: str | None = None
 
 
 def unmarked(text: str) -> str:
-    """A text without what would stand for one more picture."""
+    """A text without what would stand for one more image."""
     return text.replace(IMAGE_TOKEN, "")
 
 
-def marked(text: str, pictures: int) -> str:
+def marked(text: str, images: int) -> str:
     """A question's text with a mark for each of its images: marks in the text keep their places, the rest go before it.
 
     Raises `UserError` where the text has more marks than there are images.
     """
     placed = text.count(IMAGE_TOKEN)
-    if placed > pictures:
+    if placed > images:
         raise UserError(
-            f"{placed} {IMAGE_TOKEN} in the message, but {pictures} images for it: attach one for each, or write "
+            f"{placed} {IMAGE_TOKEN} in the message, but {images} images for it: attach one for each, or write "
             "something else for the mark"
         )
-    return f"{IMAGE_TOKEN}\n" * (pictures - placed) + text
+    return f"{IMAGE_TOKEN}\n" * (images - placed) + text
 
 
 def dump(transcript: Transcript, ident: str) -> str:
     """The JSON text: an array of one sample."""
     sample: dict[str, Any] = {"id": ident}
-    if transcript.pictures:
-        sample["image"] = transcript.pictures[0] if len(transcript.pictures) == 1 else list(transcript.pictures)
+    if transcript.images:
+        sample["image"] = transcript.images[0] if len(transcript.images) == 1 else list(transcript.images)
     if transcript.system is not None:
         sample["system"] = transcript.system
     sample["conversations"] = [{"from": SPEAKERS[role], "value": text} for role, text in transcript.turns]

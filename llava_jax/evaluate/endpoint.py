@@ -14,8 +14,8 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError, say, short, warn
-from llava_jax.data.images import read_picture
-from llava_jax.data.names import folder_of, image_path
+from llava_jax.data.image_folder import folder_of, image_path
+from llava_jax.data.images import read_image
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.files.reading import refuse_pointer
@@ -103,7 +103,7 @@ def messages(question: Question, images: epath.PathLike) -> list[dict[str, Any]]
 
 
 def _data_url(picture: str | bytes, images: epath.PathLike) -> str:
-    data = picture if isinstance(picture, bytes) else read_picture(image_path(images, picture))
+    data = picture if isinstance(picture, bytes) else read_image(image_path(images, picture))
     name = picture if isinstance(picture, str) else "in the file"
     refuse_pointer(data, f"picture {name}")
     try:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import PurePath
 
 from llava_jax.cli import Parser, UserError, positive
-from llava_jax.data.names import add_allow_absolute
+from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.evaluate.benchmarks import listing, require
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments

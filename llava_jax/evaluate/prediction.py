@@ -11,11 +11,11 @@ import numpy as np
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import say, track
 from llava_jax.data.conversation import choose_template
-from llava_jax.data.names import folder_of
+from llava_jax.data.image_folder import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
-from llava_jax.inference.generate import Sampling
+from llava_jax.inference.requests import Sampling
 from llava_jax.parallel import distributed
 
 START_SECONDS = 300  # until all processes have met

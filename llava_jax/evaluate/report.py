@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, printable, say
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.evaluate.bootstrap import Interval
 from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run

@@ -11,8 +11,8 @@ import jinja2
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import load_image
-from llava_jax.data.names import image_path
 from llava_jax.evaluate.comparison import Case, Row
 from llava_jax.evaluate.outcomes import Outcome
 

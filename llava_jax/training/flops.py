@@ -7,16 +7,21 @@ run forward (2 N T).
 Attention has two conventions in the literature: "full" counts every query with every key (what dense attention
 computes), "causal" half of that (what a decoder needs).
 
-Axes: B rows, T positions, P patches, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary.
+Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 """
 
 import dataclasses
+import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
-from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.projector import num_projector_layers
+from llava_jax.models.config import LlavaConfig, TextConfig
+from llava_jax.models.families import family_of
+from llava_jax.models.llava import abstract_params
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
 
 CONVENTIONS = ("full", "causal")
@@ -28,6 +33,8 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "save_qkv": ("attention", "output", "gate_up"),
     "offload": ("qkv", "attention", "output", "gate_up"),
 }
+# The last product of a layer of the towers, as `down` is of the decoder's.
+LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +58,6 @@ class Part:
         return Part(*(factor * value for value in dataclasses.astuple(self)))
 
 
-def trainable_parts(names: Iterable[str]) -> frozenset[str]:
-    """Names of parameters -> the parts they belong to."""
-    return frozenset(name.split(".")[0] for name in names)
-
-
 def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], remat: str) -> dict[str, Part]:
     """FLOPs of a step over all devices, by part, attention "full".
 
@@ -64,25 +66,29 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
       remat: the policy of the layers, a key of `RECOMPUTED`.
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
-    text, layers = model.text, model.vision_layers_used
-    trainable = frozenset(trainable)
-    vision = any(name.startswith("vision.") for name in trainable)
-    decoder_input = vision or any(name.startswith(("projector.", "llm.embed_tokens.")) for name in trainable)
-    decoder = decoder_input or any(name.startswith("llm.layers.") for name in trainable)
+    text = model.text
+    sizes = {name: math.prod(value.shape) for name, value in abstract_params(model).items()}
+    weights = {name: sizes[name] for name in trainable if name.endswith(".kernel")}
+
+    def trains(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in trainable)
+
+    # Gradients of activations pass through all of the stacked layers or through none.
+    vision, decoder = trains("vision."), trains("vision.", "projector.", "llm.embed_tokens.", "llm.layers.")
+    hidden = decoder or trains("llm.norm.")
+    attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
+    tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
-        "vision": _vision(model.vision, layers, trainable, remat) * images,
-        "vision attention": _attention(model.vision.num_tokens, model.vision.hidden_size, layers, vision, remat)
-        * images,
-        "projector": _projector(model, vision, trainable) * (images * layout.image_tokens),
-        "llm": _decoder(text, decoder, trainable, remat) * (rows * layout.max_length),
-        "llm attention": _attention(layout.max_length, text.num_heads * text.head_dim, text.num_layers, decoder, remat)
-        * rows,
+        "vision": tower * images,
+        "vision attention": tower_attention * images,
+        "projector": _projector(model, vision, weights, trainable) * (images * layout.image_tokens),
+        "llm": _decoder(text, decoder, weights, remat) * (rows * layout.max_length),
+        "llm attention": _attention(attention, decoder, RECOMPUTED[remat]) * rows,
     }
     slots = layout.label_slots
     slots += -slots % min(slots, LABEL_CHUNK)  # padded to whole chunks
     logits = 2.0 * text.hidden_size * text.vocab_size
     head = "llm.embed_tokens.embedding" if text.tie_word_embeddings else "llm.lm_head.kernel"
-    hidden = decoder or "llm.norm.scale" in trainable
     parts["logits"] = Part(logits, logits * hidden, logits * (head in trainable)) * (layout.groups * slots)
     return parts
 
@@ -104,74 +110,52 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
 
 
 # ------------------------------------------------------------------------------------------- one image, token or row
+# `weights`: the sizes of the trained kernels. `backward`: whether gradients of activations pass through.
 
 
-def _vision(vision: VisionConfig, layers: int, trainable: Collection[str], remat: str) -> Part:
-    """One image: the patches, then projections and MLP of each layer. Pixels need no gradient."""
-    D, P, S = vision.hidden_size, vision.num_patches, vision.num_tokens
-    patches = 2.0 * P * 3 * vision.patch_size**2 * D
-    products = {
-        "attention.q_proj": ("qkv", 2.0 * S * D * D),
-        "attention.k_proj": ("qkv", 2.0 * S * D * D),
-        "attention.v_proj": ("qkv", 2.0 * S * D * D),
-        "attention.out_proj": ("output", 2.0 * S * D * D),
-        "mlp.fc1": ("gate_up", 2.0 * S * D * vision.intermediate_size),
-        "mlp.fc2": ("down", 2.0 * S * D * vision.intermediate_size),
-    }
-    backward = any(name.startswith("vision.") for name in trainable)
-    embedding = Part(forward=patches, weights=patches * ("vision.patch_embedding.kernel" in trainable))
-    return embedding + _layers("vision.layers", products, backward, trainable, _recomputed("vision", remat)) * layers
+def _vision(
+    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, int], backward: bool, remat: str
+) -> tuple[Part, Part]:
+    """One image: (products with weights, attention). The patch embedding needs no gradient of the pixels."""
+    vision, layers = model.vision, model.vision_layers_used
+    products, attention = TOWERS[vision.kind].flops(vision, layers)
+
+    def product(name: str, size: int) -> float:
+        if name.startswith("vision.layers."):
+            return 2.0 * vision.num_tokens * size * layers / vision.num_layers
+        return 2.0 * vision.num_patches * size
+
+    recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
+    later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
+    again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
+    gradients = sum(product(name, size) for name, size in weights.items() if name.startswith("vision."))
+    return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
 
-def _projector(model: LlavaConfig, backward: bool, trainable: Collection[str]) -> Part:
-    """One patch. `backward`: whether the tower is trained, else the first layer has no gradient of its input."""
+def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], trainable: Collection[str]) -> Part:
+    """One patch. `backward`: whether the tower is trained; else the first trained layer is the first with gradients."""
+    matrices = projector_kind(model.projector_type).matrices(
+        model.projector_type, model.vision.hidden_size, model.text.hidden_size
+    )
+    kernels = sorted(name for name in abstract_params(model) if re.fullmatch(r"projector\..*\.kernel", name))
     total = Part()
-    for number in range(1, num_projector_layers(model.projector_type) + 1):
-        width = model.vision.hidden_size if number == 1 else model.text.hidden_size
-        flops = 2.0 * width * model.text.hidden_size
-        trains = f"projector.linear_{number}.kernel" in trainable
-        total += Part(flops, flops * backward, flops * trains)
-        backward = backward or trains or f"projector.linear_{number}.bias" in trainable
+    for kernel, (rows, columns) in zip(kernels, matrices, strict=True):
+        flops = 2.0 * rows * columns
+        total += Part(flops, flops * backward, flops * (kernel in weights))
+        module = kernel.removesuffix("kernel")
+        backward = backward or any(name.startswith(module) for name in trainable)
     return total
 
 
-def _decoder(text: TextConfig, backward: bool, trainable: Collection[str], remat: str) -> Part:
+def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:
     """One token through all layers, attention left out."""
-    D, H = text.hidden_size, text.head_dim
-    products = {
-        "attention.q_proj": ("qkv", 2.0 * D * text.num_heads * H),
-        "attention.k_proj": ("qkv", 2.0 * D * text.num_kv_heads * H),
-        "attention.v_proj": ("qkv", 2.0 * D * text.num_kv_heads * H),
-        "attention.o_proj": ("output", 2.0 * text.num_heads * H * D),
-        "mlp.gate_proj": ("gate_up", 2.0 * D * text.intermediate_size),
-        "mlp.up_proj": ("gate_up", 2.0 * D * text.intermediate_size),
-        "mlp.down_proj": ("down", 2.0 * text.intermediate_size * D),
-    }
-    return _layers("llm.layers", products, backward, trainable, _recomputed("llm", remat)) * text.num_layers
+    products = family_of(text).products(text)
+    layers = sum(products.values()) * text.num_layers
+    again = sum(products.get(name, 0) for name in RECOMPUTED[remat]) * text.num_layers
+    gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("llm.layers."))
+    return Part(layers, layers * backward, gradients, again * backward)
 
 
-def _layers(
-    prefix: str,
-    products: Mapping[str, tuple[str, float]],
-    backward: bool,
-    trainable: Collection[str],
-    recomputed: Collection[str],
-) -> Part:
-    """One layer. `products`: the FLOPs of each, and its name in `RECOMPUTED`. `backward`: whether gradients of
-    activations pass through, which they do through all of the stacked layers or through none."""
-    layer = sum(flops for _, flops in products.values())
-    weights = sum(flops for name, (_, flops) in products.items() if f"{prefix}.{name}.kernel" in trainable)
-    again = sum(flops for kind, flops in products.values() if kind in recomputed)
-    return Part(layer, layer * backward, weights, again * backward)
-
-
-def _attention(length: int, width: int, layers: int, backward: bool, remat: str) -> Part:
-    """One row or image: scores and weighted values, 2 T T N H each; each has two gradients."""
-    layer = 4.0 * length**2 * width
-    again = layer * ("attention" in RECOMPUTED[remat])
-    return Part(layer, 2 * layer * backward, 0.0, again * backward) * layers
-
-
-def _recomputed(part: str, remat: str) -> tuple[str, ...]:
-    """The tower's layers name nothing that "save_qkv" could keep."""
-    return RECOMPUTED["full" if part == "vision" and remat == "save_qkv" else remat]
+def _attention(forward: float, backward: bool, recomputed: Collection[str]) -> Part:
+    """Scores and weighted values, 2 T T N H each a layer; each has two gradients."""
+    return Part(forward, 2 * forward * backward, 0.0, forward * backward * ("attention" in recomputed))

@@ -17,7 +17,7 @@ def test_workers_report_damaged_pictures_and_it_goes_on(data, built, tmp_path, c
     output = tmp_path / "set"
     try:
         picture.write_bytes(content[:-20])
-        with pytest.raises(UserError, match="^2 pictures cannot be read"):
+        with pytest.raises(UserError, match="^2 images cannot be read"):
             run(data, output, "--shards", 4, "--beam", "runner=DirectRunner")
     finally:
         picture.write_bytes(content)

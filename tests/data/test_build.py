@@ -58,8 +58,8 @@ def run(data: tuple[Path, Path], output: Path, *options: object) -> Path:
 WAITING = """
 import sys, time
 from llava_jax.data import build, shards
-read = shards.read_picture
-shards.read_picture = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
+read = shards.read_image
+shards.read_image = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
 build.main(sys.argv[1:])
 """
 
@@ -137,7 +137,7 @@ def test_missing_pictures_are_told_by_folder_before_anything_is_written(data, tm
     (images / "folder" / "b.png").rename(images / "folder" / "b.gif")
     (images / "a.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"1 pictures missing in \S+images, such as a.jpg; it is of sample 0; .*1 of the first 1 are"
+        UserError, match=r"1 images missing in \S+images, such as a.jpg; it is of sample 0; .*1 of the first 1 are"
     ):
         run((data[0], images), tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -150,7 +150,7 @@ def test_damaged_pictures_are_all_told_and_cost_their_shards_alone(data, built, 
     picture = (images / "d.webp").read_bytes()
     (images / "d.webp").write_bytes(picture[: len(picture) // 2])
     output = tmp_path / "set"
-    with pytest.raises(UserError, match="^2 pictures cannot be read"):
+    with pytest.raises(UserError, match="^2 images cannot be read"):
         run((data[0], images), output, "--shards", 4)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[:2] for line in lines] == [["bad-image", " s5"], ["bad-image", " s7"]]
@@ -208,7 +208,7 @@ def test_published_sets_are_checked(data, tmp_path, monkeypatch):
     mix = next(known for known in published.PUBLISHED if known.name == "mix665k")
     small = dataclasses.replace(mix, samples=8, text_only=3, folders={"folder": "b"})
     assert list(published.count_problems(small, 8, 2)) == [
-        "2 samples without a picture where llava_v1_5_mix665k.json has 3"
+        "2 samples without an image where llava_v1_5_mix665k.json has 3"
     ]
     monkeypatch.setattr(build, "PUBLISHED", [dataclasses.replace(small, text_only=2)])
     output = run(data, tmp_path / "set", "--dataset", "mix665k")
@@ -266,7 +266,7 @@ def test_what_is_no_file_is_refused_with_its_sample(data, tmp_path, name, capsys
     samples = json.loads(data[0].read_text())
     samples[3]["image"] = name
     (tmp_path / "data.json").write_text(json.dumps(samples))
-    with pytest.raises(UserError, match="1 pictures cannot be read"):
+    with pytest.raises(UserError, match="1 images cannot be read"):
         run((tmp_path / "data.json", images), tmp_path / "set", "--no-decode")
     assert re.match(f"bad-image, s3, picture .*{name}", capsys.readouterr().out)
 

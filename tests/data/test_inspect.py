@@ -103,7 +103,7 @@ def test_images_are_read_only_where_their_folder_is_given(data, bare_llama_dir, 
         [],
     ]
     (images / "absent.jpg").write_bytes((images / "absent.jpg").read_bytes()[:200])
-    with pytest.raises(UserError, match="sample 0: picture absent.jpg is damaged"):
+    with pytest.raises(UserError, match="sample 0: image absent.jpg is damaged"):
         main([*args, "--images", str(images)])
     (images / "absent.jpg").unlink()
     with pytest.raises(UserError, match="sample 0: .*absent.jpg: No such file"):

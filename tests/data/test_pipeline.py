@@ -298,7 +298,7 @@ def test_skipped_samples_stay_in_their_places(tmp_path, folder, source, encode, 
             np.testing.assert_array_equal(labels, np.full_like(others, -100) if skipped else others)
             np.testing.assert_array_equal(pictures, np.zeros_like(good) if skipped else good)
     assert sorted(one.id for one in found) == ["s5", "s8"]
-    assert all(f"sample {one.id}: picture" in one.reason for one in found)
+    assert all(f"sample {one.id}: image" in one.reason for one in found)
 
 
 def test_a_sample_whose_text_is_at_fault_takes_no_position(source, folder, tokenizer):
@@ -386,7 +386,7 @@ def test_missing_and_damaged_pictures_name_sample_and_file(tmp_path, encode, nam
         return
     with pytest.raises(UserError) as caught:
         list(batches.iterate(0, 1, workers))
-    assert str(caught.value).startswith(f"sample s3: picture {message.format(folder=tmp_path)}")
+    assert str(caught.value).startswith(f"sample s3: image {message.format(folder=tmp_path)}")
     assert "\n" not in str(caught.value)
 
 
@@ -452,7 +452,7 @@ def test_images_outside_the_folder_and_what_is_no_file(tmp_path, encode, name, w
     tiny.add_irregular(tmp_path / "images")
     (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(1, [name])]))
     batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path / "images"), encode, 2, 2)
-    with pytest.raises(UserError, match="sample s1: (image|picture) ") as caught:
+    with pytest.raises(UserError, match="sample s1: image ") as caught:
         batches[0]
     skipping = Batches(
         EncodedSource(batches.encoded.source, encode, skip_bad=True), DECODE, batches.order, batches.layout

@@ -46,6 +46,7 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, goodput, loop, optim, summary
 from llava_jax.training import step as training_step
+from llava_jax.training.profiling import Profile
 
 # ------------------------------------------------------------------------------------------------- the step
 
@@ -433,7 +434,7 @@ def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, cap
     workdir, whole = tmp_path / "run", tmp_path / "whole"
     loop.train(run_config(world, **changes), str(whole))
     told = capsys.readouterr().err
-    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: picture" in told
+    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: image" in told
     found = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
     counts = collections.Counter((one["id"], one["part"]) for one in found)
     expected = {("sample-0", "training"): 2, ("sample-5", "training"): 2, ("sample-7", "text"): 1}
@@ -593,7 +594,7 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
         monkeypatch.setattr(owner, name, slow)
 
     delayed(loop.TrainingCheckpoints, "save")
-    delayed(loop.Profile, "close")
+    delayed(Profile, "close")
     delayed(jax.profiler, "start_trace")
     delayed(jax.stages.Lowered, "compile")
     delayed(builder, "eval_step")  # traced once
@@ -700,7 +701,7 @@ def test_built_shards_train_as_the_json_does_and_a_mixture_resumes(world, uninte
 
 def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="no such folder of pictures"):
+    with pytest.raises(UserError, match="no such folder of images"):
         loop.train(run_config({**world, "images": str(tmp_path / "nowhere")}), str(workdir))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"sample sample-\d+: .*empty"):

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
-from llava_jax.data.names import ImageFolder, image_path, name_fault
+from llava_jax.data.image_folder import ImageFolder, image_path, name_fault
 
 # Texts that are made of what paths are made of, in several forms of Unicode.
 parts = st.sampled_from(

@@ -1,6 +1,6 @@
-"""Whether the pictures of samples exist and can be decoded. Those that could, and are as they were, are not read again.
+"""Whether the images of samples exist and can be decoded. Those that could, and are as they were, are not read again.
 
-The cache is a file of eight bytes for each good picture, appended as they are found, so that an interrupted check goes
+The cache is a file of eight bytes for each good image, appended as they are found, so that an interrupted check goes
 on where it was. What is bad is looked at each time.
 """
 
@@ -14,22 +14,22 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
+from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling, load_image
-from llava_jax.data.names import image_path
 from llava_jax.data.samples import Fault
-from llava_jax.data.survey import Problem, Survey
 from llava_jax.files import cache
 
 AT_ONCE = 256
-PICTURES = 1  # of the cache: raise it when another version would find other pictures bad
+IMAGES = 1  # of the cache: raise it when another version would find other images bad
 
 
-class GoodPictures:
-    """The pictures of a folder that were found good, by hashes of name and version."""
+class GoodImages:
+    """The images of a folder that were found good, by hashes of name and version."""
 
     def __init__(self, folder: epath.PathLike):
         where = folder if cache.is_remote(folder) else os.path.abspath(folder)
-        self.file = cache.directory() / f"pictures-{cache.digest(PICTURES, str(where))}"
+        self.file = cache.directory() / f"pictures-{cache.digest(IMAGES, str(where))}"
         self.known = np.zeros(0, np.uint64)
         with contextlib.suppress(OSError):
             size = self.file.stat().st_size
@@ -46,9 +46,9 @@ class GoodPictures:
             file.write(np.array(keys, np.uint64).tobytes())
 
 
-def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
-    """The faults of the pictures in a folder, for each sample that names them; each picture is read once at most."""
-    good = GoodPictures(folder)
+def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
+    """The faults of the images in a folder, for each sample that names them; each image is read once at most."""
+    good = GoodImages(folder)
     order = np.argsort(np.array(survey.names), kind="stable")
     names, users = np.array(survey.names)[order], np.array(survey.users)[order]
     hashes, firsts, counts = np.unique(names, return_index=True, return_counts=True)
@@ -65,14 +65,14 @@ def picture_problems(survey: Survey, folder: epath.PathLike, workers: int) -> It
                 good.add([key for _, key in found if key is not None])
                 yield from (fault for fault, _ in found)
 
-    for number, fault in enumerate(track(faults(), "reading pictures", len(hashes))):
+    for number, fault in enumerate(track(faults(), "reading images", len(hashes))):
         if fault:
             for index in users[firsts[number] : firsts[number] + counts[number]].tolist():
                 yield Problem(fault.kind, survey.id(index), fault.detail, index)
 
 
-def _look(folder: epath.PathLike, name: str, good: GoodPictures) -> tuple[Fault | None, int | None]:
-    """The fault of a picture, or the key of one that is newly found good."""
+def _look(folder: epath.PathLike, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
+    """The fault of an image, or the key of one that is newly found good."""
     try:
         path = image_path(folder, name)
     except UserError as error:
@@ -82,7 +82,7 @@ def _look(folder: epath.PathLike, name: str, good: GoodPictures) -> tuple[Fault 
     except FileNotFoundError:
         return Fault("missing-image", f"{path} does not exist"), None
     except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
-        return Fault("bad-image", f"picture {path}: {error}"), None
+        return Fault("bad-image", f"image {path}: {error}"), None
     hashed = hashlib.blake2b(f"{name}\0{version}".encode(errors="surrogatepass"), digest_size=8)
     key = int.from_bytes(hashed.digest(), "little")
     if key in good:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_jax.data.dialects import doubtful_mark, explain_missing, foreign_mark, may_hold_marks, unread_keys
+from llava_jax.data.unsupported import doubtful_mark, explain_missing, foreign_mark, may_hold_marks, unread_keys
 
 MARKS = {
     "<video>\nWhat happens?": "<video>",

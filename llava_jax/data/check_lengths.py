@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax.data.check_records import Problem, Survey
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import missing_marks
 from llava_jax.data.lengths import measure_once
 from llava_jax.data.padding import padding_of_samples
 from llava_jax.data.plan import Lengths
-from llava_jax.data.survey import Problem, Survey
+from llava_jax.data.template_fit import missing_marks
 
 UNLIMITED = 2**30  # tokens: nothing is cut, so that the same lengths serve every maximum
 IN_PROCESSES = 20_000  # samples from which on processes that measure are worth their start

@@ -1,23 +1,26 @@
 """CLIP vision transformer (Radford et al. 2021; Dosovitskiy et al. 2021), the visual encoder g of the paper.
 
-Axes: N pictures, S = 1 + patches tokens, D embed, C channels.
+Axes: N images, S = 1 + patches tokens, D embed, C channels.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.config import VisionConfig
+from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, VisionConfig
 from llava_jax.models.execution import SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, broadcast_last, stack_layers
+from llava_jax.models.hf_fields import Json, get
+from llava_jax.models.hf_names import Entry, layer_norm
+from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, stack_layers
+from llava_jax.models.towers import Tower, register
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x sigmoid(1.702 x), OpenAI's approximation of GELU; the published towers were trained with it."""
+    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's towers were trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-_FUNCTIONS = {  # by the names in `models.config.ACTIVATIONS`
+_FUNCTIONS = {  # the names are `VisionConfig.ACTIVATIONS`
     "quick_gelu": quick_gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -25,7 +28,7 @@ _FUNCTIONS = {  # by the names in `models.config.ACTIVATIONS`
 
 
 class ClipVision(nnx.Module):
-    """Pixels to hidden states of a chosen layer."""
+    """Pixels to the hidden states after some of the layers."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -35,13 +38,13 @@ class ClipVision(nnx.Module):
         self.position_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (1 + config.num_patches, D)))
         self.pre_layernorm = LayerNorm(D, config.layer_norm_eps)
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
-        self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's own head: stored for export only
+        self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's head: stored for export only
 
     def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
         """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
         N = pixels_NHWC.shape[0]
-        patch_embedding = execution.whole("vision.patch_embedding", self.patch_embedding)
-        position_embedding = execution.whole("vision.position_embedding", self.position_embedding)
+        patch_embedding = execution.gather("vision.patch_embedding", self.patch_embedding)
+        position_embedding = execution.gather("vision.position_embedding", self.position_embedding)
         patches_NPD = patch_embedding(pixels_NHWC)
         x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
         x_NSD += position_embedding[...].astype(x_NSD.dtype)[None]
@@ -53,7 +56,7 @@ class ClipVision(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its width: `kernel` [patch, patch, 3, D] and, if asked for, `bias` [D]."""
+    """A convolution whose stride is its width, with `kernel` [patch, patch, 3, D] and optionally `bias` [D]."""
 
     def __init__(self, patch_size: int, features: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(WEIGHT_INIT(rngs.params(), (patch_size, patch_size, 3, features)))
@@ -62,14 +65,14 @@ class PatchEmbedding(nnx.Module):
     def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
         p, _, C, D = self.kernel.shape
         N, rows, columns = pixels_NHWC.shape[0], pixels_NHWC.shape[1] // p, pixels_NHWC.shape[2] // p
-        # As a matrix product over flattened patches: the same sum, and faster than a convolution everywhere.
+        # A matrix product over flattened patches: the same sum as a convolution, and faster on all hardware.
         patches = pixels_NHWC[:, : rows * p, : columns * p].reshape(N, rows, p, columns, p, C)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows * columns, p * p * C)
         return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
 
 
 def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
-    """x after the first `num_layers` layers of a tower, stacked or not."""
+    """x after the first `num_layers` layers of a tower, which are stacked or a list."""
     if isinstance(layers, nnx.List):
         for layer in list(layers)[:num_layers]:
             x_NSD = layer(x_NSD, execution)
@@ -78,7 +81,7 @@ def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int
         layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
 
     def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
-        return execution.whole("vision.layers", layer)(x_NSD, execution)
+        return execution.gather("vision.layers", layer)(x_NSD, execution)
 
     with jax.named_scope("vision_layers"):
         return execution.scan_layers(step, x_NSD, layers)
@@ -128,9 +131,25 @@ class ClipMlp(nnx.Module):
         return self.fc2(_FUNCTIONS[self.activation](self.fc1(x)))
 
 
-def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8[..., H, W, 3] -> float32, (x / 255 - mean) / std, on the device: pictures travel as bytes."""
-    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
-    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
-    x = images.astype(jnp.float32)
-    return x * broadcast_last(scale, x) + broadcast_last(shift, x)
+@register
+class Clip(Tower):
+    """CLIP, by itself or the tower of a whole CLIP."""
+
+    name = "clip"
+    module = ClipVision
+    class_token = True
+    model_type, whole_model_type = "clip_vision_model", "clip"
+    defaults = Tower.defaults | {"projection_dim": 512}
+    original = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
+
+    def embedding_entries(self) -> list[Entry]:
+        return super().embedding_entries() + [
+            Entry("vision.class_embedding", "embeddings.class_embedding"),
+            *layer_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
+        ]
+
+    def read_fields(self, json: Json, where: str) -> dict[str, object]:
+        return {"projection_dim": get(json, "projection_dim", VisionConfig.projection_dim, where)}
+
+    def write(self, config: VisionConfig) -> Json:
+        return super().write(config) | {"projection_dim": config.projection_dim}

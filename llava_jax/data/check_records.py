@@ -11,9 +11,10 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, short, track
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.dialects import READ, doubtful_mark, unread_texts
+from llava_jax.data.formats import FORMATS
 from llava_jax.data.records import Record, RecordFile, local_data, scan
-from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, record_value, sample_id
+from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
+from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
 LONGEST_ID = 500  # characters of an id in a line
 
@@ -45,9 +46,10 @@ class Survey(Sequence[Sample]):
         self.unit = ""  # which of these
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
-        self.names, self.users = array.array("q"), array.array("q")  # hashes of picture names, and whose they are
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and whose they are
         self.unread: collections.Counter[str] = collections.Counter()  # keys that are left alone, and of how many
         self._digest = hashlib.sha256()
+        self.formats = tuple(FORMATS.values())  # whose modules processes that read samples have to import
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
         """The problems of records by themselves."""
@@ -63,7 +65,7 @@ class Survey(Sequence[Sample]):
     def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:
         key = content = hash(("record", record.index))  # equal to no other
         try:
-            value = record_value(record)
+            value = sample_value(record)
         except UserError as error:
             yield Problem("structure", str(record.index), str(error), record.index)
         else:
@@ -99,7 +101,7 @@ class Survey(Sequence[Sample]):
         for index in np.flatnonzero(first_id != np.arange(len(first_id))).tolist():
             same = first_content[index] != index
             first = int((first_content if same else first_id)[index])
-            what = "is the same as" if same else "has other turns or pictures than, and the id of,"
+            what = "is the same as" if same else "has other turns or images than, and the id of,"
             detail = f"{self.where(index)} has the id of {self.where(first)}: it {what} that one"
             yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
 
@@ -109,7 +111,7 @@ class Survey(Sequence[Sample]):
     def id(self, index: int) -> str:
         """The id of a record that has one."""
         record = Record(self.where(index), index, 0, 0, self.records[index])
-        return sample_id(record, record_value(record))
+        return sample_id(record, sample_value(record))
 
     def sample(self, index: int) -> Sample:
         """The sample at record `index`."""
@@ -123,7 +125,7 @@ class Survey(Sequence[Sample]):
 
     def __getstate__(self) -> dict:
         """What processes need that read samples."""
-        return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest")}
+        return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest", "formats")}
 
 
 def _first_equal(hashes: array.array) -> np.ndarray:
