@@ -16,9 +16,9 @@ from rich.console import Console
 from llava_jax.chat import terminal
 from llava_jax.cli import Parser, UserError, one_line, run, say
 from llava_jax.data import transcript
-from llava_jax.data.conversation import choose_template
 from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.data.images import load_image
+from llava_jax.data.templates import choose_template
 from llava_jax.data.transcript import marked, unmarked
 from llava_jax.parallel import compilation_cache
 from llava_jax.remote import is_remote

@@ -23,8 +23,8 @@ from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.outgoing import common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import write_json
-from llava_jax.data.conversation import get_template, stop_strings, with_im_start_end
 from llava_jax.data.template_fit import end_of_answer, missing_marks
+from llava_jax.data.templates import get_template, stop_strings, with_im_start_end
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.registry import TOWERS

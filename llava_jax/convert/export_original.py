@@ -17,8 +17,8 @@ from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_
 from llava_jax.convert.shards import write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.convert.torch_save import save_torch
-from llava_jax.data.conversation import get_template, with_im_start_end
 from llava_jax.data.template_fit import end_of_answer
+from llava_jax.data.templates import get_template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, kept

@@ -18,9 +18,9 @@ from etils import epath
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.templates import Template
 from llava_jax.evaluate.questions import Question, marked, system_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template
 from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.templates import Template
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import require

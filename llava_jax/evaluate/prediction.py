@@ -10,8 +10,8 @@ import numpy as np
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import say, track
-from llava_jax.data.conversation import choose_template
 from llava_jax.data.image_folder import folder_of
+from llava_jax.data.templates import choose_template
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of

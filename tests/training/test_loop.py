@@ -31,13 +31,13 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
