@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -104,10 +104,6 @@ class EncodedSource:
             return self.source[index].id
         except UserError:
             return str(index)
-
-
-def as_encoded(source: Source | EncodedSource, *old: Any) -> EncodedSource:  # until training.loop passes one
-    return source if isinstance(source, EncodedSource) else EncodedSource(source, *old)
 
 
 def num_targets(row: Row) -> int:

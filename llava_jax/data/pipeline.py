@@ -19,14 +19,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.data import lengths, schedule
-from llava_jax.data.encoded import BadSample, EncodedSource, TextEncoder  # noqa: F401, until training.loop imports it there
+from llava_jax.data import schedule
+from llava_jax.data.encoded import BadSample, EncodedSource
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
@@ -96,17 +96,6 @@ def _shift(image_feature_index: np.ndarray, offset: int) -> np.ndarray:
     return np.where(image_feature_index < 0, -1, image_feature_index + offset)
 
 
-def measure(source, encode, workers=0, first=0, stride=1, skip_bad=False):  # until training.loop ...
-    return lengths.measure(EncodedSource(source, encode, skip_bad), workers, first, stride)
-
-
-def bad_texts(source, encode, indices):  # until training.bad_samples ...
-    return EncodedSource(source, encode).bad_texts(indices)
-
-
-Bad = BadSample
-
-
 class StepBatch(NamedTuple):
     """The batch of a step.
 
@@ -139,11 +128,7 @@ class Batches:
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
-        *old: Any,
     ):
-        if not isinstance(encoded, EncodedSource):  # until training.loop passes one
-            encoded = EncodedSource(encoded, decode, old[1])
-            decode, order, layout, groups = order, layout, groups, old[0]
         self.encoded = encoded
         self.decode = decode
         self.order = order
@@ -177,10 +162,6 @@ class Batches:
             stack.callback(batches.close)
             for step, (batch, bad) in enumerate(batches, start):
                 yield StepBatch(batch, reader.order.rows(step), bad)
-
-    def iterate_with_bad(self, start: int, stop: int, workers: int = 0) -> Iterator[tuple]:  # until training.loop ...
-        with contextlib.closing(self.iterate(start, stop, workers)) as batches:
-            yield from ((batch, bad) for batch, _, bad in batches)
 
     def _numbered_row(self, number: int) -> tuple[Batch, list[BadSample]]:
         step, row = divmod(number, len(self.rows))

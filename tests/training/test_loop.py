@@ -46,6 +46,7 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, goodput, loop, optim, summary
 from llava_jax.training import step as training_step
+from llava_jax.training.profiling import Profile
 
 # ------------------------------------------------------------------------------------------------- the step
 
@@ -591,7 +592,7 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
         monkeypatch.setattr(owner, name, slow)
 
     delayed(loop.TrainingCheckpoints, "save")
-    delayed(loop.Profile, "close")
+    delayed(Profile, "close")
     delayed(jax.profiler, "start_trace")
     delayed(jax.stages.Lowered, "compile")
     delayed(builder, "eval_step")  # traced once
