@@ -86,7 +86,7 @@ class ModelTask:
       writes: the lines of the output, in the plural, for the help and the summary.
       failed: what lines lack whose answer could not be read, for the summary: "without scores".
       required: whether such lines are an error instead.
-      cut_counts: whether an answer that was cut off is read as far as it goes.
+      cut_counts: whether an answer that is cut off is read, too.
       several: whether several models are asked, each several times: `--judge A B --repeats N`.
       progress: for the progress bar, followed by the model's name.
       option: that names the model.

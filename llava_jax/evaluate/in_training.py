@@ -44,6 +44,7 @@ class Evaluation:
         self.every = config.evaluate.every
         self.prompts = PromptEncoder(model, tokenizer, template)
         self.benchmark = find(config.evaluate.benchmark, "score")
+        self.name = self.benchmark.name
         self.labels = [config.evaluate.labels]
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
@@ -84,7 +85,7 @@ class Evaluation:
         if distributed.is_first():
             self._write(workdir / FOLDER / str(step), lines, pairs)
         absent = count_absent(answer for answer, _ in pairs)
-        return flatten(f"{self.benchmark.name}/", self.benchmark.score(pairs) | absent)
+        return flatten(f"{self.name}/", self.benchmark.score(pairs) | absent)
 
     def _pairs(self, lines: Sequence[Line]) -> list[tuple[Answer, Any]]:
         """The answers with their labels. Raises `UserError` if a question has no label."""
@@ -97,9 +98,9 @@ class Evaluation:
     def _write(self, directory: epath.Path, lines: Sequence[Line], pairs: Sequence[tuple[Answer, Any]]) -> None:
         """Writes the answers, and the outcomes for `report`."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_lines(directory / f"{self.benchmark.name}.jsonl", (line.value for line in lines))
+        write_lines(directory / f"{self.name}.jsonl", (line.value for line in lines))
         outcomes = outcomes_of(self.benchmark, pairs, lines, self.questions)
-        write_outcomes(directory / f"{self.benchmark.name}{SUFFIX}", outcomes)
+        write_outcomes(directory / f"{self.name}{SUFFIX}", outcomes)
 
 
 def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: int) -> list[Question]:

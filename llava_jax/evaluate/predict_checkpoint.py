@@ -6,13 +6,13 @@ has a thread that feeds it; other threads read images a batch or two ahead.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import queue
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -139,45 +139,28 @@ class Answering:
 
     def __iter__(self) -> Iterator[list[tuple[Question, str]]]:
         begin = time.perf_counter()
+        idle: queue.SimpleQueue[Generator] = queue.SimpleQueue()
         for generator in self.generators:
             generator.computing = 0.0
-        prepared: queue.Queue[Any] = queue.Queue(AHEAD * len(self.generators))
-        done: queue.Queue[Any] = queue.Queue()
-        stop = threading.Event()
-        with ThreadPoolExecutor(READERS) as readers:
-            threads = [threading.Thread(target=self._prepare, args=(readers, prepared, stop), daemon=True)]
-            threads += [threading.Thread(target=self._answer, args=(generator, prepared, done, stop), daemon=True)
-                        for generator in self.generators]  # fmt: skip
-            for thread in threads:
-                thread.start()
+            idle.put(generator)
+        count, work = len(self.generators), iter(self.work)
+        running: set[Future] = set()
+        with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(count) as workers:
             try:
-                for _ in self.work:
-                    result = done.get()
-                    if isinstance(result, BaseException):
-                        raise result
+                while True:
+                    for batch in itertools.islice(work, (1 + AHEAD) * count - len(running)):
+                        asker = {name: question for question in reversed(batch) for name in question.images}
+                        images = {name: readers.submit(self._read, name, asker[name]) for name in asker}
+                        running.add(workers.submit(self._answer, idle, batch, images))
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
                     self.seconds = time.perf_counter() - begin
-                    yield result
+                    for batch in sorted(done, key=lambda batch: batch.exception() is not None):  # errors come last
+                        yield batch.result()
             finally:
-                stop.set()
-                for thread in threads:
-                    while thread.is_alive():  # so that a thread that waits for a queue continues
-                        _drain(prepared)
-                        prepared.put_nowait(None)
-                        thread.join(0.05)
-
-    def _prepare(self, readers: ThreadPoolExecutor, prepared: queue.Queue, stop: threading.Event) -> None:
-        try:
-            for batch in self.work:
-                asker = {name: question for question in reversed(batch) for name in question.images}
-                images = dict(zip(asker, readers.map(self._read, asker, asker.values()), strict=True))
-                if stop.is_set():
-                    return
-                prepared.put([(question, self._request(question, images)) for question in batch])
-        except BaseException as error:
-            prepared.put(error)  # after the batches that can be answered
-            return
-        for _ in self.generators:
-            prepared.put(None)
+                for pool in (workers, readers):
+                    pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, name: str | bytes, asker: Question) -> np.ndarray:
         try:
@@ -187,19 +170,20 @@ class Answering:
         except UserError as error:
             raise UserError(f"question {asker.id}: {error}") from error
 
-    def _request(self, question: Question, images: dict[str | bytes, np.ndarray]) -> Request:
-        turns = request_turns(question, self.asking.image_last, self.generators[0].config.image_position)
-        return Request(turns, [images[name] for name in question.images])
-
-    def _answer(self, generator: Generator, prepared: queue.Queue, done: queue.Queue, stop: threading.Event) -> None:
+    def _answer(
+        self, idle: "queue.SimpleQueue[Generator]", batch: Sequence[Question], images: Mapping[str | bytes, Future]
+    ) -> list[tuple[Question, str]]:
+        """Answers a batch with an idle generator, after its images are read."""
+        position, last = self.generators[0].config.image_position, self.asking.image_last
+        requests = [
+            Request(request_turns(question, last, position), [images[name].result() for name in question.images])
+            for question in batch
+        ]
+        generator = idle.get()
         try:
-            while not stop.is_set() and (batch := prepared.get()) is not None:
-                if isinstance(batch, BaseException):
-                    raise batch
-                texts = self._texts(generator, [question for question, _ in batch], [request for _, request in batch])
-                done.put([(question, text) for (question, _), text in zip(batch, texts, strict=True)])
-        except BaseException as error:
-            done.put(error)
+            return list(zip(batch, self._texts(generator, batch, requests), strict=True))
+        finally:
+            idle.put(generator)
 
     def _texts(self, generator: Generator, questions: Sequence[Question], requests: Sequence[Request]) -> list[str]:
         sampling, rows = self.asking.sampling, self.asking.batch_rows
@@ -217,11 +201,3 @@ class Answering:
 def _longest(generator: Generator, questions: Sequence[Question], requests: Sequence[Request]) -> Any:
     """The id of the question whose prompt leaves the least room for an answer."""
     return questions[int(np.argmin([generator.room(request) for request in requests]))].id
-
-
-def _drain(waiting: queue.Queue) -> None:
-    while True:
-        try:
-            waiting.get_nowait()
-        except queue.Empty:
-            return

@@ -28,10 +28,11 @@ class Registry(dict[str, Item]):
         Raises `UserError` if the module cannot be imported, or if no object has the name and `fits`.
         """
         module, _, known = name.rpartition(":")
-        try:
-            importlib.import_module(module or __name__)
-        except ImportError as error:
-            raise UserError(f"{name}: {error}; PYTHONPATH says where Python finds modules") from error
+        if module:
+            try:
+                importlib.import_module(module)
+            except (ImportError, TypeError, ValueError) as error:
+                raise UserError(f"{name}: {error}; PYTHONPATH says where Python finds modules") from error
         if known not in self or not fits(self[known]):
             names = ", ".join(known for known, item in self.items() if fits(item))
             raise UserError(f"{name}: is no such {self.what}; choose from {names}")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import answer_of, refuse_questions
+from llava_jax.evaluate import answers
+from llava_jax.evaluate.answers import WHOLE, by_key, join, refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of the categories of In-the-Wild in reviews
@@ -83,23 +84,13 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
     """The answers by question id. Raises `UserError` unless each question has exactly one."""
     lines = {line.where: line for line in read_lines(path)}
     refuse_questions(list(lines.values()))
+    found = by_key(list(lines.values()), lambda line: line.text("question_id"), ("text",))
+    join(found, questions, path, partial=False, advice=WHOLE)
+    return {ident: _answer(ident, found[ident], lines[found[ident].where].value) for ident in questions}
 
-    def said() -> Iterator[tuple[str, tuple[str | None, str], str]]:
-        for where, line in lines.items():
-            ident, answer = line.text("question_id"), answer_of(line, ("text",))
-            if ident not in questions:
-                raise UserError(f"{where}: question {ident} is none of the {len(questions)} questions")
-            yield ident, (answer.text, answer.absent), where
 
-    answers: dict[str, Answer] = {}
-    for ident, (answer, where) in once(said(), "question {key} has an answer already, another one").items():
-        line = lines[where].value
-        answers[ident] = Answer(line.get("answer_id", ident), line.get("model_id"), *answer)
-    if missing := [ident for ident in questions if ident not in answers]:
-        raise UserError(
-            f"{path}: has no answer to {len(missing)} of {len(questions)} questions, {missing[0]} the first"
-        )
-    return answers
+def _answer(ident: str, answer: answers.Answer, line: dict[str, Any]) -> Answer:
+    return Answer(line.get("answer_id", ident), line.get("model_id"), answer.text, answer.absent)
 
 
 def read_by_id(path: str | None) -> dict[str, Line]:

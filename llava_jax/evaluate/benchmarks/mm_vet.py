@@ -37,9 +37,6 @@ class Label(NamedTuple):
     capabilities: tuple[str, ...]
 
 
-# ------------------------------------------------------------------------------------------------------------ scoring
-
-
 def parse_grade(text: str) -> float | None:
     """The grade from 0 to 1 that a judge's text begins with, or None."""
     words = text.split()
@@ -59,9 +56,6 @@ def grade(answer: Answer) -> float | None:
     grades = [parse_grade(after_thinking(value) or "") if isinstance(value, str) else value for value in values]
     known = [g for g in grades if isinstance(g, int | float) and not isinstance(g, bool) and 0 <= g <= 1]
     return sum(known) / len(known) if known else None
-
-
-# ------------------------------------------------------------------------------------------------- labels and questions
 
 
 def key(line: Line) -> str:

@@ -27,9 +27,6 @@ class Label(NamedTuple):
         return max(self.answers, key=self.answers.count)
 
 
-# ------------------------------------------------------------------------------------------------------------ scoring
-
-
 def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
     people = [" ".join(text.split("\n")).replace("\t", " ").strip() for text in people]
     if len(set(people)) > 1:
@@ -39,9 +36,6 @@ def _vqav2_accuracy(answer: str | None, people: Sequence[str]) -> float:
 
 def gqa_prediction(text: str) -> str:
     return text.rstrip(".").lower()
-
-
-# ------------------------------------------------------------------------------------------------- labels and questions
 
 
 def read_vqav2(path: str) -> Iterator[Entry]:
@@ -71,9 +65,6 @@ def read_gqa(path: str) -> Iterator[Entry]:
         structure = field(field(value, "types", where), "structural", where)
         kind = "open" if structure == "query" else "binary"
         yield Entry(ident, Label((field(value, "answer", where, str),), kind), where)
-
-
-# --------------------------------------------------------------------------------------------------------- submissions
 
 
 def _array(entries: Sequence[dict[str, Any]]) -> bytes:
