@@ -1,10 +1,9 @@
 """Carries requests through the batch API: rounds of all that are next, until every context has its verdict."""
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 
-from llava_jax.cli import say, track
+from llava_jax.cli import track
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
@@ -22,10 +21,7 @@ def run_batches(given: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[
 
     async def rounds() -> None:
         async with Batches(given.settings, ledger, given.budget, request_of, given.poll) as batches:
-            refused = await batches.collect()  # of an earlier run
-            while held := batches.make(_requests(recipe, ledger, pending(), refused)):
-                say(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
-                refused = await batches.collect()
+            await batches.run(lambda refused: _requests(recipe, ledger, pending(), refused))
 
     asyncio.run(rounds())
 

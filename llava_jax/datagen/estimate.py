@@ -5,7 +5,7 @@ from statistics import mean
 
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, next_step
-from llava_jax.llm_api.cost import Prices, estimate_tokens, most_tokens
+from llava_jax.llm_api.cost import Prices, estimate_tokens, max_prompt_tokens
 from llava_jax.llm_api.ledger import Ledger
 
 SAMPLE = 500  # contexts
@@ -30,7 +30,7 @@ def estimate_lines(
     yield f"completion tokens, from {told_from}: {completion:.0f} a context, {completion * count:.0f} in all"
     if any(prices):
         about = prices.cost(mean(prompts), completion) * count
-        worst = mean(prices.cost(most_tokens(request.messages), most_completion) for request in requests) * count
+        worst = mean(prices.cost(max_prompt_tokens(request.messages), most_completion) for request in requests) * count
         yield f"cost without repairs: about ${about:.2f}; whatever the tokenizer and the answers, at most ${worst:.2f}"
     else:
         yield "cost: unknown without --prices"

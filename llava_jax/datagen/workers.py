@@ -8,10 +8,11 @@ from llava_jax.cli import track
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
 from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import SERVER_ERROR, Client, Refused, Stopped
-from llava_jax.llm_api.cost import Budget
+from llava_jax.llm_api.budget import Budget
+from llava_jax.llm_api.client import Client
+from llava_jax.llm_api.errors import SERVER_ERROR, Refused
 from llava_jax.llm_api.ledger import Ledger
-from llava_jax.llm_api.stopping import stopped_by_signals
+from llava_jax.llm_api.stop import Stopped, stopped_by_signals
 
 
 async def ask_about(pending: Iterator[Context], recipe: Recipe, client: Client) -> None:
@@ -65,7 +66,10 @@ def run(given: Work, ledger: Ledger, recipe: Recipe, pending: Iterator[Context],
 
     async def main() -> int:
         async with Client(given.settings, ledger, Budget(given.budget, ledger.totals().cost)) as client:
-            with stopped_by_signals(client) as caught, contextlib.closing(track(pending, "asking", count)) as tracked:
+            with (
+                stopped_by_signals(client.stop) as caught,
+                contextlib.closing(track(pending, "asking", count)) as tracked,
+            ):
                 await ask_about(tracked, recipe, client)
         return caught[0] if caught else 0
 

@@ -14,8 +14,8 @@ from llava_jax.evaluate.bench_files import Question, read_questions
 from llava_jax.evaluate.judging import ask, prompt_hash, read_prompt
 from llava_jax.evaluate.lines import write_lines
 from llava_jax.llm_api.asking import CUT, LONGER, Outcome, Task
-from llava_jax.llm_api.client import REFUSED
 from llava_jax.llm_api.cost import Message
+from llava_jax.llm_api.errors import REFUSED
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
 
 EPILOG = """example:
