@@ -31,7 +31,7 @@ from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
 from llava_jax.data.sources import read_images
-from llava_jax.data.tokenization import IGNORE_INDEX, Row
+from llava_jax.data.tokenization import IGNORE_INDEX, Segment
 
 Batch = dict[str, np.ndarray]
 
@@ -51,7 +51,7 @@ class ImageDecoder:
         return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
 
 
-def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
+def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:
     """Places samples, text and images, one after the other in one row.
 
     Returns the row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3], which its `image_feature_index` counts.
@@ -178,12 +178,12 @@ class Batches:
             bad += [fault] if fault else []
         return build_row(samples, self.layout), bad
 
-    def _read(self, index: int) -> tuple[Row, Sequence[np.ndarray], BadSample | None]:
+    def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
-        text = Row(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
+        text = Segment(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
         try:
             sample = self.encoded.source[index]
-            text = self.encoded.row(sample)
+            text = self.encoded.segment(sample)
             return text, read_images(self.encoded.source, index, sample, self.decode, text.num_images), None
         except UserError as error:
             if not self.encoded.skip_bad:

@@ -13,7 +13,7 @@ SHORTEST = 16  # tokens that a row has room for at least
 
 
 class Prompt(NamedTuple):
-    """A request as ids: int32[L], with image_feature_index as in `data.tokenization.Row`, and its pictures."""
+    """A request as ids: int32[L], with image_feature_index as in `data.tokenization.Segment`, and its pictures."""
 
     tokens: np.ndarray
     image_feature_index: np.ndarray
