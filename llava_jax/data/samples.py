@@ -248,14 +248,14 @@ def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ..
         if role != ("user", "assistant")[i % 2]:
             yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
             break
-    whole = "\0".join([text for _, text in talk[begin:]])
-    marks = whole.count(IMAGE_TOKEN)
+    joined = "\0".join([text for _, text in talk[begin:]])
+    marks = joined.count(IMAGE_TOKEN)
     if marks != len(images):
         detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
         yield Fault("marks", detail)
     if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    if begin or unsupported.may_hold_marks(whole):
+    if begin or unsupported.may_hold_marks(joined):
         for role, text in talk:
             if mark := unsupported.foreign_mark(text, role == "user"):
                 detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"

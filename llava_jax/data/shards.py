@@ -11,8 +11,8 @@ Texts, a hundredth of the data, have their own file, because training measures a
 step without reading images. Records have them, too, for readers that use only `tfds.data_source`. `text.jsonl` is LLaVA
 JSON, which all commands for that read.
 
-A shard is a function of its samples' lines and images. It is written elsewhere and put in its place when it is
-whole, so the shards that are there are good, whoever wrote them, and however the others were interrupted.
+A shard is a function of the lines and images of its samples. It is written atomically: a shard that exists is complete,
+however a build was interrupted.
 """
 
 import contextlib
@@ -88,12 +88,12 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
 
 
 def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadImage]:
-    """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
+    """Writes a shard unless it is complete. Returns the images that cannot be read; with any it is not written.
 
-    `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
+    `stopped` is called before each sample. If it returns true, `InterruptedError` is raised.
     """
     bad: list[BadImage] = []
-    if is_whole(shard):
+    if is_complete(shard):
         return bad
     with atomic_path(shard.path) as file:
         with _record_writer(file) as writer:
@@ -109,10 +109,10 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
     return bad
 
 
-def is_whole(shard: Shard) -> bool:
-    """Whether a shard is there with all its records, as its footer has it, which is written last."""
+def is_complete(shard: Shard) -> bool:
+    """Whether a shard exists with all its records, according to its footer, which is written last."""
     if is_remote(shard.path):
-        return shard.path.exists()  # object stores know no half-written objects
+        return shard.path.exists()  # object stores have no partially written objects
     return shard.path.exists() and ArrayRecordReader(os.fspath(shard.path)).num_records() == shard.samples
 
 
