@@ -24,6 +24,7 @@ ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's newer name
 }
+_WRITTEN = {"system": "system", "user": "human", "assistant": "gpt"}  # LLaVA's names of roles
 _PLAIN = {"id", "image", "conversations"}  # the keys of most samples, which need no further checks
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
 _URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
@@ -108,6 +109,11 @@ def read_sample(value: Any) -> Reading:
         details = (*unsupported.unread_keys(value, bool(images)), *unsupported.unlearned(value))
         faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
+
+
+def conversation(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Turns in LLaVA's format."""
+    return [{"from": _WRITTEN[role], "value": text} for role, text in turns]
 
 
 def image_names(value: dict) -> tuple[str, ...] | Fault:

@@ -31,7 +31,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from llava_jax.cli import UserError
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import decode_image, read_image
-from llava_jax.data.samples import ROLES, Sample
+from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
 from llava_jax.remote import is_remote
@@ -139,20 +139,15 @@ def line_of(sample: Sample) -> bytes:
     value: dict = {"id": sample.id}
     if sample.images:
         value["image"] = sample.images
-    value["conversations"] = conversation_of(sample)
+    value["conversations"] = conversation(sample.turns)
     return json.dumps(value).encode() + b"\n"
-
-
-def conversation_of(sample: Sample) -> list[dict[str, str]]:
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [{"from": names[role], "value": text} for role, text in sample.turns]
 
 
 def serialize(sample: Sample, images: list[bytes]) -> bytes:
     """The record of a sample: a tf.Example of `FEATURES`."""
     example = {
         "id": _utf8(sample.id),
-        "conversations": conversation_of(sample),
+        "conversations": conversation(sample.turns),
         "image_names": [_utf8(name) for name in sample.images],
         "num_images": len(sample.images),
         "images": images,
