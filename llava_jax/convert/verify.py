@@ -28,7 +28,7 @@ from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.files.reading import read_object
 from llava_jax.inference.generate import GREEDY, Generator, PromptEncoder, Request, Sampling

@@ -21,11 +21,11 @@ from rich.text import Text
 from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
 from llava_jax.data.check_records import CheckedRecords, Problem
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.options import add_options, open_image_folder
 from llava_jax.data.records import load_json
 from llava_jax.data.template_fit import chosen_template
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import atomic_file, atomic_list, write_json
 

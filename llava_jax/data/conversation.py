@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data.templates import IMAGE_TOKEN, Template, choose_template, get_template  # noqa: F401  (for new modules)
+from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 IMAGE_POSITIONS = ("random", "first", "as_is")
 

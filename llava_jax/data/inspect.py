@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.sources import LlavaJson, Sample, read_images
 from llava_jax.data.template_fit import missing_marks
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
 from llava_jax.files.writing import atomic_file
 

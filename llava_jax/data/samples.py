@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.data import unsupported
-from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
+from llava_jax.data.conversation import join_parts
 from llava_jax.data.formats import to_llava
 from llava_jax.data.records import Record, load_json
+from llava_jax.data.templates import IMAGE_TOKEN
 
 ROLES = {
     "human": "user",

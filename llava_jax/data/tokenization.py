@@ -18,9 +18,9 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import IMAGE_TOKEN, check_system, place_images, render
+from llava_jax.data.conversation import check_system, place_images, render
 from llava_jax.data.samples import Sample
-from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.remote import local
 

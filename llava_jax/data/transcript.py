@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import conversation, parse_sample, record_value
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files.writing import atomic_file
 
 

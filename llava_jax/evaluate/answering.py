@@ -22,7 +22,8 @@ from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import decode_image, load_image
 from llava_jax.data.templates import Template
 from llava_jax.evaluate.questions import Question, marked, system_turns
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 
 READERS = 4  # threads of a process
 AHEAD = 2  # batches of a replica that are read ahead

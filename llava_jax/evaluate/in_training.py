@@ -28,7 +28,9 @@ from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
 from llava_jax.evaluate.questions import Question, marked, read_questions, system_turns
 from llava_jax.evaluate.suite_outcomes import outcomes_of
-from llava_jax.inference.generate import Generator, PromptEncoder, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 from llava_jax.parallel import distributed
@@ -63,14 +65,14 @@ class Evaluation:
         if self.generator is None:
             self.generator = Generator(model, self.prompts)
         else:
-            self.generator.decoder.hold(model)
+            self.generator.decoder.set_model(model)
         try:
             texts = self.generator.answer(self.requests[first::count], sampling)
         except UserError:
             for question in self.questions[first::count]:
                 check_pictures(question, self.images)  # which names the question, if a picture is at fault
             raise
-        self.generator.decoder.let_go()
+        self.generator.decoder.drop_weights()
         share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         answers = [""] * len(self.questions)
         for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):

@@ -15,7 +15,7 @@ from llava_jax.data.templates import choose_template
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
-from llava_jax.inference.generate import Sampling
+from llava_jax.inference.requests import Sampling
 from llava_jax.parallel import distributed
 
 START_SECONDS = 300  # until all processes have met

@@ -14,7 +14,7 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import module_params
