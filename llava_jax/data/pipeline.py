@@ -35,7 +35,7 @@ from llava_jax.data.tokenization import IGNORE_INDEX, Segment
 
 Batch = dict[str, np.ndarray]
 
-# What the arrays of a row hold where no sample lies.
+# The values of the arrays of a row in padding.
 PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
 
 
@@ -52,21 +52,21 @@ class ImageDecoder:
 
 
 def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places samples, text and images, one after the other in one row.
+    """Places the segments of samples and their images one after the other in a row.
 
     Returns the row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3], which its `image_feature_index` counts.
     """
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
     start, images = 0, []
-    for segment, (text, sample_images) in enumerate(samples, start=1):
-        stop = start + len(text.tokens)
+    for number, (segment, sample_images) in enumerate(samples, start=1):
+        stop = start + len(segment.tokens)
         if stop > layout.max_length:
             raise ValueError(f"the samples of a row take {stop} positions, it has {layout.max_length}")
-        index = text.image_feature_index
-        row["tokens"][start:stop] = text.tokens
-        row["labels"][start:stop] = text.labels
+        index = segment.image_feature_index
+        row["tokens"][start:stop] = segment.tokens
+        row["labels"][start:stop] = segment.labels
         row["positions"][start:stop] = np.arange(stop - start)
-        row["segment_ids"][start:stop] = segment
+        row["segment_ids"][start:stop] = number
         row["image_feature_index"][start:stop] = _shift(index, len(images) * layout.image_tokens)
         start = stop
         images.extend(sample_images)
