@@ -37,9 +37,9 @@ from data_sides import (
 )
 
 from llava_jax import cli
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.packing import fill, image_slot_plans
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.models.config import CLIP_MEAN
 
 COMPARED = 16  # batches

@@ -1,7 +1,6 @@
-"""Scores LLaVA-Bench (COCO and In-the-Wild): what a judge gave a model's answers, in percent of the reference's."""
+"""LLaVA-Bench (COCO and In-the-Wild): a judge's scores of a model's answers, in percent of the reference's."""
 
 import argparse
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,27 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, say, warn
-from llava_jax.evaluate.bench_outcomes import outcomes
-from llava_jax.evaluate.lines import Line, once, read_lines
-from llava_jax.evaluate.outcomes import write_outcomes
-from llava_jax.evaluate.reviews import FAILED, Review, read_reviews
+from llava_jax.cli import UserError, warn
+from llava_jax.evaluate.benchmark import Benchmark, ScoreCommand, register
+from llava_jax.evaluate.benchmarks.llava_bench_files import read_by_id
+from llava_jax.evaluate.benchmarks.llava_bench_judge import JUDGE, REFERENCE
+from llava_jax.evaluate.benchmarks.llava_bench_reviews import FAILED, Review, outcomes, read_reviews
+from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.evaluate.tables import aligned
 
-EPILOG = """examples:
-  python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
-  python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json
-
-Of each category and of all: `relative` is the mean score of the model in percent of the mean score of the reference,
-`reference` and `model` are these means, from 1 to 10 as the judge gives them (the original prints ten times as much),
-`n` counts the reviews in these means, `failed` those without scores, which are left out. Of several files, which are
-repeats, all three are means over the files, and `std` is the (sample) standard deviation of `relative`."""
 ALL = "all"
 
 
 def score(reviews: Sequence[Review], legacy: bool = False) -> dict[str, dict[str, Any]]:
-    """The scores of all reviews of a file and of each category. `legacy` averages failures in as -1 and rounds first,
-    as the original."""
+    """The scores of all reviews of a file and of each category. `legacy` counts failures as -1 and rounds first, as the
+    original does."""
     groups: dict[str, list[Review]] = {ALL: list(reviews)}
     for review in reviews:
         if review.category not in (None, ALL):
@@ -50,11 +43,11 @@ def _score(reviews: Sequence[Review], legacy: bool) -> dict[str, Any]:
 
 
 def position_bias(reviews: Sequence[Review]) -> dict[str, float]:
-    """What the order of the answers does to scores, where both orders were judged; empty where not.
+    """The effect of the order of the answers, for questions that were judged in both orders; empty if there are none.
 
     Returns:
-      `position_bias`: by how much the answer shown first scores higher than if shown second, on average.
-      `order_agreement`: the share of questions of which both orders say the same of who is better, or that none is.
+      `position_bias`: the mean number of points that an answer gains if it is shown first.
+      `order_agreement`: the share of questions for which both orders prefer the same answer, or none.
     """
     orders = [{r.question_id: r.scores for r in reviews if r.swapped == swapped and r.scores} for swapped in (0, 1)]
     both = [(scores, orders[1][ident]) for ident, scores in orders[0].items() if ident in orders[1]]
@@ -67,7 +60,7 @@ def position_bias(reviews: Sequence[Review]) -> dict[str, float]:
 
 
 def score_repeats(files: Sequence[Sequence[Review]], legacy: bool = False) -> dict[str, dict[str, Any]]:
-    """The scores of one file, or the means over several and the standard deviation of what is relative."""
+    """The scores of one file, or the means over several and the standard deviation of the relative scores."""
     scores = [score(reviews, legacy) for reviews in files]
     names = list(dict.fromkeys(name for one in scores for name in one))
     result = {name: _combine([one[name] for one in scores if name in one]) for name in names}
@@ -90,8 +83,8 @@ def _combine(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str], partial: bool) -> dict[str, int]:
-    """How many reviews each incomplete file lacks: of `questions` or, without them, of those that other
-    files have. Raises `UserError` for these unless `partial`, and for reviews of what is not asked."""
+    """The number of reviews that each incomplete file lacks: of `questions` or, without them, of the questions in any
+    file. Raises `UserError` for incomplete files unless `partial`, and for reviews of other questions."""
     reviewed = {path: {review.question_id for review in reviews} for path, reviews in files.items()}
     wanted = list(questions) or list(dict.fromkeys(r.question_id for f in files.values() for r in f))
     lacking = {}
@@ -107,16 +100,8 @@ def check_complete(files: dict[str, Sequence[Review]], questions: Iterable[str],
     return lacking
 
 
-def read_by_id(path: str | None) -> dict[str, Line]:
-    """The lines of a file of questions or answers by their ids, none without a file. Raises `UserError` for an id that
-    two different lines have."""
-    lines = ((line.text("question_id"), line.value, line.where) for line in (read_lines(path) if path else ()))
-    found = once(lines, "question {key} stands there for the second time, with other content")
-    return {ident: Line(where, value) for ident, (value, where) in found.items()}
-
-
 def with_categories(reviews: Sequence[Review], questions: Mapping[str, Line]) -> list[Review]:
-    """The reviews; those that tell no category have that of their question, as the 80 of Vicuna in text have."""
+    """The reviews. Those without a category, such as those of Vicuna's 80 questions, get that of their question."""
 
     def category(review: Review) -> str | None:
         question = questions.get(review.question_id)
@@ -127,7 +112,7 @@ def with_categories(reviews: Sequence[Review], questions: Mapping[str, Line]) ->
 
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores for people."""
+    """The scores as text."""
     columns = ["relative", "reference", "model", "n", "failed"]
     columns[1:1] = ["std"] if "std" in scores[ALL] else []
     rows = [["", *columns]]
@@ -142,8 +127,8 @@ def _cell(value: float | int | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+def score_files(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Iterable[Outcome]]:
+    """The scores of the files of reviews, and the outcomes of the questions."""
     if len(set(args.reviews)) < len(args.reviews):
         raise UserError("--reviews: a file is given twice; repeats are files of their own")
     questions = read_by_id(args.questions)
@@ -161,32 +146,60 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("judge", "prompt_hash"):
         if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
             scores[ALL][name] = ", ".join(known)
-    if args.json:
-        print(json.dumps({name: {key: _rounded(key, value) for key, value in values.items()}
-                          for name, values in scores.items()}), flush=True)  # fmt: skip
-    else:
-        say(table(scores), flush=True)
-    if args.outcomes:
-        texts = (questions, read_by_id(args.answers), read_by_id(args.reference))
-        write_outcomes(args.outcomes, outcomes(list(files.values()), *texts))
+    return scores, _outcomes(args, list(files.values()), questions)
 
 
-def _rounded(name: str, value: Any) -> Any:
-    """Two decimals of what is in percent, four of the rest."""
-    return round(value, 2 if name in ("relative", "std") else 4) if isinstance(value, float) else value
+def _outcomes(
+    args: argparse.Namespace, files: Sequence[Sequence[Review]], questions: Mapping[str, Line]
+) -> Iterable[Outcome]:
+    yield from outcomes(files, questions, read_by_id(args.answers), read_by_id(args.reference))
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m llava_jax.evaluate score llava-bench", description=__doc__, epilog=EPILOG)
+def to_json(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Percent are rounded to two decimals, other numbers to four."""
+
+    def rounded(name: str, value: Any) -> Any:
+        return round(value, 2 if name in ("relative", "std") else 4) if isinstance(value, float) else value
+
+    return {name: {key: rounded(key, value) for key, value in values.items()} for name, values in scores.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several are repeats")
-    add("--questions", metavar="F", help="JSONL of the questions: each has to have a review")
-    add("--outcomes", metavar="F", help="write what came of each question, for `report`: DIR/NAME.outcomes.jsonl")
-    add("--answers", metavar="F", help="JSONL of the answers that were judged, to stand in the outcomes")
-    add("--reference", metavar="F", help="JSONL of the reference's, likewise")
-    add("--json", action="store_true", help="print one object on one line")
-    add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
-    add("--reparse", action="store_true", help="read the scores from the texts again, not those that are stored")
+    add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several files are repeats")
+    add("--questions", metavar="F", help="JSONL of the questions: each needs a review")
+    add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
+    add("--answers", metavar="F", help="JSONL of the answers that were judged, to be added to the outcomes")
+    add("--reference", metavar="F", help="JSONL of the reference answers, likewise")
+    add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
+    add("--reparse", action="store_true", help="read the scores from the texts again instead of the stored ones")
     add("--legacy", action="store_true", help="the original's arithmetic: failures count as -1, means are rounded to "
-        "three decimals first and what is relative to one")  # fmt: skip
-    return parser.parse_args(argv)
+        "three decimals first and the relative score to one")  # fmt: skip
+
+
+SCORE = ScoreCommand(
+    "llava-bench",
+    "LLaVA-Bench: relative scores by a judge",
+    description="Scores LLaVA-Bench: a judge's scores of a model's answers, in percent of the reference's.",
+    epilog="""examples:
+  python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
+  python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json
+
+For each category and for all: `relative` is the mean score of the model in percent of the mean score of the reference;
+`reference` and `model` are these means, from 1 to 10 as the judge gives them (the original prints ten times as much);
+`n` counts the reviews in these means, `failed` those without scores, which are left out. Several files are repeats:
+the first three are then means over the files, and `std` is the (sample) standard deviation of `relative`.""",
+    add_arguments=add_arguments,
+    score=score_files,
+    table=table,
+    to_json=to_json,
+)
+
+
+@register
+class LlavaBench(Benchmark):
+    name, what = "llava-bench", SCORE.what
+    label_files = "reviews by a judge"
+    max_new_tokens = 1024
+    judge, reference = JUDGE, REFERENCE
+    score_commands = (SCORE,)

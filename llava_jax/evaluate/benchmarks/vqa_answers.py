@@ -1,8 +1,8 @@
-"""Short answers as the VQA challenges write them, so that "Two." and "2" are the same, and their soft accuracy.
+"""Normalization of short answers by the VQA challenges, so that "Two." and "2" are the same, and soft accuracy.
 
-Published numbers depend on every quirk of the challenges' code, so they are all here: a full stop stays only before a
-digit (and from the 33rd on), marks become spaces or nothing depending on whether any of them stands beside a space,
-and of contractions some are mended to what nobody writes.
+Published numbers depend on every quirk of the challenges' code, so all of them are here: a full stop stays only before
+a digit (and from the 33rd on); punctuation becomes a space or nothing depending on whether any occurrence is next to a
+space; some contractions are corrected to words that do not exist.
 """
 
 import functools
@@ -18,7 +18,7 @@ ARTICLES = ("a", "an", "the")
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 STOP = re.compile(r"\.(?!\d)")
-MOST_STOPS = 32  # that are taken out: the challenges' code passes a flag of that value where the count goes
+MAX_STOPS = 32  # that are removed: the challenges' code passes a flag of this value as the count
 
 
 @functools.lru_cache(1 << 17)
@@ -29,7 +29,7 @@ def official(text: str) -> str:
 
 @functools.lru_cache(1 << 17)
 def submitted(text: str) -> str:
-    """An answer as the published models submitted theirs to the challenges, and as TextVQA compares it."""
+    """An answer as the published models submitted it to the challenges, and as TextVQA compares it."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return _words(_without_marks(_on_one_line(text.strip())))
 
@@ -45,7 +45,7 @@ def _without_marks(text: str) -> str:
         if mark in text:
             nothing = number or f"{mark} " in text or f" {mark}" in text
             without = without.replace(mark, "" if nothing else " ")
-    return STOP.sub("", without, count=MOST_STOPS)
+    return STOP.sub("", without, count=MAX_STOPS)
 
 
 def _words(text: str) -> str:
@@ -54,9 +54,9 @@ def _words(text: str) -> str:
 
 
 def soft_accuracy(answer: str | None, answers: Sequence[str]) -> float:
-    """Of an answer, or None, beside those of people: a third for each of them who says the same, at most 1, on average
-    over leaving out each of them in turn."""
+    """The soft accuracy of an answer, or of None: min(1, n/3) for n people who give the same answer, averaged over
+    leaving out each person in turn."""
     same = list(answers).count(answer)
-    # Left out is one of those who say the same, or one of the others.
+    # The person left out is one of the n who agree, or one of the others.
     people = len(answers)
     return (same * min(1.0, (same - 1) / 3) + (people - same) * min(1.0, same / 3)) / people

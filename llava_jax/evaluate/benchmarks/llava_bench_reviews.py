@@ -1,38 +1,41 @@
-"""Reviews: what a judge wrote about two answers to a question, and the two scores that stand in its first line.
+"""Reviews: a judge's text about two answers to a question, and the two scores in its first line.
 
-A file holds one a line: `question_id`, `category`, `content` (of the judge), `tuple` (the scores of the reference and
-of the model). Ours have besides these `judge`, `prompt_hash` and, where the model's answer was shown first, `swapped`.
+A file has one a line: `question_id`, `category`, `content` (the judge's text), `tuple` (the scores of the reference and
+of the model). `judge llava-bench` adds `judge`, `prompt_hash` and, if the model's answer was shown first, `swapped`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import answer_of
 from llava_jax.evaluate.lines import Line, once, read_lines
+from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.llm_api.thinking import after_thinking
 
-FAILED = (-1.0, -1.0)  # what files have for scores where a review had none
-LOWEST = 1.0  # that a judge gives
+FAILED = (-1.0, -1.0)  # in files, for a review without scores
+LOWEST = 1.0  # score of a judge
 Scores = tuple[float, float]
 
 
 class Review(NamedTuple):
     question_id: str
     category: str | None
-    scores: Scores | None  # of the reference and of the model; None where the judge gave none
+    scores: Scores | None  # of the reference and of the model; None if the judge gave none
     swapped: bool  # whether the model's answer was shown first
     judge: str | None  # the judge's model
     prompt_hash: str | None  # of the judge's instructions
-    content: str = ""  # what the judge wrote
-    absent: str = ""  # why there was no answer of the model: its score is the lowest, whatever the judge gave
+    content: str = ""  # the judge's text
+    absent: str = ""  # the reason why the model gave no answer: its score is then the lowest
 
 
 def parse_scores(content: str, exactly: bool = False) -> Scores | None:
-    """The two numbers that the first line consists of, separated by spaces or commas.
+    """The two numbers in the first line, separated by spaces or commas, if it has nothing else.
 
-    `exactly` as the original reads it: what follows each space is a number, so that a second space is a fault.
+    `exactly` reads it as the original does, for which two spaces in a row are an error.
     """
     words = content.split("\n")[0].replace(",", " ").split(" " if exactly else None)
     try:
@@ -42,7 +45,7 @@ def parse_scores(content: str, exactly: bool = False) -> Scores | None:
 
 
 def _valid(scores: Any) -> Scores | None:
-    """Two numbers that can be scores."""
+    """The scores if they are two numbers from 0 on."""
     if not isinstance(scores, list) or len(scores) != 2:
         return None
     if not all(type(score) in (int, float) and math.isfinite(score) and score >= 0 for score in scores):
@@ -53,15 +56,15 @@ def _valid(scores: Any) -> Scores | None:
 def read_reviews(
     path: epath.PathLike, partial: bool = False, reparse: bool = False, exactly: bool = False
 ) -> list[Review]:
-    """The reviews of a file. The scores are those that it stores, or with `reparse` those that its texts give.
+    """The reviews of a file. Scores are the stored ones, or with `reparse` those in the texts.
 
     Args:
-      partial: whether a last line that was cut off is left out.
+      partial: skips a last line that is cut off.
       exactly: reads texts as the original does, see `parse_scores`.
 
     Raises:
-      UserError: at a line that is no review, at another review of a question (in the same order of the answers), at
-        reviews of several judges.
+      UserError: for a line that is no review, two different reviews of a question in the same order of the answers, or
+        reviews by several judges.
     """
     items = []
     for line in read_lines(path, partial):
@@ -102,3 +105,40 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
         content,
         absent,
     )
+
+
+# ----------------------------------------------------------------------------------------------- outcomes, for `report`
+
+Texts = Mapping[str, Line]  # lines of a file by question id
+
+
+def outcomes(files: Sequence[Sequence[Review]], questions: Texts, answers: Texts, reference: Texts) -> list[Outcome]:
+    """The outcome of each question: the sums over all its reviews. Texts are added if they are given."""
+    reviews: dict[str, list[Review]] = {}
+    for review in (review for file in files for review in file):
+        reviews.setdefault(review.question_id, []).append(review)
+    return [_outcome(ident, of_it, questions, answers, reference) for ident, of_it in reviews.items()]
+
+
+def _outcome(ident: str, reviews: Sequence[Review], questions: Texts, answers: Texts, reference: Texts) -> Outcome:
+    scored = [review.scores for review in reviews if review.scores]
+    first = reviews[0]
+    asked = questions[ident].value if ident in questions else {}
+    return Outcome(
+        ident,
+        () if first.category is None else (first.category,),
+        score=sum(model for _, model in scored),
+        of=sum(reference for reference, _ in scored),
+        question=str(asked.get("text", "")),
+        image=str(asked.get("image", "")),
+        answer=_said(answers, ident),
+        reference=_said(reference, ident),
+        judgement="\n\n".join(review.content for review in reviews),
+        judge=first.judge or "",
+        prompt_hash=first.prompt_hash or "",
+    )
+
+
+def _said(lines: Texts, ident: str) -> str:
+    """An answer without its thinking."""
+    return answer_of(lines[ident], ("text",)).text or "" if ident in lines else ""

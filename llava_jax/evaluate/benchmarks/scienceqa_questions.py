@@ -1,8 +1,8 @@
-"""Makes LLaVA JSON of ScienceQA: data to train on, and the questions of a split to answer.
+"""Converts ScienceQA to LLaVA JSON: training data, and the questions of a split.
 
-A format says what stands in the question and in the answer, as in QCM-LEA: Q question, C context, M choices, L lecture,
-E explanation (ScienceQA's `solution`), A answer. LEPA has headings, and `###` before the answer. Format v1.5 is that of
-the file of questions of the v1.5 release: options in lines of their own, and a letter for an answer.
+A format such as QCM-LEA says what the question and the answer contain: Q question, C context, M choices; L lecture, E
+explanation (ScienceQA's `solution`), A answer. LEPA has headings, and `###` before the answer. Format v1.5 is that of
+the v1.5 release's file of questions: each option has a line, and the answer is a letter.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import re
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.scienceqa import OPTIONS, SCORED, Problem, read_problems
+from llava_jax.evaluate.benchmarks.scienceqa_scores import OPTIONS, SCORED, Problem, read_problems
 from llava_jax.files.writing import atomic_list
 
 EPILOG = """examples (the paper's training data and its questions):
@@ -21,8 +21,8 @@ EPILOG = """examples (the paper's training data and its questions):
   python -m llava_jax.evaluate questions scienceqa --problems problems.json --splits pid_splits.json \\
     --split test --format QCM-LEPA --output test.json
 
-Pictures are named `ID/image.png`, relative to the folder images/SPLIT of ScienceQA. The published models of the v1.5
-release answer the questions of format v1.5, which their file llava_test_CQM-A.json has (format CQM-A is another)."""
+Images are named `ID/image.png`, relative to ScienceQA's folder images/SPLIT. The models of the v1.5 release answer
+questions in format v1.5, which their file llava_test_CQM-A.json has (format CQM-A is another one)."""
 V1_5 = "v1.5"
 FIELDS = (*SCORED, "question", "lecture", "solution")
 QUESTION = re.compile(r"(QCM|CQM)(LE|EL|L|E)?|QC(LE|EL|L|E)M")  # explanations in the question: upper bounds
@@ -31,7 +31,7 @@ LINES = {"Q": "Question: {question}", "C": "Context: {context}", "M": "Options: 
 
 
 def sample(ident: str, problem: Problem, form: str) -> dict:
-    """The sample of a problem, with the same bytes as the original's converter makes of it."""
+    """The sample of a problem, with the same bytes as by the original's converter."""
     question, answer = convert(problem, form)
     images = {"image": f"{ident}/{problem['image']}"} if problem["image"] else {}
     if images:
@@ -41,7 +41,7 @@ def sample(ident: str, problem: Problem, form: str) -> dict:
 
 
 def convert(problem: Problem, form: str) -> tuple[str, str]:
-    """Question and answer in a format (`check_format`)."""
+    """The question and the answer in a format that `check_format` accepts."""
     if form == V1_5:
         return _plain(problem), OPTIONS[problem["answer"]]
     asked, said = form.split("-")
@@ -49,14 +49,14 @@ def convert(problem: Problem, form: str) -> tuple[str, str]:
 
 
 def _plain(problem: Problem) -> str:
-    """The question as the v1.5 release asks it, word for word: the hint, if there is one, and lettered options."""
+    """The question exactly as in the v1.5 release: the hint, if there is one, the question and lettered options."""
     hint = str(problem["hint"] or "").strip()
     options = [f"{letter}. {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)]
     return "\n".join([*([f"Context: {hint}"] if hint else []), problem["question"], *options])
 
 
 def _unlabelled(text: str, label: str) -> str:
-    """Squeezed, and without its label, which goes wherever it stands: as in the published data."""
+    """The text without double spaces and without its label, of which all occurrences go, as in the published data."""
     text = text.replace("  ", " ").strip()
     if text.endswith("BECAUSE:"):  # of nothing
         text = text.replace("BECAUSE:", "").strip()
@@ -93,7 +93,7 @@ def _reasons(problem: Problem, letters: str) -> str:
 
 
 def check_format(form: str) -> str:
-    """Raises `UserError` for a format that isn't known."""
+    """Raises `UserError` for an unknown format."""
     asked, _, said = form.partition("-")
     if form == V1_5:
         return form

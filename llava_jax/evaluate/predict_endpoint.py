@@ -1,5 +1,5 @@
-"""What `predict` does with a model behind an OpenAI-compatible API. What it said is kept in a ledger beside the output,
-so that no answer is paid twice."""
+"""`predict` with a model behind an OpenAI-compatible API. A ledger beside the output keeps all replies, so that no
+answer is paid for twice."""
 
 import argparse
 import base64
@@ -22,13 +22,13 @@ from llava_jax.files.reading import refuse_pointer
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
 
-AT_A_TIME = 512  # questions whose pictures are in memory
+AT_A_TIME = 512  # questions whose images are in memory
 GREEDY = {"top_p": 1.0, "seed": 0}  # the defaults of sampling
-NAMED = 10  # questions without an answer
+MAX_WARNINGS = 10  # about single questions
 
 
 def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
-    """Raises `UserError` where the server failed at some questions for a while: these stay without an answer."""
+    """Raises `UserError` if the server failed temporarily at some questions, which stay without an answer."""
     file = AnswerFile(args.output, questions, args.model_id)
     waiting = [question for question in questions if not file.answers(question)]
     asked = _work(args)
@@ -68,15 +68,15 @@ def _task(question: Question, args: argparse.Namespace) -> Task:
 
 
 def _text(outcome: Outcome) -> str | None:
-    """The answer; an empty text where that is what the model said, None where there is none."""
+    """The answer: "" if the model replied with an empty text, None if there is no answer."""
     return "" if outcome.reason == EMPTY and outcome.text is not None else outcome.value
 
 
 def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
-    """Names the questions that have no answer for good."""
-    for question, reason in lacking[:NAMED]:
+    """Warns of questions that stay without an answer."""
+    for question, reason in lacking[:MAX_WARNINGS]:
         warn(f"question {short(str(question.id))}: no answer ({reason}), which counts as wrong")
-    if len(lacking) > NAMED:
+    if len(lacking) > MAX_WARNINGS:
         warn(f"{len(lacking)} questions in all have no answer, which counts as wrong")
     if cut := sum(reason == CUT for _, reason in lacking):
         warn(
@@ -85,36 +85,36 @@ def _warn(lacking: Sequence[tuple[Question, str]]) -> None:
         )
 
 
-def messages(question: Question, images: epath.PathLike) -> list[dict[str, Any]]:
-    """The question as the user's turn, its images where the file has them, else before its text; before it its system
-    prompt, if it has one."""
+def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]:
+    """The system prompt, if there is one, and the user's turn, with images in the places that the file has, or before
+    the text."""
     system = [{"role": role, "content": text} for role, text in system_turns(question)]
-    if not question.pictures:
+    if not question.images:
         return [*system, {"role": "user", "content": question.text}]
     try:
-        urls = [_data_url(picture, images) for picture in question.pictures]
+        urls = [_data_url(image, folder) for image in question.images]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     texts = question.marked_text.split(MARK) if question.marked_text else [*[""] * len(urls), question.text]
     parts = [{"type": "text", "text": text} if text else None for text in texts]
-    content = [part for pair in zip_longest(parts, pictures) for part in pair if part]
+    content = [part for pair in zip_longest(parts, images) for part in pair if part]
     return [*system, {"role": "user", "content": content}]
 
 
-def _data_url(picture: str | bytes, images: epath.PathLike) -> str:
-    data = picture if isinstance(picture, bytes) else read_image(image_path(images, picture))
-    name = picture if isinstance(picture, str) else "in the file"
-    refuse_pointer(data, f"picture {name}")
+def _data_url(image: str | bytes, folder: epath.PathLike) -> str:
+    data = image if isinstance(image, bytes) else read_image(image_path(folder, image))
+    name = image if isinstance(image, str) else "in the file"
+    refuse_pointer(data, f"image {name}")
     try:
         kind = Image.open(io.BytesIO(data)).get_format_mimetype()
     except UnidentifiedImageError as error:
-        raise UserError(f"picture {name}: is none") from error
+        raise UserError(f"image {name}: is no image that can be read") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _work(args: argparse.Namespace) -> Work:
     sampling = {"top_p": args.top_p, "seed": args.seed}
-    if not args.temperature:  # greedy, unless --body says otherwise: what was asked for goes out nevertheless
+    if not args.temperature:  # greedy, unless --body has another one: options that were given are sent anyway
         sampling = {name: value for name, value in sampling.items() if value != GREEDY[name]}
     return work(argparse.Namespace(**{**vars(args), "body": [sampling, *args.body]}), args.model)

@@ -1,26 +1,18 @@
-"""Scores ScienceQA: accuracy in the nine columns of the paper's table."""
+"""ScienceQA's problems, the options that answers choose, and accuracy in the nine columns of the paper's table."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.cli import Parser, UserError, printable
-from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
-from llava_jax.evaluate.outcomes import Outcome, write_outcomes
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, is_lines, percent, read_answers, read_json
+from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.evaluate.sheets import is_sheet
 
-EPILOG = """example:
-  python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
-
-Columns: subjects (natural, social, language science); TXT has a hint, IMG has an image, NO has neither; grades; all.
-An answer counts as `failed`, and as wrong, if no option can be read from it or if the question has no such option.
-Options are read as the original does: the text is a letter, begins with `X. `, or says `The answer is X.` once.
-"""
 OPTIONS = "ABCDE"
 FAILED = -1
-SAYS = re.compile(r"The answer is ([A-Z]).")  # whatever follows the letter, something has to: as the original
+SAYS = re.compile(r"The answer is ([A-Z]).")  # as in the original, any character has to follow the letter
 
 Problem = Mapping[str, Any]
 COLUMNS: dict[str, Callable[[Problem], bool]] = {
@@ -36,11 +28,11 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
 }
 SCORED = ("choices", "answer", "hint", "image", "grade", "subject")  # fields of a problem
 TEXTS = ("question", "lecture", "solution", "grade", "subject")
-STORED = ("results", "outputs")  # of a result JSON: indices, and the texts that they were read from
+STORED = ("results", "outputs")  # of a result JSON: indices, and the texts from which they were read
 
 
 def extract(text: str, choices: int) -> int:
-    """The index of the option that a text names; `FAILED` where it names none, several, or one that isn't there."""
+    """The index of the option that a text names; `FAILED` if it names none, several, or one that does not exist."""
     if len(text) == 1 and text in OPTIONS:
         letter = text
     elif len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":
@@ -53,7 +45,7 @@ def extract(text: str, choices: int) -> int:
 
 
 def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
-    """The columns in percent, and counts, of chosen options and their problems."""
+    """The columns in percent, and counts, from chosen options and their problems."""
     right = [(problem, index == problem["answer"]) for index, problem in pairs]
     columns = {}
     for name, belongs in COLUMNS.items():
@@ -64,7 +56,7 @@ def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
 
 
 def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> Iterator[Outcome]:
-    """What came of each problem that was answered, to compare runs."""
+    """The outcome of each answered problem, to compare runs."""
     for ident, problem in problems.items():
         if ident not in answers:
             continue
@@ -93,7 +85,7 @@ def choice(answer: Answer, problem: Problem) -> int:
 
 
 def read_problems(problems: str, splits: str, split: str, fields: Sequence[str] = SCORED) -> dict[str, Problem]:
-    """The problems of a split by their ids, in its order. Raises `UserError` where one lacks a field."""
+    """The problems of a split by id, in its order. Raises `UserError` if one lacks a field."""
     ids, known = read_json(splits), read_json(problems)
     if not isinstance(ids, dict) or not isinstance(ids.get(split), list):
         names = ", ".join(ids) if isinstance(ids, dict) else "none"
@@ -126,7 +118,7 @@ def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
 
 
 def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORED) -> dict[str, Answer]:
-    """The answers of a file. Of a result JSON, those of the first of `stored` that it has."""
+    """The answers of a file; in a result JSON, the first of the fields `stored` that it has."""
     whole = None if is_sheet(path) or is_lines(path) else read_json(path)
     if not isinstance(whole, dict) or not any(isinstance(whole.get(name), dict) for name in STORED):
         return read_answers(path, partial)
@@ -138,7 +130,7 @@ def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORE
 
 
 def _index(answer: Answer) -> Answer:
-    """A stored index, which may be a number written as text."""
+    """A stored index, which may be a text."""
     if answer.absent:
         return answer
     try:
@@ -147,35 +139,8 @@ def _index(answer: Answer) -> Answer:
         raise UserError(f"{answer.where}: {json.dumps(answer.value)[:40]} is no index of an option") from None
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
-    problems = read_problems(args.problems, args.splits, args.split)
-    answers = read_results(args.results, args.partial, ("outputs",) if args.reextract else STORED)
-    joined = join(answers, problems, args.results, args.partial)
-    scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
-    scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
-    print(json.dumps(scores) if args.json else printable(table(scores)), flush=True)
-    if args.outcomes:
-        write_outcomes(args.outcomes, outcomes(answers, problems))
-
-
-def table(scores: Mapping[str, Any]) -> str:
-    """The scores for people."""
+def table(scores: Mapping[str, Any], separator: str = ", ", count: str = "{value} {name}") -> str:
+    """The columns, then the other scores in the format `count`."""
     shares = ("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS)
-    counts = (f"{value} {name}" for name, value in scores.items() if name not in COLUMNS)
-    return "\n".join(["  ".join(f"{name:>5}" for name in COLUMNS), "  ".join(shares), ", ".join(counts)])
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m llava_jax.evaluate score scienceqa", description=__doc__, epilog=EPILOG)
-    add = parser.add_argument
-    kinds = "a result JSON of the original ({results, outputs}), answers as JSONL, or one object {id: answer}"
-    add("--results", "--answers", required=True, metavar="F", help=kinds)
-    add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
-    add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
-    add("--split", default="test", metavar="NAME", help="test by default")
-    add("--reextract", action="store_true", help="of a result JSON, read the texts again, not the stored indices")
-    add("--partial", action="store_true", help="score an incomplete set, and say how incomplete it is")
-    add("--outcomes", metavar="F", help="write what came of each problem, for `report`: DIR/NAME.outcomes.jsonl")
-    add("--json", action="store_true", help="print one object on one line")
-    return parser.parse_args(argv)
+    counts = (count.format(name=name, value=value) for name, value in scores.items() if name not in COLUMNS)
+    return "\n".join(["  ".join(f"{name:>5}" for name in COLUMNS), "  ".join(shares), separator.join(counts)])
