@@ -68,7 +68,7 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
                 CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
             if not isinstance(CONFIG.value, ConfigDict):
                 raise cli.UserError(f"{file}: get_config() returns no ConfigDict")
-            _expand_config(CONFIG.value)
+            recipes.expand_paths(CONFIG.value)
     except Exception as error:  # whatever a recipe raises
         raise cli.UserError(flag_errors.explain(error, argv)) from None
     if len(remaining) > 1:
@@ -93,19 +93,6 @@ def _expand_home(argument: str) -> str:
     no path."""
     flag, path = re.fullmatch(r"(--?[\w.]+=)?(.*)", argument, re.DOTALL).groups()
     return (flag or "") + cli.expand_home(path)
-
-
-def _expand_config(config: ConfigDict) -> None:
-    """The same for what a config file says. A ConfigDict in a sequence, such as a set of a mixture, becomes a dict."""
-    with config.unlocked():
-        for key, value in config.items():
-            if isinstance(value, ConfigDict):
-                _expand_config(value)
-                continue
-            if isinstance(value, list | tuple):
-                value = type(value)(each.to_dict() if isinstance(each, ConfigDict) else each for each in value)
-            if (expanded := cli.expand_home(value)) != config[key]:
-                config[key] = expanded
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import re
 
-from llava_jax.data.conversation import IMAGE_TOKEN, Template
+from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 # A message's content is a string, or a list of texts and images, a line each. Models that were trained with images
 # before the text get the images of a list first.

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 from llava_jax.convert.tensors import write_json
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 
 Json = dict[str, Any]
 

@@ -41,6 +41,11 @@ class Located(NamedTuple):
     origin: str | None
 
 
+def is_name(source: str) -> bool:
+    """Whether a text has the form `organisation/name` or `organisation/name@revision`."""
+    return _NAME.fullmatch(source) is not None
+
+
 def locate(source: str, flag: str) -> Located:
     """A path that exists, or the download of a name on the Hub (`organisation/name`, `organisation/name@revision`).
 

@@ -14,7 +14,7 @@ from llava_jax.convert.language_model import LanguageModel
 from llava_jax.convert.stored_tensor import StoredTensor, Tensors
 from llava_jax.convert.sums import concatenated, with_rows
 from llava_jax.convert.tensors import open_files
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

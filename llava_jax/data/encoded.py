@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llava_jax.cli import UserError, short
-from llava_jax.data.conversation import Template
 from llava_jax.data.sources import Sample, Source
 from llava_jax.data.template_fit import require_fit
+from llava_jax.data.templates import Template
 from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Row, encode_sample, expand
 
 if TYPE_CHECKING:

@@ -17,16 +17,18 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template
 from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.templates import Template
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.outcomes import SUFFIX, outcomes_of, write_outcomes
 from llava_jax.evaluate.questions import Question, read_questions, request_turns
-from llava_jax.inference.generate import Generator, PromptEncoder, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, build
 from llava_jax.parallel import distributed
@@ -62,14 +64,14 @@ class Evaluation:
         if self.generator is None:
             self.generator = Generator(model, self.prompts)
         else:
-            self.generator.decoder.hold(model)
+            self.generator.decoder.set_model(model)
         try:
             texts = self.generator.answer(self.requests[first::count], sampling)
         except UserError:
             for question in self.questions[first::count]:
                 check_images(question, self.images)  # raises an error with the question's id for a bad image
             raise
-        self.generator.decoder.let_go()
+        self.generator.decoder.drop_weights()
         answers = [""] * len(self.questions)
         for process, share in enumerate(distributed.gather_json(f"answers of step {step}", texts)):
             answers[process::count] = share

@@ -20,12 +20,13 @@ from etils import epath
 
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, say, track
-from llava_jax.data.conversation import Template, choose_template
 from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.templates import Template, choose_template
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Question, key_of, request_turns
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.parallel import distributed
 
 START_SECONDS = 300  # until all processes have met

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import IMAGE_TOKEN as MARK
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
+from llava_jax.data.templates import IMAGE_TOKEN as MARK
 from llava_jax.data.unsupported import foreign_mark, unread_keys, unread_texts
 from llava_jax.evaluate.answers import is_lines, read_json
 from llava_jax.evaluate.lines import Line, once

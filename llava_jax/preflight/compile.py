@@ -20,7 +20,7 @@ from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.targets import Target
 from llava_jax.training import builder, config_check
 from llava_jax.training.builder import TrainingProgram
@@ -79,12 +79,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a program; `account` None and `reason` a line where it refused."""
+    """What the compiler made of a program; `cost` None and `reason` a line where it refused."""
 
     program: Program
     memory: Memory
     seconds: float
-    account: hlo.Account | None = None
+    cost: hlo_cost.Cost | None = None
     moved: float = 0.0
     reason: str = ""
 
@@ -152,20 +152,20 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
         reason, needed = _out_of_memory(str(error))
         memory = _memory(program, needed, 0.0, available)
         return Compiled(program, memory, time.monotonic() - began, reason=reason)
-    account = hlo.account(compiled.as_text())
+    cost = hlo_cost.cost(compiled.as_text())
     stats = compiled.memory_analysis()
     peak = stats.peak_memory_in_bytes
     if program.target.platform != "tpu":  # there, what is temporary is one block
         whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
         peak = max(peak, whole - stats.alias_size_in_bytes)
-    margin = _margin(program, account) if program.target.platform == "gpu" else 0.0
+    margin = _margin(program, cost) if program.target.platform == "gpu" else 0.0
     memory = _memory(program, peak + margin, margin, available)
     reason = ""
     if not memory.fits:
         parts = f"{peak / GiB:.2f} GiB" + (f" and a margin of {margin / GiB:.2f} GiB" if margin else "")
         reason = f"the step takes {parts}, there are {available / GiB:.2f} GiB"
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    return Compiled(program, memory, time.monotonic() - began, account, moved, reason)
+    return Compiled(program, memory, time.monotonic() - began, cost, moved, reason)
 
 
 def available_memory(target: Target, memory_fraction: float | None) -> float:
@@ -178,10 +178,10 @@ def available_memory(target: Target, memory_fraction: float | None) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / target.devices
 
 
-def _margin(program: Program, account: hlo.Account) -> float:
+def _margin(program: Program, cost: hlo_cost.Cost) -> float:
     """What GPUs need beyond the peak; the backward pass of cuDNN's attention sums queries' gradients in float32."""
     text, layout = program.settings.model.text, program.settings.layout
-    fused = any(name.startswith("__cudnn$fmha") for name in account.kernels)
+    fused = any(name.startswith("__cudnn$fmha") for name in cost.kernels)
     return GPU_MARGIN + fused * 4.0 * program.rows * layout.max_length * text.num_heads * text.head_dim
 
 

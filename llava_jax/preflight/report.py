@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import say
 from llava_jax.parallel import sharding
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.compile import Compiled, Program, available_memory, build, compile_program, preset, state_bytes
 from llava_jax.training import flops
 
@@ -58,14 +58,14 @@ def report(config: ConfigDict, name: str, memory_fraction: float | None = None) 
     if not memory.fits:
         larger = {other: targets.parse(other).devices for other in target.larger}
         result |= {"reason": compiled.reason, "remedies": remedies(compiled, larger)}
-    if compiled.account is not None:
+    if compiled.cost is not None:
         result |= _measured(compiled, parts)
     return result
 
 
 def _measured(compiled: Compiled, parts: dict[str, flops.Part]) -> dict[str, Any]:
     """What the compiled text says: FLOPs beside the formula, collectives, and the bound of the time."""
-    program, account = compiled.program, compiled.account
+    program, account = compiled.program, compiled.cost
     hidden = hidden_parts(account)
     expected = flops.executed_flops(parts, without=hidden) / program.mesh.size
     ideal = ideal_wire(program)
@@ -158,7 +158,7 @@ def with_rows(config: ConfigDict, name: str, rows: int) -> ConfigDict:
 # ---------------------------------------------------------------------------------------------- what follows from it
 
 
-def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
+def hidden_parts(account: hlo_cost.Cost) -> tuple[str, ...]:
     """The parts of the formula that the HLO hides in kernels: attention, where any kernel is one."""
     fused = any(name.startswith(ATTENTION_KERNELS) for name in account.kernels)
     return ("llm attention", "vision attention") if fused else ()
@@ -195,7 +195,7 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
 
     What a machine cannot do at its peak is not in it, nor what cannot overlap: a bound, not a prediction.
     """
-    program, account, machine = compiled.program, compiled.account, compiled.program.target.machine
+    program, account, machine = compiled.program, compiled.cost, compiled.program.target.machine
     kernels = sum(
         (part.needed + part.recomputed) * (0.5 if name == "llm attention" else 1.0)
         for name, part in program.training.flops.items()

@@ -46,10 +46,12 @@ from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.shards import write_shards
-from llava_jax.data.conversation import get_template, place_images, render
+from llava_jax.data.conversation import place_images, render
 from llava_jax.data.images import preprocess
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
-from llava_jax.inference.generate import Generator, Request
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request
 from llava_jax.models.llava import abstract_params
 from llava_jax.training.loop import train
 

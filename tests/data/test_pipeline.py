@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.common import get_config
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.images import preprocess
 from llava_jax.data.lengths import measure
@@ -23,6 +22,7 @@ from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder, build_row, collate
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import Row
 
 P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01

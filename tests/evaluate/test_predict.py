@@ -19,7 +19,8 @@ from llava_jax.evaluate import in_training
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.predict_checkpoint import ANSWER_IS, batches
 from llava_jax.evaluate.questions import Question
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 from tests.parallel.test_distributed import free_port
 
 
