@@ -1,5 +1,6 @@
 """Install llava_jax. The base install is CPU jax, without torch or TensorFlow."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -24,7 +25,7 @@ BASE = [
     "sentencepiece>=0.2",
     "protobuf>=5",
     "safetensors>=0.4",
-    "pillow>=10,<13",  # 13 resizes a part of an image to other pixels than the whole, so that a crop is not CLIP's
+    "pillow>=10,<13",  # 13 resizes a crop to other pixels than the whole image, which differ from CLIP's
     "rich>=14.1",
     "tensorboardX>=2.6",
     "matplotlib>=3.8",
@@ -33,7 +34,7 @@ BASE = [
     "numpy>=1.26",
 ]
 
-# Paths that begin with gs://, without which the hosts of a pod share no workdir: for etils.epath and Orbax.
+# Clients for gs:// paths, for etils.epath and Orbax: the hosts of a pod need a workdir that they share.
 GCS = ["gcsfs>=2026.8", "google-cloud-storage>=3"]
 
 EXTRAS = {
@@ -48,15 +49,15 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     # Noun phrases of captions (datagen filter). Its models are apart: python -m spacy download en_core_web_sm.
     "phrases": ["spacy>=3.8"],
-    # Building data sets on many machines. It wants an older protobuf than the rest would take.
+    # Building data sets on many machines. It needs an older protobuf than the other packages would install.
     "beam": ["apache-beam>=2.65"],
-    # What only torch can read (GGUF through transformers).
+    # Files that only torch can read (GGUF through transformers).
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set.
     "quickstart": ["easy-vqa>=1.0"],
-    # Drives a browser that is installed already, in the tests of the web page; axe-core finds what shuts people out.
+    # Drives an installed browser in the tests of the web page; axe-core finds accessibility problems.
     "browser": ["playwright>=1.50", "axe-playwright-python>=0.1.8"],
-    # Compilers for machines that are not there: no device is touched.
+    # Compilers for hardware you don't have: no device is used.
     "preflight-tpu": ["jax[tpu]>=0.10.2"],
     "preflight-gpu": ["jax-cuda12-plugin>=0.10.2", "jax-cuda12-pjrt>=0.10.2", "nvidia-cuda-nvcc-cu12>=12.6"],
     "test": [
@@ -72,7 +73,7 @@ EXTRAS = {
         "pyyaml>=6",
         "scikit-image>=0.24",
         "schemathesis>=4",
-        # What mistral-common imports; it is installed without its dependencies, one of which caps numpy.
+        # Imported by mistral-common, which is installed without its dependencies, one of which caps numpy.
         "jsonschema>=4",
         "pydantic-extra-types>=2",
         "pycountry>=24",
@@ -81,21 +82,23 @@ EXTRAS = {
 }
 EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["evaluate"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
 
+# Files other than Python that the package reads: prompts, word lists, SQL, the web page and the HTML reports.
+DATA_FILES = ("txt", "sql", "html", "css", "js", "svg")
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "llava_jax/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
 setup(
     name="llava_jax",
-    version="0.1.0",
+    version=VERSION,
     description="LLaVA (Visual Instruction Tuning) for TPU pods and CUDA GPUs, in JAX",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={
-        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*", "word_files/*"],
-        "llava_jax.evaluate": ["contractions.txt", "prompt_files/*", "report_assets/*"],
-        "llava_jax.llm_api": ["ledger.sql"],
-        "llava_jax.serve": ["static/*"],
-    },
+    entry_points={"console_scripts": ["llava = llava_jax.__main__:console"]},
+    package_data={"llava_jax": ["py.typed", *(f"**/*.{suffix}" for suffix in DATA_FILES)]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

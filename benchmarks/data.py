@@ -36,9 +36,10 @@ from data_sides import (
     peer_text,
 )
 
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax import cli
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.packing import fill, image_slot_plans
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.models.config import CLIP_MEAN
 
 COMPARED = 16  # batches
@@ -148,29 +149,33 @@ def report_speed(turns: dict[str, list[Turn]]) -> None:
 
 def our_stages(task: Task) -> dict[str, float]:
     """Milliseconds of a sample, as the mean over some."""
-    stored = [task.source.read_pictures(i, 1) for i in range(STAGED)]
+    source = task.encoded.source
+    names = [source[i].images[:1] for i in range(STAGED)]
+    stored = [source.read_images(i, names[i]) for i in range(STAGED)]
     decoded = [[decode_image(data) for data in pictures] for pictures in stored]
     aspect = task.decode.aspect
     return {
-        "read the file": milliseconds(lambda i: task.source.read_pictures(i, 1)),
+        "read the file": milliseconds(lambda i: source.read_images(i, names[i])),
         "decode JPEG": milliseconds(lambda i: [decode_image(data) for data in stored[i]]),
-        "picture to square": milliseconds(lambda i: [preprocess(im, SIZE, aspect, CLIP_MEAN) for im in decoded[i]]),
-        "text to tokens": milliseconds(lambda i: task.encode(task.source[i])),
+        "preprocess the image": milliseconds(lambda i: [preprocess(im, SIZE, aspect, CLIP_MEAN) for im in decoded[i]]),
+        "text to tokens": milliseconds(lambda i: task.encoded.encode(source[i])),
     }
 
 
 def peer_stages(task: Task, processor: Any) -> dict[str, float]:
     """The same of the peer, whose picture comes out scaled and normalised, and whose text has no masks."""
-    stored = [task.source.read_pictures(i, 1) for i in range(STAGED)]
+    source = task.encoded.source
+    names = [source[i].images[:1] for i in range(STAGED)]
+    stored = [source.read_images(i, names[i]) for i in range(STAGED)]
     decoded = [[peer_decode(data) for data in pictures] for pictures in stored]
 
     def tokenize(i: int) -> None:
-        processor.tokenizer(peer_text(task.source[i].turns).replace(IMAGE_TOKEN, IMAGE_TOKEN * IMAGE_TOKENS))
+        processor.tokenizer(peer_text(source[i].turns).replace(IMAGE_TOKEN, IMAGE_TOKEN * IMAGE_TOKENS))
 
     return {
-        "read the file": milliseconds(lambda i: task.source.read_pictures(i, 1)),
+        "read the file": milliseconds(lambda i: source.read_images(i, names[i])),
         "decode JPEG": milliseconds(lambda i: [peer_decode(data) for data in stored[i]]),
-        "picture to square": milliseconds(lambda i: [processor.image_processor(im) for im in decoded[i]]),
+        "preprocess the image": milliseconds(lambda i: [processor.image_processor(im) for im in decoded[i]]),
         "text to tokens": milliseconds(tokenize),
     }
 
@@ -189,7 +194,7 @@ def report_stages(turns: dict[str, list[Turn]], *stages: dict[str, float]) -> No
     totals = [median(results).processors for results in turns.values()]
     rest = [total - sum(parts.values()) for total, parts in zip(totals, stages, strict=True)]
     rows = {name: [parts[name] for parts in stages] for name in stages[0]}
-    for name, values in (rows | {"batches, moving them": rest, "together": totals}).items():
+    for name, values in (rows | {"make and move batches": rest, "together": totals}).items():
         print(f"{name:<28}" + "".join(f"{value:14.2f}" for value in values))
 
 
@@ -211,4 +216,4 @@ def report_tokens(task: Task) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

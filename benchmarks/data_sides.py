@@ -13,10 +13,13 @@ import numpy as np
 from PIL import Image
 from synthetic import write_json, write_pictures
 
-from llava_jax.data.conversation import IMAGE_TOKEN, get_template, render
-from llava_jax.data.pipeline import Batch, Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.conversation import render
+from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.lengths import measure
+from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import IMAGE_TOKEN, get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.config import CLIP_MEAN
 
@@ -30,8 +33,7 @@ SAMPLES, PICTURES = 20_000, 400
 class Task:
     """What both read, and how."""
 
-    source: LlavaJson
-    encode: TextEncoder
+    encoded: EncodedSource
     lengths: Lengths
     order: Order
     decode: ImageDecoder
@@ -43,8 +45,9 @@ def make_task(folder: Path, rows: int, aspect: str) -> Task:
     write_pictures(folder / "pictures", PICTURES)
     source = LlavaJson(folder / "samples.json", folder / "pictures")
     encode = TextEncoder(TEMPLATE, load_tokenizer(tokenizer_directory(folder)), IMAGE_TOKENS, LENGTH)
+    encoded = EncodedSource(source, encode)
     order = Order(np.arange(len(source)), rows, seed=0)
-    return Task(source, encode, measure(source, encode), order, ImageDecoder(SIZE, aspect, CLIP_MEAN))
+    return Task(encoded, measure(encoded), order, ImageDecoder(SIZE, aspect, CLIP_MEAN))
 
 
 def tokenizer_directory(folder: Path) -> Path:
@@ -64,14 +67,15 @@ def our_batches(task: Task, steps: int, workers: int) -> Iterator[Batch]:
         image_tokens=IMAGE_TOKENS,
         image_size=SIZE,
     )
-    return Batches(task.source, task.encode, task.decode, task.order, layout).iterate(0, steps, workers)
+    batches = Batches(task.encoded, task.decode, task.order, layout)
+    return (read.batch for read in batches.iterate(0, steps, workers))
 
 
 def peer_batches(task: Task, processor: Any, steps: int, workers: int) -> Iterator[dict[str, Any]]:
     import torch
 
     loader = torch.utils.data.DataLoader(
-        PeerSamples(task.source),
+        PeerSamples(task.encoded.source),
         batch_sampler=[list(itertools.chain(*task.order.rows(step))) for step in range(steps)],
         collate_fn=PeerCollation(processor),
         num_workers=workers,
@@ -107,8 +111,8 @@ class PeerSamples:
 
     def __getitem__(self, index: int) -> tuple[str, list[Image.Image]]:
         sample = self.source[index]
-        pictures = self.source.read_pictures(index, len(sample.images))
-        return peer_text(sample.turns), [peer_decode(data) for data in pictures]
+        images = self.source.read_images(index, sample.images)
+        return peer_text(sample.turns), [peer_decode(data) for data in images]
 
 
 def peer_text(turns: Sequence[tuple[str, str]]) -> str:

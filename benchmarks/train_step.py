@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
+from llava_jax import cli
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 
 ROWS, QUESTION, ANSWER = 4, 80, 40
@@ -94,13 +95,11 @@ def jax_step(config: LlavaConfig) -> Step:
 
     from llava_jax.data.plan import Layout
     from llava_jax.parallel.sharding import make_mesh
-    from llava_jax.training import optim
     from llava_jax.training.step import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
     for name, value in our_parameters(config):
-        trains = optim.group_of(name, "finetune") is not None
-        (trainable if trains else frozen)[name] = jnp.array(value)
+        (trainable if name.startswith(("projector.", "llm.")) else frozen)[name] = jnp.array(value)
 
     optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
@@ -148,4 +147,4 @@ def torch_step(config: LlavaConfig) -> Step:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

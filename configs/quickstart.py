@@ -5,7 +5,7 @@ A model of a million parameters wants larger learning rates than one of billions
 
 from ml_collections import ConfigDict
 
-from configs import common
+from llava_jax.recipes import common
 
 
 def get_config(stage: str = "") -> ConfigDict:

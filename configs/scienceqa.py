@@ -1,27 +1,3 @@
-"""ScienceQA, from a checkpoint of stage 1: `--config=configs/scienceqa.py[:13b|7b]`.
+"""The recipe of ScienceQA that the package ships: `--config=scienceqa` is the same."""
 
-The paper's recipe (section 5.2): 12 epochs, reasoning before the answer, which is the format of the data:
-`python -m llava_jax.evaluate questions scienceqa --split train --format QCM-LEPA ...`.
-"""
-
-from ml_collections import ConfigDict
-
-from configs import common
-from configs.recipes import MAX_ROWS_PER_DEVICE, set_size
-
-
-def get_config(arg: str = "") -> ConfigDict:
-    if arg and arg not in MAX_ROWS_PER_DEVICE:
-        raise ValueError(f"{arg!r} is none of {', '.join(MAX_ROWS_PER_DEVICE)}")
-    config = common.get_config()
-    config.stage = "finetune"
-    set_size(config, "v0", arg or None, published="13b")
-    config.template = "llava_v0"
-    config.image_position = "as_is"  # after the question, where the data has it
-    config.image_aspect = "square"
-    config.batch_rows = 32
-    config.epochs = 12.0
-    config.learning_rate = 2e-5
-    config.clip_norm = 1.0
-    config.save_every = 1000
-    return config.lock()
+from llava_jax.recipes.scienceqa import get_config as get_config

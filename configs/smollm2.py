@@ -6,7 +6,7 @@ tower is small and the pictures are easy-VQA's; learning rates are those of a mo
 
 from ml_collections import ConfigDict
 
-from configs import common
+from llava_jax.recipes import common
 
 
 def get_config(stage: str = "") -> ConfigDict:

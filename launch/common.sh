@@ -110,7 +110,9 @@ check_training() {
     esac
   done
   [ -n "$config" ] || die "--config=F must be given after --, as in: -- --config=configs/finetune.py --workdir=gs://..."
-  [ -f "$ROOT/${config%%:*}" ] || die "--config is $(quote "$config"): $ROOT has no file ${config%%:*}"
+  local recipe="${config%%:*}"
+  [ -f "$ROOT/$recipe" ] || [ -f "$ROOT/llava_jax/recipes/$recipe.py" ] ||
+    die "--config is $(quote "$config"): $ROOT has no file $recipe"
   [ -n "$workdir" ] || die "--workdir=D must be given after --"
   [ "$1" != remote ] || [[ $workdir =~ ^gs://[^/]+/.+ ]] ||
     die "--workdir is $(quote "$workdir"): the hosts share no disk, so it has to be like gs://bucket/run"

@@ -1,20 +1,40 @@
-"""LLaVA (Visual Instruction Tuning, Liu et al. 2023) in JAX."""
+"""LLaVA (Visual Instruction Tuning, Liu et al. 2023) in JAX.
 
-import glob
-import os
-import sys
+The public API: `load` a model and use it, `train` one, `preflight` a training run for hardware you don't have.
+Importing this package has no side effects and imports no JAX; each name is imported when it is first used. docs/api.md
+describes them all.
+"""
 
-from llava_jax import quiet
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# libtpu and the CUDA plugin may be installed only to compile for machines that are elsewhere. Where Linux has no
-# device of theirs, JAX would look for one all the same, complain at length and take the CPU in the end.
-_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
-if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _DEVICES):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-quiet.install()
+if TYPE_CHECKING:
+    from llava_jax.api import Model, load, train
+    from llava_jax.cli import UserError
+    from llava_jax.preflight import preflight
+    from llava_jax.recipes import get_config
 
-# Without torch, transformers says at every start that its models are missing; only its tokenizers are used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+__version__ = "0.1.0"
+__all__ = ["Model", "UserError", "__version__", "get_config", "load", "preflight", "train"]
 
-# What another host has just written to gs:// has to be seen: gcsfs would answer from what it listed before.
-os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+# Name -> the module that defines it. `preflight` is a package that can be called.
+_MODULES = {
+    "Model": "llava_jax.api",
+    "UserError": "llava_jax.cli",
+    "get_config": "llava_jax.recipes",
+    "load": "llava_jax.api",
+    "train": "llava_jax.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "preflight":
+        return importlib.import_module("llava_jax.preflight")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,9 @@
-"""What every command shares: one-line errors, exit statuses and progress."""
+"""What every command shares: its environment, one-line errors, exit statuses and progress."""
 
 import argparse
 import datetime
+import glob
+import importlib.util
 import math
 import os
 import re
@@ -9,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
@@ -18,9 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from llava_jax import remote
+from llava_jax import quiet, remote
 
 Item = TypeVar("Item")
+
+COMMAND = "LLAVA_JAX_COMMAND"  # set in the processes of a command, so in its workers too
+# Where Linux has none of these, there is no accelerator. libtpu and the CUDA plugin may be installed all the same, only
+# to compile for hardware you don't have: JAX would look for their devices, log a page, and use the CPU in the end.
+DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 SHOWN = 80  # characters of a value of a file in a message
 LONGEST_MESSAGE = 4000  # characters
@@ -65,9 +72,29 @@ def warn(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
+def has_accelerator() -> bool:
+    return sys.platform != "linux" or any(glob.glob(pattern) for pattern in DEVICE_FILES)
+
+
+def prepare() -> None:
+    """Sets up the process of a command: the platform of JAX, and libraries that log less. Call it before JAX is
+    imported. The library itself never does this: environment and import hooks belong to whoever runs the process.
+    """
+    if not has_accelerator():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if (jax := sys.modules.get("jax")) and not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    # Without torch, transformers logs at every start that its models are missing. Only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')  # see `remote.name`
+    os.environ[COMMAND] = "1"
+    quiet.install()
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
     bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    prepare()
     if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -100,6 +127,45 @@ def report(error: BaseException) -> tuple[int, str]:
     return status, message.removeprefix("error: ")
 
 
+launcher: str | None = None  # what starts every command: `llava`, or None where each is a module of its own
+
+
+def as_typed(text: str) -> str:
+    """A text that names commands as modules (`python -m llava_jax.data.check`), as the user types them: `llava data
+    check`."""
+    if launcher is None:
+        return text
+    text = text.replace("python -m llava_jax.main", f"{launcher} train")
+    return re.sub(
+        r"python -m llava_jax\.(\w+(?:\.\w+)?)",
+        lambda found: f"{launcher} {re.sub('[._]', lambda c: ' ' if c[0] == '.' else '-', found[1])}",
+        text,
+    )
+
+
+def dispatch(
+    program: str, description: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
+) -> int | None:
+    """Calls the command that the first words of `argv` name, with those that follow.
+
+    `commands` maps what is typed to its function (`module:function`, or a module whose `main` is called) and to what it
+    does. The module is imported only then. Prints the list of commands for `--help`, and where none is named.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in commands:
+            module, _, function = commands[name][0].partition(":")
+            return getattr(importlib.import_module(module), function or "main")(argv[words:])
+    asked = bool({"-h", "--help"}.intersection(argv))
+    width = 2 + max(map(len, commands))
+    lines = [f"usage: {as_typed(program)} COMMAND ... (COMMAND --help has its options)", "", description, ""]
+    lines += [f"  {name:<{width}}{what}" for name, (_, what) in commands.items()]
+    say("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    if argv and not asked:
+        raise UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+    return 0 if asked else 2
+
+
 PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 
@@ -108,7 +174,8 @@ class Parser(argparse.ArgumentParser):
     expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
 
     def __init__(self, **settings: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+        texts = {name: as_typed(settings[name]) for name in ("prog", "description", "epilog") if settings.get(name)}
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings | texts)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -157,7 +224,7 @@ class _Description(ProgressColumn):
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """The progress bar of every long command (terminals only): items done, in all and time left come first."""
+    """The progress bar of every long command: items done, in all and time left come first."""
     return Progress(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -166,6 +233,11 @@ def progress_bar(console: Console | None = None) -> Progress:
         _Description(table_column=Column()),
         console=console or Console(stderr=True),
     )
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether a bar is drawn anew in its place: on terminals, and in notebooks that have ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def time_left(seconds: float) -> str:
@@ -184,12 +256,12 @@ def fitting(parts: Iterable[str], width: int) -> str:
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
-    """Yields the items, with a progress bar on a terminal and a plain line every `every` seconds elsewhere."""
+    """Yields the items, with a progress bar on a terminal or in a notebook, else a line every `every` seconds."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     description = one_line(description)
     console = Console(stderr=True)
-    if console.is_terminal:
+    if draws_bars(console):
         with progress_bar(console) as bar:
             yield from bar.track(iterable, total=total, description=description)
         return
@@ -201,3 +273,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
             last = now
             left = f"{time_left((now - start) / done * (total - done))} left" if total else f"{now - start:.0f} s"
             print(f"{done}/{total or '?'}, {left}: {description}", file=sys.stderr, flush=True)
+
+
+if COMMAND in os.environ:  # a worker, in which nothing calls `prepare`
+    quiet.install()

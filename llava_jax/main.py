@@ -1,12 +1,13 @@
 """Trains one stage: `python -m llava_jax.main --config=F[:ARGS] --workdir=D [--config.KEY=VALUE ...]`.
 
 example:
-  python -m llava_jax.main --config=configs/finetune.py:13b,v1.5 --workdir=runs/finetune \\
+  python -m llava_jax.main --config=finetune:13b,v1.5 --workdir=runs/finetune \\
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
 The same command again resumes; where the newest step is damaged, with --resume-from and the one before it.
-configs/common.py explains every key. On several hosts the same command runs on each: on TPU pods and under SLURM as it
-is, elsewhere with --coordinator, --num_processes and --process_id (docs/hosts.md).
+--config takes the name of a recipe (pretrain, finetune, scienceqa) or the path of one; llava_jax/recipes/common.py
+explains every option. On several hosts, run the same command on each: on TPU pods and under SLURM as it is, on other
+clusters with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """
 
 import re
@@ -16,9 +17,11 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llava_jax import cli, flag_errors
+from llava_jax import cli, flag_errors, recipes
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe in configs/, with its argument after a colon.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe, by name or path, with its argument after a colon: finetune:13b, my/recipe.py."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and logs go; a run found there is resumed.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes meet.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
@@ -30,10 +33,16 @@ RESUME_FROM = flags.DEFINE_integer(
 flags.DEFINE_alias("resume-from", "resume_from")
 
 
+def command(argv: list[str]) -> None:
+    """`llava train`: the arguments without the name of the program, which comes first in those of Abseil."""
+    main(["llava train", *argv])
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"}.intersection(argv):
-        print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir")))
+        own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("workdir"))
+        cli.say(cli.as_typed(__doc__) + own)
         return
     parse_flags(argv, (CONFIG, WORKDIR))
     from llava_jax import plot
@@ -50,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
     """Sets `CONFIG` and the other flags, `~` expanded in all that are paths; every mistake becomes one line."""
-    argv = [_expand_home(argument) for argument in argv]
+    argv = _find_recipe([_expand_home(argument) for argument in argv])
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in required if flag.value is None]
@@ -59,7 +68,7 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
                 CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
             if not isinstance(CONFIG.value, ConfigDict):
                 raise cli.UserError(f"{file}: get_config() returns no ConfigDict")
-            _expand_config(CONFIG.value)
+            recipes.expand_paths(CONFIG.value)
     except Exception as error:  # whatever a recipe raises
         raise cli.UserError(flag_errors.explain(error, argv)) from None
     if len(remaining) > 1:
@@ -68,24 +77,22 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
         raise cli.UserError(f"{' and '.join(missing)} must be given; see --help")
 
 
+def _find_recipe(argv: list[str]) -> list[str]:
+    """Replaces the name of a recipe in `--config=NAME` or `--config NAME` by the path of its file."""
+    found = list(argv)
+    for index, argument in enumerate(argv):
+        if match := re.match(r"--?config=(?=.)", argument):
+            found[index] = match[0] + recipes.find(argument[match.end() :])
+        elif argument in ("--config", "-config") and index + 1 < len(argv):
+            found[index + 1] = recipes.find(argv[index + 1])
+    return found
+
+
 def _expand_home(argument: str) -> str:
     """`~/D`, `--workdir=~/D` and `-workdir=~/D` with the home directory. No flag is a text that begins with `~` but is
     no path."""
     flag, path = re.fullmatch(r"(--?[\w.]+=)?(.*)", argument, re.DOTALL).groups()
     return (flag or "") + cli.expand_home(path)
-
-
-def _expand_config(config: ConfigDict) -> None:
-    """The same for what a config file says. A ConfigDict in a sequence, such as a set of a mixture, becomes a dict."""
-    with config.unlocked():
-        for key, value in config.items():
-            if isinstance(value, ConfigDict):
-                _expand_config(value)
-                continue
-            if isinstance(value, list | tuple):
-                value = type(value)(each.to_dict() if isinstance(each, ConfigDict) else each for each in value)
-            if (expanded := cli.expand_home(value)) != config[key]:
-                config[key] = expanded
 
 
 if __name__ == "__main__":

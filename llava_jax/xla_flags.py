@@ -80,13 +80,14 @@ def find(platform: str) -> Platform:
     return PLATFORMS[platform]
 
 
-def main() -> int:
-    if {"-h", "--help"}.intersection(sys.argv):
-        print(__doc__)
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"}.intersection(argv):
+        cli.say(cli.as_typed(__doc__))
         return 0
-    if len(sys.argv) != 2:
+    if len(argv) != 1:
         raise cli.UserError(f"give one of {', '.join(PLATFORMS)}; see --help")
-    for name, value in environment(sys.argv[1]).items():
+    for name, value in environment(argv[0]).items():
         cli.say(f"export {name}={shlex.quote(value)}")
     return 0
 

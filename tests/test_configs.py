@@ -1,14 +1,16 @@
 """The recipes are the published ones, and a mistyped override is one clear line."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import finetune, pretrain, scienceqa
-from llava_jax import main
+from llava_jax import main, recipes
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.config import PRESETS
 from llava_jax.training import config_check
 
@@ -64,6 +66,13 @@ def test_a_bare_recipe_is_7b_v1_5_for_a_checkpoint_of_any_size():
         (["--config=configs/finetune.py", "--config.steps=many"], "config.steps=many"),
         (["--config=configs/finetune.py:14b"], "'14b' in '14b' is none of"),
         (["--config=configs/no_such_file.py", "--workdir=w"], "no_such_file.py"),
+        (
+            ["--config=finetuen:7b", "--workdir=w"],
+            "no recipe 'finetuen'; the package has pretrain, finetune, scienceqa",
+        ),
+        (["--config=configs/finetune", "--workdir=w"], "the path of a recipe of your own ends with .py"),
+        (["--config=finetune:14b"], "'14b' in '14b' is none of"),
+        (["--config", "finetune", "--config.learing_rate=1"], "no key 'learing_rate'; the nearest is 'learning_rate'"),
         (["--config=configs/finetune.py", "--wrkdir=w"], "Did you mean: workdir"),
         (["--config=configs/finetune.py"], "--workdir must be given"),
         (["--config=configs/finetune.py", "--workdir=w", "more"], "unexpected argument 'more'"),
@@ -108,6 +117,41 @@ def test_a_recipe_that_cannot_be_read_is_one_line_with_its_place(text, message, 
 def test_a_recipe_that_does_not_begin_with_all_keys_is_one_line():
     with pytest.raises(UserError, match="the config has no key 'stage': a recipe begins with common.get_config"):
         config_check.check(ConfigDict({"steps": 1}))
+
+
+def parse(arguments, monkeypatch) -> ConfigDict:
+    """The config of a command line."""
+    monkeypatch.setattr("sys.argv", ["main", *arguments])
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    main.flags.FLAGS.unparse_flags()
+    main.parse_flags(["main", *arguments], (main.CONFIG,))
+    return main.CONFIG.value
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_a_recipe_of_the_package_is_found_by_its_name(name, monkeypatch):
+    by_path = parse([f"--config=configs/{name}.py"], monkeypatch)
+    for arguments in ([f"--config={name}"], ["--config", name], [f"-config={name}"]):
+        assert parse(arguments, monkeypatch).to_dict() == by_path.to_dict()
+    if name != "common":
+        assert parse([f"--config={name}:7b"], monkeypatch).default_model.endswith("-7b")
+
+
+def test_recipes_need_no_clone_and_do_not_import_jax(tmp_path, monkeypatch):
+    """Elsewhere, with a recipe of one's own. JAX reads its environment when it is imported, so preflight has to set
+    that after it has read the recipe."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(main.__file__).parents[1]))
+    (tmp_path / "mine.py").write_text("from llava_jax.recipes.finetune import get_config as get_config\n")
+    program = (
+        "import sys; from llava_jax import main\n"
+        "main.parse_flags(sys.argv, (main.CONFIG,)); config = main.CONFIG.value\n"
+        "assert (config.stage, config.default_model, config.steps) == ('finetune', 'llava-v1.5-13b', 7)\n"
+        "assert 'jax' not in sys.modules and 'configs' not in sys.modules\n"
+    )
+    for recipe in ("finetune:13b", "mine.py:13b"):
+        command = [sys.executable, "-c", program, f"--config={recipe}", "--config.steps=7"]
+        done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr.decode()
 
 
 def mistake(arguments, monkeypatch) -> str:

@@ -8,14 +8,36 @@ from pathlib import Path
 
 import pytest
 
+import llava_jax
+from llava_jax import cli
+from llava_jax.__main__ import COMMANDS as LLAVA
+from llava_jax.__main__ import main as llava
 from llava_jax.cli import UserError
 from llava_jax.datagen.__main__ import COMMANDS as DATAGEN
 from llava_jax.evaluate.__main__ import COMMANDS as EVALUATE
 from llava_jax.evaluate.__main__ import main as evaluate
+from llava_jax.evaluate.benchmarks import BENCHMARKS
 
+NESTED = ["convert import", "evaluate score", "evaluate judge llava-bench", "datagen detail"]
+OF_BENCHMARKS = [f"score {command.name}" for benchmark in BENCHMARKS.values() for command in benchmark.score_commands]
+OF_BENCHMARKS += [
+    f"{task} {name}"
+    for name, benchmark in BENCHMARKS.items()
+    for task in ("judge", "reference")
+    if getattr(benchmark, task)
+]
 HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi"]
 # Module -> its subcommands, each the words before --help.
 COMMANDS = {
+    "llava_jax": [
+        "",
+        "data",
+        *LLAVA,
+        "convert import",
+        "evaluate score",
+        "evaluate judge llava-bench",
+        "datagen detail",
+    ],
     "llava_jax.main": [""],
     "llava_jax.preflight": [""],
     "llava_jax.plot": [""],
@@ -28,7 +50,7 @@ COMMANDS = {
     "llava_jax.data.build": [""],
     "llava_jax.data.pack": [""],
     "llava_jax.datagen": ["", *DATAGEN],
-    "llava_jax.evaluate": ["", *EVALUATE, "reference", "judge", "questions"],
+    "llava_jax.evaluate": ["", *EVALUATE, *OF_BENCHMARKS, "questions"],
     "examples.easy_vqa.quickstart": [""],
     "examples.smollm2.recipe": [""],
 }
@@ -71,7 +93,31 @@ def test_help_imports_nothing_that_takes_seconds(module):
         assert (command, status, imported) == (command, 0, []) and lines > 3
 
 
+def test_usage_names_the_command_that_was_typed(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "launcher", None)
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/llava"])
+    for command in [*LLAVA, *NESTED]:
+        try:
+            llava([*command.split(), "--help"])
+        except SystemExit as exit_:
+            assert exit_.code == 0
+        shown = capsys.readouterr().out
+        assert f"llava {command} " in shown and "python -m llava_jax." not in shown.replace("-m llava_jax.xla_", "")
+    assert llava(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {command} " in shown for command in LLAVA)
+    assert llava(["--version"]) == 0 and capsys.readouterr().out == f"llava_jax {llava_jax.__version__}\n"
+
+
+def test_a_word_that_is_no_command_is_named(capsys):
+    with pytest.raises(UserError, match="^'trian --x' is no command"):
+        llava(["trian", "--x"])
+    assert llava([]) == 2 and capsys.readouterr().err.count("usage: ") == 2
+
+
 def test_a_command_without_its_benchmark_is_an_error_that_names_it(capsys):
-    with pytest.raises(UserError, match="^'judge answers.jsonl' is no command"):
+    with pytest.raises(UserError, match="^answers.jsonl: is no such benchmark; choose from llava-bench, mm-vet, sci"):
         evaluate(["judge", "answers.jsonl"])
-    assert "  judge mm-vet " in capsys.readouterr().err
+    with pytest.raises(UserError, match="^'questions answers.jsonl' is no command"):
+        evaluate(["questions", "answers.jsonl"])
+    assert "  questions scienceqa " in capsys.readouterr().err

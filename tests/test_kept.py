@@ -40,7 +40,9 @@ def test_a_checkpoint_has_the_parameters_that_it_had(kept, expected, name):
 def test_a_built_set_is_what_it_was_built_of(kept):
     built, folder = Built(kept / "built"), LlavaJson(kept / "data.json", kept / "images")
     assert list(built) == list(folder) and built.digest == folder.digest
-    assert [built.read_pictures(i, 1) for i in range(3)] == [folder.read_pictures(i, 1) for i in range(3)]
+    assert [built.read_images(i, built[i].images) for i in range(3)] == [
+        folder.read_images(i, folder[i].images) for i in range(3)
+    ]
 
 
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(kept, expected, monkeypatch):

@@ -16,13 +16,15 @@ def told(code: str) -> str:
 
 def test_a_start_of_jax_says_nothing_where_the_cuda_plugin_finds_no_driver():
     assert importlib.util.find_spec("jax_cuda12_plugin") and importlib.util.find_spec("jax_plugins.xla_cuda12")
-    assert told("import llava_jax, jax; jax.devices()") == ""
+    assert told("from llava_jax import cli; cli.prepare(); import jax; jax.devices()") == ""
     assert "cudart_stub" in told("import jax; jax.devices()"), "without the package JAX says it: this test can fail"
 
 
 def test_the_plugin_compiles_as_before():
     code = """
-    from llava_jax import targets
+    from llava_jax.preflight import targets
+    from llava_jax import cli
+    cli.prepare()
     targets.prepare_environment()
     print(targets.devices(targets.parse("h100:8"))[0].device_kind)
     import jaxlib.gpu_linalg
@@ -30,6 +32,29 @@ def test_the_plugin_compiles_as_before():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("NVIDIA H100 80GB HBM3\n", "")
+
+
+def test_workers_of_a_command_say_nothing_either(tmp_path):
+    code = """
+    import multiprocessing
+    from llava_jax import cli
+
+    def work():
+        import jax
+        jax.devices()
+
+    def main():
+        worker = multiprocessing.get_context("spawn").Process(target=work)
+        worker.start()
+        worker.join()
+        return worker.exitcode
+
+    if __name__ == "__main__":
+        cli.run(main)
+    """
+    (tmp_path / "command.py").write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, str(tmp_path / "command.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_all_other_lines_are_written():
@@ -49,7 +74,14 @@ def test_all_other_lines_are_written():
 
 
 def test_a_closed_standard_error_is_no_fault():
-    code = "import os; os.close(2); import llava_jax, jax; print(jax.devices()[0].platform)"
+    code = """if True:
+    import os
+    os.close(2)
+    from llava_jax import cli
+    cli.prepare()
+    import jax
+    print(jax.devices()[0].platform)
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert done.stdout == "cpu\n"

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 WRITE_MODEL = """
 import sys, tiny
-from llava_jax.checkpoint import Description, save_model
+from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.writing import save_model
 model = tiny.config()
 save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
 """
@@ -103,7 +104,10 @@ WRITE_RUN = """
 import sys
 import jax.numpy as jnp
 from etils import epath
-from llava_jax.checkpoint import Description, TrainingCheckpoints, copy_tokenizer, open_checkpoint, write_description
+from llava_jax.checkpoint.format import Description, write_description
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.checkpoint.training import TrainingCheckpoints
+from llava_jax.checkpoint.writing import copy_tokenizer
 source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[1])
 trained = {name: value for name, value in source.load().items() if name.startswith("projector.")}
 frozen = [name for name in source.abstract() if name not in trained]
@@ -128,9 +132,8 @@ def test_a_run_on_a_disk_reads_a_bucket_that_it_names_when_the_user_does(store, 
         assert f"copy-frozen --checkpoint {tmp_path}/run --source gs://bucket/model" in told.splitlines()[-1]
     assert "copied from gs://bucket/model" in finish(start(store, tmp_path, *copy, "--source", "gs://bucket/model"))
     store.objects.clear()
-    finish(
-        start(store, tmp_path, "-c", f"import llava_jax.checkpoint as c; c.open_checkpoint('{tmp_path}/run').load()")
-    )
+    program = f"from llava_jax.checkpoint.reading import open_checkpoint; open_checkpoint('{tmp_path}/run').load()"
+    finish(start(store, tmp_path, "-c", program))
 
 
 def test_places_are_named_by_their_bucket():
@@ -152,8 +155,7 @@ for _ in range(2):
 built, folder = Built("gs://bucket/built"), LlavaJson(*data)
 assert list(built) == list(folder) and built.digest == folder.digest
 for index, sample in enumerate(folder):
-    count = len(sample.images)
-    assert built.read_pictures(index, count) == folder.read_pictures(index, count)
+    assert built.read_images(index, sample.images) == folder.read_images(index, sample.images)
 """
 
 

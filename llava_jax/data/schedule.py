@@ -1,4 +1,4 @@
-"""The rows of a run in files that reading processes map: none of them holds a plan, or the lengths it was made from."""
+"""Writes the rows of a run to files that reading processes map, so that none of them holds a plan or lengths."""
 
 import functools
 from dataclasses import dataclass
@@ -13,16 +13,19 @@ SAMPLES, STARTS = "samples.npy", "starts.npy"
 
 @dataclass(frozen=True)
 class Schedule:
-    """`rows(step)` as the order that it was written from, for steps from `start` on."""
+    """The rows of an order from step `start` on, read from files."""
 
     directory: Path
     start: int
     batch_rows: int
 
+    def row(self, step: int, number: int) -> tuple[int, ...]:
+        """The indices of the samples in a row of a step; none if it is empty."""
+        return _mapped(self.directory).row((step - self.start) * self.batch_rows + number)
+
     def rows(self, step: int) -> list[tuple[int, ...]]:
-        """The indices of the samples in each row of a step; no index for an empty row."""
-        rows, first = _mapped(self.directory), (step - self.start) * self.batch_rows
-        return [rows.row(number) for number in range(first, first + self.batch_rows)]
+        """The same of each row of a step."""
+        return [self.row(step, number) for number in range(self.batch_rows)]
 
 
 def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:
@@ -35,7 +38,9 @@ def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:
         first, last = (min(number * order.batch_rows, rows.count) for number in (step, step + taken))
         samples.append(rows.samples[rows.starts[first] : rows.starts[last]])
         held = np.diff(rows.starts[first : last + 1])
-        counts.append(np.pad(held, (0, taken * order.batch_rows - len(held))))  # empty rows end an epoch's last step
+        counts.append(
+            np.pad(held, (0, taken * order.batch_rows - len(held)))
+        )  # the last step of an epoch ends with empty rows
         epoch, step, left = epoch + 1, 0, left - taken
     np.save(directory / SAMPLES, np.concatenate(samples))
     np.save(directory / STARTS, np.cumsum(np.concatenate(counts)))

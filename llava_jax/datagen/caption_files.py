@@ -10,9 +10,9 @@ import ijson
 from etils import epath
 
 from llava_jax.cli import UserError, one_line, say
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import ROLES, record_value
+from llava_jax.data.templates import IMAGE_TOKEN
 
 CAPTION_KEYS = ("caption", "blip_caption")
 SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would not take for text

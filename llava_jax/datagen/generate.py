@@ -15,7 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, say
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts

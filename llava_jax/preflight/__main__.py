@@ -39,11 +39,17 @@ MEMORY_FRACTION = flags.DEFINE_float(
 UNFIT = 3
 
 
+def command(argv: list[str]) -> int:
+    """`llava preflight`: the arguments without the name of the program."""
+    return preflight(["llava preflight", *argv])
+
+
 def preflight(argv: list[str] | None = None) -> int:
     """-> the exit status."""
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"}.intersection(argv):
-        print(__doc__ + flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("target")))
+        own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("target"))
+        cli.say(cli.as_typed(__doc__) + own)
         return 0
     main.parse_flags(argv, (main.CONFIG, TARGET))
     targets.prepare_environment()

@@ -11,30 +11,20 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.pipeline import PADDING
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig
-from llava_jax.models.llava import abstract_params
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.targets import Target
-from llava_jax.training import config_check, flops, optim
-from llava_jax.training.step import (
-    StepSettings,
-    TrainState,
-    abstract_placed,
-    abstract_state,
-    frozen_dtype,
-    jit_step,
-    step_settings,
-)
+from llava_jax.training import builder, config_check
+from llava_jax.training.builder import TrainingProgram
+from llava_jax.training.step import StepSettings
 
 # Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
 GPU_MARGIN = 2 * GiB
@@ -46,23 +36,24 @@ STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step ready to be compiled."""
+    """A training step to compile for a target."""
 
     target: Target
     config: ConfigDict
-    mesh: Mesh
-    settings: StepSettings
-    arguments: tuple[TrainState, dict, dict]  # state, frozen, batch: shapes with shardings
-    step: Any
+    training: TrainingProgram
+
+    @property
+    def settings(self) -> StepSettings:
+        return self.training.settings
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.settings.mesh
 
     @property
     def rows(self) -> int:
         """Rows on a device at once."""
         return self.settings.layout.batch_rows // (sharding.batch_shards(self.mesh) * self.settings.accumulation)
-
-    @property
-    def trainable(self) -> frozenset[str]:
-        return flops.trainable_parts(self.arguments[0].trainable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +79,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a program; `account` None and `reason` a line where it refused."""
+    """What the compiler made of a program; `cost` None and `reason` a line where it refused."""
 
     program: Program
     memory: Memory
     seconds: float
-    account: hlo.Account | None = None
+    cost: hlo_cost.Cost | None = None
     moved: float = 0.0
     reason: str = ""
 
@@ -106,11 +97,9 @@ def build(config: ConfigDict, target: Target) -> Program:
     position were learned (unless the configuration says how many slots there are)."""
     config_check.check(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(target))
-    model = _model(config)
-    settings = step_settings(config, model, worst_layout(config, model), mesh)
-    arguments = _arguments(config, settings, mesh)
-    optimizer = optim.make_optimizer(config, arguments[0].trainable, config.steps or STEPS)
-    return Program(target, config, mesh, settings, arguments, jit_step(settings, optimizer, arguments[0]))
+    model, stored = _model(config)
+    layout = worst_layout(config, model)
+    return Program(target, config, builder.build(config, model, layout, mesh, config.steps or STEPS, stored))
 
 
 def preset(config: ConfigDict) -> str:
@@ -118,13 +107,15 @@ def preset(config: ConfigDict) -> str:
     return config.model or ("" if config.init else config.default_model)
 
 
-def _model(config: ConfigDict) -> LlavaConfig:
+def _model(config: ConfigDict) -> tuple[LlavaConfig, dict[str, jax.ShapeDtypeStruct] | None]:
+    """The model and, of a checkpoint, the shapes and types of its parameters."""
     if name := preset(config):
         if name not in PRESETS:
             raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
-        return PRESETS[name]
+        return PRESETS[name], None
     if config.init:
-        return open_checkpoint(config.init).config
+        checkpoint = open_checkpoint(config.init)
+        return checkpoint.config, checkpoint.abstract()
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says what is to be trained")
 
 
@@ -144,24 +135,6 @@ def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
     )
 
 
-def _arguments(config: ConfigDict, settings: StepSettings, mesh: Mesh) -> tuple[TrainState, dict, dict]:
-    shapes = abstract_params(settings.model)
-    names = optim.trainable_names(shapes, config.stage)
-    stored = frozen_dtype(config, mesh.devices.flat[0].platform)
-    state = abstract_state(optim.make_optimizer(config, names, STEPS), shapes, names, mesh)
-    dtypes = {name: stored(name, leaf.dtype) for name, leaf in shapes.items() if name not in state.trainable}
-    rows = sharding.batch_sharding(mesh)
-    batch = {name: array.update(sharding=rows) for name, array in abstract_batch(settings.layout).items()}
-    return state, abstract_placed(dtypes, shapes, mesh), batch
-
-
-def abstract_batch(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of the batches of a layout."""
-    rows = {name: jax.ShapeDtypeStruct((layout.batch_rows, layout.max_length), jnp.int32) for name in PADDING}
-    shape = (layout.groups, layout.image_slots, layout.image_size, layout.image_size, 3)
-    return rows | {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}
-
-
 # ----------------------------------------------------------------------------------------------------- compiling it
 
 
@@ -171,7 +144,7 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
     available = available_memory(program.target, memory_fraction)
     try:
         with targets.nothing_cached(), targets.assumed_cudnn():
-            lowered = program.step.lower(*program.arguments)
+            lowered = program.training.lower()
             compiled = lowered.compile(compiler_options=targets.compile_options(program.target))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -179,20 +152,20 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
         reason, needed = _out_of_memory(str(error))
         memory = _memory(program, needed, 0.0, available)
         return Compiled(program, memory, time.monotonic() - began, reason=reason)
-    account = hlo.account(compiled.as_text())
+    cost = hlo_cost.cost(compiled.as_text())
     stats = compiled.memory_analysis()
     peak = stats.peak_memory_in_bytes
     if program.target.platform != "tpu":  # there, what is temporary is one block
         whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
         peak = max(peak, whole - stats.alias_size_in_bytes)
-    margin = _margin(program, account) if program.target.platform == "gpu" else 0.0
+    margin = _margin(program, cost) if program.target.platform == "gpu" else 0.0
     memory = _memory(program, peak + margin, margin, available)
     reason = ""
     if not memory.fits:
         parts = f"{peak / GiB:.2f} GiB" + (f" and a margin of {margin / GiB:.2f} GiB" if margin else "")
         reason = f"the step takes {parts}, there are {available / GiB:.2f} GiB"
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    return Compiled(program, memory, time.monotonic() - began, account, moved, reason)
+    return Compiled(program, memory, time.monotonic() - began, cost, moved, reason)
 
 
 def available_memory(target: Target, memory_fraction: float | None) -> float:
@@ -205,15 +178,15 @@ def available_memory(target: Target, memory_fraction: float | None) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / target.devices
 
 
-def _margin(program: Program, account: hlo.Account) -> float:
+def _margin(program: Program, cost: hlo_cost.Cost) -> float:
     """What GPUs need beyond the peak; the backward pass of cuDNN's attention sums queries' gradients in float32."""
     text, layout = program.settings.model.text, program.settings.layout
-    fused = any(name.startswith("__cudnn$fmha") for name in account.kernels)
+    fused = any(name.startswith("__cudnn$fmha") for name in cost.kernels)
     return GPU_MARGIN + fused * 4.0 * program.rows * layout.max_length * text.num_heads * text.head_dim
 
 
 def _memory(program: Program, needed: float | None, margin: float, available: float) -> Memory:
-    state, frozen, batch = program.arguments
+    state, frozen, batch = program.training.arguments
     parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes(state.optimizer)
     rows = local_bytes(batch)
     activations = None if needed is None else needed - margin - parameters - optimizer - rows
@@ -222,7 +195,7 @@ def _memory(program: Program, needed: float | None, margin: float, available: fl
 
 def state_bytes(program: Program) -> int:
     """Bytes of parameters and optimizer on each device: the least that any step takes."""
-    return local_bytes(program.arguments[:2])
+    return local_bytes(program.training.arguments[:2])
 
 
 def local_bytes(tree: Any) -> int:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import say
 from llava_jax.parallel import sharding
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.compile import Compiled, Program, available_memory, build, compile_program, preset, state_bytes
 from llava_jax.training import flops
 
@@ -31,7 +31,7 @@ def report(config: ConfigDict, name: str, memory_fraction: float | None = None) 
     program = build(config, target)
     compiled = compile_program(program, memory_fraction)
     settings, memory = program.settings, compiled.memory
-    parts = step_parts(program)
+    parts = program.training.flops
     result = {
         "target": name,
         "fits": memory.fits,
@@ -58,14 +58,14 @@ def report(config: ConfigDict, name: str, memory_fraction: float | None = None) 
     if not memory.fits:
         larger = {other: targets.parse(other).devices for other in target.larger}
         result |= {"reason": compiled.reason, "remedies": remedies(compiled, larger)}
-    if compiled.account is not None:
+    if compiled.cost is not None:
         result |= _measured(compiled, parts)
     return result
 
 
 def _measured(compiled: Compiled, parts: dict[str, flops.Part]) -> dict[str, Any]:
     """What the compiled text says: FLOPs beside the formula, collectives, and the bound of the time."""
-    program, account = compiled.program, compiled.account
+    program, account = compiled.program, compiled.cost
     hidden = hidden_parts(account)
     expected = flops.executed_flops(parts, without=hidden) / program.mesh.size
     ideal = ideal_wire(program)
@@ -158,13 +158,7 @@ def with_rows(config: ConfigDict, name: str, rows: int) -> ConfigDict:
 # ---------------------------------------------------------------------------------------------- what follows from it
 
 
-def step_parts(program: Program) -> dict[str, flops.Part]:
-    """FLOPs of the step by formula, see `flops.step_flops`."""
-    settings = program.settings
-    return flops.step_flops(settings.model, settings.layout, program.trainable, settings.remat)
-
-
-def hidden_parts(account: hlo.Account) -> tuple[str, ...]:
+def hidden_parts(account: hlo_cost.Cost) -> tuple[str, ...]:
     """The parts of the formula that the HLO hides in kernels: attention, where any kernel is one."""
     fused = any(name.startswith(ATTENTION_KERNELS) for name in account.kernels)
     return ("llm attention", "vision attention") if fused else ()
@@ -181,7 +175,7 @@ def ideal_wire(program: Program) -> float | None:
     n, copies = sizes["fsdp"], sizes["data"]
     if sizes["tensor"] > 1:
         return None
-    state, frozen, _ = program.arguments
+    state, frozen, _ = program.training.arguments
     looked_up = program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
     total = 0.0
     for name, leaf in (state.trainable | frozen).items():
@@ -201,15 +195,15 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
 
     What a machine cannot do at its peak is not in it, nor what cannot overlap: a bound, not a prediction.
     """
-    program, account, machine = compiled.program, compiled.account, compiled.program.target.machine
+    program, account, machine = compiled.program, compiled.cost, compiled.program.target.machine
     kernels = sum(
         (part.needed + part.recomputed) * (0.5 if name == "llm attention" else 1.0)
-        for name, part in step_parts(program).items()
+        for name, part in program.training.flops.items()
         if name in hidden_parts(account)
     )
     seconds = {"compute": (account.flops + kernels / program.mesh.size) / machine.flops}
     # State is read and written once, and whole weights are read in the forward and in the backward pass.
-    state, frozen, _ = program.arguments
+    state, frozen, _ = program.training.arguments
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.trainable, frozen)))
     passes = 2 * program.settings.accumulation / sharding.axis_sizes(program.mesh)["tensor"]
     read = weights * program.settings.dtype.itemsize * passes

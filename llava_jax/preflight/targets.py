@@ -74,6 +74,18 @@ def prepare_environment() -> None:
         os.environ["PATH"] = f"{toolkit / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """The same within, for a process that is not ours and whose JAX has found its devices."""
+    before = dict(os.environ)
+    prepare_environment()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def cuda_toolkit() -> Path | None:
     """Where the wheel nvidia-cuda-nvcc put `bin/ptxas` and libdevice."""
     spec = importlib.util.find_spec("nvidia")

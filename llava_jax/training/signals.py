@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Within, SIGTERM and SIGINT only leave a note, so that the step can end and be saved; a second one interrupts."""
+    """Within, SIGTERM and SIGINT only set the request, so that the step can end and be saved; a second one interrupts.
+
+    Python sets handlers in the main thread only: in any other thread none is set.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def note(number: int, frame: Any) -> None:
         if request.signal is not None:

@@ -86,7 +86,7 @@ def test_a_picture_is_not_shown_in_a_file():
 
 def test_lines_of_earlier_sessions_come_back(tmp_path):
     """On a terminal of its own: arrow up finds what another process was told; several pasted lines are one message."""
-    program = "from llava_jax import terminal\nwith terminal.history(): print([m for m in terminal.messages()])"
+    program = "from llava_jax.chat import terminal\nwith terminal.history(): print([m for m in terminal.messages()])"
 
     def talk(keys: bytes) -> str:
         keyboard, screen = pty.openpty()

@@ -12,11 +12,12 @@ import tiny
 from llava_jax.cli import UserError
 from llava_jax.data import build
 from llava_jax.data.built import Built
-from llava_jax.data.conversation import get_template
-from llava_jax.data.lengths import cached_lengths
-from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.lengths import cached_lengths, measure
+from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Order, plan_layout
 from llava_jax.data.sources import LlavaJson, Source
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 
 
@@ -38,7 +39,9 @@ def test_it_is_the_json_and_the_folder_that_it_is_made_of(data, built):
         assert list(made) == list(folder) and made[-1] == folder[10] and made.digest == folder.digest
         for index, sample in enumerate(folder):
             for count in range(len(sample.images) + 1):
-                assert made.read_pictures(index, count) == folder.read_pictures(index, count)
+                assert made.read_images(index, sample.images[:count]) == folder.read_images(
+                    index, sample.images[:count]
+                )
     with pytest.raises(IndexError):
         source[11]
     assert len(pickle.dumps(source)) < 2000, "what travels to workers must not grow with the samples"
@@ -67,14 +70,15 @@ def batches(source: Source) -> Batches:
     encode = TextEncoder(get_template("v1"), tiny.tokenizer(), image_tokens=4, max_length=96)
     order = Order(np.arange(len(source)), 4, 0)
     sizes = {"rows_per_group": 2, "max_length": 96, "image_tokens": 4, "image_size": 16}
-    layout = plan_layout([(order, 6)], measure(source, encode), **sizes)
-    return Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)
+    encoded = EncodedSource(source, encode)
+    layout = plan_layout([(order, 6)], measure(encoded), **sizes)
+    return Batches(encoded, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_its_batches_are_those_of_the_json_with_and_without_workers(data, built, workers):
     expected = batches(LlavaJson(*data))
-    for step, batch in enumerate(batches(Built(built)).iterate(0, 6, workers)):
+    for step, (batch, _, _) in enumerate(batches(Built(built)).iterate(0, 6, workers)):
         for name, array in batch.items():
             np.testing.assert_array_equal(array, expected[step][name], err_msg=name)
 
@@ -95,10 +99,10 @@ def test_stored_lengths_are_those_of_training_and_go_to_the_cache(data, tmp_path
     build.main(["--json", str(data[0]), "--images", str(data[1]), "--output", str(output), *options])
     encode = TextEncoder(get_template("v1"), load_tokenizer(tmp_path / "tokenizer"), image_tokens=4, max_length=96)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
-    folder = LlavaJson(*data)
-    assert cached_lengths(folder, encode, skip_bad=False) is None
-    found = cached_lengths(Built(output), encode, skip_bad=False)
-    for values, measured in zip(found, measure(folder, encode), strict=True):
+    folder = EncodedSource(LlavaJson(*data), encode)
+    assert cached_lengths(folder) is None
+    found = cached_lengths(EncodedSource(Built(output), encode))
+    for values, measured in zip(found, measure(folder), strict=True):
         np.testing.assert_array_equal(values, measured)
 
 
@@ -112,9 +116,9 @@ def test_what_is_none_or_not_finished_or_damaged_is_told(built, tmp_path):
     shard.write_bytes(content)
     source = Built(broken)
     index = next(i for i in range(3, 11) if source[i].images)
-    with pytest.raises(UserError, match=f"sample {source[index].id}: its record in {broken} is damaged"):
+    with pytest.raises(UserError, match=f"its record in {broken} is damaged"):
         for index in range(3, 7):
-            source.read_pictures(index, 1)
+            source.read_images(index, source[index].images[:1])
     metadata = json.loads((broken / "metadata.json").read_text())
     assert metadata["samples"] == 11
     (broken / "dataset_info.json").unlink()
@@ -145,4 +149,4 @@ def test_shards_are_those_of_the_folder_whatever_is_named(built, tmp_path):
         shard.unlink()
     assert list(Built(info.parent)) == list(Built(built))
     with pytest.raises((UserError, RuntimeError, ValueError, OSError)):
-        Built(tmp_path / "other").read_pictures(1, 1)
+        Built(tmp_path / "other").read_images(1, ["a.jpg"])

@@ -8,10 +8,10 @@ import tiny
 
 from llava_jax.cli import UserError
 from llava_jax.data import lengths
-from llava_jax.data.conversation import get_template
-from llava_jax.data.lengths import measure_once
-from llava_jax.data.pipeline import TextEncoder, measure
+from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.lengths import measure, measure_once
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.files import cache
 
 
@@ -27,15 +27,15 @@ def encode():
 
 
 def test_a_second_time_nothing_is_encoded(source, encode, monkeypatch):
-    expected = measure(source, encode)
-    np.testing.assert_array_equal(measure_once(source, encode), expected)
+    expected = measure(EncodedSource(source, encode))
+    np.testing.assert_array_equal(measure_once(EncodedSource(source, encode)), expected)
     monkeypatch.setattr(lengths, "measure", None)
     again = TextEncoder(get_template("v1"), tiny.tokenizer(), image_tokens=4, max_length=64)
-    np.testing.assert_array_equal(measure_once(source, again), expected)
+    np.testing.assert_array_equal(measure_once(EncodedSource(source, again)), expected)
 
 
 def test_what_lengths_depend_on_is_measured_anew(source, encode, tmp_path, monkeypatch):
-    measure_once(source, encode)
+    measure_once(EncodedSource(source, encode))
     monkeypatch.setattr(lengths, "measure", lambda *args, **options: pytest.fail("measured"))
     larger = tiny.tokenizer()
     larger.add_tokens(["picture"])
@@ -51,21 +51,21 @@ def test_what_lengths_depend_on_is_measured_anew(source, encode, tmp_path, monke
         (other, encode),
     ]:
         with pytest.raises(pytest.fail.Exception, match="measured"):
-            measure_once(data, changed)
-    measure_once(source, encode)
+            measure_once(EncodedSource(data, changed))
+    measure_once(EncodedSource(source, encode))
 
 
 def test_bad_samples_that_were_skipped_are_errors_for_those_who_do_not_skip(source, encode):
     short = dataclasses.replace(encode, max_length=2)
-    skipped = measure_once(source, short, skip_bad=True)
+    skipped = measure_once(EncodedSource(source, short, skip_bad=True))
     assert not skipped.tokens.all()
     with pytest.raises(UserError, match="nothing to learn"):
-        measure_once(source, short)
-    np.testing.assert_array_equal(measure_once(source, short, skip_bad=True), skipped)
+        measure_once(EncodedSource(source, short))
+    np.testing.assert_array_equal(measure_once(EncodedSource(source, short, skip_bad=True)), skipped)
 
 
 def test_damaged_caches_are_none(source, encode):
-    expected = measure_once(source, encode)
+    expected = measure_once(EncodedSource(source, encode))
     for file in cache.directory().glob("lengths-*"):
         file.write_bytes(file.read_bytes()[:100])
-    np.testing.assert_array_equal(measure_once(source, encode), expected)
+    np.testing.assert_array_equal(measure_once(EncodedSource(source, encode)), expected)

@@ -40,8 +40,8 @@ def test_a_mixture_is_its_sets_one_after_the_other(sets):
     assert both[12].id == both[-5].id == "other-0" and both.weights == (1.0, 0.5)
     for index in (0, 3, 11, 12, 16):
         source, place = (alone[0], index) if index < 12 else (alone[1], index - 12)
-        count = len(both[index].images)
-        assert both.read_pictures(index, count) == source.read_pictures(place, count)
+        names = both[index].images
+        assert both.read_images(index, names) == source.read_images(place, names)
     digests = {both.digest, alone[0].digest, open_data(config(mixture=sets[::-1])).digest}
     assert len(digests) == 3 and open_data(config(mixture=sets)).digest == both.digest
 
@@ -107,7 +107,7 @@ def test_held_out_samples_are_left_out_of_each_set(sets):
         ({}, "config.data names no data: set json .with images. or built"),
         ({"images": "x"}, "names no data"),
         ({"json": "a", "built": "b"}, "config.data names both json .with images. and built"),
-        ({"built": "b", "images": "x"}, "config.data.images is set, but b holds its own pictures"),
+        ({"built": "b", "images": "x"}, "config.data.images is set, but b holds its own images"),
         ({"json": "a", "mixture": ({"json": "a"},)}, "mixture stands beside config.data.json"),
         ({"mixture": ("a.json",)}, r"mixture\[0\] is 'a.json': it has to be a dict of built, images, json, weight"),
         ({"mixture": ({"jsn": "a"},)}, "has to be a dict of"),
@@ -138,9 +138,9 @@ def test_each_set_with_pictures_needs_its_folder(sets, tmp_path):
         check_folders(source, Lengths(images, images, images))
 
     check(*sets, {"json": str(texts)})
-    with pytest.raises(UserError, match=f"{file} has samples with pictures: give their folder"):
+    with pytest.raises(UserError, match=f"{file} has samples with images: give their folder"):
         check(sets[1], {"json": file})
-    with pytest.raises(UserError, match=f"nowhere: no such folder of pictures .of {file}"):
+    with pytest.raises(UserError, match=f"nowhere: no such folder of images .of {file}"):
         check({"json": file, "images": str(tmp_path / "nowhere")}, sets[1])
 
 

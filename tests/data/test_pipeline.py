@@ -1,3 +1,4 @@
+import collections
 import hashlib
 import json
 import shutil
@@ -13,13 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.common import get_config
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.images import preprocess
+from llava_jax.data.lengths import measure
 from llava_jax.data.mixture import open_data
 from llava_jax.data.packing import PackedOrder, Room
-from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, bad_texts, build_row, collate, measure
+from llava_jax.data.pipeline import Batches, ImageDecoder, build_row, collate
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import Row
 
 P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01
@@ -81,13 +84,13 @@ def make_batches(source, encode, batch_rows=4, rows_per_group=2, epochs=2, seed=
     order = Order(np.arange(len(source)), batch_rows, seed)
     layout = plan_layout(
         [(order, epochs * order.epoch_steps(0))],
-        measure(source, encode),
+        measure(EncodedSource(source, encode)),
         rows_per_group=rows_per_group,
         max_length=LENGTH,
         image_tokens=P,
         image_size=SIZE,
     )
-    return Batches(source, encode, DECODE, order, layout)
+    return Batches(EncodedSource(source, encode), DECODE, order, layout)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +181,7 @@ def test_iteration_equals_random_access(batches, workers):
     expected = [digest(batches[step]) for step in range(12)]
     assert len(set(expected)) == 12
     for start, stop in [(5, 12)] if workers else [(0, 12), (7, 9), (11, 12), (3, 3)]:  # processes take long to start
-        assert [digest(batch) for batch in batches.iterate(start, stop, workers)] == expected[start:stop]
+        assert [digest(read.batch) for read in batches.iterate(start, stop, workers)] == expected[start:stop]
 
 
 def test_iteration_can_be_left(batches):
@@ -186,7 +189,7 @@ def test_iteration_can_be_left(batches):
     iterator = batches.iterate(0, 10**9)  # beginning takes no time, however long the run
     first = next(iterator)
     iterator.close()
-    assert digest(first) == digest(batches[0])
+    assert digest(first.batch) == digest(batches[0])
     while threading.active_count() > before:
         time.sleep(SLOW)
 
@@ -200,8 +203,8 @@ def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(
         return DECODE(data, name)
 
     groups, rows = (1, 3), [2, 3, 6, 7]
-    share = Batches(source, encode, decode, whole.order, whole.layout, groups)
-    for step, batch in enumerate(share.iterate(0, 3)):
+    share = Batches(EncodedSource(source, encode), decode, whole.order, whole.layout, groups)
+    for step, (batch, _, _) in enumerate(share.iterate(0, 3)):
         for name, array in batch.items():
             expected = whole[step][name][list(groups) if name == "images" else rows]
             np.testing.assert_array_equal(array, expected, err_msg=name)
@@ -211,17 +214,18 @@ def test_a_process_reads_its_groups_alone_and_they_are_those_of_the_whole_batch(
     assert read and set(read) <= names
 
 
-def packed_batches(folder, source, encode, groups=None, **options):
+def packed_batches(source, encode, groups=None, skip_bad=False):
     """Rows of up to three samples or so in four groups of two."""
-    lengths, slots = measure(source, encode, skip_bad=bool(options)), 7
+    encoded = EncodedSource(source, encode, skip_bad)
+    lengths, slots = measure(encoded), 7
     order = PackedOrder(np.arange(len(source)), 8, 3, lengths=lengths, room=Room(3 * LENGTH, 2, slots))
     shapes = {"rows_per_group": 2, "max_length": 3 * LENGTH, "image_tokens": P, "image_size": SIZE}
     layout = plan_layout([(order, order.steps(4))], lengths, **shapes)
-    return Batches(source, encode, DECODE, order, layout, groups, **options)
+    return Batches(encoded, DECODE, order, layout, groups)
 
 
 def test_packed_batches_hold_every_sample_once_an_epoch(folder, source, encode):
-    batches = packed_batches(folder, source, encode)
+    batches = packed_batches(source, encode)
     order = batches.order
     assert np.diff(order.epoch_rows(0).starts).max() >= 3
     for epoch in range(2):
@@ -237,16 +241,40 @@ def test_packed_batches_hold_every_sample_once_an_epoch(folder, source, encode):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_packed_batches_depend_on_neither_workers_nor_processes_nor_restarts(folder, source, encode, workers):
     """One, two or four processes, each with its groups; some begin in the middle, on another number of hosts."""
-    whole = packed_batches(folder, source, encode)
+    whole = packed_batches(source, encode)
     steps = whole.order.steps(3)
     expected = [digest(whole[step]) for step in range(steps)]
     assert len(set(expected)) == steps >= 3
     for processes, start in ((1, 1),) if workers else ((1, 0), (2, 1), (4, 2)):
         shares = np.split(np.arange(4), processes)
-        runs = [packed_batches(folder, source, encode, share).iterate(start, steps, workers) for share in shares]
+        runs = [packed_batches(source, encode, share).iterate(start, steps, workers) for share in shares]
         for step, of_processes in enumerate(zip(*runs, strict=True), start):
-            batch = {name: np.concatenate([part[name] for part in of_processes]) for name in of_processes[0]}
+            batch = {
+                name: np.concatenate([part.batch[name] for part in of_processes]) for name in of_processes[0].batch
+            }
             assert digest(batch) == expected[step]
+
+
+class CountingSource(LlavaJson):
+    """Counts how often each record is parsed."""
+
+    def __getitem__(self, index):
+        self.parsed[index] += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_record_is_parsed_once_to_measure_it_and_once_to_read_it(tmp_path, folder, source, encode, skip_bad):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if skip_bad:
+        (tmp_path / "5_1.png").write_bytes(b"no picture")
+    counting = CountingSource(tmp_path / "data.json", tmp_path)
+    counting.parsed = collections.Counter()
+    batches = packed_batches(counting, encode, skip_bad=skip_bad)
+    assert counting.parsed == dict.fromkeys(range(23), 1)
+    counting.parsed.clear()
+    assert sum(len(read.bad) for read in batches.iterate(0, batches.order.steps(1))) == skip_bad
+    assert counting.parsed == dict.fromkeys(range(23), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -255,10 +283,11 @@ def test_skipped_samples_stay_in_their_places(tmp_path, folder, source, encode, 
     (tmp_path / "5_1.png").write_bytes(b"no picture")
     (tmp_path / "8_0.png").unlink()
     damaged = LlavaJson(tmp_path / "data.json", tmp_path)
-    whole = packed_batches(folder, source, encode)
-    batches = packed_batches(tmp_path, damaged, encode, skip_bad=True)
+    whole = packed_batches(source, encode)
+    batches = packed_batches(damaged, encode, skip_bad=True)
     steps, found = whole.order.steps(1), []
-    for step, (batch, bad) in enumerate(batches.iterate_with_bad(0, steps, workers)):
+    for step, (batch, rows, bad) in enumerate(batches.iterate(0, steps, workers)):
+        assert rows == whole.order.rows(step)
         found += bad
         np.testing.assert_array_equal(batch["tokens"], whole[step]["tokens"])
         indices = [index for row in whole.order.rows(step) for index in row]
@@ -269,19 +298,20 @@ def test_skipped_samples_stay_in_their_places(tmp_path, folder, source, encode, 
             np.testing.assert_array_equal(labels, np.full_like(others, -100) if skipped else others)
             np.testing.assert_array_equal(pictures, np.zeros_like(good) if skipped else good)
     assert sorted(one.id for one in found) == ["s5", "s8"]
-    assert all(f"sample {one.id}: picture" in one.reason for one in found)
+    assert all(f"sample {one.id}: image" in one.reason for one in found)
 
 
 def test_a_sample_whose_text_is_at_fault_takes_no_position(source, folder, tokenizer):
     short = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=2 * P)
-    lengths = measure(source, short, skip_bad=True)
+    encoded = EncodedSource(source, short, skip_bad=True)
+    lengths = measure(encoded)
     faulty = np.flatnonzero(lengths.tokens == 0)
     assert 0 < len(faulty) < 23
-    assert [one.index for one in bad_texts(source, short, faulty.tolist())] == faulty.tolist()
-    batches = packed_batches(folder, source, short, skip_bad=True)
+    assert [one.index for one in encoded.bad_texts(faulty.tolist())] == faulty.tolist()
+    batches = packed_batches(source, short, skip_bad=True)
     rows = [row for step in range(batches.order.steps(1)) for row in batches.order.rows(step)]
     assert sorted(index for row in rows for index in row) == list(range(23))
-    for step, (batch, bad) in enumerate(batches.iterate_with_bad(0, batches.order.steps(1))):
+    for step, (batch, _, bad) in enumerate(batches.iterate(0, batches.order.steps(1))):
         assert not bad
         taken = lengths.tokens[[index for row in batches.order.rows(step) for index in row]]
         assert (batch["segment_ids"] > 0).sum() == taken.sum()
@@ -297,24 +327,25 @@ def test_held_out_samples_are_read_in_order(folder, source, encode):
     train, valid = split(len(source), 5, seed=0)
     order = Order(valid, 4, seed=None)
     batches = make_batches(source, encode)
-    held_out = Batches(source, encode, DECODE, order, batches.layout)
+    held_out = Batches(EncodedSource(source, encode), DECODE, order, batches.layout)
     ids = [name for step in range(order.epoch_steps(0)) for name in held_out.ids(step)]
     assert ids == [f"s{index}" for index in valid]
     assert not {f"s{index}" for index in train} & set(ids)
-    found = [part for batch in held_out.iterate(0, order.epoch_steps(0)) for part in parts(batch, 2)]
+    found = [part for read in held_out.iterate(0, order.epoch_steps(0)) for part in parts(read.batch, 2)]
     for index, part in zip(valid, found, strict=True):
         check_sample(source, encode, folder, index, part)
 
 
 def test_shares_of_the_measuring_are_the_whole(source, encode):
-    whole = measure(source, encode)
+    encoded = EncodedSource(source, encode)
+    whole = measure(encoded)
     for first in range(3):
-        for part, expected in zip(measure(source, encode, first=first, stride=3), whole, strict=True):
+        for part, expected in zip(measure(encoded, first=first, stride=3), whole, strict=True):
             np.testing.assert_array_equal(part, expected[first::3])
 
 
 def test_measure(source, encode):
-    lengths = measure(source, encode)
+    lengths = measure(EncodedSource(source, encode))
     rows = [encode(sample) for sample in source]
     assert lengths.tokens.tolist() == [len(row.tokens) for row in rows]
     assert lengths.images.tolist() == [len(sample.images) for sample in source]
@@ -327,13 +358,13 @@ def test_first_label_is_no_target(source):
     def encode(sample):
         return Row(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
 
-    assert set(measure(source, encode).targets) == {1}
+    assert set(measure(EncodedSource(source, encode)).targets) == {1}
 
 
 def test_nothing_to_learn_is_an_error_naming_the_sample(source, tokenizer):
     short = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=2 * P)
     with pytest.raises(UserError, match="sample s.*nothing to learn"):
-        measure(source, short)
+        measure(EncodedSource(source, short))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +386,7 @@ def test_missing_and_damaged_pictures_name_sample_and_file(tmp_path, encode, nam
         return
     with pytest.raises(UserError) as caught:
         list(batches.iterate(0, 1, workers))
-    assert str(caught.value).startswith(f"sample s3: picture {message.format(folder=tmp_path)}")
+    assert str(caught.value).startswith(f"sample s3: image {message.format(folder=tmp_path)}")
     assert "\n" not in str(caught.value)
 
 
@@ -421,19 +452,22 @@ def test_images_outside_the_folder_and_what_is_no_file(tmp_path, encode, name, w
     tiny.add_irregular(tmp_path / "images")
     (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(1, [name])]))
     batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path / "images"), encode, 2, 2)
-    with pytest.raises(UserError, match="sample s1: (image|picture) ") as caught:
+    with pytest.raises(UserError, match="sample s1: image ") as caught:
         batches[0]
-    skipping = Batches(batches.source, encode, DECODE, batches.order, batches.layout, skip_bad=True)
-    (found,) = [bad for _, bad in skipping.iterate_with_bad(0, 1, workers)]
+    skipping = Batches(
+        EncodedSource(batches.encoded.source, encode, skip_bad=True), DECODE, batches.order, batches.layout
+    )
+    (found,) = [read.bad for read in skipping.iterate(0, 1, workers)]
     assert [(one.id, one.reason) for one in found] == [("s1", str(caught.value))]
 
 
 def test_a_run_reads_absolute_names_where_its_config_says_so(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "data.json").write_text(json.dumps([record(0, [str(tmp_path / "a.png")])]))
+    name = str(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(name)
+    (tmp_path / "data.json").write_text(json.dumps([record(0, [name])]))
     config = get_config()
     config.data.update({"json": str(tmp_path / "data.json"), "images": str(tmp_path)})
-    with pytest.raises(UserError, match="sample s0: image .*data.allow_absolute_images"):
-        open_data(config.data).read_pictures(0, 1)
+    with pytest.raises(UserError, match="image .*data.allow_absolute_images"):
+        open_data(config.data).read_images(0, [name])
     config.data.allow_absolute_images = True
-    assert open_data(config.data).read_pictures(0, 1) == [(tmp_path / "a.png").read_bytes()]
+    assert open_data(config.data).read_images(0, [name]) == [(tmp_path / "a.png").read_bytes()]

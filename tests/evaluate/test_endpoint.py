@@ -190,7 +190,7 @@ def test_mistakes(files):
         with pytest.raises(UserError, match="--budget needs --prices"):
             predict(files, server, "--budget=1")
         (files / "images/0.png").write_bytes(b"none")
-        with pytest.raises(UserError, match="question sample-0: picture 0.png: is none"):
+        with pytest.raises(UserError, match="question sample-0: image 0.png: is no image"):
             predict(files, server)
         with pytest.raises(UserError, match="--picture-last and --answer-prompter are for checkpoints"):
             predict(files, server, "--answer-prompter")

@@ -225,7 +225,7 @@ def test_two_threads_of_one_process_do_not_share_it(tmp_path):
 GCS = """
 import json, os, sys
 from etils import epath
-from llava_jax import lock
+from llava_jax.files import lock
 from llava_jax.cli import UserError
 run, waits = epath.Path("gs://bucket/run"), []
 lock.time.sleep = waits.append
@@ -274,7 +274,7 @@ with lock.hold(run) as check:
 assert json.loads((run / "run.lock").read_text())["pid"] == 7
 
 # A directory that is filled in its place.
-from llava_jax.checkpoint import new_directory
+from llava_jax.checkpoint.writing import new_directory
 model = epath.Path("gs://bucket/model")
 with new_directory(model) as mine:
     (mine / "a").write_text("mine")

@@ -14,9 +14,10 @@ import transformers
 from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llava_jax.convert.names import llm_entries, to_ours
+from llava_jax.convert.names import to_ours
 from llava_jax.models.attention import causal_segment_mask
 from llava_jax.models.config import LLAMA_7B, LLAMA_13B, RopeScaling, TextConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.llama import Llama, LlamaLayer, rotary_frequencies, rotate
 
 CONFIG = reference.TEXT
@@ -149,7 +150,7 @@ def test_decoder_layer_equals_transformers():
         ).numpy()
     assert expected.std() > 0.5
 
-    entries = [e for e in llm_entries(dataclasses.replace(CONFIG, num_layers=1)) if e.layers is not None]
+    entries = [e for e in family_of(CONFIG).entries(dataclasses.replace(CONFIG, num_layers=1)) if e.layers is not None]
     tensors = {f"layers.0.{name}": value.detach().numpy() for name, value in torch_layer.named_parameters()}
     layer = LlamaLayer(CONFIG, rngs=nnx.Rngs(0))
     for entry in entries:
@@ -157,7 +158,7 @@ def test_decoder_layer_equals_transformers():
         parameter = getattr(operator.attrgetter(module)(layer), name)
         parameter[...] = jnp.asarray(to_ours(entry, tensors.__getitem__)[0])
     rotation = decoder_without_weights().rotation(jnp.asarray(positions))
-    ours = nnx.jit(lambda layer, *args: layer(*args)[0])(layer, jnp.asarray(x), rotation, segments)
+    ours = nnx.jit(lambda layer, *args: layer(*args))(layer, jnp.asarray(x), rotation, segments)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -208,14 +209,14 @@ def test_padding_changes_nothing_and_stays_finite():
 
 
 @nnx.jit
-def prefill(model, tokens, positions, segment_ids):
-    hidden, cache = model.prefill(model.embed_tokens(tokens), positions, segment_ids)
+def prefill(model, tokens, positions):
+    hidden, cache = model.extend(model.embed_tokens(tokens), positions)
     return model.logits(hidden), cache
 
 
 @nnx.jit
 def decode(model, tokens, positions, cache):
-    hidden, cache = model.decode(model.embed_tokens(tokens), positions, cache)
+    hidden, cache = model.extend(model.embed_tokens(tokens), positions, cache)
     return model.logits(hidden), cache
 
 
@@ -237,14 +238,13 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, tra
     if transposed is not None:
         model.unstack_layers(transposed)
 
-    segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
-    logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)
-    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3 * CONFIG.num_kv_heads, T, CONFIG.head_dim)]
+    logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens))
+    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, CONFIG.head_dim)]
     for row, length in enumerate(prompts):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
 
     # What stands in slots not yet reached must not matter.
-    unreached = (np.arange(T)[None] >= np.repeat(prompts, CONFIG.num_kv_heads)[:, None])[..., None]
+    unreached = (np.arange(T)[None] >= prompts[:, None])[:, None, :, None]
     cache = jax.tree.map(lambda stored: jnp.asarray(np.where(unreached, 1e6, stored)), cache)
     for step in range(5):
         positions = prompts + step

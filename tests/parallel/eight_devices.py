@@ -14,12 +14,12 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import module_params
 from llava_jax.parallel import sharding
-from llava_jax.training import optim
+from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
 from tests.training.test_loop import make_config, random_batches, settings_for
 
@@ -44,11 +44,11 @@ def on(mesh, params):
 def start(stage: str, mesh, model, config):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(model)
-    names = optim.trainable_names(params, stage)
+    names = optim.trainable_names(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
-    return optimizer, training_step.init_state(optimizer, trainable, mesh), frozen
+    return optimizer, builder.init_state(optimizer, trainable, mesh), frozen
 
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
@@ -58,7 +58,7 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    step = training_step.jit_step(settings, optimizer, state)
+    step = builder.jit_step(settings, optimizer, state)
     losses = []
     for number in range(STEPS):
         state, metrics = step(state, frozen, batch)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
     for sizes in ((2, 2, 2), (2, 4, 1)):
         mesh = mesh_of(sizes)
         _, fresh, frozen = start("finetune", mesh, MODEL, config)
-        like = training_step.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
+        like = builder.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, like) == jax.tree.map(lambda leaf: leaf.sharding, fresh)
         del fresh
         trainable, optimizer_state = checkpoints.restore(3, like.trainable, like.optimizer)
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
             assert (restored.sharding, restored.dtype, restored.shape) == (shape.sharding, shape.dtype, shape.shape)
             np.testing.assert_array_equal(restored, value)
         (batch,) = random_batches(MODEL, 1, rows=16)
-        step = training_step.jit_step(settings_for(MODEL, batch, mesh=mesh), optimizer, like)
+        step = builder.jit_step(settings_for(MODEL, batch, mesh=mesh), optimizer, like)
         given = jax.tree.leaves(state)
         state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
         assert all(leaf.is_deleted() for leaf in given)

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
-from llava_jax import compilation_cache
+from llava_jax.parallel import compilation_cache
 jax.jit(jnp.sin)(1.0)  # JAX has decided by now whether there is a cache
 compilation_cache.use(sys.argv[1])
 hits = []

@@ -14,6 +14,7 @@ import jax
 
 from configs import common
 from llava_jax.training import loop
+from llava_jax.training.builder import TrainingProgram
 
 
 def main(config_file: str, workdir: str, stop: str = "0") -> None:
@@ -21,10 +22,10 @@ def main(config_file: str, workdir: str, stop: str = "0") -> None:
     for key, value in json.loads(Path(config_file).read_text()).items():
         config.update_from_flattened_dict({key: value})
     found = {"live": [], "donated": []}
-    jit_step, count_tokens = loop.jit_step, loop.count_tokens
+    lower, count_tokens = TrainingProgram.lower, loop.count_tokens
 
-    def watched(*arguments):
-        return Watched(jit_step(*arguments), found)
+    def watched(program):
+        return Watched(lower(program), found)
 
     def after_a_step(*arguments):
         found["live"].append(live_bytes())
@@ -32,7 +33,7 @@ def main(config_file: str, workdir: str, stop: str = "0") -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return count_tokens(*arguments)
 
-    loop.jit_step, loop.count_tokens = watched, after_a_step
+    TrainingProgram.lower, loop.count_tokens = watched, after_a_step
     try:
         loop.train(config, workdir)
     except SystemExit as left:
@@ -46,9 +47,6 @@ class Watched:
 
     def __init__(self, step, found: dict[str, list]):
         self.step, self.found = step, found
-
-    def lower(self, *arguments) -> "Watched":
-        return Watched(self.step.lower(*arguments), self.found)
 
     def compile(self) -> "Watched":
         return Watched(self.step.compile(), self.found)

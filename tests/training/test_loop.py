@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -30,19 +31,22 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.conversation import get_template
+from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
-from llava_jax.data.pipeline import Batches, ImageDecoder, TextEncoder, measure
+from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
-from llava_jax.training import goodput, loop, optim, summary
+from llava_jax.training import builder, goodput, loop, optim, summary
 from llava_jax.training import step as training_step
+from llava_jax.training.profiling import Profile
 
 # ------------------------------------------------------------------------------------------------- the step
 
@@ -93,7 +97,7 @@ def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettin
 
 
 def split_params(params, stage):
-    names = optim.trainable_names(params, stage)
+    names = optim.trainable_names(params, make_config(stage))
     trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
     return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
 
@@ -160,7 +164,7 @@ def test_fifty_steps_have_the_losses_of_torch(stage, clip):
     settings = settings_for(model, batches[0])
     trainable, frozen = split_params(params, stage)
     optimizer = optim.make_optimizer(config, trainable, steps)
-    state = training_step.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+    state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
     step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
     ours = []
     for batch in batches:
@@ -199,7 +203,7 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
     for stage in ("pretrain", "finetune"):
         trainable, frozen = split_params(tiny.params(model), stage)
         optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
-        state = training_step.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+        state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
 
         def step(state, frozen, batch, optimizer=optimizer):
             return training_step.train_step(settings, optimizer, state, frozen, batch)
@@ -218,7 +222,9 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
 
 
 def test_the_vision_tower_gets_no_gradient_in_either_stage():
-    assert {name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), "finetune")} == {
+    assert {
+        name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), make_config("finetune"))
+    } == {
         "projector",
         "llm",
     }
@@ -258,7 +264,8 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
     model, params = tiny.config(), tiny.params(tiny.config())
     source = LlavaJson(*tiny.data(tmp_path))
     encode = TextEncoder(get_template("v1"), tiny.tokenizer(), model.image_tokens, 96)
-    lengths = measure(source, encode)
+    encoded = EncodedSource(source, encode)
+    lengths = measure(encoded)
     length, rows = int(3.3 * lengths.tokens.max()), len(source)
     unpacked = Order(np.arange(rows), rows, 0)
     packed = PackedOrder(np.arange(rows), 4, 0, lengths=lengths, room=Room(length, 2, 5))
@@ -268,7 +275,7 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
         assert order.epoch_steps(0) == 1
         shapes = {"max_length": row_length, "image_tokens": model.image_tokens, "image_size": 16}
         layout = plan_layout([(order, 1)], lengths, rows_per_group=group, **shapes)
-        batch = Batches(source, encode, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
+        batch = Batches(encoded, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
         settings = training_step.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
         loss, gradients = jax.jit(functools.partial(training_step.loss_and_gradients, settings))(
             trainable, frozen, batch
@@ -427,7 +434,7 @@ def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, cap
     workdir, whole = tmp_path / "run", tmp_path / "whole"
     loop.train(run_config(world, **changes), str(whole))
     told = capsys.readouterr().err
-    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: picture" in told
+    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: image" in told
     found = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
     counts = collections.Counter((one["id"], one["part"]) for one in found)
     expected = {("sample-0", "training"): 2, ("sample-5", "training"): 2, ("sample-7", "text"): 1}
@@ -587,11 +594,10 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
         monkeypatch.setattr(owner, name, slow)
 
     delayed(loop.TrainingCheckpoints, "save")
-    delayed(loop.Profile, "close")
+    delayed(Profile, "close")
     delayed(jax.profiler, "start_trace")
     delayed(jax.stages.Lowered, "compile")
-    delayed(training_step, "eval_step")  # traced once
-    monkeypatch.setattr(loop, "eval_step", training_step.eval_step)
+    delayed(builder, "eval_step")  # traced once
     config = run_config(world, save_every=2, eval_every=3)
     with config.unlocked():
         config.profile = {"start": 2, "steps": 1}
@@ -695,7 +701,7 @@ def test_built_shards_train_as_the_json_does_and_a_mixture_resumes(world, uninte
 
 def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="no such folder of pictures"):
+    with pytest.raises(UserError, match="no such folder of images"):
         loop.train(run_config({**world, "images": str(tmp_path / "nowhere")}), str(workdir))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"sample sample-\d+: .*empty"):
@@ -785,7 +791,7 @@ def poison(monkeypatch, step: int) -> None:
         return state, values | {"loss": jnp.where(state.step == step, jnp.nan, values["loss"])}
 
     train_step = training_step.train_step
-    monkeypatch.setattr(training_step, "train_step", poisoned)
+    monkeypatch.setattr(builder, "train_step", poisoned)
 
 
 def test_nan_stops_with_the_step_and_its_samples_and_saves_nothing(world, tmp_path, monkeypatch):
@@ -825,16 +831,16 @@ def test_rows_that_do_not_split_are_refused():
     config = make_config(batch_rows=6, max_rows_per_device=2)
     layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
-        training_step.accumulation_steps(config, layout, make_mesh({"fsdp": -1}))
+        builder.accumulation_steps(config, layout, make_mesh({"fsdp": -1}))
 
 
 def test_packed_rows_have_an_attention_that_knows_segments():
     layout = Layout(4, 1, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
     mesh = make_mesh({"fsdp": 1, "data": 1, "tensor": 1})
-    assert training_step.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
-    assert not training_step.step_settings(make_config(), tiny.config(), layout, mesh).packed
+    assert builder.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
+    assert not builder.step_settings(make_config(), tiny.config(), layout, mesh).packed
     with pytest.raises(UserError, match="cudnn sees across the samples of packed rows"):
-        training_step.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)
+        builder.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)
 
 
 # -------------------------------------------------------------------------------------------- damage and going back
@@ -997,3 +1003,28 @@ def test_a_run_that_was_frozen_until_another_took_its_workdir_writes_nothing_mor
             assert before.pop(file) == file.read_bytes(), file
     assert all("tensorboard" in file.parts for file in before)
     assert [m["step"] for m in metrics(workdir)] == [1, 2]
+
+
+def test_callbacks_get_the_metrics_of_every_logged_step_in_a_thread_too(world, tmp_path):
+    """As a notebook may call it. What they get is what `metrics.jsonl` gets."""
+    config = run_config(world, steps=5, log_every=2, eval_every=4)
+    config.data.holdout = 2
+    workdir, called = tmp_path / "run", []
+    callbacks = [lambda step, values: called.append({"step": step} | values)] * 2
+    thread = threading.Thread(target=loop.train, args=(config, str(workdir)), kwargs={"callbacks": callbacks})
+    thread.start()
+    thread.join()
+    assert called[::2] == called[1::2] == metrics(workdir)
+    assert [(line["step"], "loss" in line) for line in called[::2]] == [
+        (2, True), (4, True), (4, False), (5, True), (5, False)
+    ]  # fmt: skip
+
+
+def test_an_error_of_a_callback_ends_the_run_which_resumes(world, uninterrupted, tmp_path):
+    def fail(step, values):
+        raise KeyError(step)
+
+    with pytest.raises(KeyError, match="1"):
+        loop.train(run_config(world), str(tmp_path / "run"), callbacks=[fail])
+    loop.train(run_config(world), str(tmp_path / "run"))
+    assert_same_run(tmp_path / "run", uninterrupted)

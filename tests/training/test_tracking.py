@@ -62,7 +62,7 @@ def test_metrics_go_to_the_run_too(config, tmp_path, monkeypatch):
 
 def test_off_by_default_and_not_even_imported(tmp_path):
     program = (
-        "import sys; from configs import common; from etils import epath; from llava_jax import tracking\n"
+        "import sys; from configs import common; from etils import epath; from llava_jax.training import tracking\n"
         f"assert tracking.start(common.get_config(), epath.Path({str(tmp_path)!r})) is None\n"
         "import llava_jax.training.loop; assert 'wandb' not in sys.modules"
     )

@@ -1,0 +1,28 @@
+"""The argument of the published recipes, as in `--config=finetune:13b,v1.5`."""
+
+from ml_collections import ConfigDict
+
+# Rows at once on a device: with them 16 TPU v5e train 7B, and 8 H100 13B; `llava_jax.preflight --search=batch` finds
+# how many more fit elsewhere.
+MAX_ROWS_PER_DEVICE = {"7b": 4, "13b": 2}
+CHOICES = {"size": ("7b", "13b"), "recipe": ("v1.5", "v0")}
+
+
+def parse(arg: str | None) -> tuple[str | None, str]:
+    """`""`, `"13b"`, `"v0"`, `"13b,v0"` -> (size, recipe), by default None and v1.5."""
+    chosen = {"size": None, "recipe": "v1.5"}
+    for word in filter(None, (arg or "").split(",")):
+        kinds = [kind for kind, choices in CHOICES.items() if word in choices]
+        if not kinds:
+            known = ", ".join(choice for choices in CHOICES.values() for choice in choices)
+            raise ValueError(f"{word!r} in {arg!r} is none of {known}")
+        chosen[kinds[0]] = word
+    return chosen["size"], chosen["recipe"]
+
+
+def set_size(config: ConfigDict, recipe: str, size: str | None, published: str = "7b") -> None:
+    """Sets what depends on the size of the model. Without a size a checkpoint may have any, and the recipe is the one
+    for the `published` size."""
+    config.default_model = f"llava-{recipe}-{size or published}"
+    config.model = config.default_model if size else ""
+    config.max_rows_per_device = MAX_ROWS_PER_DEVICE[size or published]

@@ -1,0 +1,190 @@
+"""What a run compiles: the settings, shapes, shardings and jitted step, made in one place.
+
+`train` uses it on the first start and on every resume, and `preflight` compiles the same program for hardware you
+don't have. Nothing here allocates parameters or batches.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from llava_jax.cli import UserError
+from llava_jax.data.pipeline import PADDING
+from llava_jax.data.plan import Layout
+from llava_jax.models.attention import choose_backend
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import Params, abstract_params
+from llava_jax.parallel import sharding
+from llava_jax.training import flops, optim
+from llava_jax.training.step import StepSettings, TrainState, eval_step, train_step
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProgram:
+    """The training step of a run, ready to be compiled. The arguments are shapes with types and shardings."""
+
+    settings: StepSettings
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Shapes
+    batch: Shapes
+
+    @property
+    def arguments(self) -> tuple[TrainState, Shapes, Shapes]:
+        """The arguments of the step."""
+        return self.state, self.frozen, self.batch
+
+    @property
+    def flops(self) -> dict[str, flops.Part]:
+        """FLOPs of a step by part of the model, see `flops.step_flops`."""
+        settings = self.settings
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step as StableHLO, which `.compile()` makes an executable of."""
+        return jit_step(self.settings, self.optimizer, self.state).lower(*self.arguments)
+
+    def evaluation(self) -> Callable:
+        """`eval_step`, jitted: (trainable, frozen, batch) -> (sum of the losses, number of targets)."""
+        return jax.jit(functools.partial(eval_step, self.settings))
+
+
+def build(
+    config: ConfigDict,
+    model: LlavaConfig,
+    layout: Layout,
+    mesh: Mesh,
+    steps: int,
+    stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> TrainingProgram:
+    """The program of a run.
+
+    Args:
+      config: the configuration of the run.
+      model: the model to train.
+      layout: the shapes of its batches.
+      mesh: the devices to run on or, for ahead-of-time compilation, those of a topology.
+      steps: the length of the learning rate schedule.
+      stored: shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
+
+    Raises UserError if the configuration doesn't fit the mesh or the batches.
+    """
+    stored = abstract_params(model) if stored is None else stored
+    settings = step_settings(config, model, layout, mesh)
+    sharding.check_replicated(mesh, stored)
+    names = optim.trainable_names(stored, config)
+    optimizer = optim.make_optimizer(config, names, steps)
+    state = abstract_state(optimizer, stored, names, mesh)
+    frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored
+    dtypes = {
+        name: jnp.dtype(frozen_dtype or leaf.dtype) for name, leaf in stored.items() if name not in state.trainable
+    }
+    return TrainingProgram(settings, optimizer, state, abstract_placed(dtypes, stored, mesh), abstract_batch(settings))
+
+
+# ------------------------------------------------------------------------------------------------------- the settings
+
+
+def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: Mesh) -> StepSettings:
+    """What a configuration compiles to on a mesh."""
+    platform = _platform(mesh)
+    packed = config.pack
+    dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    if config.attention == "cudnn" and packed:
+        raise UserError(
+            "config.attention=cudnn sees across the samples of packed rows: set attention=chunked, or no pack"
+        )
+    if config.attention == "cudnn" and dtype != jnp.bfloat16:
+        raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
+    return StepSettings(
+        model=model,
+        layout=layout,
+        mesh=mesh,
+        dtype=dtype,
+        attention=config.attention or choose_backend(platform, packed, dtype),
+        packed=packed,
+        remat=config.remat,
+        accumulation=accumulation_steps(config, layout, mesh),
+    )
+
+
+def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
+    """Microbatches of a step: the fewest that `max_rows_per_device` allows."""
+    shards = sharding.batch_shards(mesh)
+    limit = config.max_rows_per_device or config.batch_rows
+    accumulation = math.ceil(config.batch_rows / (limit * shards))
+    if layout.groups % (shards * accumulation):
+        raise UserError(
+            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, no "
+            f"multiple of {shards} devices x {accumulation} accumulated microbatches; "
+            "change batch_rows, rows_per_group or max_rows_per_device"
+        )
+    return accumulation
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+# ---------------------------------------------------------------------------------------- shapes, types and shardings
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, shapes: Mapping[str, Any], names: Iterable[str], mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state that trains the parameters `names`, whose shapes are in `shapes`.
+
+    The optimizer's state is sharded like the parameters.
+    """
+    trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    shardings = sharding.tree_shardings(mesh, moments)
+    moments = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), moments, shardings)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
+
+
+def abstract_placed(dtypes: Mapping[str, jnp.dtype], shapes: Mapping[str, Any], mesh: Mesh) -> Shapes:
+    """Parameters by name in these types, with the shapes of `shapes`, sharded over the mesh."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            shapes[name].shape, dtype, sharding=sharding.param_sharding(mesh, name, shapes[name].shape)
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def abstract_batch(settings: StepSettings) -> Shapes:
+    """Shapes, types and shardings of the batches, see `data.pipeline.Batches`."""
+    layout, rows = settings.layout, sharding.batch_sharding(settings.mesh)
+    text = jax.ShapeDtypeStruct((layout.batch_rows, layout.max_length), jnp.int32, sharding=rows)
+    shape = (layout.groups, layout.image_slots, layout.image_size, layout.image_size, 3)
+    return dict.fromkeys(PADDING, text) | {"images": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)}
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
+    """Step 0 with these parameters; the optimizer's state is created with the shardings of `abstract_state`."""
+    like = abstract_state(optimizer, trainable, trainable, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like.optimizer)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), like.step.sharding), trainable, optimizer_state)
+
+
+def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`train_step`, jitted. The new state has the shardings of `state` (arrays or shapes), whose buffers it reuses."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    replicated = sharding.replicated(settings.mesh)
+    return jax.jit(
+        functools.partial(train_step, settings, optimizer),
+        out_shardings=(shardings, {"loss": replicated, "grad_norm": replicated}),
+        donate_argnums=0,
+    )
