@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def ragged(count: int) -> list[Any]:
     """Prompts of 1 to 100 words, about no, one or two pictures, half of them after an answer."""
-    from llava_jax.inference.generate import Request
+    from llava_jax.inference.requests import Request
 
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(pixels) for pixels in rng.integers(0, 256, (PICTURES, 224, 224, 3), np.uint8)]
@@ -68,7 +68,7 @@ def answers(requests: Sequence[Any], dtype: str, **options: Any) -> tuple[list[l
 
     from llava_jax.cli import track
     from llava_jax.inference.engine import Engine
-    from llava_jax.inference.generate import Sampling
+    from llava_jax.inference.requests import Sampling
     from llava_jax.models.llava import build
 
     model = build(CONFIG, {name: jnp.array(x, dtype) for name, x in smollm2_parameters().items()}, jnp.dtype(dtype))
@@ -83,7 +83,7 @@ def answers(requests: Sequence[Any], dtype: str, **options: Any) -> tuple[list[l
     together = [finished(answer) for answer in track(submitted, "at once")]
     alone = []
     for request in track(requests, "one by one"):
-        engine.forget()
+        engine.clear_caches()
         alone.append(finished(engine.submit(request, sampling)))
     engine.close()
     return together, alone

@@ -181,8 +181,8 @@ def differing(tensors: list[Tensor], exported: Path) -> list[str]:
     before, after = {tensor.name: tensor for tensor in tensors}, open_directory(exported)
     return [
         name
-        for name in sorted({*before, *after.names})
-        if name not in before or name not in after.names or not same(before[name].read(), after.get(name))
+        for name in sorted({*before, *after})
+        if name not in before or name not in after or not same(before[name].read(), after[name].read())
     ]
 
 

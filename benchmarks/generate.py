@@ -120,10 +120,10 @@ def random_prompts(rows: int, run: int, config: LlavaConfig) -> tuple[np.ndarray
 
 
 def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
-    """`llava_jax.decoding.Decoder`, driven as `llava_jax.generate.Generator` drives it."""
+    """`inference.decoding.Decoder`, used as `inference.generate.Generator` uses it."""
     import jax.numpy as jnp
 
-    from llava_jax.inference.decoding import MAX_STEPS, Decoder
+    from llava_jax.inference.decoding import MAX_STEPS, Decoder, Slots
     from llava_jax.inference.prompts import PromptBatch, bucket
     from llava_jax.models.llava import build
 
@@ -137,16 +137,14 @@ def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
         tokens, index = np.zeros((rows, bucket(length)), np.int32), np.full((rows, bucket(length)), -1, np.int32)
         tokens[:, P:length], index[:, :P] = questions, np.arange(rows * P).reshape(rows, P)
         batch = PromptBatch(tokens, np.full(rows, length, np.int32), images[None], index)
-        first, cache = decoder.prefill(batch, None, slots=bucket(length + ANSWER))
+        first, cache = decoder.prefill(batch, None, size=bucket(length + ANSWER))
         ids = [np.asarray(first)[:, None]]
         before = time.perf_counter()
         for done in range(0, ANSWER - 1, MAX_STEPS):
             steps = min(MAX_STEPS, ANSWER - 1 - done)
-            positions, nothing = np.full(rows, length + done, np.int32), np.zeros(rows, bool)
-            written, cache = decoder.decode(
-                ids[-1][:, -1], positions, nothing, np.array([-1]), cache=cache, choice=None, steps=steps
-            )
-            ids.append(np.asarray(written)[:, :steps])
+            slots = Slots(ids[-1][:, -1], np.full(rows, length + done, np.int32), np.full(rows, length + ANSWER))
+            sampled, cache = decoder.decode(slots=slots, stop_ids=np.array([-1]), steps=steps, cache=cache)
+            ids.append(np.asarray(sampled.tokens)[:, :steps])
         return Run(np.concatenate(ids, axis=1), time.perf_counter() - before)
 
     return generate

@@ -137,8 +137,8 @@ def encoder(config: LlavaConfig) -> Any:
     """SmolLM2's tokenizer in the template v1; nothing ends an answer before its time."""
     from transformers import AutoTokenizer
 
-    from llava_jax.data.conversation import get_template
-    from llava_jax.inference.generate import PromptEncoder
+    from llava_jax.data.templates import get_template
+    from llava_jax.inference.prompts import PromptEncoder
 
     gguf = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -154,7 +154,7 @@ def smollm2() -> Path:
 
 def first_turn(seed: int) -> Any:
     """Every run differs from its first words on, so that nothing is known of it but by its own first turn."""
-    from llava_jax.inference.generate import Request
+    from llava_jax.inference.requests import Request
 
     rng = np.random.default_rng(seed)
     picture = Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8))
@@ -163,7 +163,7 @@ def first_turn(seed: int) -> Any:
 
 
 def second_turn(first: Any, answer: str) -> Any:
-    from llava_jax.inference.generate import Request
+    from llava_jax.inference.requests import Request
 
     return Request([*first.turns, ("assistant", answer), ("user", "Why is that so?")], first.images)
 
@@ -180,7 +180,7 @@ class EngineSide(NamedTuple):
         import jax.numpy as jnp
 
         from llava_jax.inference.engine import Engine
-        from llava_jax.inference.generate import Sampling
+        from llava_jax.inference.requests import Sampling
         from llava_jax.models.llava import build
         from llava_jax.parallel import compilation_cache
 
@@ -309,7 +309,7 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
     import jax.numpy as jnp
 
     from llava_jax.inference.quantization import quantize_decoder
-    from llava_jax.models.llama import Conversations
+    from llava_jax.models.llama import KVCache
     from llava_jax.models.llava import build
 
     model = build(CONFIG, {name: jnp.array(value, dtype) for name, value in params.items()}, dtype)
@@ -321,11 +321,11 @@ def log_probabilities(params: dict[str, np.ndarray], ids: np.ndarray, dtype: Any
     @jax.jit
     def forward(weights: list[jax.Array], window: jax.Array) -> jax.Array:
         model, text = jax.tree.unflatten(structure, weights), CONFIG.text
-        cache = Conversations(
+        cache = KVCache(
             *((jnp.zeros((1, text.num_kv_heads, WINDOW, text.head_dim), dtype),) * text.num_layers for _ in "kv")
         )
         positions = jnp.arange(WINDOW)[None]
-        hidden, _ = model.llm.extend(model.embed(window[None]), positions, jnp.zeros(1, jnp.int32), cache)
+        hidden, _ = model.llm.extend(model.embed(window[None]), positions, cache, jnp.zeros(1, jnp.int32))
         return jax.nn.log_softmax(model.llm.logits(hidden[0]))
 
     return np.stack([np.asarray(forward(weights, window)) for window in ids])

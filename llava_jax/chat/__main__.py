@@ -16,16 +16,16 @@ from rich.console import Console
 from llava_jax.chat import terminal
 from llava_jax.cli import Parser, UserError, one_line, run, say
 from llava_jax.data import transcript
-from llava_jax.data.conversation import choose_template
 from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.data.images import load_image
+from llava_jax.data.templates import choose_template
 from llava_jax.data.transcript import marked, unmarked
 from llava_jax.parallel import compilation_cache
 from llava_jax.remote import is_remote
 
 if TYPE_CHECKING:
     from llava_jax.inference.engine import Engine
-    from llava_jax.inference.generate import Request, Sampling
+    from llava_jax.inference.requests import Request, Sampling
 
 EPILOG = """examples:
   python -m llava_jax.chat --checkpoint runs/finetune --image cat.jpg --prompt "What is this?"
@@ -69,7 +69,7 @@ class Conversation:
 
     def ask(self, text: str) -> "Request":
         """The request of the next message."""
-        from llava_jax.inference.generate import Request
+        from llava_jax.inference.requests import Request
 
         system = [] if self.system is None else [("system", self.system)]
         images = [picture.image for picture in [*self.pictures, *self.waiting]]
@@ -103,8 +103,9 @@ class Answerer:
 
     def stream(self, request: "Request") -> Iterator[str]:
         """The answer in pieces. Raises UserError where the context has no room for it."""
-        longest = self.max_new_tokens or max(1, min(LONGEST_ANSWER, self.engine.room(request)))
-        answer = self.engine.submit(request, dataclasses.replace(self.sampling, max_new_tokens=longest))
+        prompt = self.engine.prepare(request)
+        longest = self.max_new_tokens or max(1, min(LONGEST_ANSWER, self.engine.room(prompt)))
+        answer = self.engine.submit(prompt, dataclasses.replace(self.sampling, max_new_tokens=longest))
         try:
             for piece in answer:
                 yield piece.text
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         open_checkpoint,  # only now: JAX takes seconds, and a typing error need not wait
     )
     from llava_jax.inference.engine import Engine
-    from llava_jax.inference.generate import Sampling
+    from llava_jax.inference.requests import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     if args.max_new_tokens is not None:

@@ -55,7 +55,7 @@ class Description:
     """Everything that is needed to use the weights."""
 
     model: LlavaConfig
-    template: str  # of conversations, see `data.conversation.TEMPLATES`
+    template: str  # of conversations, see `data.templates`
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's JSON files, kept for export
     sources: tuple[Source, ...] = ()
     stage: str | None = None  # of training; None if the parts of the model have not been trained together

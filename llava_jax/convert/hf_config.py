@@ -1,12 +1,11 @@
 """Hugging Face's `config.json` of a vision tower and of a LLaVA, and ours; that of a decoder is in hf_text.py.
 
-Absent fields have transformers' defaults. A field that changes the mathematics and that the models here do not have
-is refused by name; all others (dropout of initialisation, token ids, ...) pass through to an export unread.
+Absent fields have transformers' defaults. A field that changes the computation in a way that is not supported is
+refused by name; all others (initialization, token ids, ...) are not read and kept for an export.
 
-What transformers 4.51 ... 5.23 writes in different places is read from any of them and written to all: RoPE's theta
-(`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tying (at the top and in `text_config`; some
-versions read one, some the other). A file by transformers 5 alone, with theta in `rope_parameters` only, would be
-read as 10000 by transformers 4.
+Versions 4.51 ... 5.23 of transformers write some values in different places, which are all read and all written: RoPE's
+theta (`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tying (at the top and in `text_config`).
+Transformers 4 would read a file with theta in `rope_parameters` only as theta 10000.
 """
 
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, kept, one_of, 
 from llava_jax.models.registry import PROJECTORS, TOWERS
 from llava_jax.models.towers import Tower
 
-# The vision_config of a LLaVA that has none.
+# The vision_config of a LLaVA whose config.json has none.
 _LLAVA_VISION = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -35,13 +34,13 @@ _LLAVA_FIXED = {"multimodal_projector_bias": True, "quantization_config": None}
 
 
 class LlavaSource(NamedTuple):
-    """What a LLaVA's `config.json` says."""
+    """The `config.json` of a LLaVA: fields of `LlavaConfig`, and the id that marks the positions of images."""
 
     vision: VisionConfig
     text: TextConfig
     select_layer: int
     select_feature: str
-    image_token_index: int  # marks positions of images
+    image_token_index: int
     projector_type: str
     im_start_end: bool
     image_position: str
@@ -72,7 +71,7 @@ def _read_tower(config: Json, where: str) -> VisionConfig:
 
 
 def read_llava(config: Json, where: str) -> LlavaSource:
-    """A whole `llava`, however sparse. Raises UserError naming what is unsupported."""
+    """The `config.json` of a `llava`. Raises UserError naming what is unsupported."""
     one_of(config, "model_type", ("llava",), where)
     require(config, _LLAVA_FIXED, where)
     vision = {"model_type": "clip_vision_model"} | get(config, "vision_config", _LLAVA_VISION, where)
@@ -95,12 +94,12 @@ def read_llava(config: Json, where: str) -> LlavaSource:
 
 
 def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_id: int, dtype: str) -> Json:
-    """The `config.json` of an export, which transformers 4.51 ... 5.23 all read alike.
+    """The `config.json` of an export, which has the same meaning for transformers 4.51 ... 5.23.
 
     Args:
       config: the model.
-      source: the `config.json` that was imported, in the form of a LLaVA's: its other fields are kept.
-      special: of the tokenizer.
+      source: the `config.json` that was imported, in the form of a LLaVA's; its other fields are kept.
+      special: the special tokens of the tokenizer.
       pad_id: the id of its padding token.
       dtype: the type to load the weights in, as 'float16'.
     """
@@ -134,7 +133,8 @@ def hf_projectors() -> dict[str, str]:
 
 
 def select_strategy(config: LlavaConfig) -> str:
-    """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, whatever it is."""
+    """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, even of a tower without a
+    class token."""
     return "default" if config.vision.class_token and config.select_feature == "patch" else "full"
 
 
@@ -152,7 +152,7 @@ def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
 
 
 def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> int:
-    """Which layer's features are used, counted as `LlavaConfig.select_layer`."""
+    """The layer whose features are used, an index as `LlavaConfig.select_layer`."""
     layer = get(config, field, -2, where)
     if not -tower.num_layers - 1 <= layer <= tower.num_layers:
         raise UserError(f"{where}: {field} is {shown(layer)}, but the vision tower has {tower.num_layers} layers")

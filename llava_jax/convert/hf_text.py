@@ -29,7 +29,7 @@ def read_text(config: Json, where: str) -> TextConfig:
 
 
 def text_part(config: Json, where: str, tied: bool) -> TextConfig:
-    """The same of a part of a larger model, which says elsewhere whether embeddings are tied."""
+    """The same for a part of a larger model, which says elsewhere whether embeddings are tied."""
     family = FAMILIES[one_of(config, "model_type", FAMILIES, where)]
     config = family.defaults | config
     require(config, _FIXED | _UNKNOWN | family.fixed, where)
@@ -95,7 +95,7 @@ def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
 
 
 def _rope(config: Json, where: str) -> tuple[float, RopeScaling | None]:
-    """The base of the rotary embedding and its scaling, from wherever a version of transformers keeps them."""
+    """Theta of the rotary embedding and its scaling, from any of the places that versions of transformers use."""
     thetas = {"rope_theta": get(config, "rope_theta", 0.0, where)} if config.get("rope_theta") is not None else {}
     scalings = {}
     for field in ("rope_parameters", "rope_scaling"):

@@ -22,15 +22,15 @@ def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
 
 
 def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Our parameter, from `get(leaf name)`; bit-equal in every type. Its layers are of one type."""
+    """Our parameter from `get(leaf name)`, bit-equal in every type. All layers have the same type."""
     found = [read() for _, read in slices(entry, get)]
     return np.stack(found) if is_layered(entry) else found[0]
 
 
 def slices(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, Callable[[], np.ndarray]]]:
-    """The same as (layer, what reads it), so that there need not be all of it at once.
+    """The same as (layer, function that reads it), so that not all of it has to be in memory.
 
-    Matrices of layers come with the layer's number, since a stack of them is gigabytes. All else is whole, with None.
+    Matrices of layers come one by one, since a stack of them takes gigabytes; other parameters as a whole, with None.
     """
     if is_layered(entry):
         for layer, leaf in enumerate(entry.leaves()):
@@ -52,18 +52,18 @@ def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def to_hf_tensor(
-    entry: Entry, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[tuple[tuple[slice, ...], np.ndarray]]
+    entry: Entry, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[tuple[tuple[slice, ...], np.ndarray]]
 ) -> np.ndarray:
-    """Hugging Face's tensor of our parameter or of one layer of it, of which the parts are given as (place, values)."""
+    """Hugging Face's tensor of our parameter, or of one layer of it, given in chunks of (index, values)."""
     axes = np.argsort(entry.transform)
     tensor = np.empty([shape[axis] for axis in axes], dtype)
-    for place, values in parts:
-        _permute(values, tuple(axes), tensor[tuple(place[axis] for axis in axes)])
+    for index, values in chunks:
+        _permute(values, tuple(axes), tensor[tuple(index[axis] for axis in axes)])
     return tensor
 
 
 def _permuted(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The transposed array, in memory of its own order."""
+    """The permuted array, contiguous in memory."""
     if axes != TRANSPOSE:
         return np.ascontiguousarray(tensor.transpose(axes))
     transposed = np.empty(tensor.shape[::-1], tensor.dtype)
@@ -75,7 +75,7 @@ def _permute(tensor: np.ndarray, axes: tuple[int, ...], target: np.ndarray) -> N
     if axes != TRANSPOSE:
         target[...] = tensor.transpose(axes)
         return
-    # numpy alone takes seven times as long: it reads a cache line for each number. And it moves integers faster.
+    # NumPy's own copy takes seven times as long: it reads a cache line for each number. Integers are copied faster.
     bits = f"u{tensor.itemsize}"
     tensor, target = np.ascontiguousarray(tensor).view(bits), target.view(bits)
     for start in range(0, len(tensor), 16):

@@ -1,7 +1,7 @@
-"""The TFDS builder: LLaVA JSON and images to ArrayRecord shards, on this machine's cores or on Apache Beam.
+"""The TFDS builder: writes LLaVA JSON and images to ArrayRecord shards, on the cores of this machine or on Apache Beam.
 
 TFDS's own `download_and_prepare` works in a directory that it deletes when it is interrupted. This one works in place
-and writes `dataset_info.json`, without which TFDS takes nothing for a data set, last: what was interrupted goes on.
+and writes `dataset_info.json`, which makes the directory a TFDS data set, last. So an interrupted build can continue.
 """
 
 import json
@@ -18,11 +18,11 @@ from llava_jax.cli import track
 from llava_jax.data.published import PUBLISHED
 from llava_jax.data.shards import FEATURES, BadImage, Shard, write_shard
 
-BAD_IMAGES = "bad_pictures.json"  # what workers of Beam found
+BAD_IMAGES = "bad_pictures.json"  # that workers of Beam found
 
 
 class LlavaBuilder(FileReaderBuilder, skip_registration=True):
-    """Writes `shards` and what describes them; `tfds.builder_from_directory` reads the result."""
+    """Writes `shards` and their description; `tfds.builder_from_directory` reads the result."""
 
     name = "llava"
     VERSION = tfds.core.Version("1.0.0")
@@ -31,11 +31,13 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
     def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
         self.shards = shards
         self.workers = workers or os.cpu_count()  # threads that write
-        self.bad_images: list[BadImage] = []  # that `download_and_prepare` found: with any the set isn't finished
+        self.bad_images: list[
+            BadImage
+        ] = []  # found by `download_and_prepare`; with any of these the set is not finished
         super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:
-        return given_data_dir, given_data_dir  # not a folder for each name, configuration and version
+        return given_data_dir, given_data_dir  # without a folder for name, configuration and version
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -46,7 +48,7 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, *, download_config: tfds.download.DownloadConfig | None = None) -> None:
-        """Writes the shards that are missing; `beam_runner` or `beam_options` of the configuration have Beam do it."""
+        """Writes the missing shards, on Beam if the configuration has `beam_runner` or `beam_options`."""
         self._download_and_prepare(None, download_config or tfds.download.DownloadConfig())
 
     def _download_and_prepare(self, dl_manager: None, download_config: tfds.download.DownloadConfig) -> None:
@@ -70,7 +72,7 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
 
 
 def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadImage]:
-    """Threads suffice: files are read, images decoded and records written without the interpreter's lock."""
+    """Threads are enough: files are read, images decoded and records written without the interpreter's lock."""
     bad: list[BadImage] = []
     leave = threading.Event()
     with ThreadPoolExecutor(workers) as pool:

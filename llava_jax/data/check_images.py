@@ -1,7 +1,7 @@
-"""Whether the images of samples exist and can be decoded. Those that could, and are as they were, are not read again.
+"""Checks that the images of samples exist and can be decoded. Good images that did not change are not read again.
 
-The cache is a file of eight bytes for each good image, appended as they are found, so that an interrupted check goes
-on where it was. What is bad is looked at each time.
+The cache is a file of eight bytes for each good image, appended as they are found, so that an interrupted check
+continues where it was. Bad images are read each time.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, track
-from llava_jax.data.check_records import Problem, Survey
+from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling, load_image
 from llava_jax.data.samples import Fault
 from llava_jax.files import cache
 
 AT_ONCE = 256
-IMAGES = 1  # of the cache: raise it when another version would find other images bad
+IMAGES = 1  # version of the cache: raise it when other images would be found bad
 
 
 class GoodImages:
-    """The images of a folder that were found good, by hashes of name and version."""
+    """The good images of a folder, by hashes of name and version."""
 
     def __init__(self, folder: epath.PathLike):
         where = folder if cache.is_remote(folder) else os.path.abspath(folder)
@@ -46,15 +46,15 @@ class GoodImages:
             file.write(np.array(keys, np.uint64).tobytes())
 
 
-def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
-    """The faults of the images in a folder, for each sample that names them; each image is read once at most."""
+def image_problems(checked: CheckedRecords, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
+    """The faults of the images in a folder, for each sample that names them. No image is read twice."""
     good = GoodImages(folder)
-    order = np.argsort(np.array(survey.names), kind="stable")
-    names, users = np.array(survey.names)[order], np.array(survey.users)[order]
+    order = np.argsort(np.array(checked.names), kind="stable")
+    names, users = np.array(checked.names)[order], np.array(checked.users)[order]
     hashes, firsts, counts = np.unique(names, return_index=True, return_counts=True)
 
     def look(number: int) -> tuple[Fault | None, int | None]:
-        sample = survey.sample(int(users[firsts[number]]))
+        sample = checked.sample(int(users[firsts[number]]))
         name = next(name for name in sample.images if hash(name) == hashes[number])
         return _look(folder, name, good)
 
@@ -68,11 +68,11 @@ def image_problems(survey: Survey, folder: epath.PathLike, workers: int) -> Iter
     for number, fault in enumerate(track(faults(), "reading images", len(hashes))):
         if fault:
             for index in users[firsts[number] : firsts[number] + counts[number]].tolist():
-                yield Problem(fault.kind, survey.id(index), fault.detail, index)
+                yield Problem(fault.kind, checked.id(index), fault.detail, index)
 
 
 def _look(folder: epath.PathLike, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
-    """The fault of an image, or the key of one that is newly found good."""
+    """The fault of an image, or its key if it is good and not cached yet."""
     try:
         path = image_path(folder, name)
     except UserError as error:

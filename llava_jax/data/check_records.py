@@ -1,4 +1,4 @@
-"""What one pass over a file of any size tells of its records: their faults, and some 60 bytes of each to go on with."""
+"""Checks the records of a file of any size in one pass, which keeps some 60 bytes of each for the other checks."""
 
 import array
 import collections
@@ -16,11 +16,11 @@ from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
 from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
-LONGEST_ID = 500  # characters of an id in a line
+MAX_ID = 500  # characters of an id in a line
 
 
 class Problem(NamedTuple):
-    """A line of the report. A warning is of what training takes as it is, but is seldom meant."""
+    """A line of the report. A warning is about something that training accepts but that is seldom intended."""
 
     kind: str
     id: str
@@ -30,12 +30,12 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         detail = f"warning: {self.detail}" if self.warning else self.detail
-        line = one_line(f"{self.kind}, {short(self.id, LONGEST_ID)}, {detail}")
+        line = one_line(f"{self.kind}, {short(self.id, MAX_ID)}, {detail}")
         return line.encode(errors="backslashreplace").decode()
 
 
-class Survey(Sequence[Sample]):
-    """The records of a file that are samples: a `Source` of texts, once `read` has gone through."""
+class CheckedRecords(Sequence[Sample]):
+    """The good samples of a file: a `Source` of texts after `read` has ended."""
 
     def __init__(self, path: epath.PathLike, image_position: str = "first"):
         self.path = path
@@ -43,16 +43,16 @@ class Survey(Sequence[Sample]):
         self.file = local_data(path)
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array
-        self.unit = ""  # which of these
+        self.unit = ""  # "line" or "sample"
         self.good = array.array("q")  # indices of the samples
         self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
-        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and whose they are
-        self.unread: collections.Counter[str] = collections.Counter()  # keys that are left alone, and of how many
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and indices of their users
+        self.unread: collections.Counter[str] = collections.Counter()  # keys that are ignored, with counts
         self._digest = hashlib.sha256()
-        self.formats = tuple(FORMATS.values())  # whose modules processes that read samples have to import
+        self.formats = tuple(FORMATS.values())  # unpickling these imports their modules in reading processes
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
-        """The problems of records by themselves."""
+        """Reads the file; yields the problems of single records."""
         for record in track(scan(self.file, self.path), "reading samples"):
             self.unit, _, line = record.where.rpartition(" ")
             self.lines.append(int(line))
@@ -96,7 +96,7 @@ class Survey(Sequence[Sample]):
             self.users.append(index)
 
     def duplicates(self) -> Iterator[Problem]:
-        """Records with the id of an earlier one. If all else is equal, too, the earlier one is the one to keep."""
+        """Records with the id of an earlier one: an error if all else is equal, too, else a warning."""
         first_id, first_content = _first_equal(self.ids), _first_equal(self.contents)
         for index in np.flatnonzero(first_id != np.arange(len(first_id))).tolist():
             same = first_content[index] != index
@@ -109,7 +109,7 @@ class Survey(Sequence[Sample]):
         return f"{self.unit} {self.lines[index]}"
 
     def id(self, index: int) -> str:
-        """The id of a record that has one."""
+        """The id of a record."""
         record = Record(self.where(index), index, 0, 0, self.records[index])
         return sample_id(record, sample_value(record))
 
@@ -124,12 +124,12 @@ class Survey(Sequence[Sample]):
         return self.sample(self.good[number])
 
     def __getstate__(self) -> dict:
-        """What processes need that read samples."""
+        """What reading processes need."""
         return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest", "formats")}
 
 
 def _first_equal(hashes: array.array) -> np.ndarray:
-    """Of each item the index of the first that equals it; int64[N]."""
+    """The index of the first item that equals each item; int64[N]."""
     _, first, inverse = np.unique(np.array(hashes), return_index=True, return_inverse=True)
     return first[inverse]
 

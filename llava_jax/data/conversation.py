@@ -9,17 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data.templates import (  # noqa: F401, until all import them there
-    IM_END_TOKEN,
-    IM_START_TOKEN,
-    IMAGE_TOKEN,
-    TEMPLATES,
-    Template,
-    choose_template,
-    get_template,
-    stop_strings,
-    with_im_start_end,
-)
+from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 IMAGE_POSITIONS = ("random", "first", "as_is")
 
@@ -27,35 +17,34 @@ IMAGE_POSITIONS = ("random", "first", "as_is")
 class Rendered(NamedTuple):
     """A rendered conversation and the [start, end) character spans to learn.
 
-    A span begins where the prompt of the answer ends, so with the template's `lead`, and holds answer and end mark.
+    A span begins where the prompt of an answer ends. It holds the template's `lead`, the answer and the end mark.
     """
 
     text: str
-    learned_spans: list[tuple[int, int]]
+    target_spans: list[tuple[int, int]]
 
 
 def render(
     turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None, begun: str = ""
 ) -> Rendered:
-    """Renders turns as the model is trained on them.
+    """Renders turns to the text that the model is trained on.
 
     Args:
-      turns: (role, text): 'user' and 'assistant' in turn, the user first; before them perhaps one of 'system'.
-        Text None in a last turn of the assistant leaves it open: the prompt of an answer, and what the text of
-        training begins with.
-      system: the system prompt where `turns` bring none; None for the template's own, "" for no system prompt.
-      begun: what an open last turn begins with, which the answer continues.
+      turns: (role, text), 'user' and 'assistant' in turn, the user first. A turn of 'system' may come before them.
+        Text None in a last turn of the assistant leaves it open: the text is then the prompt of an answer, with which
+        the training text begins.
+      system: the system prompt if `turns` have none; None for the template's own, "" for no system prompt.
+      begun: the beginning of an open last turn, which the answer continues.
 
     Returns:
-      The text and the spans to learn: all that has to be generated after the prompt of an answer, its end mark
-      included, and nothing else (equation 3 of the paper). The published code for `v0` learns the role names and the
-      `###` before them as well.
+      The text and the spans to learn (equation 3 of the paper): what has to be generated after the prompt of an
+      answer, including its end mark. The published code for `v0` also learns the role names and the `###` before them.
     """
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
     system = _clean(template.system if system is None else system, template)
-    pieces = [template.head.replace("{system}", system) if system else template.bare_head]
-    length, spans = len(pieces[0]), []
+    parts = [template.head.replace("{system}", system) if system else template.bare_head]
+    length, spans = len(parts[0]), []
     for i, (role, text) in enumerate(turns):
         _check_turn(i, role, text, last=i == len(turns) - 1)
         if role == "user":
@@ -71,13 +60,13 @@ def render(
             added = [template.reply, template.lead, answer, template.end, template.tail]
             start = length + len(template.reply)
             spans.append((start, start + len(template.lead) + len(answer) + len(template.end)))
-        pieces += added
+        parts += added
         length += sum(map(len, added))
-    return Rendered("".join(pieces), spans)
+    return Rendered("".join(parts), spans)
 
 
 def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
-    """Raises `UserError` where `render` would leave a system prompt out, since the template has no place for one."""
+    """Raises `UserError` if `render` would drop a system prompt, because the template has no place for one."""
     if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
         raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
 
@@ -85,11 +74,11 @@ def check_system(turns: Sequence[tuple[str, str | None]], template: Template) ->
 def place_images(
     turns: Sequence[tuple[str, str]], position: str, seed: int, sample_id: str
 ) -> tuple[tuple[str, str], ...]:
-    """Puts the image marks of every turn where the recipe wants them; all of them stay.
+    """Moves the image marks of each turn to where the recipe wants them. None is dropped.
 
-    `first` puts them before the text, `<image>\\n` for each, as published since v1.0 (where several marks collapse
-    into one, though). `random` is the order of the paper, equation 2: in the first turn [Xq, Xv] or [Xv, Xq], even
-    odds, a function of seed and sample id; in later turns as `first`. `as_is` changes nothing.
+    `first` puts them before the text, `<image>\\n` for each, as published since v1.0 (which merges several marks into
+    one). `random` is the order of the paper, equation 2: [Xq, Xv] or [Xv, Xq] in the first turn, with even odds, as a
+    function of seed and sample id; later turns are as with `first`. `as_is` changes nothing.
     """
     if position not in IMAGE_POSITIONS:
         raise UserError(f"image position {position!r}: choose from {', '.join(IMAGE_POSITIONS)}")
@@ -101,12 +90,12 @@ def place_images(
 
 
 def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
-    """Whether a turn has text between its images, which `first` and `random` take out of it."""
+    """Whether a turn has text between its images, which `first` and `random` move before it."""
     return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
 
 
 def join_parts(parts: Sequence[str]) -> str:
-    """One text of texts and image marks, a line each, unless a text has white space of its own beside a mark."""
+    """Joins texts and image marks, a line each, unless a text has white space of its own beside a mark."""
     text = "".join(parts[:1])
     for before, part in itertools.pairwise(parts):
         beside = (before == IMAGE_TOKEN) != (part == IMAGE_TOKEN)
@@ -115,10 +104,10 @@ def join_parts(parts: Sequence[str]) -> str:
 
 
 def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:
-    """Puts the image marks of a prompt where a model trained with `position` expects them.
+    """Moves the image marks of a prompt to where a model trained with `position` expects them.
 
-    `as_is` changes nothing. Otherwise they stand before the text of their turn, as `place_images` has it for `first`;
-    a model trained with `random` has seen that too. A turn that begins with all its marks is left as it is.
+    `as_is` changes nothing. Otherwise they come before the text of their turn, as with `first` in `place_images`; a
+    model trained with `random` has seen that, too. A turn that begins with all its marks does not change.
     """
     if position == "as_is":
         return list(turns)

@@ -1,6 +1,6 @@
-"""Names of images, as data, questions and answers of others have them: which file of a folder a name stands for.
+"""Image folders: which file an image name of untrusted data refers to.
 
-A name is judged by its text alone. Links inside the folder are followed, wherever they lead: people link their disks.
+Only the text of a name is checked. Links inside the folder are followed wherever they lead: people link their disks.
 """
 
 import argparse
@@ -14,19 +14,19 @@ from etils import epath
 
 from llava_jax.cli import UserError, shown
 
-MAX_LENGTH = 4096  # characters, of which Linux and macOS take fewer
-_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # of Unicode: what a name may become on the way to a disk
+MAX_LENGTH = 4096  # characters; Linux and macOS allow fewer
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # Unicode forms to which file systems may convert a name
 _READABLE = re.compile(r"/|[a-zA-Z][\w.+-]+://")  # absolute names that can be allowed: paths of Unix, of object stores
 _ABSOLUTE = re.compile(rf"{_READABLE.pattern}|[a-zA-Z]:/")  # with drives of Windows
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of images, local or remote, given wherever a path of one is; false where there is none.
+    """A folder of images, local or remote. It is used like a path, and false if there is none.
 
     Attributes:
-      folder: names are relative to it.
-      allow_absolute: whether absolute names are read as well, wherever they lead.
+      folder: the folder that names are relative to.
+      allow_absolute: whether absolute names are read, too, wherever they lead.
     """
 
     folder: epath.PathLike
@@ -43,17 +43,17 @@ class ImageFolder:
 
 
 def image_path(images: epath.PathLike, name: str) -> epath.Path:
-    """The file of an image in folder `images`. Raises `UserError` for a name that leaves the folder."""
+    """The file of an image in folder `images`. Raises `UserError` if the name leaves the folder."""
     allow_absolute = isinstance(images, ImageFolder) and images.allow_absolute
     if fault := name_fault(name, allow_absolute):
         raise UserError(f"image {shown(name)} {fault}")
-    if ".." in name:  # `a/../b` is `b` also where `a` is a link
+    if ".." in name:  # `a/../b` is `b` even if `a` is a link
         name = posixpath.normpath(name)
     return epath.Path(name) if _READABLE.match(name) else epath.Path(images) / name
 
 
 def name_fault(name: str, allow_absolute: bool = False) -> str | None:
-    """Why a name is refused, None where it stays below its folder, in whatever form of Unicode, or may be absolute."""
+    """Why a name is refused; None if it stays below its folder in each Unicode form, or may be absolute."""
     if len(name) > MAX_LENGTH:
         return f"has {len(name):,} characters: no file has a name of more than {MAX_LENGTH:,}"
     if "\0" in name:
@@ -72,14 +72,14 @@ def name_fault(name: str, allow_absolute: bool = False) -> str | None:
 
 
 def add_allow_absolute(parser: argparse.ArgumentParser) -> None:
-    """The option of all commands that read images which files name."""
+    """Adds the option of all commands that read images by names in files."""
     parser.add_argument(
         "--allow-absolute-images",
         action="store_true",
-        help="read images that have absolute names, too: wherever the file says they are",
+        help="read images with absolute names, too, wherever they are",
     )
 
 
 def folder_of(args: argparse.Namespace) -> ImageFolder:
-    """The folder of a command with this option and `--images`; false where that is not given."""
+    """The folder of a command with this option and `--images`; false if that is not given."""
     return ImageFolder(args.images or "", args.allow_absolute_images)

@@ -1,5 +1,7 @@
-"""Shows what the model will see of a data set: its tokens, and which of them are learned. Without --images it reads no
-images; with it those of the samples that are shown, and says how large they are."""
+"""Shows the tokens of samples as the model sees them, and which of them are targets.
+
+With --images it also reads the images of these samples and shows their sizes.
+"""
 
 import argparse
 import contextlib
@@ -13,11 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.sources import LlavaJson, Sample, read_images
 from llava_jax.data.template_fit import missing_marks
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
 from llava_jax.files.writing import atomic_file
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
 """
-LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
+TARGET, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
 class ImageSize(NamedTuple):
@@ -39,32 +41,32 @@ class ImageSize(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What is shown of a sample."""
+    """A sample to show."""
 
     sample: Sample
     encoded: Encoded
-    images: list[ImageSize] | None  # None where they are not read
+    images: list[ImageSize] | None  # None without --images
 
 
 def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The vocabulary's name of every token, `<image>` for an image."""
+    """The name of every token in the vocabulary; `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
 def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
+    """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
-    for (is_image, learned), run_of_ids in itertools.groupby(
+    for (is_image, is_target), run_of_ids in itertools.groupby(
         zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True),
         key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX),
     ):
         ids = [token for token, _ in run_of_ids]
         if is_image:
             text.append(IMAGE_TOKEN * len(ids), IMAGE)
-        elif learned:
-            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", LEARNED)
+        elif is_target:
+            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", TARGET)
         else:
             text.append(printable(tokenizer.decode(ids)), MASKED)
     return text
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     encode = text_encoder(
         args, image_tokens=1, max_length=1, image_position=args.image_position, seed=args.seed
-    )  # of which no sample is expanded or cut
+    )  # no sample is expanded or cut
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
     samples = LlavaJson(args.json, open_image_folder(args))
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
-    """The images of a sample, as training reads them. Raises UserError naming the image and the sample."""
+    """The sizes of the images of a sample, read as in training. Raises UserError naming image and sample."""
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 
@@ -113,11 +115,11 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded, sizes in samples:
-        learned = int((encoded.labels != IGNORE_INDEX).sum())
+        targets = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
         ident = one_line(short(sample.id))
-        console.rule(Text(f"{ident}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        console.rule(Text(f"{ident}: text tokens {text}, learned {targets}; images {images}"), align="left")
         for name, width, height in sizes or ():
             console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))

@@ -1,6 +1,6 @@
-"""The data of a run: LLaVA JSON and a folder, a built set, or several of these, each with a weight.
+"""The data of a run: LLaVA JSON and a folder, a built set, or several of these with weights.
 
-A mixture is a source like any other, its sets one after the other. What the weights mean is for `plan.Visits`.
+A mixture is a source: the samples of one set after those of another. `plan.Visits` applies the weights.
 """
 
 import bisect
@@ -24,12 +24,12 @@ KEYS = {"json", "images", "built", "weight"}
 
 
 class Mixture(Sequence[Sample]):
-    """The samples of several sources one after the other, with a weight each: a `Source`."""
+    """The samples of several sources, one source after the other, with weights: a `Source`."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = tuple(sources)
         self.weights = tuple(weights)
-        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and where the last one ends
+        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and the end of the last one
         self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Mixture(Sequence[Sample]):
 
 
 def open_data(data: ConfigDict, lenient: bool = False) -> Source:
-    """The source that `config.data` names. Raises `UserError` where it names none, or more than one."""
+    """Opens the source that `config.data` names. Raises `UserError` if it names none, or more than one."""
     single = {key: data[key] for key in ("json", "images", "built") if data[key]}
     if not data.mixture:
         return _open("config.data", single, data, lenient)
@@ -84,7 +84,7 @@ def _weight(name: str, weight: Any) -> float:
 
 
 def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:
-    """What `plan.Order` goes through each epoch of the samples chosen to train on, ascending indices."""
+    """The samples of each epoch for `plan.Order`, of the samples chosen to train on, ascending indices."""
     if not isinstance(source, Mixture):
         return chosen
     bounds = np.searchsorted(chosen, source.starts)
@@ -96,7 +96,7 @@ def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits
 
 
 def check_folders(source: Source, lengths: Lengths) -> None:
-    """Raises `UserError` where there are samples with images but no folder of these."""
+    """Raises `UserError` if samples have images but there is no folder of images."""
     for part, images in _parts(source, lengths.images):
         if isinstance(part, LlavaJson) and images.any():
             if not part.images:

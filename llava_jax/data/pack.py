@@ -1,5 +1,7 @@
-"""How full rows and the image slots of their groups would be, packed and unpacked, and which sizes to choose for
-`config.pack`. Reads texts alone, no images."""
+"""Reports how full rows and the image slots of their groups would be, packed and unpacked, and suggests sizes.
+
+The sizes are for `config.pack`. Images are not read.
+"""
 
 import argparse
 import itertools
@@ -22,33 +24,33 @@ EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
       --row-length 2048,4096,8192 --rows-per-group 4,8
 
-Of each row length and rows per group, the numbers of image slots that may be best are planned for one epoch; * marks
-the best of them, by the product of the used shares of positions and of image slots. Suggested are the shortest rows and
-smallest groups that use 97 % of positions and 95 % of image slots or, where none do, the best of all.
+For each row length and rows per group it plans one epoch with the numbers of image slots that may be best. * marks the
+best plan: the one with the largest product of the used shares of positions and of image slots. It suggests the shortest
+rows and smallest groups that use 97 % of positions and 95 % of image slots or, if none do, the best of all.
 """
 ENOUGH = (0.97, 0.95)  # of positions and of image slots
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A line of the report; shares are of 1."""
+    """A line of the report. Shares are from 0 to 1."""
 
     kind: str  # "unpacked", "by modality" or "packed"
     row_length: int
     rows_per_group: int
     image_slots: int
-    label_slots: int  # that a group needs at most
+    label_slots: int  # of the group that needs most
     samples_a_row: float
     rows: int
     positions_used: float
     image_slots_used: float
     label_slots_used: float
-    seconds: float = 0.0  # of a processor, to plan an epoch
-    best: bool = False  # of the packed ones of its row length and group
+    seconds: float = 0.0  # processor time to plan an epoch
+    best: bool = False  # of the packed plans with its row length and group
 
 
 def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed: int, samples: int) -> Iterator[Plan]:
-    """One sample a row, so many rows a step or so, with and without `config.group_by_modality`."""
+    """Plans with one sample a row and about `samples` rows a step, with and without `config.group_by_modality`."""
     indices = np.arange(len(lengths.tokens))
     batch_rows = -(-samples // rows_per_group) * rows_per_group
     plain = Order(indices, batch_rows, seed)
@@ -74,7 +76,7 @@ def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed:
 def packed_plans(
     lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None
 ) -> Iterator[Plan]:
-    """Plans of an epoch with one row length and group, the best first; with `image_slots` only that one."""
+    """Plans of an epoch with one row length and group, the best first; with `image_slots` only one plan."""
     order = Order(np.arange(len(lengths.tokens)), rows_per_group, seed)
     began = time.process_time()
     if image_slots is None:
@@ -102,7 +104,7 @@ def packed_plans(
 
 
 def suggested(plans: list[Plan]) -> Plan:
-    """The shortest rows and smallest groups that are full enough, else the fullest."""
+    """The plan with the shortest rows and smallest groups that are full enough, else the fullest plan."""
     best = [plan for plan in plans if plan.best]
     enough = [p for p in best if p.positions_used >= ENOUGH[0] and p.image_slots_used >= ENOUGH[1]]
     if enough:
@@ -111,7 +113,7 @@ def suggested(plans: list[Plan]) -> Plan:
 
 
 def flags(plan: Plan, samples_a_step: int) -> str:
-    """What to give `llava_jax.main` for it."""
+    """The flags of `llava_jax.main` for a plan."""
     groups = max(round(samples_a_step / plan.samples_a_row / plan.rows_per_group), 1)
     values = {
         "pack": True,
@@ -124,7 +126,7 @@ def flags(plan: Plan, samples_a_step: int) -> str:
 
 
 def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[str]:
-    """The report for people."""
+    """The report as lines of text."""
     count, images = len(lengths.tokens), lengths.images
     yield (
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them learned) and "
@@ -150,7 +152,7 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    from llava_jax.data.built import Built  # only now: Grain takes seconds
+    from llava_jax.data.built import Built  # imports Grain, which takes seconds
     from llava_jax.data.lengths import measure_once
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
@@ -184,15 +186,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.pack", description=__doc__, epilog=EPILOG)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
-    data.add_argument("--built", metavar="DIR", help="what llava_jax.data.build made")
+    data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
     add_options(parser, tokenizer={"required": True}, template={}, max_length={}, image_tokens={})
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
     parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
-    parser.add_argument("--image-slots", type=positive, metavar="I", help="of a group; by default the best are sought")
-    parser.add_argument("--samples-a-step", type=positive, default=128, metavar="N", help="for the suggestion (128)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (0: threads)")
-    parser.add_argument("--json-out", metavar="F", help="write the report as JSON, too")
+    parser.add_argument(
+        "--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)"
+    )
+    parser.add_argument(
+        "--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of samples")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)"
+    )
+    parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Whether a conversation template and a tokenizer fit, and which template a tokenizer's own chat template is."""
+"""Checks that a conversation template fits a tokenizer, and finds the template of a tokenizer's own chat template."""
 
 import sys
 from collections.abc import Sequence
@@ -9,24 +9,25 @@ from etils import epath
 
 from llava_jax.cli import UserError, say
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
+from llava_jax.data.conversation import render
+from llava_jax.data.templates import TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _QUESTION, _ANSWER = ("user", "What is it?"), ("assistant", "A cat")
-# Beginnings that tokenizers treat differently. Those with white space `encode_turns` sees to, sample by sample.
+# Beginnings that tokenizers treat differently. `encode_turns` handles white space in each sample.
 _ANSWERS = (
     "A cat.", "a cat", "2", "3 cats.", "été", "日本", "Ответ", "(a)", "'s", '"x"', "- x", "...", "🧑", "<b>", ""
 )  # fmt: skip
 
 
 def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Checks that the ids of a prompt are those that training texts begin with, and that labels begin right after.
+    """Checks that training texts begin with the ids of their prompt, and that the labels begin right after it.
 
-    Raises UserError naming the template and the tokens on which that fails: the model would learn to continue a prompt
-    that it never gets.
+    Raises UserError naming the template and the tokens for which that fails: the model would learn to continue another
+    prompt than it gets.
     """
     prompt = encode_turns([_QUESTION, ("assistant", None)], template, tokenizer).input_ids
     for answer in _ANSWERS:
@@ -45,9 +46,9 @@ def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> Non
 
 
 def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """What is wrong where a mark of the template, such as the end of an answer, is no token of the tokenizer.
+    """A message if a mark of the template, such as the end of an answer, is no token of the tokenizer; else None.
 
-    Here answers still end where the text of the end mark does; an exported model never stops in other programs.
+    Here answers still end at the text of the end mark, but an exported model does not stop in other programs.
     """
     missing = _missing(template, tokenizer)
     if not missing:
@@ -60,14 +61,14 @@ def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> s
 
 
 def end_of_answer(template: Template, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token that ends an answer in a training text; None where that takes several."""
+    """The token that ends an answer in a training text; None if several tokens do."""
     labels = encode_turns([_QUESTION, ("assistant", "A cat")], template, tokenizer).labels
     last = int(labels[labels != IGNORE_INDEX][-1])
     return last if tokenizer.decode([last]) in (template.end, template.end.strip()) else None
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
-    """The template that renders as the tokenizer's own chat template does; None where it has none, or another."""
+    """The template that renders like the tokenizer's own chat template; None if none does or it has none."""
     if not tokenizer.chat_template:
         return None
     chats = [[{"role": role, "content": text} for role, text in turns] for turns in _CHATS]
@@ -78,9 +79,9 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
 def chosen_template(
     name: str | None, tokenizer: "PreTrainedTokenizerBase", where: epath.PathLike, default: str | None = None
 ) -> Template:
-    """The template of that name or, for None, the one that the tokenizer's chat template is, or else the default.
+    """The template `name` or, for None, the one of the tokenizer's chat template, or else the default.
 
-    What is not asked for by name is reported on standard error. Raises UserError where there is none of these.
+    A template that is not chosen by name is reported on standard error. Raises UserError if there is none.
     """
     if name is not None:
         return get_template(name)
@@ -105,7 +106,7 @@ def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[s
 
 
 def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The way out of a template that does not fit."""
+    """Which template to choose instead."""
     own = template_of(tokenizer)
     if own is not None and own.name != template.name:
         return f"choose template {own.name}, which its own chat template is"
@@ -114,7 +115,7 @@ def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"choose a template whose marks it has ({names})" if names else "choose one without such marks (llava_v0)"
 
 
-# What tells the templates apart. Some chat templates refuse system prompts.
+# Conversations that tell the templates apart. Some chat templates refuse system prompts.
 _CHATS = (
     (_QUESTION,),
     (_QUESTION, _ANSWER),
@@ -132,10 +133,10 @@ def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase", render
 def _alike(
     template: Template, tokenizer: "PreTrainedTokenizerBase", turns: Sequence[tuple[str, str]], rendered: str | None
 ) -> bool | None:
-    """The same of one conversation, with the prompt of an answer after a question. None: it does not render."""
+    """The same for one conversation, with the prompt of an answer after a question. None if it does not render."""
     if rendered is None:
         return None
     system = default_system(tokenizer) if template.system is None else None
     asks = turns[-1][0] == "user"
     ours = render([*turns, ("assistant", None)] if asks else turns, template, system).text
-    return rendered in (ours, f"{tokenizer.bos_token}{ours}")  # render leaves BOS to the tokenizer
+    return rendered in (ours, f"{tokenizer.bos_token}{ours}")  # `render` leaves BOS to the tokenizer

@@ -1,12 +1,12 @@
 """Conversation templates: the strings around the system prompt, the questions and the answers, registered by name.
 
-The texts are those that published checkpoints were trained on. Where the published code answers from another text
-than it trains on, the text of training is rendered for both:
+The texts are those that published checkpoints were trained on. Where the published code generates from another text
+than it trains on, the text of training is used for both:
 
 * `v0` trains on `{system}\\n\\n### Human: q\\n### Assistant: a\\n### `; its demo asks
   `{system}###Human: q###Assistant:`. The exchange on renewable energy that `v0`, unlike `llava_v0`, shows there
-  before the first question was never in a training text and is left out: the two names mean the same here.
-* The mmtag templates train on `<Image><image></Image>` inside the question; their demo makes it a turn of its own.
+  before the first question was in no training text and is left out: the two names mean the same here.
+* The mmtag templates train on `<Image><image></Image>` inside the question; their demo makes it a separate turn.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from llava_jax.cli import UserError, warn
 
-IMAGE_TOKEN = "<image>"  # marks in text where the features of an image go
+IMAGE_TOKEN = "<image>"  # marks the place of an image in a text
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
 
 
@@ -23,19 +23,19 @@ class Template:
     """The text around the turns: `head`, then `question` and `reply`, `lead`, answer, `end`, `tail` for every round."""
 
     name: str
-    system: str | None  # the default system prompt; None: the one that the tokenizer's own chat template has
+    system: str | None  # the default system prompt; None for that of the tokenizer's chat template
     head: str  # before the first turn, with {system} in it
-    bare_head: str = ""  # the same where there is no system prompt
+    bare_head: str = ""  # the same without a system prompt
     question: tuple[str, str]  # before and after a question
     reply: str  # opens an answer: a prompt ends with it
-    lead: str = ""  # between that and the answer
-    end: str  # the end mark: learned with the answer, and what stops generation
+    lead: str = ""  # between `reply` and the answer
+    end: str  # the end mark: learned with the answer; generation stops there
     tail: str = ""  # after the end mark
     between: str = ""  # before every question but the first
-    image: str = IMAGE_TOKEN  # how an image is marked
-    strip: bool = False  # whether the white space around a turn's text goes
-    captions: bool = False  # whether all of a question but its image marks is dropped
-    special: tuple[str, ...] = ()  # marks of these texts that have to be tokens of their own
+    image: str = IMAGE_TOKEN  # the mark of an image
+    strip: bool = False  # whether to strip the white space around the text of a turn
+    captions: bool = False  # whether to drop all of a question but its image marks
+    special: tuple[str, ...] = ()  # marks that have to be single tokens
 
 
 TEMPLATES: dict[str, Template] = {}  # by name, in the order in which they were registered
@@ -57,7 +57,7 @@ def register(template: Template, *aliases: str) -> Template:
 
 
 def get_template(name: str) -> Template:
-    """The template of that name. Raises `UserError` with the nearest name where none has it."""
+    """The template `name`. Raises `UserError` with the nearest name if there is none."""
     template = TEMPLATES.get(_ALIASES.get(name, name))
     if template is None:
         near = difflib.get_close_matches(name, [*TEMPLATES, *_ALIASES], n=1)
@@ -67,7 +67,7 @@ def get_template(name: str) -> Template:
 
 
 def choose_template(requested: str | None, trained: str) -> Template:
-    """The template to use with a checkpoint: its own unless another is asked for, which warns on stderr."""
+    """The template to use with a checkpoint: `requested` (which warns if it is another one) or the one of training."""
     own = get_template(trained)
     if requested is None:
         return own
@@ -78,14 +78,14 @@ def choose_template(requested: str | None, trained: str) -> Template:
 
 
 def with_im_start_end(template: Template, used: bool) -> Template:
-    """The template for a model that saw every image between two tokens of its own, if they are `used`."""
+    """The template with each image between two special tokens, if these are `used`."""
     if not used:
         return template
     return replace(template, image=template.image.replace(IMAGE_TOKEN, IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN))
 
 
 def stop_strings(template: Template) -> list[str]:
-    """What ends an answer in generated text."""
+    """The texts that end an answer in generated text."""
     return [template.end.strip() or template.end]
 
 
@@ -170,7 +170,7 @@ register(replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[I
 register(_MPT)
 register(replace(_MPT, name="chatml_direct", system="Answer the questions."), "mistral_direct")
 register(Template(name="plain", system="", head="", question=("", ""), reply="", end="\n", captions=True), "v0_plain")
-# From here on equal to the chat templates that tokenizers carry. BOS comes from the tokenizer.
+# The rest equal the chat templates of tokenizers. The tokenizer adds BOS.
 register(
     replace(
         _MPT,

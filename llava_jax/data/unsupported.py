@@ -1,14 +1,14 @@
-"""What samples of other formats hold that is not read: keys, marks of images, videos and sounds, whole formats.
+"""What samples of other formats hold that is not supported: keys, marks of images, videos and sounds, and formats.
 
-To leave any of it out would train on something else than the file says, so each is named. A key that is in none of
-these tables, such as `source` or `width`, says something about the sample and is left alone.
+To ignore any of these would train on something else than the file says, so each is a fault. A key in none of these
+tables, such as `source` or `width`, describes the sample and is ignored.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 
 # ---- Keys
 
@@ -27,7 +27,7 @@ MEDIA = (
     )
     | dict.fromkeys(("pdf", "pdfs", "document", "documents", "point_cloud"), _NO_OTHER)
 )
-# Keys of a sample that change what is learned of it -> the way out.
+# Keys of a sample that would change its targets -> the way out.
 UNREAD = (
     MEDIA
     | dict.fromkeys(("tools", "functions"), _NO_TOOLS)
@@ -37,14 +37,14 @@ UNREAD = (
     )
     | {"history": "write the earlier turns into `conversations`, before the others"}
 )
-# Other names of images, which say something about `image` where that is there.
+# Other names of images; beside `image` they only describe it.
 IMAGE_KEYS = dict.fromkeys(
     ("image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_name", "image_list",
      "image_id", "image_ids", "image_base64", "image_bytes", "img", "imgs", "img_path", "img_paths", "img_id",
      "picture", "pictures"),
     "images are read from `image` or `images`: rename the key",
 )  # fmt: skip
-# The same of a turn.
+# Keys of a turn, in the same way.
 UNREAD_IN_TURNS = (
     MEDIA
     | dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), "calls of tools are not trained on")
@@ -59,13 +59,13 @@ UNREAD_IN_TURNS = (
 _MISSPELLED = {key.title(): f"write it in lower case, `{key}`" for key in READ - {"id"}}
 _CHOICES = ("choices", "options")
 _TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage", *_CHOICES)
-# Whether an answer is learned, and how much.
+# Whether an answer is learned, and with which weight.
 WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "loss_mask", "calculate_loss", "train", "trainable",
            "training", "train_on_turn")  # fmt: skip
 
 
 def unread_keys(value: Mapping[str, Any], has_images: bool) -> Iterator[str]:
-    """What a sample's keys say that is not read. Empty values say nothing."""
+    """The faults of a sample's keys that are not read and have a value."""
     known = UNREAD if has_images else UNREAD | IMAGE_KEYS
     for key, held in value.items():
         if _says(held) and (reason := known.get(key.lower()) or _MISSPELLED.get(key)):
@@ -73,7 +73,7 @@ def unread_keys(value: Mapping[str, Any], has_images: bool) -> Iterator[str]:
 
 
 def unlearned(value: Mapping[str, Any]) -> Iterator[str]:
-    """What a sample's keys say about its answers: that they are not to be learned."""
+    """The faults of keys that exclude a sample's answers from training."""
     if value.get("label") is False:  # of KTO
         yield f"`label` is false, as of a bad answer: {_NO_PREFERENCES}"
     for key in WEIGHTS:
@@ -82,7 +82,7 @@ def unlearned(value: Mapping[str, Any]) -> Iterator[str]:
 
 
 def unread_texts(value: Mapping[str, Any], texts: Iterable[str]) -> Iterator[str]:
-    """Keys of a sample that hold something like a question, or choices, which none of its texts repeats."""
+    """Keys of a sample that hold a text like a question, or choices, which none of its turns repeats."""
     for key in _TEXTS:
         said = value.get(key)
         said = [said] if isinstance(said, str) else said if key in _CHOICES and isinstance(said, list) else []
@@ -104,7 +104,7 @@ def _says(value: Any) -> bool:
 
 # ---- Marks
 
-# What no text of people and no program has.
+# Neither prose nor code contains these.
 _MARKS = re.compile(
     r"<\|[a-z_]*(?:image|img|vision|video|audio)\w*\|>"  # <|image_1|>, <|vision_start|>, <|video_pad|>, <|AUDIO|>
     r"|<((?:image|img|video|audio|picture)[ _:-]?#?\d+)>(?![\s\S]*</\1>)"  # <image1>, but in XML
@@ -114,12 +114,12 @@ _MARKS = re.compile(
     re.IGNORECASE,
 )
 _FILES = re.compile(r"<(img|image)>([^\s<>\"'`{}$][^<>\n\"'`{}]*)</\1>", re.IGNORECASE)  # <img>a.jpg</img>
-# Tags of HTML and BBCode, too. Text about those quotes them, says what they are, or closes them.
+# Also tags of HTML and BBCode. Text about these quotes them, calls them tags, or closes them.
 _TAG = r"(?:<(?:image|img|video|audio|speech|sound)\s*/?>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\](?!\())"
 _TAGS = re.compile(rf"(?<![\"'`]){_TAG}(?![\"'`]|[ -](?:tag|element|attribute))", re.IGNORECASE)
 _BRACKETS = re.compile(r"\[(?:BEGIN_)?(?:IMG|IMAGE|VIDEO|AUDIO)", re.IGNORECASE)
 _CODE = re.compile(r"```[\s\S]*?(?:```|\Z)|`[^`\n]*`")
-_GROUNDING = re.compile(r"</(?:ref|box|quad|point)>")  # which formats of images have
+_GROUNDING = re.compile(r"</(?:ref|box|quad|point)>")  # of data sets with boxes, no HTML
 _HTML = re.compile(
     r"</\w|\[/\w|<!doctype|<(?:a|body|br|button|div|form|h[1-6]|head|html|input|li|ol|p|script|section|source|span|style"
     r"|table|td|tr|track|ul)\b",
@@ -128,12 +128,12 @@ _HTML = re.compile(
 
 
 def may_hold_marks(text: str) -> bool:
-    """A quick look, after which most texts need no other."""
+    """Whether a text needs a closer look; most do not."""
     return text.count("<") != text.count(IMAGE_TOKEN) or ("[" in text and _BRACKETS.search(text) is not None)
 
 
 def foreign_mark(text: str, question: bool) -> str | None:
-    """The first mark of another format that stands in a text for an image, a video or a sound. Code holds none."""
+    """The first mark of another format for an image, a video or a sound in a text. Code has none."""
     plain = _CODE.sub("", text)
     if found := _MARKS.search(plain):
         return found[0]
@@ -143,7 +143,7 @@ def foreign_mark(text: str, question: bool) -> str | None:
 
 
 def doubtful_mark(text: str) -> str | None:
-    """A tag within a line of a question: it may be meant as a mark, or as HTML."""
+    """A tag within a line of a question, which may be a mark or HTML."""
     if not may_hold_marks(text):
         return None
     return next((tag for tag, alone in _tags(text) if not alone), None)
@@ -154,13 +154,13 @@ def _is_html(text: str) -> bool:
 
 
 def _tags(text: str) -> Iterator[tuple[str, bool]]:
-    """Tags that may be marks, and whether they stand where marks do: before a line, or after it.
+    """Tags that may be marks, and whether they are where marks are: before a line or after it.
 
-    Scripts of films have lines that begin with [VIDEO], so that is no mark but where the text begins with it.
+    Film scripts have lines that begin with [VIDEO]: that is a mark only at the beginning of the text.
     """
     if _is_html(text):
         return
-    begun = False  # whether something stands in the lines before
+    begun = False  # whether the lines before have text
     for line in text.split("\n"):
         said = [between.strip() for between in _TAGS.split(line)]
         after = max((i for i, between in enumerate(said) if between), default=-1)
@@ -182,7 +182,7 @@ ANSWERED = ("output", "answer", "answers", "response", "completion", "caption", 
 
 
 def explain_missing(value: Mapping[str, Any]) -> str:
-    """Which format a record without `conversations` looks like, and how to convert it."""
+    """The format that a record without `conversations` seems to have, and how to convert it."""
     if "chosen" in value or "rejected" in value:
         return f"; it looks like preferences: {_NO_PREFERENCES}"
     for key, held in value.items():

@@ -1,4 +1,4 @@
-"""An answer on its way from the engine's thread to whoever asked."""
+"""An answer that the engine's thread generates, as its client sees it."""
 
 import queue
 import threading
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.prefix_cache import PreparedPrompt
+from llava_jax.inference.requests import Sampling
 
 
 class EngineError(Exception):
-    """The engine failed at a request that was in order."""
+    """The engine failed at a valid request."""
 
 
 class EngineClosed(EngineError):
@@ -19,7 +20,7 @@ class EngineClosed(EngineError):
 
 
 class QueueFull(EngineError):
-    """As many requests wait as may; `retry_after` seconds from now there should be room."""
+    """The queue is full; a slot should be free in about `retry_after` seconds."""
 
     def __init__(self, retry_after: float):
         super().__init__(f"the queue is full: try again in {retry_after:.0f} s")
@@ -35,7 +36,7 @@ class ContextExceeded(UserError):
 
 
 class Alternative(NamedTuple):
-    """A token that was likely at a place."""
+    """A token that was likely at a position."""
 
     token: str
     bytes: bytes
@@ -43,7 +44,7 @@ class Alternative(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token of an answer, and the likeliest ones at its place."""
+    """A token of an answer, and the most likely ones at its position."""
 
     token: str
     bytes: bytes
@@ -52,53 +53,65 @@ class TokenLogprob(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is new and certain of an answer."""
+    """New text of an answer, which does not change any more."""
 
     text: str
     token_logprobs: Sequence[TokenLogprob] = ()  # of the new tokens, where `Sampling.logprobs` asks for them
 
 
-Sink = Callable[[Piece | BaseException | None], None]  # takes pieces, then None, or what the request failed of
+Sink = Callable[[Piece | BaseException | None], None]  # gets the pieces, then None, or the error of a failed request
 
 
 class Answer:
-    """A request in the engine's hands. Iterating gives its pieces as they come, until it is finished, unless a `sink`
-    takes them, which is called in the engine's thread. `prompt_tokens`: positions of the prompt, images included."""
+    """An answer to a prompt. Iterating yields its pieces as they are generated, unless a `sink` gets them, which is
+    called in the engine's thread.
 
-    def __init__(self, request: Request, sampling: Sampling, prompt_tokens: int, sink: Sink | None = None):
-        self.request, self.sampling, self.prompt_tokens = request, sampling, prompt_tokens
-        self.prefix_tokens = 0  # how many of these were not computed again
-        self.tokens: list[int] = []  # ids generated so far, one that ends the answer included
-        self.finish_reason: str | None = None  # "stop", "length" or "cancelled"; None before, or where it failed
-        self.first_token_seconds: float | None = None  # from `submit` to the first token; None before
+    Attributes:
+      prefix_tokens: positions of the prompt that the prefix cache held.
+      tokens: ids generated so far, including a stop token.
+      finish_reason: "stop", "length" or "cancelled"; None before the end, and where the request failed.
+      submitted: `time.monotonic()` of `Engine.submit`.
+      first_token_seconds: from then to the first token; None before it.
+    """
+
+    def __init__(self, prompt: PreparedPrompt, sampling: Sampling, sink: Sink | None = None):
+        self.prompt, self.sampling = prompt, sampling
+        self.prefix_tokens = 0
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
         self.submitted = time.monotonic()
+        self.first_token_seconds: float | None = None
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
         self._put = sink or self._pieces.put
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions of the prompt, images included."""
+        return len(self.prompt.tokens)
 
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens)
 
     def __iter__(self) -> Iterator[Piece]:
-        """May be done once. Raises UserError or EngineError where the request failed."""
+        """Can be used once. Raises `UserError` or `EngineError` where the request failed."""
         while (piece := self._pieces.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece
 
     def cancel(self) -> None:
-        """Ends it, before the next dispatch; after its end this changes nothing."""
+        """Ends the answer before the next dispatch. Does nothing once it is finished."""
         self._cancelled.set()
 
-    # What follows is for the engine's thread.
+    # The methods below are for the engine's thread.
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 
     def give(self, piece: Piece) -> None:
-        """Passes on what is new."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.submitted
         if piece.text or piece.token_logprobs:

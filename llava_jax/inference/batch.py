@@ -1,4 +1,4 @@
-"""Continuous batching: answers enter the slots of a running batch and leave them, between two dispatches."""
+"""Continuous batching: between two dispatches, answers enter the slots of the running batch and leave them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.inference.answer import Alternative, Answer, Piece, TokenLogprob
+from llava_jax.inference.decoding import RowSampling, Sampled, Slots
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
-from llava_jax.inference.generate import PromptEncoder, prompt_number
-from llava_jax.inference.prefix_cache import Places, PreparedPrompt, Shelf
-from llava_jax.inference.programs import LENGTHS, Chosen, Programs, PromptPiece, Slots, make_choice
+from llava_jax.inference.generate import prompt_hash
+from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
+from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
+from llava_jax.inference.prompts import PromptEncoder
 
-STEPS = 4  # tokens a dispatch: someone reads along, and others wait to enter
-READING = LENGTHS[-1]  # positions of prompts after which those who read along get something, too
-STEPS_BETWEEN = 1  # tokens that they get while prompts are left: who waits for a first one waits longest
-WASTE = 32  # positions that a piece of a prompt may be padded by
+STEPS = 4  # tokens a dispatch: clients read along, and other requests wait to enter
+PREFILL_POSITIONS = CHUNK_SIZES[-1]  # of prompts, after which the running answers get tokens, too
+STEPS_BETWEEN = 1  # tokens that they get while prompts are left: the time to the first token counts more
+MAX_PADDING = 32  # positions of a chunk
 
 
 @dataclasses.dataclass
@@ -22,12 +24,20 @@ class Running:
     """An answer in a slot."""
 
     answer: Answer
-    prompt: PreparedPrompt
     slot: int
     stream: AnswerStream
-    number: int  # see `Choice.numbers`
-    conversation: int | None = None  # its place in the cache, once its prompt is begun
+    prompt_hash: int
+    row: int | None = None  # of the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
+
+    @property
+    def prompt(self) -> PreparedPrompt:
+        return self.answer.prompt
+
+    @property
+    def unread(self) -> int:
+        """Positions of the prompt that are not computed yet."""
+        return len(self.prompt.tokens) - self.done
 
     @property
     def tokens(self) -> list[int]:
@@ -35,19 +45,19 @@ class Running:
         return self.answer.tokens
 
     @property
-    def held(self) -> np.ndarray:
-        """Contents of the positions that the cache holds: the newest token is not there yet."""
+    def cached(self) -> np.ndarray:
+        """Contents of the positions that the cache holds, all but the newest token."""
         if not self.tokens:
             return self.prompt.contents[: self.done]
         return np.concatenate([self.prompt.contents, np.array(self.tokens[:-1], np.int64)])
 
 
 class Batch:
-    """Everything in the slots. To be used from one thread."""
+    """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, prompts: PromptEncoder, conversations: int, pictures: int):
+    def __init__(self, programs: Programs, prompts: PromptEncoder, rows: int, images: int):
         self._programs, self._prompts = programs, prompts
-        self._shelf, self._pictures = Shelf(conversations), Places(pictures)
+        self._prefix_cache, self._images = PrefixCache(rows), LruIndex(images)
         self._free = list(range(programs.slots))[::-1]
         self.running: list[Running] = []
 
@@ -55,94 +65,94 @@ class Batch:
     def full(self) -> bool:
         return not self._free
 
-    def enter(self, answer: Answer, prompt: PreparedPrompt) -> None:
+    def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
-        stream = self._prompts.answer_stream(answer.sampling, answer.request.begun)
-        self.running.append(Running(answer, prompt, self._free.pop(), stream, prompt_number(prompt.tokens)))
+        stream = self._prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
+        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens)))
 
     def step(self) -> list[Answer]:
-        """Some positions of prompts, and then some tokens of every answer that has begun; -> those that ended."""
+        """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended."""
         ended = [self._end(running, "cancelled") for running in list(self.running) if running.answer.cancelled]
         positions = 0
-        while positions < READING and (unread := next((one for one in self.running if not one.tokens), None)):
-            if unread.conversation is None:
-                self._begin(unread)
-            positions += len(unread.prompt.tokens) - unread.done
-            ended += self._read(unread)
+        while positions < PREFILL_POSITIONS and (waiting := next((r for r in self.running if not r.tokens), None)):
+            if waiting.row is None:
+                self._begin(waiting)
+            positions += waiting.unread
+            ended += self._prefill(waiting)
         begun = [running for running in self.running if running.tokens]
-        return ended + (self._write(begun) if begun else [])
+        return ended + (self._decode(begun) if begun else [])
 
     def _begin(self, running: Running) -> None:
-        """Finds a place for a prompt. Not before it is its turn: what came just before it may begin as it does."""
-        place = self._shelf.take(running.prompt.contents)
-        if place.source is not None:
-            self._programs.copy(place.source, place.conversation)
-        running.conversation = place.conversation
-        running.done = running.answer.prefix_tokens = place.reused
+        """Finds a row for a prompt. Not before its turn: the prompt before it may begin in the same way."""
+        placement = self._prefix_cache.allocate(running.prompt.contents)
+        if placement.source is not None:
+            self._programs.copy(placement.source, placement.row)
+        running.row = placement.row
+        running.done = running.answer.prefix_tokens = placement.reused
 
-    def _read(self, running: Running) -> list[Answer]:
-        """Computes the next piece of a prompt. The last one gives the first token."""
-        left = len(running.prompt.tokens) - running.done
-        size = piece_size(left)
-        piece = self._piece(running, min(size, left), size)
-        chosen = self._programs.extend(piece, running.answer.sampling.logprobs is not None)
-        running.done += min(size, left)
-        self._shelf.holds(running.conversation, running.held)
-        return self._deliver(running, chosen) if running.done == len(running.prompt.tokens) else []
+    def _prefill(self, running: Running) -> list[Answer]:
+        """Computes the next chunk of a prompt. The last one gives the first token."""
+        size = chunk_size(running.unread)
+        length = min(size, running.unread)
+        chunk = self._chunk(running, length, size)
+        sampled = self._programs.prefill(chunk, running.answer.sampling.logprobs is not None)
+        running.done += length
+        self._prefix_cache.update(running.row, running.cached)
+        return [] if running.unread else self._deliver(running, sampled)
 
-    def _piece(self, running: Running, length: int, size: int) -> PromptPiece:
-        """The next `length` positions of a prompt, padded to `size`. Pictures are encoded if need be."""
-        P, start = self._prompts.config.image_tokens, running.done
+    def _chunk(self, running: Running, length: int, size: int) -> PromptChunk:
+        """The next `length` positions of a prompt, padded to `size`. Encodes the images that are not cached."""
+        patches, start = self._prompts.config.image_tokens, running.done
         tokens, features = np.zeros(size, np.int32), np.full(size, -1, np.int32)
         tokens[:length] = running.prompt.tokens[start : start + length]
-        index = running.prompt.features[start : start + length]
-        for picture in np.unique(index[index >= 0] // P):
-            own = np.flatnonzero(index // P == picture)
-            features[own] = self._picture(running.prompt, picture) * P + index[own] % P
-        choice = make_choice(1)
-        _set_choice(choice, 0, running)
-        return PromptPiece(tokens, features, np.int32(start), np.int32(length), np.int32(running.conversation), choice)
+        index = running.prompt.image_feature_index[start : start + length]
+        for image in np.unique(index[index >= 0] // patches):
+            own = np.flatnonzero(index // patches == image)
+            features[own] = self._image(running.prompt, image) * patches + index[own] % patches
+        sampling = RowSampling.greedy(1)
+        _set_sampling(sampling, 0, running)
+        return PromptChunk(tokens, features, np.int32(start), np.int32(length), np.int32(running.row), sampling)
 
-    def _picture(self, prompt: PreparedPrompt, picture: int) -> int:
-        """Where the picture's features are kept."""
-        place, known = self._pictures.find(prompt.digests[picture])
+    def _image(self, prompt: PreparedPrompt, image: int) -> int:
+        """The index of an image in the cached features."""
+        index, known = self._images.find(prompt.digests[image])
         if not known:
-            self._programs.encode(prompt.pixels[picture], place)
-        return place
+            self._programs.encode(prompt.images[image], index)
+        return index
 
-    def _write(self, begun: Sequence[Running]) -> list[Answer]:
-        """Some more tokens of answers."""
+    def _decode(self, begun: Sequence[Running]) -> list[Answer]:
+        """Generates some more tokens of answers -> those that ended."""
         B = self._programs.slots
-        zeros = np.zeros(B, np.int32)
-        nowhere = np.full(B, self._programs.positions, np.int32)
-        slots = Slots(zeros.copy(), zeros.copy(), nowhere, zeros.copy(), make_choice(B))
+        tokens, limits, rows = (np.zeros(B, np.int32) for _ in range(3))
+        idle = np.full(B, self._programs.positions, np.int32)
+        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B))
         for running in begun:
-            at, length = running.slot, len(running.prompt.tokens)
-            slots.conversations[at], slots.tokens[at] = running.conversation, running.tokens[-1]
-            slots.positions[at] = length + len(running.tokens) - 1
-            slots.limits[at] = length + running.answer.sampling.max_new_tokens - 1
-            _set_choice(slots.choice, at, running)
+            slot, length = running.slot, len(running.prompt.tokens)
+            slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
+            slots.positions[slot] = length + len(running.tokens) - 1
+            slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
+            _set_sampling(slots.sampling, slot, running)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
         steps = STEPS if len(begun) == len(self.running) else STEPS_BETWEEN
-        written = self._programs.decode(slots, steps, report)
+        sampled = self._programs.decode(slots, steps, report)
         ended = []
         for running in begun:
-            ended += self._deliver(running, Chosen(*(x[running.slot] for x in written)))
+            ended += self._deliver(running, Sampled(*(x[running.slot] for x in sampled)))
             if running.answer.finish_reason is None:
-                self._shelf.holds(running.conversation, running.held)
+                self._prefix_cache.update(running.row, running.cached)
         return ended
 
-    def _deliver(self, running: Running, chosen: Chosen) -> list[Answer]:
-        """Passes on what tokens [steps] are; -> the answer, if it ended."""
+    def _deliver(self, running: Running, sampled: Sampled) -> list[Answer]:
+        """Passes on the new tokens [steps] of an answer -> the answer, if it ended."""
         wanted = running.answer.sampling.logprobs
         texts, logprobs = [], []
-        for step, token in enumerate(chosen.tokens.tolist()):
+        for step, token in enumerate(sampled.tokens.tolist()):
             if token < 0 or running.stream.finished:
                 break
             running.tokens.append(token)
             texts.append(running.stream.push(token))
             if wanted is not None and token not in self._prompts.stop_ids:
-                logprobs.append(self._logprob(Chosen(*(x[step] for x in chosen)), wanted))
+                logprobs.append(self._logprob(Sampled(*(x[step] for x in sampled)), wanted))
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
@@ -150,32 +160,32 @@ class Batch:
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
     def _end(self, running: Running, reason: str) -> Answer:
-        """Frees the slot; what the cache holds stays until its place is needed."""
-        if running.conversation is not None:
-            self._shelf.holds(running.conversation, running.held)
-            self._shelf.give_back(running.conversation)
+        """Frees the slot. The row of the cache keeps its contents until it is needed."""
+        if running.row is not None:
+            self._prefix_cache.update(running.row, running.cached)
+            self._prefix_cache.release(running.row)
         self._free.append(running.slot)
         self.running.remove(running)
         running.answer.finish(reason)
         return running.answer
 
-    def _logprob(self, chosen: Chosen, alternatives: int) -> TokenLogprob:
+    def _logprob(self, sampled: Sampled, alternatives: int) -> TokenLogprob:
         def entry(token: int, logprob: float) -> Alternative:
             data = token_bytes(self._prompts.tokenizer, int(token))
             return Alternative(data.decode(errors="replace"), data, float(logprob))
 
-        top = map(entry, chosen.top_tokens[:alternatives], chosen.top_logprobs[:alternatives])
-        return TokenLogprob(*entry(chosen.tokens, chosen.logprobs), list(top))
+        top = map(entry, sampled.top_tokens[:alternatives], sampled.top_logprobs[:alternatives])
+        return TokenLogprob(*entry(sampled.tokens, sampled.logprobs), list(top))
 
 
-def piece_size(left: int) -> int:
-    """How long a program to take for a prompt of which so many positions are left."""
-    fitting = [length for length in LENGTHS if length <= left]
-    enough = next((length for length in LENGTHS if length >= left), None)
-    return enough if enough is not None and (not fitting or enough - left <= WASTE) else fitting[-1]
+def chunk_size(left: int) -> int:
+    """The size of the next chunk of a prompt of which so many positions are left."""
+    fitting = [size for size in CHUNK_SIZES if size <= left]
+    enough = next((size for size in CHUNK_SIZES if size >= left), None)
+    return enough if enough is not None and (not fitting or enough - left <= MAX_PADDING) else fitting[-1]
 
 
-def _set_choice(choice, row: int, running: Running) -> None:
+def _set_sampling(arrays: RowSampling, row: int, running: Running) -> None:
     sampling = running.answer.sampling
-    choice.temperature[row], choice.top_p[row], choice.top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
-    choice.seeds[row], choice.numbers[row] = sampling.seed, running.number
+    arrays.temperature[row], arrays.top_p[row], arrays.top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
+    arrays.seeds[row], arrays.prompts[row] = sampling.seed, running.prompt_hash

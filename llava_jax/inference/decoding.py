@@ -1,6 +1,6 @@
-"""What runs on the device to answer: prefill, the loop over tokens, and the choice of each.
+"""The programs that generate on the device: prefill, the loop over tokens, and sampling.
 
-Axes: B rows, T tokens, S cache slots, D embed, V vocabulary, K key/value heads, H head width.
+Axes: B rows, T tokens, S positions of the cache, D embed, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -8,36 +8,50 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.inference.prompts import PromptBatch
+from llava_jax.inference.quantization import quantize_decoder
+from llava_jax.inference.requests import MAX_LOGPROBS
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava
 
-MAX_STEPS = 32  # tokens of a row that one call of `decode` can write
+MAX_STEPS = 32  # tokens of a row that one call of `Decoder.decode` can generate
 
 
 class Decoder:
-    """The programs below, compiled for a model, whose layers it rearranges (`Llava.unstack_layers`)."""
+    """The programs below, compiled for a model, whose layers it rearranges (`Llava.unstack_layers`).
 
-    def __init__(self, model: Llava):
-        self.hold(model)
-        self.prefill = self._compile(prefill, static_argnames="slots")
-        self.fork = self._compile(fork, static_argnames="slots")
-        self.decode = self._compile(decode, donate_argnames="cache")
-        self.widen = jax.jit(widen, static_argnames="slots")
+    `quantize`: "int8" stores the weights of the language model in eight bits.
+    """
 
-    def hold(self, model: Llava) -> None:
-        """Goes on with the weights of this model, which has to be built as the one before: nothing is compiled anew."""
+    def __init__(self, model: Llava, quantize: str | None = None):
+        self._quantize = quantize
+        self.set_model(model)
+        self.prefill = self.compile(prefill, static_argnames="size")
+        self.prefill_suffixes = self.compile(prefill_suffixes, static_argnames="size")
+        self.decode = self.compile(decode, donate_argnames="cache")
+        self.logits = self.compile(logits)
+        self.encode_images = self.compile(Llava.encode_images)
+        self.grow = jax.jit(grow, static_argnames="size")
+
+    def set_model(self, model: Llava) -> None:
+        """Uses the weights of another model of the same structure from now on. Nothing is compiled again."""
         model.unstack_layers()
+        if self._quantize:
+            quantize_decoder(model.llm)
         self._weights, self._structure = jax.tree.flatten(model)
 
-    def let_go(self) -> None:
-        """Keeps what is compiled and no weights, until `hold` brings others."""
+    def drop_weights(self) -> None:
+        """Keeps the compiled programs, and no weights until `set_model` brings others."""
         self._weights = []
 
-    def _compile(self, program: Callable, **options: Any) -> Callable:
-        """`program(model, ...)` without its first argument. The weights are passed as a flat list, since flattening
-        the modules at every call would take longer than a token of a small model."""
+    def compile(self, program: Callable, **options: Any) -> Callable:
+        """`jax.jit(program)` without its first argument, the model.
+
+        The weights are passed as a flat list, since flattening the modules at every call would take longer than a token
+        of a small model.
+        """
 
         def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
             return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
@@ -46,110 +60,154 @@ class Decoder:
         return lambda *args, **kwargs: compiled(self._weights, *args, **kwargs)
 
 
-class Choice(NamedTuple):
-    """How each row's next token is chosen: at temperature 0 the likeliest, else a random one among the likeliest.
+class RowSampling(NamedTuple):
+    """How the next token of each row is sampled: `requests.Sampling` as arrays.
 
-    What is drawn depends on the row's own seed, number and position alone.
+    What is drawn depends on nothing but the row's own options, seed, prompt and position.
     """
 
     temperature: jax.Array  # float32[B]
-    top_p: jax.Array  # float32[B], see `keep_likeliest`
+    top_p: jax.Array  # float32[B]
     top_k: jax.Array  # int32[B]
     seeds: jax.Array  # uint32[B]
-    numbers: jax.Array  # uint32[B], tells the row's prompt from others
+    prompts: jax.Array  # uint32[B], a hash of each row's prompt
+
+    @classmethod
+    def greedy(cls, rows: int) -> "RowSampling":
+        """Temperature 0, in NumPy arrays that may be written to."""
+        return cls(*(np.zeros(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32, np.uint32)))
 
 
-def prefill(model: Llava, batch: PromptBatch, choice: Choice | None, *, slots: int) -> tuple[jax.Array, KVCache]:
-    """-> the first token of each answer, int32[B], and the cache of the prompts with room for `slots` tokens a row.
+class Slots(NamedTuple):
+    """The answers that are being generated, arrays [B]. A slot at position S is idle."""
 
-    A token sees what precedes it alone, so padding on the right is seen by none, and answers overwrite it.
+    tokens: np.ndarray  # int32, the newest ones
+    positions: np.ndarray  # int32, where these go
+    limits: np.ndarray  # int32, positions at which the answers have all their tokens
+    rows: np.ndarray | None = None  # int32, their rows of the cache; None where slot b has row b
+    sampling: RowSampling | None = None  # None: greedy
+
+
+class Sampled(NamedTuple):
+    """Sampled tokens and their log probabilities, arrays [B, ...]. The latter are zeros, or None, without a report."""
+
+    tokens: jax.Array  # int32; -1 in idle slots
+    logprobs: jax.Array | None = None  # float32
+    top_tokens: jax.Array | None = None  # int32[..., MAX_LOGPROBS], the most likely tokens
+    top_logprobs: jax.Array | None = None  # float32[..., MAX_LOGPROBS]
+
+
+def prefill(model: Llava, batch: PromptBatch, sampling: RowSampling | None, *, size: int) -> tuple[jax.Array, KVCache]:
+    """-> the first token of each answer, int32[B], and the cache of the prompts with room for `size` tokens a row.
+
+    A token sees only what precedes it, so none sees the padding on the right, and answers overwrite it.
     """
-    B, T = batch.tokens.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    hidden_BTD, cache = _forward(model, batch)
+    return _first_token(model, hidden_BTD, batch.lengths, batch.lengths, sampling), grow(cache, size=size)
+
+
+def logits(model: Llava, batch: PromptBatch) -> jax.Array:
+    """The scores of the token after each position of the prompts, float32[B, T, V]."""
+    return model.llm.logits(_forward(model, batch)[0])
+
+
+def _forward(model: Llava, batch: PromptBatch) -> tuple[jax.Array, KVCache]:
+    """-> hidden states [B, T, D], and the cache of the prompts with S = T."""
+    positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape)
     x_BTD = model.embed(batch.tokens, batch.images, batch.image_feature_index)
-    hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT=jnp.ones((B, T), jnp.int32))
-    return _first_token(model, hidden_BTD, batch.lengths, batch.lengths, choice), widen(cache, slots=slots)
+    return model.llm.extend(x_BTD, positions_BT)
 
 
-def fork(
+def prefill_suffixes(
     model: Llava,
-    beginnings: KVCache,
-    beginning_of_B: jax.Array,
+    prefixes: KVCache,
+    prefix_of_B: jax.Array,
     starts_B: jax.Array,
-    ends: PromptBatch,
-    choice: Choice | None,
+    suffixes: PromptBatch,
+    sampling: RowSampling | None,
     *,
-    slots: int,
+    size: int,
 ) -> tuple[jax.Array, KVCache]:
-    """As `prefill`, of prompts whose first `starts_B` tokens are row `beginning_of_B` of another cache."""
-    T = ends.tokens.shape[1]
-    cache = widen(take_rows(beginnings, beginning_of_B, model.llm.config.num_kv_heads), slots=slots)
-    positions_BT = starts_B[:, None] + jnp.arange(T)[None]
-    hidden_BTD, cache = model.llm.decode(model.embed(ends.tokens), positions_BT, cache)
-    return _first_token(model, hidden_BTD, ends.lengths, starts_B + ends.lengths, choice), cache
+    """As `prefill`, of prompts whose first `starts_B` tokens are row `prefix_of_B` of another cache."""
+    cache = grow(jax.tree.map(lambda x_CKSH: x_CKSH[prefix_of_B], prefixes), size=size)
+    positions_BT = starts_B[:, None] + jnp.arange(suffixes.tokens.shape[1])[None]
+    hidden_BTD, cache = model.llm.extend(model.embed(suffixes.tokens), positions_BT, cache)
+    return _first_token(model, hidden_BTD, suffixes.lengths, starts_B + suffixes.lengths, sampling), cache
 
 
-def _first_token(model: Llava, hidden_BTD, lengths_B, positions_B, choice: Choice | None) -> jax.Array:
+def _first_token(model: Llava, hidden_BTD, lengths_B, positions_B, sampling: RowSampling | None) -> jax.Array:
     last_BD = hidden_BTD[jnp.arange(len(lengths_B)), lengths_B - 1]
-    return choose(model.llm.logits(last_BD), positions_B, choice)
+    return sample(model.llm.logits(last_BD), positions_B, sampling)
 
 
 def decode(
     model: Llava,
-    tokens_B: jax.Array,
-    positions_B: jax.Array,
-    finished_B: jax.Array,
-    stop_ids: jax.Array,
     cache: KVCache,
-    choice: Choice | None,
+    slots: Slots,
+    stop_ids: jax.Array,
     steps: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    """What follows `tokens_B`, which go into the cache at `positions_B`.
+    report: jax.Array | None = None,
+    *,
+    max_steps: int = MAX_STEPS,
+) -> tuple[Sampled, KVCache]:
+    """Generates at most `steps` tokens in every slot -> Sampled [B, max_steps], of which so many are written, and the
+    cache. A slot becomes idle at a token of `stop_ids` and at its limit; when all are, the loop ends.
 
-    -> int32[B, MAX_STEPS], of which the first `steps` are written, or fewer if all rows finish before; and the cache.
+    `report` (bool[]) says whether log probabilities are wanted; None compiles a program without them.
     """
+    idle = cache.size
 
-    def unfinished(carry):
-        step, _, _, finished_B, _, _ = carry
-        return (step < steps) & ~finished_B.all()
+    def working(carry: tuple) -> jax.Array:
+        step, _, positions_B, _, _ = carry
+        return (step < steps) & (positions_B < idle).any()
 
-    def advance(carry):
-        step, tokens_B, positions_B, finished_B, cache, written = carry
-        hidden_B1D, cache = model.llm.decode(model.embed(tokens_B[:, None]), positions_B[:, None], cache)
+    def advance(carry: tuple) -> tuple:
+        step, tokens_B, positions_B, cache, generated = carry
+        working_B = positions_B < idle
+        x_B1D = model.embed(tokens_B[:, None])
+        hidden_B1D, cache = model.llm.extend(x_B1D, positions_B[:, None], cache, slots.rows)
+        logits_BV = model.llm.logits(hidden_B1D[:, 0])
         positions_B += 1
-        tokens_B = choose(model.llm.logits(hidden_B1D[:, 0]), positions_B, choice)
-        finished_B |= jnp.isin(tokens_B, stop_ids)
-        return step + 1, tokens_B, positions_B, finished_B, cache, written.at[:, step].set(tokens_B)
+        tokens_B = sample(logits_BV, positions_B, slots.sampling)
+        sampled = with_logprobs(jnp.where(working_B, tokens_B, -1), logits_BV, report)
+        generated = jax.tree.map(lambda all_, new: all_.at[:, step].set(new), generated, sampled)
+        continues_B = working_B & (positions_B < slots.limits) & ~jnp.isin(tokens_B, stop_ids)
+        return step + 1, tokens_B, jnp.where(continues_B, positions_B, idle), cache, generated
 
-    written = jnp.zeros((len(tokens_B), MAX_STEPS), jnp.int32)
-    carry = (jnp.int32(0), tokens_B, positions_B, finished_B, cache, written)
-    *_, cache, written = jax.lax.while_loop(unfinished, advance, carry)
-    return written, cache
+    B = len(slots.tokens)
+    generated = Sampled(jnp.full((B, max_steps), -1, jnp.int32))
+    if report is not None:
+        top = (B, max_steps, MAX_LOGPROBS)
+        logprobs = jnp.zeros((B, max_steps)), jnp.zeros(top, jnp.int32), jnp.zeros(top)
+        generated = Sampled(generated.tokens, *logprobs)
+    carry = (jnp.int32(0), slots.tokens, slots.positions, cache, generated)
+    *_, cache, generated = jax.lax.while_loop(working, advance, carry)
+    return generated, cache
 
 
-def choose(logits_BV: jax.Array, positions_B: jax.Array, choice: Choice | None) -> jax.Array:
-    """The tokens int32[B] that go to `positions_B`; without a choice the likeliest."""
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if choice is None:
-        return likeliest_B
-    random_B = choice.temperature > 0
-    limited_B = random_B & ((choice.top_p < 1) | (choice.top_k > 0))
+def sample(logits_BV: jax.Array, positions_B: jax.Array, sampling: RowSampling | None) -> jax.Array:
+    """The tokens int32[B] for `positions_B`; without `sampling` the most likely ones."""
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if sampling is None:
+        return greedy_B
+    random_B = sampling.temperature > 0
+    limited_B = random_B & ((sampling.top_p < 1) | (sampling.top_k > 0))
 
     def draw() -> jax.Array:
-        tempered_BV = logits_BV / jnp.where(random_B, choice.temperature, 1.0)[:, None]
+        tempered_BV = logits_BV / jnp.where(random_B, sampling.temperature, 1.0)[:, None]
         kept_BV = jax.lax.cond(
-            limited_B.any(), lambda: keep_likeliest(tempered_BV, choice.top_p, choice.top_k), lambda: tempered_BV
+            limited_B.any(), lambda: top_k_top_p(tempered_BV, sampling.top_k, sampling.top_p), lambda: tempered_BV
         )
-        keys_B = jax.vmap(_key)(choice.seeds, choice.numbers, positions_B)
+        keys_B = jax.vmap(_key)(sampling.seeds, sampling.prompts, positions_B)
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
-        return jnp.where(random_B, drawn_B, likeliest_B)
+        return jnp.where(random_B, drawn_B, greedy_B)
 
-    return jax.lax.cond(random_B.any(), draw, lambda: likeliest_B)
+    return jax.lax.cond(random_B.any(), draw, lambda: greedy_B)
 
 
-def keep_likeliest(logits_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """All but the `top_k` likeliest (0: all), and of these the fewest likeliest whose probabilities together reach
-    `top_p` (Holtzman et al. 2020), become -inf. Equal ones go or stay together."""
+def top_k_top_p(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """Sets to -inf all logits but the `top_k` highest (0: all), and of these all but the fewest whose probabilities
+    together reach `top_p` (Holtzman et al. 2020). Equal logits are kept or dropped together."""
     V = logits_BV.shape[1]
     descending_BV = -jnp.sort(-logits_BV, axis=-1)
     ranked_BV = jnp.arange(V)[None] < jnp.where(top_k_B > 0, top_k_B, V)[:, None]
@@ -161,17 +219,28 @@ def keep_likeliest(logits_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array)
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-def _key(seed: jax.Array, number: jax.Array, position: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), position)
+def _key(seed: jax.Array, prompt: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), position)
 
 
-def take_rows(cache: KVCache, rows_B: jax.Array, num_kv_heads: int) -> KVCache:
-    """The cache with row `rows_B[b]` as its row b."""
-    rows_R = (rows_B[:, None] * num_kv_heads + jnp.arange(num_kv_heads)[None]).reshape(-1)
-    return jax.tree.map(lambda x_RSH: x_RSH[rows_R], cache)
+def with_logprobs(tokens_B: jax.Array, logits_BV: jax.Array, report: jax.Array | None) -> Sampled:
+    """The tokens with their log probabilities where `report` is true."""
+    if report is None:
+        return Sampled(tokens_B)
+
+    def logprobs() -> tuple[jax.Array, ...]:
+        logprobs_BV = jax.nn.log_softmax(logits_BV)
+        logprobs_B = jnp.take_along_axis(logprobs_BV, jnp.maximum(tokens_B, 0)[:, None], axis=1)[:, 0]
+        top_logprobs, top_tokens = jax.lax.top_k(logprobs_BV, MAX_LOGPROBS)
+        return logprobs_B, top_tokens, top_logprobs
+
+    def zeros() -> tuple[jax.Array, ...]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(logprobs))
+
+    return Sampled(tokens_B, *jax.lax.cond(report, logprobs, zeros))
 
 
-def widen(cache: KVCache, *, slots: int) -> KVCache:
-    """The cache with room for `slots` tokens a row, if it has less."""
-    added = max(slots - cache.slots, 0)
-    return jax.tree.map(lambda x_RSH: jnp.pad(x_RSH, [(0, 0), (0, added), (0, 0)]), cache)
+def grow(cache: KVCache, *, size: int) -> KVCache:
+    """The cache with room for `size` positions a row, if it has less."""
+    added = max(size - cache.size, 0)
+    return jax.tree.map(lambda x_CKSH: jnp.pad(x_CKSH, [(0, 0), (0, 0), (0, added), (0, 0)]), cache)

@@ -1,8 +1,8 @@
 """Answers many requests at a time with one model.
 
-One thread owns the device and answers (`batch`); `submit` and `Answer` may be used from any other. The greedy answer
-to a request does not depend on what else runs: every dispatch has the same shapes, and a slot's numbers depend on
-nothing in the others.
+One thread owns the device and generates (`batch`); `prepare`, `submit` and `Answer` may be used from any thread. The
+greedy answer to a request is independent of other requests (batch invariance): every dispatch has the same shapes, and
+the computation of a slot uses nothing of the other slots.
 """
 
 import collections
@@ -13,37 +13,38 @@ import time
 import traceback
 
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, track
-from llava_jax.data.conversation import Template
+from llava_jax.data.templates import Template
 from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
-from llava_jax.inference.generate import PromptEncoder, Request, Sampling, default_dtype
+from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, prepare
-from llava_jax.inference.programs import LENGTHS, Programs
+from llava_jax.inference.programs import CHUNK_SIZES, Programs
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import QUANTIZATIONS
-from llava_jax.models.llava import Llava, abstract_params, build
-from llava_jax.parallel.sharding import param_sharding
+from llava_jax.models.llava import Llava
 
-SAMPLES = 1024  # of the time to the first token that `stats` keeps
+MAX_FIRST_TOKEN_TIMES = 1024  # that `stats` keeps
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on."""
+    """Counts since the start, and the current load."""
 
     slots: int
-    busy: int  # slots that answer
-    queued: int  # requests that wait for one
+    busy: int  # slots with an answer
+    queued: int  # requests that wait for a slot
     prompt_tokens: int
-    prefix_tokens: int  # of these, what was not computed again
+    prefix_tokens: int  # of these, those that the prefix cache held
     generated_tokens: int
     finished: int
     cancelled: int
     failed: int
-    first_token_seconds: tuple[float, ...]  # of the last `SAMPLES` answers
+    first_token_seconds: tuple[float, ...]  # of the latest `MAX_FIRST_TOKEN_TIMES` answers
 
 
 COUNTS = ("prompt_tokens", "prefix_tokens", "generated_tokens", "finished", "cancelled", "failed")
@@ -51,16 +52,16 @@ COUNTS = ("prompt_tokens", "prefix_tokens", "generated_tokens", "finished", "can
 
 class Engine:
     """Args:
-    model: its layers are rearranged for decoding.
-    prompts: what requests are to it.
+    model: its layers are rearranged for decoding; use it only through the engine from then on.
+    prompts: the tokenizer and template of the model.
     slots: answers at a time.
-    context: positions of a prompt and its answer; by default as many as the model knows.
+    context: positions of a prompt and its answer; by default as many as the model has.
     queue: requests that may wait for a slot.
-    kept: conversations that are kept besides those in slots, so that their next turn begins where they ended; by
-      default half as many as slots.
-    pictures: features of so many pictures are kept.
-    quantize: "int8" stores the decoder's weights in eight bits; None as they are.
-    mesh: what the model's parameters lie on.
+    kept: rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
+      by default half as many as slots.
+    images: for how many images the features are cached.
+    quantize: "int8" stores the decoder's weights in eight bits.
+    mesh: over which the model's parameters are sharded.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Engine:
         context: int | None = None,
         queue: int = 64,
         kept: int | None = None,
-        pictures: int = 64,
+        images: int = 64,
         quantize: str | None = None,
         mesh: Mesh | None = None,
     ):
@@ -83,25 +84,25 @@ class Engine:
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
         self.tokenizer, self.template = prompts.tokenizer, prompts.template
-        self._conversations = slots + (slots // 2 if kept is None else kept)
-        self._pictures = max(pictures, LENGTHS[-1] // self.config.image_tokens + 2)  # those of a piece of a prompt
+        self._rows = slots + (slots // 2 if kept is None else kept)
+        self._images = max(images, CHUNK_SIZES[-1] // self.config.image_tokens + 2)  # at least those of a chunk
         self._programs = Programs(
             model,
             slots=slots,
-            conversations=self._conversations,
+            rows=self._rows,
             positions=self.context,
-            pictures=self._pictures,
+            images=self._images,
             stop_ids=prompts.stop_ids,
             int8=quantize == "int8",
             mesh=mesh,
         )
         self._prompts, self._limit = prompts, queue
-        self._encoding = threading.Lock()  # tokenizers are not made for many threads
-        self._changed = threading.Condition()  # guards what follows
-        self._waiting: collections.deque[tuple[Answer, PreparedPrompt]] = collections.deque()
+        self._preparing = threading.Lock()  # tokenizers are not thread-safe
+        self._changed = threading.Condition()  # guards the fields below
+        self._waiting: collections.deque[Answer] = collections.deque()
         self._closing, self._draining = False, True
         self._counts = collections.Counter()
-        self._first_token_seconds: collections.deque[float] = collections.deque(maxlen=SAMPLES)
+        self._first_token_seconds: collections.deque[float] = collections.deque(maxlen=MAX_FIRST_TOKEN_TIMES)
         self._answer_seconds = 1.0  # a moving mean
         self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,63 +118,62 @@ class Engine:
         mesh: Mesh | None = None,
         **options,
     ) -> "Engine":
-        """Loads the weights in `dtype` (see `default_dtype`), on a mesh as training lays them out."""
-        dtype, shapes = jnp.dtype(dtype or default_dtype()), abstract_params(checkpoint.config)
-
-        def place(name: str) -> NamedSharding:
-            return param_sharding(mesh, name, shapes[name].shape)
-
-        params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=place if mesh is not None else None)
-        model = build(checkpoint.config, params, dtype)
-        del params  # whose arrays are rearranged one by one
+        """Loads the weights of a checkpoint in `dtype` (see `generate.default_dtype`), sharded over `mesh` as in
+        training. `options` are those of the class."""
+        model = load_model(checkpoint, dtype, mesh and mesh_sharding(checkpoint.config, mesh))
         return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), mesh=mesh, **options)
 
     @property
     def capacity(self) -> int:
-        """Requests that it holds at a time: those it answers and those that wait."""
+        """The number of requests that can be answered or wait at a time."""
         return self.slots + self._limit
 
     def warm_up(self) -> None:
-        """Compiles what answering takes, which would else happen when it is first needed; then `ready`."""
+        """Compiles all programs, which would otherwise be compiled when first used. The engine is `ready` then."""
         for name in track(self._programs.names(), "compiling"):
             self._programs.compile(name)
         with self._changed:
             self.ready = not self._closing
 
-    def count_tokens(self, request: Request) -> int:
-        """Positions that its prompt takes, pictures included. Raises UserError where it is malformed."""
-        with self._encoding:
-            return len(self._prompts.encode(request).tokens)
+    def prepare(self, request: Request) -> PreparedPrompt:
+        """Tokenizes a request and preprocesses its images: do it once for any number of answers.
 
-    def room(self, request: Request) -> int:
+        Raises `UserError` where the request is malformed, or an image missing or damaged.
+        """
+        with self._preparing:
+            return prepare(self._prompts, request)
+
+    def room(self, prompt: PreparedPrompt) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
-        return self.context - self.count_tokens(request)
+        return self.context - len(prompt.tokens)
 
-    def submit(self, request: Request, sampling: Sampling, sink: Sink | None = None) -> Answer:
-        """Hands over a request. With a `sink`, which must not block, the answer is not iterated.
+    def submit(self, prompt: Request | PreparedPrompt, sampling: Sampling, sink: Sink | None = None) -> Answer:
+        """Queues a request. With a `sink`, which must not block, the answer is not iterated.
 
         Raises:
-          UserError: it is malformed or a picture is damaged.
-          ContextExceeded: with `max_new_tokens` it is beyond the context.
-          QueueFull: too many wait already.
+          UserError: the request is malformed, or an image missing or damaged.
+          ContextExceeded: prompt and `max_new_tokens` are more than the context.
+          QueueFull: too many requests wait already.
           EngineClosed: the engine is closed or closing.
         """
-        length, new = self.count_tokens(request), sampling.max_new_tokens
-        if length + new > self.context:
+        if isinstance(prompt, Request):
+            prompt = self.prepare(prompt)
+        length, new = len(prompt.tokens), sampling.max_new_tokens
+        if new > self.room(prompt):
             raise ContextExceeded(
-                f"request {request}: its prompt takes {length} positions and the answer up to {new}, but the context "
-                f"has {self.context}: shorten the conversation or lower max-new-tokens",
+                f"request {prompt.request}: its prompt takes {length} positions and the answer up to {new}, but the "
+                f"context has {self.context}: shorten the conversation or lower max-new-tokens",
                 length,
                 new,
                 self.context,
             )
-        self._check_room()
-        with self._encoding:
-            prompt = prepare(self._prompts, request)
-        answer = Answer(request, sampling, length, sink)
+        answer = Answer(prompt, sampling, sink)
         with self._changed:
-            self._check_room()
-            self._waiting.append((answer, prompt))
+            if self._closing:
+                raise EngineClosed("the engine is shutting down")
+            if len(self._waiting) + len(self._batch.running) >= self.capacity:
+                raise QueueFull(math.ceil(self._answer_seconds / self.slots))
+            self._waiting.append(answer)
             self._changed.notify_all()
         return answer
 
@@ -187,25 +187,19 @@ class Engine:
                 **{name: self._counts[name] for name in COUNTS},
             )
 
-    def forget(self) -> None:
-        """Forgets what was computed for earlier requests. Only while nothing runs."""
+    def clear_caches(self) -> None:
+        """Empties the prefix cache and forgets the features of images. Only while nothing runs."""
         self._batch = self._new_batch()
 
     def close(self, drain: bool = True) -> None:
-        """Takes no more requests. Finishes those that it has, or cancels them without `drain`; then returns."""
+        """Takes no more requests. Finishes the accepted ones, or cancels them without `drain`; then returns."""
         with self._changed:
             self._closing, self._draining, self.ready = True, drain and self._draining, False
             self._changed.notify_all()
         self._thread.join()
 
-    def _check_room(self) -> None:
-        if self._closing:
-            raise EngineClosed("the engine is shutting down")
-        if len(self._waiting) + len(self._batch.running) >= self.capacity:
-            raise QueueFull(math.ceil(self._answer_seconds / self.slots))
-
     def _new_batch(self) -> Batch:
-        return Batch(self._programs, self._prompts, self._conversations, self._pictures)
+        return Batch(self._programs, self._prompts, self._rows, self._images)
 
     # ------------------------------------------------------------------------------------------- the engine's thread
 
@@ -213,10 +207,10 @@ class Engine:
         try:
             while self._wait():
                 self._step()
-        finally:  # if not even beginning anew was possible, nobody may wait for ever
+        finally:  # also where the restart after a failure failed: no client may wait forever
             with self._changed:
                 self._closing, self.ready = True, False
-                left = [answer for answer, _ in self._waiting]
+                left = list(self._waiting)
                 self._waiting.clear()
             for answer in left:
                 self._count(answer, failed=True)
@@ -227,27 +221,27 @@ class Engine:
             self._enter()
             for answer in self._batch.step():
                 self._count(answer)
-        except Exception as error:  # what the device raises; nothing of the arrays there can be trusted
+        except Exception as error:  # raised by the device: its arrays cannot be trusted any more
             traceback.print_exception(error)
             self._fail(error)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False if there never will be."""
+        """Waits for work; False once the engine is closing and has none."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._batch.running or self._closing)
             if self._closing and not self._draining:
-                for answer in [answer for answer, _ in self._waiting] + [r.answer for r in self._batch.running]:
+                for answer in [*self._waiting, *(running.answer for running in self._batch.running)]:
                     answer.cancel()
             return bool(self._waiting or self._batch.running)
 
     def _enter(self) -> None:
-        """Fills the free slots. Who was cancelled leaves the queue."""
+        """Fills the free slots, and removes cancelled requests from the queue."""
         with self._changed:
-            gone = [answer for answer, _ in self._waiting if answer.cancelled]
-            self._waiting = collections.deque(pair for pair in self._waiting if not pair[0].cancelled)
+            cancelled = [answer for answer in self._waiting if answer.cancelled]
+            self._waiting = collections.deque(answer for answer in self._waiting if not answer.cancelled)
             while self._waiting and not self._batch.full:
-                self._batch.enter(*self._waiting.popleft())
-        for answer in gone:
+                self._batch.enter(self._waiting.popleft())
+        for answer in cancelled:
             answer.finish("cancelled")
             self._count(answer)
 
@@ -264,7 +258,7 @@ class Engine:
                 self._answer_seconds += 0.1 * (time.monotonic() - answer.submitted - self._answer_seconds)
 
     def _fail(self, error: Exception) -> None:
-        """Ends what runs, and begins anew."""
+        """Fails the running answers, and starts again with empty caches."""
         failed = [running.answer for running in self._batch.running]
         self._batch = self._new_batch()
         for answer in failed:

@@ -1,4 +1,4 @@
-"""Shapes of the model, and the published ones as presets."""
+"""Configuration of the model, and the published models as presets."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS, Registry
 # CLIP's own statistics of its training images, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for answering
-# The smallest and the largest value of each number below: beyond all models, and within what memory can be asked for.
+QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for inference
+# The smallest and the largest value of each number below: wider than all models, and small enough to allocate.
 LIMITS = {
     "hidden_size": (1, 2**17),
     "intermediate_size": (1, 2**20),
@@ -37,7 +37,7 @@ LIMITS = {
 
 
 def check_fields(config: Any) -> None:
-    """Raises `ValueError` for a field of a dataclass that is not of its type or not within `LIMITS`, NaN included."""
+    """Raises `ValueError` for a field of a dataclass that has another type or is not within `LIMITS`, as NaN is not."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None and "None" in str(field.type):
@@ -53,7 +53,7 @@ def check_fields(config: Any) -> None:
 
 
 def check_channels(name: str, values: Any) -> None:
-    """Raises `ValueError` unless these are the statistics of three channels, which pixels can be normalized with."""
+    """Raises `ValueError` unless these are statistics of three channels with which pixels can be normalized."""
     numbers = isinstance(values, list | tuple) and [v for v in values if isinstance(v, int | float) and abs(v) < 1e6]
     if not numbers or len(numbers) != 3 or len(values) != 3 or any(isinstance(value, bool) for value in values):
         raise ValueError(f"{name} is {shown(values)}, not three numbers")
@@ -61,17 +61,20 @@ def check_channels(name: str, values: Any) -> None:
         raise ValueError(f"{name} is {shown(values)}, of which none may be 0 or less")
 
 
+REGISTER_FIRST = "a module that registers another one has to be imported first, see docs/extending.md"
+
+
 def require_registered(name: str, value: Any, registry: Registry) -> None:
     """Raises `ValueError` unless something is registered under this name: see `models.registry`."""
     if value not in registry:
-        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}")
+        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}; {REGISTER_FIRST}")
 
 
 def check_projector_type(projector_type: str) -> None:
     """Raises `ValueError` unless it matches the pattern of a registered kind of projector."""
     if not any(re.fullmatch(pattern, projector_type) for pattern in PROJECTORS):
-        others = "".join(f" or of the form {pattern}" for pattern in list(PROJECTORS)[1:])
-        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu){others}")
+        known = ["'linear'", "'mlpNx_gelu' (as mlp2x_gelu)", *list(PROJECTORS)[1:]]
+        raise ValueError(f"projector_type is {projector_type!r}, not {' or '.join(known)}; {REGISTER_FIRST}")
 
 
 def require_multiple(name: str, value: int, of_name: str, of: int) -> None:
@@ -94,7 +97,7 @@ class VisionConfig:
     patch_size: int
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"
-    projection_dim: int = 768  # of CLIP's own head, which LLaVA does not have; kept for export
+    projection_dim: int = 768  # of CLIP's head, which LLaVA does not use; kept for export
     kind: str = "clip"  # or "siglip", or another of `models.towers`
     ACTIVATIONS: ClassVar[tuple[str, ...]] = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
@@ -130,12 +133,12 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary embedding turns slower, for a context longer than that of pretraining."""
+    """Slower rotary embeddings, for a longer context than that of pretraining."""
 
-    kind: str  # "linear": all frequencies alike; "llama3": those of long waves only (Dubey et al. 2024, LLaMA 3.1)
+    kind: str  # "linear": all frequencies; "llama3": only low ones (Dubey et al. 2024, LLaMA 3.1)
     factor: float
-    # Of "llama3": what turns at most `low_freq_factor` times in the context of pretraining turns slower by the whole
-    # factor, what turns `high_freq_factor` times or more is left as it is, what is between is in between.
+    # "llama3" divides frequencies with at most `low_freq_factor` turns in the context of pretraining by `factor`, keeps
+    # those with at least `high_freq_factor` turns, and interpolates between them.
     original_max_position_embeddings: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -186,16 +189,16 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model, how its images are prepared, and where they stand in a question."""
+    """The model, the preprocessing of its images, and their position in a turn."""
 
     vision: VisionConfig
     text: TextConfig
     projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
     select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
-    select_feature: str = "patch"  # drops the class token, if there is one; "cls_patch" keeps it
+    select_feature: str = "patch"  # without the class token; "cls_patch" keeps it
     image_aspect: str = "pad"  # how an image becomes a square: "square" (crop), "pad" or "resize"
     image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
-    im_start_end: bool = False  # whether images stand between <im_start> and <im_end>, as in some of the first LLaVAs
+    im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
@@ -217,7 +220,7 @@ class LlavaConfig:
 
     @property
     def vision_layers_used(self) -> int:
-        """How many layers run before the selected features; later ones are stored, never computed."""
+        """Number of layers up to the selected features; later ones are stored but never run."""
         if self.select_layer >= 0:
             return self.select_layer
         return self.vision.num_layers + 1 + self.select_layer

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import attention_by_head, by_head, cached_attention, within_window
+from llava_jax.models.attention import attention_by_head, cached_attention, within_window
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers, unstack_layers
@@ -19,27 +19,14 @@ from llava_jax.models.registry import FAMILIES
 
 
 class KVCache(NamedTuple):
-    """Keys and values of each layer, [R, S, H] with R = B K: slot s of a row's head is the token at position s.
-
-    Were B and K apart, XLA's CPU backend would copy the cache at every token.
-    """
+    """Keys and values of each layer, [C, K, S, H]: entry s of a row is the token at position s of its sequence."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
     @property
-    def slots(self) -> int:
-        return self.k[0].shape[1]
-
-
-class Conversations(NamedTuple):
-    """Keys and values of C conversations, each layer's [C, K, S, H]; what has position S is in none of them."""
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-
-    @property
-    def positions(self) -> int:
+    def size(self) -> int:
+        """S, the number of positions that a row has room for."""
         return self.k[0].shape[2]
 
 
@@ -66,62 +53,55 @@ class Llama(nnx.Module):
 
         def step(x_BTD: jax.Array, layer: LlamaLayer) -> jax.Array:
             layer = execution.gather("llm.layers", layer)
-            return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)[0]
+            return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)
 
         with jax.named_scope("llama_layers"):
             return self.norm(execution.scan_layers(step, x_BTD, self.layers))
 
-    def prefill(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """As calling, and the keys and values of the prompt with S = T."""
-        rotation = self.rotation(positions_BT)
-        keys, values = [], []
-        for layer in self.each_layer():
-            x_BTD, (k_BTKH, v_BTKH) = layer(x_BTD, rotation, segment_ids_BT)
-            keys.append(by_head(k_BTKH))
-            values.append(by_head(v_BTKH))
-        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
-
-    def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """T more tokens a row (one, as a rule): -> hidden [B, T, D] and the cache with their slots filled.
-
-        A token sees all slots up to its own. What lies past the end of the cache is written to its last slot.
-        """
-        rotation = self.rotation(positions_BT)
-        before_BTS = positions_BT[:, :, None] - jnp.arange(cache.slots)[None, None]
-        seen_BTS = within_window(before_BTS, self.config.sliding_window)
-        slots_RT = jnp.repeat(positions_BT, self.config.num_kv_heads, axis=0)
-        heads_R1 = jnp.arange(len(slots_RT))[:, None]
-        keys, values = [], []
-        for layer, k_RSH, v_RSH in zip(self.each_layer(), *cache, strict=True):
-            q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
-            keys.append(k_RSH.at[heads_R1, slots_RT].set(by_head(k_BTKH), mode="clip"))
-            values.append(v_RSH.at[heads_R1, slots_RT].set(by_head(v_BTKH), mode="clip"))
-            x_BTD = layer.feed(x_BTD, attention_by_head(q_BTNH, keys[-1], values[-1], seen_BTS))
-        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
-
     def extend(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, conversations_B: jax.Array, cache: Conversations
-    ) -> tuple[jax.Array, Conversations]:
-        """T more tokens of the conversations of these numbers: -> hidden [B, T, D] and the cache with them in it.
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+        rows_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """T more tokens of B sequences -> hidden states [B, T, D], and the cache with their keys and values.
 
-        The positions of a row follow each other; from S on there is no token.
+        A token sees its sequence up to its own position. The forward of answering: layer by layer, without gradients.
+
+        Args:
+          x_BTD: embedded tokens.
+          positions_BT: int32. Those of a sequence follow each other. A token at position S or beyond is padding: it is
+            not stored, and its hidden state means nothing.
+          cache: of the tokens before; None where these are the first: the cache that is returned has S = T.
+          rows_B: the row of the cache that holds each sequence; None where sequence b is row b.
         """
-        rotation = self.rotation(positions_BT)
+        rotation, window = self.rotation(positions_BT), self.config.sliding_window
         B, T = positions_BT.shape
-        K = self.config.num_kv_heads
-        places = (conversations_B.reshape(B, 1, 1), jnp.arange(K).reshape(1, K, 1), positions_BT.reshape(B, 1, T))
+        stored_BS = positions_BT if cache is None else jnp.arange(cache.size)[None]
+        seen_BTS = within_window(positions_BT[:, :, None] - stored_BS[:, None], window)
+        rows_B11 = jnp.arange(B).reshape(B, 1, 1) if rows_B is None else rows_B.reshape(B, 1, 1)
+        entries = (rows_B11, jnp.arange(self.config.num_kv_heads)[None, :, None], positions_BT[:, None])
+
+        def attend(q_BTNH: jax.Array, k_CKSH: jax.Array, v_CKSH: jax.Array) -> jax.Array:
+            if rows_B is not None:
+                return cached_attention(q_BTNH, k_CKSH, v_CKSH, rows_B, positions_BT, window)
+            # The rows of a batch are about as long as each other: looking at all S positions at once is faster then.
+            k_RSH, v_RSH = (x.reshape(-1, *x.shape[2:]) for x in (k_CKSH, v_CKSH))
+            with jax.named_scope("attention"):
+                return attention_by_head(q_BTNH, k_RSH, v_RSH, seen_BTS)
+
         keys, values = [], []
-        for layer, k_CKSH, v_CKSH in zip(self.each_layer(), *cache, strict=True):
-            q_BTNH, k_BTKH, v_BTKH = layer.queries_keys_values(x_BTD, rotation)
-            keys.append(k_CKSH.at[places].set(k_BTKH.swapaxes(1, 2), mode="drop"))
-            values.append(v_CKSH.at[places].set(v_BTKH.swapaxes(1, 2), mode="drop"))
-            attended = cached_attention(
-                q_BTNH, keys[-1], values[-1], conversations_B, positions_BT, self.config.sliding_window
-            )
-            x_BTD = layer.feed(x_BTD, attended)
-        return self.norm(x_BTD), Conversations(tuple(keys), tuple(values))
+        for i, layer in enumerate(self.each_layer()):
+            q_BTNH, *new = layer.queries_keys_values(x_BTD, rotation)
+            k_BKTH, v_BKTH = (x_BTKH.swapaxes(1, 2) for x_BTKH in new)
+            if cache is not None:
+                k_BKTH = cache.k[i].at[entries].set(k_BKTH, mode="drop")
+                v_BKTH = cache.v[i].at[entries].set(v_BKTH, mode="drop")
+            keys.append(k_BKTH)
+            values.append(v_BKTH)
+            x_BTD = layer.after_attention(x_BTD, attend(q_BTNH, keys[i], values[i]))
+        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
 
     def unstack_layers(self, transposed: bool = False) -> None:
         """Arranges the layers for decoding, which is bound by reading their weights: as a list, and if `transposed`
@@ -204,18 +184,15 @@ class LlamaLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(
-        self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """-> the new x and this layer's rotated keys and values [B, T, K, H]."""
+    def __call__(self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE) -> jax.Array:
         q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.feed(x_BTD, execution.attend(q, k, v, segment_ids_BT, self.attention.window)), (k, v)
+        return self.after_attention(x_BTD, execution.attend(q, k, v, segment_ids_BT, self.attention.window))
 
     def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attention.project(self.input_layernorm(x_BTD), rotation)
 
-    def feed(self, x_BTD, attended_BTNH) -> jax.Array:
-        """What follows attention."""
+    def after_attention(self, x_BTD, attended_BTNH) -> jax.Array:
+        """The rest of the layer: the attention's output projection, and the MLP."""
         x_BTD += self.attention.o_proj(attended_BTNH.reshape(*x_BTD.shape[:2], -1))
         with jax.named_scope("mlp"):
             x_BTD += self.mlp(self.post_attention_layernorm(x_BTD))

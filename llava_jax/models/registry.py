@@ -1,28 +1,33 @@
-"""The registered vision towers, decoder families and projectors, by name.
+"""The registered vision towers, decoder families and projectors.
 
-Each is one object that says everything about itself; see the docstrings of `towers`, `families` and `projectors`.
+Each is one object that says everything about itself; see `towers.Tower`, `families.Family`, `projectors.ProjectorKind`.
 """
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
-
-Registered = TypeVar("Registered")
+from typing import Any
 
 
-class Registry(Mapping, Generic[Registered]):
+class Registry(Mapping):
     """Objects by key. Those of the package are imported when they are first looked up: their modules import JAX."""
 
-    def __init__(self, **modules: str):
-        self._modules = modules
-        self._objects: dict[str, Registered] = {}
+    def __init__(self, attribute: str, package: str, **modules: str):
+        self._attribute = attribute  # of a class that has its key
+        self._modules = {key: f"llava_jax.models.{package}.{module}" for key, module in modules.items()}
+        self._objects: dict[str, Any] = {}
 
-    def register(self, key: str, value: Registered) -> None:
-        if key in self._objects or self._modules.get(key, value.__module__) != value.__module__:
+    def register(self, cls: type) -> type:
+        """Class decorator: makes an object of the class known. Raises ValueError if its key is taken."""
+        from llava_jax.parallel.sharding import PARAMETER_AXES
+
+        key = getattr(cls, self._attribute)
+        if key in self._objects or self._modules.get(key, cls.__module__) != cls.__module__:
             raise ValueError(f"{key!r} is registered already")
-        self._objects[key] = value
+        self._objects[key] = cls()
+        PARAMETER_AXES.extend(cls.parameter_axes)
+        return cls
 
-    def __getitem__(self, key: str) -> Registered:
+    def __getitem__(self, key: str) -> Any:
         if key not in self._objects and key in self._modules:
             importlib.import_module(self._modules[key])
         return self._objects[key]
@@ -31,18 +36,13 @@ class Registry(Mapping, Generic[Registered]):
         return isinstance(key, str) and (key in self._modules or key in self._objects)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._modules, *self._objects)))
+        return iter({**self._modules, **self._objects})
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len({**self._modules, **self._objects})
 
 
-_PACKAGE = "llava_jax.models"
-# By `VisionConfig.kind`: objects of `towers.Tower`.
-TOWERS: Registry = Registry(clip=f"{_PACKAGE}.towers.clip", siglip=f"{_PACKAGE}.towers.siglip")
-# By the `model_type` of transformers: objects of `families.Family`.
-FAMILIES: Registry = Registry(
-    llama=f"{_PACKAGE}.families.llama", mistral=f"{_PACKAGE}.families.mistral", qwen2=f"{_PACKAGE}.families.qwen2"
-)
-# By a regular expression of `LlavaConfig.projector_type`: objects of `projectors.ProjectorKind`.
-PROJECTORS: Registry = Registry(**{r"linear|mlp([1-9]\d?)x_gelu": f"{_PACKAGE}.projectors.mlp"})
+# By `VisionConfig.kind`, the `model_type` of transformers, and a regular expression of `LlavaConfig.projector_type`.
+TOWERS = Registry("name", "towers", clip="clip", siglip="siglip")
+FAMILIES = Registry("name", "families", llama="llama", mistral="mistral", qwen2="qwen2")
+PROJECTORS = Registry("pattern", "projectors", **{r"linear|mlp([1-9]\d?)x_gelu": "mlp"})

@@ -12,20 +12,29 @@ import anyio
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.prefix_cache import PreparedPrompt
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 
 PING_SECONDS = 15.0  # after which someone who waits hears that the server is alive
 
 
-class Answers:
-    """One answer to `request` for each of `samplings`. No thread waits for them: the engine's own brings the pieces."""
+async def prepare(engine: Engine, request: Request) -> PreparedPrompt:
+    """`Engine.prepare` in a thread. Raises ApiError."""
+    try:
+        return await anyio.to_thread.run_sync(engine.prepare, request)
+    except UserError as error:
+        _raise(error)
 
-    def __init__(self, engine: Engine, metrics: Metrics, request: Request, samplings: Sequence[Sampling]):
+
+class Answers:
+    """One answer to `prompt` for each of `samplings`. No thread waits for them: the engine's own brings the pieces."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, prompt: PreparedPrompt, samplings: Sequence[Sampling]):
         self.answers: list[Answer] = []
         self._cancelled = False
-        self._engine, self._metrics, self._request, self._samplings = engine, metrics, request, samplings
+        self._engine, self._metrics, self._prompt, self._samplings = engine, metrics, prompt, samplings
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._start = time.monotonic()
@@ -40,7 +49,7 @@ class Answers:
 
     def _submit(self) -> None:
         for index, sampling in enumerate(self._samplings):
-            self.answers.append(self._engine.submit(self._request, sampling, sink=functools.partial(self._put, index)))
+            self.answers.append(self._engine.submit(self._prompt, sampling, sink=functools.partial(self._put, index)))
             if self._cancelled:  # by a loop that does not wait for this thread
                 return self.cancel()
 

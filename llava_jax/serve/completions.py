@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
@@ -19,10 +18,10 @@ from openai.types.chat import chat_completion_chunk as streamed
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.types import Receive, Scope, Send
 
-from llava_jax.inference import generate
+from llava_jax.inference import requests
 from llava_jax.inference.answer import TokenLogprob
 from llava_jax.inference.engine import Engine
-from llava_jax.serve.answers import Answers
+from llava_jax.serve.answers import Answers, prepare
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.pictures import Reader
@@ -88,11 +87,9 @@ class Chat:
             raise unknown_model(body.model, self._model)
         self._refuse_oversize(body)
         turns, urls, begun = read_messages(body.messages, self._marks, self._interleaved)
-        request = generate.Request(turns, await self._reader.read(urls), begun)
-        longest = body.max_completion_tokens or body.max_tokens
-        if longest is None:
-            longest = max(1, await anyio.to_thread.run_sync(self._engine.room, request))
-        answers = Answers(self._engine, self._metrics, request, _samplings(body, longest))
+        prompt = await prepare(self._engine, requests.Request(turns, await self._reader.read(urls), begun))
+        longest = body.max_completion_tokens or body.max_tokens or max(1, self._engine.room(prompt))
+        answers = Answers(self._engine, self._metrics, prompt, _samplings(body, longest))
         await answers.submit()
         return answers
 
@@ -117,12 +114,12 @@ def unknown_model(name: str, served: str) -> ApiError:
     return ApiError(404, f"model {name!r} is not served here: there is {served!r}", "model_not_found", "model")
 
 
-def _samplings(body: ChatRequest, longest: int) -> list[generate.Sampling]:
+def _samplings(body: ChatRequest, longest: int) -> list[requests.Sampling]:
     """One for each of the `n` answers, which differ by their seeds."""
     seed = secrets.randbits(32) if body.seed is None else body.seed
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return [
-        generate.Sampling(
+        requests.Sampling(
             temperature=TEMPERATURE if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=max(0, body.top_k or 0),

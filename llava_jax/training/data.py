@@ -6,13 +6,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from llava_jax.data.conversation import with_im_start_end
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import cached_lengths, keep_lengths, measure
 from llava_jax.data.mixture import check_folders, open_data, visits
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import Room, pack_orders
 from llava_jax.data.plan import Layout, Lengths, Order, plan_layout, split
+from llava_jax.data.templates import with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.parallel import distributed
 from llava_jax.training import config_check

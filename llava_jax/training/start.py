@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from llava_jax import remote
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, open_step
 from llava_jax.cli import UserError, warn
-from llava_jax.data.conversation import Template, choose_template, get_template
+from llava_jax.data.templates import Template, choose_template, get_template
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.parallel import distributed
 from llava_jax.training.workdir import resumes, start_step

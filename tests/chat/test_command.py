@@ -18,7 +18,8 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import Piece
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +194,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(session, engine, generat
 
     interrupted, submit, asked = Interrupted(), engine.submit, []
 
-    def record(request, sampling):
-        asked.append(request)
-        return interrupted if len(asked) == 1 else submit(request, sampling)
+    def record(prompt, sampling):
+        asked.append(prompt.request)
+        return interrupted if len(asked) == 1 else submit(prompt, sampling)
 
     monkeypatch.setattr(engine, "submit", record)
     out, err = session("Hello", "Go on")
@@ -219,7 +220,7 @@ def test_sampling_follows_seed_and_temperature(session):
 
 def test_the_longest_answer_is_what_the_context_has_room_for(engine, monkeypatch):
     long, short = Request([("user", "word " * 400)]), Request([("user", "Hello")])
-    room, asked, submit = engine.room(long), [], engine.submit
+    room, asked, submit = engine.room(engine.prepare(long)), [], engine.submit
 
     def record(request, sampling):
         asked.append(sampling.max_new_tokens)

@@ -17,7 +17,8 @@ from forward import logits
 from PIL import Image
 
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.inference.generate import Generator, Request
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request
 
 VERSIONS = sorted(path.parent.name for path in Path(".venv-compat").glob("*/.ready"))
 QUESTION = "What is the colour of the shape?"

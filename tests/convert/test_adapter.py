@@ -109,7 +109,7 @@ def test_bases_of_every_layout(layout, tmp_path):
     ("settings", "flags", "message"),
     [
         ({}, [], r"is an adapter of a LLaVA of transformers: give --base DIR, .* \(llava-hf/x\)"),
-        ({}, ["--base", "llm"], "is no LLaVA of transformers"),
+        ({}, ["--base", "llm"], "not a LLaVA of transformers"),
         ({}, ["--base", "base", "--vision", "llm"], "leave --vision out"),
         ({"use_dora": True}, ["--base", "base"], "use_dora is True"),
         (

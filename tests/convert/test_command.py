@@ -46,10 +46,12 @@ from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.shards import write_shards
-from llava_jax.data.conversation import get_template, place_images, render
+from llava_jax.data.conversation import place_images, render
 from llava_jax.data.images import preprocess
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
-from llava_jax.inference.generate import Generator, Request
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request
 from llava_jax.models.llava import abstract_params
 from llava_jax.training.loop import train
 
@@ -345,7 +347,7 @@ def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha2
         (spoil_json("config.json", model_type="llava_next"), "model_type is 'llava_next'"),
         (spoil_json("config.json", projector_hidden_act="linear"), "linear_2 is not the identity"),
         (incomplete_index, "the shards lack lost.weight"),
-        (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which is not beside it; download it again"),
+        (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which does not exist; download it again"),
         (truncated_shard, r"model-00002-of-\d+.safetensors: not a whole safetensors file"),
         (twice_in_shards, "holds language_model.model.norm.weight, as another file beside it does"),
         (twice_in_layouts, "lm_head.weight and (language_model.)?lm_head.weight are the same tensor"),

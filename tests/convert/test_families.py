@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoProcessor, SiglipConfig, SiglipModel
 
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.towers.siglip import SIGLIP_MEAN
 
 

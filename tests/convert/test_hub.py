@@ -111,7 +111,7 @@ def test_gated_models_want_a_token(hub, llava, monkeypatch):
     [
         (
             "org/lava",
-            "--llm org/lava: no such directory, and http://.* has no such model, or only for those who may see it",
+            "--llm org/lava: no such directory, and http://.* has no such model, or a private one",
         ),
         ("org/llava@v2", "there is no branch, tag or commit v2 of it"),
         ("lava", "^lava: no such file or directory"),

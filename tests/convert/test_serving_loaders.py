@@ -69,7 +69,7 @@ def exported(request, tmp_path_factory):
 
 def test_every_tensor_has_a_place_in_both(exported):
     model, directory, _ = exported
-    names = open_directory(directory).names
+    names = list(open_directory(directory))
     for name in names:
         for old, new in VLLM_MAPPER.items():
             assert not name.startswith(old), "renamed by the newer vLLM only"
@@ -119,7 +119,7 @@ def test_sglang_takes_the_original_layout(name, tmp_path):
         "model.mm_projector.2": "multi_modal_projector.linear_2",
         "model.vision_tower.vision_tower": "vision_tower",
     }
-    for tensor in open_directory(tmp_path / "o").names:
+    for tensor in open_directory(tmp_path / "o"):
         for old, new in renamed.items():
             tensor = tensor.replace(old, new)
         module, _, inside = tensor.partition(".")

@@ -6,8 +6,8 @@ import pytest
 
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
-from llava_jax.data.conversation import TEMPLATES, get_template
 from llava_jax.data.template_fit import missing_marks, require_fit, template_of
+from llava_jax.data.templates import TEMPLATES, get_template
 from llava_jax.data.tokenization import load_tokenizer
 
 SENTENCEPIECE = ("v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct", "zephyr")

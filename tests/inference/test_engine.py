@@ -15,7 +15,8 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import PromptEncoder, Request, Sampling
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
 from tests.inference.test_generate import CONFIG, PICTURES, TEMPLATE, generator, params, question, tokenizer
 
@@ -121,11 +122,11 @@ def test_the_next_turn_computes_neither_earlier_turns_nor_the_picture_again(engi
     second = engine.submit(follow_up, REPORTED)
     reused, logprobs = collect(second)
     assert len(encoded) == 1
-    length = engine.count_tokens(first)
+    length = len(engine.prepare(first).tokens)
     assert length - 2 <= second.prefix_tokens < second.prompt_tokens
     assert engine.stats().prefix_tokens - before.prefix_tokens >= length - 2
     assert reused == generator().answer([follow_up], SHORT)[0]
-    engine.forget()
+    engine.clear_caches()
     anew = engine.submit(follow_up, REPORTED)
     text_anew, logprobs_anew = collect(anew)
     assert anew.prefix_tokens == 0 and text_anew == reused
@@ -158,16 +159,16 @@ def test_cancelling_frees_the_slot_and_the_others_go_on(engine):
 
 
 def test_who_is_cancelled_in_the_queue_or_in_a_prompt_never_begins(engine, monkeypatch):
-    extend, pieces, submitted = engine._programs.extend, [], threading.Event()
+    prefill, pieces, submitted = engine._programs.prefill, [], threading.Event()
 
-    def extend_one_and_cancel(*arguments):
+    def prefill_one_and_cancel(*arguments):
         submitted.wait()
         pieces.append(arguments)
         reading.cancel()
-        return extend(*arguments)
+        return prefill(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._programs, "extend", extend_one_and_cancel)
+        patch.setattr(engine._programs, "prefill", prefill_one_and_cancel)
         reading = engine.submit(question("🦙" * 100), SHORT)
         submitted.set()
         assert text(reading) == ""
@@ -195,6 +196,23 @@ def test_one_prompt_asked_several_times_at_once_is_computed_once(engine, monkeyp
     assert texts == [generator().answer([request], answer.sampling)[0] for answer in answers]
 
 
+def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_answers(engine, monkeypatch):
+    calls = []
+
+    def counted(name):
+        method = getattr(engine._prompts, name)
+        return lambda argument: (calls.append(name), method(argument))[1]
+
+    for name in ("encode", "read"):
+        monkeypatch.setattr(engine._prompts, name, counted(name))
+    prompt = engine.prepare(question("<image>\nIs it <image>?", PICTURES[0], PICTURES[1]))
+    assert engine.room(prompt) > 12
+    answers = [engine.submit(prompt, Sampling(1.0, seed=seed, max_new_tokens=12)) for seed in range(3)]
+    texts = [text(answer) for answer in answers]
+    assert calls == ["encode", "read", "read"]
+    assert texts == [generator().answer([prompt.request], answer.sampling)[0] for answer in answers]
+
+
 def test_logprobs_are_those_of_the_tokens(engine):
     answer = engine.submit(question("Say something."), Sampling(max_new_tokens=10, logprobs=3))
     entries = [entry for piece in answer for entry in piece.token_logprobs]
@@ -209,15 +227,16 @@ def test_logprobs_are_those_of_the_tokens(engine):
 
 def test_what_cannot_be_answered_is_refused_at_once(engine):
     request = question("<image>\nHello", PICTURES[0])
-    room = engine.room(request)
-    assert room == CONFIG.text.max_position_embeddings - engine.count_tokens(request)
+    prompt = engine.prepare(request)
+    room = engine.room(prompt)
+    assert room == CONFIG.text.max_position_embeddings - len(prompt.tokens)
     with pytest.raises(ContextExceeded, match="shorten the conversation") as refused:
         engine.submit(request, Sampling(max_new_tokens=room + 1))
-    assert (refused.value.prompt_tokens, refused.value.context) == (engine.count_tokens(request), engine.context)
+    assert (refused.value.prompt_tokens, refused.value.context) == (len(prompt.tokens), engine.context)
     answer = engine.submit(request, Sampling(max_new_tokens=room))
     text(answer)
     assert answer.finish_reason == "length" and answer.completion_tokens == room
-    with pytest.raises(UserError, match="1 <image> in the text, but 0 pictures"):
+    with pytest.raises(UserError, match="1 <image> in the text, but 0 images"):
         engine.submit(question("<image>\nIt?"), SHORT)
     with pytest.raises(UserError, match=r"no\.png: No such file"):
         engine.submit(question("<image>\nIt?", "no.png"), SHORT)
@@ -236,7 +255,7 @@ def test_a_failing_device_fails_what_runs_and_nothing_after(engine, monkeypatch,
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_an_engine_that_broke_down(monkeypatch):
     engine = make(slots=1)
-    monkeypatch.setattr(engine._programs, "extend", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(engine._programs, "prefill", lambda *arguments: 1 / 0)
     monkeypatch.setattr(engine._programs, "reset", lambda: 1 / 0)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         ask(engine, question("Hello"))

@@ -19,12 +19,15 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.writing import save_model
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
+from llava_jax.data.conversation import render
 from llava_jax.data.sources import Sample
+from llava_jax.data.templates import TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import encode_sample, expand
 from llava_jax.inference import generate
-from llava_jax.inference.generate import Generator, PromptEncoder, Request, Sampling
-from llava_jax.inference.prompts import share_beginnings
+from llava_jax.inference.decoding import Slots
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.prompts import PromptEncoder, share_prefixes
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD
 from llava_jax.models.llava import build
 
@@ -136,7 +139,7 @@ def test_questions_that_share_the_computation_of_a_picture_are_answered_as_one_b
         question(f"<image>\nWhat {'colour ' * (i % 3)}is it?", picture) for picture in PICTURES[:2] for i in range(7)
     ]
     batch = [Request([("system", padding), *request.turns], request.images) for request in batch]
-    assert share_beginnings([generator().prompts.encode(request) for request in batch])
+    assert share_prefixes([generator().prompts.encode(request) for request in batch])
     together = generator().answer(batch, SHORT, batch_rows=14)
     assert together == [generator().answer([request], SHORT)[0] for request in batch]
     assert len(set(together)) > 2
@@ -164,6 +167,20 @@ def test_streamed_pieces_make_the_answer(sampling):
     assert [*pieces] != [] and all(pieces)
     assert "".join(pieces) == generator().answer([request], sampling)[0]
     assert len(pieces) > 1
+
+
+def test_logits_and_image_features_are_those_of_the_model():
+    request = question("Between <image>\n and <image>?", *PICTURES[:2])
+    prompt = generator().prompts.encode(request)
+    pixels = np.stack([generator().prompts.read(image) for image in request.images])
+    model, length = build(CONFIG, params()), len(prompt.tokens)
+    batch = {"tokens": prompt.tokens, "image_feature_index": prompt.image_feature_index, "images": pixels}
+    batch |= {"positions": np.arange(length), "segment_ids": np.ones(length, np.int32)}
+    hidden = model({name: jnp.asarray(value)[None] for name, value in batch.items()})
+    np.testing.assert_allclose(generator().logits(request), model.llm.logits(hidden)[0], rtol=0, atol=1e-4)
+    features = generator().encode_images(request.images)
+    assert features.shape == (2, CONFIG.image_tokens, CONFIG.text.hidden_size)
+    np.testing.assert_allclose(features, model.encode_images(jnp.asarray(pixels)), rtol=0, atol=1e-5)
 
 
 def test_samples_are_a_function_of_request_and_seed():
@@ -198,13 +215,13 @@ def test_end_tokens_end_rows_and_when_all_have_ended_the_device_stops():
     expected = [tokenizer().decode(row, skip_special_tokens=True).rstrip("\ufffd").strip() for row in cut]
     assert ending.answer(batch, Sampling(max_new_tokens=30)) == expected
 
-    first, cache = ending._start([ending.prompts.encode(request) for request in batch], None, 64)
+    first, cache = ending._prefill([ending.prompts.encode(request) for request in batch], None, 64)
     positions = np.array([len(ending.prompts.encode(request).tokens) for request in batch], np.int32)
-    written, _ = ending.decoder.decode(
-        first, positions, np.zeros(2, bool), np.array(ending.prompts.stop_ids), cache=cache, choice=None, steps=30
-    )
+    slots = Slots(first, positions, np.full(2, 64))
+    sampled, _ = ending.decoder.decode(slots=slots, stop_ids=np.array(ending.prompts.stop_ids), steps=30, cache=cache)
+    written = np.asarray(sampled.tokens)
     steps = max(map(len, cut))  # the first token came before, the end token comes after
-    assert (np.asarray(written)[:, steps:] == 0).all()
+    assert (written[:, steps:] == -1).all()
     assert written[int(np.argmax([len(row) for row in cut])), steps - 1] in ends
 
 
@@ -245,7 +262,7 @@ def test_an_answer_that_may_not_fit_is_refused_and_one_that_just_fits_is_not():
 
 def test_pictures_and_marks_have_to_agree():
     for request in (question("<image>\nIt?"), question("It?", PICTURES[0])):
-        with pytest.raises(UserError, match=r"'(<image> )?It\?': \d <image> in the text, but \d pictures"):
+        with pytest.raises(UserError, match=r"'(<image> )?It\?': \d <image> in the text, but \d images"):
             generator().answer([request], SHORT)
 
 

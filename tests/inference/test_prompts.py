@@ -1,10 +1,10 @@
-"""Batches of prompts: shapes, shared pictures and shared beginnings."""
+"""Batches of prompts: shapes, shared images and shared prefixes."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.inference.prompts import Prompt, assemble, bucket, share_beginnings
+from llava_jax.inference.prompts import Prompt, assemble, bucket, share_prefixes
 
 P = 4  # features of a picture
 PICTURES = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
@@ -54,7 +54,7 @@ def test_each_picture_is_read_once_and_its_features_are_found_where_its_marks_we
                 assert found == -1
             else:
                 assert found % P == index % P
-                np.testing.assert_array_equal(batch.images[0, found // P], np.asarray(each.pictures[index // P]))
+                np.testing.assert_array_equal(batch.images[0, found // P], np.asarray(each.images[index // P]))
 
 
 def test_text_alone_needs_no_pictures():
@@ -64,16 +64,16 @@ def test_text_alone_needs_no_pictures():
     assert batch.lengths.tolist() == [2, 3, 1, 1, 1, 1]
 
 
-def test_questions_about_a_picture_share_their_beginning():
+def test_questions_about_an_image_share_their_prefix():
     red, lime, _ = PICTURES
     prompts = [prompt(40, picture, 3 + i) for picture in (red, lime) for i in range(8)]
-    shared = share_beginnings(prompts)
-    assert [len(each.tokens) for each in shared.beginnings] == [44, 44]
-    for whole, number, end in zip(prompts, shared.beginning_of, shared.ends, strict=True):
-        beginning = shared.beginnings[number]
-        assert beginning.pictures[0] is whole.pictures[0]
-        np.testing.assert_array_equal(np.concatenate([beginning.tokens, end.tokens]), whole.tokens)
-        assert (end.image_feature_index == -1).all()
+    shared = share_prefixes(prompts)
+    assert [len(each.tokens) for each in shared.prefixes] == [44, 44]
+    for whole, number, suffix in zip(prompts, shared.prefix_of, shared.suffixes, strict=True):
+        prefix = shared.prefixes[number]
+        assert prefix.images[0] is whole.images[0]
+        np.testing.assert_array_equal(np.concatenate([prefix.tokens, suffix.tokens]), whole.tokens)
+        assert (suffix.image_feature_index == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_questions_about_a_picture_share_their_beginning():
     ],
 )
 def test_prompts_stay_whole_where_sharing_saves_little(prompts):
-    assert share_beginnings(prompts) is None
+    assert share_prefixes(prompts) is None

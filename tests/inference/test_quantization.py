@@ -9,7 +9,7 @@ from flax import nnx
 
 from llava_jax.inference.quantization import Int8Linear, quantize, quantize_decoder
 from llava_jax.models.config import TextConfig
-from llava_jax.models.llama import Conversations
+from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import build
 
 
@@ -46,9 +46,9 @@ def test_a_quantized_decoder_is_near_the_decoder(tied):
         model.llm.unstack_layers()
         if int8:
             quantize_decoder(model.llm)
-        cache = Conversations(*((jnp.zeros((1, 2, 256, 12)),) * 2 for _ in "kv"))
+        cache = KVCache(*((jnp.zeros((1, 2, 256, 12)),) * 2 for _ in "kv"))
         positions = jnp.arange(30)[None]
-        hidden, _ = model.llm.extend(model.embed(positions * 7), positions, jnp.zeros(1, jnp.int32), cache)
+        hidden, _ = model.llm.extend(model.embed(positions * 7), positions, cache, jnp.zeros(1, jnp.int32))
         return model.llm.logits(hidden), sum(leaf.nbytes for leaf in jax.tree.leaves(model.llm.layers))
 
     (exact, size), (near, small) = logits(False), logits(True)

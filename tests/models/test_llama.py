@@ -158,7 +158,7 @@ def test_decoder_layer_equals_transformers():
         parameter = getattr(operator.attrgetter(module)(layer), name)
         parameter[...] = jnp.asarray(to_ours(entry, tensors.__getitem__)[0])
     rotation = decoder_without_weights().rotation(jnp.asarray(positions))
-    ours = nnx.jit(lambda layer, *args: layer(*args)[0])(layer, jnp.asarray(x), rotation, segments)
+    ours = nnx.jit(lambda layer, *args: layer(*args))(layer, jnp.asarray(x), rotation, segments)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -209,14 +209,14 @@ def test_padding_changes_nothing_and_stays_finite():
 
 
 @nnx.jit
-def prefill(model, tokens, positions, segment_ids):
-    hidden, cache = model.prefill(model.embed_tokens(tokens), positions, segment_ids)
+def prefill(model, tokens, positions):
+    hidden, cache = model.extend(model.embed_tokens(tokens), positions)
     return model.logits(hidden), cache
 
 
 @nnx.jit
 def decode(model, tokens, positions, cache):
-    hidden, cache = model.decode(model.embed_tokens(tokens), positions, cache)
+    hidden, cache = model.extend(model.embed_tokens(tokens), positions, cache)
     return model.logits(hidden), cache
 
 
@@ -238,14 +238,13 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, tra
     if transposed is not None:
         model.unstack_layers(transposed)
 
-    segment_ids = jnp.asarray(np.arange(T)[None] < prompts[:, None], jnp.int32)
-    logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens), segment_ids)
-    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3 * CONFIG.num_kv_heads, T, CONFIG.head_dim)]
+    logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens))
+    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, CONFIG.head_dim)]
     for row, length in enumerate(prompts):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
 
     # What stands in slots not yet reached must not matter.
-    unreached = (np.arange(T)[None] >= np.repeat(prompts, CONFIG.num_kv_heads)[:, None])[..., None]
+    unreached = (np.arange(T)[None] >= prompts[:, None])[:, None, :, None]
     cache = jax.tree.map(lambda stored: jnp.asarray(np.where(unreached, 1e6, stored)), cache)
     for step in range(5):
         positions = prompts + step

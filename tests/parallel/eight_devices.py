@@ -14,7 +14,7 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import module_params
@@ -44,7 +44,7 @@ def on(mesh, params):
 def start(stage: str, mesh, model, config):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(model)
-    names = optim.trainable_names(params, stage)
+    names = optim.trainable_names(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})

@@ -28,8 +28,9 @@ from llava_jax.chat import __main__ as chat
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.data import check, transcript
 from llava_jax.inference.engine import Engine, QueueFull
-from llava_jax.inference.generate import Generator, Sampling
-from llava_jax.inference.generate import Request as Prompt
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request as Prompt
+from llava_jax.inference.requests import Sampling
 from llava_jax.serve.app import create_app
 from llava_jax.serve.page import mount
 

@@ -20,7 +20,7 @@ from openai.types.chat import completion_create_params
 from serving import data_url, eventually, picture, serving, tiny_engine
 
 from llava_jax.inference.engine import Engine, QueueFull
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve import answers, completions, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
@@ -95,7 +95,7 @@ def test_an_answer_is_the_engines(client, engine):
     assert choice.logprobs is None
     assert (completion.model, completion.object) == ("tiny", "chat.completion")
     usage = completion.usage
-    assert usage.prompt_tokens == engine.context - engine.room(Request([("user", "Hello")]))
+    assert usage.prompt_tokens == len(engine.prepare(Request([("user", "Hello")])).tokens)
     assert usage.completion_tokens > 0
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
@@ -162,7 +162,8 @@ def test_an_answer_continues_a_last_message_of_the_assistant(client, engine, opt
     expected = "".join(piece.text for piece in engine.submit(request, Sampling(max_new_tokens=6)))
     completion = create(client, BEGUN, extra_body=options)
     assert completion.choices[0].message.content == expected
-    assert completion.usage.prompt_tokens == engine.count_tokens(request) > engine.count_tokens(Request(request.turns))
+    length, without = (len(engine.prepare(each).tokens) for each in (request, Request(request.turns)))
+    assert completion.usage.prompt_tokens == length > without
 
 
 def test_what_continues_a_text_keeps_the_white_space_between(engine):

@@ -20,7 +20,7 @@ from serving import eventually
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.generate import Request, Sampling
+from llava_jax.inference.requests import Request, Sampling
 from llava_jax.parallel import compilation_cache
 from llava_jax.serve import __main__ as command
 from llava_jax.serve.app import create_app

@@ -99,8 +99,7 @@ def edit_json(path: Path, **fields) -> None:
 
 
 def tensors_of(directory: Path) -> dict:
-    tensors = open_directory(directory)
-    return {name: tensors.get(name) for name in tensors.names}
+    return {name: tensor.read() for name, tensor in open_directory(directory).items()}
 
 
 def save_llava(config, directory: Path, **settings) -> LlavaForConditionalGeneration:

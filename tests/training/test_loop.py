@@ -31,13 +31,13 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
@@ -97,7 +97,7 @@ def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettin
 
 
 def split_params(params, stage):
-    names = optim.trainable_names(params, stage)
+    names = optim.trainable_names(params, make_config(stage))
     trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
     return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
 
@@ -222,7 +222,9 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
 
 
 def test_the_vision_tower_gets_no_gradient_in_either_stage():
-    assert {name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), "finetune")} == {
+    assert {
+        name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), make_config("finetune"))
+    } == {
         "projector",
         "llm",
     }

@@ -7,7 +7,6 @@ from llava_jax.models.hf_fields import Json
 from llava_jax.models.hf_names import TABLE, TRANSPOSE, Entry, linears, stacked
 from llava_jax.models.llama import LlamaLayer
 from llava_jax.models.registry import FAMILIES
-from llava_jax.parallel.sharding import PARAMETER_AXES
 
 
 class Family:
@@ -83,11 +82,7 @@ class Family:
         }
 
 
-def register(family: type[Family]) -> type[Family]:
-    """Class decorator: makes the family known by its `name`. Raises ValueError if the name is taken."""
-    FAMILIES.register(family.name, family())
-    PARAMETER_AXES.extend(family.parameter_axes)
-    return family
+register = FAMILIES.register
 
 
 def family_of(config: TextConfig, model_type: str | None = None) -> Family:

@@ -7,7 +7,6 @@ from flax import nnx
 
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.registry import PROJECTORS
-from llava_jax.parallel.sharding import PARAMETER_AXES
 
 
 class ProjectorKind:
@@ -37,11 +36,7 @@ class ProjectorKind:
         raise NotImplementedError
 
 
-def register(kind: type[ProjectorKind]) -> type[ProjectorKind]:
-    """Class decorator: makes the kind known by its `pattern`. Raises ValueError if the pattern is taken."""
-    PROJECTORS.register(kind.pattern, kind())
-    PARAMETER_AXES.extend(kind.parameter_axes)
-    return kind
+register = PROJECTORS.register
 
 
 def projector_kind(projector_type: str) -> ProjectorKind:

@@ -8,7 +8,6 @@ from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, require
 from llava_jax.models.hf_names import OIHW_TO_HWIO, TABLE, Entry, layer_norm, linears, stacked
 from llava_jax.models.registry import TOWERS
-from llava_jax.parallel.sharding import PARAMETER_AXES
 
 # Fields of a `vision_config` that change the computation, with the only value supported.
 _FIXED = {"num_channels": 3, "attention_dropout": 0.0}
@@ -117,8 +116,4 @@ class Tower:
         return patches + layers * layer, layers * 4.0 * S**2 * D
 
 
-def register(tower: type[Tower]) -> type[Tower]:
-    """Class decorator: makes the tower known by its `name`. Raises ValueError if the name is taken."""
-    TOWERS.register(tower.name, tower())
-    PARAMETER_AXES.extend(tower.parameter_axes)
-    return tower
+register = TOWERS.register

@@ -16,7 +16,7 @@ from llava_jax.models.towers import Tower, register
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x sigmoid(1.702 x), OpenAI's approximation of GELU; the published towers were trained with it."""
+    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's towers were trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -28,7 +28,7 @@ _FUNCTIONS = {  # the names are `VisionConfig.ACTIVATIONS`
 
 
 class ClipVision(nnx.Module):
-    """Pixels to hidden states of a chosen layer."""
+    """Pixels to the hidden states after some of the layers."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -38,7 +38,7 @@ class ClipVision(nnx.Module):
         self.position_embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (1 + config.num_patches, D)))
         self.pre_layernorm = LayerNorm(D, config.layer_norm_eps)
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
-        self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's own head: stored for export only
+        self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's head: stored for export only
 
     def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
         """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
@@ -56,7 +56,7 @@ class ClipVision(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its width: `kernel` [patch, patch, 3, D] and, if asked for, `bias` [D]."""
+    """A convolution whose stride is its width, with `kernel` [patch, patch, 3, D] and optionally `bias` [D]."""
 
     def __init__(self, patch_size: int, features: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(WEIGHT_INIT(rngs.params(), (patch_size, patch_size, 3, features)))
@@ -65,14 +65,14 @@ class PatchEmbedding(nnx.Module):
     def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
         p, _, C, D = self.kernel.shape
         N, rows, columns = pixels_NHWC.shape[0], pixels_NHWC.shape[1] // p, pixels_NHWC.shape[2] // p
-        # As a matrix product over flattened patches: the same sum, and faster than a convolution everywhere.
+        # A matrix product over flattened patches: the same sum as a convolution, and faster on all hardware.
         patches = pixels_NHWC[:, : rows * p, : columns * p].reshape(N, rows, p, columns, p, C)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows * columns, p * p * C)
         return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
 
 
 def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
-    """x after the first `num_layers` layers of a tower, stacked or not."""
+    """x after the first `num_layers` layers of a tower, which are stacked or a list."""
     if isinstance(layers, nnx.List):
         for layer in list(layers)[:num_layers]:
             x_NSD = layer(x_NSD, execution)

@@ -1,4 +1,4 @@
-"""SigLIP vision transformer (Zhai et al. 2023): CLIP's layers over patches alone.
+"""SigLIP vision transformer (Zhai et al. 2023): CLIP's layers, without a class token.
 
 Axes: N images, P patches, D embed.
 """
@@ -18,7 +18,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)  # pixels in -1..1
 
 
 class SiglipVision(nnx.Module):
-    """Pixels to hidden states of a chosen layer. SigLIP's pooling head, which LLaVA does not use, is left out."""
+    """Pixels to the hidden states after some of the layers. It has no pooling head, which LLaVA does not use."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         self.config = config
