@@ -346,7 +346,7 @@ def train(
     remote.name(workdir, config.init)
     try:
         loop.train(config, workdir, resume_from, callbacks=callbacks)
-    except distributed.LeaveTogether as exit_:
+    except distributed.ExitTogether as exit_:
         if exit_.code > 128:
             raise KeyboardInterrupt(f"{workdir}: interrupted; called again, training resumes") from None
         raise exit_.__cause__ or UserError(f"{workdir}: training stopped") from None
