@@ -43,14 +43,23 @@ its text; those of a conversation without any `<image>` come before its first qu
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How an answer is sampled. Values out of range raise `UserError`."""
+    """How an answer is sampled. Values out of range raise `UserError`.
 
-    max_new_tokens: int  # of an answer; 512 by default, or what the context has room for
-    temperature: float  # 0, the default, is greedy: the most likely token is taken
-    top_p: float  # samples among the most likely tokens whose probabilities together reach it; 1 by default
-    top_k: int  # samples among this many most likely tokens; 0, the default, is no limit
-    seed: int  # equal seeds give equal answers to equal prompts; 0 by default
-    stop: Sequence[str]  # strings that end the answer, besides the end mark of the template
+    Attributes:
+      max_new_tokens: tokens of an answer at most; by default 512, or what the context has room for.
+      temperature: 0, the default, is greedy: the most likely token is taken.
+      top_p: samples among the most likely tokens whose probabilities together reach it; 1 by default.
+      top_k: samples among this many most likely tokens; 0, the default, is no limit.
+      seed: equal seeds give equal answers to equal prompts; 0 by default.
+      stop: strings that end the answer and are not part of it, besides the end mark of the template.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
 
 
 class Model:

@@ -36,7 +36,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, and the way out."""
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
 def printable(text: str) -> str:
@@ -256,7 +256,7 @@ def fitting(parts: Iterable[str], width: int) -> str:
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
-    """Yields the items, with a progress bar on a terminal or in a notebook, and a line every `every` seconds elsewhere."""
+    """Yields the items, with a progress bar where one can be drawn and a line every `every` seconds elsewhere."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     description = one_line(description)
