@@ -18,7 +18,7 @@ from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert import hub
 from llava_jax.convert.import_weights import ImportedModel, open_llava
-from llava_jax.data.conversation import IMAGE_TOKEN, choose_template
+from llava_jax.data.templates import IMAGE_TOKEN, choose_template
 from llava_jax.data.transcript import marked
 from llava_jax.inference.generate import Generator, load_model, mesh_sharding
 from llava_jax.inference.prompts import PromptEncoder

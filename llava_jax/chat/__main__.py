@@ -16,9 +16,9 @@ from rich.console import Console
 from llava_jax.chat import terminal
 from llava_jax.cli import Parser, UserError, one_line, run, say
 from llava_jax.data import transcript
-from llava_jax.data.conversation import choose_template
+from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.data.images import load_image
-from llava_jax.data.names import add_allow_absolute
+from llava_jax.data.templates import choose_template
 from llava_jax.data.transcript import marked, unmarked
 from llava_jax.parallel import compilation_cache
 from llava_jax.remote import is_remote
@@ -88,7 +88,7 @@ class Conversation:
 
     def load(self, file: str) -> None:
         loaded = transcript.load(_path(file), self.allow_absolute)
-        pictures = [_attached(name) for name in loaded.pictures]
+        pictures = [_attached(name) for name in loaded.images]
         self.turns, self.pictures, self.waiting = list(loaded.turns), pictures, []
         self.system = loaded.system
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template
+from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import RowSampling, Slots
 from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes

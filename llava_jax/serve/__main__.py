@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.cli import Parser, UserError, run
-from llava_jax.data.conversation import choose_template
+from llava_jax.data.templates import choose_template
 from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.parallel import compilation_cache
 
