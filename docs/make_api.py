@@ -18,6 +18,7 @@ PAGES = {  # module: its public names, in order
     "llava_jax.api": ["load", "Model", "Prompt", "Turn", "ImageInput", "SamplingOptions", "train"],
     "llava_jax.recipes": ["get_config"],
     "llava_jax.preflight": ["preflight"],
+    "llava_jax.preflight.report": ["Report"],
     "llava_jax.cli": ["UserError"],
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises):")
@@ -27,19 +28,21 @@ def text() -> str:
     """What docs/api.md says."""
     parts = [HEAD]
     for module, names in PAGES.items():
-        body = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")).body
+        source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
         for name in names:
-            parts += _entry(name, body)
+            parts += _entry(name, source)
     return "\n".join(parts)
 
 
-def _entry(name: str, body: list[ast.stmt]) -> list[str]:
+def _entry(name: str, source: str) -> list[str]:
     """The heading, signature and docstring of a function, a class with its methods, or a type that is explained."""
+    body = ast.parse(source).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return [f"## llava_jax.{name}\n", _signature(node), _markdown(ast.get_docstring(node))]
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return [f"## {_place(name)}\n", _markdown(ast.get_docstring(node)), *_methods(name, node)]
+            parts = [f"## {_place(name)}\n", _markdown(ast.get_docstring(node))]
+            return parts + _fields(node, source) + _methods(name, node)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return [f"## {name}\n", f"```python\n{ast.unparse(node)}\n```\n", _markdown(ast.literal_eval(after.value))]
     raise LookupError(name)
@@ -47,6 +50,15 @@ def _entry(name: str, body: list[ast.stmt]) -> list[str]:
 
 def _place(name: str) -> str:
     return f"llava_jax.{name}" if name in ("Model", "UserError") else name
+
+
+def _fields(node: ast.ClassDef, source: str) -> list[str]:
+    """The fields of a dataclass as they are written, with their comments."""
+    lines = [field.lineno for field in node.body if isinstance(field, ast.AnnAssign)]
+    if not node.decorator_list or not lines:
+        return []
+    written = (line.strip() for line in source.splitlines()[lines[0] - 1 : lines[-1]])
+    return ["```python\n" + "\n".join(written) + "\n```\n"]
 
 
 def _methods(owner: str, node: ast.ClassDef) -> list[str]:
