@@ -15,8 +15,9 @@ mistake that a caller can mend raises `llava_jax.UserError`, whose message is on
 do. Names that are not on this page may change. `llava_jax.__version__` is the version.
 """
 PAGES = {  # module: its public names, in order
-    "llava_jax.api": ["load", "Model", "Prompt", "Turn", "ImageInput", "SamplingOptions", "train"],
+    "llava_jax.api": ["load", "Model", "Prompt", "Turn", "ImageInput", "SamplingOptions"],
     "llava_jax.recipes": ["get_config"],
+    "llava_jax.training.run": ["train"],
     "llava_jax.preflight": ["preflight"],
     "llava_jax.preflight.report": ["Report"],
     "llava_jax.cli": ["UserError"],

@@ -1,21 +1,16 @@
-"""Drops log lines of libraries that tell the user nothing.
+"""Drops log lines of the CUDA plugin that tell the user nothing.
 
 The CUDA plugin of JAX logs "Could not find cuda drivers" while its shared libraries are loaded, before any log level
 (TF_CPP_MIN_LOG_LEVEL) is read. The plugin may be installed only to compile for hardware you don't have, so this is no
 fault. All other lines are written unchanged.
-
-Orbax logs a failure with a traceback in every thread that it passes, and leaves tasks and coroutines behind that log
-when they are collected. The exception that it raises at the end says enough.
 """
 
 import contextlib
 import importlib.machinery
-import logging
 import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -78,26 +73,6 @@ class _Finder:
                     spec.loader = quiet(spec.loader.name, spec.loader.path)
                 return spec
         return None
-
-
-def mute_failures_of_orbax() -> None:
-    """Drops what Orbax and TensorStore log of a failure that they also raise."""
-    of_orbax = re.compile("orbax|tensorstore").search
-    logging.getLogger("absl").addFilter(lambda log: log.levelno < logging.WARNING or not of_orbax(log.pathname))
-    logging.getLogger("asyncio").addFilter(lambda log: not of_orbax(log.getMessage()))
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    previous_unraisable, previous_uncaught = sys.unraisablehook, sys.excepthook
-
-    def unraisable(found: Any) -> None:
-        code = getattr(found.object, "cr_code", None)
-        if not (code and "orbax" in code.co_filename) and str(found.exc_value) != "Event loop is closed":
-            previous_unraisable(found)
-
-    def uncaught(kind: type, error: BaseException, traceback: Any) -> None:
-        if str(error) != "Event loop is closed":  # in a thread of TensorStore whose result is not used
-            previous_uncaught(kind, error, traceback)
-
-    sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
 def install() -> None:

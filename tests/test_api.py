@@ -193,6 +193,9 @@ def test_options_of_loading(checkpoint, model):
         llava_jax.load(checkpoint, mesh=mesh, devices=devices).chat("What is it?", [noise()], max_new_tokens=4)
         == expected
     )
+    for option, message in (({"quantize": "int4"}, "^quantize is 'int4'"), ({"mesh": {"model": 2}}, "an axis 'model'")):
+        with pytest.raises(llava_jax.UserError, match=message):
+            llava_jax.load(checkpoint, **option)
     small = llava_jax.load(str(checkpoint), quantize="int8", dtype="bfloat16", template="plain")
     types = {leaf.dtype.name for leaf in small._generator.decoder._weights}
     assert {"int8", "bfloat16"} <= types and small.chat("Hi", max_new_tokens=2) != model.chat("Hi", max_new_tokens=2)
@@ -214,8 +217,6 @@ def test_options_of_loading(checkpoint, model):
         (lambda model: llava_jax.load("/nope"), "^/nope: no such checkpoint"),
         (lambda model: llava_jax.load(ROOT), "neither the output of `convert import`"),
         (lambda model: llava_jax.load("/nope", dtype="int4"), "^dtype is 'int4': choose float32 or bfloat16"),
-        (lambda model: llava_jax.load("/nope", quantize="int4"), "^quantize is 'int4'"),
-        (lambda model: llava_jax.load("/nope", mesh={"model": 2}), "^mesh has an axis 'model'"),
         (lambda model: llava_jax.get_config("fine"), "no recipe 'fine'; the package has pretrain, finetune"),
         (lambda model: llava_jax.get_config("/nope.py"), "^/nope.py: no such recipe"),
     ],

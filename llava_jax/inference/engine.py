@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import UserError, track
+from llava_jax.cli import track
 from llava_jax.data.templates import Template
 from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
@@ -24,8 +24,8 @@ from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, prepare
 from llava_jax.inference.programs import CHUNK_SIZES, Programs
 from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.llava import Llava
 
 MAX_FIRST_TOKEN_TIMES = 1024  # that `stats` keeps
@@ -77,8 +77,7 @@ class Engine:
         quantize: str | None = None,
         mesh: Mesh | None = None,
     ):
-        if quantize not in QUANTIZATIONS:
-            raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
+        check_quantization(quantize)
         self.config = model.config
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)

@@ -8,7 +8,7 @@ across tokens, so they are searched here, in the text.
 import contextlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import RowSampling, Slots
 from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes
+from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import GREEDY, ImageInput, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, abstract_params, build
-from llava_jax.parallel.sharding import make_mesh, param_sharding
+from llava_jax.parallel.sharding import AXES, make_mesh, param_sharding
 
 STREAM_STEPS = 4  # tokens a dispatch of `Generator.stream`
 HEADROOM = 128  # positions for the answer that a cache has at least when it is made or grows
@@ -52,7 +53,13 @@ def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 
-def _sharding(config: LlavaConfig, devices: Sequence[jax.Device]) -> Sharding | None:
+def _sharding(
+    config: LlavaConfig, devices: Sequence[jax.Device], axes: Mapping[str, int] | None = None
+) -> Sharding | None:
+    if axes:
+        if unknown := set(axes) - set(AXES):
+            raise UserError(f"mesh has an axis {min(unknown)!r}: choose among {', '.join(AXES)}")
+        return mesh_sharding(config, make_mesh(axes, devices or None))
     match devices:
         case []:
             return None
@@ -87,8 +94,11 @@ class Generator:
         cls,
         checkpoint: Checkpoint,
         template: Template | None = None,
-        dtype: jnp.dtype | None = None,
+        dtype: jnp.dtype | str | None = None,
         devices: Sequence[jax.Device] = (),
+        *,
+        mesh: Mapping[str, int] | None = None,
+        quantize: str | None = None,
     ) -> "Generator":
         """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`).
 
@@ -97,9 +107,12 @@ class Generator:
           template: instead of the checkpoint's.
           dtype: of weights and computation; see `default_dtype`.
           devices: the weights are sharded over these; by default they lie on the first device.
+          mesh: sizes of the axes that the weights are sharded over; by default each layer is split over all devices.
+          quantize: "int8" stores the weights of the language model in eight bits.
         """
-        model = load_model(checkpoint, dtype, _sharding(checkpoint.config, devices))
-        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template))
+        check_quantization(quantize)
+        model = load_model(checkpoint, dtype, _sharding(checkpoint.config, devices, mesh))
+        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), quantize)
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
         """Answers all requests, `batch_rows` at a time.

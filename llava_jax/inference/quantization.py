@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.cli import UserError
+from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.layers import add_bias, broadcast_last
 from llava_jax.models.llama import Llama, replace_linears
+
+
+def check_quantization(quantize: str | None) -> None:
+    """Raises UserError unless it is one of `models.config.QUANTIZATIONS`."""
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
 
 
 class Int8Linear(nnx.Module):
