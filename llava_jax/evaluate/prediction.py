@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import say, track
-from llava_jax.data.conversation import choose_template
 from llava_jax.data.names import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile, Key
 from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, key_of
+from llava_jax.inference.options import open_model
 from llava_jax.inference.requests import Sampling
 from llava_jax.parallel import distributed
 
@@ -44,8 +43,7 @@ def _answer(
     share = work[jax.process_index() :: jax.process_count()]
     if answered:
         say(f"{args.output}: goes on after {answered} answers", file=sys.stderr)
-    checkpoint = open_checkpoint(args.checkpoint)
-    template = choose_template(args.template, checkpoint.template)
+    checkpoint, template = open_model(args)
     if asking.picture_last:
         checkpoint = checkpoint.with_image_position("as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)

@@ -438,7 +438,7 @@ def test_paths_and_methods_that_are_not_there(http):
 
 
 def test_log_probabilities_are_bounded_for_each_request_and_for_all(url, http, engine, monkeypatch):
-    monkeypatch.setattr(completions, "LOGPROBS", 100)
+    monkeypatch.setattr(completions, "MAX_LOGPROBS", 100)
     asked = {"logprobs": True, "top_logprobs": 9}
     error = refusal(http, 400, n=2, max_tokens=6, **asked)
     assert (error["param"], error["code"]) == ("top_logprobs", "invalid_value")
