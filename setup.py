@@ -82,6 +82,9 @@ EXTRAS = {
 }
 EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["evaluate"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
 
+# Files other than Python that the package reads: prompts, word lists, SQL, the web page and the HTML reports.
+DATA_FILES = ("txt", "sql", "html", "css", "js", "svg")
+
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "llava_jax/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
@@ -95,13 +98,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
     entry_points={"console_scripts": ["llava = llava_jax.__main__:console"]},
-    package_data={
-        "llava_jax": ["py.typed"],
-        "llava_jax.datagen": ["prompt_files/*/*.txt", "report_assets/*", "word_files/*"],
-        "llava_jax.evaluate": ["contractions.txt", "prompt_files/*", "report_assets/*"],
-        "llava_jax.llm_api": ["ledger.sql"],
-        "llava_jax.serve": ["static/*"],
-    },
+    package_data={"llava_jax": ["py.typed", *(f"**/*.{suffix}" for suffix in DATA_FILES)]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_jax import cli
 from llava_jax.convert.hf_text import write_text
-from llava_jax.convert.layouts import EXPORT_PREFIXES, entries_of
+from llava_jax.convert.layouts import EXPORT_PREFIXES
+from llava_jax.convert.names import entries_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 from llava_jax.models.config import PRESETS, LlavaConfig
@@ -180,8 +181,8 @@ def differing(tensors: list[Tensor], exported: Path) -> list[str]:
     before, after = {tensor.name: tensor for tensor in tensors}, open_directory(exported)
     return [
         name
-        for name in sorted({*before, *after.names})
-        if name not in before or name not in after.names or not same(before[name].read(), after.get(name))
+        for name in sorted({*before, *after})
+        if name not in before or name not in after or not same(before[name].read(), after[name].read())
     ]
 
 

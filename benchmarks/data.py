@@ -37,9 +37,9 @@ from data_sides import (
 )
 
 from llava_jax import cli
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.packing import fill, image_slot_plans
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.models.config import CLIP_MEAN
 
 COMPARED = 16  # batches
@@ -157,7 +157,7 @@ def our_stages(task: Task) -> dict[str, float]:
     return {
         "read the file": milliseconds(lambda i: source.read_images(i, names[i])),
         "decode JPEG": milliseconds(lambda i: [decode_image(data) for data in stored[i]]),
-        "picture to square": milliseconds(lambda i: [preprocess(im, SIZE, aspect, CLIP_MEAN) for im in decoded[i]]),
+        "preprocess the image": milliseconds(lambda i: [preprocess(im, SIZE, aspect, CLIP_MEAN) for im in decoded[i]]),
         "text to tokens": milliseconds(lambda i: task.encoded.encode(source[i])),
     }
 
@@ -175,7 +175,7 @@ def peer_stages(task: Task, processor: Any) -> dict[str, float]:
     return {
         "read the file": milliseconds(lambda i: source.read_images(i, names[i])),
         "decode JPEG": milliseconds(lambda i: [peer_decode(data) for data in stored[i]]),
-        "picture to square": milliseconds(lambda i: [processor.image_processor(im) for im in decoded[i]]),
+        "preprocess the image": milliseconds(lambda i: [processor.image_processor(im) for im in decoded[i]]),
         "text to tokens": milliseconds(tokenize),
     }
 
@@ -194,7 +194,7 @@ def report_stages(turns: dict[str, list[Turn]], *stages: dict[str, float]) -> No
     totals = [median(results).processors for results in turns.values()]
     rest = [total - sum(parts.values()) for total, parts in zip(totals, stages, strict=True)]
     rows = {name: [parts[name] for parts in stages] for name in stages[0]}
-    for name, values in (rows | {"batches, moving them": rest, "together": totals}).items():
+    for name, values in (rows | {"make and move batches": rest, "together": totals}).items():
         print(f"{name:<28}" + "".join(f"{value:14.2f}" for value in values))
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 from synthetic import write_json, write_pictures
 
-from llava_jax.data.conversation import IMAGE_TOKEN, get_template, render
+from llava_jax.data.conversation import render
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import IMAGE_TOKEN, get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.models.config import CLIP_MEAN
 

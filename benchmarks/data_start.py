@@ -86,24 +86,29 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
 
     import jax
 
+    import llava_jax.training.loop  # noqa: F401, as `llava_jax.main` imports it, with all that it imports
     from llava_jax.data.encoded import EncodedSource, TextEncoder
     from llava_jax.data.lengths import measure_once
-    from llava_jax.training import loop  # as `llava_jax.main` imports it, with all that it imports
+    from llava_jax.data.mixture import open_data
+    from llava_jax.data.packing import Room, pack_orders
+    from llava_jax.data.pipeline import Batches, ImageDecoder
+    from llava_jax.data.plan import Order, plan_layout
+    from llava_jax.data.tokenization import load_tokenizer
 
     jax.devices()
-    encode = TextEncoder(TEMPLATE, loop.load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
+    encode = TextEncoder(TEMPLATE, load_tokenizer(folder / "tokenizer"), IMAGE_TOKENS, LENGTH)
     say("imports")
     data = {"built": folder / "built"} if built else {"json": folder / "samples.json", "images": folder / "pictures"}
-    source = loop.open_data(ConfigDict(dict.fromkeys(("json", "images", "built", "mixture"), "") | data))
+    source = open_data(ConfigDict(dict.fromkeys(("json", "images", "built", "mixture"), "") | data))
     say(f"{len(source):,} samples")
     encoded = EncodedSource(source, encode)
     lengths = measure_once(encoded, WORKERS)
     say("their lengths")
-    order = loop.Order(np.arange(len(source)), ROWS, seed=0)
-    room = loop.Room(ROW_LENGTH, ROWS_PER_GROUP, image_slots=0)
-    (order,) = loop.pack_orders([order], lengths, room, source)
+    order = Order(np.arange(len(source)), ROWS, seed=0)
+    room = Room(ROW_LENGTH, ROWS_PER_GROUP, image_slots=0)
+    (order,) = pack_orders([order], lengths, room, source)
     steps = order.steps(1)
-    layout = loop.plan_layout(
+    layout = plan_layout(
         [(order, steps)],
         lengths,
         rows_per_group=ROWS_PER_GROUP,
@@ -113,8 +118,8 @@ def first_batch(folder: Path, built: bool, began: float) -> int:
         image_slots=order.room.image_slots,
     )
     say(f"a plan of {steps:,} steps")
-    decode = loop.ImageDecoder(SIZE, "square", CLIP_MEAN)
-    batches = loop.Batches(encoded, decode, order, layout).iterate(0, steps, WORKERS)
+    decode = ImageDecoder(SIZE, "square", CLIP_MEAN)
+    batches = Batches(encoded, decode, order, layout).iterate(0, steps, WORKERS)
     batch = next(batches).batch
     say(f"the first batch, of {batch['segment_ids'].max(1).sum()} samples")
     more = sum(1 for _ in itertools.islice(batches, BATCHES))

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
+from llava_jax.convert.names import entries_of, to_ours
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
 
 # SmolLM2-135M's shape with a CLIP ViT-B/16 tower.
@@ -61,12 +62,8 @@ def _serve(start: Callable, config: LlavaConfig, connection: Connection) -> None
 
 def entries(config: LlavaConfig) -> Iterator[tuple[str, Entry]]:
     """Every parameter with the prefix of its names in `LlavaForConditionalGeneration`."""
-    parts = {
-        "model.vision_tower.": vision_entries(config.vision),
-        "model.multi_modal_projector.": projector_entries(config.projector_type),
-        "model.language_model.": llm_entries(config.text),
-        "": head_entries(config.text),
-    }
+    prefixes = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "")
+    parts = dict(zip(prefixes, entries_of(config).values(), strict=True))
     return ((prefix, entry) for prefix, part in parts.items() for entry in part)
 
 

@@ -137,7 +137,7 @@ def encoder(config: LlavaConfig) -> Any:
     """SmolLM2's tokenizer in the template v1; nothing ends an answer before its time."""
     from transformers import AutoTokenizer
 
-    from llava_jax.data.conversation import get_template
+    from llava_jax.data.templates import get_template
     from llava_jax.inference.prompts import PromptEncoder
 
     gguf = smollm2()

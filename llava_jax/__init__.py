@@ -9,15 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llava_jax.api import Model, load, train
     from llava_jax.cli import UserError
+    from llava_jax.preflight import preflight
+    from llava_jax.recipes import get_config
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__"]
+__all__ = ["Model", "UserError", "__version__", "get_config", "load", "preflight", "train"]
 
-_MODULES = {"UserError": "llava_jax.cli"}  # name -> the module that defines it
+# Name -> the module that defines it. `preflight` is a package that can be called.
+_MODULES = {
+    "Model": "llava_jax.api",
+    "UserError": "llava_jax.cli",
+    "get_config": "llava_jax.recipes",
+    "load": "llava_jax.api",
+    "train": "llava_jax.api",
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "preflight":
+        return importlib.import_module("llava_jax.preflight")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(_MODULES[name]), name)

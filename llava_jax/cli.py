@@ -3,7 +3,7 @@
 import argparse
 import datetime
 import glob
-import importlib
+import importlib.util
 import math
 import os
 import re
@@ -72,11 +72,15 @@ def warn(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
+def has_accelerator() -> bool:
+    return sys.platform != "linux" or any(glob.glob(pattern) for pattern in DEVICE_FILES)
+
+
 def prepare() -> None:
     """Sets up the process of a command: the platform of JAX, and libraries that log less. Call it before JAX is
     imported. The library itself never does this: environment and import hooks belong to whoever runs the process.
     """
-    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in DEVICE_FILES):
+    if not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if (jax := sys.modules.get("jax")) and not jax.config.jax_platforms:
             jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
@@ -220,7 +224,7 @@ class _Description(ProgressColumn):
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """The progress bar of every long command (terminals only): items done, in all and time left come first."""
+    """The progress bar of every long command: items done, in all and time left come first."""
     return Progress(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -229,6 +233,11 @@ def progress_bar(console: Console | None = None) -> Progress:
         _Description(table_column=Column()),
         console=console or Console(stderr=True),
     )
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether a bar is drawn anew in its place: on terminals, and in notebooks that have ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def time_left(seconds: float) -> str:
@@ -247,12 +256,12 @@ def fitting(parts: Iterable[str], width: int) -> str:
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
-    """Yields the items, with a progress bar on a terminal and a plain line every `every` seconds elsewhere."""
+    """Yields the items, with a progress bar on a terminal or in a notebook, else a line every `every` seconds."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     description = one_line(description)
     console = Console(stderr=True)
-    if console.is_terminal:
+    if draws_bars(console):
         with progress_bar(console) as bar:
             yield from bar.track(iterable, total=total, description=description)
         return

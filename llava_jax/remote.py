@@ -1,6 +1,6 @@
-"""Object stores (`gs://`) for what knows only local files: copies of directories in, copies of logs out.
+"""Object stores (`gs://`) for libraries that need local files: downloads of directories, uploads of logs.
 
-All else goes through `etils.epath`, which reads and writes such paths itself, or through Orbax.
+All other code uses `etils.epath`, which reads and writes such paths, or Orbax.
 """
 
 import atexit
@@ -22,8 +22,10 @@ _named: set[str] = set()
 
 
 def name(*paths: Any) -> None:
-    """Notes which stores the user named, on the command line or in a configuration: see `may_read`. From then on gcsfs
-    lists a directory anew each time: from its cache it would not see what another host has just written."""
+    """Records the stores that the user named, on the command line or in a configuration, for `may_read`.
+
+    From then on gcsfs lists a directory each time: its cache would not show what another host has just written.
+    """
     stores = {_store(path) for path in paths if isinstance(path, str | os.PathLike) and is_remote(path)}
     if stores - _named:
         import fsspec
@@ -33,8 +35,11 @@ def name(*paths: Any) -> None:
 
 
 def may_read(path: str | os.PathLike, origin: str | os.PathLike) -> bool:
-    """Whether what a file at `origin` says may make us read `path`: on a disk it may, and where the store is that of
-    the file, or one that the user named. A file of others contacts no other place."""
+    """Whether the content of a file at `origin` may cause reads of `path`.
+
+    It may if `path` is on a disk, in the store of the file, or in a store that the user named: an untrusted file causes
+    requests to no other store.
+    """
     return not is_remote(path) or _store(path) in _named | {_store(origin)}
 
 
@@ -45,12 +50,12 @@ def _store(path: str | os.PathLike) -> str:
 
 
 def local(directory: str | os.PathLike) -> Path:
-    """The directory itself, or a copy of a remote one's files (not of its directories) that lasts as long as we do."""
+    """The directory itself, or a copy of the files of a remote one (without subdirectories) until the process ends."""
     return _copy_of(os.fspath(directory)) if is_remote(directory) else Path(directory)
 
 
 def new_local() -> Path:
-    """A new directory that lasts as long as this process."""
+    """A new directory that is removed when the process ends."""
     directory = Path(tempfile.mkdtemp(prefix="llava_jax_"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
@@ -66,7 +71,7 @@ def _copy_of(directory: str) -> Path:
 
 
 def upload(source: Path, target: epath.Path) -> None:
-    """Copies a local directory's files, with those of its directories, over what is there."""
+    """Copies the files of a local directory and its subdirectories to `target`, replacing existing ones."""
     for file in sorted(source.rglob("*")):
         if file.is_file():
             (target / file.relative_to(source).as_posix()).write_bytes(file.read_bytes())

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import finetune, pretrain, scienceqa
 from llava_jax import main, recipes
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.config import PRESETS
 from llava_jax.training import config_check
 

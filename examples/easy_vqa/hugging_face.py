@@ -7,14 +7,17 @@ import numpy as np
 import transformers
 from safetensors.numpy import save_file
 
-from llava_jax.convert.names import Entry, llm_entries, to_hf, vision_entries
+from llava_jax.convert.names import to_hf
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, TextConfig, VisionConfig
+from llava_jax.models.families import family_of
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import Params
+from llava_jax.models.registry import TOWERS
 
 
 def save_clip(directory: Path, config: VisionConfig, params: Params) -> None:
     """A directory as `CLIPVisionModel` and `CLIPImageProcessor` read it."""
-    _save_tensors(directory, "", vision_entries(config), params)
+    _save_tensors(directory, "", TOWERS[config.kind].entries(config), params)
     transformers.CLIPVisionConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -40,7 +43,7 @@ def save_llama(
     directory: Path, config: TextConfig, params: Params, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> None:
     """A directory as `LlamaForCausalLM` and `AutoTokenizer` read it."""
-    _save_tensors(directory, "model.", llm_entries(config), params)
+    _save_tensors(directory, "model.", family_of(config).entries(config), params)
     tokenizer.save_pretrained(directory)
     transformers.LlamaConfig(
         vocab_size=config.vocab_size,

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from examples.easy_vqa.data import Picture, caption, pictures
 from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
-from llava_jax.data.conversation import IMAGE_TOKEN, Template, get_template, render
+from llava_jax.data.conversation import render
+from llava_jax.data.templates import IMAGE_TOKEN, Template, get_template
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_turns
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama

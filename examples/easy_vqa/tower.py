@@ -20,9 +20,9 @@ from PIL import Image
 from examples.easy_vqa.data import COLOURS, IMAGES, SHAPES, Picture, facts, pictures
 from examples.easy_vqa.hugging_face import save_clip
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
-from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
-from llava_jax.models.llava import Params, module_params
+from llava_jax.models.llava import Params, module_params, normalize
+from llava_jax.models.towers.clip import ClipVision
 
 CONFIG = VisionConfig(128, 512, num_layers=3, num_heads=4, image_size=64, patch_size=8, projection_dim=128)
 LAYERS = CONFIG.num_layers - 1  # up to the features that LLaVA selects; the last layer stays as it was made

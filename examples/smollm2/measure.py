@@ -7,8 +7,8 @@ from typing import NamedTuple
 from examples.easy_vqa.data import IMAGES, Picture, caption, pictures
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import Parser, run, track
-from llava_jax.data.conversation import IMAGE_TOKEN, get_template
-from llava_jax.evaluate.easy_vqa import kind
+from llava_jax.data.templates import IMAGE_TOKEN, get_template
+from llava_jax.evaluate.benchmarks.easy_vqa import kind
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
 

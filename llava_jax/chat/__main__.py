@@ -14,7 +14,7 @@ from rich.console import Console
 from llava_jax.chat import terminal
 from llava_jax.chat.conversation import Conversation
 from llava_jax.cli import Parser, UserError, one_line, run, say
-from llava_jax.data.names import add_allow_absolute
+from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.data.transcript import unmarked
 from llava_jax.inference import options
 from llava_jax.inference.requests import Request, Sampling

@@ -1,0 +1,1 @@
+"""Checkpoints on disk. To read, in this order: format.py, reading.py, writing.py, training.py."""

@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore raise, as one line that says what to do."""
+"""Errors of Orbax and TensorStore as a `UserError`: one line that says what to do."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ quiet.mute_failures_of_orbax()
 
 @contextlib.contextmanager
 def readable(path: epath.Path) -> Iterator[None]:
-    """The same where a checkpoint is read, or a step of a workdir: the error names the array, and what else to use."""
+    """Around reading a checkpoint, or a step of a workdir: errors name the damaged array and what to use instead."""
     try:
         yield
     except UserError:
@@ -28,7 +28,7 @@ def readable(path: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise, of any class and over many lines, into a UserError."""
+    """Turns errors of Orbax and TensorStore, which have any class and many lines, into a one-line UserError."""
     try:
         yield
     except UserError:
@@ -38,12 +38,12 @@ def in_one_line(path: epath.Path, problem: str) -> Iterator[None]:
 
 
 def damaged(path: epath.Path, why: str) -> UserError:
-    """What to say of a checkpoint, or of a step of a workdir, that cannot be read."""
+    """The error for a checkpoint, or a step of a workdir, that cannot be read."""
     if path.parent.name != STEPS:
         return UserError(f"{path}: is damaged ({why}): import or copy it again")
     earlier = [step for step in finished_steps(path.parent) if step < int(path.name)]
     if not earlier:
-        return UserError(f"{path}: this step is damaged ({why}), and none is there before it: train in another workdir")
+        return UserError(f"{path}: this step is damaged ({why}), and it is the first one: train in another workdir")
     return UserError(
         f"{path}: this step is damaged ({why}): resume training from the one before with --resume-from {earlier[-1]}, "
         f"or give other commands {path.parent / str(earlier[-1])}"
@@ -51,7 +51,7 @@ def damaged(path: epath.Path, why: str) -> UserError:
 
 
 def _cause(error: BaseException) -> str:
-    """What is at the bottom of an error of Orbax, with the name of the array that TensorStore could not read."""
+    """The innermost cause of an error of Orbax, with the name of the array that TensorStore could not read."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     said = next(iter(str(error).splitlines()), "").partition(" [tensorstore_spec")[0]

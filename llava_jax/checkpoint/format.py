@@ -1,16 +1,16 @@
-"""Self-describing checkpoints.
+"""The format of checkpoints, which describe themselves.
 
-    D/                   what `convert import` writes: a whole model in the types of its source
+    D/                   what `convert import` writes: all parameters, in the types of the source
       llava.json           the description below
       tokenizer/           the tokenizer's files
       params/              Orbax
     W/                   a training workdir
       llava.json tokenizer/
       checkpoints/STEP/    Orbax: `params` (the trained ones, float32), `optimizer`, and the description
-      frozen/ID/           what `convert copy-frozen` writes: the parameters that come from the checkpoint of that `id`
+      frozen/ID/           what `convert copy-frozen` writes: parameters of the checkpoint with this `id`
 
-A checkpoint of training holds what was trained; the description says which directory each frozen parameter
-comes from, so that it is stored once and leaves bit-equal. Nothing is decided by the name of a path.
+A step holds the trained parameters; the description says which directory holds each frozen one, so that it is stored
+once and stays bit-equal. Nothing is decided by the name of a path.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from llava_jax.models.config import LlavaConfig
 from llava_jax.remote import is_remote
 
 DESCRIPTION = "llava.json"
-FROZEN = "frozen"  # in a workdir: copies of what its checkpoints take from elsewhere, by their `id`
+FROZEN = "frozen"  # in a workdir: copies of frozen parameters, by the `id` of the checkpoint that they come from
 FORMAT = 1
 STEPS = "checkpoints"  # in a workdir
 DIGEST = "digest"  # of the description, in a step
@@ -42,29 +42,29 @@ _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where parameters that a checkpoint does not hold are found."""
+    """Another checkpoint, which holds some of a checkpoint's parameters."""
 
-    path: str  # as it was when the run started
-    relative: str  # the same, from the directory of the checkpoint: survives moving both
-    id: str  # of that directory, so that one rewritten since is noticed
+    path: str  # when the run started
+    relative: str  # the same, from the directory of the checkpoint: valid after both have moved
+    id: str  # of its description: notices when it was overwritten by another one
     names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """All that is needed to use the weights."""
+    """Everything that is needed to use the weights."""
 
     model: LlavaConfig
-    template: str  # of conversations, see `data.conversation.TEMPLATES`
+    template: str  # of conversations, see `data.templates`
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)  # the source's JSON files, kept for export
     sources: tuple[Source, ...] = ()
-    stage: str | None = None  # of the training that made it; None for one that has not been trained as a whole
+    stage: str | None = None  # of training; None if the parts of the model have not been trained together
     origins: dict[str, str] = dataclasses.field(default_factory=dict)  # flag of the import -> name on the Hub @ commit
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_json(self) -> dict[str, Any]:
-        # Through text, so that what is compared and what is read back have the same plain types.
-        return json.loads(json.dumps({"format": FORMAT} | dataclasses.asdict(self)))
+        # Through text, so that tuples become lists as in a file.
+        return json.loads(json.dumps({"format": FORMAT} | dataclasses.asdict(self) | {"model": self.model.to_dict()}))
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "Description":
@@ -78,25 +78,22 @@ class Description:
         return description
 
     def _check(self, where: str) -> None:
-        """Raises an error for fields of other types, which would show only where they are used."""
+        """Raises an error for fields of wrong types, before they are used."""
         fields = dataclasses.asdict(self)
         hf, origins = hf_fields.part(fields, "hf", where), hf_fields.part(fields, "origins", where)
-        config, generation = (
-            hf_fields.part(hf, "config", f"{where}: hf"),
-            hf_fields.part(hf, "generation_config", f"{where}: hf"),
-        )
+        config = hf_fields.part(hf, "config", f"{where}: hf")
+        generation = hf_fields.part(hf, "generation_config", f"{where}: hf")
         hf_fields.check_generation(generation, f"{where}: hf.generation_config")
         hf_fields.get(config, "image_token_index", 0, f"{where}: hf.config")
         for name in ("text_config", "vision_config"):
-            hf_fields.get(
-                hf_fields.part(config, name, f"{where}: hf.config"), "model_type", "", f"{where}: hf.config.{name}"
-            )
+            inner = hf_fields.part(config, name, f"{where}: hf.config")
+            hf_fields.get(inner, "model_type", "", f"{where}: hf.config.{name}")
         texts = [self.template, self.stage or "", *origins.values()]
         texts += [text for source in self.sources for text in (source.path, source.relative, *source.names)]
         if not all(isinstance(text, str) and "\0" not in text for text in texts):
             raise ValueError("template, stage, origins and sources are not all texts")
-        if not all(_ID.fullmatch(id) for id in (self.id, *(source.id for source in self.sources))):  # a folder's name
-            raise ValueError("id is none")
+        if not all(_ID.fullmatch(id) for id in (self.id, *(source.id for source in self.sources))):  # names of folders
+            raise ValueError("id is not made of 1 to 64 letters, digits, _ and -")
 
 
 def digest(metadata: dict[str, Any]) -> str:
@@ -117,13 +114,13 @@ def write_description(directory: epath.Path, description: Description) -> None:
 
 
 def finished_steps(directory: epath.Path) -> list[int]:
-    """The steps with a complete checkpoint, oldest first; none where there is no such directory."""
+    """The steps with a complete checkpoint, oldest first; none if there is no such directory."""
     steps = (int(entry.name) for entry in entries(directory) if entry.name.isdecimal())
     return sorted(step for step in steps if ocp.is_orbax_checkpoint(directory / str(step)))
 
 
 def frozen_copy(workdir: epath.Path, source: Source) -> epath.Path:
-    """The place in a workdir for a copy of what it takes from a source."""
+    """The directory in a workdir for a copy of the parameters that it takes from a source."""
     return workdir / FROZEN / source.id
 
 
@@ -132,10 +129,10 @@ def has_copy(workdir: epath.Path, source: Source) -> bool:
 
 
 def needed(workdir: epath.Path, description: Description) -> list[str]:
-    """The checkpoints elsewhere that those of a workdir take parameters from."""
+    """The paths of the checkpoints outside a workdir that its steps take parameters from."""
     return [source.path for source in description.sources if not has_copy(workdir, source)]
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """The path, local or remote (`gs://`), from the root: Orbax takes no other."""
+    """The path, local or remote (`gs://`), as an absolute one: Orbax takes no other."""
     return epath.Path(path if is_remote(path) else os.path.abspath(path))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which there are, and their parameters as sharded arrays or part by part."""
+"""Opens checkpoints, and reads their parameters as sharded arrays, layer by layer or chunk by chunk."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llava_jax.checkpoint.array_store import TREE, open_array, parts_of
+from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
 from llava_jax.checkpoint.format import (
     DESCRIPTION,
@@ -36,16 +36,16 @@ from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote, may_read
 
-MAX_COMPRESSION = 100  # of weights; those of any training hardly shrink
+MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its weights not yet read. See `open_checkpoint`."""
+    """An open checkpoint, whose weights have not been read yet. See `open_checkpoint`."""
 
-    root: epath.Path  # the import's directory or the workdir
+    root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`params`), None where it is the whole
+    name: str | None  # of the weights inside it (`params`), None if it holds nothing else
     description: Description
     tokenizer_dir: epath.Path
     step: int | None = None
@@ -59,13 +59,13 @@ class Checkpoint:
         return self.description.template
 
     def with_image_position(self, position: str) -> "Checkpoint":
-        """The same, asked with images at these places instead of where they stood in training."""
+        """The same, for prompts with images at this position of a turn instead of that of training."""
         model = dataclasses.replace(self.config, image_position=position)
         return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
     @functools.cached_property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and types of the parameters held here, without those of the sources."""
+        """Names, shapes and types of the parameters in this checkpoint, without those of its sources."""
         with readable(self.weights):
             if self.name is None:
                 metadata = ocp.metadata(self.weights).metadata
@@ -74,8 +74,8 @@ class Checkpoint:
             return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
 
     @functools.cached_property
-    def parts(self) -> list[tuple["Checkpoint", tuple[str, ...]]]:
-        """The checkpoints that together hold the whole model, each with the names to take from it."""
+    def holders(self) -> list[tuple["Checkpoint", tuple[str, ...]]]:
+        """This checkpoint and its sources, each with the names of the parameters to take from it."""
         own = tuple(self.stored)
         return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
 
@@ -90,8 +90,8 @@ class Checkpoint:
                 if found.description.id == source.id:
                     return found
         raise UserError(
-            f"{self.root}: its frozen parameters come from {source.path}, which is gone or was written anew since; "
-            "put the original back (convert copy-frozen would have brought them into the workdir)"
+            f"{self.root}: its frozen parameters come from {source.path}, which no longer exists or has been "
+            "overwritten; put the original back (convert copy-frozen would have copied them into the workdir)"
         )
 
     def _unnamed(self, source: Source) -> str:
@@ -99,38 +99,38 @@ class Checkpoint:
         if self.step is not None:
             command = f"copy-frozen --checkpoint {self.root}"
         return (
-            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names and you did "
-            f"not, so nothing is read there. If you know that place, copy them: python -m llava_jax.convert {command} "
+            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names but you did "
+            f"not, so it is not read. If you trust that address, copy them: python -m llava_jax.convert {command} "
             f"--source {source.path}"
         )
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and stored types of the whole model."""
-        return {name: part.stored[name] for part, names in self.parts for name in names}
+        """Names, shapes and stored types of all parameters, those of the sources included."""
+        return {name: holder.stored[name] for holder, names in self.holders for name in names}
 
     def check(self) -> None:
-        """Raises UserError unless names and shapes are those of the model, and its files of the size for them."""
-        for part, _ in self.parts:
-            _refuse_inflated(part.weights, part.stored)
+        """Raises UserError unless names and shapes are those of the model, and the files are large enough for them."""
+        for holder, _ in self.holders:
+            _refuse_inflated(holder.weights, holder.stored)
         try:
             check_names(self.abstract(), abstract_params(self.config))
         except ValueError as error:
             raise UserError(f"{self.weights}: does not hold this model: {error}") from None
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter as it is stored, or one layer of a stacked one, of which nothing else is kept in memory."""
-        part = self._part_with(name)
-        with readable(part.weights):
-            return part._array(name, layer).read().result()
+        """One parameter in its stored type, or one layer of a stacked one."""
+        holder = self._holder_of(name)
+        with readable(holder.weights):
+            return holder._array(name, layer).read().result()
 
-    def read_parts(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """The same in parts, each with its place."""
-        part = self._part_with(name)
-        with readable(part.weights):
-            yield from parts_of(part._array(name, layer))
+    def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The same in chunks, as (index, values)."""
+        holder = self._holder_of(name)
+        with readable(holder.weights):
+            yield from read_chunks(holder._array(name, layer))
 
-    def _part_with(self, name: str) -> "Checkpoint":
-        return next(part for part, names in self.parts if name in names)
+    def _holder_of(self, name: str) -> "Checkpoint":
+        return next(holder for holder, names in self.holders if name in names)
 
     def _array(self, name: str, layer: int | None) -> ts.TensorStore:
         array = open_array(self.weights / (self.name or TREE), name)
@@ -144,25 +144,21 @@ class Checkpoint:
     ) -> Params:
         """Reads the named parameters (all by default), each in `dtype(name, stored type)`.
 
-        Each is sharded as it is read, or lies on the first device.
+        Each is sharded by `sharding(name)` while it is read, or put on the first device.
         """
-        if sharding is None:
-            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            sharding = functools.partial(_always, single)
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self.check()
         shapes = abstract_params(self.config)
         wanted = set(shapes if names is None else names)
         params: Params = {}
-        for part, held in self.parts:
+        for holder, held in self.holders:
             here = wanted.intersection(held)
+            tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
+            for name in here:
+                leaf, target = holder.stored[name], sharding(name) if sharding else single
+                tree[name] = jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=target)
             if here:
-                tree = {
-                    name: jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=sharding(name))
-                    if name in here
-                    else ...
-                    for name, leaf in part.stored.items()
-                }
-                params |= {name: value for name, value in part._read(tree).items() if name in here}
+                params |= {name: value for name, value in holder._read(tree).items() if name in here}
         return {name: params[name] for name in shapes if name in wanted}
 
     def _read(self, tree: dict[str, Any]) -> Params:
@@ -172,35 +168,31 @@ class Checkpoint:
             return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
 
     def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
-        """How a checkpoint in `directory` refers to these parameters: at the place that really holds each."""
+        """The sources with which a checkpoint in `directory` refers to these parameters: those that hold them."""
         wanted = set(names)
         sources = []
-        for part, held in self.parts:
+        for holder, held in self.holders:
             here = tuple(sorted(wanted.intersection(held)))
             if not here:
                 continue
-            path = part.root if part.step is None else part.weights
-            place = os.fspath(absolute(path))
+            path = holder.root if holder.step is None else holder.weights
+            address = os.fspath(absolute(path))
             # Between a bucket and a disk, or two buckets, there is no relative path.
-            related = not (is_remote(path) or is_remote(directory))
-            relative = os.path.relpath(place, os.path.abspath(directory)) if related else place
-            sources.append(Source(place, relative, part.description.id, here))
+            local = not (is_remote(path) or is_remote(directory))
+            relative = os.path.relpath(address, os.path.abspath(directory)) if local else address
+            sources.append(Source(address, relative, holder.description.id, here))
         return tuple(sources)
 
 
 def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises UserError where a local directory is far smaller than the arrays that it says it holds: what is missing in
-    an array is read as zeros, however large."""
+    """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
+    any size could be claimed."""
     if is_remote(directory):
         return
     claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stored.values())
     held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     if claimed > MAX_COMPRESSION * held + 2**26:
         raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
-
-
-def _always(value: Any, _name: str) -> Any:
-    return value
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -227,7 +219,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def open_step(workdir: epath.Path, step: int) -> Checkpoint:
-    """The same of a step that is asked for. Raises UserError that lists the steps if it is not there."""
+    """The same for a certain step. Raises UserError that lists the steps if it does not exist."""
     path = absolute(workdir) / STEPS / str(step)
     if not path.exists():
         raise UserError(f"{workdir}: has no step {step}{_other_steps(path)}")
@@ -252,12 +244,12 @@ def _open_step(path: epath.Path) -> Checkpoint:
 
 
 def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
-    """What steps of earlier versions do not say, `image_position` of the model, as the configuration of their run."""
+    """`image_position` of the model, which steps of earlier versions lack, from the configuration of their run."""
     model, file = metadata.get("model"), workdir / "config.json"
     if model is None or "image_position" in model or not file.exists():
         return {}
     try:
         position = read_object(file, strict=False)["image_position"]
     except (OSError, UserError, KeyError) as error:
-        raise UserError(f"{file}: damaged, and no other file says where images stood: {error!r}") from None
+        raise UserError(f"{file}: damaged, and no other file has image_position: {error!r}") from None
     return {"model": model | {"image_position": position}}

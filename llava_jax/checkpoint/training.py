@@ -1,4 +1,4 @@
-"""The steps of a training run."""
+"""Saves and restores the steps of a training run."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from llava_jax.models.llava import Params
 
 
 class TrainingCheckpoints:
-    """The steps of a run: saved asynchronously, the newest `keep` of them kept."""
+    """The steps of a run, saved asynchronously; the newest `keep` of them are kept."""
 
     def __init__(self, workdir: epath.Path, description: Description, keep: int):
         self.description = description
@@ -25,13 +25,13 @@ class TrainingCheckpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # whether the metadata of all steps can be read, or not
+            lightweight_initialize=True,  # does not read the metadata of all steps, which may be damaged
             context=layer_by_layer(),
         )
         self.latest = max(finished_steps(self.directory), default=None)
 
     def save(self, step: int, trainable: Params, optimizer: Any, *, wait: bool = False) -> None:
-        """Blocks until the arrays are copied to the host; with `wait`, until all is on disk."""
+        """Blocks until the arrays are copied to the host; with `wait`, until they are on disk."""
         with in_one_line(self.directory, "cannot be written"):
             if self.latest == step:
                 self.checkpointer.wait()
@@ -56,7 +56,7 @@ class TrainingCheckpoints:
         return loaded["params"], loaded["optimizer"]
 
     def reload(self) -> None:
-        """Looks again which steps there are."""
+        """Reads again which steps there are."""
         self.checkpointer.reload()
         self.latest = max(finished_steps(self.directory), default=None)
 

@@ -1,4 +1,4 @@
-"""Writing a whole model, or a part of one: into a directory that takes its name when it is complete."""
+"""Writes checkpoints, into a directory that takes its final name when it is complete."""
 
 import contextlib
 import math
@@ -22,24 +22,24 @@ from llava_jax.files.reading import read_bytes
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote
 
-Piece = tuple[str, int | None, np.ndarray]  # a parameter, a layer of it or None for the whole, values
+Slice = tuple[str, int | None, np.ndarray]  # a parameter's name, a layer of it or None for all of it, the values
 
 
 def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
-    """Writes a whole model; nothing is left behind if it fails. Raises UserError if `directory` exists."""
+    """Writes a model as `convert import` does. Raises UserError if `directory` exists; a failure leaves nothing."""
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
-    pieces = ((name, None, np.asarray(value)) for name, value in params.items())
-    write_model(directory, shapes, pieces, description, tokenizer_dir)
+    slices = ((name, None, np.asarray(value)) for name, value in params.items())
+    write_model(directory, shapes, slices, description, tokenizer_dir)
 
 
 def write_model(
     directory: str | os.PathLike,
     shapes: dict[str, jax.ShapeDtypeStruct],
-    pieces: Iterable[Piece],
+    slices: Iterable[Slice],
     description: Description,
     tokenizer_dir: str,
 ) -> None:
-    """The same from pieces that make up parameters of these shapes and types, each written when it comes."""
+    """The same from slices that together are parameters of these shapes and types, written one after the other."""
     directory = absolute(directory)
     try:
         check_names(shapes, abstract_params(description.model))
@@ -47,29 +47,29 @@ def write_model(
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
     with new_directory(directory) as partial:
         copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        _write_weights(partial, directory, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, slices, description)
 
 
-def write_part(
-    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], pieces: Iterable[Piece], description: Description
+def write_parameters(
+    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], slices: Iterable[Slice], description: Description
 ) -> None:
-    """Some parameters of the model that `description` is of, for checkpoints that name it as a source."""
+    """Writes some parameters of a model, for checkpoints that have it as a source."""
     with new_directory(directory) as partial:
-        _write_weights(partial, directory, shapes, pieces, description)
+        _write_weights(partial, directory, shapes, slices, description)
 
 
 def _write_weights(
     partial: epath.Path,
     directory: epath.Path,
     shapes: dict[str, jax.ShapeDtypeStruct],
-    pieces: Iterable[Piece],
+    slices: Iterable[Slice],
     description: Description,
 ) -> None:
-    """Into `partial`, which becomes `directory` and is called that in errors."""
+    """Writes to `partial`, which becomes `directory`; errors name the latter."""
     if not is_remote(partial):
         check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
     with in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
-        for name, layer, values in pieces:
+        for name, layer, values in slices:
             writer.write(name, layer, values)
     write_description(partial, description)
 
@@ -82,7 +82,7 @@ def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:
 
 
 def check_free(directory: os.PathLike, size: int) -> None:
-    """Raises UserError where a local disk has no room for so many bytes, before time is spent on filling it."""
+    """Raises UserError if a local disk has no room for so many bytes, before anything is written."""
     free = shutil.disk_usage(directory).free
     if size > free:
         raise UserError(
@@ -91,7 +91,7 @@ def check_free(directory: os.PathLike, size: int) -> None:
 
 
 def refuse_existing(directory: str | os.PathLike) -> None:
-    """Raises UserError unless `directory` is empty or not there."""
+    """Raises UserError unless `directory` is empty or does not exist."""
     directory = epath.Path(directory)
     if directory.exists() and (not directory.is_dir() or entries(directory)):
         raise UserError(f"{directory}: exists already; remove it or choose another output")
@@ -99,21 +99,21 @@ def refuse_existing(directory: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
-    """A directory beside `directory` to fill, which takes its name at the end and vanishes on an error.
+    """A new directory beside `directory`, which takes its name at the end and is removed on an error.
 
-    Object stores have no directories to rename: a remote one is filled in its place, by one process at a time. So write
-    last what makes it valid.
+    Object stores cannot rename directories: a remote one is filled in place, by one process at a time. So write the
+    file that makes it valid last.
     """
     if is_remote(directory):
         with hold(directory):
             refuse_existing(directory)
-            with _gone_on_error(directory):
+            with _removed_on_error(directory):
                 yield directory
         return
     refuse_existing(directory)
     partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
-    with _gone_on_error(partial):
+    with _removed_on_error(partial):
         yield partial
         refuse_existing(directory)  # another process may have made it in the meantime
         if directory.exists():
@@ -122,7 +122,7 @@ def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def _gone_on_error(directory: epath.Path) -> Iterator[None]:
+def _removed_on_error(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -131,7 +131,7 @@ def _gone_on_error(directory: epath.Path) -> Iterator[None]:
 
 
 def _remove(directory: epath.Path) -> None:
-    """Removes a directory, and for a second what threads of Orbax still write there after a failure."""
+    """Removes a directory, for a second again and again if threads of Orbax may still write to it after a failure."""
     unfinished = any(directory.glob("*.orbax-checkpoint-tmp"))
     for _ in range(10 if unfinished else 1):
         with contextlib.suppress(OSError):

@@ -1,11 +1,13 @@
-"""Exchanges weights with Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
+"""Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
 
 import argparse
+import dataclasses
 
 from llava_jax.cli import Parser, run, say
 from llava_jax.data.conversation import IMAGE_POSITIONS
 
-# Each command imports what it needs once its arguments are known: JAX takes seconds, and --help need not wait.
+# Each command imports its modules after its arguments are parsed: --help does not wait for JAX, which takes seconds.
+ANY_CHECKPOINT = "an import, a training workdir or one step of it"
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLE = """examples:
@@ -22,18 +24,12 @@ EXAMPLE = """examples:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = _parser().parse_args(argv)
-    return args.function(args)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m llava_jax.convert", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
-    _add_import(commands)
-    _add_export(commands)
-    _add_verify(commands)
-    _add_copies(commands)
-    return parser
+    for add in (_add_import, _add_export, _add_verify, _add_copies):
+        add(commands)
+    args = parser.parse_args(argv)
+    return args.function(args)
 
 
 def _add_import(commands: argparse._SubParsersAction) -> None:
@@ -41,29 +37,29 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "import",
         help="Hugging Face weights to a checkpoint",
         description="Makes a checkpoint from a language model and a vision tower (--llm, --vision), or from a LLaVA "
-        "(--llava). Where no directory is, organisation/name or organisation/name@revision is downloaded from the "
-        "Hugging Face Hub. docs/weights.md lists what can be given, docs/models.md the families.",
+        "(--llava). If there is no such directory, organisation/name or organisation/name@revision is downloaded from "
+        "the Hugging Face Hub. docs/weights.md lists the supported inputs, docs/models.md the families.",
         epilog=EXAMPLE,
     )
     add = parser.add_argument
     add("--llm", metavar="DIR", help="a LLaMA, Mistral or Qwen2 with its tokenizer, or a GGUF file of one")
-    add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower alone; with --llava where that has none")
+    add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower; with --llava if that has none")
     add("--projector", metavar="FILE", help="a projector, safetensors or .bin (default: a fresh one)")
-    add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a whole one, an adapter, a "
-        "difference from a base, a projector of stage 1")  # fmt: skip
-    add("--base", metavar="DIR", help="with --llava: what it was trained from, where it is not whole")
-    add("--output", metavar="DIR", required=True, help="where the checkpoint goes; must not exist")
-    add("--template", metavar="NAME", help="of conversations (default: what the tokenizer's own chat template is, or "
-        "v1)")  # fmt: skip
+    add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a complete model, an adapter, a "
+        "difference from a base, or a projector of stage 1")  # fmt: skip
+    add("--base", metavar="DIR", help="with --llava: the model it was trained from, if it is not complete")
+    add("--output", metavar="DIR", required=True, help="the checkpoint to write; must not exist")
+    add("--template", metavar="NAME", help="conversation template (default: the one that equals the tokenizer's chat "
+        "template, or v1)")  # fmt: skip
     add("--projector-type", metavar="TYPE", help="linear or mlpNx_gelu (default: the source's, or mlp2x_gelu)")
-    add("--aspect", choices=("square", "pad", "resize"), help="how a picture becomes a square: cropped, padded or "
-        "stretched (default: pad; with --llava what its preprocessor_config.json says)")  # fmt: skip
-    add("--image-position", choices=IMAGE_POSITIONS, help="where images of a turn stood in training (default: first, "
-        "or what an export of ours says)")  # fmt: skip
-    add("--select-layer", type=int, metavar="N", help="whose features are used (default: -2, or the source's)")
+    add("--aspect", choices=("square", "pad", "resize"), help="how an image becomes a square: cropped, padded or "
+        "stretched (default: pad; with --llava as its preprocessor_config.json says)")  # fmt: skip
+    add("--image-position", choices=IMAGE_POSITIONS, help="position of images in a turn, in training (default: first; "
+        "with --llava an export of this project says it)")  # fmt: skip
+    add("--select-layer", type=int, metavar="N", help="layer whose features are used (default: -2, or the source's)")
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
-    add("--rows", choices=("source", "tokenizer"), default="source", help="of embeddings and head: all that the source "
-        "has, or one for each id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
+    add("--rows", choices=("source", "tokenizer"), default="source", help="rows of embeddings and head: those of the "
+        "source, or one an id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of a fresh projector (default: 0)")
     parser.set_defaults(function=lambda args: _import(parser, args))
 
@@ -72,16 +68,7 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     from llava_jax.convert.found import Options
     from llava_jax.convert.import_weights import import_backbones, import_llava
 
-    options = Options(
-        template=args.template,
-        projector_type=args.projector_type,
-        aspect=args.aspect,
-        image_position=args.image_position,
-        select_layer=args.select_layer,
-        select_feature=args.select_feature,
-        seed=args.seed,
-        fit_rows=args.rows == "tokenizer",
-    )
+    options = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     if args.llava and not (args.llm or args.projector):
         config = import_llava(args.llava, args.output, options, args.base, args.vision)
     elif args.llm and args.vision and not (args.llava or args.base):
@@ -90,7 +77,7 @@ def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("give --llm and --vision, or --llava")
     say(
         f"{args.output}: projector {config.projector_type}, {config.image_tokens} features an image of "
-        f"{config.vision.image_size} pixels, pictures {config.image_aspect}"
+        f"{config.vision.image_size} pixels, images {config.image_aspect}"
     )
 
 
@@ -99,18 +86,18 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         help="a checkpoint to a Hugging Face directory, or to the original's layout",
         description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load; with --layout "
-        "original one that the original LLaVA loads, with --layout projector what its stage 1 leaves.",
+        "original one that the original LLaVA loads, with --layout projector the files of its stage 1.",
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
-    add("--output", metavar="DIR", required=True, help="where the model goes; must not exist")
+    add("--checkpoint", metavar="DIR", required=True, help=ANY_CHECKPOINT)
+    add("--output", metavar="DIR", required=True, help="the model to write; must not exist")
     add("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
     add("--layout", choices=("hf", "original", "projector"), default="hf", help="(default: %(default)s)")
-    add("--tower", metavar="NAME", help="what the original loads the vision tower from, a directory or a name on the "
-        "Hub (default: OpenAI's of the same shapes)")  # fmt: skip
-    add("--without-tower", action="store_true", help="with --layout original: name the vision tower, as v0 and v1 do, "
-        "and leave its weights out")  # fmt: skip
+    add("--tower", metavar="NAME", help="the vision tower that the original loads, a directory or a name on the Hub "
+        "(default: OpenAI's with the same shapes)")  # fmt: skip
+    add("--without-tower", action="store_true", help="with --layout original: only name the vision tower, as v0 and v1 "
+        "do, without its weights")  # fmt: skip
     parser.set_defaults(function=lambda args: _export(parser, args))
 
 
@@ -128,10 +115,10 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             use = "load it with LlavaForConditionalGeneration and AutoProcessor of transformers"
         case "original":
             export_original(args.checkpoint, args.output, args.dtype, args.tower, not args.without_tower)
-            use = "load it with the original LLaVA, under a path with llava in it, which that looks for"
+            use = "load it with the original LLaVA, from a path that contains llava, which it requires"
         case "projector":
             export_projector(args.checkpoint, args.output, args.dtype, args.tower)
-            use = "its mm_projector.bin is what --pretrain_mm_mlp_adapter of the original takes"
+            use = "give its mm_projector.bin to --pretrain_mm_mlp_adapter of the original"
     say(f"{args.output}: {use}")
 
 
@@ -140,12 +127,11 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         "verify",
         help="compares a checkpoint with a Hugging Face directory of it",
         description="Compares a checkpoint with a Hugging Face directory of it: tensors, bit for bit, configuration "
-        "and, with torch installed, what both compute and say. Exits with 1 where anything differs.",
+        "and, if torch is installed, logits, ids and answers. Exits with 1 if anything differs.",
         epilog=EXAMPLE,
     )
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help="an import, a training workdir or one step of it")
-    add("--hf", metavar="DIR", required=True, help="what it was exported to, or imported from")
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help=ANY_CHECKPOINT)
+    parser.add_argument("--hf", metavar="DIR", required=True, help="its export, or the directory it was imported from")
     parser.set_defaults(function=_verify)
 
 
@@ -161,14 +147,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _add_copies(commands: argparse._SubParsersAction) -> None:
     for name, copies, description in (
-        ("copy", _copy, "Writes a whole checkpoint, which needs no other one. The optimizer's state is left out."),
-        ("copy-frozen", _copy_frozen, "Copies the frozen parameters that a training workdir takes from the checkpoint "
-         "it was started from into the workdir. Afterwards that checkpoint may be moved or deleted."),
+        ("copy", _copy, "Writes a checkpoint with all parameters, which needs no other one, without the optimizer's "
+         "state."),
+        ("copy-frozen", _copy_frozen, "Copies the frozen parameters of a training workdir from the checkpoint that the "
+         "run started from into the workdir. Afterwards that checkpoint can be moved or deleted."),
     ):  # fmt: skip
         parser = commands.add_parser(name, help=copies.__doc__, description=description, epilog=EXAMPLE)
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
-        parser.add_argument("--source", metavar="DIR", help="a place on an object store that the checkpoint takes "
-                            "parameters from, so that it may be read")  # fmt: skip
+        parser.add_argument("--source", metavar="DIR", help="an address on an object store that the checkpoint names "
+                            "and that may be read")  # fmt: skip
         if name == "copy":
             parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
         parser.set_defaults(function=copies)
@@ -183,7 +170,7 @@ def _copy(args: argparse.Namespace) -> None:
 
 
 def _copy_frozen(args: argparse.Namespace) -> None:
-    """into a training workdir what it takes from other checkpoints"""
+    """the frozen parameters of a training workdir into it"""
     from llava_jax.convert.copy import copy_frozen
 
     copied = copy_frozen(args.checkpoint)

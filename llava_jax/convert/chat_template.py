@@ -1,19 +1,19 @@
-"""Our conversation templates as Jinja, so that Hugging Face's processor renders the text that the model learned."""
+"""Conversation templates as Jinja, with which transformers' processor renders prompts as in training."""
 
 import json
 import re
 
-from llava_jax.data.conversation import IMAGE_TOKEN, Template
+from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 # A message's content is a string, or a list of texts and images, a line each. Models that were trained with images
-# before the text get those of a list there.
+# before the text get the images of a list first.
 _IMAGES_FIRST = """\
         {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
         {%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | select -%}
         {%- set text = texts | join('\\n') -%}
         {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
 """
-# Others get them where the list has them, as `data.conversation.join_parts` does.
+# Other models get them in the order of the list, as by `data.conversation.join_parts`.
 _IMAGES_AS_IS = """\
         {%- set flat = namespace(text='', image=false) -%}
         {%- for part in content -%}
@@ -60,10 +60,12 @@ _JINJA = """\
 def chat_template(
     template: Template, system: str, image_token: str = IMAGE_TOKEN, image_position: str = "first"
 ) -> str:
-    """Jinja that renders messages as `data.conversation.render` renders turns, with `system` where they bring none.
+    """Jinja that renders messages as `data.conversation.render` renders turns.
 
-    `image_token` is what the processor's tokenizer calls an image; for `image_position`, where images stood in
-    training, see `data.conversation.place_prompt_images`.
+    Args:
+      system: the system prompt of conversations that have none.
+      image_token: the token of images in the processor's tokenizer.
+      image_position: of images in a turn, see `data.conversation.place_prompt_images`.
     """
     image = template.image.replace(IMAGE_TOKEN, image_token)
     clean = " | trim" if template.strip else ""
@@ -76,7 +78,7 @@ def chat_template(
         "system": f"flat(messages[0]['content']){clean}",
         "head": " ~ system ~ ".join(_quoted(part) for part in template.head.split("{system}")),
         "bare head": _quoted(template.bare_head),
-        # Whole and not in parts: a ChatML template's system prompt is found again by looking for this text.
+        # In one string: the system prompt of a ChatML template is found by searching for this text.
         "default head": _quoted(template.head.replace("{system}", system) if system else template.bare_head),
         "between": _quoted(template.between),
         "before": _quoted(template.question[0]),
@@ -92,5 +94,5 @@ def chat_template(
 
 
 def _quoted(text: str) -> str:
-    """A string literal; Jinja knows the escapes of JSON."""
+    """A string literal: Jinja has the escapes of JSON."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,7 +1,8 @@
-"""Makes self-contained what takes parameters from other checkpoints: one layer after the other, none kept in memory.
+"""Makes checkpoints independent of others, one layer at a time.
 
-A training workdir holds what was trained; its frozen parameters stay where the run found them. `copy` writes a whole
-checkpoint of its newest step, `copy_frozen` puts the missing parameters into the workdir, which then resumes, too.
+A training workdir holds the trained parameters; the frozen ones stay in the checkpoint that the run started from.
+`copy` writes a checkpoint with all parameters, `copy_frozen` copies the missing ones into the workdir, which then
+resumes without the other checkpoint.
 """
 
 import dataclasses
@@ -12,43 +13,39 @@ from collections.abc import Iterable, Iterator
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
-from llava_jax.checkpoint.writing import Piece, write_model, write_part
+from llava_jax.checkpoint.writing import Slice, write_model, write_parameters
 from llava_jax.cli import UserError, track
 from llava_jax.files.lock import hold
 
 
 def copy(path: str | os.PathLike, output: str | os.PathLike) -> None:
-    """Writes all parameters of a checkpoint in the types that they are stored in, without the optimizer's state."""
+    """Writes all parameters of a checkpoint in their stored types, without the optimizer's state."""
     checkpoint = open_checkpoint(path)
     checkpoint.check()
     description = dataclasses.replace(checkpoint.description, sources=(), id=uuid.uuid4().hex)
     shapes = checkpoint.abstract()
-    write_model(output, shapes, _pieces(checkpoint, shapes), description, os.fspath(checkpoint.tokenizer_dir))
+    write_model(output, shapes, _slices(checkpoint, shapes), description, os.fspath(checkpoint.tokenizer_dir))
 
 
 def copy_frozen(path: str | os.PathLike) -> list[str]:
-    """Copies into a workdir what its checkpoints take from elsewhere; -> from where. Repeated, it copies nothing."""
+    """Copies the frozen parameters of a workdir into it; -> the paths copied from, none the second time."""
     checkpoint = open_checkpoint(path)
     if checkpoint.step is None:
-        raise UserError(f"{path}: is no training workdir: it holds all its parameters already")
+        raise UserError(f"{path}: not a training workdir, so it holds all its parameters already")
     if not needed(checkpoint.root, checkpoint.description):
         return []
     copied = []
     with hold(checkpoint.root / FROZEN):
-        for (part, names), source in zip(checkpoint.parts[1:], checkpoint.description.sources, strict=True):
+        for (holder, names), source in zip(checkpoint.holders[1:], checkpoint.description.sources, strict=True):
             if not has_copy(checkpoint.root, source):
-                shapes = {name: part.stored[name] for name in names}
-                write_part(
-                    frozen_copy(checkpoint.root, source),
-                    shapes,
-                    _pieces(part, names),
-                    dataclasses.replace(part.description, sources=()),
-                )
+                shapes = {name: holder.stored[name] for name in names}
+                description = dataclasses.replace(holder.description, sources=())
+                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, names), description)
                 copied.append(source.path)
     return copied
 
 
-def _pieces(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Piece]:
+def _slices(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Slice]:
     shapes = checkpoint.abstract()
     places = [
         (name, layer)

@@ -1,18 +1,16 @@
-"""A checkpoint to a directory that `LlavaForConditionalGeneration` and `AutoProcessor` of transformers load.
+"""Exports a checkpoint to a directory that `LlavaForConditionalGeneration` and `AutoProcessor` of transformers load.
 
-The processor renders our text, and with byte-level tokenizers gives our ids. A SentencePiece tokenizer begins the text
-after an image with `▁` when that is tokenized by itself, as the published code does and ours; Hugging Face's
-processor, to which the image is a token inside one text, gives no `▁` there (unless the tokenizer is a `legacy` one).
-The model is the same: equal ids, equal logits.
+The processor renders the same text and, with byte-level tokenizers, gives the same ids. The original LLaVA and this
+project tokenize the text after an image by itself, which a SentencePiece tokenizer begins with `▁`; for transformers'
+processor the image is a token inside one text, without `▁` after it (unless the tokenizer is a `legacy` one). The
+model is the same: equal ids give equal logits.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, warn
@@ -23,54 +21,48 @@ from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.outgoing import common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import write_json
-from llava_jax.data.conversation import get_template, stop_strings, with_im_start_end
-from llava_jax.data.fit import end_of_answer, missing_marks
+from llava_jax.data.template_fit import end_of_answer, missing_marks
+from llava_jax.data.templates import get_template, stop_strings, with_im_start_end
 from llava_jax.data.tokenization import default_system, load_tokenizer
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.registry import TOWERS
 
 
 def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
-    """Writes weights, configs, tokenizer, processor and chat template, in `dtype` or in the types stored.
+    """Writes weights, configuration, tokenizer, processor and chat template.
 
-    Tensors are those of the checkpoint: with `dtype` None bit for bit, with rows added where `<image>` or `<pad>` have
-    none. Raises UserError where Hugging Face has no such model.
+    With `dtype` None, tensors have the types and bits of the checkpoint, with rows added if `<image>` or `<pad>` have
+    none. Raises UserError if transformers has no such model.
     """
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
-    if checkpoint.config.projector_type not in ("linear", "mlp2x_gelu"):
+    supported = sorted(hf_config.hf_projectors().values())
+    if checkpoint.config.projector_type not in supported:
         raise UserError(
-            f"{checkpoint_path}: Hugging Face has no projector {checkpoint.config.projector_type}, only linear and "
-            "mlp2x_gelu: it cannot be exported"
+            f"{checkpoint_path}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
+            f"{' and '.join(supported)}: it cannot be exported"
         )
     with new_export(output) as directory:
         special = write_settings(checkpoint, directory, dtype)
         write_shards(directory, list(hf_tensors(checkpoint, dtype, special.rows)))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, source: dict[str, Any]) -> SpecialTokens:
-    """What marks images and padding in an export; `source` is the `config.json` imported."""
-    return choose_special_tokens(tokenizer, config.text.vocab_size, source.get("image_token_index"))
-
-
 def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -> SpecialTokens:
-    """All but the weights."""
+    """Writes everything but the weights."""
     config, hf = checkpoint.config, checkpoint.description.hf
     source = hf.get("config", {})
     template = with_im_start_end(get_template(checkpoint.template), config.im_start_end)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
-    special = special_tokens(tokenizer, config, source)
+    special = choose_special_tokens(tokenizer, config.text.vocab_size, source.get("image_token_index"))
     write_tokenizer(tokenizer, special, directory)
     written = load_tokenizer(directory)
-    special_ids = {f"{kind}_token_id": getattr(written, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     if problem := missing_marks(template, tokenizer):
         warn(problem)
-    end_id = end_of_answer(template, tokenizer)
+    ends = end_of_answer(template, tokenizer), stop_strings(template)
 
     dtype = dtype or common_dtype(checkpoint)
     write_json(directory / "config.json", hf_config.write_llava(config, source, special, written.pad_token_id, dtype))
-    generation = hf_processor.write_generation(
-        hf.get("generation_config", {}), special_ids, end_id, stop_strings(template)
-    )
+    generation = hf_processor.write_generation(hf.get("generation_config", {}), written, *ends)
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "preprocessor_config.json", hf_processor.write_image_processor(config))
     write_json(directory / "processor_config.json", hf_processor.write_processor(config, special.image.text))
@@ -81,15 +73,16 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
 
 
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:
-    """The tensors of the export, none of them read yet."""
-    yield from tensors_of(checkpoint, dtype, lambda part, leaf: EXPORT_PREFIXES[part] + leaf, rows=rows)
+    """The tensors of the export, not read yet."""
+    prefixes = EXPORT_PREFIXES | {"vision": TOWERS[checkpoint.config.vision.kind].hf_prefix}
+    yield from tensors_of(checkpoint, dtype, lambda part, leaf: prefixes[part] + leaf, rows=rows)
     if checkpoint.config.projector_type == "linear":
         stored = checkpoint.abstract()["projector.linear_1.kernel"].dtype
         yield from _identity(jnp.dtype(dtype or stored), checkpoint.config)
 
 
 def _identity(dtype: np.dtype, config: LlavaConfig) -> Iterator[Tensor]:
-    """Hugging Face's projector has two layers: the second of a linear one is the identity."""
+    """The second layer of a linear projector, since transformers' has two: the identity."""
     width, prefix = config.text.hidden_size, EXPORT_PREFIXES["projector"]
     yield Tensor(f"{prefix}linear_2.weight", (width, width), dtype, lambda: np.eye(width, dtype=dtype))
     yield Tensor(f"{prefix}linear_2.bias", (width,), dtype, lambda: np.zeros(width, dtype))

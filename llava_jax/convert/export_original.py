@@ -1,7 +1,8 @@
-"""A checkpoint as the original LLaVA (haotian-liu/LLaVA) writes it: a whole model, or what its stage 1 leaves.
+"""Exports a checkpoint as the original LLaVA (haotian-liu/LLaVA) writes it: a model, or the projector of stage 1.
 
-Weights are in safetensors files, which its transformers (4.37) loads like `pytorch_model.bin`; `mm_projector.bin`,
-which it opens by that name, is a file of torch. Its models need no token for images: rows and tokenizer stay the same.
+Weights are in safetensors files, which its transformers (4.37) loads as well as `pytorch_model.bin`;
+`mm_projector.bin`, which it opens by that name, is a file of torch. Its models need no token for images: rows and
+tokenizer stay the same.
 """
 
 import dataclasses
@@ -16,45 +17,42 @@ from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_
 from llava_jax.convert.shards import write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.convert.torch_save import save_torch
-from llava_jax.data.conversation import get_template, with_im_start_end
-from llava_jax.data.fit import end_of_answer
+from llava_jax.data.template_fit import end_of_answer
+from llava_jax.data.templates import get_template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, LlavaConfig
+from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, kept
+from llava_jax.models.registry import FAMILIES, TOWERS
 
 PROJECTOR = "mm_projector.bin"
-_TOWERS = {"openai/clip-vit-large-patch14": CLIP_L_14, "openai/clip-vit-large-patch14-336": CLIP_L_14_336}
 _PREFIXES = {
     "llm": "model.",
     "head": "",
     "projector": "model.mm_projector.",
     "vision": "model.vision_tower.vision_tower.vision_model.",
 }
-_CLASSES = {"llama": ("llava_llama", "LlavaLlama"), "mistral": ("llava_mistral", "LlavaMistral")}
-_NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that its transformers does not know
+_NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that transformers 4.37 does not have
 
 
 def export_original(
     checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None, with_tower: bool = True
 ) -> None:
-    """Writes a whole model: weights, config.json, generation_config.json and the tokenizer.
+    """Writes a model: weights, config.json, generation_config.json and the tokenizer.
 
     Args:
       dtype: of all weights; by default as stored.
-      tower: what the original is to load its vision tower from; by default that of OpenAI with these shapes.
-      with_tower: whether the tower's weights are written too, as in v1.5, or only named, as before.
+      tower: name or directory of the vision tower that the original loads; by default OpenAI's with these shapes.
+      with_tower: whether to write the tower's weights, as v1.5 has them, or only its name, as v0 and v1.
 
-    Raises UserError where the original has no such model.
+    Raises UserError if the original has no such model.
     """
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     template = with_im_start_end(get_template(checkpoint.template), checkpoint.config.im_start_end)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    generation = write_generation(
-        checkpoint.description.hf.get("generation_config", {}), ids, end_of_answer(template, tokenizer), []
-    )
+    source = checkpoint.description.hf.get("generation_config", {})
+    generation = write_generation(source, tokenizer, end_of_answer(template, tokenizer), [])
     parts = tuple(part for part in PARTS if with_tower or part != "vision")
     with new_export(output) as directory:
         copy_tokenizer(checkpoint.tokenizer_dir, directory)
@@ -64,7 +62,7 @@ def export_original(
 
 
 def export_projector(checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None) -> None:
-    """Writes `mm_projector.bin` and the config.json that belongs to it. Raises UserError as `export_original` does."""
+    """Writes `mm_projector.bin` and its config.json. Raises UserError as `export_original` does."""
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"tune_mm_mlp_adapter": True}
@@ -74,7 +72,7 @@ def export_projector(checkpoint_path: str, output: str, dtype: str | None = None
 
 
 def _names(checkpoint: Checkpoint) -> Callable[[str, str], str]:
-    """The modules of the original's projector are numbered, the GELUs between the layers too; a single one is not."""
+    """Names of the original, whose projector numbers its modules, GELUs included, unless there is only one."""
 
     def name(part: str, leaf: str) -> str:
         if part == "projector":
@@ -87,16 +85,16 @@ def _names(checkpoint: Checkpoint) -> Callable[[str, str], str]:
 
 
 def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> Json:
-    """The `config.json`: that of a decoder, and what the original adds."""
+    """The `config.json`: that of a decoder with the fields of the original."""
     config, text = checkpoint.config, checkpoint.description.hf.get("config", {}).get("text_config") or {}
     decoder = write_text(config.text, text, dtype or common_dtype(checkpoint))
     where = str(checkpoint.root)
     _refuse_unknown(config, decoder, where)
-    model_type, name = _CLASSES[decoder["model_type"]]
+    family = FAMILIES[decoder["model_type"]]
     scaling = config.text.rope_scaling
     own = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": model_type,
+        "architectures": [f"Llava{family.hf_class}"],
+        "model_type": family.original,
         "rope_scaling": scaling and {"type": scaling.kind, "factor": scaling.factor},
         "use_cache": True,
         "use_mm_proj": True,
@@ -119,12 +117,14 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
 
 
 def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
-    """Raises UserError for what the original, with transformers 4.37, does not compute."""
+    """Raises UserError for models that the original, with transformers 4.37, cannot compute."""
     text, problems = config.text, []
-    if decoder["model_type"] not in _CLASSES:
-        problems.append(f"language model {decoder['model_type']}, only {' and '.join(_CLASSES)}")
-    if config.vision.kind != "clip":
-        problems.append(f"vision tower {config.vision.kind}, only clip")
+    known = [name for name, family in FAMILIES.items() if family.original]
+    if decoder["model_type"] not in known:
+        problems.append(f"language model {decoder['model_type']}, only {' and '.join(known)}")
+    known = [name for name, tower in TOWERS.items() if tower.original]
+    if config.vision.kind not in known:
+        problems.append(f"vision tower {config.vision.kind}, only {' and '.join(known)}")
     if config.image_aspect == "resize":
         problems.append("image aspect resize, only pad and square")
     if text.rope_scaling and text.rope_scaling.kind != "linear":
@@ -138,11 +138,12 @@ def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
 
 
 def _tower(config: LlavaConfig, where: str) -> str:
-    for name, tower in _TOWERS.items():
+    kind = TOWERS[config.vision.kind]
+    for name, tower in kind.original.items():
         same = dataclasses.replace(config.vision, projection_dim=tower.projection_dim) == tower
-        if same and (config.image_mean, config.image_std) == (CLIP_MEAN, CLIP_STD):
+        if same and (config.image_mean, config.image_std) == (kind.image_mean, kind.image_std):
             return name
     raise UserError(
-        f"{where}: its vision tower is neither {' nor '.join(_TOWERS)}: give --tower NAME, the directory or name of "
-        "the CLIP that the original LLaVA is to load"
+        f"{where}: its vision tower is neither {' nor '.join(kind.original)}: give --tower NAME, the directory or name "
+        "of the CLIP that the original LLaVA is to load"
     )

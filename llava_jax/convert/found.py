@@ -1,4 +1,4 @@
-"""What an import found on disk, and what is said where that cannot be used."""
+"""What an import found on disk, and errors for what cannot be used."""
 
 import dataclasses
 import re
@@ -12,31 +12,32 @@ from llava_jax.cli import UserError
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_fields import Json, in_words_of_hf
+from llava_jax.models.registry import PROJECTORS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user asks for; None leaves it to the source, or to the default where that doesn't say."""
+    """Options of the user; None means as the source says, or else the default."""
 
-    template: str | None = None  # default that of the tokenizer's own chat template, or v1
-    projector_type: str | None = None  # default mlp2x_gelu
-    aspect: str | None = None  # default pad, as LLaVA-1.5 was trained
-    image_position: str | None = None  # default first, as LLaVA-1.5 was trained
-    select_layer: int | None = None  # default -2
-    select_feature: str | None = None  # default patch
+    template: str | None = None  # default: the one that equals the tokenizer's chat template, or v1
+    projector_type: str | None = None  # default: mlp2x_gelu
+    aspect: str | None = None  # default: pad, as LLaVA-1.5 was trained
+    image_position: str | None = None  # default: first, as LLaVA-1.5 was trained
+    select_layer: int | None = None  # default: -2
+    select_feature: str | None = None  # default: patch
     seed: int = 0  # of a fresh projector
-    fit_rows: bool = False  # as many rows as the tokenizer has ids, and not those of the source
+    rows: str = "source"  # of embeddings and head; "tokenizer": one for each of its ids
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model on disk: all its keys and shapes are right, its weights are not yet read."""
+    """A model on disk, whose names and shapes have been checked and whose weights have not been read yet."""
 
     config: LlavaConfig
-    sources: dict[str, Source]  # part -> where its tensors are; no projector means a fresh one
-    hf: dict[str, Json]  # of the source, kept for an export
+    sources: dict[str, Source]  # part -> its tensors; without a projector, a fresh one is made
+    hf: dict[str, Json]  # JSON files of the source, kept for an export
     write_tokenizer: Callable[[Path], None]  # to a directory
-    trained: bool  # as a whole: the model knows a template
+    trained: bool  # as a LLaVA, with a conversation template
 
 
 def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
@@ -45,10 +46,16 @@ def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
 
 
 def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:
-    """The type of the projector in `file`, by the number of its layers, or of a fresh one."""
+    """The type of the projector in `file`, or of a fresh one.
+
+    Names tell the number of layers but not the activation: a requested type counts if it has just these names.
+    """
     if source is None:
         return requested or "mlp2x_gelu"
-    linears = {leaf.split(".")[0] for leaf in source.leaves("projector") if re.fullmatch(r"linear_\d+\..+", leaf)}
+    leaves = set(source.leaves("projector"))
+    if requested and _is_stored_as(requested, leaves):
+        return requested
+    linears = {leaf.split(".")[0] for leaf in leaves if re.fullmatch(r"linear_\d+\..+", leaf)}
     if not linears:
         raise UserError(f"{file}: no projector (multi_modal_projector.linear_1.weight or model.mm_projector.0.weight)")
     found = "linear" if len(linears) == 1 else f"mlp{len(linears)}x_gelu"
@@ -56,8 +63,13 @@ def projector_type(source: Source | None, file: Path | None, requested: str | No
     return found
 
 
+def _is_stored_as(projector_type: str, leaves: set[str]) -> bool:
+    kinds = [kind for pattern, kind in PROJECTORS.items() if re.fullmatch(pattern, projector_type)]
+    return any({leaf for e in kind.entries(projector_type) for leaf in e.leaves()} == leaves for kind in kinds)
+
+
 def ends_in_identity(source: Source, config: LlavaConfig) -> bool:
-    """Whether linear_2 of two changes nothing, which is how a linear projector is stored as a Hugging Face one."""
+    """Whether linear_2 of two is the identity, as transformers' files have it for a linear projector."""
     if config.projector_type != "mlp2x_gelu":
         return False
     weight, bias = source.get("projector", "linear_2.weight"), source.get("projector", "linear_2.bias")

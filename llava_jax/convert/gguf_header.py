@@ -1,4 +1,4 @@
-"""The header of a GGUF file, looked at before transformers believes it.
+"""Checks the header of a GGUF file before transformers reads it.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,15 +10,16 @@ from typing import Any, BinaryIO
 
 from llava_jax.cli import UserError, shown
 
-MAX_ENTRIES, MAX_ITEMS = 10_000, 4_000_000  # tensors, or values; items of all arrays, such as pieces and merges
+MAX_ENTRIES = 10_000  # tensors, and values
+MAX_ITEMS = 4_000_000  # of all arrays together, such as tokens and merges
 MAX_TEXT = 2**24  # bytes
-MAX_PER_BYTE = 8  # numbers; the smallest types take more than a bit
+MAX_PER_BYTE = 8  # numbers: the smallest types take more than one bit
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY = 8, 9
 
 
 def count_numbers(path: Path) -> int:
-    """Of all tensors. Raises UserError where the file is damaged, or describes more than it can hold."""
+    """The numbers in all tensors. Raises UserError if the file is damaged, or describes more than it can hold."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -38,7 +39,7 @@ def count_numbers(path: Path) -> int:
 
 
 def _values(file: BinaryIO, entries: int) -> Any:
-    """Keys and values; of an array how many items it has."""
+    """Keys and values; for an array, its number of items."""
     left = MAX_ITEMS
     for _ in range(entries):
         key, (kind,) = _text(file), _unpack(file, "<I")
@@ -57,7 +58,7 @@ def _values(file: BinaryIO, entries: int) -> Any:
 
 
 def _numbers(file: BinaryIO) -> int:
-    """Of the next tensor."""
+    """The numbers in the next tensor."""
     _, (axes,) = _text(file), _unpack(file, "<I")
     if axes > 4:
         raise ValueError(f"a tensor of {axes} axes")

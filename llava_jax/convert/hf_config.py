@@ -1,12 +1,11 @@
 """Hugging Face's `config.json` of a vision tower and of a LLaVA, and ours; that of a decoder is in hf_text.py.
 
-Absent fields have transformers' defaults. A field that changes the mathematics and that the models here do not have
-is refused by name; all others (dropout of initialisation, token ids, ...) pass through to an export unread.
+Absent fields have transformers' defaults. A field that changes the computation in a way that is not supported is
+refused by name; all others (initialization, token ids, ...) are not read and kept for an export.
 
-What transformers 4.51 ... 5.23 writes in different places is read from any of them and written to all: RoPE's theta
-(`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tying (at the top and in `text_config`; some
-versions read one, some the other). A file by transformers 5 alone, with theta in `rope_parameters` only, would be
-read as 10000 by transformers 4.
+Versions 4.51 ... 5.23 of transformers write some values in different places, which are all read and all written: RoPE's
+theta (`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tying (at the top and in `text_config`).
+Transformers 4 would read a file with theta in `rope_parameters` only as theta 10000.
 """
 
 from typing import NamedTuple
@@ -15,9 +14,11 @@ from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, kept, one_of, part, require
+from llava_jax.models.registry import PROJECTORS, TOWERS
+from llava_jax.models.towers import Tower
 
-# The vision_config of a LLaVA that has none.
+# The vision_config of a LLaVA whose config.json has none.
 _LLAVA_VISION = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -28,55 +29,55 @@ _LLAVA_VISION = {
     "projection_dim": 768,
 }
 
-# Fields that say how the model computes, with the only value supported.
-_VISION_FIXED = {"num_channels": 3, "attention_dropout": 0.0}
+# Fields that change the computation, with the only value supported.
 _LLAVA_FIXED = {"multimodal_projector_bias": True, "quantization_config": None}
-# What transformers' configuration class of a tower has where a file says nothing; its model_type -> our kind.
-_TOWERS: dict[str, Json] = {
-    "clip_vision_model": {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "projection_dim": 512},
-    "siglip_vision_model": {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
-}
-_KINDS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-_MODEL_TYPES = {kind: model_type for model_type, kind in _KINDS.items()}
 
 
 class LlavaSource(NamedTuple):
-    """What a LLaVA's `config.json` says."""
+    """The `config.json` of a LLaVA: fields of `LlavaConfig`, and the id that marks the positions of images."""
 
     vision: VisionConfig
     text: TextConfig
     select_layer: int
     select_feature: str
-    image_token_index: int  # marks positions of images
-    linear_projector: bool  # no activation between the two layers of the projector
+    image_token_index: int
+    projector_type: str
     im_start_end: bool
     image_position: str
 
 
 def read_vision(config: Json, where: str) -> VisionConfig:
     """A vision tower by itself, or that of a whole CLIP or SigLIP. Raises UserError naming what is unsupported."""
-    return _vision(tower_json(config, where), where)
+    return _read_tower(tower_json(config, where), where)
 
 
 def tower_json(config: Json, where: str) -> Json:
-    """The part of a CLIP's or SigLIP's `config.json` that describes its vision tower."""
-    model_type = config.get("model_type")
-    if model_type in ("clip", "siglip"):
-        # Files of before 2023 say it twice; transformers lets the second have the last word.
-        tower = part(config, "vision_config", where) | part(config, "vision_config_dict", where)
-        return tower | {"model_type": _MODEL_TYPES[model_type]}
-    one_of(config, "model_type", (*_TOWERS, "clip", "siglip"), where)
-    return config
+    """The part of a `config.json` that describes the vision tower: all of it, or that of a whole CLIP or SigLIP."""
+    wholes = {tower.whole_model_type: tower for tower in TOWERS.values() if tower.whole_model_type}
+    model_type = one_of(config, "model_type", (*_towers(), *wholes), where)
+    if model_type not in wholes:
+        return config
+    # Files of before 2023 say it twice; transformers lets the second have the last word.
+    json = part(config, "vision_config", where) | part(config, "vision_config_dict", where)
+    return json | {"model_type": wholes[model_type].model_type}
+
+
+def _towers() -> dict[str, Tower]:
+    return {tower.model_type: tower for tower in TOWERS.values()}
+
+
+def _read_tower(config: Json, where: str) -> VisionConfig:
+    return _towers()[one_of(config, "model_type", _towers(), where)].read(config, where)
 
 
 def read_llava(config: Json, where: str) -> LlavaSource:
-    """A whole `llava`, however sparse. Raises UserError naming what is unsupported."""
+    """The `config.json` of a `llava`. Raises UserError naming what is unsupported."""
     one_of(config, "model_type", ("llava",), where)
     require(config, _LLAVA_FIXED, where)
     vision = {"model_type": "clip_vision_model"} | get(config, "vision_config", _LLAVA_VISION, where)
     text = {"model_type": "llama"} | part(config, "text_config", where)
-    tower = _vision(vision, f"{where}, vision_config")
-    activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", ("gelu", "linear"), where)
+    tower = _read_tower(vision, f"{where}, vision_config")
+    activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", hf_projectors(), where)
     image_id = get(config, "image_token_index", get(config, "image_token_id", 32000, where), where)
     if image_id < 0:
         raise UserError(f"{where}: image_token_index is {image_id}, not an id")
@@ -86,37 +87,39 @@ def read_llava(config: Json, where: str) -> LlavaSource:
         select_layer=select_layer(config, "vision_feature_layer", tower, where),
         select_feature=_select_feature(config, tower, where),
         image_token_index=image_id,
-        linear_projector=activation == "linear",
+        projector_type=hf_projectors()[activation],
         im_start_end=get(config, "mm_use_im_start_end", False, where),
         image_position=get(config, IMAGE_POSITION, "first", where),
     )
 
 
 def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_id: int, dtype: str) -> Json:
-    """The `config.json` of an export, which transformers 4.51 ... 5.23 all read alike.
+    """The `config.json` of an export, which has the same meaning for transformers 4.51 ... 5.23.
 
     Args:
       config: the model.
-      source: the `config.json` that was imported, in the form of a LLaVA's: its other fields are kept.
-      special: of the tokenizer.
+      source: the `config.json` that was imported, in the form of a LLaVA's; its other fields are kept.
+      special: the special tokens of the tokenizer.
       pad_id: the id of its padding token.
       dtype: the type to load the weights in, as 'float16'.
     """
-    linear = config.projector_type == "linear"
     text = source.get("text_config") or {}
+    tower = TOWERS[config.vision.kind].write(config.vision)
     vocabulary = {"vocab_size": special.rows, "pad_token_id": pad_id}
     return kept(source) | {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "text_config": kept(text) | write_text(config.text, text, dtype) | vocabulary,
-        "vision_config": kept(source.get("vision_config") or {}) | _vision_json(config.vision, dtype),
+        "vision_config": kept(source.get("vision_config") or {}) | tower | {"torch_dtype": dtype, "dtype": dtype},
         "image_token_index": special.image.id,
         "pad_token_id": pad_id,
         "image_seq_length": config.image_tokens,
         IMAGE_POSITION: config.image_position,
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": select_strategy(config),
-        "projector_hidden_act": "linear" if linear else "gelu",
+        "projector_hidden_act": next(
+            activation for activation, name in hf_projectors().items() if name == config.projector_type
+        ),
         "multimodal_projector_bias": True,
         "tie_word_embeddings": config.text.tie_word_embeddings,
         "torch_dtype": dtype,
@@ -124,8 +127,14 @@ def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_i
     }
 
 
+def hf_projectors() -> dict[str, str]:
+    """The `projector_hidden_act`s that are supported -> our `projector_type`."""
+    return {activation: name for kind in PROJECTORS.values() for activation, name in kind.hf_types.items()}
+
+
 def select_strategy(config: LlavaConfig) -> str:
-    """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, whatever it is."""
+    """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, even of a tower without a
+    class token."""
     return "default" if config.vision.class_token and config.select_feature == "patch" else "full"
 
 
@@ -143,49 +152,11 @@ def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
 
 
 def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> int:
-    """Which layer's features are used, counted as `LlavaConfig.select_layer`."""
+    """The layer whose features are used, an index as `LlavaConfig.select_layer`."""
     layer = get(config, field, -2, where)
     if not -tower.num_layers - 1 <= layer <= tower.num_layers:
         raise UserError(f"{where}: {field} is {shown(layer)}, but the vision tower has {tower.num_layers} layers")
     return layer
-
-
-def _vision(config: Json, where: str) -> VisionConfig:
-    model_type = one_of(config, "model_type", _TOWERS, where)
-    config, kind = _TOWERS[model_type] | config, _KINDS[model_type]
-    require(config, _VISION_FIXED, where)
-    with in_words_of_hf(where):
-        return VisionConfig(
-            hidden_size=get(config, "hidden_size", 768, where),
-            intermediate_size=get(config, "intermediate_size", 3072, where),
-            num_layers=get(config, "num_hidden_layers", 12, where),
-            num_heads=get(config, "num_attention_heads", 12, where),
-            image_size=get(config, "image_size", 224, where),
-            patch_size=get(config, "patch_size", 0, where),
-            layer_norm_eps=get(config, "layer_norm_eps", 0.0, where),
-            hidden_act=get(config, "hidden_act", "", where),
-            projection_dim=get(config, "projection_dim", VisionConfig.projection_dim, where),
-            kind=kind,
-        )
-
-
-def _vision_json(config: VisionConfig, dtype: str) -> Json:
-    # Of CLIP's own head the width alone is kept, of SigLIP's nothing.
-    head = {"projection_dim": config.projection_dim} if config.kind == "clip" else {"vision_use_head": False}
-    return _VISION_FIXED | {
-        "model_type": _MODEL_TYPES[config.kind],
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_act": config.hidden_act,
-        **head,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
 
 
 def _is_tied(config: Json, text: Json, where: str) -> bool:

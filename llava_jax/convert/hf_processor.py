@@ -1,56 +1,42 @@
-"""Hugging Face's image processor and generation settings, and ours."""
+"""Transformers' files for image processor, processor and generation, and our settings."""
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_config import select_strategy
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    LlavaConfig,
-    VisionConfig,
-    check_channels,
-)
-from llava_jax.models.hf_fields import get, in_words_of_hf, part, require
-
-Json = dict[str, Any]
+from llava_jax.models.config import LlavaConfig, VisionConfig, check_channels
+from llava_jax.models.hf_fields import Json, get, in_words_of_hf, part, require
+from llava_jax.models.registry import TOWERS
 
 BICUBIC = 3  # Pillow's number
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
-# Fields of generation_config.json that mean something when sampling only; beside greedy decoding, which Vicuna's
-# has them with, save_pretrained refuses them.
+# Fields of generation_config.json that matter for sampling only: save_pretrained refuses them with greedy decoding,
+# although Vicuna's file has both.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 class ImageSettings(NamedTuple):
-    """How pictures are prepared."""
+    """How images are preprocessed."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    aspect: str | None  # None where the source does not say
-
-
-# Of the published towers.
-_DEFAULTS = {
-    "clip": ImageSettings(CLIP_MEAN, CLIP_STD, None),
-    "siglip": ImageSettings(SIGLIP_MEAN, SIGLIP_STD, "resize"),
-}
+    aspect: str | None  # None if the source does not say
 
 
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
-    """From `preprocessor_config.json`, or `processor_config.json` where transformers 5 keeps it, or the tower's own.
+    """From `preprocessor_config.json`, or `processor_config.json` (transformers 5), or the defaults of the tower.
 
-    Raises UserError where pictures would be prepared in a way that is not known here, or not for the tower.
+    Raises UserError for preprocessing that is not supported, or not for the image size of the tower.
     """
     config, where = _find(directory)
-    default = _DEFAULTS[vision.kind]
+    tower = TOWERS[vision.kind]
     if config is None:
-        return default
+        return ImageSettings(tower.image_mean, tower.image_std, tower.image_aspect)
     require(config, _FIXED, where)
     if not math.isclose(get(config, "rescale_factor", 1 / 255, where), 1 / 255, rel_tol=1e-6):
         raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
@@ -61,13 +47,12 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
         aspect = "resize"
     elif not get(config, "do_center_crop", True, where):
         raise UserError(
-            f"{where}: do_center_crop is false, but pictures have to become squares of {vision.image_size} pixels"
+            f"{where}: do_center_crop is false, but images have to become squares of {vision.image_size} pixels"
         )
     else:
         aspect = None if config.get("do_pad") is None else "pad" if pads else "square"
-    return ImageSettings(
-        _channels(config, "image_mean", default.mean, where), _channels(config, "image_std", default.std, where), aspect
-    )
+    mean = _channels(config, "image_mean", tower.image_mean, where)
+    return ImageSettings(mean, _channels(config, "image_std", tower.image_std, where), aspect)
 
 
 def _channels(config: Json, field: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
@@ -79,7 +64,7 @@ def _channels(config: Json, field: str, default: tuple[float, ...], where: str) 
 
 
 def write_image_processor(config: LlavaConfig) -> Json:
-    """The `preprocessor_config.json` that prepares pictures as `data.images.preprocess` does."""
+    """The `preprocessor_config.json` with which transformers preprocesses as `data.images.preprocess` does."""
     size = config.vision.image_size
     square = {"height": size, "width": size}
     return _FIXED | {
@@ -97,32 +82,33 @@ def write_image_processor(config: LlavaConfig) -> Json:
 
 
 def write_processor(config: LlavaConfig, image_token: str) -> Json:
-    """The `processor_config.json` that gives an image as many positions as it has features."""
+    """The `processor_config.json` that gives each image as many positions as it has features."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": image_token,
-        "num_additional_image_tokens": int(config.vision.class_token),  # which "default" subtracts again
+        "num_additional_image_tokens": int(config.vision.class_token),  # "default" subtracts it
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": select_strategy(config),
     }
 
 
 def write_generation(
-    source: Json, special_ids: dict[str, int | None], end_id: int | None, end_texts: list[str]
+    source: Json, tokenizer: PreTrainedTokenizerBase, end_id: int | None, end_texts: list[str]
 ) -> Json:
-    """The `generation_config.json`: the source's, without what save_pretrained refuses.
+    """The `generation_config.json`: that of the source, without the fields that save_pretrained refuses.
 
     Args:
       source: that of the import; may be empty.
-      special_ids: the tokenizer's by the names `bos_token_id`, `eos_token_id`, `pad_token_id`; of the first two the
-        source's count where it has them, while padding is what the tokenizer does.
-      end_id: the token that ends an answer, which has to be among the `eos_token_id`.
-      end_texts: the texts that end one where no token does: `stop_strings`, with which `generate` wants the tokenizer.
+      tokenizer: that of the export. The source overrides its `bos_token_id` and `eos_token_id`, not its `pad_token_id`.
+      end_id: the token that ends an answer; it is added to `eos_token_id`.
+      end_texts: texts that end an answer if there is no such token: `stop_strings`, for which `generate` needs the
+        tokenizer.
     """
-    values = {name: id for name, id in special_ids.items() if id is not None}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = {name: id for name in names if (id := getattr(tokenizer, name)) is not None}
     values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}
     values.pop("transformers_version", None)
-    values["pad_token_id"] = special_ids["pad_token_id"]
+    values["pad_token_id"] = tokenizer.pad_token_id
     if not values.get("do_sample"):
         values = {field: value for field, value in values.items() if field not in _SAMPLING}
     known = values.get("eos_token_id", [])

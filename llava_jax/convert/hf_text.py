@@ -1,40 +1,13 @@
-"""Hugging Face's `config.json` of a decoder, and ours: LLaMA, Mistral and Qwen2."""
-
-from typing import NamedTuple
+"""Transformers' `config.json` of a decoder, and ours. What a family has besides LLaMA's is in models/families."""
 
 from llava_jax.cli import UserError, shown
 from llava_jax.models.config import RopeScaling, TextConfig, require_multiple
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, one_of, part, require
+from llava_jax.models.registry import FAMILIES
 
-
-class _Family(NamedTuple):
-    """One of transformers' decoders."""
-
-    name: str  # of its model class
-    defaults: Json  # where its configuration class differs from LLaMA's
-    fixed: Json  # fields that say how it computes, with the only value supported
-
-
-FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", {}, {"attention_bias": False, "mlp_bias": False, "sliding_window": None}),
-    "mistral": _Family(
-        "MistralForCausalLM",
-        {
-            "intermediate_size": 14336,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
-        {"attention_bias": False, "mlp_bias": False},
-    ),
-    # Where it uses its sliding window, Qwen2 does so in its last layers alone; no published one does.
-    "qwen2": _Family(
-        "Qwen2ForCausalLM",
-        {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768},
-        {"use_sliding_window": False, "mlp_bias": False},
-    ),
-}
-# The same for all of them; what is written, and what is not since no version of transformers has it in these models.
+# Fields that change the computation, with the only value supported in any family: the first are written, too, the
+# others are not, since no version of transformers has them in these models.
 _FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
 _UNKNOWN = {
     "partial_rotary_factor": 1.0,
@@ -56,9 +29,8 @@ def read_text(config: Json, where: str) -> TextConfig:
 
 
 def text_part(config: Json, where: str, tied: bool) -> TextConfig:
-    """The same of a part of a larger model, which says elsewhere whether embeddings are tied."""
-    model_type = one_of(config, "model_type", FAMILIES, where)
-    family = FAMILIES[model_type]
+    """The same for a part of a larger model, which says elsewhere whether embeddings are tied."""
+    family = FAMILIES[one_of(config, "model_type", FAMILIES, where)]
     config = family.defaults | config
     require(config, _FIXED | _UNKNOWN | family.fixed, where)
     layer_types = get(config, "layer_types", [], where)
@@ -70,7 +42,7 @@ def text_part(config: Json, where: str, tied: bool) -> TextConfig:
         num_heads = get(config, "num_attention_heads", 32, where)
         if config.get("head_dim") is None:
             require_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-        return TextConfig(
+        return family.config_class(
             vocab_size=get(config, "vocab_size", 32000, where),
             hidden_size=hidden_size,
             intermediate_size=get(config, "intermediate_size", 11008, where),
@@ -83,28 +55,26 @@ def text_part(config: Json, where: str, tied: bool) -> TextConfig:
             tie_word_embeddings=tied,
             max_position_embeddings=get(config, "max_position_embeddings", 2048, where),
             rope_scaling=scaling,
-            qkv_bias=model_type == "qwen2",
-            sliding_window=config["sliding_window"] if model_type == "mistral" else None,
+            **family.read_fields(config, where),
         )
 
 
 def num_parameters(config: TextConfig) -> int:
-    """How many numbers the matrices of a decoder have, with one of the embeddings."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (config.vocab_size + config.num_layers * (heads + 3 * config.intermediate_size))
+    """How many numbers the matrices of a decoder have, counting the embeddings but not the vocabulary projection."""
+    per_layer = sum(family_of(config).products(config).values()) / 2
+    return config.hidden_size * config.vocab_size + config.num_layers * int(per_layer)
 
 
 def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
     """The `text_config` of an export; `source` is the one that was imported."""
-    model_type = _model_type(config, source)
-    window = {"sliding_window": config.sliding_window} if model_type == "mistral" else {}
+    family = family_of(config, source.get("model_type"))
     scaling = {}
     if config.rope_scaling is not None:
         kind = config.rope_scaling.kind
         scaling = {"rope_type": kind} | {field: getattr(config.rope_scaling, field) for field in _ROPE_FIELDS[kind]}
     return {
-        "architectures": [FAMILIES[model_type].name],  # vLLM finds its decoder by it
-        "model_type": model_type,
+        "architectures": [family.hf_class],  # vLLM finds its decoder by it
+        "model_type": family.name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -120,19 +90,12 @@ def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
-        **(_FIXED | FAMILIES[model_type].fixed | window),
+        **(_FIXED | family.fixed | family.write_fields(config)),
     }
 
 
-def _model_type(config: TextConfig, source: Json) -> str:
-    """The decoder of transformers that computes this; that of the source, if several do."""
-    if config.qkv_bias:
-        return "qwen2"
-    return "mistral" if config.sliding_window or source.get("model_type") == "mistral" else "llama"
-
-
 def _rope(config: Json, where: str) -> tuple[float, RopeScaling | None]:
-    """The base of the rotary embedding and its scaling, from wherever a version of transformers keeps them."""
+    """Theta of the rotary embedding and its scaling, from any of the places that versions of transformers use."""
     thetas = {"rope_theta": get(config, "rope_theta", 0.0, where)} if config.get("rope_theta") is not None else {}
     scalings = {}
     for field in ("rope_parameters", "rope_scaling"):

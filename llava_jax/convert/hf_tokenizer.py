@@ -1,11 +1,10 @@
 """The tokenizer of an export, with `<image>` and `<pad>`.
 
-Hugging Face marks the positions of an image by an id of its own, which the tokenizer has to give to `<image>`, and
-looks its embedding up before it puts the features there: the id needs a row. Ours needs none. Both tokens keep the ids
-that they have, or that the source's `config.json` has for images; where there are none, they get the first that no
-token uses, as in `llava-hf/llava-1.5-7b-hf`: 32000 and 32001 after the 32,000 pieces of LLaMA. Where the model has no
-such rows, it is exported with more, a multiple of 64 as there; each new row is the mean of the others, and so never
-has the largest logit.
+Transformers marks the positions of an image with the id of `<image>`, and looks up its embedding before it is replaced
+by features, so that the id needs a row. This project needs no such token. Both tokens keep their ids, or the one that
+the source's `config.json` has for images; otherwise they get the first unused ones, as in `llava-hf/llava-1.5-7b-hf`:
+32000 and 32001 after the 32,000 tokens of LLaMA. If the model has no such rows, it is exported with more, a multiple of
+64 as in that model. Each new row is the mean of the others, and so never has the largest logit.
 """
 
 import json
@@ -16,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 from llava_jax.convert.tensors import write_json
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 
 Json = dict[str, Any]
 
-# What makes a directory's tokenizer; nothing else is copied from a source.
+# The files of a tokenizer; no others are copied from a source.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -31,28 +30,28 @@ ROWS_MULTIPLE = 64
 
 
 class ImageToken(NamedTuple):
-    """How the processor calls an image."""
+    """The token of images."""
 
     id: int
     text: str
 
 
 class SpecialTokens(NamedTuple):
-    """What an export's tokenizer marks images and padding with, and how many rows its model needs for that."""
+    """The tokens of images and padding in an export, and the number of rows that its model needs for them."""
 
     image: ImageToken
     pad: str
-    added: dict[str, int]  # those that the tokenizer lacks
+    added: dict[str, int]  # tokens that the tokenizer lacks -> id
     rows: int
 
 
 def choose_special_tokens(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, index: int | None = None
 ) -> SpecialTokens:
-    """The tokens of images and of padding. A padding token that is the unknown one counts as none.
+    """Chooses the tokens of images and of padding. A padding token that equals the unknown token is not used.
 
-    `index` is the id that the source's `config.json` names for images; one without a row is of no use. Raises UserError
-    where the source's files contradict each other.
+    `index` is the id of images in the source's `config.json`; it is ignored if it has no row. Raises UserError if the
+    files of the source contradict each other.
     """
     vocab = tokenizer.get_vocab()
     own = vocab.get(IMAGE_TOKEN)
@@ -79,11 +78,10 @@ def choose_special_tokens(
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, which transformers 4.51 ... 5.23 read alike.
+    """Writes tokenizer.json and tokenizer_config.json, which mean the same for transformers 4.51 ... 5.23.
 
-    Written from the tokenizer in use and not copied: versions differ in what they make of a class name like
-    `LlamaTokenizer`, while `PreTrainedTokenizerFast` does what tokenizer.json says. Raises UserError where tokens
-    cannot be added.
+    They are not copied from the source, since versions interpret a class name like `LlamaTokenizer` differently, while
+    `PreTrainedTokenizerFast` follows tokenizer.json. Raises UserError if tokens cannot be added.
     """
     values = json.loads(tokenizer.backend_tokenizer.to_str())
     _add(values, special.added | ({} if special.image.text != IMAGE_TOKEN else {IMAGE_TOKEN: special.image.id}))
@@ -94,15 +92,15 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, 
         "processor_class": "LlavaProcessor",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces),
-        "padding_side": "left",  # a batch of prompts is continued at the right
+        "padding_side": "left",  # answers of a batch of prompts continue on the right
     }
-    if tokenizer.model_max_length < 10**9:  # a huge number stands for none
+    if tokenizer.model_max_length < 10**9:  # a huge number means no limit
         config["model_max_length"] = tokenizer.model_max_length
     write_json(directory / "tokenizer_config.json", config)
 
 
 def _add(values: Json, tokens: dict[str, int]) -> None:
-    """Makes these special tokens of a tokenizer.json, whether it has them as pieces or not at all."""
+    """Makes these tokens special ones of a tokenizer.json, whether or not its vocabulary has them."""
     known = {token["content"] for token in values["added_tokens"]}
     tokens = {text: id for text, id in tokens.items() if text not in known}
     if not tokens:
@@ -114,5 +112,5 @@ def _add(values: Json, tokens: dict[str, int]) -> None:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = values["added_tokens"] + [{"id": id, "content": text} | flags for text, id in tokens.items()]
     values["added_tokens"] = sorted(added, key=lambda token: token["id"])
-    # Tokens outside the vocabulary are numbered anew when read; inside it they keep their ids.
+    # Tokens keep their ids in the vocabulary; outside it, they would get new ones when the file is read.
     vocab |= {token["content"]: token["id"] for token in added}

@@ -1,8 +1,8 @@
-"""Models by their names on the Hugging Face Hub, where a directory may be given too.
+"""Finds models by directory, or by name on the Hugging Face Hub.
 
-`huggingface_hub` downloads them to its cache (`HF_HOME`), with the token of `HF_TOKEN` or of `hf auth login`, from
-`HF_ENDPOINT`. A branch or tag becomes the commit that it is at the time. A connection that breaks is taken up where it
-was, a command that was stopped goes on with the files that are not yet there, and what is there needs no network.
+`huggingface_hub` downloads them from `HF_ENDPOINT` to its cache (`HF_HOME`), with the token of `HF_TOKEN` or of `hf
+auth login`. A branch or tag is resolved to its commit. Downloads resume after a lost connection or a stopped command,
+and files in the cache need no network.
 """
 
 import os
@@ -29,22 +29,27 @@ _SETTINGS = (
     "adapter_config.json",
 )  # fmt: skip
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
-# Beside safetensors they are the same weights again.
+# The same weights once more, if the repository has safetensors files.
 _TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model*.bin")
 _ONLY_TORCH = ("mm_projector.bin", "non_lora_trainables.bin")
 
 
 class Located(NamedTuple):
-    """A model on a local disk, and what it was there on the Hub: `organisation/name@commit`, or None."""
+    """A model on a local disk, and its name on the Hub if it was downloaded: `organisation/name@commit`."""
 
     path: Path
     origin: str | None
 
 
-def locate(source: str, flag: str) -> Located:
-    """A path that exists, or what a name on the Hub (`organisation/name`, `...@revision`) stands for, downloaded.
+def is_name(source: str) -> bool:
+    """Whether a text has the form `organisation/name` or `organisation/name@revision`."""
+    return _NAME.fullmatch(source) is not None
 
-    `flag` is the option that the source was given by. Raises UserError where it is neither, or cannot be had.
+
+def locate(source: str, flag: str) -> Located:
+    """A path that exists, or the download of a name on the Hub (`organisation/name`, `organisation/name@revision`).
+
+    `flag` is the option that the source was given with. Raises UserError if it is neither, or cannot be downloaded.
     """
     if "://" in os.fspath(source):
         raise UserError(f"{source}: weights are read from a local disk only; copy it there")
@@ -63,22 +68,22 @@ def _downloaded(repository: str, revision: str | None, flag: str) -> Path:
     try:
         path = Path(snapshot_download(repository, revision=revision, allow_patterns=[*_SETTINGS, *_SAFETENSORS]))
         others = _ONLY_TORCH if any(path.glob("*.safetensors")) else _TORCH + _ONLY_TORCH
-        # By the commit that it was a moment ago, so that all files are of one.
+        # By its commit, so that all files are of the same one.
         snapshot_download(repository, revision=path.name, allow_patterns=list(others))
     except GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
         raise UserError(f"{what}: its owner grants access: ask at {page}, and set HF_TOKEN to your token") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{what}: no such directory, and {constants.ENDPOINT} has no such model, or only for those who may see it: "
-            "set HF_TOKEN to your token"
+            f"{what}: no such directory, and {constants.ENDPOINT} has no such model, or a private one: set HF_TOKEN to "
+            "your token"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{what}: there is no branch, tag or commit {revision} of it") from None
     except (LocalEntryNotFoundError, HTTPError) as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{what}: {constants.ENDPOINT} cannot be reached or broke off ({reason}): the same command again goes on "
-            f"with what is missing; without a network, copy the model here and give its directory, {flag} DIR"
+            f"{what}: {constants.ENDPOINT} cannot be reached or broke off ({reason}): the same command again downloads "
+            f"the missing files; without a network, copy the model here and give its directory, {flag} DIR"
         ) from None
     return path

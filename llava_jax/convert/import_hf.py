@@ -1,4 +1,4 @@
-"""Hugging Face's models: a vision tower and a language model, or a LLaVA."""
+"""Finds models of transformers: a vision tower and a language model, or a LLaVA."""
 
 import dataclasses
 import functools
@@ -22,16 +22,17 @@ from llava_jax.convert.found import (
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
-from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, POOLING, PROJECTOR, Source, finder
+from llava_jax.convert.layouts import CLIP, CLIP_REST, CONSTANTS, LLAMA, LLAVA, PROJECTOR, Source, finder
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.tensors import open_directory
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
 from llava_jax.models.hf_fields import Json
+from llava_jax.models.registry import TOWERS
 
 
 def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Options) -> Found:
-    """A projector of stage 1 may bring tokens that it was trained with."""
+    """A language model, a vision tower and perhaps a projector of stage 1, which may have embeddings of new tokens."""
     model = open_language_model(llm)
     file = open_projector(projector) if projector else None
     if file:
@@ -69,7 +70,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
 
 
 def read_tower(directory: Path) -> tuple[VisionConfig, Json, ImageSettings]:
-    """A vision tower's configuration, as ours and as it is there, and how its pictures are prepared."""
+    """The configuration of a vision tower, as ours and as in its file, and how its images are preprocessed."""
     where = str(directory / "config.json")
     json = read_object(directory / "config.json")
     tower = hf_config.read_vision(json, where)
@@ -77,7 +78,7 @@ def read_tower(directory: Path) -> tuple[VisionConfig, Json, ImageSettings]:
 
 
 def open_tower(directory: Path, tower: VisionConfig) -> Source:
-    return Source(open_directory(directory), CLIP, dropped=CONSTANTS + CLIP_REST + POOLING[tower.kind])
+    return Source(open_directory(directory), CLIP, dropped=CONSTANTS + CLIP_REST + TOWERS[tower.kind].ignored)
 
 
 def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Found:
@@ -90,40 +91,39 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
     settings = read_object(base / "config.json")
     if settings.get("model_type") != "llava" or "text_config" not in settings:
         raise UserError(
-            f"{base}: is no LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
+            f"{base}: not a LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
             "its config.json"
         )
     return find_llava(base, options, adapter)
 
 
 def find_llava(directory: Path, options: Options, adapter: Path | None = None) -> Found:
-    """A LLaVA, to which an `adapter` is added if one is given, with its tokenizer if it brings one."""
+    """A LLaVA, with an `adapter` added if one is given, and the adapter's tokenizer if it has one."""
     where = str(directory / "config.json")
     source_json = read_object(directory / "config.json")
     found = hf_config.read_llava(source_json, where)
     tensors = open_directory(directory)
     if adapter:
         tensors = with_adapter(tensors, adapter, finder(tensors, LLAVA))
-    source = Source(tensors, LLAVA, dropped=CONSTANTS + POOLING[found.vision.kind])
+    source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[found.vision.kind].ignored)
     images = read_image_settings(directory, found.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
+    fields = found._asdict()
+    image_id = fields.pop("image_token_index")
+    linear = found.projector_type == "linear"
+    if linear:  # stored as two layers, of which the second is the identity
+        fields["projector_type"] = "mlp2x_gelu"
     config = llava_config(
         where,
-        vision=found.vision,
-        text=found.text,
-        projector_type="mlp2x_gelu",  # Hugging Face has no other
-        select_layer=found.select_layer,
-        select_feature=found.select_feature,
-        im_start_end=found.im_start_end,
-        image_position=found.image_position,
+        **fields,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
         image_mean=images.mean,
         image_std=images.std,
     )
     refuse(problems_of(directory, source, config, "llm", "head", "projector", "vision"))
     check_tied_head(directory, source, config)
-    if found.linear_projector:
+    if linear:
         if not ends_in_identity(source, config):
             raise UserError(
                 f"{where}: projector_hidden_act is 'linear', but linear_2 is not the identity: not supported"
@@ -131,7 +131,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
         config = dataclasses.replace(config, projector_type="linear")
     refuse_contradiction(where, "--projector-type", options.projector_type, config.projector_type)
     hf = {
-        "config": source_json | {"image_token_index": found.image_token_index},
+        "config": source_json | {"image_token_index": image_id},
         "generation_config": read_generation(directory),
     }
     parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)
@@ -141,7 +141,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
 
 def _assume_padding(directory: Path) -> str:
     say(
-        f"{directory}: does not say how pictures become squares (no do_pad in preprocessor_config.json): they are "
+        f"{directory}: does not say how images become squares (no do_pad in preprocessor_config.json): they are "
         "padded, as LLaVA-1.5 was trained; --aspect square crops them",
         file=sys.stderr,
     )

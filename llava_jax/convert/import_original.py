@@ -1,13 +1,13 @@
-"""Models of the original LLaVA (haotian-liu/LLaVA).
+"""Finds models of the original LLaVA (haotian-liu/LLaVA).
 
-Its `config.json` is that of a decoder with fields of its own (`mm_...`). What lies beside it is
+Its `config.json` is that of a decoder with additional fields (`mm_...`). Beside it is one of these:
 
-* a whole model, with or without the vision tower: the tower is then that which `mm_vision_tower` names;
+* a complete model, or one without the vision tower that `mm_vision_tower` names;
 * the same as the difference from the decoder that it was trained from (v0: LLaMA's licence did not allow more);
-* an adapter of PEFT, and what was trained besides it in `non_lora_trainables.bin`;
-* the projector of stage 1 in `mm_projector.bin`, finished or from the middle of the training.
+* an adapter of PEFT, with the other trained parameters in `non_lora_trainables.bin`;
+* the projector of stage 1 in `mm_projector.bin`, at the end or in the middle of training.
 
-All but the first need the decoder too.
+All but the first also need the decoder.
 """
 
 import functools
@@ -37,19 +37,19 @@ from llava_jax.convert.language_model import (
     open_language_model,
     read_generation,
 )
-from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, POOLING, Source
+from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
-from llava_jax.convert.sums import is_difference, overlaid, with_base
+from llava_jax.convert.sums import is_difference, with_base
 from llava_jax.convert.tensors import has_weights, open_directory, open_files
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.config import VisionConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, one_of, require
+from llava_jax.models.registry import FAMILIES, TOWERS
 
-_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
-# Fields that change what is computed, with the only value supported.
+# Fields that change the computation, with the only value supported.
 _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
-# Fields about training, which no decoder has; nor has one any with mm_ in its name.
+# Fields about training, which no decoder has; like all whose name contains mm_.
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 _TRAINING += (IMAGE_POSITION,)
 
@@ -61,16 +61,16 @@ def is_original(config: Json) -> bool:
 
 
 def find_original(directory: Path, base: Path | None, vision: Path | None, options: Options) -> Found:
-    """Raises UserError that names what else is needed, or lists all that is missing, unexpected or misshapen."""
+    """Raises UserError that names other needed inputs, or lists all missing, unexpected and misshapen tensors."""
     where = str(directory / "config.json")
     settings = read_object(directory / "config.json")
-    one_of(settings, "model_type", _MODEL_TYPES, where)
+    one_of(settings, "model_type", _model_types(), where)
     require(settings, _FIXED, where)
     model, trained = _decoder(directory, settings, base)
     text_json = _text_json(model.config)
     text = read_text(text_json, model.where)
     tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
-    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + POOLING[tower.config.kind])
+    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + TOWERS[tower.config.kind].ignored)
     kind = projector_type(source, directory, options.projector_type)
     refuse_contradiction(where, "mm_projector_type", get(settings, "mm_projector_type", kind, where), kind)
     select_layer = hf_config.select_layer(settings, "mm_vision_select_layer", tower.config, where)
@@ -110,20 +110,20 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
 
 
 def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[LanguageModel, bool]:
-    """The decoder with the projector, and with the tower if that is there; and whether it was trained as a whole."""
+    """The decoder with the projector and, if its files have one, the tower; and whether it was trained as a LLaVA."""
     if is_adapter(directory):
         model = _base(base, directory, "an adapter", base_name(directory))
         tensors = with_adapter(model.tensors, directory)
         if (directory / _BESIDES).exists():
-            tensors = overlaid(tensors, without_peft(open_files([directory / _BESIDES])))
+            tensors |= without_peft(open_files([directory / _BESIDES]))
         return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
     if has_weights(directory):
-        return _whole(directory, settings, base), True
+        return _complete(directory, settings, base), True
     if (directory / _PROJECTOR).exists():
         model = _base(base, directory, "a projector alone", _named(settings))
         file = open_projector(directory / _PROJECTOR)
         model = with_new_tokens(model, file)
-        return model._replace(tensors=overlaid(model.tensors, file.projector)), False
+        return model._replace(tensors=model.tensors | file.projector), False
     raise UserError(
         f"{directory}: neither a model's weights (model.safetensors, pytorch_model.bin or an index of one) nor an "
         f"adapter ({adapter.SETTINGS}) nor {_PROJECTOR}; a projector in another file goes with --llm, --vision and "
@@ -131,14 +131,14 @@ def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[Langua
     )
 
 
-def _whole(directory: Path, settings: Json, base: Path | None) -> LanguageModel:
+def _complete(directory: Path, settings: Json, base: Path | None) -> LanguageModel:
     tensors = open_directory(directory)
     if is_difference(tensors):
         model = _base(base, directory, "the difference from a base", _named(settings))
         tensors = with_base(tensors, model.tensors, str(directory))
         write_tokenizer = _tokenizer(directory, model)
     elif base:
-        raise UserError(f"{directory}: a whole model, no difference from another and no adapter: leave --base out")
+        raise UserError(f"{directory}: a complete model, no difference from another and no adapter: leave --base out")
     else:
         write_tokenizer = functools.partial(copy_tokenizer, directory)
     return LanguageModel(str(directory / "config.json"), settings, {}, tensors, write_tokenizer)
@@ -163,9 +163,14 @@ def _tokenizer(directory: Path, model: LanguageModel) -> functools.partial:
 
 
 def _text_json(config: Json) -> Json:
-    """The decoder alone."""
+    """The `config.json` of the decoder by itself."""
     own = {field: value for field, value in config.items() if field not in _TRAINING and "mm_" not in field}
-    return own | {"model_type": _MODEL_TYPES.get(config.get("model_type"), config.get("model_type"))}
+    return own | {"model_type": _model_types().get(config.get("model_type"), config.get("model_type"))}
+
+
+def _model_types() -> dict[str, str]:
+    """The original's `model_type`s -> those of their decoders in transformers."""
+    return {"llava": "llama"} | {family.original: name for name, family in FAMILIES.items() if family.original}
 
 
 def _aspect(settings: Json, where: str) -> str:
@@ -179,7 +184,7 @@ class _Tower(NamedTuple):
     config: VisionConfig
     json: Json
     images: ImageSettings
-    source: Source | None  # None where the model brings its weights
+    source: Source | None  # None if the model's files have its weights
 
 
 def _tower(directory: Path, settings: Json, vision: Path | None, model: Source) -> _Tower:
@@ -191,18 +196,17 @@ def _tower(directory: Path, settings: Json, vision: Path | None, model: Source) 
         raise UserError(
             f"{directory}: has no vision tower: give --vision DIR, that of {settings.get('mm_vision_tower')}"
         )
-    json = _openai_clip(model, directory)
-    return _Tower(
-        hf_config.read_vision(json, str(directory)), json, ImageSettings(CLIP_MEAN, CLIP_STD, aspect=None), None
-    )
+    json, clip = _openai_clip(model, directory), TOWERS["clip"]
+    images = ImageSettings(clip.image_mean, clip.image_std, aspect=None)
+    return _Tower(clip.read(json, str(directory)), json, images, None)
 
 
 def _openai_clip(model: Source, directory: Path) -> Json:
-    """The configuration of a tower by its shapes; what these do not tell is as in all towers of OpenAI."""
+    """The configuration of a tower from its shapes; the rest is as in all towers of OpenAI."""
     needed = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", _FC1.format(layer=0))
     if any(("vision", leaf) not in model for leaf in needed):
         raise UserError(
-            f"{directory}: its vision tower is no CLIP, or not whole: give --vision DIR with its config.json"
+            f"{directory}: its vision tower is not a CLIP, or not complete: give --vision DIR with its config.json"
         )
     shapes = [model.shape("vision", leaf) for leaf in needed]
     if [len(shape) for shape in shapes] != [4, 2, 2] or min(map(min, shapes)) < 1:

@@ -1,48 +1,48 @@
-"""Weights of others to a checkpoint.
+"""Imports: weights of transformers or of the original LLaVA to a checkpoint.
 
-What a directory holds is decided by its `config.json` and its tensors alone, never by its name. Tensors keep their
-types and bits, and every key has to be accounted for. Nothing large is read before all of that is known, and then one
-tensor at a time.
+The `config.json` and the tensors of a directory decide what it holds, never its name. Tensors keep their types and
+bits, and each of them has to be known. Weights are read after all of that has been checked, one tensor at a time.
 """
 
 import contextlib
 import dataclasses
 import functools
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.format import Description
-from llava_jax.checkpoint.writing import Piece, refuse_existing, write_model
+from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
 from llava_jax.convert.adapter import is_adapter
-from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
+from llava_jax.convert.hf_tokenizer import choose_special_tokens
 from llava_jax.convert.hub import Located, locate
 from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.language_model import read_if_there
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import pieces
+from llava_jax.convert.names import entries_of, slices
 from llava_jax.convert.read_ahead import read_ahead
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, Template
-from llava_jax.data.fit import chosen_template, missing_marks, require_fit
+from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params, module_params
-from llava_jax.models.projector import Projector
+from llava_jax.models.llava import Params, abstract_params, build_projector, module_params
+from llava_jax.remote import new_local
 
 
 def import_backbones(llm: str, vision: str, projector: str | None, output: str, options: Options) -> LlavaConfig:
-    """Joins a language model and a vision tower by a projector from a file, or by a fresh one.
+    """Joins a language model and a vision tower with a projector from a file, or a fresh one.
 
-    Raises UserError that lists all missing, unexpected and misshapen keys.
+    Raises UserError that lists all missing, unexpected and misshapen tensors.
     """
     refuse_existing(output)
     places = _located(llm=llm, vision=vision)
@@ -55,26 +55,76 @@ def import_backbones(llm: str, vision: str, projector: str | None, output: str, 
 def import_llava(
     directory: str, output: str, options: Options, base: str | None = None, vision: str | None = None
 ) -> LlavaConfig:
-    """Imports a LLaVA of transformers or of the original, where that is not all with its `base` or vision tower.
+    """Imports a LLaVA of transformers or of the original, with a `base` or a vision tower if it is not complete.
 
     Raises UserError as `import_backbones` does.
     """
     refuse_existing(output)
     places = _located(llava=directory, base=base, vision=vision)
-    path = places["llava"].path
+    return _save(_find(places, options), output, options, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedModel:
+    """A LLaVA in a layout of Hugging Face, read as a `checkpoint.reading.Checkpoint` is; no checkpoint is written."""
+
+    found: Found
+    description: Description
+    tokenizer_dir: Path
+
+    @property
+    def config(self) -> LlavaConfig:
+        return self.description.model
+
+    @property
+    def template(self) -> str:
+        return self.description.template
+
+    def load(
+        self,
+        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
+        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+    ) -> Params:
+        """All parameters, converted one by one. Arguments as those of `Checkpoint.load`."""
+        shapes, pieces = _parameters(self.found, seed=0)
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params: Params = {}
+        for name, layer, values in pieces:
+            target = dtype(name, shapes[name].dtype)
+            if layer is None:
+                array = values.astype(target)
+            else:
+                array = np.empty(shapes[name].shape, target) if layer == 0 else array
+                array[layer] = values
+            if layer is None or layer == len(array) - 1:
+                params[name] = jax.device_put(array, sharding(name) if sharding else first)
+        return {name: params[name] for name in abstract_params(self.config)}
+
+
+def open_llava(source: str) -> ImportedModel:
+    """What `import_llava` imports, with the options that the source says, without writing a checkpoint.
+
+    `source`: a directory, or a name on the Hugging Face Hub, which is downloaded to its cache. Raises UserError as
+    `import_backbones` does; no weights are read yet.
+    """
+    places = {"llava": locate(source, "load")}
+    scratch = new_local()
+    return ImportedModel(*_described(_find(places, Options()), scratch, Options(), places), scratch)
+
+
+def _find(places: dict[str, Located], options: Options) -> Found:
+    path, base, vision = places["llava"].path, _path(places, "base"), _path(places, "vision")
     adapter = is_adapter(path)
-    # An adapter of a LLaVA of transformers mostly comes without the model's config.json.
+    # An adapter of a LLaVA of transformers usually comes without the model's config.json.
     if is_original((read_if_there if adapter else read_object)(path / "config.json")):
-        found = find_original(path, _path(places, "base"), _path(places, "vision"), options)
-    elif vision and adapter:
-        raise UserError(f"{directory}: an adapter of a LLaVA of transformers, which has its tower: leave --vision out")
-    elif adapter:
-        found = find_adapted_llava(path, _path(places, "base"), options)
-    elif base or vision:
-        raise UserError(f"{directory}: a LLaVA of transformers, which is whole: leave --base and --vision out")
-    else:
-        found = find_llava(path, options)
-    return _save(found, output, options, places)
+        return find_original(path, base, vision, options)
+    if vision and adapter:
+        raise UserError(f"{path}: an adapter of a LLaVA of transformers, which has a tower: leave --vision out")
+    if adapter:
+        return find_adapted_llava(path, base, options)
+    if base or vision:
+        raise UserError(f"{path}: a LLaVA of transformers, which is complete: leave --base and --vision out")
+    return find_llava(path, options)
 
 
 def _located(**sources: str | None) -> dict[str, Located]:
@@ -86,25 +136,31 @@ def _path(places: dict[str, Located], name: str) -> Path | None:
 
 
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
-    origins = {name: place.origin for name, place in places.items() if place.origin}
-    with tempfile.TemporaryDirectory() as scratch, _named(scratch, places):
-        found.write_tokenizer(Path(scratch))
-        tokenizer = load_tokenizer(scratch)
-        found = _fitting(found, tokenizer, options.fit_rows)
-        if options.image_position:
-            config = dataclasses.replace(found.config, image_position=options.image_position)
-            found = dataclasses.replace(found, config=config)
-        template = _template(options.template, tokenizer, scratch)
-        stage = "finetune" if found.trained else None
-        description = Description(found.config, template.name, found.hf, stage=stage, origins=origins)
+    with tempfile.TemporaryDirectory() as scratch:
+        found, description = _described(found, Path(scratch), options, places)
         write_model(output, *_parameters(found, options.seed), description, scratch)
     return found.config
 
 
-def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:
-    """The template asked for, or the tokenizer's own, or else v1, as LLaVA-1.5 was trained.
+def _described(found: Found, scratch: Path, options: Options, places: dict[str, Located]) -> tuple[Found, Description]:
+    """Writes the tokenizer to `scratch`; -> the model as it fits that tokenizer, and its description."""
+    with _named(os.fspath(scratch), places):
+        found.write_tokenizer(scratch)
+        tokenizer = load_tokenizer(scratch)
+        found = _fitting(found, tokenizer, options.rows == "tokenizer")
+        if options.image_position:
+            config = dataclasses.replace(found.config, image_position=options.image_position)
+            found = dataclasses.replace(found, config=config)
+        template = _template(options.template, tokenizer, os.fspath(scratch))
+    origins = {name: place.origin for name, place in places.items() if place.origin}
+    stage = "finetune" if found.trained else None
+    return found, Description(found.config, template.name, found.hf, stage=stage, origins=origins)
 
-    Raises UserError where it cannot be used with the tokenizer; warns of one asked for whose marks are no tokens.
+
+def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:
+    """The requested template, or that of the tokenizer, or v1, with which LLaVA-1.5 was trained.
+
+    Raises UserError if it cannot be used with the tokenizer; warns if its marks are not single tokens.
     """
     template = chosen_template(requested, tokenizer, where, default="v1")
     require_fit(template, tokenizer)
@@ -117,7 +173,7 @@ def _template(requested: str | None, tokenizer: PreTrainedTokenizerBase, where: 
 
 @contextlib.contextmanager
 def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
-    """Errors within name the sources of a tokenizer, not the directory that it is copied to."""
+    """Makes errors name the sources of a tokenizer instead of the directory that it is copied to."""
     sources = " or ".join(str(place.path) for name, place in places.items() if name != "vision")
     try:
         yield
@@ -126,7 +182,7 @@ def _named(scratch: str, places: dict[str, Located]) -> Iterator[None]:
 
 
 def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -> Found:
-    """Says now what would otherwise be found out after training. With `fit_rows`, rows as the tokenizer has ids."""
+    """Checks that the model fits its tokenizer; with `fit_rows`, gives it one row for each id of the tokenizer."""
     if found.config.im_start_end:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     rows, needed = found.config.text.vocab_size, 1 + max(tokenizer.get_vocab().values())
@@ -140,14 +196,14 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
             "--rows tokenizer, with which new rows are the mean of the others"
         )
     try:
-        special_tokens(tokenizer, found.config, found.hf["config"])
+        choose_special_tokens(tokenizer, found.config.text.vocab_size, found.hf["config"].get("image_token_index"))
     except UserError as error:
         warn(f"this model cannot be exported: {error}")
     return found
 
 
-def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Piece]]:
-    """Shapes and types of all parameters, and their values, read piece by piece."""
+def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+    """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts[part]]
     fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
@@ -159,14 +215,13 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     reads = [
         ((entry.name, layer), read)
         for part, entry in entries
-        for layer, read in pieces(entry, functools.partial(found.sources[part].get, part))
+        for layer, read in slices(entry, functools.partial(found.sources[part].get, part))
     ] + [((name, None), functools.partial(np.asarray, value)) for name, value in fresh.items()]
     values = track(read_ahead(read for _, read in reads), "converting weights", len(reads))
     return shapes, ((*place, array) for (place, _), array in zip(reads, values, strict=True))
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> Params:
-    """A projector to begin stage 1 with, float32."""
-    rngs = nnx.Rngs(params=jax.random.key(seed))
-    projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+    """A new projector for stage 1, float32."""
+    projector = build_projector(config, nnx.Rngs(params=jax.random.key(seed)))
     return {f"projector.{name}": value for name, value in module_params(projector).items()}

@@ -1,4 +1,4 @@
-"""A language model on disk: a directory of transformers, or a GGUF file that transformers (with torch) reads."""
+"""Opens a language model: a directory of transformers, or a GGUF file, which transformers (with torch) reads."""
 
 import functools
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from llava_jax.convert.adapter import base_name, is_adapter
 from llava_jax.convert.gguf_header import count_numbers
 from llava_jax.convert.hf_text import num_parameters, read_text
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
-from llava_jax.convert.stored_tensor import StoredTensor
-from llava_jax.convert.tensors import Tensors, has_weights, open_directory
+from llava_jax.convert.stored_tensor import StoredTensor, Tensors
+from llava_jax.convert.tensors import has_weights, open_directory
 from llava_jax.data.tokenizer_files import MAX_BYTES
 from llava_jax.files.reading import read_bytes, read_object, refuse_pointer_file
 from llava_jax.models.hf_fields import Json, check_generation
 
 
 class LanguageModel(NamedTuple):
-    """Weights not yet read, and all that belongs to them."""
+    """A language model whose weights have not been read yet."""
 
-    where: str  # its config.json, for messages
+    where: str  # path of its config.json, for messages
     config: Json
     generation: Json  # its generation_config.json; may be empty
     tensors: Tensors
@@ -28,7 +28,7 @@ class LanguageModel(NamedTuple):
 
 
 def open_language_model(path: Path) -> LanguageModel:
-    """Raises UserError where there is none."""
+    """Raises UserError if `path` is not a language model."""
     if path.is_file():
         return _open_gguf(path)
     if is_adapter(path) and not has_weights(path):
@@ -51,7 +51,7 @@ def read_if_there(path: Path) -> Json:
 
 
 def read_generation(directory: Path) -> Json:
-    """Its `generation_config.json`; empty where there is none."""
+    """The `generation_config.json` of a directory; empty if there is none."""
     file = directory / "generation_config.json"
     return check_generation(read_if_there(file), str(file))
 
@@ -61,7 +61,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Raises UserError where there is none."""
+    """Copies the files of a tokenizer. Raises UserError if there is none."""
     if not has_tokenizer(source):
         raise UserError(f"{source}: no tokenizer (tokenizer.json or tokenizer.model); copy the model's there")
     for name in TOKENIZER_FILES:
@@ -71,11 +71,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _open_gguf(path: Path) -> LanguageModel:
-    """Of the whole model in memory: GGUF's numbers are quantized, and come out as float32."""
+    """Reads the model into memory, as float32: the numbers of GGUF files are quantized."""
     refuse_pointer_file(path)
     numbers = count_numbers(path)
     try:
-        import gguf  # noqa: F401  (transformers uses it, and names it less clearly where it is missing)
+        import gguf  # noqa: F401  (transformers needs it, and its error is less clear if it is missing)
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -92,18 +92,18 @@ def _open_gguf(path: Path) -> LanguageModel:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
     except UserError:
         raise
-    except Exception as error:  # transformers raises any class for what it does not know
+    except Exception as error:  # transformers raises any class for files that it cannot read
         raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
     held = {
         name: StoredTensor(tuple(tensor.shape), "F32", tensor.detach().numpy)
         for name, tensor in model.state_dict().items()
     }
     config = model.config.to_dict()
-    config.pop("quantization_config", None)  # of the file; what was read from it is not quantized
+    config.pop("quantization_config", None)  # of the file; the tensors that were read are not quantized
     return LanguageModel(
         where=where,
         config=config,
         generation=model.generation_config.to_diff_dict(),
-        tensors=Tensors(held),
+        tensors=held,
         write_tokenizer=tokenizer.save_pretrained,
     )

@@ -1,4 +1,4 @@
-"""Where the files of Hugging Face put each tensor: the names that versions of transformers gave them, normalised.
+"""The names of tensors in files: layouts of transformers and of the original LLaVA, mapped to (part, leaf name).
 
 A LLaVA of transformers has had four layouts, in memory and on disk:
 
@@ -8,8 +8,8 @@ A LLaVA of transformers has had four layouts, in memory and on disk:
     in memory from 5.6         model.language_model.*   lm_head                  model.vision_tower.*
     on disk, fresh by 5.23     language_model.model.*   language_model.lm_head   vision_tower.*
 
-The first alone is read by all versions, so exports have it. Any of them is imported, key by key, and so is the layout
-of the original LLaVA: a LLaMA with `model.mm_projector` and, in some, `model.vision_tower.vision_tower.vision_model`.
+All versions read the first one, so exports have it. Imports accept each of them, tensor by tensor, and the layout of
+the original LLaVA: a LLaMA with `model.mm_projector` and, in some, `model.vision_tower.vision_tower.vision_model`.
 """
 
 import collections
@@ -18,17 +18,17 @@ import re
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, vision_entries
-from llava_jax.convert.sums import overlaid, with_rows
-from llava_jax.convert.tensors import Tensors
+from llava_jax.convert.names import entries_of
+from llava_jax.convert.stored_tensor import NUMBERS, Tensors
+from llava_jax.convert.sums import with_rows
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
 
-# Patterns of whole names -> the part of the model; the group is the leaf name. The first pattern that fits counts.
+# Pattern of a full name -> the part of the model; the group is the leaf name. The first pattern that matches counts.
 Layout = dict[str, str]
 LLAVA: Layout = {
     r"(?:language_model\.model|model\.language_model)\.(.+)": "llm",
@@ -46,7 +46,7 @@ ORIGINAL: Layout = {
 }
 PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
 
-# What exports put before the leaf names.
+# Prefixes of the leaf names in an export; some towers have another one, see `Tower.hf_prefix`.
 EXPORT_PREFIXES = {
     "llm": "language_model.model.",
     "head": "language_model.",
@@ -54,38 +54,27 @@ EXPORT_PREFIXES = {
     "vision": "vision_tower.vision_model.",
 }
 
-# Tensors that no model of ours has: constants that old versions stored, what a whole CLIP or SigLIP has besides its
-# tower, and what a tower of a kind has besides features.
+# Tensors that are ignored: constants that old versions stored, and those of a CLIP or SigLIP outside its vision tower.
+# `Tower.ignored` has those inside a tower.
 CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
 CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_(?:scale|bias)")
-POOLING = {"clip": (), "siglip": (r"(?:.+\.)?head\..+",)}
 
-_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}  # of weights, from safetensors' words
+_DTYPES = ("F32", "BF16", "F16")  # of weights
 _ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential
 
 
-def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
-    """The table of names for each part of a model."""
-    return {
-        "vision": vision_entries(config.vision),
-        "projector": projector_entries(config.projector_type),
-        "llm": llm_entries(config.text),
-        "head": head_entries(config.text),
-    }
-
-
 EMBEDDINGS = ("llm", "embed_tokens.weight")
-TIED_HEAD = ("head", "lm_head.weight")  # may be stored beside the embeddings that it is equal to
+TIED_HEAD = ("head", "lm_head.weight")  # may be stored although it equals the embeddings
 
 
 class Source:
-    """Tensors of some parts of a model, under their leaf names, whatever the layout of the files."""
+    """The tensors of some parts of a model by (part, leaf name), independent of the layout of the files."""
 
     def __init__(self, tensors: Tensors, layout: Layout, dropped: Iterable[str] = CONSTANTS):
         self._tensors = tensors
         self._names: dict[tuple[str, str], str] = {}  # (part, leaf) -> name in the files
         self._problems = []
-        for name in tensors.names:
+        for name in tensors:
             if any(re.fullmatch(pattern, name) for pattern in dropped):
                 continue
             place = _place(name, layout)
@@ -103,31 +92,31 @@ class Source:
         return [leaf for held, leaf in self._names if held == part]
 
     def shape(self, part: str, leaf: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._names[part, leaf])
+        return self._tensors[self._names[part, leaf]].shape
 
     def get(self, part: str, leaf: str) -> np.ndarray:
-        return self._tensors.get(self._names[part, leaf])
+        return self._tensors[self._names[part, leaf]].read()
 
     def abstract(self, part: str, entry: Entry, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        """Our parameter of that shape in the type of its tensors.
+        """Our parameter, which has this shape, in the type of its tensors.
 
-        Raises UserError where these differ, since stacking them would convert some.
+        Raises UserError if their types differ, since stacking them would convert some.
         """
-        dtypes = {self._tensors.dtype(self._names[part, leaf]): leaf for leaf in entry.leaves()}
+        dtypes = {self._tensors[self._names[part, leaf]].dtype: leaf for leaf in entry.leaves()}
         if len(dtypes) > 1:
             kinds = ", ".join(f"{leaf} is {dtype}" for dtype, leaf in dtypes.items())
             raise UserError(f"layers of different types: {kinds}; save the model in one type")
-        return jax.ShapeDtypeStruct(shape, _DTYPES[next(iter(dtypes))])
+        return jax.ShapeDtypeStruct(shape, NUMBERS[next(iter(dtypes))])
 
     def resized(self, rows: int) -> "Source":
-        """The same with embeddings and head of so many rows."""
+        """The same with `rows` rows of the embeddings and the head."""
         resized = copy.copy(self)
         names = [self._names[place] for place in (EMBEDDINGS, TIED_HEAD) if place in self._names]
-        resized._tensors = overlaid(self._tensors, Tensors({n: with_rows(self._tensors[n], rows) for n in names}))
+        resized._tensors = self._tensors | {name: with_rows(self._tensors[name], rows) for name in names}
         return resized
 
     def problems(self, config: LlavaConfig, parts: Iterable[str]) -> list[str]:
-        """All that is missing, unexpected, misshapen or of no type that weights have, if this is to hold `parts`."""
+        """The missing, unexpected and misshapen tensors of these parts, and those of types that weights do not have."""
         shapes = abstract_params(config)
         entries = entries_of(config)
         expected = {
@@ -146,20 +135,20 @@ class Source:
         return problems
 
     def _tensor_problems(self, name: str, expected: tuple[int, ...]) -> list[str]:
-        shape, dtype = self._tensors.shape(name), self._tensors.dtype(name)
+        shape, dtype, _ = self._tensors[name]
         misshapen = [f"{name} is {shape}, not {expected}"] if shape != expected else []
         return misshapen + ([f"{name} is {dtype}, not {', '.join(_DTYPES)}"] if dtype not in _DTYPES else [])
 
     def _prefix(self, part: str) -> str:
-        """What this source's layout puts before most leaf names of the part; the part where it calls them otherwise."""
+        """The prefix of most leaf names of a part in this source, for messages; the part's name if there is none."""
         places = [(name, leaf) for (held, leaf), name in self._names.items() if held == part]
         found = collections.Counter(name.removesuffix(leaf) for name, leaf in places if name.endswith(leaf))
         return found.most_common(1)[0][0] if found else f"{part} " * bool(places)
 
 
 def finder(tensors: Tensors, layout: Layout) -> Callable[[str], str]:
-    """How these tensors call what another version of the layout calls by a name; the name itself if they lack it."""
-    names = {place: name for name in tensors.names if (place := _place(name, layout))}
+    """A function from a name in any version of the layout to that in `tensors`; names they lack stay as they are."""
+    names = {place: name for name in tensors if (place := _place(name, layout))}
     return lambda name: names.get(_place(name, layout), name)
 
 

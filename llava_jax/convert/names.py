@@ -1,111 +1,36 @@
-"""Hugging Face's parameter names and ours: one table, read forwards by import and backwards by export.
-
-The Hugging Face side holds leaf names, without what a layout puts in front of them (`vision_tower.vision_model.`,
-`model.language_model.`, ...). PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width]
-and one tensor a layer; ours are [in, out], [height, width, in, out] and stacked over layers (models/llava.py).
-"""
+"""Tensors of transformers and our parameters, by the entries of models/hf_names.py: import and export, bit for bit."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.models.config import TextConfig, VisionConfig
-from llava_jax.models.projector import num_projector_layers
-
-# A transform is the permutation of axes from Hugging Face's tensor to ours.
-SAME = (0,)
-TABLE = (0, 1)  # embeddings stay [rows, features]
-TRANSPOSE = (1, 0)
-OIHW_TO_HWIO = (2, 3, 1, 0)
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.families import family_of, head_entries
+from llava_jax.models.hf_names import TRANSPOSE, Entry
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 
 
-class Entry(NamedTuple):
-    """One parameter of ours and where Hugging Face keeps it."""
-
-    name: str  # ours, dotted
-    hf: str  # leaf name, with `{layer}` where ours is stacked
-    transform: tuple[int, ...] = SAME
-    layers: int | None = None  # length of our leading axis, None where not stacked
-
-    def leaves(self) -> list[str]:
-        """The Hugging Face leaf names, in the order of our leading axis."""
-        if self.layers is None:
-            return [self.hf]
-        return [self.hf.format(layer=layer) for layer in range(self.layers)]
-
-    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of each Hugging Face tensor, from the shape of ours."""
-        if self.layers is not None:
-            shape = shape[1:]
-        return tuple(shape[axis] for axis in np.argsort(self.transform))
-
-
-def vision_entries(config: VisionConfig) -> list[Entry]:
-    """Leaf names of `CLIPVisionModel` and `SiglipVisionModel`, as `encoder.layers.0.mlp.fc1.weight`."""
-    embeddings = [
-        Entry("vision.patch_embedding.kernel", "embeddings.patch_embedding.weight", OIHW_TO_HWIO),
-        Entry("vision.position_embedding", "embeddings.position_embedding.weight", TABLE),
-    ]
-    of_one_kind = {
-        "clip": [
-            Entry("vision.class_embedding", "embeddings.class_embedding"),
-            *_norm("vision.pre_layernorm", "pre_layrnorm"),  # (sic)
-        ],
-        "siglip": [Entry("vision.patch_embedding.bias", "embeddings.patch_embedding.bias")],
+def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
+    """The entries of each part of a model."""
+    return {
+        "vision": TOWERS[config.vision.kind].entries(config.vision),
+        "projector": projector_kind(config.projector_type).entries(config.projector_type),
+        "llm": family_of(config.text).entries(config.text),
+        "head": head_entries(config.text),
     }
-    ours, hf = "vision.layers", "encoder.layers.{layer}"
-    layers = [
-        *_norm(f"{ours}.layernorm1", f"{hf}.layer_norm1"),
-        *_norm(f"{ours}.layernorm2", f"{hf}.layer_norm2"),
-        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"]),
-        *_linears(f"{ours}.mlp", f"{hf}.mlp", ["fc1", "fc2"]),
-    ]
-    last = _norm("vision.post_layernorm", "post_layernorm")
-    return embeddings + of_one_kind[config.kind] + _stacked(layers, config.num_layers) + last
-
-
-def llm_entries(config: TextConfig) -> list[Entry]:
-    """Leaf names of `LlamaModel`, `MistralModel` and `Qwen2Model`, as `layers.0.mlp.up_proj.weight`.
-
-    All but the head, which layouts keep elsewhere.
-    """
-    ours, hf = "llm.layers", "layers.{layer}"
-    layers = [
-        Entry(f"{ours}.input_layernorm.scale", f"{hf}.input_layernorm.weight"),
-        Entry(f"{ours}.post_attention_layernorm.scale", f"{hf}.post_attention_layernorm.weight"),
-        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["q_proj", "k_proj", "v_proj"], bias=config.qkv_bias),
-        *_linears(f"{ours}.attention", f"{hf}.self_attn", ["o_proj"], bias=False),
-        *_linears(f"{ours}.mlp", f"{hf}.mlp", ["gate_proj", "up_proj", "down_proj"], bias=False),
-    ]
-    return [
-        Entry("llm.embed_tokens.embedding", "embed_tokens.weight", TABLE),
-        *_stacked(layers, config.num_layers),
-        Entry("llm.norm.scale", "norm.weight"),
-    ]
-
-
-def head_entries(config: TextConfig) -> list[Entry]:
-    """`lm_head.weight`; nothing where it is tied to the embeddings."""
-    return [] if config.tie_word_embeddings else [Entry("llm.lm_head.kernel", "lm_head.weight", TRANSPOSE)]
-
-
-def projector_entries(projector_type: str) -> list[Entry]:
-    """Leaf names of `LlavaMultiModalProjector`, `linear_1` up to `linear_N`."""
-    linears = [f"linear_{i}" for i in range(1, num_projector_layers(projector_type) + 1)]
-    return [entry for linear in linears for entry in _linear(f"projector.{linear}", linear)]
 
 
 def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Our parameter, from `get(leaf name)`; bit-equal in every type. Its layers are of one type."""
-    found = [read() for _, read in pieces(entry, get)]
+    """Our parameter from `get(leaf name)`, bit-equal in every type. All layers have the same type."""
+    found = [read() for _, read in slices(entry, get)]
     return np.stack(found) if is_layered(entry) else found[0]
 
 
-def pieces(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, Callable[[], np.ndarray]]]:
-    """The same as (layer, what reads it), so that there need not be all of it at once.
+def slices(entry: Entry, get: Callable[[str], np.ndarray]) -> Iterator[tuple[int | None, Callable[[], np.ndarray]]]:
+    """The same as (layer, function that reads it), so that not all of it has to be in memory.
 
-    Matrices of layers come with the layer's number, since a stack of them is gigabytes. All else is whole, with None.
+    Matrices of layers come one by one, since a stack of them takes gigabytes; other parameters as a whole, with None.
     """
     if is_layered(entry):
         for layer, leaf in enumerate(entry.leaves()):
@@ -127,18 +52,18 @@ def to_hf(entry: Entry, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def to_hf_tensor(
-    entry: Entry, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[tuple[tuple[slice, ...], np.ndarray]]
+    entry: Entry, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterable[tuple[tuple[slice, ...], np.ndarray]]
 ) -> np.ndarray:
-    """Hugging Face's tensor of our parameter or of one layer of it, of which the parts are given as (place, values)."""
+    """Hugging Face's tensor of our parameter, or of one layer of it, given in chunks of (index, values)."""
     axes = np.argsort(entry.transform)
     tensor = np.empty([shape[axis] for axis in axes], dtype)
-    for place, values in parts:
-        _permute(values, tuple(axes), tensor[tuple(place[axis] for axis in axes)])
+    for index, values in chunks:
+        _permute(values, tuple(axes), tensor[tuple(index[axis] for axis in axes)])
     return tensor
 
 
 def _permuted(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The transposed array, in memory of its own order."""
+    """The permuted array, contiguous in memory."""
     if axes != TRANSPOSE:
         return np.ascontiguousarray(tensor.transpose(axes))
     transposed = np.empty(tensor.shape[::-1], tensor.dtype)
@@ -150,25 +75,8 @@ def _permute(tensor: np.ndarray, axes: tuple[int, ...], target: np.ndarray) -> N
     if axes != TRANSPOSE:
         target[...] = tensor.transpose(axes)
         return
-    # numpy alone takes seven times as long: it reads a cache line for each number. And it moves integers faster.
+    # NumPy's own copy takes seven times as long: it reads a cache line for each number. Integers are copied faster.
     bits = f"u{tensor.itemsize}"
     tensor, target = np.ascontiguousarray(tensor).view(bits), target.view(bits)
     for start in range(0, len(tensor), 16):
         target[:, start : start + 16] = tensor[start : start + 16].T
-
-
-def _stacked(entries: Iterable[Entry], layers: int) -> list[Entry]:
-    return [entry._replace(layers=layers) for entry in entries]
-
-
-def _norm(ours: str, hf: str) -> list[Entry]:
-    return [Entry(f"{ours}.scale", f"{hf}.weight"), Entry(f"{ours}.bias", f"{hf}.bias")]
-
-
-def _linear(ours: str, hf: str, bias: bool = True) -> list[Entry]:
-    entries = [Entry(f"{ours}.kernel", f"{hf}.weight", TRANSPOSE), Entry(f"{ours}.bias", f"{hf}.bias")]
-    return entries if bias else entries[:1]
-
-
-def _linears(ours: str, hf: str, names: Iterable[str], bias: bool = True) -> list[Entry]:
-    return [entry for name in names for entry in _linear(f"{ours}.{name}", f"{hf}.{name}", bias)]

@@ -1,4 +1,4 @@
-"""What every export needs: a checkpoint's tensors in PyTorch's shapes, and a directory that is there once whole."""
+"""What every export needs: a checkpoint's tensors in PyTorch's shapes, and a directory that appears when complete."""
 
 import contextlib
 import functools
@@ -13,20 +13,20 @@ from llava_jax.checkpoint.format import absolute
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.checkpoint.writing import new_directory
 from llava_jax.cli import UserError
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import Entry, to_hf_tensor
+from llava_jax.convert.names import entries_of, to_hf_tensor
 from llava_jax.convert.shards import Tensor
 from llava_jax.convert.sums import resized
+from llava_jax.models.hf_names import Entry
 
 PARTS = ("vision", "projector", "llm", "head")
-_ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # those with a row for each token
+_ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # have a row for each token
 
 
 @contextlib.contextmanager
 def new_export(output: str) -> Iterator[Path]:
-    """A directory to fill, which takes its name at the end. Raises UserError where that cannot be."""
+    """A directory to fill, which takes its name at the end. Raises UserError if it cannot be written."""
     if "://" in os.fspath(output):
-        raise UserError(f"{output}: exports are written to a local disk only; copy it from there")
+        raise UserError(f"{output}: exports can only be written to a local disk; copy it from there")
     try:
         with new_directory(absolute(output)) as partial:
             yield Path(partial)
@@ -41,11 +41,11 @@ def tensors_of(
     parts: tuple[str, ...] = PARTS,
     rows: int | None = None,
 ) -> Iterator[Tensor]:
-    """The tensors of some parts of a model, none of them read yet, in `dtype` or in the types that they are stored in.
+    """The tensors of some parts of a model, not read yet, in `dtype` or in their stored types.
 
     Args:
       name_of: (part, leaf name) -> the name in the export.
-      rows: of the embeddings and the head, new ones the mean of the others; by default those that there are.
+      rows: number of rows of embeddings and head; new ones are the mean of the others. By default as stored.
     """
     stored = checkpoint.abstract()
     entries = entries_of(checkpoint.config)
@@ -61,11 +61,11 @@ def tensors_of(
 
 
 def read_tensor(checkpoint: Checkpoint, entry: Entry, layer: int) -> np.ndarray:
-    """Hugging Face's tensor of a parameter, or of one layer of a stacked one, in the type that it is stored in."""
+    """Hugging Face's tensor of a parameter, or of one layer of a stacked one, in its stored type."""
     stored = checkpoint.abstract()[entry.name]
     if entry.layers is None:
-        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_parts(entry.name))
-    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_parts(entry.name, layer))
+        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_chunks(entry.name))
+    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_chunks(entry.name, layer))
 
 
 def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -74,16 +74,16 @@ def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, sha
 
 
 def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The tensor in another type. Raises UserError where a number is beyond that."""
+    """The tensor in another type. Raises UserError if a number is too large for it."""
     if tensor.dtype == dtype:
         return tensor
     with np.errstate(over="ignore"):
         cast = tensor.astype(dtype)
     if dtype == np.float16 and (np.isinf(cast) & np.isfinite(tensor)).any():
-        raise UserError(f"{name} has values beyond 65504, the largest of float16: take --dtype bfloat16")
+        raise UserError(f"{name} has values beyond 65504, the largest of float16: use --dtype bfloat16")
     return cast
 
 
 def common_dtype(checkpoint: Checkpoint) -> str:
-    """The type that holds all stored values, since transformers loads every tensor in the one that it is told."""
+    """The type that holds all stored values: transformers loads every tensor in the one type of a config.json."""
     return jnp.result_type(*{leaf.dtype for leaf in checkpoint.abstract().values()}).name

@@ -1,7 +1,7 @@
-"""Files of a projector alone: Hugging Face's names, or what stage 1 of the original LLaVA leaves (`mm_projector.bin`).
+"""Files of a projector: with names of transformers, or `mm_projector.bin` of the original LLaVA's stage 1.
 
-Some of the first LLaVAs were trained with tokens around the image, and their stage 1 with these tokens' embeddings: its
-file holds all embeddings, or those of the new tokens.
+Some of the first LLaVAs have tokens around the image, whose embeddings stage 1 trained, too: its file then holds all
+embeddings, or those of the new tokens.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import without_peft
 from llava_jax.convert.language_model import LanguageModel
-from llava_jax.convert.stored_tensor import StoredTensor
-from llava_jax.convert.sums import concatenated, overlaid, with_rows
-from llava_jax.convert.tensors import Tensors, open_files
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN
+from llava_jax.convert.stored_tensor import StoredTensor, Tensors
+from llava_jax.convert.sums import concatenated, with_rows
+from llava_jax.convert.tensors import open_files
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# In the order in which the original adds them, those that a model is to have.
+# Tokens in the order in which the original adds those that a model needs.
 NEW_TOKENS = ("[PAD]", "<im_patch>", IM_START_TOKEN, IM_END_TOKEN)
 
 
 class ProjectorFile(NamedTuple):
-    """Its tensors; `embeddings` are those of tokens, if it has any."""
+    """The tensors of a projector, and the embeddings of tokens in its file, if there are any."""
 
     path: Path
     projector: Tensors
@@ -32,16 +32,15 @@ class ProjectorFile(NamedTuple):
 
 def open_projector(path: Path) -> ProjectorFile:
     tensors = without_peft(open_files([path]))
-    held = {name: tensors[name] for name in tensors.names}
-    embeddings = held.pop(EMBEDDINGS, None)
-    return ProjectorFile(path, Tensors(held), embeddings)
+    embeddings = tensors.pop(EMBEDDINGS, None)
+    return ProjectorFile(path, tensors, embeddings)
 
 
 def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
-    """The model with the embeddings of the file's tokens, of which the tokenizer gets those that it lacks.
+    """The model with the file's embeddings and their tokens, which the tokenizer gets if it lacks them.
 
-    The head knows nothing of them: their rows there are the mean of the others. Raises UserError where the file's
-    embeddings are not this model's with a few more.
+    The file has no rows of the head for them: these become the mean of the others. Raises UserError if the file's
+    embeddings are not those of this model with up to four more.
     """
     if file.embeddings is None:
         return model
@@ -66,13 +65,13 @@ def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
 
     return model._replace(
         config=model.config | {"vocab_size": rows},
-        tensors=overlaid(model.tensors, Tensors(tensors)),
+        tensors=model.tensors | tensors,
         write_tokenizer=write_tokenizer,
     )
 
 
 def _add_tokens(directory: Path, tokens: Sequence[str], first: int, where: Path) -> None:
-    """Gives these tokens the ids from `first` on, where they have none yet."""
+    """Adds tokens with the ids from `first` on, unless the tokenizer has them."""
     tokenizer = load_tokenizer(directory)
     absent = [token for token in tokens if token not in tokenizer.get_vocab()]
     if absent:

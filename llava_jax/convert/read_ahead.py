@@ -1,4 +1,4 @@
-"""Work done in other threads than what takes its results."""
+"""Calls functions in threads, ahead of the consumer of their results."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
-AHEAD = 2  # results that are made while others are taken: no more of them are in memory
+AHEAD = 2  # calls that run or have a result in memory which has not been taken
 
 
 def read_ahead(reads: Iterable[Callable[[], Result]]) -> Iterator[Result]:
-    """Calls each, and yields the results in their order."""
+    """Calls each function, and yields the results in their order."""
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting = collections.deque()
         for read in reads:

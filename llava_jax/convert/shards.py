@@ -1,7 +1,7 @@
-"""The tensors of an export, few in memory at a time, to safetensors files.
+"""Writes the tensors of an export to safetensors files, with few of them in memory at a time.
 
-Written here and not by the safetensors library, which wants all the tensors of a file at once. A file is the length of
-its header (8 bytes), the header (JSON: type, shape and place of each tensor) and the tensors without gaps.
+The safetensors library needs all tensors of a file at once. A file is the length of its header (8 bytes), the header
+(JSON: type, shape and offsets of each tensor) and the tensors without gaps.
 """
 
 import functools
@@ -15,14 +15,14 @@ import numpy as np
 from llava_jax.checkpoint.writing import check_free
 from llava_jax.cli import track
 from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.stored_tensor import NAMES
 from llava_jax.convert.tensors import INDEX, WEIGHTS, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Tensor(NamedTuple):
-    """A tensor that is made when it is read."""
+    """A tensor to write, which is computed when `read` is called."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes one file, or several of at most `max_bytes` with their index, under the names of `save_pretrained`.
 
-    Raises UserError where the disk has too little room for all of them, before the first is written.
+    Raises UserError if the disk has too little room for all of them, before the first is written.
     """
     total_bytes = sum(tensor.nbytes for tensor in tensors)
     check_free(directory, total_bytes)
@@ -57,14 +57,14 @@ def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MA
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """Reads it, as bytes in the order of a file."""
+    """Reads a tensor, as bytes in the order of a file."""
     array = tensor.read()
     assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _split(tensors: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """In their order, but within a file those of wider types first, so that each is aligned."""
+    """The tensors of each file: in their order, but those of wider types first, so that each is aligned."""
     shards, size = [[]], 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_bytes:
@@ -79,7 +79,7 @@ def _header(tensors: Iterable[Tensor]) -> bytes:
     fields, end = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
-        fields[tensor.name] = {"dtype": _DTYPES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
+        fields[tensor.name] = {"dtype": NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""A tensor in a file."""
+"""Tensors in files."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax.cli import UserError
 
-# The types of numbers, in safetensors' words and in numpy's.
+# The types of numbers by their names in safetensors files.
 NUMBERS = {
     name: np.dtype(numbers)
     for name, numbers in (
@@ -21,19 +21,25 @@ NUMBERS = {
 }
 
 
+NAMES = {numbers.name: name for name, numbers in NUMBERS.items()}  # "float32" -> "F32"
+
+
 class StoredTensor(NamedTuple):
-    """What is known of it without reading it, and how it is read, each time anew."""
+    """A tensor that has not been read yet."""
 
     shape: tuple[int, ...]
-    dtype: str  # a key of `NUMBERS`, or a type that nothing here reads
-    read: Callable[[], np.ndarray]
+    dtype: str  # a key of `NUMBERS`, or a type that is not supported
+    read: Callable[[], np.ndarray]  # from the file, each time
+
+
+Tensors = dict[str, StoredTensor]  # by name
 
 
 def read_numbers(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The array that begins at byte `offset`.
 
-    Read and not mapped: of a mapped file that becomes shorter, the system kills who reads on. Raises UserError where it
-    has become shorter since it was opened, and for a type that nothing here reads.
+    Read and not mapped: the system kills a process that reads a mapped file beyond its end after it became shorter.
+    Raises UserError if it became shorter since it was opened, and for a type that is not supported.
     """
     if dtype not in NUMBERS:
         raise UserError(f"{path}: holds numbers of type {dtype!r}; supported are {', '.join(NUMBERS)}")

@@ -1,16 +1,15 @@
-"""A source's tensors by name, read when asked for."""
+"""Opens files of weights: the tensors of a source by name, each read when it is needed."""
 
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llava_jax.cli import UserError
-from llava_jax.convert.stored_tensor import StoredTensor, read_numbers
+from llava_jax.convert.stored_tensor import StoredTensor, Tensors, read_numbers
 from llava_jax.convert.torch_files import open_torch
 from llava_jax.files.reading import parse_json, read_object, refuse_pointer_file, require_regular
 
@@ -18,44 +17,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * 2**20  # bytes; 7B models have 100 KB
 MAX_NAME = 500  # characters
-# The files of a directory's weights and their indices, of which the first that is there counts.
-WHOLE = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-
-
-class Tensors:
-    """The tensors of a source by name, in the types they are stored in."""
-
-    def __init__(self, held: Mapping[str, StoredTensor]):
-        self._held = dict(held)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._held)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._held[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._held[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._held[name].dtype
-
-    def get(self, name: str) -> np.ndarray:
-        return self._held[name].read()
+# File names of a model's weights and of their index; the first one that exists counts.
+WEIGHT_FILES = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
 def has_weights(directory: Path) -> bool:
-    return any((directory / name).exists() for pair in WHOLE for name in pair)
+    return any((directory / name).exists() for pair in WEIGHT_FILES for name in pair)
 
 
-def open_directory(directory: Path, files: Sequence[tuple[str, str]] = WHOLE) -> Tensors:
-    """The weights of a Hugging Face model directory, in one file or in shards with an index.
+def open_directory(directory: Path, files: Sequence[tuple[str, str]] = WEIGHT_FILES) -> Tensors:
+    """The weights of a directory of transformers, in one file or in shards with an index.
 
-    Raises UserError where there are none, or where an index and its shards differ.
+    Raises UserError if there are none, or if the index and its shards differ.
     """
     for weights, index in files:
         if (directory / weights).exists():
@@ -67,8 +40,8 @@ def open_directory(directory: Path, files: Sequence[tuple[str, str]] = WHOLE) ->
 
 
 def open_files(files: Iterable[Path]) -> Tensors:
-    """The tensors of all these files, of which no two may have the same name."""
-    held: dict[str, StoredTensor] = {}
+    """The tensors of all these files. Raises UserError if two have the same name."""
+    held: Tensors = {}
     for path in files:
         require_regular(path)
         refuse_pointer_file(path)
@@ -79,18 +52,18 @@ def open_files(files: Iterable[Path]) -> Tensors:
         if name := next((name for name in found if len(name) > MAX_NAME), None):
             raise UserError(f"{path}: calls a tensor {name[:50]!r}...: a name of {len(name)} characters")
         held |= found
-    return Tensors(held)
+    return held
 
 
-def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Raises UserError where the file is not whole."""
+def open_safetensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file. Raises UserError if it is damaged."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if MAX_HEADER < length < os.fstat(file.fileno()).st_size:
             raise UserError(f"{path}: its header takes {length >> 20} MiB, more than that of any weights")
         header = file.read(min(length, MAX_HEADER))
     try:
-        with safe_open(path, framework="np"):  # finds all that can be wrong with it
+        with safe_open(path, framework="np"):  # checks the file
             pass
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
@@ -112,20 +85,20 @@ def _open_shards(index: Path) -> Tensors:
         raise UserError(f"{index}: no weight_map; download it again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_inside(file):
-            raise UserError(f"{index}: weight_map: {name} is in {file!r}, which is no file beside it or below")
+            raise UserError(f"{index}: weight_map: {name} is in {file!r}, which is not a file beside it or below")
     files = sorted(set(weight_map.values()))
     lost = [file for file in files if not os.path.exists(index.parent / file)]
     if lost:
-        raise UserError(f"{index}: names {_some(lost)}, which is not beside it; download it again")
+        raise UserError(f"{index}: names {_some(lost)}, which does not exist; download it again")
     tensors = open_files(index.parent / file for file in files)
-    missing = sorted(set(weight_map) - set(tensors.names))
+    missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise UserError(f"{index}: the shards lack {_some(missing)}; download them again")
     return tensors
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name stays in the folder that it is relative to. Links there may lead elsewhere: people make them."""
+    """Whether a relative path stays in its folder. Links in the folder may point outside: users make them."""
     path = PurePosixPath(name)
     return "\0" not in name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 

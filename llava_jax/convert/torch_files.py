@@ -1,8 +1,8 @@
-"""Tensors in the files of `torch.save`, without torch and without running what a pickle asks to run.
+"""Reads tensors from files of `torch.save`, without torch and without running code of the file.
 
-Such a file is an uncompressed zip: `data.pkl` says which tensors there are, `data/0`, `data/1`, ... are their bytes. A
-pickle is a program that may call any function, and a short one may take all memory. Here only the instructions that
-describe tensors are known and only in that use, all others are refused; and nothing is larger than the file is.
+Such a file is an uncompressed zip: `data.pkl` describes the tensors, `data/0`, `data/1`, ... are their bytes. A pickle
+is a program that can call any function, and a short one can take all memory. Here only the instructions that describe
+tensors are supported, and only for that; all others are refused. Nothing can become larger than the file.
 """
 
 import collections
@@ -23,7 +23,7 @@ from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
 from llava_jax.files.reading import require_regular
 
-# torch's storages by their names in pickles -> the type of their numbers, in safetensors' words.
+# Names of torch's storages in pickles -> the type of their numbers, a key of `NUMBERS`.
 STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
@@ -38,13 +38,13 @@ STORAGES = {
 }
 _STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
 _NAMES = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", *_STORAGES}
-_LOCAL_HEADER = 30  # bytes of a zip's header before an entry's name
-MAX_TABLE = 2 * 2**20  # bytes of data.pkl, and of the zip's table of contents: those of 10,000 tensors
+_LOCAL_HEADER = 30  # bytes of an entry's header in a zip before the name
+MAX_TABLE = 2 * 2**20  # bytes of data.pkl, and of the zip's table of contents: enough for 10,000 tensors
 MAX_AXES = 8
 MAX_LENGTH = 2**48  # of an axis, a stride, an offset
 
-# Instructions of pickles that describe tensors by name, or what errors name. `_Unpickler` has four more of its own;
-# these are pickle's, of which the Python version keeps its memo in a dict and reads no more than there is.
+# Pickle's own instructions that describe tensors, or objects that errors name; `_Unpickler` has four more. They are
+# those of pickle's Python version, which keeps its memo in a dict and reads no more than the file has.
 _INSTRUCTIONS = """
 PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BINFLOAT BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE
 BINUNICODE8 EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS GLOBAL STACK_GLOBAL
@@ -53,7 +53,7 @@ BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET
 
 
 class _Storage(NamedTuple):
-    """A run of numbers in the file."""
+    """A sequence of numbers in the file."""
 
     dtype: str
     entry: str
@@ -62,7 +62,7 @@ class _Storage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A view of a storage; lengths in numbers, not bytes."""
+    """A view of a storage; lengths are in numbers, not bytes."""
 
     storage: _Storage
     offset: int
@@ -71,11 +71,11 @@ class _Tensor:
 
 
 class _Refused(Exception):
-    """What is wrong with a file, without its name."""
+    """An error without the name of the file."""
 
 
 def open_torch(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict by name. Raises UserError where the file is damaged, or holds anything else."""
+    """The tensors of a state dict by name. Raises UserError if the file is damaged, or holds anything else."""
     require_regular(path)
     try:
         with _File(path) as file, zipfile.ZipFile(file) as archive:
@@ -89,12 +89,12 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
         ) from None
     except PermissionError:
         raise
-    except Exception as error:  # what a damaged pickle raises is of any class
+    except Exception as error:  # a damaged pickle raises any class
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); download it again") from None
 
 
 class _File(io.FileIO):
-    """Of which zipfile reads no large table of contents."""
+    """A file that refuses to let zipfile read a large table of contents."""
 
     def read(self, size: int = -1) -> bytes:
         data = super().read(min(size, MAX_TABLE + 1) if size >= 0 else MAX_TABLE + 1)
@@ -126,7 +126,7 @@ def _open(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, StoredTe
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """What is in an entry that describes the others."""
+    """The content of an entry that describes the others."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise _Refused("its entries are compressed, which those of torch.save never are: it is not opened")
     if entry.file_size > MAX_TABLE:
@@ -135,7 +135,7 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 class _Instructions(dict):
-    """What an unpickler does by code."""
+    """The methods of an unpickler by the code of the instruction; other codes are refused."""
 
     def __missing__(self, code: int) -> NoReturn:
         known = pickletools.code2op.get(chr(code))
@@ -145,7 +145,7 @@ class _Instructions(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows dicts, numbers, strings and torch's tensors."""
+    """Reads dicts, numbers, strings and torch's tensors."""
 
     dispatch = _Instructions(
         {
@@ -155,7 +155,7 @@ class _Unpickler(pickle._Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> str:
-        """What is named by its name: nothing of it is ever called."""
+        """Returns names instead of objects, so that none of them is called."""
         if (found := f"{module}.{name}") in _NAMES:
             return found
         raise _Refused(f"asks to run {found}, which no weights need: it is not opened")
@@ -164,10 +164,10 @@ class _Unpickler(pickle._Unpickler):
         match pid:
             case ("storage", str(kind), str(entry), _, int(length)) if kind in _STORAGES:
                 return _Storage(_STORAGES[kind], f"data/{entry}", length)
-        raise _Refused("damaged, it names a storage that is none; download it again")
+        raise _Refused("damaged, what it names as a storage is none; download it again")
 
     def load_reduce(self) -> None:
-        """Calls with any other arguments might compare, hash or copy without end."""
+        """Refuses other arguments, since calls with them could compare, hash or copy forever."""
         arguments, name = self.stack.pop(), self.stack.pop()
         match name, arguments:
             case str("collections.OrderedDict"), ():
@@ -182,7 +182,7 @@ class _Unpickler(pickle._Unpickler):
                 raise _Refused("damaged, a tensor in it is not described as one; download it again")
 
     def load_build(self) -> None:
-        """A state dict comes with `_metadata`, which nothing here needs. Of anything else it is refused."""
+        """Ignores the `_metadata` of a state dict; refuses the instruction for anything else."""
         state = self.stack.pop()
         if type(state) is not dict or type(self.stack[-1]) is not collections.OrderedDict:
             raise _Refused("asks for BUILD in its pickle of what is no state dict: it is not opened")
@@ -196,7 +196,7 @@ class _Unpickler(pickle._Unpickler):
     def _set(self, items: list[Any]) -> None:
         held = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # to hash nested tuples may take for ever
+            if type(key) not in (str, int):  # hashing nested tuples could take forever
                 raise _Refused(f"a {type(key).__name__} names a tensor, and is no string")
             if key in held:
                 raise _Refused(f"holds {key!r} twice; download it again")
@@ -211,7 +211,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:
-    """Raises `_Refused` unless all numbers of the tensor lie in its storage, and that in the file."""
+    """Raises `_Refused` unless the tensor lies in its storage, and the storage in the file."""
     storage = tensor.storage
     lengths = (storage.length, tensor.offset, *tensor.shape, *tensor.strides)
     if not all(type(length) is int and 0 <= length < MAX_LENGTH for length in lengths):

@@ -1,7 +1,7 @@
-"""Writes tensors as `torch.save` does, without torch: what `torch.load(file, weights_only=True)` reads.
+"""Writes files that `torch.load(file, weights_only=True)` reads, without torch.
 
-Such a file is a zip without compression: a pickle that names the tensors, and the bytes of each. The pickle is written
-opcode by opcode, since pickle's own writer would have to import torch for the functions that it names.
+Such a file is a zip without compression: a pickle that describes the tensors, and the bytes of each. The pickle is
+written opcode by opcode, since Python's pickler would have to import torch for the functions that it names.
 """
 
 import pickle
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from llava_jax.checkpoint.writing import check_free
 from llava_jax.convert.shards import Tensor, tensor_bytes
+from llava_jax.convert.stored_tensor import NAMES
 from llava_jax.convert.torch_files import STORAGES
 
-_STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
-assert set(_STORAGES.values()) <= set(STORAGES)  # what is written is read here too
+_STORAGES = {dtype: storage for storage, dtype in STORAGES.items()}
 _PROTOCOL, _FORMAT = b"\x80\x02", b"3\n"  # of pickles, and of torch's zips since 1.6
 
 
 def save_torch(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Writes the dict of these tensors by name, one in memory at a time."""
+    """Writes a dict of these tensors by name, with one of them in memory at a time."""
     check_free(path.parent, sum(tensor.nbytes for tensor in tensors))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{path.stem}/data.pkl", _pickled(tensors))
@@ -42,7 +42,7 @@ def _tensor(tensor: Tensor, key: str) -> bytes:
     for size in reversed(tensor.shape):
         strides.insert(0, count)
         count *= size
-    kind = _global("torch", _STORAGES[tensor.dtype.name])
+    kind = _global("torch", _STORAGES[NAMES[tensor.dtype.name]])
     storage = _tuple([_text("storage"), kind, _text(key), _text("cpu"), _int(count)]) + pickle.BINPERSID
     no_hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     shape, strides = (_tuple(map(_int, lengths)) for lengths in (tensor.shape, strides))

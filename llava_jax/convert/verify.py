@@ -1,8 +1,8 @@
-"""Compares a checkpoint with a Hugging Face directory of it: tensors, configuration and, with torch installed, what
-both compute and say.
+"""Compares a checkpoint with a directory of transformers: configuration, tensors and, if torch is installed, logits,
+ids and answers.
 
 Tensors are compared one by one in the types of the directory, bit for bit. Logits, ids and answers need both models in
-float32 at once; where the memory at hand is less, both have only as many of the decoder's first layers as it holds.
+float32 at once; if memory does not suffice, both get as many of the decoder's first layers as fit.
 """
 
 import dataclasses
@@ -24,30 +24,30 @@ from llava_jax.cli import UserError, track
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
-from llava_jax.convert.layouts import entries_of
-from llava_jax.convert.names import Entry
+from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.files.reading import read_object
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import Prompt, PromptEncoder
 from llava_jax.inference.requests import GREEDY, Request, Sampling
 from llava_jax.models.config import LlavaConfig
+from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import Params, build
 
 _STACKED = "llm.layers."
-SHOWN = 5  # differing tensors that are named
+SHOWN = 5  # differing tensors in a message
 TOLERANCE = 1e-4  # of the largest logit
-PROMPT, ANSWER = 500, 16  # tokens: short prompts show no mistakes of positions
+PROMPT, ANSWER = 500, 16  # tokens: short prompts would not show wrong positions
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8))
 QUESTIONS = ("What is shown here?", "Describe the picture.\nBe brief: one sentence, two at most.", "C'est quoi, ça? 🙂")
 
 
 class Finding(NamedTuple):
-    """One line of the report; `equal` is None for what was not compared and for what does not decide."""
+    """One line of the report; `equal` is None if nothing was compared, or if a difference is not a failure."""
 
     what: str
     equal: bool | None
@@ -58,12 +58,12 @@ class Finding(NamedTuple):
 
 
 def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
-    """Compares part after part. Raises UserError where one of both is not whole."""
+    """Yields one finding after the other. Raises UserError if one of the two models is not complete."""
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     hf = Path(directory)
     if is_original(read_object(hf / "config.json")):
-        raise UserError(f"{hf}: a LLaVA in the original's layout; what can be verified is one of transformers")
+        raise UserError(f"{hf}: a LLaVA in the original's layout; only one of transformers can be verified")
     found = find_llava(hf, Options())
     yield compare_config(checkpoint, found)
     yield compare_tensors(checkpoint, found)
@@ -75,14 +75,13 @@ def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
         yield Finding("computed", None, missing)
     else:
         if layers < checkpoint.config.text.num_layers:
-            part = f"with the first {layers} layers, as many as the memory holds of both models"
-            yield Finding("computed", None, part)
+            yield Finding("computed", None, f"with the first {layers} layers: memory holds no more of both models")
         yield from compare_computed(checkpoint, hf, layers)
 
 
 def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
-    """Every field, but for rows of the vocabulary that an export adds."""
-    ours, theirs = (_flat(dataclasses.asdict(config)) for config in (checkpoint.config, found.config))
+    """Compares all fields, except that an export may have more rows of the vocabulary."""
+    ours, theirs = (_flat(config.to_dict()) for config in (checkpoint.config, found.config))
     rows = ours.pop("text.vocab_size"), theirs.pop("text.vocab_size")
     wrong = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     if rows[1] < rows[0]:
@@ -92,7 +91,7 @@ def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
 
 
 def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
-    """Bit for bit, each tensor cast to the type that it has in the directory."""
+    """Compares bit for bit, each tensor cast to its type in the directory."""
     places = [
         (part, entry, layer, leaf)
         for part, entries in entries_of(checkpoint.config).items()
@@ -123,7 +122,7 @@ def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
 
 
 def _layers_in_memory(checkpoint: Checkpoint) -> int:
-    """How many of the decoder's layers both models may have, in float32 and with half as much again for computing."""
+    """How many layers of the decoder fit into memory, in float32 in both models and with 50 % for activations."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes = {name: 2.5 * 4 * leaf.size for name, leaf in checkpoint.abstract().items()}
     layers = checkpoint.config.text.num_layers
@@ -132,7 +131,7 @@ def _layers_in_memory(checkpoint: Checkpoint) -> int:
 
 
 def _first_layers(checkpoint: Checkpoint, layers: int, dtype: str) -> tuple[LlavaConfig, Params]:
-    """The model with so many of the decoder's layers, rounded to `dtype`, float32."""
+    """The model with the first `layers` layers of the decoder, float32 rounded to `dtype`."""
     text = dataclasses.replace(checkpoint.config.text, num_layers=layers)
     params = checkpoint.load(name for name in checkpoint.abstract() if not name.startswith(_STACKED))
     for name in checkpoint.abstract():
@@ -143,20 +142,20 @@ def _first_layers(checkpoint: Checkpoint, layers: int, dtype: str) -> tuple[Llav
 
 
 def _layer(name: str) -> str | None:
-    """The decoder's layer that a tensor of transformers belongs to."""
+    """The layer of the decoder that a tensor of transformers belongs to."""
     match = re.search(r"language_model\..*layers\.(\d+)\.", name)
     return match and match[1]
 
 
 def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> Iterator[Finding]:
-    """What both models make of the same ids, and which ids the processor makes of the same words."""
+    """Compares the logits for the same ids, the ids of the same prompts, and greedy answers."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
     settings = _read(AutoConfig, directory)
     settings.text_config.num_hidden_layers = layers
-    if getattr(settings.text_config, "layer_types", None):  # one a layer
+    if getattr(settings.text_config, "layer_types", None):  # one per layer
         settings.text_config.layer_types = settings.text_config.layer_types[:layers]
-    own = {"config": settings, "attn_implementation": "sdpa"}  # whatever kernels of the Hub a config.json names
+    own = {"config": settings, "attn_implementation": "sdpa"}  # not the kernels that a config.json may name
     model, loading = _read(LlavaForConditionalGeneration, directory, output_loading_info=True, **own)
     left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
     loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
@@ -172,7 +171,7 @@ def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> It
 
 
 def _read(kind: type, directory: Path, **options: Any) -> Any:
-    """What a class of transformers makes of a directory, of which it runs no code."""
+    """An object of transformers from a directory, without running code from it."""
     read_tokenizer_files(directory, directory)
     try:
         return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
@@ -181,7 +180,7 @@ def _read(kind: type, directory: Path, **options: Any) -> Any:
 
 
 class Both(NamedTuple):
-    """A model here and in transformers, both in float32."""
+    """The same model here and in transformers, both in float32."""
 
     generator: Generator
     params: Params
@@ -192,7 +191,7 @@ class Both(NamedTuple):
         return Request([("user", f"{IMAGE_TOKEN}\n{question}")], [PICTURE])
 
     def inputs(self, prompt: Prompt) -> dict[str, Any]:
-        """Our ids and pixels as transformers takes them."""
+        """Our ids and pixels as the arguments of transformers' model."""
         import torch
 
         config, image = self.generator.config, prompt.image_feature_index >= 0
@@ -206,7 +205,7 @@ class Both(NamedTuple):
 
 
 def compare_logits(both: Both) -> Finding:
-    """Of all positions of a prompt with a picture."""
+    """Compares the logits of all positions of a prompt with an image."""
     import torch
 
     generator = both.generator
@@ -239,7 +238,7 @@ def _logits(
 
 
 def compare_ids(both: Both) -> Finding:
-    """Of prompts by the chat template of the directory; where they differ, models still agree on equal ids."""
+    """Compares ids and pixels of prompts by the directory's chat template; different ones are not a failure."""
     wrong = []
     for question in QUESTIONS:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -258,12 +257,12 @@ def compare_ids(both: Both) -> Finding:
         ]
     if not wrong:
         return Finding("processor", True, f"ids and pixels of {len(QUESTIONS)} prompts")
-    known = "(one id fewer after a picture is known of SentencePiece, see docs/weights.md)"
-    return Finding("processor", None, f"its {', '.join(wrong)} are others {known}")
+    known = "(with SentencePiece it has one id fewer after an image, see docs/weights.md)"
+    return Finding("processor", None, f"its {', '.join(wrong)} differ {known}")
 
 
 def compare_answers(both: Both) -> Finding:
-    """Greedy, from equal ids."""
+    """Compares greedy answers to equal ids."""
     import torch
 
     generator, wrong = both.generator, []

@@ -1,7 +1,7 @@
-"""Turns LLaVA JSON and a folder of images into shards of ArrayRecord, which TFDS and training read.
+"""Converts LLaVA JSON and a folder of images to shards of ArrayRecord, which TFDS and training read.
 
-Pictures are stored as they are, byte for byte. Interrupted anywhere, the same command goes on with the next shard and
-ends with the same bytes. All paths may be on an object store (gs://...).
+Image files are stored byte for byte. After an interruption the same command continues with the next shard and ends with
+the same bytes. All paths may be on an object store (gs://...).
 """
 
 import argparse
@@ -20,15 +20,13 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
 from llava_jax.data.builder import LlavaBuilder
-from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import chosen_template
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
-from llava_jax.data.names import add_allow_absolute, folder_of, image_path
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadPicture, Shard, line_of, read_manifest
+from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.writing import atomic_file, atomic_path
 
@@ -37,8 +35,8 @@ EPILOG = """example:
       --output mix665k --dataset mix665k
 """
 SHARD_BYTES = 256 * 2**20
-MOST_SHARDS = 512  # unless more are asked for: each is an open file of every process that reads them
-STAT_THREADS = 64  # mostly waiting
+MAX_SHARDS = 512  # by default: each is an open file of every reading process
+STAT_THREADS = 64  # they mostly wait
 STATS_AT_ONCE = 1000
 
 
@@ -54,16 +52,16 @@ def build(
     encode: TextEncoder | None = None,
     beam: tfds.download.DownloadConfig | None = None,
 ) -> None:
-    """Builds, or goes on building, a data set.
+    """Builds a data set, or continues to.
 
     Args:
-      images: the folder of images, see `names.ImageFolder`.
-      shards: how many files; 0 makes them of about `SHARD_BYTES`, but no more than `MOST_SHARDS`.
-      workers: threads; 0 is one a core.
-      decode: whether to decode all pictures, to find damaged ones.
-      published: the data set that `source` has to be.
-      encode: as training will encode the samples, whose lengths are then stored, too.
-      beam: what runs it on Apache Beam.
+      images: the folder of images, see `image_folder.ImageFolder`.
+      shards: the number of files; 0 makes files of about `SHARD_BYTES`, but at most `MAX_SHARDS`.
+      workers: threads; 0 for one a core.
+      decode: whether to decode all images, to find damaged ones.
+      published: the published data set that `source` has to equal.
+      encode: how training encodes samples; if given, their lengths are stored, too.
+      beam: options to run it on Apache Beam.
 
     Raises:
       UserError: images are missing, damaged or outside the folder, the source isn't `published`, `output` holds
@@ -79,12 +77,12 @@ def build(
         planned = _shards(manifest, output, images, decode)
         builder = LlavaBuilder(planned, published.name if published else "custom", workers)
         builder.download_and_prepare(download_config=beam)
-    if builder.bad_pictures:
-        _refuse(builder.bad_pictures)
+    if builder.bad_images:
+        _refuse(builder.bad_images)
 
 
 def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str, Any] | None:
-    """What an earlier start has planned, None without one."""
+    """The plan of an earlier start; None without one."""
     file = directory / MANIFEST
     if not file.exists():
         if entries(directory):
@@ -103,7 +101,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 def _begin(
     directory: epath.Path, source: LlavaJson, images: epath.PathLike, shards: int, published: Published | None
 ) -> dict[str, Any]:
-    """Looks for all pictures, writes the texts and then the manifest: from here on it can be resumed."""
+    """Checks that all images exist, and writes the texts and the manifest. From then on a build can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
     text_only = 0
     for sample in track(source, "reading samples"):
@@ -120,7 +118,7 @@ def _begin(
     if missing := {name for name, size in sizes.items() if size is None}:
         raise UserError(
             f"{'; '.join(explain_missing(epath.Path(images), _first_users(source, missing)))}. Put them there, or let "
-            "llava_jax.data.check --fix write the samples that are whole, and build from these"
+            "llava_jax.data.check --fix write the good samples, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
     manifest = {
@@ -128,7 +126,7 @@ def _begin(
         "samples": len(source),
         "samples_without_images": text_only,
         "images": uses.total(),
-        "shards": min(shards or min(-(-size // SHARD_BYTES) or 1, MOST_SHARDS), len(source)),
+        "shards": min(shards or min(-(-size // SHARD_BYTES) or 1, MAX_SHARDS), len(source)),
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write_texts(directory, source)
@@ -138,7 +136,7 @@ def _begin(
 
 
 def _refuse_names(source: LlavaJson, images: epath.PathLike, names: Collection[str]) -> None:
-    """Raises `UserError` where images have names that leave their folder."""
+    """Raises `UserError` if image names leave their folder."""
     faults = {}
     for name in names:
         try:
@@ -152,19 +150,19 @@ def _refuse_names(source: LlavaJson, images: epath.PathLike, names: Collection[s
 
 
 def _sizes(images: epath.PathLike, names: Sequence[str]) -> dict[str, int | None]:
-    """Bytes of each picture, None where there is none."""
+    """The bytes of each image; None if it does not exist."""
 
     def sizes(start: int) -> list[int | None]:
         return [_size(image_path(images, name)) for name in names[start : start + STATS_AT_ONCE]]
 
     starts = range(0, len(names), STATS_AT_ONCE)
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        found = track(pool.map(sizes, starts), f"looking for pictures, {STATS_AT_ONCE} at once", len(starts))
+        found = track(pool.map(sizes, starts), f"looking for images, {STATS_AT_ONCE} at once", len(starts))
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
 
 
 def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
-    """The id of the first sample with each of these pictures."""
+    """The id of the first sample with each of these images."""
     users: dict[str, str] = {}
     for sample in source:
         for name in names.intersection(sample.images):
@@ -191,7 +189,7 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
 
 
 def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
-    """Measures all samples and writes what `cache` would: whoever opens the data set has it in the cache."""
+    """Measures all samples and writes the lengths as the cache has them: opening the data set adopts them."""
     from llava_jax.data.lengths import lengths_name, measure_once
 
     encoded = EncodedSource(source, encode)
@@ -204,7 +202,7 @@ def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder
 
 
 def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decode: bool) -> list[Shard]:
-    """The shards of a manifest, of as many samples each."""
+    """The shards of a manifest, with equal numbers of samples."""
     with (epath.Path(output) / OFFSETS).open("rb") as file:
         offsets = np.load(io.BytesIO(file.read()))
     count = manifest["shards"]
@@ -215,37 +213,31 @@ def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decod
     ]
 
 
-def _refuse(bad: list[BadPicture]) -> NoReturn:
+def _refuse(bad: list[BadImage]) -> NoReturn:
     for ident, detail in sorted(bad):
         say(one_line(f"bad-image, {short(ident)}, {detail}"))
     raise UserError(
-        f"{len(bad)} pictures cannot be read (listed above); the other shards are kept: replace the pictures and run "
-        "the same command, or let llava_jax.data.check --fix write the samples that are whole, and build from these"
+        f"{len(bad)} images cannot be read (listed above); the other shards are kept: replace the images and run "
+        "the same command, or let llava_jax.data.check --fix write the good samples, and build from these"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+    images = open_image_folder(args)
+    settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
     build(
         LlavaJson(args.json),
-        folder_of(args),
+        images,
         args.output.rstrip("/"),
         shards=args.shards,
         workers=args.workers,
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
-        encode=_encoder(args) if args.tokenizer else None,
+        encode=text_encoder(args, **settings) if args.tokenizer else None,
         beam=_beam_config(args.beam) if args.beam else None,
     )
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
-
-
-def _encoder(args: argparse.Namespace) -> TextEncoder:
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    return TextEncoder(template, tokenizer, args.image_tokens, args.max_length, args.image_position)
 
 
 def _beam_config(options: str) -> tfds.download.DownloadConfig:
@@ -258,33 +250,33 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
-    add_allow_absolute(parser)
+    add_options(parser, json={}, images={})
     parser.add_argument(
-        "--output", required=True, metavar="D", help="the data set: a new directory, or one to go on with"
+        "--output",
+        required=True,
+        metavar="D",
+        help="directory of the data set: a new one, or one whose build is continued",
     )
     parser.add_argument(
-        "--dataset", choices=[known.name for known in PUBLISHED], help="check that it is all of what was published"
+        "--dataset",
+        choices=[known.name for known in PUBLISHED],
+        help="check that the data is the complete published data set",
     )
     parser.add_argument(
-        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of pictures, at most 512"
+        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of images, at most 512"
     )
     parser.add_argument("--workers", type=positive, default=0, metavar="N", help="threads (default: one a core)")
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="trust pictures: do not decode them to find damaged ones (data.check did)",
+        help="do not decode images to find damaged ones (data.check does that, too)",
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="store lengths: training with these settings starts at once")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=positive, default=2048, metavar="N", help="config.max_length (2048)")
-    parser.add_argument("--image-tokens", type=positive, default=576, metavar="P", help="tokens an image takes (576)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
+    tokenizer = {"help": "store lengths: training with this tokenizer and the settings below does not measure them"}
+    add_options(parser, tokenizer=tokenizer, template={}, max_length={}, image_tokens={}, image_position={})
     parser.add_argument(
         "--beam",
         metavar="OPTIONS",
-        help="write on Apache Beam: its options, as runner=DataflowRunner,project=P,region=R",
+        help="options to write on Apache Beam, such as runner=DataflowRunner,project=P,region=R",
     )
     args = parser.parse_args(argv)
     if args.template and not args.tokenizer:

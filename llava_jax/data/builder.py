@@ -1,7 +1,7 @@
-"""The TFDS builder: LLaVA JSON and images to ArrayRecord shards, on this machine's cores or on Apache Beam.
+"""The TFDS builder: writes LLaVA JSON and images to ArrayRecord shards, on the cores of this machine or on Apache Beam.
 
 TFDS's own `download_and_prepare` works in a directory that it deletes when it is interrupted. This one works in place
-and writes `dataset_info.json`, without which TFDS takes nothing for a data set, last: what was interrupted goes on.
+and writes `dataset_info.json`, which makes the directory a TFDS data set, last. So an interrupted build can continue.
 """
 
 import json
@@ -16,13 +16,13 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from llava_jax.cli import track
 from llava_jax.data.published import PUBLISHED
-from llava_jax.data.shards import FEATURES, BadPicture, Shard, write_shard
+from llava_jax.data.shards import FEATURES, BadImage, Shard, write_shard
 
-BAD_PICTURES = "bad_pictures.json"  # what workers of Beam found
+BAD_IMAGES = "bad_pictures.json"  # that workers of Beam found
 
 
 class LlavaBuilder(FileReaderBuilder, skip_registration=True):
-    """Writes `shards` and what describes them; `tfds.builder_from_directory` reads the result."""
+    """Writes `shards` and their description; `tfds.builder_from_directory` reads the result."""
 
     name = "llava"
     VERSION = tfds.core.Version("1.0.0")
@@ -31,11 +31,13 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
     def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
         self.shards = shards
         self.workers = workers or os.cpu_count()  # threads that write
-        self.bad_pictures: list[BadPicture] = []  # that `download_and_prepare` found: with any the set isn't finished
+        self.bad_images: list[
+            BadImage
+        ] = []  # found by `download_and_prepare`; with any of these the set is not finished
         super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:
-        return given_data_dir, given_data_dir  # not a folder for each name, configuration and version
+        return given_data_dir, given_data_dir  # without a folder for name, configuration and version
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -46,15 +48,15 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, *, download_config: tfds.download.DownloadConfig | None = None) -> None:
-        """Writes the shards that are missing; `beam_runner` or `beam_options` of the configuration have Beam do it."""
+        """Writes the missing shards, on Beam if the configuration has `beam_runner` or `beam_options`."""
         self._download_and_prepare(None, download_config or tfds.download.DownloadConfig())
 
     def _download_and_prepare(self, dl_manager: None, download_config: tfds.download.DownloadConfig) -> None:
         if download_config.beam_runner or download_config.beam_options:
-            self.bad_pictures = write_on_beam(self.shards, download_config)
+            self.bad_images = write_on_beam(self.shards, download_config)
         else:
-            self.bad_pictures = write_in_threads(self.shards, self.workers)
-        if self.bad_pictures:
+            self.bad_images = write_in_threads(self.shards, self.workers)
+        if self.bad_images:
             return
         template = tfds.core.ShardedFileTemplate(
             data_dir=self.data_path, dataset_name=self.name, split="train", filetype_suffix="array_record"
@@ -69,9 +71,9 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
         self.info.write_to_directory(self.data_path)
 
 
-def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadPicture]:
-    """Threads suffice: files are read, pictures decoded and records written without the interpreter's lock."""
-    bad: list[BadPicture] = []
+def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadImage]:
+    """Threads are enough: files are read, images decoded and records written without the interpreter's lock."""
+    bad: list[BadImage] = []
     leave = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(write_shard, shard, leave.is_set) for shard in shards]
@@ -85,10 +87,10 @@ def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadPicture]:
     return bad
 
 
-def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig) -> list[BadPicture]:
+def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig) -> list[BadImage]:
     import apache_beam as beam
 
-    found = epath.Path(shards[0].output) / BAD_PICTURES
+    found = epath.Path(shards[0].output) / BAD_IMAGES
     with beam.Pipeline(runner=config.beam_runner, options=config.beam_options) as pipeline:
         _ = (
             pipeline
@@ -98,6 +100,6 @@ def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig)
             | "gather" >> beam.combiners.ToList()
             | "report" >> beam.Map(lambda bad: found.write_text(json.dumps(bad)))
         )
-    bad = [BadPicture(*values) for values in json.loads(found.read_text())]
+    bad = [BadImage(*values) for values in json.loads(found.read_text())]
     found.unlink()
     return bad

@@ -1,7 +1,7 @@
-"""A data set that `llava_jax.data.build` made, as a source of samples: see `llava_jax/data/shards.py` for its files.
+"""Reads a data set that `llava_jax.data.build` made: a source of samples. `shards.py` describes its files.
 
-Neither the texts nor the indices of the shards are held in memory, so a process needs the same for any number of
-samples. Of a data set on an object store this machine keeps a copy, file by file: what is there already is not copied.
+Texts and indices of shards stay on disk, so memory does not grow with the number of samples. The files of a data set on
+an object store are copied to the cache of this machine, unless they are there already.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from llava_jax.files import cache
 from llava_jax.files.reading import read_object
 
 OWN_FEATURES = "tensorflow_datasets.core.features."
-# Indices of shards stay on disk: from memory a record is read a tenth of a millisecond sooner, but they grow.
+# Indices of shards stay on disk: in memory they grow with the data and save only a tenth of a millisecond a record.
 READER_OPTIONS = {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}
 
 
 def _refuse_code(file: epath.Path) -> None:
-    """Raises `UserError` where TFDS would import modules that are not its own, to find the types of features."""
+    """Raises `UserError` if TFDS would import modules other than its own to find the types of features."""
     parts: list[Any] = [read_object(file)]
     while parts:
         part = parts.pop()
@@ -38,7 +38,7 @@ def _refuse_code(file: epath.Path) -> None:
 
 
 class Built(Sequence[Sample]):
-    """The samples of a built data set, a `Source`. Raises `UserError` for what is none, or isn't finished."""
+    """The samples of a built data set: a `Source`. Raises `UserError` if it is none, damaged or not finished."""
 
     def __init__(self, path: epath.PathLike):
         self.path = os.fspath(path)
@@ -52,7 +52,9 @@ class Built(Sequence[Sample]):
             instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         except Exception as error:  # TFDS raises nearly anything on damaged files
             raise UserError(f"{path}: TFDS cannot read it ({type(error).__name__}: {error}): build it again") from error
-        shards = [directory / os.path.basename(shard.filename) for shard in instructions]  # whatever folder it names
+        shards = [
+            directory / os.path.basename(shard.filename) for shard in instructions
+        ]  # the folder that it names may have moved
         names = [directory / TEXT, directory / OFFSETS, *shards]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]
@@ -62,7 +64,7 @@ class Built(Sequence[Sample]):
         self._open()
 
     def _open(self) -> None:
-        self._file = os.open(self._text, os.O_RDONLY)  # for as long as the process runs
+        self._file = os.open(self._text, os.O_RDONLY)  # open while the process runs
         try:
             self._lines = np.load(self._offsets, mmap_mode="r")
         except (ValueError, EOFError) as error:

@@ -1,7 +1,7 @@
-"""Chat templates of tokenizers: programs in Jinja that others wrote.
+"""Renders the chat templates of tokenizers, which are untrusted Jinja programs.
 
-transformers renders them in a sandbox, which bounds what they reach, but neither their time nor their memory. Here a
-process with limits does it. Nothing else in the package renders a template of a file.
+The sandbox of transformers limits what they can reach, but not their time and memory. So they are rendered in a process
+with limits. Nothing else in the package renders a template of a file.
 """
 
 import functools
@@ -21,7 +21,7 @@ CPU_SECONDS = 5
 MEMORY = 512 * 2**20  # bytes
 MAX_CHARACTERS = 2**20  # of a rendered conversation
 
-Messages = list[dict[str, Any]]  # of the roles user, assistant and system
+Messages = list[dict[str, Any]]  # roles user, assistant and system
 
 
 def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrainedTokenizerBase") -> list[str | None]:
@@ -29,11 +29,11 @@ def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrain
 
     Args:
       chats: the conversations.
-      chat_template: as transformers holds it: one, or a dict of which "default" counts.
-      tokenizer: whose special tokens the template may name.
+      chat_template: as in transformers: a template, or a dict of which "default" is used.
+      tokenizer: its special tokens are known to the template.
 
     Returns:
-      None where it raises an error, or renders more than `MAX_CHARACTERS`.
+      A text is None if the template raises an error or renders more than `MAX_CHARACTERS`.
 
     Raises:
       UserError: rendering takes more time or memory than any chat template needs.
@@ -59,7 +59,7 @@ def _rendered(request: str) -> tuple[str | None, ...]:
 
 
 def _render() -> None:
-    """What the process does: a request on standard input, the texts on standard output."""
+    """The process: reads a request from standard input, writes the texts to standard output."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     request = json.load(sys.stdin)
@@ -71,7 +71,7 @@ def _render() -> None:
             (text,), _ = render_jinja_template(
                 [chat], chat_template=request["template"], add_generation_prompt=asks, **request["tokens"]
             )
-        except Exception:  # a chat template may raise anything
+        except Exception:  # a template may raise anything
             text = None
         texts.append(None if text is None or len(text) > MAX_CHARACTERS else text)
     json.dump(texts, sys.stdout)

@@ -1,8 +1,8 @@
-"""Finds every problem of a data set before step 0: in its structure, pictures, ids, texts and lengths.
+"""Finds every problem of a data set before step 0: in its structure, images, ids, texts and lengths.
 
-Problems are told a line each, `kind, id, detail`; the exit status is 1 where there are any. Warnings are of what
-training takes as it is, but is seldom meant. With --fix the samples without problems other than warnings are written
-to a file, as they are, and the others with the reasons to another.
+Prints each problem as a line `kind, id, detail`. The exit status is 1 if there are any. A warning is about something
+that training accepts but that is seldom intended. --fix writes the samples that have no problem, or only warnings, to a
+file, unchanged, and the others with the reasons to another file.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, run, say, short, track
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
+from llava_jax.cli import Parser, UserError, positive, run, say, short, track
+from llava_jax.data.check_images import image_problems
+from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.encoded import TextEncoder
-from llava_jax.data.fit import chosen_template
-from llava_jax.data.names import add_allow_absolute, folder_of
-from llava_jax.data.pictures import picture_problems
+from llava_jax.data.options import add_options, open_image_folder
 from llava_jax.data.records import load_json
-from llava_jax.data.survey import Problem, Survey
+from llava_jax.data.template_fit import chosen_template
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import atomic_file, atomic_list, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llava_jax.data.measuring import Measuring
+    from llava_jax.data.check_lengths import Measuring
 
 EPILOG = """example:
   python -m llava_jax.data.check --json data.json --images images \\
@@ -44,14 +44,14 @@ UNREAD_KEYS = 20  # that are listed
 
 
 class Report:
-    """What is told of a data set: all problems as they are found, their counts, reasons to drop samples, lengths."""
+    """The results of a check: counts and examples of problems, reasons to reject samples, lengths and padding."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
-        self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # of samples to drop, by index
+        self.reasons: dict[int, list[str]] = collections.defaultdict(list)  # to reject a sample, by its index
         self.lengths: dict[str, Any] | None = None
-        self.padding: str | None = None  # where there would be much of it
+        self.padding: str | None = None  # if there would be much
 
     def add(self, problem: Problem) -> None:
         self.counts[problem.kind] += 1
@@ -66,7 +66,7 @@ class Report:
 
 
 def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
-    """The lengths for people."""
+    """The lengths as lines of text."""
     if not lengths["samples"]:
         return
     yield "tokens a sample: " + ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p99", "max"))
@@ -77,47 +77,47 @@ def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
 
 
 def find_problems(
-    survey: Survey,
+    checked: CheckedRecords,
     images: epath.PathLike,
     report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
     measuring: "Measuring | None" = None,
     workers: int = 1,
 ) -> Iterator[Problem]:
-    """All problems of a file whose pictures are in folder `images`; `report` gets its lengths and padding."""
-    yield from survey.read(tuple(special_tokens))
-    yield from survey.duplicates()
-    yield from picture_problems(survey, images, workers)
-    if measuring and len(survey):
-        lengths = measuring.measure(survey)
+    """All problems of a file and its folder of images. Sets the lengths and the padding of `report`."""
+    yield from checked.read(tuple(special_tokens))
+    yield from checked.duplicates()
+    yield from image_problems(checked, images, workers)
+    if measuring and len(checked):
+        lengths = measuring.measure(checked)
         report.lengths = measuring.describe(lengths)
         report.padding = measuring.padding(lengths)
-        yield from measuring.problems(survey, lengths)
+        yield from measuring.problems(checked, lengths)
 
 
-def fix(survey: Survey, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
-    """Writes the records without a reason to `out`, in the format of the file, byte for byte, and the others beside it.
+def fix(checked: CheckedRecords, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
+    """Writes the good records to `out` in the format of the file, byte for byte, and the others to a file beside it.
 
     Returns:
-      The name of the file of rejects, JSONL of `id`, `reasons` and `record`; how many records are kept.
+      The name of the file of rejects, JSONL of `id`, `reasons` and `record`; the number of records in `out`.
     """
-    count = len(survey.lines)
+    count = len(checked.lines)
     if len(reasons) == count:
         raise UserError(f"{out}: not written: none of the {count} samples is without a problem")
     rejects = f"{out.removesuffix('.jsonl').removesuffix('.json')}.rejects.jsonl"
-    with atomic_list(out, lines=survey.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
+    with atomic_list(out, lines=checked.unit.endswith("line")) as keep, atomic_file(rejects) as rejected:
         for index in track(range(count), f"writing {out}"):
             if index in reasons:
-                rejected.write(_reject(survey, index, reasons[index]))
+                rejected.write(_reject(checked, index, reasons[index]))
             else:
-                keep(survey.records[index])
+                keep(checked.records[index])
     return rejects, count - len(reasons)
 
 
-def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
-    data = survey.records[index]
+def _reject(checked: CheckedRecords, index: int, reasons: list[str]) -> bytes:
+    data = checked.records[index]
     try:
-        ident, record = survey.id(index), load_json(data, "")
+        ident, record = checked.id(index), load_json(data, "")
     except UserError:  # no JSON: as text
         ident, record = str(index), data.decode(errors="backslashreplace")
     return json.dumps({"id": ident, "reasons": reasons, "record": record}).encode() + b"\n"
@@ -125,8 +125,7 @@ def _reject(survey: Survey, index: int, reasons: list[str]) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+    images = open_image_folder(args)
     for out in filter(None, (args.fix, args.report)):
         if Path(out).resolve() == Path(args.json).resolve():
             raise UserError(f"{out}: is the file that is checked: write to another")
@@ -135,26 +134,26 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
-    survey, report, console = Survey(args.json, args.image_position), Report(), Console()
-    for problem in find_problems(survey, folder_of(args), report, special_tokens, measuring, args.workers):
+    checked, report, console = CheckedRecords(args.json, args.image_position), Report(), Console()
+    for problem in find_problems(checked, images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
-    if survey.unread:
-        keys = ", ".join(f"{short(key)} ({count:,})" for key, count in survey.unread.most_common(UNREAD_KEYS))
+    if checked.unread:
+        keys = ", ".join(f"{short(key)} ({count:,})" for key, count in checked.unread.most_common(UNREAD_KEYS))
         say(f"keys of samples that are not read: {keys}", file=sys.stderr)
     if report.lengths:
         say(*histogram_lines(report.lengths), sep="\n", file=sys.stderr)
     if report.padding:
         say(f"padding, one sample a row: {report.padding}", file=sys.stderr)
     if args.fix:
-        rejects, kept = fix(survey, report.reasons, args.fix)
+        rejects, kept = fix(checked, report.reasons, args.fix)
         say(f"{args.fix}: {kept} samples; {rejects}: {len(report.reasons)} rejects with reasons", file=sys.stderr)
     if args.report:
         values = {
             "json": args.json,
             "images": args.images,
-            "records": len(survey.lines),
-            "samples": len(survey),
+            "records": len(checked.lines),
+            "samples": len(checked),
             "rejected": len(report.reasons),
             "problems": report.counts.total(),
             "counts": dict(report.counts.most_common()),
@@ -168,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
-    """How lengths are measured; None, which is said, where nobody asks for them and no template is known."""
-    from llava_jax.data import measuring  # and Grain, which takes seconds
+    """How to measure lengths; None, with a message, if no option asks for lengths and the template is unknown."""
+    from llava_jax.data import check_lengths  # imports Grain, which takes seconds
 
     try:
         template = chosen_template(args.template, tokenizer, args.tokenizer)
@@ -178,8 +177,10 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             raise
         say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
-    encode = TextEncoder(template, tokenizer, args.image_tokens, measuring.UNLIMITED, args.image_position, args.seed)
-    return measuring.Measuring(encode, args.max_length, args.workers)
+    encode = TextEncoder(
+        template, tokenizer, args.image_tokens, check_lengths.UNLIMITED, args.image_position, args.seed
+    )
+    return check_lengths.Measuring(encode, args.max_length, args.workers)
 
 
 def _show(problem: Problem, console: Console) -> None:
@@ -192,23 +193,14 @@ def _show(problem: Problem, console: Console) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.check", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder of its pictures")
-    add_allow_absolute(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer directory, to measure lengths")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="report what is longer, in tokens")
-    parser.add_argument("--image-tokens", type=int, default=576, metavar="P", help="tokens an image takes (576)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
-    parser.add_argument("--seed", type=int, default=0, help="of image position random")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    tokenizer = {"help": "a Hugging Face tokenizer directory, to measure lengths"}
+    length = {"default": None, "help": "report samples of more tokens"}
+    add_options(parser, json={}, images={}, tokenizer=tokenizer, template={}, max_length=length)
+    add_options(parser, image_tokens={}, image_position={}, seed={})
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
-    parser.add_argument(
-        "--fix", metavar="OUT", help="write the good samples to OUT, the others to OUT's .rejects.jsonl"
-    )
+    parser.add_argument("--fix", metavar="OUT", help="write good samples to OUT, the others to OUT's .rejects.jsonl")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers has to be 1 or more")
     for option, value in (("--max-length", args.max_length), ("--template", args.template)):
         if value is not None and not args.tokenizer:
             parser.error(f"{option} needs --tokenizer")

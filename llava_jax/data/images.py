@@ -1,15 +1,15 @@
-"""Pictures: from a file to the uint8 square that the vision tower sees.
+"""Decodes image files and preprocesses them for the vision tower.
 
-`preprocess` is bit-equal to Hugging Face's CLIP image processor (its Pillow backend) up to its rescaling;
-rescaling and normalisation happen on the device, so a picture travels as one byte a channel.
+`preprocess` is bit-equal to the steps of Hugging Face's CLIP image processor (its Pillow backend) before rescaling.
+Rescaling and normalisation happen on the device, so an image is passed on as one byte a channel.
 
-What a file means before that, where libraries differ:
+How files are decoded where libraries differ:
   transparency  is laid on white, as transformers 5 does (dropping alpha turns many logos black).
   EXIF rotation is applied, as viewers and transformers' `load_image` do; the original LLaVA ignores the tag.
   16-bit grey   is scaled to 8 bits, as Pillow scales 16-bit colour; Pillow's own conversion clips it to white.
   animations    and files of several pages give their first frame.
 
-Nothing here changes global state, so any number of threads may read at once.
+Nothing changes global state: any number of threads may decode at once.
 """
 
 import contextlib
@@ -37,20 +37,20 @@ T = TypeVar("T")
 
 ASPECTS = ("square", "pad", "resize")
 
-# Decoders tried on a file. Not all that Pillow has: EPS alone would run Ghostscript on it.
+# The decoders of Pillow that are tried on a file. Others are unsafe: EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# The largest picture, or intermediate result, that is ever allocated: where Pillow refuses a decompression bomb.
+# The largest image or intermediate result that is allocated: Pillow refuses larger ones as decompression bombs.
 MAX_PIXELS = 2 * 89_478_485
-MAX_BYTES = 512 * 2**20  # of a file: what `MAX_PIXELS` take in 8 bits a channel, and more
+MAX_BYTES = 512 * 2**20  # of a file: no less than `MAX_PIXELS` take in 8 bits a channel
 
-MAX_SCANS = 100  # of a JPEG, each of which passes over the whole image
-MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM whose numbers are text, which Pillow reads in Python
-MAX_BMP_RUNS = 1 << 20  # bytes of a BMP of runs, which Pillow decodes in Python
-MAX_READS = 4096  # small pieces of metadata before the pixels: blocks, chunks, segments, tags
+MAX_SCANS = 100  # of a JPEG: each passes over the complete image
+MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM in text, which Pillow parses in Python
+MAX_BMP_RUNS = 1 << 20  # bytes of a run-length encoded BMP, which Pillow decodes in Python
+MAX_READS = 4096  # of blocks, chunks, segments and tags before the pixels
 
-_FORMS = ("NFC", "NFD")  # of names, in which they may be stored
-SPELLINGS = 1000  # that are tried: each part of a name doubles how many there are
+_FORMS = ("NFC", "NFD")  # Unicode forms in which file systems store names
+MAX_SPELLINGS = 1000  # of a name that are tried: each part of it doubles their number
 _BAND_ROWS = 1024  # rows padded and resized at a time
 
 _UPRIGHT = {
@@ -65,17 +65,19 @@ _UPRIGHT = {
 
 
 def load_image(path: str | epath.Path) -> Image.Image:
-    """Reads a picture, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
-    return decode_image(read_picture(path), name=str(path))
+    """Reads an image, local or remote (`gs://`), as upright RGB. Raises `UserError` naming the file."""
+    return decode_image(read_image(path), name=str(path))
 
 
-def read_picture(path: str | epath.Path) -> bytes:
-    """An image's file, local or remote (`gs://`), as it is. Raises `UserError` naming the file, which has to be a
-    regular one of at most `MAX_BYTES`."""
+def read_image(path: str | epath.Path) -> bytes:
+    """Reads the bytes of an image file, local or remote (`gs://`).
+
+    Raises `UserError` naming the file unless it is a regular file of at most `MAX_BYTES`.
+    """
     try:
         return in_any_spelling(_read, path)
-    except (OSError, ValueError) as error:  # ValueError where the name holds a null byte
-        raise UserError(f"picture {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError) as error:  # ValueError if the name holds a null byte
+        raise UserError(f"image {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read(path: epath.Path) -> bytes:
@@ -84,50 +86,53 @@ def _read(path: epath.Path) -> bytes:
     else:
         found = os.stat(path)
         if not stat.S_ISDIR(found.st_mode):  # which cannot be opened
-            refuse_irregular(found, f"picture {path}")
+            refuse_irregular(found, f"image {path}")
         limit = min(found.st_size, MAX_BYTES)
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > MAX_BYTES:
-        raise UserError(f"picture {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
+        raise UserError(f"image {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
     return data
 
 
 def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> T:
-    """What `look` makes of `path` or, where no file is there, of one that differs in Unicode normalisation alone.
+    """Calls `look` with `path` or, if that does not exist, with a path that differs only in Unicode normalisation.
 
-    JSON has mostly composed characters (NFC), archives made on macOS decomposed ones (NFD).
+    JSON mostly has composed characters (NFC), archives made on macOS decomposed ones (NFD).
     """
     path = epath.Path(path)
     try:
         return look(path)
     except FileNotFoundError:
         forms = [{part: None} | {unicodedata.normalize(form, part): None for form in _FORMS} for part in path.parts]
-        for parts in itertools.islice(itertools.product(*forms), 1, SPELLINGS):  # the first one is `path` itself
+        for parts in itertools.islice(itertools.product(*forms), 1, MAX_SPELLINGS):  # the first one is `path` itself
             with contextlib.suppress(FileNotFoundError):
                 return look(epath.Path(*parts))
         raise
 
 
 def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an encoded picture (JPEG, PNG, WebP, ...) to upright RGB. Its size is known before it is decoded.
+    """Decodes an image file (JPEG, PNG, WebP, ...) to upright RGB. Its size is checked before it is decoded.
 
     Raises:
-      UserError: the data is no picture, truncated, corrupt, too large, or of a kind without a meaning in RGB.
+      UserError: the data is no image, truncated, corrupt, too large, or has no agreed meaning in RGB.
     """
     return open_image(data, name, max_pixels).decode()
 
 
 class EncodedImage:
-    """An image of which only the header was read. See `open_image`."""
+    """An image whose header was read, but not its pixels. See `open_image`."""
 
     def __init__(self, image: Image.Image, data: bytes, name: str, in_scans: bool):
         self._image, self._data, self._name, self._in_scans = image, data, name, in_scans
 
     @property
     def decoded_bytes(self) -> int:
-        """About what decoding takes at most: the pixels as they are stored, what the decoder keeps of all of them, and
-        where they are not upright RGB a copy. Pillow has four bytes a pixel for all but grey and palettes."""
+        """An upper estimate of the memory that decoding takes.
+
+        It counts the stored pixels (Pillow has four bytes a pixel but for grey and palettes), the buffers of the
+        decoder, and a copy if the image is not upright RGB.
+        """
         stored = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(self._image.mode, 4)
         decoder = 2 * len(self._image.getbands()) if self._in_scans else 0
         decoder += 4 if self._image.format == "WEBP" else 0
@@ -135,12 +140,12 @@ class EncodedImage:
         return self._image.width * self._image.height * (stored + decoder + copy)
 
     def decode(self) -> Image.Image:
-        """Upright RGB. May be done once. Raises UserError."""
+        """Decodes the image to upright RGB. May be called once. Raises UserError."""
         with _errors(self._name):
             image = self._image
-            del self._image  # so that nothing holds what is replaced below
+            del self._image  # so that nothing refers to what is replaced below
             if isinstance(image.fp, _CountedFile):
-                runs = min(len(self._data), MAX_BMP_RUNS) if image.format == "BMP" else 0  # Pillow reads each alone
+                runs = min(len(self._data), MAX_BMP_RUNS) if image.format == "BMP" else 0  # Pillow reads each by itself
                 image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128 + runs
             image.load()
             image = _upright(image)
@@ -149,7 +154,7 @@ class EncodedImage:
 
 def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Reads the header of an encoded image. Raises UserError as `decode_image` does."""
-    refuse_pointer(data, f"picture {name}")
+    refuse_pointer(data, f"image {name}")
     with _errors(name):
         file = _CountedFile(data)
         image = _Jpeg(file) if data.startswith(b"\xff\xd8\xff") else Image.open(file, formats=FORMATS)
@@ -165,24 +170,24 @@ def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIX
 
 @contextlib.contextmanager
 def _errors(name: str) -> Iterator[None]:
-    """Whatever Pillow raises as a UserError in words of our own."""
+    """Raises UserError naming the image for whatever Pillow raises."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"picture {name}: {error}") from error
+        raise UserError(f"image {name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"picture {name} is refused as a decompression bomb: shrink it or remove it") from error
+        raise UserError(f"image {name} is refused as a decompression bomb: shrink it or remove it") from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(
-            f"picture {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it"
-        ) from error
+        raise UserError(f"image {name} is damaged or none of {', '.join(FORMATS)}: replace it or remove it") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
-        raise UserError(f"picture {name} is damaged ({error}): replace it or remove it") from error
+        raise UserError(f"image {name} is damaged ({error}): replace it or remove it") from error
 
 
 class _CountedFile(io.BytesIO):
-    """A file of which so many reads, and no more bytes than it has, are allowed: metadata in a million small pieces, or
-    a thousand tags that share one large value, would take minutes or gigabytes."""
+    """A file that limits how often and how much is read of it.
+
+    Metadata of a million small chunks, or a thousand tags that share one large value, would take minutes or gigabytes.
+    """
 
     def __init__(self, data: bytes):
         super().__init__(data)
@@ -198,15 +203,19 @@ class _CountedFile(io.BytesIO):
 
 
 class _Jpeg(JpegImagePlugin.JpegImageFile):
-    """Without what Pillow does for its resolution and for files of several images: that reads all tags of an untrusted
-    block, which may share their values."""
+    """A JPEG of which Pillow reads neither the resolution nor further images.
+
+    For these it would read all tags of an untrusted block, which may share their values.
+    """
 
     def _read_dpi_from_exif(self) -> None:
         pass
 
     def in_scans(self, data: bytes) -> bool:
-        """Whether libjpeg keeps the coefficients of the whole image while it reads one scan after another: where it is
-        progressive, or the first scan lacks a component. Only before it is decoded."""
+        """Whether libjpeg keeps the coefficients of the complete image while it reads several scans.
+
+        It does if the image is progressive or its first scan lacks a component. Call this before the image is decoded.
+        """
         first = data.rfind(b"\xff\xda", 0, self.fp.tell())
         return "progressive" in self.info or data[first + 4] < self.layers
 
@@ -217,7 +226,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.height <= _BAND_ROWS:
         return _band_to_rgb(image)
-    result = Image.new("RGB", image.size)  # in bands: what transparency takes on the way is never there as a whole
+    result = Image.new("RGB", image.size)  # in bands, which bounds the memory of intermediate images
     for start in range(0, image.height, _BAND_ROWS):
         result.paste(
             _band_to_rgb(image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))), (0, start)
@@ -240,20 +249,20 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:
-    """One picture as the vision tower's input before rescaling.
+    """Preprocesses an image for the vision tower, but for rescaling and normalisation.
 
     Args:
       image: any Pillow image.
       size: height and width of the result in pixels.
-      aspect: `square`, the shorter edge resized to `size` and the centre cropped (CLIP's processor);
-        `pad`, first expanded to a square with the mean colour around it (LLaVA 1.5); `resize`, stretched.
+      aspect: `square` resizes the shorter edge to `size` and crops the centre (CLIP's processor); `pad` first
+        expands the image to a square of the mean colour (LLaVA 1.5); `resize` stretches it.
       mean: the normalisation's mean per channel in [0, 1]; `pad` uses the colour int(mean * 255).
 
     Returns:
       uint8[size, size, 3], read-only
 
     Raises:
-      UserError: unknown aspect, or a picture so thin that resizing it takes more than `MAX_PIXELS`.
+      UserError: unknown aspect, or an image so thin that resizing it takes more than `MAX_PIXELS`.
     """
     image = to_rgb(image)
     if aspect == "square":
@@ -268,10 +277,10 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shorter edge to `size`, longer edge rounded down, then the centre `size` x `size`.
+    """Resizes the shorter edge to `size` (the longer one rounds down) and crops the centre `size` x `size`.
 
-    What the crop throws away is made only where Pillow would round differently without it. Pillow resizes rows first
-    and columns after, so columns can go between the two.
+    What the crop drops is computed only where Pillow would round differently without it. Pillow resizes rows before
+    columns, so columns can be dropped between the two.
     """
     width, height = image.size
     short, long = sorted(image.size)
@@ -299,30 +308,33 @@ class _Part(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
-    """The smallest known part of an axis that Pillow resizes by itself as it does within the whole, to the last bit.
+    """The smallest known part of an axis that Pillow resizes bit-equally to the complete axis.
 
-    Holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so only whole pixels will do, and
-    weights the pixels in 22 bits: whether these are the same shows where it resizes single pixels of that value.
+    It holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so the part has to begin and
+    end with a pixel, and has pixel weights of 22 bits: resizing single pixels of that value shows whether they agree.
     """
-    step = resized // math.gcd(length, resized)  # each `step` resized pixels take a whole number of pixels
+    step = resized // math.gcd(length, resized)  # each `step` resized pixels are made of an integral number of pixels
     left = (resized - size) // 2
     start, stop = left // step * step, -(-(left + size) // step) * step
-    whole, part = _Part(0, length, 0, resized), _Part(start * length // resized, stop * length // resized, start, stop)
-    if part == whole or resized >= 100 * size:  # columns come first where a picture is a hundred times as tall as wide
-        return whole
-    window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than any is made from
+    complete, part = (
+        _Part(0, length, 0, resized),
+        _Part(start * length // resized, stop * length // resized, start, stop),
+    )
+    if part == complete or resized >= 100 * size:  # of an image 100 times as tall as wide columns come first
+        return complete
+    window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than a resized pixel is made of
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
     together = ones.resize((resized, window), Image.Resampling.BICUBIC)
     alone = ones.resize((stop - start, window), Image.Resampling.BICUBIC, (part.first, 0, part.last, window))
-    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else whole
+    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else complete
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
-    """Expands to a square, the picture at floor((long - short) / 2), and resizes that to `size` x `size`.
+    """Expands to a square, with the image at floor((long - short) / 2), and resizes that to `size` x `size`.
 
-    The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never made. Pillow resizes rows first and
-    columns after, so bands of rows can be padded and resized one by one, and rows of a single colour stay as they
-    are: the result is bit-equal.
+    The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never allocated. Pillow resizes rows before
+    columns, so bands of rows are padded and resized one by one. Rows of a single colour do not change, so the result
+    is bit-equal.
     """
     width, height = image.size
     long = max(width, height)
@@ -350,7 +362,7 @@ def _refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey (modes I;16 and its byte orders, or I as older Pillows read it) as 8-bit grey."""
+    """Converts 16-bit grey (modes I;16 and its byte orders, or I in older Pillows) to 8-bit grey."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
@@ -358,13 +370,13 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the orientation of EXIF, or of XMP without it; a corrupt block says nothing."""
+    """Applies the orientation of EXIF or else XMP; a corrupt block is ignored."""
     method = _UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """As `Image.getexif` has it, which for that would read all other tags, too."""
+    """The orientation, as in `Image.getexif`, which would read all other tags, too."""
     tag = ExifTags.Base.Orientation
     found = image.tag_v2.get(tag) if hasattr(image, "tag_v2") else _exif_orientation(_exif(image))
     if found is None and (xmp := image.info.get("XML:com.adobe.xmp") or image.info.get("xmp")):
@@ -375,7 +387,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _exif(image: Image.Image) -> bytes:
-    """Its EXIF block, a TIFF file."""
+    """The EXIF block of an image: a TIFF file."""
     exif = image.info.get("exif", b"")
     if not exif and "Raw profile type exif" in image.info:  # as ImageMagick wrote it into PNG
         with contextlib.suppress(ValueError):

@@ -1,5 +1,7 @@
-"""Shows what the model will see of a data set: its tokens, and which of them are learned. Without --images it reads no
-images; with it those of the samples that are shown, and says how large they are."""
+"""Shows the tokens of samples as the model sees them, and which of them are targets.
+
+With --images it also reads the images of these samples and shows their sizes.
+"""
 
 import argparse
 import contextlib
@@ -7,20 +9,18 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from etils import epath
 from rich.console import Console
 from rich.text import Text
 
-from llava_jax.cli import Parser, UserError, one_line, printable, run, short, track, warn
-from llava_jax.data.conversation import IMAGE_POSITIONS, IMAGE_TOKEN
-from llava_jax.data.fit import chosen_template, missing_marks, require_fit
+from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
 from llava_jax.data.images import decode_image
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.sources import LlavaJson, Sample, read_images
-from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample, load_tokenizer
+from llava_jax.data.template_fit import missing_marks
+from llava_jax.data.templates import IMAGE_TOKEN
+from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
 from llava_jax.files.writing import atomic_file
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
 """
-LEARNED, IMAGE, MASKED = "bold green", "magenta", "dim"
+TARGET, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
 class ImageSize(NamedTuple):
@@ -41,32 +41,32 @@ class ImageSize(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What is shown of a sample."""
+    """A sample to show."""
 
     sample: Sample
     encoded: Encoded
-    images: list[ImageSize] | None  # None where they are not read
+    images: list[ImageSize] | None  # None without --images
 
 
 def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The vocabulary's name of every token, `<image>` for an image."""
+    """The name of every token in the vocabulary; `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
 def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """The text of a sample in colours; what is learned also stands between ⟦ and ⟧, for where there are none."""
+    """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
-    for (is_image, learned), run_of_ids in itertools.groupby(
+    for (is_image, is_target), run_of_ids in itertools.groupby(
         zip(encoded.input_ids.tolist(), encoded.labels.tolist(), strict=True),
         key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX),
     ):
         ids = [token for token, _ in run_of_ids]
         if is_image:
             text.append(IMAGE_TOKEN * len(ids), IMAGE)
-        elif learned:
-            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", LEARNED)
+        elif is_target:
+            text.append(f"⟦{printable(tokenizer.decode(ids))}⟧", TARGET)
         else:
             text.append(printable(tokenizer.decode(ids)), MASKED)
     return text
@@ -74,31 +74,27 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    require_fit(template, tokenizer)
-    if misfit := missing_marks(template, tokenizer):
+    encode = text_encoder(
+        args, image_tokens=1, max_length=1, image_position=args.image_position, seed=args.seed
+    )  # no sample is expanded or cut
+    if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
-    encode = partial(
-        encode_sample, template=template, tokenizer=tokenizer, image_position=args.image_position, seed=args.seed
-    )
-    if args.images is not None and not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of images")
-    samples = LlavaJson(args.json, folder_of(args))
+    samples = LlavaJson(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
     def shown(index: int) -> Shown:
         sample = samples[index]
-        return Shown(sample, encode(sample), None if args.images is None else image_sizes(samples, index, sample))
+        sizes = None if args.images is None else image_sizes(samples, index, sample)
+        return Shown(sample, encode.ids(sample), sizes)
 
     if args.jsonl:
-        _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), tokenizer)
+        _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), encode.tokenizer)
     else:
-        _show(map(shown, range(count)), tokenizer)
+        _show(map(shown, range(count)), encode.tokenizer)
 
 
 def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
-    """The images of a sample, as training reads them. Raises UserError naming the image and the sample."""
+    """The sizes of the images of a sample, read as in training. Raises UserError naming image and sample."""
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 
@@ -119,11 +115,11 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
 def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded, sizes in samples:
-        learned = int((encoded.labels != IGNORE_INDEX).sum())
+        targets = int((encoded.labels != IGNORE_INDEX).sum())
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
         ident = one_line(short(sample.id))
-        console.rule(Text(f"{ident}: text tokens {text}, learned {learned}; images {images}"), align="left")
+        console.rule(Text(f"{ident}: text tokens {text}, learned {targets}; images {images}"), align="left")
         for name, width, height in sizes or ():
             console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))
@@ -138,13 +134,8 @@ def _limit(text: str) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.inspect", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
-    parser.add_argument("--images", metavar="DIR", help="the folder of its images: read them and show their sizes")
-    add_allow_absolute(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--image-position", default="first", choices=IMAGE_POSITIONS, help="default: first")
-    parser.add_argument("--seed", type=int, default=0, help="of image position random")
+    images = {"required": False, "help": "the folder of its images: read them and show their sizes"}
+    add_options(parser, json={}, images=images, tokenizer={"required": True}, template={}, image_position={}, seed={})
     parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")
     parser.add_argument("--jsonl", metavar="OUT", help="write one JSON object a sample to OUT (- for standard output)")
     return parser.parse_args(argv)

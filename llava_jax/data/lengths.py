@@ -6,7 +6,6 @@ the maximal length, where images are placed, and the versions of the libraries t
 
 import functools
 import hashlib
-from typing import Any
 
 import grain
 import numpy as np
@@ -14,7 +13,7 @@ import tokenizers
 import transformers
 
 from llava_jax.cli import track
-from llava_jax.data.encoded import EncodedSource, as_encoded
+from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.plan import Lengths
 from llava_jax.data.read_ahead import read_ahead
 from llava_jax.data.tokenization import default_system
@@ -52,9 +51,8 @@ def _counts(encoded: EncodedSource, indices: range, start: int) -> np.ndarray:
     return np.array([encoded.count(index) for index in indices[start : start + MEASURED_TOGETHER]], np.int32)
 
 
-def cached_lengths(encoded: EncodedSource, *old: Any) -> Lengths | None:
+def cached_lengths(encoded: EncodedSource) -> Lengths | None:
     """The lengths in the cache. Those with bad samples, which take no positions, count only if these are skipped."""
-    encoded = as_encoded(encoded, *old)
     found = cache.load(lengths_name(encoded))
     stored = np.zeros(0) if found is None else found.get("lengths", np.zeros(0))
     if stored.shape != (len(Lengths._fields), len(encoded)) or stored.dtype.kind != "i" or np.any(stored < 0):
@@ -63,9 +61,8 @@ def cached_lengths(encoded: EncodedSource, *old: Any) -> Lengths | None:
     return lengths if encoded.skip_bad or lengths.tokens.all() else None
 
 
-def keep_lengths(encoded: EncodedSource, *rest: Any) -> None:
-    *old, lengths = rest
-    encoded = as_encoded(encoded, *old)
+def keep_lengths(encoded: EncodedSource, lengths: Lengths) -> None:
+    """Writes the lengths to the cache."""
     cache.save(lengths_name(encoded), lengths=np.stack(lengths))
 
 

@@ -1,6 +1,6 @@
-"""The data of a run: LLaVA JSON and a folder, a built set, or several of these, each with a weight.
+"""The data of a run: LLaVA JSON and a folder, a built set, or several of these with weights.
 
-A mixture is a source like any other, its sets one after the other. What the weights mean is for `plan.Visits`.
+A mixture is a source: the samples of one set after those of another. `plan.Visits` applies the weights.
 """
 
 import bisect
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
-from llava_jax.data.names import ImageFolder
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.plan import Lengths, Visits
 from llava_jax.data.sources import LlavaJson, Sample, Source
 
@@ -24,12 +24,12 @@ KEYS = {"json", "images", "built", "weight"}
 
 
 class Mixture(Sequence[Sample]):
-    """The samples of several sources one after the other, with a weight each: a `Source`."""
+    """The samples of several sources, one source after the other, with weights: a `Source`."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         self.sources = tuple(sources)
         self.weights = tuple(weights)
-        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and where the last one ends
+        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and the end of the last one
         self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Mixture(Sequence[Sample]):
 
 
 def open_data(data: ConfigDict, lenient: bool = False) -> Source:
-    """The source that `config.data` names. Raises `UserError` where it names none, or more than one."""
+    """Opens the source that `config.data` names. Raises `UserError` if it names none, or more than one."""
     single = {key: data[key] for key in ("json", "images", "built") if data[key]}
     if not data.mixture:
         return _open("config.data", single, data, lenient)
@@ -71,7 +71,7 @@ def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) 
         raise UserError(f"{name} {said} json (with images) {'and' if given.get('json') else 'or'} built")
     if given.get("built"):
         if given.get("images"):
-            raise UserError(f"{name}.images is set, but {given['built']} holds its own pictures")
+            raise UserError(f"{name}.images is set, but {given['built']} holds its own images")
         return Built(given["built"])
     images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
     return LlavaJson(given["json"], images, lenient)
@@ -84,7 +84,7 @@ def _weight(name: str, weight: Any) -> float:
 
 
 def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:
-    """What `plan.Order` goes through each epoch of the samples chosen to train on, ascending indices."""
+    """The samples of each epoch for `plan.Order`, of the samples chosen to train on, ascending indices."""
     if not isinstance(source, Mixture):
         return chosen
     bounds = np.searchsorted(chosen, source.starts)
@@ -96,13 +96,13 @@ def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits
 
 
 def check_folders(source: Source, lengths: Lengths) -> None:
-    """Raises `UserError` where there are samples with pictures but no folder of these."""
+    """Raises `UserError` if samples have images but there is no folder of images."""
     for part, images in _parts(source, lengths.images):
         if isinstance(part, LlavaJson) and images.any():
             if not part.images:
-                raise UserError(f"{part.path} has samples with pictures: give their folder (--config.data.images=...)")
+                raise UserError(f"{part.path} has samples with images: give their folder (--config.data.images=...)")
             if not epath.Path(part.images).is_dir():
-                raise UserError(f"{part.images}: no such folder of pictures (of {part.path})")
+                raise UserError(f"{part.images}: no such folder of images (of {part.path})")
 
 
 def _parts(source: Source, values: np.ndarray) -> Iterator[tuple[Source, np.ndarray]]:

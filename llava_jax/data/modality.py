@@ -1,4 +1,4 @@
-"""Batches of one modality, as the original's `group_by_modality_length` makes them."""
+"""Batches of one modality, like those of `group_by_modality_length` in the published code."""
 
 import functools
 from dataclasses import dataclass
@@ -10,12 +10,11 @@ from llava_jax.data.plan import Lengths, Order, permutation
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModalityOrder(Order):
-    """One sample a row, in batches of samples that all have images or all have none.
+    """Takes one sample a row, in batches whose samples all have images or all have none.
 
-    Samples of each kind keep the shuffled order of the epoch until they are cut into batches, and these are shuffled.
-    What is left of both kinds at the end goes together into the last batches of the epoch, of which there are so many
-    as without grouping. In a batch the samples are dealt to the groups, the longest first, so that these are equally
-    long.
+    The samples of each kind are split into batches in the shuffled order of the epoch; then the batches are shuffled.
+    The remaining samples of both kinds form the last batches of the epoch, which has as many batches as without
+    grouping. The samples of a batch are dealt to its groups, the longest first, so that the groups are equally long.
     """
 
     lengths: Lengths  # of all samples that are indexed
@@ -31,9 +30,9 @@ def _grouped(order: ModalityOrder, epoch: int) -> np.ndarray:
     with_images = order.lengths.images[shuffled] > 0
     batches, rest = [], []
     for kind in (shuffled[with_images], shuffled[~with_images]):
-        whole = len(kind) - len(kind) % order.batch_rows
-        batches.append(kind[:whole].reshape(-1, order.batch_rows))
-        rest.append(kind[whole:])
+        full = len(kind) - len(kind) % order.batch_rows
+        batches.append(kind[:full].reshape(-1, order.batch_rows))
+        rest.append(kind[full:])
     batches = np.concatenate(batches)
     if order.seed is not None:
         batches = batches[permutation(len(batches), "modality", order.seed, epoch)]
@@ -41,7 +40,7 @@ def _grouped(order: ModalityOrder, epoch: int) -> np.ndarray:
 
 
 def _dealt(order: ModalityOrder, batches: np.ndarray) -> np.ndarray:
-    """The rows of each batch, int[n, B], so that its groups are equally long: dealt to and fro, the longest first."""
+    """Orders the rows of each batch, int[n, B]: they are dealt to the groups to and fro, the longest first."""
     longest_first = np.argsort(-order.lengths.tokens[batches], axis=1, kind="stable")
     groups = order.batch_rows // order.rows_per_group
     turn, place = np.divmod(np.arange(order.batch_rows), groups)

@@ -1,5 +1,7 @@
-"""How full rows and the image slots of their groups would be, packed and unpacked, and which sizes to choose for
-`config.pack`. Reads texts alone, no pictures."""
+"""Reports how full rows and the image slots of their groups would be, packed and unpacked, and suggests sizes.
+
+The sizes are for `config.pack`. Images are not read.
+"""
 
 import argparse
 import itertools
@@ -9,47 +11,46 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, run, say, track
-from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.fit import chosen_template
+from llava_jax.cli import Parser, UserError, positive, run, say, track
+from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
+from llava_jax.data.options import add_options, text_encoder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.writing import write_json
 
 EPILOG = """example:
   python -m llava_jax.data.pack --json llava_v1_5_mix665k.json --tokenizer vicuna-7b-v1.5 --template v1 \\
       --row-length 2048,4096,8192 --rows-per-group 4,8
 
-Of each row length and rows per group, the numbers of image slots that may be best are planned for one epoch; * marks
-the best of them, by the product of the used shares of positions and of image slots. Suggested are the shortest rows and
-smallest groups that use 97 % of positions and 95 % of image slots or, where none do, the best of all.
+For each row length and rows per group it plans one epoch with the numbers of image slots that may be best. * marks the
+best plan: the one with the largest product of the used shares of positions and of image slots. It suggests the shortest
+rows and smallest groups that use 97 % of positions and 95 % of image slots or, if none do, the best of all.
 """
 ENOUGH = (0.97, 0.95)  # of positions and of image slots
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A line of the report; shares are of 1."""
+    """A line of the report. Shares are from 0 to 1."""
 
     kind: str  # "unpacked", "by modality" or "packed"
     row_length: int
     rows_per_group: int
     image_slots: int
-    label_slots: int  # that a group needs at most
+    label_slots: int  # of the group that needs most
     samples_a_row: float
     rows: int
     positions_used: float
     image_slots_used: float
     label_slots_used: float
-    seconds: float = 0.0  # of a processor, to plan an epoch
-    best: bool = False  # of the packed ones of its row length and group
+    seconds: float = 0.0  # processor time to plan an epoch
+    best: bool = False  # of the packed plans with its row length and group
 
 
 def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed: int, samples: int) -> Iterator[Plan]:
-    """One sample a row, so many rows a step or so, with and without `config.group_by_modality`."""
+    """Plans with one sample a row and about `samples` rows a step, with and without `config.group_by_modality`."""
     indices = np.arange(len(lengths.tokens))
     batch_rows = -(-samples // rows_per_group) * rows_per_group
     plain = Order(indices, batch_rows, seed)
@@ -75,7 +76,7 @@ def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed:
 def packed_plans(
     lengths: Lengths, row_length: int, rows_per_group: int, seed: int, image_slots: int | None
 ) -> Iterator[Plan]:
-    """Plans of an epoch with one row length and group, the best first; with `image_slots` only that one."""
+    """Plans of an epoch with one row length and group, the best first; with `image_slots` only one plan."""
     order = Order(np.arange(len(lengths.tokens)), rows_per_group, seed)
     began = time.process_time()
     if image_slots is None:
@@ -103,7 +104,7 @@ def packed_plans(
 
 
 def suggested(plans: list[Plan]) -> Plan:
-    """The shortest rows and smallest groups that are full enough, else the fullest."""
+    """The plan with the shortest rows and smallest groups that are full enough, else the fullest plan."""
     best = [plan for plan in plans if plan.best]
     enough = [p for p in best if p.positions_used >= ENOUGH[0] and p.image_slots_used >= ENOUGH[1]]
     if enough:
@@ -112,7 +113,7 @@ def suggested(plans: list[Plan]) -> Plan:
 
 
 def flags(plan: Plan, samples_a_step: int) -> str:
-    """What to give `llava_jax.main` for it."""
+    """The flags of `llava_jax.main` for a plan."""
     groups = max(round(samples_a_step / plan.samples_a_row / plan.rows_per_group), 1)
     values = {
         "pack": True,
@@ -125,7 +126,7 @@ def flags(plan: Plan, samples_a_step: int) -> str:
 
 
 def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[str]:
-    """The report for people."""
+    """The report as lines of text."""
     count, images = len(lengths.tokens), lengths.images
     yield (
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them learned) and "
@@ -151,13 +152,11 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    from llava_jax.data.built import Built  # only now: Grain takes seconds
+    from llava_jax.data.built import Built  # imports Grain, which takes seconds
     from llava_jax.data.lengths import measure_once
 
     source = Built(args.built) if args.built else LlavaJson(args.json)
-    tokenizer = load_tokenizer(args.tokenizer)
-    template = chosen_template(args.template, tokenizer, args.tokenizer)
-    encode = TextEncoder(template, tokenizer, args.image_tokens, args.max_length)
+    encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length)
     lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
@@ -180,31 +179,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
+    return [positive(part) for part in text.split(",")]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.pack", description=__doc__, epilog=EPILOG)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
-    data.add_argument("--built", metavar="DIR", help="what llava_jax.data.build made")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
-    parser.add_argument("--template", help="conversation template, such as v1 (default: the tokenizer's own)")
-    parser.add_argument("--max-length", type=_number, default=2048, metavar="N", help="longer samples are cut (2048)")
-    parser.add_argument("--image-tokens", type=_number, default=576, metavar="P", help="tokens an image takes (576)")
+    data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
+    add_options(parser, tokenizer={"required": True}, template={}, max_length={}, image_tokens={})
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
     parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
-    parser.add_argument("--image-slots", type=_number, metavar="I", help="of a group; by default the best are sought")
-    parser.add_argument("--samples-a-step", type=_number, default=128, metavar="N", help="for the suggestion (128)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (0: threads)")
-    parser.add_argument("--json-out", metavar="F", help="write the report as JSON, too")
+    parser.add_argument(
+        "--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)"
+    )
+    parser.add_argument(
+        "--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of samples")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)"
+    )
+    parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
     return parser.parse_args(argv)
 
 

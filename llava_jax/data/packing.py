@@ -1,11 +1,11 @@
-"""Which samples share a row and which rows a group, planned from lengths before training.
+"""Packing: plans, from lengths, which samples share a row and which rows share a group.
 
-The plan of an epoch is a pure function of lengths, seed and epoch. Rows are planned one after the other, group by
-group. A row begins with samples drawn in the shuffled order of the epoch and is closed by the sample, or the pair of
-them, that leaves the least of it free, as much alike in length as possible, so that what is left over stays a mixture.
-Draws go through the numbers of images (none, one, ...) in proportion to what there is of each: else samples without
-images would clump in some groups, and be missing where a group's image slots are used up but its positions are not.
-Then the groups are shuffled. Samples of equal tokens and images are interchangeable: their order is the epoch's.
+The plan of an epoch is a pure function of lengths, seed and epoch. Rows are planned one by one, group by group. A row
+begins with samples in the shuffled order of the epoch. It ends with the sample, or the pair of samples of most similar
+length, that leaves the fewest positions free; so the remaining samples stay a mixture of lengths. Samples with no, one,
+... images are drawn in proportion to their numbers: otherwise samples without images would cluster in some groups and
+be missing in groups whose image slots, but not positions, are used up. Then the groups are shuffled. Samples of equal
+tokens and images are interchangeable and come in the order of the epoch.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from llava_jax.cli import UserError
 from llava_jax.data.plan import Lengths, Order, Rows, permutation
 from llava_jax.data.sources import Sample
 
-# A row is drawn while more than so many mean lengths of it are free: the last two samples are chosen, not drawn.
+# While more mean lengths of a row are free its samples are drawn; the last one or two samples are chosen to fit.
 DRAW = 2.5
-# A pair that leaves more than so many positions free is not looked for, the longest single sample being as good.
+# Pairs that leave more positions free are not searched: the longest single sample is as good.
 SLACK = 4
-# Image slots are chosen by plans of so many samples: more would say the same.
+# Image slots are chosen by plans of so many samples; more samples do not change the choice.
 CHOSEN_BY = 100_000
 
 
 class Room(NamedTuple):
-    """What rows and groups hold."""
+    """The sizes of rows and groups."""
 
     row_length: int  # positions of a row
     rows_per_group: int
@@ -40,9 +40,9 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PackedOrder(Order):
-    """Several samples a row; every sample once an epoch, the last group and batch filled up with empty rows.
+    """Takes every sample once an epoch, several a row. The last group and batch are filled up with empty rows.
 
-    Epochs may differ by a step or so. A sample of no tokens, as skipped ones are, may stand in any row.
+    Epochs may differ by a step or so. A sample without tokens, such as a skipped one, may be in any row.
     """
 
     lengths: Lengths  # of all samples that are indexed
@@ -69,9 +69,9 @@ class PackedOrder(Order):
         return epoch, step
 
     def steps(self, epochs: float) -> int:
-        whole = int(epochs)
-        part = math.ceil(self.epoch_steps(whole) * (epochs - whole)) if epochs > whole else 0
-        return sum(map(self.epoch_steps, range(whole))) + part
+        complete = int(epochs)
+        rest = math.ceil(self.epoch_steps(complete) * (epochs - complete)) if epochs > complete else 0
+        return sum(map(self.epoch_steps, range(complete))) + rest
 
     def _plan(self, epoch: int) -> Rows:
         samples = self.visits(epoch)
@@ -84,19 +84,19 @@ class PackedOrder(Order):
 
 
 class Fill(NamedTuple):
-    """How full the rows and groups of an epoch are, in parts of 1; without the rows that fill up its last batch."""
+    """How full the rows and groups of an epoch are, as shares of 1, without the empty rows of the last batch."""
 
     rows: int
     groups: int
     samples_a_row: float
     tokens: float  # of positions
     images: float  # of image slots
-    labels: float  # of label slots, if a group has as many as any of them needs
+    labels: float  # of label slots, if each group has those that the group with most targets needs
     label_slots: int
 
     @property
-    def whole(self) -> float:
-        """What is used of both positions and image slots: the aim of `image_slot_plans`."""
+    def used(self) -> float:
+        """The product of the used shares of positions and image slots, which `image_slot_plans` maximizes."""
         return self.tokens * self.images
 
 
@@ -118,23 +118,23 @@ def fill(order: PackedOrder, epoch: int = 0) -> Fill:
 
 
 def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: Sequence[Sample]) -> list[PackedOrder]:
-    """Packs all into the same room, whose image slots are chosen for the first of them where they are 0.
+    """Packs all orders into rows and groups of the same sizes. Image slots of 0 are chosen for the first order.
 
-    Raises UserError for a sample of `source` that has more images than a group slots.
+    Raises UserError for a sample of `source` with more images than a group has slots.
     """
     indices = np.concatenate([order.indices for order in orders])
     richest = int(indices[np.argmax(lengths.images[indices])])
-    least, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
+    needed, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
     if room.image_slots == 0:
         some = dataclasses.replace(orders[0], samples=orders[0].visits(0)[:CHOSEN_BY])
-        slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, least)
-    if least > slots:
-        raise UserError(f"sample {source[richest].id}: has {least} images, more than image_slots={slots} of a group")
+        slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, needed)
+    if needed > slots:
+        raise UserError(f"sample {source[richest].id}: has {needed} images, more than image_slots={slots} of a group")
     return [pack_order(order, lengths, room.row_length, room.rows_per_group, slots) for order in orders]
 
 
 def pack_order(order: Order, lengths: Lengths, row_length: int, rows_per_group: int, image_slots: int) -> PackedOrder:
-    """The samples of an order, several in a row. Raises ValueError where one has more images than a group slots."""
+    """Packs the samples of an order. Raises ValueError if one has more images than a group has slots."""
     most = lengths.images[order.indices].max(initial=0)
     if most > image_slots:
         raise ValueError(f"a sample has {most} images, a group {image_slots} slots")
@@ -146,25 +146,32 @@ def pack_order(order: Order, lengths: Lengths, row_length: int, rows_per_group: 
 
 
 def image_slot_plans(order: Order, lengths: Lengths, row_length: int, rows_per_group: int) -> list[PackedOrder]:
-    """Plans with the image slots that may be best, planned for the first epoch, the best first.
+    """Plans the first epoch with the numbers of image slots that may be best; returns the best plan first.
 
-    As many slots as images come with as many tokens as a group has positions are too many, since some positions stay
-    free. The numbers next to what groups then hold trade free positions for free slots; the best plan uses the most
-    of both, that is of their product.
+    If every position of a group were used, its images would need `most` slots. That is too many, because some positions
+    stay free. With the number of images that groups then have, rounded down or up, fewer slots but more positions stay
+    free. The best plan has the largest product of both used shares.
     """
-    visited, least = order.visited(0), int(lengths.images[order.indices].max(initial=0))
+    visited, needed = order.visited(0), int(lengths.images[order.indices].max(initial=0))
     tokens, images = int(lengths.tokens[visited].sum()), int(lengths.images[visited].sum())
     most = math.ceil(images * row_length * rows_per_group / max(tokens, 1))
-    plans = [pack_order(order, lengths, row_length, rows_per_group, max(most, least))]
+    plans = [pack_order(order, lengths, row_length, rows_per_group, max(most, needed))]
     held = images / fill(plans[0]).groups
-    for slots in {max(math.floor(held), least), max(math.ceil(held), least)} - {plans[0].room.image_slots}:
+    for slots in {max(math.floor(held), needed), max(math.ceil(held), needed)} - {plans[0].room.image_slots}:
         plans.append(pack_order(order, lengths, row_length, rows_per_group, slots))
-    return sorted(plans, key=lambda plan: (-fill(plan).whole, plan.room.image_slots))
+    return sorted(plans, key=lambda plan: (-fill(plan).used, plan.room.image_slots))
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, room: Room) -> list[list[list[int]]]:
-    """Groups of rows of samples, by their `tokens` and `images`, int[N]: none has more tokens than a row or more images
-    than a group. Samples are numbered as they are given, which is the order of the draws."""
+    """Packs samples into groups of rows.
+
+    Args:
+      tokens, images: of each sample, in the order in which samples are drawn; int[N]. None has more tokens than a row
+        or more images than a group.
+
+    Returns:
+      The indices of the samples of each row of each group.
+    """
     pool, groups = _Pool(tokens, images, room.row_length), []
     while pool.count:
         group, used = [], 0
@@ -178,7 +185,7 @@ def pack(tokens: np.ndarray, images: np.ndarray, room: Room) -> list[list[list[i
 
 
 def _fill(pool: "_Pool", free: int, slots: int, share: int) -> Iterator[int]:
-    """Takes the samples of an empty row from the pool: drawn ones may use all `slots`, others `share` of them."""
+    """Fills an empty row from the pool. Samples that are drawn may use all `slots`, the others `share` of them."""
     first = True
     while pool.count and (first or free >= DRAW * pool.tokens_left / pool.count):
         images, tokens = kind = pool.next_kind()
@@ -192,14 +199,14 @@ def _fill(pool: "_Pool", free: int, slots: int, share: int) -> Iterator[int]:
             free, slots, share = free - tokens, slots - images, share - images
 
 
-Kind = tuple[int, int]  # images and tokens of samples that are interchangeable
+Kind = tuple[int, int]  # images and tokens: samples of the same kind are interchangeable
 
 
 class _Pool:
-    """The samples that are not placed yet.
+    """The samples that are not in a row yet.
 
-    Bit L of `present[n]` says whether a sample of n images and L tokens is left, and so does bit row_length - L of
-    `mirrored[n]`: so a shift and an AND find all pairs of samples that add up to a number of tokens.
+    Bit L of `present[n]`, and bit row_length - L of `mirrored[n]`, say whether a sample of n images and L tokens is
+    left. So a shift and an AND find all pairs of samples with a given sum of tokens.
     """
 
     def __init__(self, tokens: np.ndarray, images: np.ndarray, row_length: int):
@@ -219,7 +226,7 @@ class _Pool:
         self.shares = {n: left / self.count for n, left in self.left.items()}
 
     def next_kind(self) -> Kind:
-        """The kind of the next sample in order, among those of the number of images that is furthest behind."""
+        """The kind of the next sample, of the number of images that is most behind its share."""
         left, shares, count = self.left, self.shares, self.count
         number = max((n for n in self.numbers if left[n]), key=lambda n: left[n] - shares[n] * count)
         queue = self.queues[number]
@@ -228,7 +235,7 @@ class _Pool:
         return self.kinds[queue[-1]]
 
     def take(self, kind: Kind) -> int:
-        """Places the next sample of a kind, which is returned."""
+        """Removes and returns the next sample of a kind."""
         stack = self.stacks[kind]
         sample = stack.pop()
         if not stack:
@@ -240,7 +247,7 @@ class _Pool:
         return sample
 
     def closest(self, free: int, slots: int) -> tuple[Kind, ...]:
-        """The kind, or the two, of which samples leave the least of so many positions free; none if none fits."""
+        """The kind, or pair of kinds, that leaves the fewest of `free` positions free; empty if none fits."""
         single = max(((self._longest(n, free), n) for n in self.numbers if n <= slots), default=(-1, 0))
         if single[0] < 0:
             return ()
@@ -251,11 +258,11 @@ class _Pool:
         return (single[::-1],)
 
     def _longest(self, number: int, free: int) -> int:
-        """The most tokens, up to `free`, of a sample left with so many images; -1 without one."""
+        """The tokens of the longest sample up to `free` with `number` images; -1 without one."""
         return (self.present[number] & ((2 << free) - 1)).bit_length() - 1
 
     def _any_pair(self, free: int, slots: int) -> bool:
-        """Whether it is worth looking for pairs that leave less than `SLACK` positions free."""
+        """Whether there is a pair that leaves fewer than `SLACK` positions free."""
         numbers = [n for n in self.numbers if n <= slots]
         present = functools.reduce(operator.or_, (self.present[n] for n in numbers), 0)
         mirrored = functools.reduce(operator.or_, (self.mirrored[n] for n in numbers), 0) >> (self.row_length - free)
@@ -264,7 +271,7 @@ class _Pool:
         return bool(present & mirrored)
 
     def _pair(self, tokens: int, slots: int) -> tuple[Kind, ...]:
-        """Two kinds that have so many tokens together, as much alike as possible; empty without."""
+        """The two kinds of most similar length with a sum of `tokens`; empty without such kinds."""
         half, found = (tokens + 1) // 2, []
         for number in self.numbers:
             partners = [n for n in self.numbers if n <= slots - number]
@@ -282,7 +289,7 @@ class _Pool:
         return min(found, key=lambda pair: pair[0][1], default=())
 
     def _flip(self, kind: Kind) -> None:
-        """After the first sample of a kind has come, or the last has gone."""
+        """Updates the bits after the first sample of a kind is added or the last one is removed."""
         number, tokens = kind
         self.present[number] ^= 1 << tokens
         self.mirrored[number] ^= 1 << (self.row_length - tokens)

@@ -1,4 +1,4 @@
-"""Where more than half of the positions of a run are padding: how many, and which setting mends it."""
+"""Reports runs of which more than half of the positions are padding, and the settings that lower this share."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,14 @@ from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.packing import Fill, PackedOrder, fill, image_slot_plans
 from llava_jax.data.plan import Lengths, Order
 
-MAX_SHARE = 0.5  # of padding, about which nothing is reported
-PLANNED = 10_000  # samples that packing is tried with
-ALIGNED = 128  # lengths that suit accelerators are multiples of it
+MAX_SHARE = 0.5  # of padding that is not reported
+PLANNED = 10_000  # samples with which packing is tried
+ALIGNED = 128  # accelerators prefer multiples of it as lengths
 TOOL = "python -m llava_jax.data.pack suggests sizes"
 
 
 def padding_of_run(order: Order, lengths: Lengths, row_length: int) -> str | None:
-    """One line about the first epoch of a run, None where at most half of its positions are padding."""
+    """One line about the padding of the first epoch of a run; None if it is at most half of the positions."""
     rows, step_rows = order.epoch_rows(0), order.epoch_steps(0) * order.batch_rows
     tokens = int(lengths.tokens[rows.samples].sum())
     share = 1 - tokens / (step_rows * row_length)
@@ -32,7 +32,7 @@ def padding_of_run(order: Order, lengths: Lengths, row_length: int) -> str | Non
 
 
 def padding_of_samples(lengths: Lengths, max_length: int) -> str | None:
-    """The same for samples of any length that are cut at `max_length`, one a row."""
+    """The same for samples that are cut at `max_length`, one a row."""
     lengths = _select(lengths._replace(tokens=np.minimum(lengths.tokens, max_length)), np.flatnonzero(lengths.tokens))
     if not len(lengths.tokens) or (share := 1 - lengths.tokens.mean() / max_length) <= MAX_SHARE:
         return None
@@ -52,7 +52,7 @@ def _shorter(lengths: Lengths, max_length: int) -> Iterator[str]:
 def _packed(
     lengths: Lengths, row_length: int, rows_per_group: int = 1, packed: bool = False, others: str = ""
 ) -> Iterator[str]:
-    """Packed rows that leave little padding: as long as now or, of few samples, shorter."""
+    """Packed rows that leave little padding: as long as now or, if there are few samples, shorter."""
     longest = int(lengths.tokens.max())
     for length in (max(row_length >> halved, longest) for halved in range(4)):
         full = _fill(lengths, length, rows_per_group)

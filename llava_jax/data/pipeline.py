@@ -19,23 +19,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.data import lengths, schedule
-from llava_jax.data.encoded import BadSample, EncodedSource, TextEncoder  # noqa: F401, until training.loop imports it there
+from llava_jax.data import schedule
+from llava_jax.data.encoded import BadSample, EncodedSource
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
 from llava_jax.data.sources import read_images
-from llava_jax.data.tokenization import IGNORE_INDEX, Row
+from llava_jax.data.tokenization import IGNORE_INDEX, Segment
 
 Batch = dict[str, np.ndarray]
 
-# What the arrays of a row hold where no sample lies.
+# The values of the arrays of a row in padding.
 PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
 
 
@@ -51,22 +51,22 @@ class ImageDecoder:
         return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
 
 
-def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places samples, text and images, one after the other in one row.
+def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:
+    """Places the segments of samples and their images one after the other in a row.
 
     Returns the row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3], which its `image_feature_index` counts.
     """
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
     start, images = 0, []
-    for segment, (text, sample_images) in enumerate(samples, start=1):
-        stop = start + len(text.tokens)
+    for number, (segment, sample_images) in enumerate(samples, start=1):
+        stop = start + len(segment.tokens)
         if stop > layout.max_length:
             raise ValueError(f"the samples of a row take {stop} positions, it has {layout.max_length}")
-        index = text.image_feature_index
-        row["tokens"][start:stop] = text.tokens
-        row["labels"][start:stop] = text.labels
+        index = segment.image_feature_index
+        row["tokens"][start:stop] = segment.tokens
+        row["labels"][start:stop] = segment.labels
         row["positions"][start:stop] = np.arange(stop - start)
-        row["segment_ids"][start:stop] = segment
+        row["segment_ids"][start:stop] = number
         row["image_feature_index"][start:stop] = _shift(index, len(images) * layout.image_tokens)
         start = stop
         images.extend(sample_images)
@@ -94,17 +94,6 @@ def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
 
 def _shift(image_feature_index: np.ndarray, offset: int) -> np.ndarray:
     return np.where(image_feature_index < 0, -1, image_feature_index + offset)
-
-
-def measure(source, encode, workers=0, first=0, stride=1, skip_bad=False):  # until training.loop ...
-    return lengths.measure(EncodedSource(source, encode, skip_bad), workers, first, stride)
-
-
-def bad_texts(source, encode, indices):  # until training.bad_samples ...
-    return EncodedSource(source, encode).bad_texts(indices)
-
-
-Bad = BadSample
 
 
 class StepBatch(NamedTuple):
@@ -139,11 +128,7 @@ class Batches:
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
-        *old: Any,
     ):
-        if not isinstance(encoded, EncodedSource):  # until training.loop passes one
-            encoded = EncodedSource(encoded, decode, old[1])
-            decode, order, layout, groups = order, layout, groups, old[0]
         self.encoded = encoded
         self.decode = decode
         self.order = order
@@ -178,10 +163,6 @@ class Batches:
             for step, (batch, bad) in enumerate(batches, start):
                 yield StepBatch(batch, reader.order.rows(step), bad)
 
-    def iterate_with_bad(self, start: int, stop: int, workers: int = 0) -> Iterator[tuple]:  # until training.loop ...
-        with contextlib.closing(self.iterate(start, stop, workers)) as batches:
-            yield from ((batch, bad) for batch, _, bad in batches)
-
     def _numbered_row(self, number: int) -> tuple[Batch, list[BadSample]]:
         step, row = divmod(number, len(self.rows))
         return self._row(step, self.rows[row])
@@ -197,12 +178,12 @@ class Batches:
             bad += [fault] if fault else []
         return build_row(samples, self.layout), bad
 
-    def _read(self, index: int) -> tuple[Row, Sequence[np.ndarray], BadSample | None]:
+    def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
-        text = Row(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
+        text = Segment(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
         try:
             sample = self.encoded.source[index]
-            text = self.encoded.row(sample)
+            text = self.encoded.segment(sample)
             return text, read_images(self.encoded.source, index, sample, self.decode, text.num_images), None
         except UserError as error:
             if not self.encoded.skip_bad:

@@ -1,8 +1,8 @@
-"""Which samples stand in the rows of step k, and what static sizes that takes.
+"""Plans which samples are in the rows of step k, and the static shapes that the steps of a run need.
 
-Everything here is a pure function of the number of samples, their lengths, the seed and the step: not of hosts,
-devices, workers, restarts or library versions. So a run resumes at any step without replaying the ones before, and
-the sizes that the compiled step needs are known before it starts.
+Everything is a pure function of the number of samples, their lengths, the seed and the step, and independent of hosts,
+devices, workers, restarts and library versions. So a run resumes at any step without replaying earlier ones, and the
+shapes of the compiled step are known before it starts.
 """
 
 import functools
@@ -18,18 +18,18 @@ from llava_jax.cli import UserError
 
 
 class Lengths(NamedTuple):
-    """What each of N samples takes of a batch, after expansion and truncation; int32[N] each."""
+    """How much of a batch each of N samples takes, after expansion and truncation; int32[N] each."""
 
-    tokens: np.ndarray  # positions
+    tokens: np.ndarray  # positions, image tokens included
     targets: np.ndarray  # labels that the position before them predicts
-    images: np.ndarray  # pictures kept
+    images: np.ndarray  # after truncation
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(count: int, *key: int | str) -> np.ndarray:
-    """A random order of `count` items that depends on `key` alone; int64[count], read-only.
+    """A random permutation of `count` items that depends only on `key`; int64[count], read-only.
 
-    Sorts raw Philox output keyed by SHA-256: NumPy guarantees that stream, but not the one of its shuffles.
+    It sorts raw Philox output keyed by SHA-256: NumPy guarantees that stream, but not the one of its shuffles.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
@@ -39,8 +39,10 @@ def permutation(count: int, *key: int | str) -> np.ndarray:
 
 
 def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses `held_out` of the samples for validation; -> the indices to train on and the held-out ones, disjoint and
-    each in ascending order."""
+    """Chooses `held_out` of the samples for validation.
+
+    Returns the indices to train on and the held-out indices, disjoint and both ascending.
+    """
     if num_samples < 1:
         raise UserError("the data set has no samples")
     if not 0 <= held_out < num_samples:
@@ -50,7 +52,7 @@ def split(num_samples: int, held_out: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 class Rows(NamedTuple):
-    """Rows one after the other: row r holds `samples[starts[r] : starts[r + 1]]`."""
+    """Consecutive rows: row r has the samples `samples[starts[r] : starts[r + 1]]`."""
 
     samples: np.ndarray  # int[N]
     starts: np.ndarray  # int[R + 1]
@@ -60,32 +62,32 @@ class Rows(NamedTuple):
         return len(self.starts) - 1
 
     def row(self, number: int) -> tuple[int, ...]:
-        """The samples of a row, none in one that is empty or beyond the last."""
+        """The samples of a row; none if it is empty or after the last one."""
         return tuple(self.samples[slice(*self.starts[number : number + 2])].tolist()) if number < self.count else ()
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """int64[R], the sums over the samples of each row."""
+        """The sums of `values` over the samples of each row; int64[R]."""
         return np.diff(np.concatenate([[0], np.cumsum(values[self.samples], dtype=np.int64)])[self.starts])
 
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """Which samples an epoch goes through where sets have weights.
+    """The samples of each epoch if sets of samples have weights.
 
-    A set of n samples and weight w is visited round(w x n) times an epoch: floor(w) times as a whole, and for the rest
-    in part. The parts follow each other round and round through one order of the set that the seed chooses. So in each
-    epoch, and in all epochs so far, two samples of a set are visited equally often, or one of them once more.
+    An epoch takes round(w x n) samples of a set of n samples and weight w: the complete set floor(w) times, and a part
+    of it for the rest. The parts of successive epochs cycle through one permutation of the set, which depends on the
+    seed. So the visits of two samples of a set differ by at most one, within an epoch and over all epochs so far.
     """
 
     sets: tuple[np.ndarray, ...]  # int[n] each, indices of samples
     weights: tuple[float, ...]
-    seed: int  # of the orders
+    seed: int  # of the permutations
 
     def __len__(self) -> int:
         return sum(round(len(chosen) * weight) for chosen, weight in zip(self.sets, self.weights, strict=True))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int[len(self)], set by set."""
+        """The samples of an epoch, set by set; int[len(self)]."""
         return _visited(self, epoch)
 
 
@@ -102,15 +104,15 @@ def _visited(visits: Visits, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """One sample a row; every sample once an epoch, the last batch of an epoch filled up with empty rows."""
+    """Takes every sample once an epoch, one a row. The last batch of an epoch is filled up with empty rows."""
 
-    samples: np.ndarray | Visits  # int[N], indices of the samples to go through, or those of each epoch
-    batch_rows: int  # over all hosts
-    seed: int | None  # of the shuffling, new in each epoch; None keeps the order of `samples`, as validation does
+    samples: np.ndarray | Visits  # int[N], indices of the samples, or those of each epoch
+    batch_rows: int  # of all hosts together
+    seed: int | None  # of the shuffle, new in each epoch; None keeps the order of `samples`, as in validation
 
     @property
     def indices(self) -> np.ndarray:
-        """All that any epoch may visit."""
+        """The indices of the samples of all epochs."""
         return np.concatenate(self.samples.sets) if isinstance(self.samples, Visits) else self.samples
 
     def visited(self, epoch: int) -> np.ndarray:
@@ -118,28 +120,28 @@ class Order:
         return self.samples.epoch(epoch) if isinstance(self.samples, Visits) else self.samples
 
     def visits(self, epoch: int, part: slice = slice(None)) -> np.ndarray:
-        """The same in the order in which they come, or part of them."""
+        """The same in the order of the epoch, or a part of them."""
         if self.seed is not None:
             part = permutation(len(self.samples), "epoch", self.seed, epoch)[part]
         return self.visited(epoch)[part]
 
     def epoch_rows(self, epoch: int) -> Rows:
-        """The rows of an epoch, without those that fill up the last batch."""
+        """The rows of an epoch, without the empty rows of the last batch."""
         return Rows(self.visits(epoch), np.arange(len(self.samples) + 1))
 
     def epoch_steps(self, epoch: int) -> int:
         return math.ceil(len(self.samples) / self.batch_rows)
 
     def find(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and its number there."""
+        """The epoch of a step, and its number in that epoch."""
         return divmod(step, self.epoch_steps(0))
 
     def steps(self, epochs: float) -> int:
-        """Steps of so many epochs; parts of one round up."""
+        """The number of steps of so many epochs, rounded up."""
         return math.ceil(self.epoch_steps(0) * epochs)
 
     def before(self, step: int) -> np.ndarray:
-        """The indices of all samples of the steps before one."""
+        """The indices of all samples of the steps before `step`."""
         last, rest = self.find(step)
         epochs = [self.epoch_rows(epoch) for epoch in range(last + (rest > 0))]
         if rest:
@@ -163,11 +165,11 @@ class Layout:
     """The static shapes of a batch."""
 
     batch_rows: int  # B
-    rows_per_group: int  # that share image slots; the B / rows_per_group groups are what is sharded and accumulated
+    rows_per_group: int  # rows that share image slots; B / rows_per_group groups are sharded and accumulated
     max_length: int  # T, positions of a row
-    image_slots: int  # I, images a group can hold
-    label_slots: int  # K, positions with a target a group can hold
-    image_tokens: int  # P, positions an image takes
+    image_slots: int  # I, images of a group at most
+    label_slots: int  # K, positions with a target of a group at most
+    image_tokens: int  # P, positions of an image
     image_size: int  # height and width of an image in pixels
 
     @property
@@ -176,7 +178,7 @@ class Layout:
 
 
 def groups_of(rows: Sequence, rows_per_group: int) -> Iterable[Sequence]:
-    """Cuts the rows of a batch into its groups."""
+    """Splits the rows of a batch into its groups."""
     return (rows[start : start + rows_per_group] for start in range(0, len(rows), rows_per_group))
 
 
@@ -191,14 +193,15 @@ def plan_layout(
     image_slots: int = 0,
     label_slots: int = 0,
 ) -> Layout:
-    """Fits the shapes to every group of every step that will be taken.
+    """Finds shapes that fit every group of every step of a run.
 
     Args:
-      schedules: orders and how many of their steps are taken (training, validation), all of the same `batch_rows`.
+      schedules: orders of equal `batch_rows` (training, validation), and how many of their steps are taken.
       lengths: of all samples that the orders index.
-      image_slots, label_slots: 0 takes the least that suffices, -1 none; else what the user wants.
+      image_slots, label_slots: the number of slots of a group; 0 for as few as are needed, -1 for none.
 
-    Raises UserError where rows do not divide into groups, or wanted slots are too few, with the number needed.
+    Raises:
+      UserError: rows do not divide into groups, or there are too few slots; the message has the number needed.
     """
     (batch_rows,) = {order.batch_rows for order, _ in schedules}
     if rows_per_group < 1 or batch_rows % rows_per_group:
@@ -216,7 +219,7 @@ def plan_layout(
 
 
 def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, rows_per_group: int) -> tuple[int, int]:
-    """The most images and the most targets that any one group holds."""
+    """The largest numbers of images and of targets of a group."""
     most = np.zeros(2, np.int64)
     for order, steps in schedules:
         if not steps:
@@ -226,8 +229,8 @@ def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, ro
             rows = order.epoch_rows(epoch)
             taken = (rest + 1) * order.batch_rows if epoch == last else rows.count
             sums = np.stack([rows.sums(lengths.images), rows.sums(lengths.targets)])[:, :taken]
-            whole = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
-            most = np.maximum(most, whole.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
+            padded = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
+            most = np.maximum(most, padded.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
     return int(most[0]), int(most[1])
 
 

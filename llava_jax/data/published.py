@@ -1,4 +1,4 @@
-"""The published data sets: what they hold, where their pictures are, and what goes wrong when they are downloaded."""
+"""Published data sets: their contents and where their images come from, to explain incomplete downloads."""
 
 import collections
 import dataclasses
@@ -13,12 +13,12 @@ OTHER_EXTENSIONS = (".png", ".gif", ".jpeg", ".JPG", ".webp")
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Published(tfds.core.BuilderConfig):
-    """A data set as it was published."""
+    """A published data set."""
 
     json: str  # the name of its file
     samples: int
-    text_only: int | None = 0  # of these, samples without an image; None where it isn't known
-    folders: dict[str, str]  # what has to be in the folder of images, and where it is from; "" is that folder itself
+    text_only: int | None = 0  # samples without an image; None if unknown
+    folders: dict[str, str]  # subfolders of the folder of images ("" is that itself) -> their origin
     source: str  # who publishes the file
 
 
@@ -77,34 +77,33 @@ PUBLISHED = (
 
 
 def folder_problems(published: Published, images: epath.Path) -> Iterator[str]:
-    """Folders of pictures that are not there."""
+    """Messages about missing folders of images."""
     for folder, origin in published.folders.items():
         if not (images / folder).is_dir():
             yield f"{images / folder} is missing: it holds {origin}"
 
 
 def count_problems(published: Published, samples: int, text_only: int) -> Iterator[str]:
-    """Numbers of samples other than those that were published."""
+    """Messages about numbers of samples that differ from the published ones."""
     if samples != published.samples:
         yield f"{samples:,} samples where {published.json} of {published.source} has {published.samples:,}"
     elif published.text_only is not None and text_only != published.text_only:
-        yield f"{text_only:,} samples without a picture where {published.json} has {published.text_only:,}"
+        yield f"{text_only:,} samples without an image where {published.json} has {published.text_only:,}"
 
 
 def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[str]:
-    """Pictures that are not there (name -> the id of a sample), by folder, and where it looks like it what became of
-    them."""
+    """Messages about missing images (name -> the id of a sample), by folder, and whether they were renamed."""
     folders = collections.defaultdict(list)
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
-        told = f"{len(names):,} pictures missing in {images / folder}, such as {names[0]}; it is "
-        told += f"of sample {missing[names[0]]}"
-        looked = names[:100]
-        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)
+        message = f"{len(names):,} images missing in {images / folder}, such as {names[0]}; it is "
+        message += f"of sample {missing[names[0]]}"
+        first = names[:100]
+        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in first)
         if renamed:
-            told += (
-                f"; {renamed} of the first {len(looked)} are there with another extension: rename them to "
+            message += (
+                f"; {renamed} of the first {len(first)} are there with another extension: rename them to "
                 "what the data calls them (the content of a file decides what it is, not its name)"
             )
-        yield told
+        yield message

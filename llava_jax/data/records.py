@@ -1,6 +1,6 @@
-"""The records of a JSON array or of JSONL of any size: read as a stream, or at random by where they stand.
+"""Records of a JSON array or of JSONL of any size: read as a stream, or at random by their positions.
 
-Whatever the size of the file, no more of it is in memory than a block and a record.
+Memory holds no more of the file than a block and a record.
 """
 
 import json
@@ -19,9 +19,9 @@ from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, encoding_of, loa
 from llava_jax.remote import is_remote, new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
-LONGEST = 64 * 2**20  # bytes of a record; what is longer is no list of samples
+MAX_RECORD = 64 * 2**20  # bytes; a longer record is no sample
 BOM = b"\xef\xbb\xbf"
-# How files that are no text begin -> what makes text of them.
+# First bytes of files that are not text -> what converts them to text.
 _BINARY = {
     b"\x1f\x8b": "compressed by gzip: gunzip it",
     b"PK\x03\x04": "a ZIP archive: unzip it",
@@ -37,19 +37,19 @@ _LIST = re.compile(r"\[[ \t\n\r]*")
 
 
 class Record(NamedTuple):
-    """A record of a file, about which nothing is known yet."""
+    """A record of a file, not checked yet."""
 
     where: str  # its file, and its line or index
     index: int
     start: int  # its first byte
-    stop: int  # the one after its last
-    value: Any  # its JSON value, or bytes: still to be read
+    stop: int  # one after its last
+    value: Any  # its JSON value, or bytes that are not parsed yet
 
 
 class RecordFile:
-    """Random access to the bytes of records; it knows but where they are.
+    """Random access to the bytes of records. It holds only their positions.
 
-    It travels to other processes of this machine, which map a file of that instead of holding it themselves.
+    When it is pickled for other processes of this machine, the positions go to a file, which these processes map.
     """
 
     def __init__(self, path: Path, starts: np.ndarray, stops: np.ndarray):
@@ -63,7 +63,7 @@ class RecordFile:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> bytes:
-        if (file := self._file) is None:  # which threads may find at once: each reads what it opened
+        if (file := self._file) is None:  # several threads may open it at once: each reads its own
             file = self._file = self.path.open("rb", buffering=0)
         start = int(self.starts[index])
         return os.pread(file.fileno(), int(self.stops[index]) - start, start)
@@ -83,13 +83,13 @@ class RecordFile:
 
 
 def local_data(path: epath.PathLike) -> Path:
-    """A file of records in UTF-8 on this machine: the file itself, or a copy of a remote one or one in UTF-16.
+    """A local file of records in UTF-8: the file itself, or a copy of a remote file or one in UTF-16.
 
-    Raises `UserError` where it does not exist, is a Git LFS pointer, compressed or a table, or breaks its encoding.
+    Raises `UserError` if it does not exist, is a Git LFS pointer, compressed or a table, or breaks its encoding.
     """
     if is_remote(path) and not epath.Path(path).is_file():
         raise UserError(f"{path}: {'is a folder, not a file' if epath.Path(path).is_dir() else 'no such file'}")
-    require_regular(path)  # it is read at random, which pipes cannot be
+    require_regular(path)  # pipes cannot be read at random
     file = cache.local_file(path)
     with file.open("rb") as data:
         head = data.read(len(POINTER))
@@ -112,14 +112,13 @@ def _write_utf8(file: Path, encoding: str, target: Path, name: epath.PathLike) -
 
 
 def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
-    """The records of a local file, called `name` in errors, in their order.
+    """The records of a local file in order. Errors call the file `name`.
 
-    Lines of JSONL stay unread, so that one bad line hides no other; an array ends where it is no JSON. So do records
-    that are not ASCII.
+    Lines of JSONL and records that are not ASCII are not parsed, so that a bad line hides no other one.
 
     Raises:
-      UserError: at what is no JSON array, at a record that is too long, at the end of a file that holds none; for an
-        object that is no line of JSONL, but spread over several lines.
+      UserError: the file is no JSON array where it should be one, a record is too long, there is no record, or an
+        object is spread over several lines instead of being a line of JSONL.
     """
     with file.open("rb") as data:
         begin = len(BOM) if data.read(len(BOM)) == BOM else 0
@@ -137,12 +136,12 @@ def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
 
 
 def load_json(data: bytes, where: str) -> Any:
-    """What JSON text says. Raises `UserError` naming `where`."""
+    """The value of JSON text. Raises `UserError` naming `where`."""
     try:
         return loads(data, strict=False)
     except json.JSONDecodeError as error:
         several = error.msg == "Extra data" and error.doc[error.pos] in "{["
-        hint = "; several values stand in a row: jq -c . OLD > NEW.jsonl writes each on a line" if several else ""
+        hint = "; several values follow each other: jq -c . OLD > NEW.jsonl writes each on a line" if several else ""
         raise UserError(f"{where}: is no JSON: {error}{hint}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is no UTF-8: {error}; convert it: iconv -t utf-8") from error
@@ -151,12 +150,12 @@ def load_json(data: bytes, where: str) -> Any:
 
 
 def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> None:
-    """Raises `UserError` where the file begins with an object whose first line is not all of it."""
+    """Raises `UserError` if the file begins with an object that is spread over several lines."""
     file.seek(start)
-    while not (line := file.readline(LONGEST)).strip():
+    while not (line := file.readline(MAX_RECORD)).strip():
         pass
     try:
-        if len(line) < LONGEST:
+        if len(line) < MAX_RECORD:
             json.JSONDecoder().raw_decode(line.decode("latin-1").lstrip())
             return
     except json.JSONDecodeError as error:
@@ -168,11 +167,11 @@ def _refuse_spread_object(file: BinaryIO, start: int, name: epath.PathLike) -> N
     try:
         key = _list_key(_Window(file, start, name))
     except UserError:
-        return  # a damaged line, which is named with its number
+        return  # a damaged line: another error gives its number
     expected = "a JSON array of samples, or one a line, was expected"
     if key in (None, "conversations", "messages"):
-        if len(line) == LONGEST:
-            return  # a line that is too long, which is named with its number
+        if len(line) == MAX_RECORD:
+            return  # a line that is too long: another error gives its number
         raise UserError(
             f"{name}: begins with an object that is spread over several lines: {expected}: jq -c . OLD > NEW.jsonl "
             "writes each on a line"
@@ -198,11 +197,11 @@ def _list_key(window: "_Window") -> str | None:
 
 
 def _lines(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[str, int, int, bytes]]:
-    """Place, start, stop and bytes of every line that isn't empty."""
+    """Name, start, stop and bytes of every line that is not empty."""
     number = 0
-    while line := file.readline(LONGEST):
+    while line := file.readline(MAX_RECORD):
         number += 1
-        if len(line) == LONGEST:
+        if len(line) == MAX_RECORD:
             raise _too_long(f"{name}: line {number}")
         if text := line.rstrip():
             yield f"line {number}", start, start + len(text), text
@@ -210,7 +209,7 @@ def _lines(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[s
 
 
 def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[None, int, int, Any]]:
-    """Nothing, start, stop and value of every element."""
+    """None, start, stop and value of every element."""
     window = _Window(file, start, name)
     for _ in window.elements("]"):
         yield None, *window.read_value()
@@ -220,7 +219,7 @@ def _array(file: BinaryIO, start: int, name: epath.PathLike) -> Iterator[tuple[N
 
 
 class _Window:
-    """The part of a file that is being parsed, as Latin-1: a character is a byte, and JSON's own are ASCII."""
+    """The part of a file that is being parsed, as Latin-1: each byte is a character, and JSON's syntax is ASCII."""
 
     decoder = json.JSONDecoder()
 
@@ -228,20 +227,20 @@ class _Window:
         self.file = file
         self.name = name
         self.text = ""
-        self.base = start  # where in the file the text begins
-        self.at = 0  # where in the text the next value is
-        self.line = 1  # in which line the text begins
-        self.line_start = start  # where in the file that line begins
+        self.base = start  # position of the text in the file
+        self.at = 0  # position of the next value in the text
+        self.line = 1  # number of the line in which the text begins
+        self.line_start = start  # position of that line in the file
 
     def peek(self) -> str:
-        """Moves to the next character that is no space and returns it, nothing at the end of the file."""
+        """Moves to the next character that is no space and returns it; "" at the end of the file."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or not self._grow():
                 return self.text[self.at : self.at + 1]
 
     def elements(self, closing: str) -> Iterator[None]:
-        """Moves to each element of the array or object that is next, which has to be read there, and then past it."""
+        """Moves to each element of the next array or object, which the caller reads, and then past the end of it."""
         self.peek()
         self.at += 1
         separator = "," if self.peek() != closing else closing
@@ -256,7 +255,7 @@ class _Window:
             self.at += 1
 
     def read_value(self) -> tuple[int, int, Any]:
-        """Start, stop and value of what is next."""
+        """Start, stop and value of the next value."""
         while True:
             try:
                 value, stop = self.decoder.raw_decode(self.text, self.at)
@@ -264,19 +263,19 @@ class _Window:
                 if self._certain(error) or not self._grow():
                     self.fail(error.msg, error.pos)
                 continue
-            except (RecursionError, ValueError):  # or a number of more digits than are read
+            except (RecursionError, ValueError):  # or a number of too many digits
                 self.fail("nested too deeply for a sample, or a number too long", self.at)
-            if len(self.text) - stop <= 2 and self._grow():  # a number might go on, as 1e-5 does after 1
+            if len(self.text) - stop <= 2 and self._grow():  # a number may continue, as 1e-5 after 1
                 continue
             start, self.at = self.at, stop
             if not (raw := self.text[start:stop]).isascii():
                 value = raw.encode("latin-1")
-            elif raw.count("[") + raw.count("{") > MAX_DEPTH:  # it may be nested more deeply than code can walk through
+            elif raw.count("[") + raw.count("{") > MAX_DEPTH:  # it may be nested too deeply
                 value = load_json(raw.encode(), f"{self.name}: byte {self.base + start}")
             return self.base + start, self.base + stop, value
 
     def at_list_of_objects(self) -> bool:
-        """Whether that is next, by its first two characters."""
+        """Whether the next value is a list of objects, by its first two characters."""
         while (found := _LIST.match(self.text, self.at)) and found.end() == len(self.text) and self._grow():
             pass
         return found is not None and self.text.startswith("{", found.end())
@@ -287,13 +286,13 @@ class _Window:
         raise UserError(f"{self.name}: is no JSON: {message}: {place}")
 
     def _certain(self, error: json.JSONDecodeError) -> bool:
-        """Whether an error would be one whatever follows: it isn't about a string or a word that is cut."""
+        """Whether more text would not mend an error: it is not about a string or word that is cut off."""
         return len(self.text) - error.pos > 16 and "Unterminated" not in error.msg
 
     def _grow(self) -> bool:
-        """Drops what was read and reads on, as much as is left at least; False at the end of the file."""
+        """Drops the text that was parsed and reads more, at least as much as is left; False at the end of the file."""
         kept = self.text[self.at :]
-        if len(kept) > LONGEST:
+        if len(kept) > MAX_RECORD:
             raise _too_long(f"{self.name}: a sample at byte {self.base + self.at}")
         block = self.file.read(max(BLOCK, len(kept)))
         if not block:
@@ -305,7 +304,7 @@ class _Window:
         return True
 
     def _line_at(self, position: int) -> tuple[int, int]:
-        """The number of the line at a position of the text, and where in the file it begins."""
+        """The number of the line at a position of the text, and the position of that line in the file."""
         newlines = self.text.count("\n", 0, position)
         line_start = self.base + self.text.rindex("\n", 0, position) + 1 if newlines else self.line_start
         return self.line + newlines, line_start
@@ -313,5 +312,5 @@ class _Window:
 
 def _too_long(where: str) -> UserError:
     return UserError(
-        f"{where} takes more than {LONGEST >> 20} MiB: a JSON array of samples, or one a line, was expected"
+        f"{where} takes more than {MAX_RECORD >> 20} MiB: a JSON array of samples, or one a line, was expected"
     )

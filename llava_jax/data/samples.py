@@ -1,7 +1,7 @@
-"""A sample, and what makes one of a JSON value: the keys that are read, in either of their spellings, and all faults.
+"""Makes a sample of a JSON value, or finds all its faults.
 
-Turns are `conversations` of `from` and `value`, as LLaVA has them, or `messages` of `role` and `content`, as OpenAI
-has them. What is understood is used; what would change what is learned and is not understood is a fault (`dialects`).
+Turns are `conversations` of `from` and `value`, as in LLaVA's format, or `messages` of `role` and `content`, as in
+OpenAI's. What is understood is used. What would change the targets and is not understood is a fault, see `unsupported`.
 """
 
 import json
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data import dialects
-from llava_jax.data.conversation import IMAGE_TOKEN, join_parts
+from llava_jax.data import unsupported
+from llava_jax.data.conversation import join_parts
+from llava_jax.data.formats import to_llava
 from llava_jax.data.records import Record, load_json
+from llava_jax.data.templates import IMAGE_TOKEN
 
 ROLES = {
     "human": "user",
@@ -23,7 +25,8 @@ ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's newer name
 }
-_PLAIN = {"id", "image", "conversations"}  # the keys of most samples, about which no more has to be asked
+_WRITTEN = {"system": "system", "user": "human", "assistant": "gpt"}  # LLaVA's names of roles
+_PLAIN = {"id", "image", "conversations"}  # the keys of most samples, which need no further checks
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
 _URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -46,7 +49,7 @@ class Fault(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a JSON value says, as far as it has no faults."""
+    """What was read of a JSON value, or its faults."""
 
     faults: list[Fault]
     images: tuple[str, ...] = ()
@@ -54,8 +57,8 @@ class Reading(NamedTuple):
 
 
 def parse_sample(record: Record) -> Sample:
-    """The sample of a record; one that begins with an answer loses it, as published. Raises `UserError`."""
-    value = record_value(record)
+    """The sample of a record, without an answer before the first question, as published. Raises `UserError`."""
+    value = sample_value(record)
     reading = read_sample(value)
     for fault in reading.faults:
         raise UserError(f"{record.where} (id {sample_id(record, value)}): {fault.detail}")
@@ -63,18 +66,23 @@ def parse_sample(record: Record) -> Sample:
 
 
 def record_value(record: Record) -> Any:
-    """The JSON value of a record. Raises `UserError` for a line that is no JSON."""
+    """The JSON value of a record. Raises `UserError` if it is no JSON."""
     return load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
 
 
+def sample_value(record: Record) -> Any:
+    """The same converted to LLaVA's format if it is in a registered one. Raises `UserError` if that fails, too."""
+    return to_llava(record_value(record), record.where)
+
+
 def sample_id(record: Record, value: Any) -> str:
-    """The id of a record, its index where it has none."""
+    """The id of a record, or its index if it has none."""
     given = value.get("id") if isinstance(value, dict) else None
     return str(record.index if given is None else given)
 
 
 def from_first_question(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Without an answer to nothing, which may stand before it."""
+    """The turns without an answer before the first question."""
     roles = [role for role, _ in turns[:2]]
     if roles[:1] == ["assistant"]:
         return tuple(turns[1:])
@@ -82,7 +90,7 @@ def from_first_question(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, st
 
 
 def read_sample(value: Any) -> Reading:
-    """What a JSON value says, or all of its faults; those of a kind that hides others come alone."""
+    """Reads a JSON value, or finds all its faults. A fault that hides others comes alone."""
     if not isinstance(value, dict):
         return _structure(f"is no object but {_shown(value)}")
     if not isinstance(value.get("id"), str | int | None):
@@ -99,13 +107,18 @@ def read_sample(value: Any) -> Reading:
     images = images or tuple(named)
     if turns[0][0] == "system" or not value.keys() <= _PLAIN:
         turns = _with_system(value, turns, faults)
-        details = (*dialects.unread_keys(value, bool(images)), *dialects.unlearned(value))
+        details = (*unsupported.unread_keys(value, bool(images)), *unsupported.unlearned(value))
         faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
 
 
+def conversation(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Turns in LLaVA's format."""
+    return [{"from": _WRITTEN[role], "value": text} for role, text in turns]
+
+
 def image_names(value: dict) -> tuple[str, ...] | Fault:
-    """The images that an object names, as `image` or `images`; a name, a list of names, or nothing."""
+    """The image names of an object, in `image` or `images`: a name, a list of names, or nothing."""
     given = []
     for key in ("image", "images"):
         images = value.get(key)
@@ -121,7 +134,7 @@ def image_names(value: dict) -> tuple[str, ...] | Fault:
 
 
 def system_prompt(value: dict, first: str = "") -> str | Fault:
-    """The system prompt that an object names, or that its `first` turn is; "" for the template's own."""
+    """The system prompt of an object, or its `first` turn if that is one; "" for the template's own."""
     prompts = {"the first turn": first, **{key: value[key] for key in ("system", "system_prompt") if key in value}}
     for key, text in prompts.items():
         if not isinstance(text, str | None) or not _encodable(text or ""):
@@ -134,19 +147,19 @@ def system_prompt(value: dict, first: str = "") -> str | Fault:
 
 
 def _sentences(value: dict) -> list | Fault:
-    """The turns as they stand in a record."""
+    """The turns of a record, not read yet."""
     given = [value[key] for key in ("conversations", "messages") if value.get(key)]
     if len(given) == 2 and given[0] != given[1]:
         return Fault("key", "`conversations` and `messages` hold other turns: keep one")
     sentences = given[0] if given else value.get("conversations")
     if not isinstance(sentences, list) or not sentences:
-        hint = dialects.explain_missing(value) if sentences is None else ""
+        hint = unsupported.explain_missing(value) if sentences is None else ""
         return Fault("structure", f"`conversations` is no list of turns but {_shown(sentences)}{hint}")
     return sentences
 
 
 def _plain_turns(sentences: list) -> list[tuple[str, str]] | None:
-    """Role and text of turns of `from` and `value` alone, as nearly all are; None where a turn is another."""
+    """Role and text of turns that have `from` and `value` alone, as nearly all have; None if a turn is different."""
     try:
         turns = [(ROLES[sentence["from"]], sentence["value"]) for sentence in sentences if len(sentence) == 2]
         plain = len(turns) == len(sentences) and all(text.isascii() or _encodable(text) for _, text in turns)
@@ -156,7 +169,7 @@ def _plain_turns(sentences: list) -> list[tuple[str, str]] | None:
 
 
 def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> tuple[str, str]:
-    """Role and text of any turn. Adds to the faults, and to the images that `content` names."""
+    """Role and text of any turn. Adds to `faults` and, if its `content` names images, to `named`."""
 
     def fault(kind: str, detail: str) -> None:
         faults.append(Fault(kind, detail))
@@ -176,13 +189,13 @@ def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> 
         text = ""
     elif not _encodable(text):
         fault("structure", f"`{content}` of turn {number} is no valid Unicode: it holds half a surrogate pair")
-    for detail in dialects.unread_turn_keys(sentence, answers=role == "assistant"):
+    for detail in unsupported.unread_turn_keys(sentence, answers=role == "assistant"):
         fault("key", f"turn {number}: {detail}")
     return role, text
 
 
 def _one_of(sentence: dict, *keys: str) -> tuple[str, Any]:
-    """The first of two keys that says something, and what; where they say different things, both."""
+    """The first of two keys that has a value, and the value; both if the values differ."""
     said = {key: sentence[key] for key in keys if sentence.get(key) is not None}
     if len({ROLES.get(value, value) if isinstance(value, str) else str(value) for value in said.values()}) > 1:
         return " and ".join(keys), said
@@ -190,7 +203,7 @@ def _one_of(sentence: dict, *keys: str) -> tuple[str, Any]:
 
 
 def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> str:
-    """The text of a `content` that is a list of texts and images, with a mark for each image."""
+    """The text of a `content` that is a list of texts and images, with `<image>` for each image."""
     texts = []
     for part in parts:
         if isinstance(part, str):
@@ -223,7 +236,7 @@ def _image_of(part: dict) -> str | None:
 
 
 def _with_system(value: dict, turns: list[tuple[str, str]], faults: list[Fault]) -> list[tuple[str, str]]:
-    """The turns with the system prompt of the record first, if it has one."""
+    """The turns after the system prompt of the record, if it has one."""
     first, turns = (turns[0][1], turns[1:]) if turns[0][0] == "system" else ("", turns)
     system = system_prompt(value, first)
     if isinstance(system, Fault):
@@ -242,16 +255,16 @@ def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ..
         if role != ("user", "assistant")[i % 2]:
             yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
             break
-    whole = "\0".join([text for _, text in talk[begin:]])
-    marks = whole.count(IMAGE_TOKEN)
+    joined = "\0".join([text for _, text in talk[begin:]])
+    marks = joined.count(IMAGE_TOKEN)
     if marks != len(images):
         detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
         yield Fault("marks", detail)
     if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    if begin or dialects.may_hold_marks(whole):
+    if begin or unsupported.may_hold_marks(joined):
         for role, text in talk:
-            if mark := dialects.foreign_mark(text, role == "user"):
+            if mark := unsupported.foreign_mark(text, role == "user"):
                 detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"
                 yield Fault("marks", detail)
 

@@ -1,4 +1,4 @@
-"""The rows of a run in files that reading processes map: none of them holds a plan, or the lengths it was made from."""
+"""Writes the rows of a run to files that reading processes map, so that none of them holds a plan or lengths."""
 
 import functools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SAMPLES, STARTS = "samples.npy", "starts.npy"
 
 @dataclass(frozen=True)
 class Schedule:
-    """Has the rows of the order that it was written from, for steps from `start` on."""
+    """The rows of an order from step `start` on, read from files."""
 
     directory: Path
     start: int
@@ -38,7 +38,9 @@ def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:
         first, last = (min(number * order.batch_rows, rows.count) for number in (step, step + taken))
         samples.append(rows.samples[rows.starts[first] : rows.starts[last]])
         held = np.diff(rows.starts[first : last + 1])
-        counts.append(np.pad(held, (0, taken * order.batch_rows - len(held))))  # empty rows end an epoch's last step
+        counts.append(
+            np.pad(held, (0, taken * order.batch_rows - len(held)))
+        )  # the last step of an epoch ends with empty rows
         epoch, step, left = epoch + 1, 0, left - taken
     np.save(directory / SAMPLES, np.concatenate(samples))
     np.save(directory / STARTS, np.cumsum(np.concatenate(counts)))

@@ -1,9 +1,9 @@
-"""SentencePiece's own ids from a fast tokenizer, whatever made that of the `tokenizer.model`.
+"""Makes fast tokenizers give the ids of the SentencePiece model that they were made of.
 
-transformers 5 converts a `tokenizer.model` without the scores of its pieces: merges are ranked by id, so that pieces of
-several spaces, which LLaMA's model merges last, come first ("Hello  World" and all indented code get other ids). It
-also adds no space before a text that begins with one. Here both are as in SentencePiece. Between special tokens the
-tokenizer's `legacy` decides, which SentencePiece does not know.
+transformers 5 converts a `tokenizer.model` without the scores of its pieces and ranks merges by id. Pieces of several
+spaces, which LLaMA's model merges last, then come first: "Hello  World" and all indented code get other ids. It also
+adds no space before a text that begins with one. Here both are as in SentencePiece. Between special tokens the
+tokenizer's `legacy` decides, which SentencePiece does not have.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 
-SPACE = "\u2581"  # what SentencePiece writes a space as
+SPACE = "\u2581"  # SentencePiece's character for a space
 # Texts on which conversions of a SentencePiece model have differed from it.
 _PROBES = (
     "Hello  World",
@@ -29,7 +29,7 @@ _PROBES = (
 
 
 def read_model(file: Path) -> ModelProto:
-    """A `tokenizer.model`. Raises UserError where it is no SentencePiece model."""
+    """Reads a `tokenizer.model`. Raises UserError if it is no SentencePiece model."""
     try:
         model = ModelProto.FromString(file.read_bytes())
     except DecodeError:
@@ -40,7 +40,7 @@ def read_model(file: Path) -> ModelProto:
 
 
 def fits(model: ModelProto, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a fast tokenizer has the pieces of the model under the ids of the model."""
+    """Whether a fast tokenizer has the pieces of the model with the same ids."""
     vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     return all(vocab.get(piece.piece) == id for id, piece in enumerate(model.pieces))
 
@@ -48,7 +48,7 @@ def fits(model: ModelProto, tokenizer: PreTrainedTokenizerBase) -> bool:
 def follow(model: ModelProto, tokenizer: PreTrainedTokenizerBase, where: Path) -> None:
     """Makes a fast tokenizer of LLaMA's kind give the ids of the model that it was made of.
 
-    Raises UserError where that can't be: the model is no BPE, has other pieces, or normalizes text.
+    Raises UserError if it cannot: the model is no BPE, has other pieces, or normalizes text.
     """
     if model.trainer_spec.model_type != TrainerSpec.BPE:
         kind = TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
@@ -73,8 +73,8 @@ def follow(model: ModelProto, tokenizer: PreTrainedTokenizerBase, where: Path) -
 def begin_with_space(tokenizer: PreTrainedTokenizerBase, begin: bool = True) -> None:
     """Makes a tokenizer of LLaMA's kind add a space before a text, also before one that begins with a space.
 
-    Metaspace adds its character unless the text begins with that. No text begins with a space once its spaces are
-    replaced, so the first one always adds a space, of which the second makes what the pieces have.
+    Metaspace adds its character unless the text begins with it. After `Replace` no text begins with a space, so the
+    first Metaspace always adds one, which the second one converts to the character of the pieces.
     """
     prepend = ("always" if tokenizer.legacy else "first") if begin else "never"
     backend = tokenizer.backend_tokenizer
@@ -94,7 +94,7 @@ def begins_every_part(values: dict) -> bool:
 def has_wrong_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a fast tokenizer with LLaMA's or Mistral's pieces ranks the merge of two spaces first.
 
-    Their models have that piece as the first after the bytes, and merge it last.
+    Their models have it as the first piece after the bytes, but merge it last.
     """
     vocab = tokenizer.get_vocab()
     published = vocab.get("<0xFF>") == 258 and vocab.get(2 * SPACE) == 259
@@ -102,9 +102,9 @@ def has_wrong_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _merges(model: ModelProto, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make up a piece, those of the highest score first.
+    """All pairs of pieces that form a piece, by descending score.
 
-    SentencePiece compares scores alone and takes the leftmost of equal ones: the one whose left side is longer.
+    SentencePiece compares only scores and takes the leftmost pair of equal ones: the one whose left side is longer.
     """
     pairs = [
         (piece.score, left, right)

@@ -1,18 +1,18 @@
-"""The files of a built data set: its texts in one, its samples with their pictures in shards of ArrayRecord.
+"""The files of a built data set: its texts in one file, its samples with their images in shards of ArrayRecord.
 
-    metadata.json        what it is built from, counts of samples and images; written first
+    metadata.json        digest of the source, counts of samples and images; written first
     text.jsonl           the samples, one a line, as LLaVA JSON
-    text_offsets.npy     int64[N + 1]: where in it each line begins, and its end
-    lengths-*.npz         where asked for: tokens, learned tokens and images of each sample, as the cache keeps them
-    llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and pictures, the bytes of their files
-    dataset_info.json, features.json               what makes it a TFDS data set; written last
+    text_offsets.npy     int64[N + 1]: the first byte of each line, and the end of the file
+    lengths-*.npz        optional: tokens, targets and images of each sample, as in the cache
+    llava-train.array_record-00000-of-00042, ...   a tf.Example a sample: text and images, the bytes of their files
+    dataset_info.json, features.json               description for TFDS; written last
 
-Texts stand apart, beside in the records, since they are a hundredth of the data: training measures and plans all
-samples before the first step, which must not read the pictures. Records hold them too, for those who read the shards
-with `tfds.data_source` alone. `text.jsonl` is plain LLaVA JSON, so all tools for that take it.
+Texts, a hundredth of the data, have their own file, because training measures and plans all samples before the first
+step without reading images. Records have them, too, for readers that use only `tfds.data_source`. `text.jsonl` is LLaVA
+JSON, which all commands for that read.
 
-A shard is a function of its samples' lines and pictures. It is written elsewhere and put in its place when it is
-whole, so the shards that are there are good, whoever wrote them, and however the others were interrupted.
+A shard is a function of the lines and images of its samples. It is written atomically: a shard that exists is complete,
+however a build was interrupted.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import decode_image, read_picture
-from llava_jax.data.names import image_path
-from llava_jax.data.samples import ROLES, Sample
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import decode_image, read_image
+from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
 from llava_jax.remote import is_remote
@@ -39,7 +39,7 @@ from llava_jax.remote import is_remote
 MANIFEST, TEXT, OFFSETS = "metadata.json", "text.jsonl", "text_offsets.npy"
 SHARD_NAME = "llava-train.array_record-{index:05}-of-{count:05}"  # as TFDS names them
 
-# One record a group: random access. Pictures are compressed already.
+# One record a group gives random access. Images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 FEATURES = tfds.features.FeaturesDict(
@@ -54,8 +54,8 @@ FEATURES = tfds.features.FeaturesDict(
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
 
 
-class BadPicture(NamedTuple):
-    """A sample, and why a picture of it cannot be read."""
+class BadImage(NamedTuple):
+    """A sample, and why an image of it cannot be read."""
 
     id: str
     detail: str
@@ -63,15 +63,15 @@ class BadPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard to write; it travels to other machines."""
+    """A shard to write. It is pickled for workers of Beam."""
 
     output: str  # the directory of the data set, local or remote
-    images: epath.PathLike  # the folder that image names are relative to, see `names.ImageFolder`
+    images: epath.PathLike  # the folder that image names are relative to, see `image_folder.ImageFolder`
     index: int
     count: int  # of all shards
-    begin: int  # this and `end`: the bytes of `text.jsonl` that hold its samples
+    begin: int  # its samples are the bytes from `begin` to `end` of `text.jsonl`
     end: int
-    samples: int  # how many these are
+    samples: int  # the number of its samples
     decode: bool = True  # whether to find images that cannot be decoded
 
     @property
@@ -80,39 +80,39 @@ class Shard:
 
 
 def read_manifest(file: epath.Path) -> dict[str, Any]:
-    """What a set is built from. Raises `UserError` where the file is damaged."""
+    """Reads `metadata.json`. Raises `UserError` if the file is damaged."""
     manifest = read_object(file)
     if not isinstance(manifest.get("digest"), str) or not isinstance(manifest.get("shards"), int):
         raise UserError(f"{file}: is damaged: it has no digest and number of shards; build the set again")
     return manifest
 
 
-def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadPicture]:
-    """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
+def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadImage]:
+    """Writes a shard unless it is complete. Returns the images that cannot be read; with any it is not written.
 
-    `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
+    `stopped` is called before each sample. If it returns true, `InterruptedError` is raised.
     """
-    bad: list[BadPicture] = []
-    if is_whole(shard):
+    bad: list[BadImage] = []
+    if is_complete(shard):
         return bad
     with atomic_path(shard.path) as file:
         with _record_writer(file) as writer:
             for sample in read_samples(shard):
                 if stopped():
                     raise InterruptedError
-                pictures = [_read_picture(shard, name) for name in sample.images]
-                bad += [BadPicture(sample.id, str(fault)) for fault in pictures if isinstance(fault, UserError)]
+                images = [_read_image(shard, name) for name in sample.images]
+                bad += [BadImage(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
                 if not bad:
-                    writer.write(serialize(sample, pictures))
+                    writer.write(serialize(sample, images))
         if bad:
             os.unlink(file)
     return bad
 
 
-def is_whole(shard: Shard) -> bool:
-    """Whether a shard is there with all its records, as its footer has it, which is written last."""
+def is_complete(shard: Shard) -> bool:
+    """Whether a shard exists with all its records, according to its footer, which is written last."""
     if is_remote(shard.path):
-        return shard.path.exists()  # object stores know no half-written objects
+        return shard.path.exists()  # object stores have no partially written objects
     return shard.path.exists() and ArrayRecordReader(os.fspath(shard.path)).num_records() == shard.samples
 
 
@@ -125,7 +125,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
 
 def sample_of_line(line: bytes) -> Sample:
-    """What `line_of` wrote."""
+    """The sample of a line of `text.jsonl`."""
     try:
         value = json.loads(line)
         turns = tuple((ROLES[turn["from"]], turn["value"]) for turn in value["conversations"])
@@ -139,31 +139,26 @@ def line_of(sample: Sample) -> bytes:
     value: dict = {"id": sample.id}
     if sample.images:
         value["image"] = sample.images
-    value["conversations"] = conversation_of(sample)
+    value["conversations"] = conversation(sample.turns)
     return json.dumps(value).encode() + b"\n"
 
 
-def conversation_of(sample: Sample) -> list[dict[str, str]]:
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [{"from": names[role], "value": text} for role, text in sample.turns]
-
-
-def serialize(sample: Sample, pictures: list[bytes]) -> bytes:
+def serialize(sample: Sample, images: list[bytes]) -> bytes:
     """The record of a sample: a tf.Example of `FEATURES`."""
     example = {
         "id": _utf8(sample.id),
-        "conversations": conversation_of(sample),
+        "conversations": conversation(sample.turns),
         "image_names": [_utf8(name) for name in sample.images],
         "num_images": len(sample.images),
-        "images": pictures,
+        "images": images,
     }
-    # Maps are written in any order otherwise, and shards would differ from one process to the next.
+    # Otherwise the order of maps, and so the bytes of shards, would differ between processes.
     return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
 
 
 @contextlib.contextmanager
 def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
-    """Raises `UserError` where the disk is full."""
+    """Raises `UserError` if the disk is full."""
     try:
         writer = ArrayRecordWriter(file, WRITER_OPTIONS)
         yield writer
@@ -172,9 +167,9 @@ def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
         raise UserError(f"a shard cannot be written: {error}") from error
 
 
-def _read_picture(shard: Shard, name: str) -> bytes | UserError:
+def _read_image(shard: Shard, name: str) -> bytes | UserError:
     try:
-        data = read_picture(image_path(shard.images, name))
+        data = read_image(image_path(shard.images, name))
         if shard.decode:
             decode_image(data, name=f"{shard.images}/{name}")
     except UserError as error:

@@ -1,16 +1,15 @@
-"""Where samples come from: the interface of a source, and LLaVA's JSON format with an image folder.
+"""Sources of samples: their interface, and LLaVA's JSON format with an image folder.
 
-The format is a JSON array of samples, or JSONL with one a line.
-
-A sample is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-{"from": "gpt", "value": "A cat."}]}`. `image` may be a list (or be called `images`) or be absent; `id` may be a
-number or be absent, and is then the index. `samples` has the other keys and spellings that are read.
+The format is a JSON array of samples, or JSONL with one a line. A sample is `{"id": ..., "image": "a.jpg",
+"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}`. `image`
+may be a list, be called `images` or be absent. `id` may be a number, or be absent: then it is the index. `samples` has
+the other keys that are read.
 """
 
 import array
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,21 +17,22 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
-from llava_jax.data.images import read_picture
-from llava_jax.data.names import image_path
+from llava_jax.data.formats import FORMATS
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import read_image
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
 
 T = TypeVar("T")
 
-INDEX = 3  # of the caches of files: raise it when another version would find other faults or digests
+INDEX = 3  # version of the cached indices: raise it when files would have other faults or digests
 
 
 class Source(Protocol):
-    """Random access to samples; texts are cheap and apart from pictures. Travels to processes that read."""
+    """Random access to samples. Their texts are read apart from their images. It is pickled for reading processes."""
 
-    digest: str  # of all samples in their order, whatever holds them: `digest_of`
+    digest: str  # of all samples in order, the same for each way to store them
 
     def __len__(self) -> int: ...
 
@@ -44,15 +44,16 @@ class Source(Protocol):
 
 
 class LlavaJson(Sequence[Sample]):
-    """The samples of a file, their pictures in folder `images` (not needed where none is read): a `Source`.
+    """The samples of a file and of folder `images`, which is needed only to read images: a `Source`.
 
-    All are checked when it is opened, which the cache remembers; texts stay in the file. Raises `UserError` with file,
-    line or index, and id; if `lenient`, only where a record is asked for that is no sample.
+    Opening it checks all samples; the cache keeps the result. Texts stay in the file. Raises `UserError` with file,
+    line or index, and id for a record that is no sample; if `lenient`, only when that record is read.
     """
 
     def __init__(self, path: epath.PathLike, images: epath.PathLike = "", lenient: bool = False):
         self.path = path
         self.images = images
+        self.formats = tuple(FORMATS.values())  # unpickling these imports their modules in reading processes
         self._records, self.digest = _index(path, lenient)
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class LlavaJson(Sequence[Sample]):
         return parse_sample(Record(where, index, 0, 0, self._records[index]))
 
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        return [read_picture(image_path(self.images, name)) for name in names]
+        return [read_image(image_path(self.images, name)) for name in names]
 
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"
@@ -85,9 +86,11 @@ def read_images(
 
 
 def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
-    """Where the records of a file are, once all are known to be samples (or not, if `lenient`), and their digest."""
+    """The positions and the digest of the records of a file. Raises `UserError` for a bad one unless `lenient`."""
     file = local_data(path)
-    name = f"index-{cache.digest(INDEX, lenient, os.path.abspath(file), cache.content_version(file))}"
+    formats = [(data_format.name, data_format.version) for data_format in FORMATS.values()]
+    parts = (INDEX, lenient, os.path.abspath(file), cache.content_version(file), *formats)
+    name = f"index-{cache.digest(*parts)}"
     index = cache.load(name)
     if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
@@ -106,7 +109,7 @@ def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
 
 
 def _is_index(index: dict[str, np.ndarray], file: Path) -> bool:
-    """Whether what the cache holds can be the index of a file: records one after the other."""
+    """Whether arrays of the cache can be the index of a file: records that follow each other."""
     if index.keys() != {"starts", "stops", "digest"} or index["digest"].dtype.kind != "U":
         return False
     places = [index["starts"], index["stops"]]
@@ -114,11 +117,3 @@ def _is_index(index: dict[str, np.ndarray], file: Path) -> bool:
         return False
     ends = np.stack(places, axis=1).ravel()
     return len(ends) > 0 and ends[0] >= 0 and ends[-1] <= file.stat().st_size and bool(np.all(np.diff(ends) >= 0))
-
-
-def digest_of(samples: Iterable[Sample]) -> str:
-    """What tells these samples, their image names and their order from others."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(repr(sample).encode())
-    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Token ids and the mask of what is learned.
+"""Token ids and labels of conversations.
 
-The ids are those of the rendered prompt, cut at `<image>` and tokenized chunk by chunk with BOS before the first
-alone: what published checkpoints were trained on, side effects included (a SentencePiece tokenizer begins the chunk
-after an image with `▁`). The mask comes from character offsets and never from the lengths of parts tokenized anew.
+The rendered text is cut at `<image>` and tokenized chunk by chunk, with BOS before the first chunk alone. Published
+checkpoints were trained on these ids, side effects included (a SentencePiece tokenizer begins the chunk after an image
+with `▁`). The labels come from character offsets, never from the lengths of parts that are tokenized again.
 """
 
 from __future__ import annotations
@@ -18,35 +18,28 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import (
-    IM_END_TOKEN,
-    IM_START_TOKEN,
-    IMAGE_TOKEN,
-    Template,
-    check_system,
-    place_images,
-    render,
-)
+from llava_jax.data.conversation import check_system, place_images, render
 from llava_jax.data.samples import Sample
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.remote import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE_TOKEN_INDEX = -200  # stands in ids where the features of an image go
-IGNORE_INDEX = -100  # a label that is not learned
+IMAGE_TOKEN_INDEX = -200  # the id of an image
+IGNORE_INDEX = -100  # the label of a position without a target
 
 
 class Encoded(NamedTuple):
-    """A conversation as ids: int32[N] both; one `IMAGE_TOKEN_INDEX` an image, labels unshifted."""
+    """A conversation: ids, with `IMAGE_TOKEN_INDEX` for an image, and unshifted labels; int32[N] both."""
 
     input_ids: np.ndarray
     labels: np.ndarray
 
 
-class Row(NamedTuple):
-    """An `Encoded` with P positions an image. `image_feature_index` is image x P + patch, -1 for text."""
+class Segment(NamedTuple):
+    """A sample in a row: an `Encoded` with P positions an image; `image_feature_index` is image x P + patch or -1."""
 
     tokens: np.ndarray  # int32[L], 0 under images
     labels: np.ndarray  # int32[L]
@@ -55,12 +48,14 @@ class Row(NamedTuple):
 
 
 def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of an HF directory, a bare `tokenizer.model` of LLaMA included, whose ids are SentencePiece's.
+    """Loads the fast tokenizer of an HF directory; of a bare `tokenizer.model` of LLaMA with SentencePiece's own ids.
 
-    transformers 5 adds no BOS where a SentencePiece model comes without `add_bos_token`; here LLaMA's default, true,
-    holds. It also forgets `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept.
-    The directory may be remote (`gs://`). Code in it is never run. Raises `UserError` where there is no tokenizer, or
-    none that knows character offsets, and for one that ends every text.
+    transformers 5 adds no BOS if a SentencePiece model has no `add_bos_token`; here LLaMA's default, true, is used. It
+    also drops `legacy` (whether text after `</s>` begins with `▁`) in `save_pretrained`; here it is kept. The directory
+    may be remote (`gs://`). Code in it is never run.
+
+    Raises:
+      UserError: there is no tokenizer, it knows no character offsets, or it adds an end token to every text.
     """
     if not epath.Path(directory).is_dir():
         raise UserError(f"{directory}: no such tokenizer directory")
@@ -70,7 +65,7 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
         ids, has_pieces = tokenizer.encode("a"), bool(tokenizer.get_vocab())
     except UserError:
         raise
-    except BaseException as error:  # the tokenizers library raises no other class for a broken file, or panics
+    except BaseException as error:  # the tokenizers library raises bare exceptions for a broken file, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "auto_map" in files.get("tokenizer_config.json", ()):
@@ -105,10 +100,10 @@ def _load(directory: Path, files: dict[str, dict[str, Any]]) -> PreTrainedTokeni
     if "tokenizer.json" in files:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if isinstance(tokenizer, LlamaTokenizer):
-            if config.get("legacy") is None:  # then transformers 4 does what the file says, and 5 forgets it
+            if config.get("legacy") is None:  # transformers 4 does what the file says, 5 ignores it
                 tokenizer.legacy = sentencepiece_model.begins_every_part(files["tokenizer.json"])
             sentencepiece_model.begin_with_space(tokenizer, tokenizer.add_prefix_space is not False)
-            # transformers 5 saves the wrong merges that it made of a tokenizer.model: where that is there, it decides.
+            # transformers 5 saves the wrong merges that it made of a tokenizer.model: that file is used if it exists.
             model = sentencepiece_model.read_model(model_file) if model_file.exists() else None
             if model and sentencepiece_model.fits(model, tokenizer):
                 sentencepiece_model.follow(model, tokenizer, model_file)
@@ -137,8 +132,10 @@ def encode_sample(
     image_position: str = "first",
     seed: int = 0,
 ) -> Encoded:
-    """Ids and labels of a training sample. Raises `UserError` with its id where there is nothing to learn, or where it
-    has a system prompt for which the template has no place."""
+    """Ids and labels of a training sample.
+
+    Raises `UserError` with its id if it has no answer, or a system prompt for which the template has no place.
+    """
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
         check_system(turns, template)
@@ -153,23 +150,22 @@ def encode_sample(
 def encode_turns(
     turns: Sequence[tuple[str, str | None]], template: Template, tokenizer: PreTrainedTokenizerBase, begun: str = ""
 ) -> Encoded:
-    """Ids and labels of turns as `render` takes them; with an open last turn the prompt of an answer, and its beginning
-    if one is given.
+    """Ids and labels of turns, which are rendered as in `render`.
 
-    Raises `UserError` where the template puts images between tokens that are not in the vocabulary.
+    Raises `UserError` if the template puts images between tokens that are not in the vocabulary.
     """
     if IM_START_TOKEN in template.image:
         require_tokens(tokenizer, IM_START_TOKEN, IM_END_TOKEN)
     system = default_system(tokenizer) if template.system is None else None
-    text, learned_spans = render(turns, template, system, begun)
-    return _encode(text, learned_spans, tokenizer)
+    text, target_spans = render(turns, template, system, begun)
+    return _encode(text, target_spans, tokenizer)
 
 
-def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
-    """Gives every image its `image_tokens` positions and truncates to `max_length`, never within an image.
+def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Segment:
+    """Gives every image its `image_tokens` positions and truncates to `max_length`, but not within an image.
 
-    An image that does not fit whole goes, and all after it: `num_images` tells how many are left. What is cut may
-    hold every label.
+    An image that does not fit completely is dropped with all after it; `num_images` are left. The dropped positions may
+    hold all labels.
     """
     ids, labels = truncate(encoded, image_tokens, max_length)
     is_image = ids == IMAGE_TOKEN_INDEX
@@ -178,7 +174,7 @@ def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
     num_images = int(is_image.sum())
     feature_index = np.full(under_image.shape, -1, np.int32)
     feature_index[under_image] = np.arange(num_images * image_tokens, dtype=np.int32)
-    return Row(
+    return Segment(
         tokens=np.where(under_image, 0, np.repeat(ids, widths)).astype(np.int32),
         labels=np.repeat(labels, widths),
         image_feature_index=feature_index,
@@ -187,70 +183,70 @@ def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
 
 
 def truncate(encoded: Encoded, image_tokens: int, max_length: int) -> Encoded:
-    """What `expand` keeps."""
+    """The part of ids and labels that `expand` keeps."""
     widths = np.where(encoded.input_ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
     kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
     return Encoded(encoded.input_ids[:kept], encoded.labels[:kept])
 
 
-class _Piece(NamedTuple):
-    """A part of a text that is tokenized by itself, and its tokens."""
+class _Chunk(NamedTuple):
+    """The tokens of a part of a text that is tokenized by itself."""
 
     after_image: bool
     ids: np.ndarray  # int32[N], without BOS unless it begins the text
-    starts: np.ndarray  # int64[N]: the first character of each in the whole text, not decreasing
-    ends: np.ndarray  # int64[N]: the one after its last
-    added: np.ndarray  # bool[N]: by the tokenizer, not found in the text
+    starts: np.ndarray  # int64[N]: the first character of each in the complete text, not decreasing
+    ends: np.ndarray  # int64[N]: the character after its last
+    added: np.ndarray  # bool[N]: whether the tokenizer added it to the text
 
 
-def _encode(text: str, learned_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    spans = np.array(learned_spans, np.int64).reshape(-1, 2)
-    pieces = _tokenize(text, (), tokenizer)
-    if cuts := _straddled(pieces, spans[:, 0]):
-        # White space that an answer begins with may share a token with the end of its prompt, which generation never
-        # gives: "\n" comes with the prompt and is followed by "\n", not by the token "\n\n". There the text is cut.
-        uncut, pieces = pieces, _tokenize(text, cuts, tokenizer)
-        _require_same_text(uncut, pieces, text[cuts[0] :], tokenizer)
-    return _joined(pieces, [_overlap(piece, spans) & ~piece.added for piece in pieces])
+def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    spans = np.array(target_spans, np.int64).reshape(-1, 2)
+    chunks = _tokenize(text, (), tokenizer)
+    if cuts := _straddled(chunks, spans[:, 0]):
+        # White space at the beginning of an answer may share a token with the end of its prompt. Generation never
+        # gives that token: a prompt that ends with "\n" is followed by "\n", not by "\n\n". So it is cut there.
+        uncut, chunks = chunks, _tokenize(text, cuts, tokenizer)
+        _require_same_text(uncut, chunks, text[cuts[0] :], tokenizer)
+    return _joined(chunks, [_overlap(chunk, spans) & ~chunk.added for chunk in chunks])
 
 
-def _joined(pieces: list[_Piece], learned: list[np.ndarray]) -> Encoded:
+def _joined(chunks: list[_Chunk], targets: list[np.ndarray]) -> Encoded:
     ids, labels = [], []
-    for piece, mask in zip(pieces, learned, strict=True):
-        if piece.after_image:
+    for chunk, mask in zip(chunks, targets, strict=True):
+        if chunk.after_image:
             ids.append([IMAGE_TOKEN_INDEX])
             labels.append([IGNORE_INDEX])
-        ids.append(piece.ids)
-        labels.append(np.where(mask, piece.ids, IGNORE_INDEX))
+        ids.append(chunk.ids)
+        labels.append(np.where(mask, chunk.ids, IGNORE_INDEX))
     return Encoded(np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32))
 
 
-def _tokenize(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
-    """Tokenizes the chunks between images, cut at these characters, each by itself."""
-    parts, start = [], 0  # (text, its first character, whether an image is before it)
-    for i, chunk in enumerate(text.split(IMAGE_TOKEN)):
-        end = start + len(chunk)
+def _tokenize(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Chunk]:
+    """Tokenizes the texts between images, cut at these characters, each by itself."""
+    parts, start = [], 0  # (text, its first character, whether it follows an image)
+    for i, between in enumerate(text.split(IMAGE_TOKEN)):
+        end = start + len(between)
         bounds = [start, *(cut for cut in cuts if start < cut < end), end]
         parts += [(text[a:b], a, i > 0 and a == start) for a, b in itertools.pairwise(bounds)]
         start = end + len(IMAGE_TOKEN)
     tokenized = tokenizer(
         [part for part, _, _ in parts], return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
     )
-    pieces = []
+    chunks = []
     for i, (_, begin, after_image) in enumerate(parts):
         added = np.array(tokenized["special_tokens_mask"][i], bool)
         kept = ~added if i else np.full(added.shape, True)
         ids = np.array(tokenized["input_ids"][i], np.int32)
         offsets = np.array(tokenized["offset_mapping"][i], np.int64).reshape(-1, 2)[kept] + begin
-        pieces.append(_Piece(after_image, ids[kept], *_extents(offsets, begin), added[kept]))
-    return pieces
+        chunks.append(_Chunk(after_image, ids[kept], *_extents(offsets, begin), added[kept]))
+    return chunks
 
 
 def _extents(offsets: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of the tokens of a part of a text, which begins at `begin`, by offsets int[N, 2].
+    """Starts and ends of the tokens of a part of a text that begins at `begin`, from offsets int[N, 2].
 
-    Some tokenizers leave white space out of their offsets; a token takes what lies between it and the one before.
-    One with an empty offset still counts as a character, since it has to be learned where it stands in an answer.
+    Some tokenizers leave white space out of their offsets: a token gets the characters between it and the one before.
+    A token with an empty offset counts as a character, because it is a target in an answer.
     """
     starts, ends = offsets.T
     previous_ends = np.maximum.accumulate(np.concatenate([[begin], ends]))[:-1]
@@ -258,26 +254,26 @@ def _extents(offsets: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.maximum(ends, starts + 1)
 
 
-def _overlap(piece: _Piece, spans: np.ndarray) -> np.ndarray:
-    """Which tokens overlap one of the sorted spans, int[S, 2]: bool[N]."""
-    first = np.searchsorted(spans[:, 1], piece.starts, side="right")  # the first span that ends after the token's start
-    return np.append(spans[:, 0], np.iinfo(np.int64).max)[first] < piece.ends
+def _overlap(chunk: _Chunk, spans: np.ndarray) -> np.ndarray:
+    """Which tokens overlap one of the sorted spans, int[S, 2]; bool[N]."""
+    first = np.searchsorted(spans[:, 1], chunk.starts, side="right")  # the first span that ends after the token's start
+    return np.append(spans[:, 0], np.iinfo(np.int64).max)[first] < chunk.ends
 
 
-def _straddled(pieces: list[_Piece], positions: np.ndarray) -> list[int]:
-    """Those of the sorted positions that lie within a token."""
+def _straddled(chunks: list[_Chunk], positions: np.ndarray) -> list[int]:
+    """The sorted positions that are within a token."""
     found = []
-    for piece in pieces:
-        ends = np.maximum.accumulate(piece.ends)
+    for chunk in chunks:
+        ends = np.maximum.accumulate(chunk.ends)
         first = np.searchsorted(ends, positions, side="right")  # the first token that ends after the position
-        within = np.append(piece.starts, np.iinfo(np.int64).max)[first] < positions
+        within = np.append(chunk.starts, np.iinfo(np.int64).max)[first] < positions
         found += positions[within].tolist()
     return found
 
 
-def _require_same_text(uncut: list[_Piece], cut: list[_Piece], answer: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `UserError` where tokens change the text that they are cut in, as SentencePiece's do by a space."""
-    before, after = (tokenizer.decode(np.concatenate([piece.ids for piece in pieces])) for pieces in (uncut, cut))
+def _require_same_text(uncut: list[_Chunk], cut: list[_Chunk], answer: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `UserError` if cutting the text changes what its tokens decode to, as in SentencePiece by a space."""
+    before, after = (tokenizer.decode(np.concatenate([chunk.ids for chunk in chunks])) for chunks in (uncut, cut))
     if before != after:
         raise UserError(
             f"the tokenizer joins the end of the prompt and the beginning of the answer {answer[:20]!r} in one token, "
@@ -286,21 +282,22 @@ def _require_same_text(uncut: list[_Piece], cut: list[_Piece], answer: str, toke
 
 
 def default_system(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The system prompt of templates that leave it to the tokenizer (`system` None)."""
+    """The system prompt for templates that leave it to the tokenizer (`system` None)."""
     return _default_system(str(tokenizer.chat_template))
 
 
 @functools.lru_cache
 def _default_system(chat_template: str) -> str:
-    """The default system prompt that a ChatML chat template holds as a literal; "" where it has none.
+    """The default system prompt, a literal in a ChatML chat template; "" if it has none.
 
-    SmolLM2 and Qwen2 differ in nothing else. Reading the source spares the base install a Jinja.
+    SmolLM2 and Qwen2 differ in nothing else. Reading the source of the template does not need to run it.
     """
     match = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", chat_template)
     return match[1] if match else ""
 
 
 def require_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> None:
+    """Raises `UserError` if the tokenizer lacks one of the tokens."""
     missing = [token for token in tokens if token not in tokenizer.get_added_vocab()]
     if missing:
         raise UserError(f"mm_use_im_start_end needs tokens that the tokenizer lacks: {', '.join(missing)}")

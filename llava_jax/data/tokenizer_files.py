@@ -1,4 +1,4 @@
-"""The files of a tokenizer, before libraries read them that bound nothing."""
+"""Checks the files of a tokenizer before libraries read them without limits."""
 
 import math
 from pathlib import Path
@@ -9,23 +9,21 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.files.reading import parse_json, read_bytes, refuse_pointer
 
-# What transformers may read of a directory to make a tokenizer.
+# The files of a directory that transformers may read to make a tokenizer.
 PATTERNS = ("*token*", "vocab.*", "merges.txt", "config.json", "chat_template*", "additional_chat_templates/*")
-MAX_BYTES = 64 * 2**20  # of one; the tokenizer.json of Gemma, among the largest, takes half of it
-MAX_LAYERS = 10_000  # transformers lists them
-MAX_GROWTH = (
-    1000  # how many times longer replacements may make a text: each of published tokenizers is of one character
-)
+MAX_BYTES = 64 * 2**20  # of a file; Gemma's tokenizer.json, one of the largest, has half of it
+MAX_LAYERS = 10_000  # transformers makes a list of them
+MAX_GROWTH = 1000  # factor by which replacements may lengthen a text; published tokenizers replace by one character
 
 Json = dict[str, Any]
 
 
 def read_tokenizer_files(directory: Path, name: epath.PathLike) -> dict[str, Json]:
-    """The JSON files of a local directory by name, after all that transformers may read have been looked at.
+    """Reads the JSON files of a local directory by name, and checks all files that transformers may read.
 
     Raises:
-      UserError: naming a file in `name`, where one is no regular file, too large or no JSON object, names files
-        elsewhere, or describes what takes memory without end.
+      UserError: naming a file in `name` that is no regular file, too large, no JSON object, names files in other
+        directories, or describes what takes unbounded memory.
     """
     found: dict[str, Json] = {}
     for file in sorted({file for pattern in PATTERNS for file in directory.glob(pattern) if not file.is_dir()}):
@@ -54,7 +52,7 @@ def _check(found: dict[str, Json], name: epath.PathLike) -> None:
 
 
 def _growth(step: Any) -> float:
-    """The logarithm of how many times longer all replacements in a part of a tokenizer.json make a text together."""
+    """The logarithm of the factor by which all replacements in a part of a tokenizer.json lengthen a text."""
     if isinstance(step, list):
         return sum(map(_growth, step))
     if not isinstance(step, dict):

@@ -1,7 +1,7 @@
-"""A conversation that was had, as a sample of LLaVA's JSON, and back.
+"""Saves a conversation of the chat as LLaVA JSON, and loads it.
 
-It is one that `data.check` finds clean and that training takes. `system` is the system prompt, where the conversation
-had another than the template's; an empty one, for none, is for the chat alone.
+`data.check` finds the file clean, and training reads it. `system` is the system prompt if it was not the template's; an
+empty one, for no system prompt, only has a meaning for the chat.
 """
 
 import json
@@ -12,55 +12,56 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import IMAGE_TOKEN
-from llava_jax.data.names import ImageFolder, image_path
+from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
-from llava_jax.data.samples import parse_sample, record_value
+from llava_jax.data.samples import conversation, parse_sample, record_value
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files.writing import atomic_file
-
-SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 class Transcript(NamedTuple):
-    """Turns of user and assistant, a picture's name for each `<image>` in them, and the system prompt if it had one."""
+    """Turns of user and assistant, an image name for each `<image>` in them, and the system prompt if there was one."""
 
     turns: Sequence[tuple[str, str]]
-    pictures: Sequence[str] = ()
+    images: Sequence[str] = ()
     system: str | None = None
 
 
 def unmarked(text: str) -> str:
-    """A text without what would stand for one more picture."""
+    """A text without marks, which would add images."""
     return text.replace(IMAGE_TOKEN, "")
 
 
-def marked(text: str, pictures: int) -> str:
-    """A question's text with a mark for each of its images: marks in the text keep their places, the rest go before it.
+def marked(text: str, images: int) -> str:
+    """The text of a question with a mark for each of its images. Missing marks are added before the text.
 
-    Raises `UserError` where the text has more marks than there are images.
+    Raises `UserError` if the text has more marks than there are images.
     """
     placed = text.count(IMAGE_TOKEN)
-    if placed > pictures:
+    if placed > images:
         raise UserError(
-            f"{placed} {IMAGE_TOKEN} in the message, but {pictures} images for it: attach one for each, or write "
+            f"{placed} {IMAGE_TOKEN} in the message, but {images} images for it: attach one for each, or write "
             "something else for the mark"
         )
-    return f"{IMAGE_TOKEN}\n" * (pictures - placed) + text
+    return f"{IMAGE_TOKEN}\n" * (images - placed) + text
 
 
 def dump(transcript: Transcript, ident: str) -> str:
     """The JSON text: an array of one sample."""
     sample: dict[str, Any] = {"id": ident}
-    if transcript.pictures:
-        sample["image"] = transcript.pictures[0] if len(transcript.pictures) == 1 else list(transcript.pictures)
+    if transcript.images:
+        sample["image"] = transcript.images[0] if len(transcript.images) == 1 else list(transcript.images)
     if transcript.system is not None:
         sample["system"] = transcript.system
-    sample["conversations"] = [{"from": SPEAKERS[role], "value": text} for role, text in transcript.turns]
+    sample["conversations"] = conversation(transcript.turns)
     return json.dumps([sample], ensure_ascii=False, indent=2) + "\n"
 
 
 def save(path: epath.Path, transcript: Transcript) -> None:
-    """Writes it to a file named in its `id`. Never over anything but another conversation. Raises `UserError`."""
+    """Writes a conversation, whose `id` is the name of the file. Only another conversation is replaced.
+
+    Raises `UserError`.
+    """
     if not transcript.turns:
         raise UserError("there is nothing to save yet: nothing has been answered")
     if path.exists():
@@ -73,8 +74,10 @@ def save(path: epath.Path, transcript: Transcript) -> None:
 
 
 def load(path: epath.Path, allow_absolute: bool = True) -> Transcript:
-    """The one conversation in a file; names of images are relative to its folder, or absolute where that is allowed.
-    Raises `UserError`."""
+    """Reads the conversation in a file. Image names are relative to its folder, or absolute if that is allowed.
+
+    Raises `UserError`.
+    """
     records = list(islice(scan(local_data(path), path), 2))
     if len(records) != 1:
         raise UserError(f"{path}: holds more than one sample: one conversation was expected")

@@ -15,7 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, say
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
@@ -29,9 +29,9 @@ from llava_jax.datagen.report import read_rejects, write_report
 from llava_jax.datagen.rules import check_language
 from llava_jax.datagen.workers import run
 from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.settings import Settings
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
@@ -159,7 +159,7 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
 
 def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
     pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
-    for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, settings.prices):
+    for line in estimate_lines(recipe, ledger, pending, count, settings.max_completion_tokens, settings.prices):
         say(line)
     return 0
 

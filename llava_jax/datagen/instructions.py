@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.datagen.words import read_entries
 
 Option = TypeVar("Option")

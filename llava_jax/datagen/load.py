@@ -22,8 +22,8 @@ from etils import epath
 from PIL import ExifTags, Image
 
 from llava_jax.cli import UserError, short, track
+from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import FORMATS
-from llava_jax.data.names import image_path
 from llava_jax.data.records import load_json, local_data, scan
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco

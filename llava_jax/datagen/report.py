@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, say, track
-from llava_jax.data.names import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import Sample, record_value
 from llava_jax.data.sources import LlavaJson

@@ -14,10 +14,10 @@ from etils import epath
 from PIL import Image
 
 from llava_jax.cli import UserError, short, track
-from llava_jax.data.conversation import IMAGE_TOKEN
+from llava_jax.data.image_folder import MAX_LENGTH, image_path
 from llava_jax.data.images import load_image
-from llava_jax.data.names import MAX_LENGTH, image_path
 from llava_jax.data.sources import Sample
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.statistics import Facts, kind_of

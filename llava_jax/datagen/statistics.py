@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.sources import Sample
+from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.instructions import DETAILED
 from llava_jax.datagen.objects import Finder

@@ -1,7 +1,7 @@
-"""What took long to work out and can be worked out again: files in `$XDG_CACHE_HOME/llava_jax`, ~/.cache by default.
+"""The cache: results that can be computed again, as files in `$XDG_CACHE_HOME/llava_jax` (by default in ~/.cache).
 
-Any of them may be deleted at any time. One that is damaged is as good as none; where the directory cannot be written,
-a warning says so once, and work continues without. The directory is for its owner alone.
+Files may be deleted at any time. Damaged files are ignored. If the directory cannot be written, one warning says so and
+nothing is cached. Only the owner can read the directory.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from llava_jax.remote import is_remote, new_local
 
 COPY_BYTES = 16 * 2**20
 COPIES_AT_ONCE = 8
-BLOCKS, BLOCK = 16, 2**14  # of a file that `content_version` reads, and bytes of each
+BLOCKS, BLOCK = 16, 2**14  # number and bytes of the blocks of a file that `content_version` reads
 
 
 def directory() -> Path:
-    """Where caches are kept; it need not exist."""
+    """The directory of the cache; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_jax"
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Within, the cache is written. What the system refuses becomes a warning, once."""
+    """Code that writes the cache runs within. If the system refuses, a warning says so once."""
     try:
         yield
     except OSError as error:
@@ -48,19 +48,22 @@ def _warn(where: Path, reason: str) -> None:
 
 
 def made() -> Path:
-    """The directory, which now exists. Raises OSError."""
+    """Makes the directory if needed and returns it. Raises OSError."""
     directory().mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory()
 
 
 def digest(*parts: object) -> str:
-    """A name for what the parts say, text and numbers or tuples of them."""
+    """A name that depends on the parts: texts, numbers or tuples of them."""
     return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def version(path: str | os.PathLike) -> str:
-    """What changes whenever a file is written or replaced: inode, size and times (copies and checkouts set that of the
-    last write, nobody that of the last change), or what its object store says. Raises OSError."""
+    """A text that changes whenever a file is written or replaced. Raises OSError.
+
+    It has inode, size and times (copies and checkouts set the time of modification, but not that of the last change),
+    or the version of an object store.
+    """
     if not is_remote(path):
         stat = os.stat(path)
         return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
@@ -69,7 +72,7 @@ def version(path: str | os.PathLike) -> str:
 
 
 def content_version(path: str | os.PathLike) -> str:
-    """The same with what stands at the beginning, at the end and at places between: times may be coarse."""
+    """The same with a hash of blocks of the file, because times may be coarse."""
     if is_remote(path):
         return version(path)
     found = hashlib.sha256()
@@ -82,30 +85,30 @@ def content_version(path: str | os.PathLike) -> str:
 
 
 def load(name: str) -> dict[str, np.ndarray] | None:
-    """The arrays that were saved under a name, or None."""
+    """The arrays that were saved under a name; None if there are none."""
     try:
         with np.load(directory() / f"{name}.npz") as arrays:
             return dict(arrays)
-    except Exception:  # there is none, or it is damaged: NumPy, zipfile and zlib raise nearly anything
+    except Exception:  # no such file, or a damaged one: NumPy, zipfile and zlib raise nearly anything
         return None
 
 
 def save(name: str, **arrays: np.ndarray) -> None:
-    """Keeps arrays under a name."""
+    """Saves arrays under a name."""
     with kept(), replacing(made() / f"{name}.npz") as file:
         np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` once it is whole, whoever else writes the same; or nowhere."""
+    """A file of the cache to write atomically; several processes may write the same one."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with writing.replacing(epath.Path(path), durable=False) as file:
         yield file
 
 
 def adopt(file: epath.Path) -> None:
-    """Keeps what another machine has worked out, in a file of the name that it has in the cache."""
+    """Copies a result of another machine to the cache, under the name of its file."""
     target = directory() / file.name
     with kept():
         if not target.exists():
@@ -116,7 +119,7 @@ def adopt(file: epath.Path) -> None:
 
 
 def local_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """`local_file` of each, several at once. One process of a machine copies, the others wait for it."""
+    """`local_file` of each path, several at once. One process of a machine copies, the others wait."""
     if not any(map(is_remote, paths)):
         return [Path(path) for path in paths]
     with _alone(), ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
@@ -126,7 +129,7 @@ def local_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Within is one process of this machine at a time, if there is where to keep copies."""
+    """Lets one process of this machine in at a time, if the cache can be written."""
     with contextlib.ExitStack() as stack:
         with kept():
             lock = stack.enter_context((made() / "copying.lock").open("w"))
@@ -135,23 +138,23 @@ def _alone() -> Iterator[None]:
 
 
 def local_file(path: str | os.PathLike, show: bool = True) -> Path:
-    """The file itself or, of a remote one, a copy that the next call finds, if the file is still the same."""
+    """The file itself, or a cached copy of a remote file. A file that changes is copied again."""
     if not is_remote(path):
         return Path(path)
     return derived("copy", path, lambda target: _copy(epath.Path(path), target, show))
 
 
 def derived(kind: str, path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """A local file that `write` makes of the one at `path`, which the next call finds if that is still the same."""
+    """A cached file that `write` makes of the one at `path`. It is made again when that file changes."""
     copies = directory() / f"{kind}-{digest(os.fspath(path))}"
     copy = copies / digest(content_version(path))
     if not copy.exists():
-        shutil.rmtree(copies, ignore_errors=True)  # of what the file was before
+        shutil.rmtree(copies, ignore_errors=True)  # of earlier versions of the file
         with kept():
             made()
             write(copy)
             return copy
-        copy = new_local() / copy.name  # there is nowhere to keep it
+        copy = new_local() / copy.name  # the cache cannot be written
         write(copy)
     return copy
 
@@ -160,6 +163,6 @@ def _copy(source: epath.Path, target: Path, show: bool) -> None:
     blocks = -(-source.stat().length // COPY_BYTES)
     with source.open("rb") as remote, replacing(target) as file:
         read = iter(lambda: remote.read(COPY_BYTES), b"")
-        told = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
-        for block in track(read, told, blocks) if show else read:
+        message = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
+        for block in track(read, message, blocks) if show else read:
             file.write(block)

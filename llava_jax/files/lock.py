@@ -1,10 +1,9 @@
-"""One process at a time writes into a directory, and `run.lock` in it says which.
+"""A lock that lets one process at a time write to a directory. The file `run.lock` in it describes the holder.
 
-On a file system that file is also locked by `flock`, which the kernel ends with the process, even at SIGKILL. Such a
-lock may not reach other machines (NFS without a lock manager, Lustre, FUSE), and object stores have none. So the holder
-also gives a sign of life every `BEAT` seconds: a holder on another machine that gives none for `EXPIRY` seconds of the
-waiting process's own clock counts as dead, and its lock is taken over. A holder that was only frozen notices that
-before it writes, and stops.
+On a file system the file is also locked by `flock`, which the kernel releases when the process ends, even by SIGKILL.
+Such a lock may not reach other machines (NFS without a lock manager, Lustre, FUSE), and object stores have none. So the
+holder also updates the file every `BEAT` seconds. If a holder on another machine does not for `EXPIRY` seconds of the
+waiting process's clock, its lock is taken over. A holder that was only frozen notices that before it writes, and stops.
 """
 
 import contextlib
@@ -30,18 +29,18 @@ from llava_jax.remote import is_remote
 
 LOCK = "run.lock"
 BEAT, EXPIRY = 10, 60  # seconds
-MAX_BYTES = 4096  # of what is read of the file, which anybody may have written
+MAX_BYTES = 4096  # that are read of the file, which anybody may have written
 
 
 @contextlib.contextmanager
 def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
-    """Holds the lock of `directory`, which is made if needed; yields a check to call before what is written.
+    """Holds the lock of `directory`, which is made if needed. Yields a check to call before each write.
 
-    Raises UserError, as the check does once the lock was lost, that names the process that holds it. On object stores
-    that TensorStore does not know nothing can be locked, which is said.
+    Raises UserError naming the process that holds the lock; so does the check after the lock was lost. Object stores
+    that TensorStore does not support cannot be locked: a warning says so.
     """
     if is_remote(directory) and not os.fspath(directory).startswith(("gs://", "s3://")):
-        warn(f"{directory}: cannot be locked: see to it that no other process writes there")
+        warn(f"{directory}: cannot be locked: make sure that no other process writes there")
         yield lambda: None
         return
     made = not directory.exists()
@@ -49,7 +48,7 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
         directory.mkdir(parents=True, exist_ok=True)
         store = _LockObject(directory) if is_remote(directory) else _LockFile(directory)
         _acquire(store, directory)
-    except (OSError, ValueError, RuntimeError) as error:  # the latter of TensorStore
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError of TensorStore
         raise UserError(f"{directory}: cannot be written ({_cause(error)})") from error
     ended, last = threading.Event(), [time.monotonic()]
 
@@ -64,11 +63,11 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
 
     def beat_until_end() -> None:
         while not ended.wait(BEAT):
-            with contextlib.suppress(Exception):  # a network that is down; what is lost is noticed by the check
+            with contextlib.suppress(Exception):  # the network may be down; the check notices a lost lock
                 beat()
 
     def check() -> None:
-        if time.monotonic() - last[0] > EXPIRY / 2:  # until then nobody can have waited long enough
+        if time.monotonic() - last[0] > EXPIRY / 2:  # before that no other process can have waited long enough
             try:
                 beat()
             except (OSError, ValueError, RuntimeError) as error:
@@ -80,15 +79,15 @@ def hold(directory: epath.Path) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         ended.set()
-        thread.join(BEAT)  # a network that hangs
-        with contextlib.suppress(Exception):  # it expires
+        thread.join(BEAT)  # at most: the network may hang
+        with contextlib.suppress(Exception):  # else it expires
             store.release()
             if made and not is_remote(directory):
                 directory.rmdir()  # unless something was written
 
 
 def entries(directory: epath.Path) -> list[epath.Path]:
-    """What a directory holds besides its lock; nothing where there is none."""
+    """The entries of a directory but its lock; none if it does not exist."""
     return [entry for entry in directory.iterdir() if entry.name != LOCK] if directory.is_dir() else []
 
 
@@ -118,7 +117,7 @@ def _acquire(store: "_LockFile | _LockObject", directory: epath.Path) -> None:
 
 
 def _shows_life(store: "_LockFile | _LockObject") -> bool:
-    """Waits until a holder ends or expires, as a preempted one does that still saves; True where it does neither."""
+    """Waits until a holder ends (as a preempted one does after saving) or expires; True if it does neither."""
     version, unchanged = store.seen()[1], 0
     for _ in range(2 * EXPIRY):
         time.sleep(1)
@@ -142,7 +141,7 @@ def _describe(where: str) -> dict[str, Any]:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """The holder that a lock describes, with no fields where it is not readable."""
+    """The holder that a lock describes, without fields if it cannot be parsed."""
     with contextlib.suppress(ValueError):
         if isinstance(holder := loads(text), dict):
             return holder
@@ -150,7 +149,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _name(text: bytes) -> str:
-    """Who holds a lock, for a message."""
+    """The holder of a lock, for a message."""
     holder = _parse(text)
     if not holder:
         return "another process"
@@ -160,27 +159,27 @@ def _name(text: bytes) -> str:
 
 
 def _boot() -> str:
-    """What tells this machine, since its start, from all others."""
+    """An id of this machine since it was booted."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.exists() else socket.gethostname()
 
 
 def _started(pid: Any) -> str | None:
-    """When a process of this machine started, as the kernel counts it; None where there is no such process."""
+    """The start time of a process of this machine, in the kernel's units; None if there is no such process."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     return None
 
 
 class _LockFile:
-    """The lock on a file system, which may be shared."""
+    """A lock on a file system, which may be shared."""
 
     def __init__(self, directory: epath.Path):
         self.path = os.fspath(directory / LOCK)
         self.text = b""  # what this process wrote
 
     def look(self) -> tuple[bytes, bool | None]:
-        """What the lock says, and whether its holder is alive, None where only its signs of life can tell."""
+        """The text of the lock and whether its holder is alive, None if only its signs of life can tell."""
         while True:
             self._refuse_irregular()
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -194,15 +193,15 @@ class _LockFile:
             text, version = self.seen()
             if version and version[0] == opened.st_ino:
                 break
-            os.close(self.descriptor)  # its holder has just removed it
-        self.where = f"{_boot()} {opened.st_dev}"  # as far as a lock certainly reaches
+            os.close(self.descriptor)  # its holder has just removed the file
+        self.where = f"{_boot()} {opened.st_dev}"  # where a lock certainly works
         dead = not text or (reaches and _parse(text).get("where") == self.where)
         return text, False if dead else None
 
     def seen(self) -> tuple[bytes, tuple[int, int] | None]:
-        """What the lock says, and what changes with each sign of life, None where it is gone.
+        """The text of the lock and a version that changes with each sign of life, None if the file is gone.
 
-        Opened anew, since another file may be there now, and the server of a network file system is asked again then.
+        The file is opened again, because it may have been replaced, and so that a network file system asks its server.
         """
         self._refuse_irregular()
         try:
@@ -213,7 +212,7 @@ class _LockFile:
             return b"", None
 
     def _refuse_irregular(self) -> None:
-        """A pipe would block, and what a link leads to would be overwritten."""
+        """Raises UserError for a pipe, which would block, or a link, whose target would be overwritten."""
         if os.path.lexists(self.path) and not stat.S_ISREG(os.lstat(self.path).st_mode):
             raise UserError(f"{self.path}: is not a regular file, as a lock is: remove it")
 
@@ -231,14 +230,14 @@ class _LockFile:
             os.close(self.descriptor)
             raise
         taken = self.seen()[0] == self.text
-        if not taken:  # removed, or taken by another machine in the same moment
+        if not taken:  # removed, or taken by another machine at the same moment
             os.close(self.descriptor)
         return taken
 
     def beat(self) -> bool:
         if self.seen()[0] != self.text:
             return False
-        with contextlib.suppress(OSError):  # a file system that keeps no times shows no life, but loses nothing
+        with contextlib.suppress(OSError):  # a file system without times shows no life, but the lock is not lost
             os.utime(self.descriptor)
         return True
 
@@ -249,10 +248,10 @@ class _LockFile:
 
 
 class _LockObject:
-    """The lock on an object store, written on the condition that it is still what was read."""
+    """A lock on an object store, written only if it is still what was read."""
 
     def __init__(self, directory: epath.Path):
-        import tensorstore as ts  # which takes a while
+        import tensorstore as ts  # takes a while to import
 
         self.store = ts.KvStore.open(f"{os.fspath(directory).rstrip('/')}/").result()
         names = Path("/proc/self/ns/pid")  # a process id means something only inside its namespace
@@ -282,7 +281,7 @@ class _LockObject:
     def beat(self) -> bool:
         value = json.dumps(self.holder | {"seen": time.time()})
         written = self.store.write(LOCK, value, if_equal=self.generation).result().generation
-        if not written:  # another wrote it; or this process did, whose answer was lost
+        if not written:  # another process wrote it, or the answer to this one was lost
             text, written = self.seen()
             if _parse(text).get("id") != self.holder["id"]:
                 return False

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.inference.prompts import PromptBatch
+from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.requests import MAX_LOGPROBS
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava
@@ -19,9 +20,13 @@ MAX_STEPS = 32  # tokens of a row that one call of `Decoder.decode` can generate
 
 
 class Decoder:
-    """The programs below, compiled for a model, whose layers it rearranges (`Llava.unstack_layers`)."""
+    """The programs below, compiled for a model, whose layers it rearranges (`Llava.unstack_layers`).
 
-    def __init__(self, model: Llava):
+    `quantize`: "int8" stores the weights of the language model in eight bits.
+    """
+
+    def __init__(self, model: Llava, quantize: str | None = None):
+        self._quantize = quantize
         self.set_model(model)
         self.prefill = self.compile(prefill, static_argnames="size")
         self.prefill_suffixes = self.compile(prefill_suffixes, static_argnames="size")
@@ -33,6 +38,8 @@ class Decoder:
     def set_model(self, model: Llava) -> None:
         """Uses the weights of another model of the same structure from now on. Nothing is compiled again."""
         model.unstack_layers()
+        if self._quantize:
+            quantize_decoder(model.llm)
         self._weights, self._structure = jax.tree.flatten(model)
 
     def drop_weights(self) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, track
-from llava_jax.data.conversation import Template
+from llava_jax.data.templates import Template
 from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding

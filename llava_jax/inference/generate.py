@@ -17,7 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import Template
+from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import RowSampling, Slots
 from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes
@@ -67,6 +67,7 @@ class Generator:
     Args:
       model: its layers are rearranged for decoding; use it only through the generator from then on.
       prompts: the tokenizer and template of the model.
+      quantize: "int8" stores the weights of the language model in eight bits.
 
     Attributes:
       config: of the model.
@@ -75,10 +76,10 @@ class Generator:
       computing: seconds in which the device computed.
     """
 
-    def __init__(self, model: Llava, prompts: PromptEncoder):
+    def __init__(self, model: Llava, prompts: PromptEncoder, quantize: str | None = None):
         self.config = model.config
         self.prompts = prompts
-        self.decoder = decoding.Decoder(model)
+        self.decoder = decoding.Decoder(model, quantize)
         self.computing = 0.0
 
     @classmethod

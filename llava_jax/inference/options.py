@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from llava_jax.data.conversation import Template, choose_template, get_template
+from llava_jax.data.templates import Template, choose_template, get_template
 
 if TYPE_CHECKING:
     from llava_jax.checkpoint.reading import Checkpoint

@@ -10,16 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import (
-    IMAGE_TOKEN,
-    Template,
-    check_system,
-    get_template,
-    place_prompt_images,
-    stop_strings,
-    with_im_start_end,
-)
+from llava_jax.data.conversation import check_system, place_prompt_images
 from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.templates import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
 from llava_jax.inference.detokenization import AnswerStream
 from llava_jax.inference.requests import ImageInput, Request, Sampling

@@ -1,4 +1,4 @@
-"""The options of commands that ask a model behind an API."""
+"""The command line options of commands that ask a model behind an API."""
 
 import argparse
 import json
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import UserError, positive
 from llava_jax.files.reading import loads
-from llava_jax.llm_api.cost import Prices, check_budget
+from llava_jax.llm_api.budget import check_budget
+from llava_jax.llm_api.cost import Prices
 from llava_jax.remote import is_remote
 
 if TYPE_CHECKING:
     from llava_jax.llm_api.asking import Work
 
 OPENAI = "https://api.openai.com/v1"
-NO_KEY = "none"  # servers at home want no key, but the client does
-NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # what the client says itself: one answer is read and paid
+NO_KEY = "none"  # the client needs a key, even if the server does not
+NOT_IN_BODY = {"model", "messages", "n", "stream_options"}  # set by the client, which reads one answer to a request
 
-
-# The options below without those that mean something for a checkpoint, too.
+# The options below that mean nothing for a checkpoint.
 OF_API = (
     "base_url", "body", "attempts", "concurrency", "requests_a_minute", "tokens_a_minute", "timeout", "prices",
     "budget", "batch", "poll", "dry_run", "ledger",
@@ -29,7 +29,7 @@ OF_API = (
 def add_api_arguments(
     parser: argparse.ArgumentParser, temperature: float, max_tokens: int | str, concurrency: int = 16
 ) -> None:
-    """Adds all options but that of the model. `max_tokens` may be words that tell the default, which is then None."""
+    """Adds all options but `--model`. If `max_tokens` is a text that describes the default, the default is None."""
     add = parser.add_argument_group("the API").add_argument
     add("--base-url", "--endpoint", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: "
         "OPENAI_BASE_URL, or OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
@@ -54,14 +54,14 @@ def add_api_arguments(
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, holds: str) -> None:
-    """Adds where the results go, and the ledger beside them."""
+    """Adds the options for the results and the ledger beside them. `holds` says what a line of the results is."""
     add = parser.add_argument
     add("--output", required=True, metavar="F", help=f"JSONL of {holds}")
     add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
 
 
 def ledger_directory(args: argparse.Namespace) -> Path:
-    """Raises UserError where it would not be on a local disk, which SQLite needs."""
+    """The directory of the ledger. Raises `UserError` if it is not on a local disk, which SQLite needs."""
     directory = args.ledger or f"{args.output}.ledger"
     if is_remote(directory) or is_remote(args.output):
         raise UserError(f"{args.output}: is written beside its ledger, which needs a local disk")
@@ -69,9 +69,9 @@ def ledger_directory(args: argparse.Namespace) -> Path:
 
 
 def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
-    """What these options say. Raises `UserError` where they name no server, unless nothing is asked."""
+    """The options as settings. `asks`: whether requests are sent; then a missing server raises `UserError`."""
     from llava_jax.llm_api.asking import Work  # only here: openai takes a second to load
-    from llava_jax.llm_api.client import Settings
+    from llava_jax.llm_api.settings import Settings
 
     prices, body = Prices(*args.prices), request_body(args)
     check_budget(args.budget, prices)
@@ -86,7 +86,7 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
             "OPENAI_API_KEY has to hold a key"
         )
     stream = bool(body.pop("stream", False))
-    # OpenAI's address is said here, as the client would take an empty OPENAI_BASE_URL for one.
+    # OpenAI's address is given explicitly, since the client would use an empty OPENAI_BASE_URL.
     settings = Settings(
         model, body, server or OPENAI, key or NO_KEY, args.concurrency, args.requests_a_minute, args.tokens_a_minute,
         prices, stream, args.timeout,
@@ -95,7 +95,7 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
 
 
 def request_body(args: argparse.Namespace) -> dict[str, Any]:
-    """What goes into every request besides model and messages."""
+    """The fields of every request besides model and messages."""
     body, given = {"temperature": args.temperature, "max_tokens": args.max_tokens}, {}
     for more in args.body:
         given |= more

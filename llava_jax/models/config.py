@@ -1,19 +1,17 @@
-"""Shapes of the model, and the published ones as presets."""
+"""Configuration of the model, and the published models as presets."""
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_jax.cli import shown
+from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS, Registry
 
-# CLIP's own statistics of its training pictures, RGB in 0..1.
+# CLIP's own statistics of its training images, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# SigLIP's pixels are in -1..1.
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for answering
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # of vision towers
-# The smallest and the largest value of each number below: beyond all models, and within what memory can be asked for.
+QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for inference
+# The smallest and the largest value of each number below: wider than all models, and small enough to allocate.
 LIMITS = {
     "hidden_size": (1, 2**17),
     "intermediate_size": (1, 2**20),
@@ -39,7 +37,7 @@ LIMITS = {
 
 
 def check_fields(config: Any) -> None:
-    """Raises `ValueError` for a field of a dataclass that is not of its type or not within `LIMITS`, NaN included."""
+    """Raises `ValueError` for a field of a dataclass that has another type or is not within `LIMITS`, as NaN is not."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None and "None" in str(field.type):
@@ -55,7 +53,7 @@ def check_fields(config: Any) -> None:
 
 
 def check_channels(name: str, values: Any) -> None:
-    """Raises `ValueError` unless these are the statistics of three channels, which pixels can be normalized with."""
+    """Raises `ValueError` unless these are statistics of three channels with which pixels can be normalized."""
     numbers = isinstance(values, list | tuple) and [v for v in values if isinstance(v, int | float) and abs(v) < 1e6]
     if not numbers or len(numbers) != 3 or len(values) != 3 or any(isinstance(value, bool) for value in values):
         raise ValueError(f"{name} is {shown(values)}, not three numbers")
@@ -63,14 +61,20 @@ def check_channels(name: str, values: Any) -> None:
         raise ValueError(f"{name} is {shown(values)}, of which none may be 0 or less")
 
 
-def num_projector_layers(projector_type: str) -> int:
-    """1 for `linear` (the paper), N for `mlpNx_gelu` (LLaVA-1.5: N = 2), of at most 99."""
-    if projector_type == "linear":
-        return 1
-    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", projector_type)
-    if not match:
-        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu)")
-    return int(match[1])
+REGISTER_FIRST = "a module that registers another one has to be imported first, see docs/extending.md"
+
+
+def require_registered(name: str, value: Any, registry: Registry) -> None:
+    """Raises `ValueError` unless something is registered under this name: see `models.registry`."""
+    if value not in registry:
+        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}; {REGISTER_FIRST}")
+
+
+def check_projector_type(projector_type: str) -> None:
+    """Raises `ValueError` unless it matches the pattern of a registered kind of projector."""
+    if not any(re.fullmatch(pattern, projector_type) for pattern in PROJECTORS):
+        known = ["'linear'", "'mlpNx_gelu' (as mlp2x_gelu)", *list(PROJECTORS)[1:]]
+        raise ValueError(f"projector_type is {projector_type!r}, not {' or '.join(known)}; {REGISTER_FIRST}")
 
 
 def require_multiple(name: str, value: int, of_name: str, of: int) -> None:
@@ -80,9 +84,9 @@ def require_multiple(name: str, value: int, of_name: str, of: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Vision transformer of CLIP (Radford et al. 2021, section 2.4) or SigLIP (Zhai et al. 2023).
+    """Vision transformer of CLIP (Radford et al. 2021, section 2.4) and others of its kind.
 
-    Lengths are in pixels, patches are square; what is left of a picture beside whole patches is not looked at.
+    Lengths are in pixels, patches are square; the pixels of an image beyond its last full patch are not used.
     """
 
     hidden_size: int
@@ -93,15 +97,15 @@ class VisionConfig:
     patch_size: int
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"
-    projection_dim: int = 768  # of CLIP's own head, which LLaVA does not have; kept for export
-    kind: str = "clip"  # or "siglip", which has no class token and no norm before the layers
+    projection_dim: int = 768  # of CLIP's head, which LLaVA does not use; kept for export
+    kind: str = "clip"  # or "siglip", or another of `models.towers`
+    ACTIVATIONS: ClassVar[tuple[str, ...]] = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kind not in ("clip", "siglip"):
-            raise ValueError(f"kind is {self.kind!r}, not 'clip' or 'siglip'")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; supported are {', '.join(ACTIVATIONS)}")
+        require_registered("kind", self.kind, TOWERS)
+        if self.hidden_act not in self.ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; supported are {', '.join(self.ACTIVATIONS)}")
         if self.patch_size > self.image_size:
             raise ValueError(f"patch_size {self.patch_size} does not fit image_size {self.image_size}")
         require_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)
@@ -112,23 +116,29 @@ class VisionConfig:
 
     @property
     def class_token(self) -> bool:
-        """Whether a token that is no patch comes first."""
-        return self.kind == "clip"
+        """Whether the first token is no patch."""
+        return TOWERS[self.kind].class_token
 
     @property
     def num_tokens(self) -> int:
-        """S: what the layers compute with."""
+        """S: tokens of an image in the layers."""
         return self.num_patches + self.class_token
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VisionConfig":
+        kind = values.get("kind", cls.kind)
+        require_registered("kind", kind, TOWERS)
+        return TOWERS[kind].config_class(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary embedding turns slower, for a context longer than that of pretraining."""
+    """Slower rotary embeddings, for a longer context than that of pretraining."""
 
-    kind: str  # "linear": all frequencies alike; "llama3": those of long waves only (Dubey et al. 2024, LLaMA 3.1)
+    kind: str  # "linear": all frequencies; "llama3": only low ones (Dubey et al. 2024, LLaMA 3.1)
     factor: float
-    # Of "llama3": what turns at most `low_freq_factor` times in the context of pretraining turns slower by the whole
-    # factor, what turns `high_freq_factor` times or more is left as it is, what is between is in between.
+    # "llama3" divides frequencies with at most `low_freq_factor` turns in the context of pretraining by `factor`, keeps
+    # those with at least `high_freq_factor` turns, and interpolates between them.
     original_max_position_embeddings: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -143,7 +153,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """LLaMA decoder (Touvron et al. 2023, section 2.2), and what its relatives Mistral and Qwen2 have besides."""
+    """LLaMA decoder (Touvron et al. 2023, section 2.2), and what other families have besides."""
 
     vocab_size: int
     hidden_size: int
@@ -159,30 +169,36 @@ class TextConfig:
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False  # of the projections to queries, keys and values, as Qwen2 has it
     sliding_window: int | None = None  # how many tokens, itself included, a token sees, as in Mistral v0.1
+    family: str | None = None  # of `models.families`; None for LLaMA, Mistral and Qwen2, told by the fields above
 
     def __post_init__(self) -> None:
         check_fields(self)
         require_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         require_multiple("head_dim", self.head_dim, "a rotated pair,", 2)
+        if self.family is not None:
+            require_registered("family", self.family, FAMILIES)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TextConfig":
+        if (family := values.get("family")) is not None:
+            require_registered("family", family, FAMILIES)
+            cls = FAMILIES[family].config_class
         scaling = values.get("rope_scaling")
         return cls(**values | {"rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """The whole model, how its images are prepared, and where they stand in a question."""
+    """The model, the preprocessing of its images, and their position in a turn."""
 
     vision: VisionConfig
     text: TextConfig
     projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
     select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
-    select_feature: str = "patch"  # drops the class token, if there is one; "cls_patch" keeps it
-    image_aspect: str = "pad"  # how a picture becomes a square: "square" (crop), "pad" or "resize"
+    select_feature: str = "patch"  # without the class token; "cls_patch" keeps it
+    image_aspect: str = "pad"  # how an image becomes a square: "square" (crop), "pad" or "resize"
     image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
-    im_start_end: bool = False  # whether images stand between <im_start> and <im_end>, as in some of the first LLaVAs
+    im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
@@ -190,7 +206,7 @@ class LlavaConfig:
         check_fields(self)
         for field in ("image_mean", "image_std"):
             check_channels(field, getattr(self, field))
-        num_projector_layers(self.projector_type)
+        check_projector_type(self.projector_type)
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
         if self.select_feature == "cls_patch" and not self.vision.class_token:
@@ -204,18 +220,22 @@ class LlavaConfig:
 
     @property
     def vision_layers_used(self) -> int:
-        """How many layers run before the selected features; later ones are stored, never computed."""
+        """Number of layers up to the selected features; later ones are stored but never run."""
         if self.select_layer >= 0:
             return self.select_layer
         return self.vision.num_layers + 1 + self.select_layer
 
     @property
     def image_tokens(self) -> int:
-        """P: positions a picture takes in the sequence."""
+        """P: positions of an image in the sequence."""
         return self.vision.num_patches + (self.select_feature == "cls_patch")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As llava.json has it. A family that the fields tell is not named, so that earlier versions read it."""
+        values = dataclasses.asdict(self)
+        if self.text.family is None:
+            del values["text"]["family"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
@@ -223,7 +243,7 @@ class LlavaConfig:
         for key in ("image_mean", "image_std"):
             if key in values:
                 values[key] = tuple(values[key])
-        parts = {"vision": VisionConfig(**values["vision"]), "text": TextConfig.from_dict(values["text"])}
+        parts = {"vision": VisionConfig.from_dict(values["vision"]), "text": TextConfig.from_dict(values["text"])}
         return cls(**values | parts)
 
 

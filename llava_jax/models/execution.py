@@ -1,4 +1,4 @@
-"""How a forward pass is carried out on a machine. What it computes does not depend on it."""
+"""How a forward pass is carried out: attention backend, rematerialization, sharding. Results do not depend on it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.models.attention import attention
 from llava_jax.parallel.sharding import Fsdp
 
-# Names of activations that policies refer to.
+# Names of activations in remat policies.
 LAYER_INPUT, QKV = "layer_input", "qkv"
 
 
 def everything_but_gathered_weights(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Whether a result is kept: all but what is, or is made by, an all-gather, which would be the whole model."""
+    """Remat policy that keeps all results but those of all-gathers, which would be the unsharded model."""
     inside = parameters["call_jaxpr"].eqns if "call_jaxpr" in parameters else ()
     return jax.lax.all_gather_p not in (primitive, *(equation.primitive for equation in inside))
 
 
-# What the backward pass finds stored after a layer; everything else is computed again (Chen et al. 2016).
+# What is kept of a layer for the backward pass; everything else is computed again (Chen et al. 2016).
 REMAT_POLICIES: dict[str, Callable] = {
     "none": everything_but_gathered_weights,
     "full": jax.checkpoint_policies.nothing_saveable,
     "save_qkv": jax.checkpoint_policies.save_only_these_names(QKV),
-    # As `full`, but the inputs of the layers, which it keeps, wait in the memory of the host.
+    # As `full`, with the inputs of the layers in the memory of the host.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
@@ -37,30 +37,30 @@ REMAT_POLICIES: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How attention is computed, what is kept and how parameters lie on devices."""
+    """Attention backend, remat policy, and sharding of the parameters."""
 
     attention: str = "xla"  # backend, see `models.attention`
-    packed: bool = True  # whether rows may hold several samples
+    packed: bool = True  # whether a row may have several samples
     remat: str = "none"  # what a layer keeps for the backward pass, see `REMAT_POLICIES`
-    fsdp: Fsdp | None = None  # how pieces of parameters become whole; None where every device has all
-    tensor: int = 1  # over how many devices the heads are split
+    fsdp: Fsdp | None = None  # how sharded parameters are gathered; None if every device has all of them
+    tensor: int = 1  # devices that the heads are split over
 
-    def whole(self, prefix: str, module: Any) -> Any:
-        """A module (`prefix` is its name), its weights gathered from the devices that hold their pieces."""
+    def gather(self, prefix: str, module: Any) -> Any:
+        """The module with this name (`prefix`), with its weights gathered from the devices that hold their shards."""
         return module if self.fsdp is None else self.fsdp.whole(prefix, module)
 
-    def whole_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-        """As `whole`, but not before `x` is computed, and with its gradient split before that of `x` is used.
+    def gather_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        """As `gather`, but after `x` is computed, and with its gradient sharded before that of `x` is used.
 
-        The largest weights would else be in memory beside the layers' activations.
+        Otherwise the largest weights would be in memory together with the activations of the layers.
         """
         if self.fsdp is None:
             return module, x
         module, x = jax.lax.optimization_barrier((module, x))
-        return self.whole(prefix, module), x
+        return self.gather(prefix, module), x
 
     def lookup(self, name: str, embedding: Any, tokens_BT: jax.Array) -> jax.Array:
-        """`embedding(tokens)`, whoever holds the table (`name`)."""
+        """`embedding(tokens)`, whose table (`name`) may be sharded."""
         return embedding(tokens_BT) if self.fsdp is None else self.fsdp.lookup(name, embedding, tokens_BT)
 
     def attend(
@@ -71,14 +71,14 @@ class Execution:
         segment_ids_BT: jax.Array | None = None,
         window: int | None = None,
     ) -> jax.Array:
-        """`models.attention.attention`, each device its heads."""
+        """`models.attention.attention`, in which each device computes its heads."""
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
             return attention(q, k, v, segment_ids, window, backend=self.attention, packed=self.packed)
 
         if self.tensor == 1:
             return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        # Kernels cannot be split by compilers: heads that do not divide are computed by all.
+        # The compiler cannot split kernels: if the heads do not divide, every device computes all of them.
         heads = P() if k_BTKH.shape[2] % self.tensor else P(None, None, "tensor")
         sharded = jax.shard_map(
             local, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False
@@ -86,7 +86,7 @@ class Execution:
         return sharded(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def scan_layers(self, step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-        """x = step(x, layer) for each of the stacked layers, keeping of each what the policy says."""
+        """x = step(x, layer) for each of the stacked layers, which keep what the remat policy says."""
         if self.remat != "none" or self.fsdp is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]

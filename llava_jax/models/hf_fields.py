@@ -1,4 +1,4 @@
-"""Fields of Hugging Face's JSON, read so that what is not understood is refused by name."""
+"""Reads fields of transformers' JSON files; unsupported values are refused by name."""
 
 import contextlib
 import re
@@ -9,14 +9,14 @@ from llava_jax.cli import UserError, shown
 
 Json = dict[str, Any]
 
-IMAGE_POSITION = "image_position"  # of no other project: where images stood in training, "first" where it is absent
+IMAGE_POSITION = "image_position"  # a field of this project only: position of images in training, "first" if absent
 
-# Fields about the file and not about the model.
+# Fields that describe the file, not the model.
 _NOT_KEPT = ("_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 
 
 def get(config: Json, field: str, default: Any, where: str) -> Any:
-    """The field, which is of the default's type (an integer will do for a float), or the default if absent or null."""
+    """The field, which must have the default's type (or int for float); the default if it is absent or null."""
     value = config.get(field)
     if value is None:
         return default
@@ -28,7 +28,7 @@ def get(config: Json, field: str, default: Any, where: str) -> Any:
 
 
 def require(config: Json, fixed: Json, where: str) -> None:
-    """Raises UserError unless each of these fields, if it is there, has the value given."""
+    """Raises UserError if one of these fields is present with another value."""
     for field, value in fixed.items():
         if config.get(field) not in (None, value):
             raise UserError(f"{where}: {field} is {shown(config[field])}; only {value!r} is supported")
@@ -40,7 +40,7 @@ def part(config: Json, field: str, where: str) -> Json:
 
 
 def one_of(config: Json, field: str, supported: Collection[str], where: str) -> str:
-    """A field that has to be there, with one of these values."""
+    """A required field, with one of these values."""
     value = config.get(field)
     if not isinstance(value, str) or value not in supported:
         raise UserError(f"{where}: {field} is {shown(value)}; supported are {', '.join(supported)}")
@@ -49,7 +49,7 @@ def one_of(config: Json, field: str, supported: Collection[str], where: str) -> 
 
 @contextlib.contextmanager
 def in_words_of_hf(where: str) -> Iterator[None]:
-    """Raises `UserError` for what our configuration refuses within, in Hugging Face's words."""
+    """Turns ValueErrors of our configuration classes into `UserError`s with transformers' field names."""
     try:
         yield
     except ValueError as error:
@@ -65,7 +65,7 @@ _WORDS = {
 
 
 def check_generation(values: Json, where: str) -> Json:
-    """A `generation_config.json`. Raises UserError where what is read of it here is not what it has to be."""
+    """Returns a `generation_config.json`. Raises UserError if a field that is used has a wrong type."""
     ends = values.get("eos_token_id")
     for id in ends if isinstance(ends, list) else [0 if ends is None else ends]:
         if type(id) is not int or not 0 <= id < 2**31:
@@ -74,5 +74,5 @@ def check_generation(values: Json, where: str) -> Json:
 
 
 def kept(config: Json) -> Json:
-    """What an export takes over of its source."""
+    """The fields of a source that an export keeps."""
     return {field: value for field, value in config.items() if field not in _NOT_KEPT}

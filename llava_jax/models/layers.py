@@ -1,7 +1,7 @@
-"""The layers that the vision tower, the projector and the decoder share.
+"""Layers that the vision tower, the projector and the decoder share.
 
-Every layer computes in the type of its input and keeps its parameters in theirs, so that bfloat16
-compute with float32 master weights is a matter of the input alone. Norms compute in float32.
+Every layer computes in the type of its input; parameters keep their own. So bfloat16 inputs give bfloat16 compute with
+float32 master weights. Norms compute in float32.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with `kernel` [in, out] and, if asked for, `bias` [out]."""
+    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 @jax.custom_vjp
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out], with the gradients written out.
+    """x [..., in] @ kernel [in, out], with its own gradient rule.
 
-    JAX's own rule forms the kernel's gradient as [out, in] and transposes it, for which CPUs copy dy, the largest
-    array of a layer, into another order.
+    JAX's rule computes the kernel's gradient as [out, in] and transposes it, for which CPUs copy dy, the largest array
+    of a layer, into another order.
     """
     return x @ kernel
 
@@ -90,7 +90,7 @@ class RMSNorm(nnx.Module):
 
 
 def broadcast_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector` [D] with the leading axes of `like` [..., D]: broadcasting is always spelled out."""
+    """`vector` [D] with as many axes as `like` [..., D]: broadcasting is always explicit."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
@@ -100,14 +100,14 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
 
 
 def unstack_layers(tower: nnx.Module, num_layers: int) -> None:
-    """Makes the first `num_layers` of the stacked `tower.layers` a list of modules and drops the others.
+    """Replaces the stacked `tower.layers` by a list of its first `num_layers` layers; the others are dropped.
 
-    Out of a stack, each layer's weights are copied before they are used. One parameter is taken after the other, so
-    that little more than the model is ever in memory if nothing else holds it.
+    The weights of a layer in a stack would be copied before each use. Parameters are unstacked one by one, so that
+    memory holds little more than the model.
     """
     leaves, structure = jax.tree.flatten(tower.layers)
     del tower.layers
     by_layer = []
     while leaves:
-        by_layer.append(jnp.unstack(leaves.pop(0))[:num_layers])  # on the devices where it is, as `list` would not
+        by_layer.append(jnp.unstack(leaves.pop(0))[:num_layers])  # stays on its devices, unlike `list`
     tower.layers = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*by_layer, strict=True))

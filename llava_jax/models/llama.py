@@ -15,6 +15,7 @@ from llava_jax.models.attention import attention_by_head, cached_attention, with
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers, unstack_layers
+from llava_jax.models.registry import FAMILIES
 
 
 class KVCache(NamedTuple):
@@ -35,7 +36,8 @@ class Llama(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = stack_layers(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_layers, rngs)
+        layer = FAMILIES[config.family or "llama"].layer
+        self.layers = stack_layers(lambda rngs: layer(config, rngs=rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
@@ -50,7 +52,7 @@ class Llama(nnx.Module):
         rotation = self.rotation(positions_BT)
 
         def step(x_BTD: jax.Array, layer: LlamaLayer) -> jax.Array:
-            layer = execution.whole("llm.layers", layer)
+            layer = execution.gather("llm.layers", layer)
             return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)
 
         with jax.named_scope("llama_layers"):
@@ -117,9 +119,9 @@ class Llama(nnx.Module):
     def head(self, hidden: jax.Array, execution: Execution = SINGLE) -> tuple[jax.Array, jax.Array]:
         """The vocabulary projection [D, V], whole as soon as `hidden`, which is returned too, needs it."""
         if self.config.tie_word_embeddings:
-            embed_tokens, hidden = execution.whole_after("llm.embed_tokens", self.embed_tokens, hidden)
+            embed_tokens, hidden = execution.gather_after("llm.embed_tokens", self.embed_tokens, hidden)
             return embed_tokens.embedding[...].T, hidden
-        lm_head, hidden = execution.whole_after("llm.lm_head", self.lm_head, hidden)
+        lm_head, hidden = execution.gather_after("llm.lm_head", self.lm_head, hidden)
         return lm_head.kernel[...], hidden
 
     def logits(self, hidden: jax.Array) -> jax.Array:

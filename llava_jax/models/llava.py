@@ -1,8 +1,8 @@
-"""LLaVA (Liu et al. 2023, section 4.1): H_v = W g(X_v) stands in the decoder's sequence beside the words.
+"""LLaVA (Liu et al. 2023, section 4.1): the decoder's sequence has visual features H_v = W g(X_v) between the words.
 
-Outside the modules, parameters are one flat dict from dotted name to array (`llm.layers.mlp.up_proj.kernel`):
-freezing, sharding, optimizer groups and conversion are tables of patterns over these names. `build` makes the
-modules from such a dict, under `jax.jit` too.
+Outside the modules, parameters are one flat dict from dotted name to array (`llm.layers.mlp.up_proj.kernel`): freezing,
+sharding, optimizer groups and conversion are tables of patterns of these names. `build` makes modules from such a dict,
+also inside `jax.jit`.
 """
 
 import functools
@@ -11,31 +11,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models.clip import ClipVision, normalize
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
-from llava_jax.models.layers import unstack_layers
+from llava_jax.models.layers import broadcast_last, unstack_layers
 from llava_jax.models.llama import Llama
-from llava_jax.models.projector import Projector
-from llava_jax.models.siglip import SiglipVision
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
 
-TOWERS = {"clip": ClipVision, "siglip": SiglipVision}
-
 
 class Llava(nnx.Module):
-    """Vision tower, projector, decoder. `dtype` is that of the computation; logits and norms are float32."""
+    """Vision tower, projector and decoder, computing in `dtype`; logits and norms are float32."""
 
     def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        self.vision = TOWERS[config.vision.kind](config.vision, rngs=rngs)
-        self.projector = Projector(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs=rngs)
+        self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
+        self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
 
     def unstack_layers(self, transposed: bool = False) -> None:
-        """Arranges the layers for answering: as lists, without those of the tower that no feature comes from.
+        """Arranges the layers for inference: as lists, without unused layers of the tower.
 
         `transposed`: see `Llama.unstack_layers`.
         """
@@ -43,15 +40,11 @@ class Llava(nnx.Module):
         self.llm.unstack_layers(transposed)
 
     def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
-        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
-
-        The tower is frozen in both stages: no gradient passes.
-        """
+        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer."""
         pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
         hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
-        if self.config.vision.class_token and self.config.select_feature == "patch":
-            hidden_NSD = hidden_NSD[:, 1:]
-        return jax.lax.stop_gradient(hidden_NSD)
+        drops_class_token = self.config.vision.class_token and self.config.select_feature == "patch"
+        return hidden_NSD[:, 1:] if drops_class_token else hidden_NSD
 
     def encode_images(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""
@@ -59,7 +52,7 @@ class Llava(nnx.Module):
         with jax.named_scope("vision"):
             features_NPD = self.visual_features(images.reshape(-1, *images.shape[-3:]), execution)
         with jax.named_scope("projector"):
-            projected_NPD = execution.whole("projector", self.projector)(features_NPD)
+            projected_NPD = execution.gather("projector", self.projector)(features_NPD)
         return projected_NPD.reshape(*leading, *projected_NPD.shape[1:])
 
     def embed(
@@ -69,12 +62,12 @@ class Llava(nnx.Module):
         image_feature_index_BT: jax.Array | None = None,
         execution: Execution = SINGLE,
     ) -> jax.Array:
-        """The decoder's input [B, T, D]: word embeddings, and where the index is not -1 visual features.
+        """The decoder's input [B, T, D]: visual features where the index is not -1, word embeddings elsewhere.
 
-        Rows come in G groups of B / G; the index (slot * P + patch) is local to the group's I image slots.
+        The B rows form G groups; the index (slot * P + patch) refers to the I image slots of the row's group.
         """
         x_BTD = execution.lookup("llm.embed_tokens.embedding", self.llm.embed_tokens, tokens_BT).astype(self.dtype)
-        if images_GIHWC is None or images_GIHWC.shape[1] == 0:  # no pictures at all: no time for them either
+        if images_GIHWC is None or images_GIHWC.shape[1] == 0:  # a batch without images: the tower does not run
             return x_BTD
         features_GIPD = self.encode_images(images_GIHWC, execution)
         return place_features(x_BTD, features_GIPD, image_feature_index_BT)
@@ -85,13 +78,27 @@ class Llava(nnx.Module):
         return self.llm(x_BTD, batch["positions"], batch["segment_ids"], execution)
 
 
+def build_projector(config: LlavaConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """W, with fresh float32 parameters."""
+    kind = projector_kind(config.projector_type)
+    return kind.build(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8[..., H, W, 3] -> float32, (x / 255 - mean) / std, on the device: images travel as bytes."""
+    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
+    shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+    x = images.astype(jnp.float32)
+    return x * broadcast_last(scale, x) + broadcast_last(shift, x)
+
+
 def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Array) -> jax.Array:
-    """Takes feature `index` of the row's group where it is not -1, and x elsewhere."""
+    """The features of the row's group at `index` where it is not -1, x elsewhere."""
     B, T, D = x_BTD.shape
     G = features_GIPD.shape[0]
-    # float32, since the gradient of a gather is a scatter-add that would round at every term.
+    # float32, since the gradient of a gather is a scatter-add, which rounds each term.
     features_GND = features_GIPD.reshape(G, -1, D).astype(jnp.float32)
-    index_GR = jnp.maximum(index_BT, 0).reshape(G, -1)  # negative indices would wrap
+    index_GR = jnp.maximum(index_BT, 0).reshape(G, -1)  # negative indices would count from the end
     placed_GRD = jax.vmap(lambda features_ND, index_R: features_ND[index_R])(features_GND, index_GR)
     placed_BTD = placed_GRD.reshape(B, T, D).astype(x_BTD.dtype)
     return jnp.where((index_BT >= 0)[..., None], placed_BTD, x_BTD)
@@ -109,13 +116,13 @@ def _dotted(path: tuple) -> str:
 
 
 def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and (all the same) type of a model's parameters, without making any."""
+    """Names and shapes of a model's parameters, all of type `dtype`, without allocating them."""
     shapes = _abstract(config, "float32")[1]
     return {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in shapes.items()}
 
 
 def init_params(config: LlavaConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters."""
+    """New float32 parameters."""
     return jax.jit(lambda key: module_params(Llava(config, rngs=nnx.Rngs(params=key))))(key)
 
 
@@ -127,14 +134,14 @@ def module_params(module: nnx.Module) -> Params:
 def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
     """The model with these parameters, computing in `dtype`.
 
-    Raises ValueError with all missing, unexpected and misshapen names.
+    Raises ValueError that lists all missing, unexpected and misshapen parameters.
     """
     check_names(params, _abstract(config, jnp.dtype(dtype).name)[1])
-    return build_from_pieces(config, params, dtype)
+    return build_from_shards(config, params, dtype)
 
 
-def build_from_pieces(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
-    """The same from the pieces of parameters that a device has, whatever their shapes."""
+def build_from_shards(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
+    """The same from the shards of parameters that a device has, without a check of their shapes."""
     graphdef, shapes = _abstract(config, jnp.dtype(dtype).name)
     state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
     return nnx.merge(graphdef, state)

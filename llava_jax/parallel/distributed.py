@@ -8,6 +8,7 @@ coordinator after `HEARTBEAT_SECONDS`, and JAX then ends the others. Without oth
 import contextlib
 import functools
 import glob
+import json
 import multiprocessing
 import os
 import re
@@ -95,25 +96,31 @@ def gather(name: str, value: np.ndarray) -> list[np.ndarray]:
     return [array[:size] for array, size in zip(gathered(padded), sizes, strict=True)]
 
 
-class Ballot:
-    """Everybody's numbers, of which all read the highest a step later, so that nobody waits.
+def gather_json(name: str, value: Any) -> list[Any]:
+    """`gather` for a value that JSON can hold."""
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return [json.loads(array.tobytes()) for array in gather(name, encoded)]
 
-    So hosts agree on the step at which to stop, whichever of them was signalled.
+
+class SignalSync:
+    """Shares a few numbers of every process without waiting: all processes read the maxima one step later.
+
+    So all hosts stop at the same step, whichever of them received the signal.
     """
 
     def __init__(self, mesh: Mesh):
-        self.everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self.highest = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.result: jax.Array | None = None
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._max = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._result: jax.Array | None = None
 
     def exchange(self, *numbers: int) -> list[int]:
-        """Takes this process's numbers; returns the highest of a step ago or, if there is but one process, these."""
+        """Sends this process's numbers; returns the maxima of the last call or, with a single process, the numbers."""
         if jax.process_count() == 1:
             return list(numbers)
-        known = [0] * len(numbers) if self.result is None else np.asarray(self.result).tolist()
-        shape = (self.everywhere.mesh.size, len(numbers))
-        mine = jax.make_array_from_callback(shape, self.everywhere, lambda _: np.array([numbers], np.int32))
-        self.result = self.highest(mine)
+        known = [0] * len(numbers) if self._result is None else np.asarray(self._result).tolist()
+        shape = (self._sharding.mesh.size, len(numbers))
+        mine = jax.make_array_from_callback(shape, self._sharding, lambda _: np.array([numbers], np.int32))
+        self._result = self._max(mine)
         return known
 
 

@@ -40,7 +40,7 @@ MESH_AXES = (*BATCH_AXES, "tensor")
 RULES = {"embed": ("fsdp",), "heads": ("tensor", "fsdp"), "mlp": ("tensor", "fsdp"), "vocab": ("tensor",), None: ()}
 # Pattern of a parameter's name -> its last logical axes. Earlier ones, as that of stacked layers, are not split, nor is
 # anything of the vectors, which no pattern names.
-PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+PARAMETER_AXES: list[tuple[str, tuple[str | None, ...]]] = [
     (r"embed_tokens\.embedding$", ("vocab", "embed")),
     (r"lm_head\.kernel$", ("embed", "vocab")),
     (r"\b[qkv]_proj\.kernel$", ("embed", "heads")),
@@ -50,7 +50,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"patch_embedding\.kernel$", (None, "embed")),
     (r"position_embedding$", (None, "embed")),
     (r"linear_\d+\.kernel$", ("embed", None)),
-)
+]
 # More parameters than this whole on every device would be a mistake: 7B has 0.01 %.
 MOST_REPLICATED = 0.02
 

@@ -1,0 +1,61 @@
+"""Compiles the training step for hardware you don't have: its memory, FLOPs, bytes and least time.
+
+Read `report.py` first, then `compile.py`, `targets.py` and the HLO files. The package itself can be called:
+`llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` below, whatever was imported before.
+"""
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from llava_jax.preflight.report import Report
+
+
+def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float | None = None) -> "Report":
+    """Compiles the training step of a run for hardware you don't have, without weights, data or accelerator.
+
+    ```python
+    report = llava_jax.preflight("finetune:7b", "v5e:4x4")
+    print(report.fits, report.to_text())
+    ```
+
+    Takes a minute or so, and the extra `preflight-tpu` or `preflight-gpu`.
+
+    Args:
+      config: see `get_config`; a string is the name or the file of a recipe.
+      target: a slice of TPUs (`v5e:4x4`, `v5p:2x2x4`), GPUs (`h100:8`; `h100:2x8` for two hosts) or `cpu`.
+      memory_fraction: the part of a GPU's memory that JAX takes; by default `XLA_PYTHON_CLIENT_MEM_FRACTION` or, as
+        JAX, 0.75.
+
+    Returns:
+      A dataclass: `fits`, memory in bytes a device, FLOPs and bytes of a step, and the seconds that it takes at least;
+      `to_json` and `to_text` give what `llava preflight` prints.
+
+    Raises:
+      UserError: there is no such target, a compiler is not installed, or options have a mistake.
+    """
+    import jax  # only now: this package is imported by `llava preflight --help`, too
+
+    from llava_jax import cli, recipes
+    from llava_jax.preflight import report, targets
+
+    config = recipes.get_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    recipes.expand_paths(config)
+    if not (cli.has_accelerator() or jax.config.jax_platforms):
+        jax.config.update("jax_platforms", "cpu")
+    jax.devices()  # found before the environment speaks of another machine
+    with targets.environment():
+        return report.report(config, target, memory_fraction)
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> "Report":
+        return preflight(*args, **kwargs)
+
+    __call__.__wrapped__ = preflight  # for `help` and editors
+
+
+sys.modules[__name__].__class__ = _CallablePackage

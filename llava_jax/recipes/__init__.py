@@ -5,9 +5,12 @@ own is a file with a function `get_config` that starts from `common.get_config()
 """
 
 import os
+import runpy
 from pathlib import Path
 
-from llava_jax.cli import UserError
+from ml_collections import ConfigDict
+
+from llava_jax.cli import UserError, expand_home
 
 NAMES = ("pretrain", "finetune", "scienceqa", "common")
 
@@ -26,3 +29,47 @@ def find(recipe: str) -> str:
         f"--config={recipe}: no recipe {name!r}; the package has {', '.join(NAMES)}, "
         "and the path of a recipe of your own ends with .py"
     )
+
+
+def get_config(recipe: str) -> ConfigDict:
+    """The options of a training run, which may be changed before it begins.
+
+    ```python
+    config = llava_jax.get_config("finetune:7b")
+    config.init = "runs/pretrain"
+    config.data.json, config.data.images = "data.json", "images"
+    ```
+
+    Args:
+      recipe: the name of one that the package has (`pretrain`, `finetune`, `scienceqa`) or the path of a file with a
+        function `get_config`; the function's argument may follow after a colon.
+
+    Returns:
+      A locked `ConfigDict`; `llava_jax/recipes/common.py` explains each option.
+
+    Raises:
+      UserError: there is no such recipe. Errors of the file itself are raised as they are.
+    """
+    file, colon, argument = find(expand_home(recipe)).partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"{file}: no such recipe")
+    function = runpy.run_path(file).get("get_config")
+    if function is None:
+        raise UserError(f"{file}: is no recipe: it has no function get_config")
+    config = function(argument) if colon else function()
+    expand_paths(config)
+    return config
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Replaces `~` by the home directory in all paths. A ConfigDict in a sequence, such as a data set of a mixture,
+    becomes a dict."""
+    with config.unlocked():
+        for key, value in config.items():
+            if isinstance(value, ConfigDict):
+                expand_paths(value)
+                continue
+            if isinstance(value, list | tuple):
+                value = type(value)(each.to_dict() if isinstance(each, ConfigDict) else each for each in value)
+            if (expanded := expand_home(value)) != config[key]:
+                config[key] = expanded

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llava_jax.data.conversation import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, join_parts, stop_strings
+from llava_jax.data.conversation import join_parts
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, stop_strings
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import Message, Part, TextPart
 

@@ -45,15 +45,10 @@ class TrainingProgram:
         return self.state, self.frozen, self.batch
 
     @property
-    def trainable_parts(self) -> frozenset[str]:
-        """The parts of the model that are trained, such as "projector" and "llm"."""
-        return flops.trainable_parts(self.state.trainable)
-
-    @property
     def flops(self) -> dict[str, flops.Part]:
         """FLOPs of a step by part of the model, see `flops.step_flops`."""
         settings = self.settings
-        return flops.step_flops(settings.model, settings.layout, self.trainable_parts, settings.remat)
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as StableHLO, which `.compile()` makes an executable of."""
@@ -62,10 +57,6 @@ class TrainingProgram:
     def evaluation(self) -> Callable:
         """`eval_step`, jitted: (trainable, frozen, batch) -> (sum of the losses, number of targets)."""
         return jax.jit(functools.partial(eval_step, self.settings))
-
-    def init_state(self, trainable: Params) -> TrainState:
-        """Step 0 with these parameters."""
-        return init_state(self.optimizer, trainable, self.settings.mesh)
 
 
 def build(
@@ -91,11 +82,13 @@ def build(
     stored = abstract_params(model) if stored is None else stored
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = optim.trainable_names(stored, config.stage)
+    names = optim.trainable_names(stored, config)
     optimizer = optim.make_optimizer(config, names, steps)
     state = abstract_state(optimizer, stored, names, mesh)
-    loaded = frozen_dtype(config, _platform(mesh))
-    dtypes = {name: loaded(name, leaf.dtype) for name, leaf in stored.items() if name not in state.trainable}
+    frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored
+    dtypes = {
+        name: jnp.dtype(frozen_dtype or leaf.dtype) for name, leaf in stored.items() if name not in state.trainable
+    }
     return TrainingProgram(settings, optimizer, state, abstract_placed(dtypes, stored, mesh), abstract_batch(settings))
 
 
@@ -137,12 +130,6 @@ def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
             "change batch_rows, rows_per_group or max_rows_per_device"
         )
     return accumulation
-
-
-def frozen_dtype(config: ConfigDict, platform: str) -> Callable[[str, jnp.dtype], jnp.dtype]:
-    """(name, stored type) -> the type in which a frozen parameter is loaded."""
-    chosen = config.frozen_dtype or ("" if platform == "cpu" else "bfloat16")
-    return lambda name, stored: jnp.dtype(chosen) if chosen else stored
 
 
 def _platform(mesh: Mesh) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from llava_jax.cli import WIDTH, UserError, fitting, printable, progress_bar, say, time_left, warn
+from llava_jax.cli import WIDTH, UserError, draws_bars, fitting, printable, progress_bar, say, time_left, warn
 from llava_jax.files.reading import loads, require_regular
 from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote, new_local, upload
@@ -131,7 +131,7 @@ class Screen:
         self.steps, self.every, self.last = steps, every, 0.0
         self.begun: tuple[int, float] | None = None  # the first step that was shown, and when: it was compiled before
         console = Console(stderr=True)
-        self.bar = progress_bar(console) if console.is_terminal else None
+        self.bar = progress_bar(console) if draws_bars(console) else None
         if self.bar:
             self.task = self.bar.add_task("training", total=steps, completed=start_step)
             self.bar.start()

@@ -18,7 +18,7 @@ from llava_jax.data.plan import Layout
 from llava_jax.data.tokenization import IGNORE_INDEX
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import Execution
-from llava_jax.models.llava import Params, abstract_params, build_from_pieces
+from llava_jax.models.llava import Params, abstract_params, build_from_shards
 from llava_jax.parallel import sharding
 from llava_jax.training.loss import loss_sum, next_token_targets
 
@@ -64,7 +64,7 @@ def batch_loss(
 ) -> jax.Array:
     """Sum of the losses of the targets, each times `weight`, in a device's rows of a (micro)batch, from its pieces of
     the parameters."""
-    model, execution = build_from_pieces(settings.model, trainable | frozen, settings.dtype), settings.execution
+    model, execution = build_from_shards(settings.model, trainable | frozen, settings.dtype), settings.execution
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)

@@ -1,87 +1,92 @@
-"""What a run says before its first step: what is trained, on what, and the first sample as the model sees it."""
+"""The run summary: what is trained from what, on which devices and data, and the first sample as the model sees it."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from llava_jax.checkpoint.format import needed
 from llava_jax.cli import one_line, printable, say, short, track, warn
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.fit import missing_marks
+from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
 from llava_jax.data.padding import padding_of_run
-from llava_jax.data.pipeline import TextEncoder
-from llava_jax.data.plan import Lengths, Order
-from llava_jax.data.sources import Source
+from llava_jax.data.plan import Lengths
+from llava_jax.data.sources import Sample, Source
+from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.tokenization import encode_sample, truncate
 from llava_jax.models.llava import Params
-from llava_jax.parallel import sharding
-from llava_jax.training.step import StepSettings, TrainState
+from llava_jax.parallel import distributed, sharding
+from llava_jax.training import optim
+from llava_jax.training.setup import Run
+from llava_jax.training.step import TrainState
 
 
-def introduce(
-    config: ConfigDict,
-    directory: epath.Path,
-    mesh: Mesh,
-    settings: StepSettings,
-    steps: int,
-    order: Order,
-    lengths: Any,
-    state: TrainState,
-    frozen: Params,
-    start: int,
-    sources: Sequence[str],
-) -> None:
-    """Says what is about to happen. `sources`: other checkpoints, which the run's take their frozen parameters from."""
-    layout = settings.layout
+def _groups(trainable: Params, config: ConfigDict) -> Iterator[str]:
+    """Yields a line for each pattern of `config.trainable`."""
+    chosen = optim.trained(trainable, config)
+    for group in optim.groups(config):
+        sizes = [trainable[name].size for name, other in chosen.items() if other == group]
+        yield (
+            f"           {group.pattern}: {sum(sizes):,} in {len(sizes)} arrays, rate {group.learning_rate:g}, "
+            f"weight decay {group.weight_decay:g}"
+        )
+
+
+def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
+    """Process 0 prints what the run will do and the first sample, and warns of images that it moves."""
+    if not distributed.is_first():
+        return
+    data, config = run.data, run.config
+    say("\n".join(run_summary(run, state, frozen)), file=sys.stderr, flush=True)
+    samples, lengths = data.encoded.source, data.lengths
+    warn_of_moved_images(samples, lengths, config.image_position)
+    first = next(index for index in data.order.visits(0) if lengths.tokens[index])
+    show_first_sample(samples[first], data.encoded.encode)
+
+
+def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
+    """Yields the lines of the run summary: what is trained from what, on which devices and data, for how long."""
+    config, data, settings = run.config, run.data, run.program.settings
+    order, layout = data.order, data.layout
+    yield f"stage      {config.stage} in {run.workdir}, from {config.init}"
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-    device = jax.devices()[0]
-    mean = float(np.mean(lengths.tokens[order.visited(0)]))
-    lines = [
-        f"stage      {config.stage} in {directory}, from {config.init}",
-        f"trainable  {_summary(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB",
-        f"frozen     {_summary(frozen)}",
-        f"devices    {jax.device_count()} x {device.device_kind} as {sharding.axis_sizes(mesh)}, "
-        f"computing in {settings.dtype.name}",
-        f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)",
+    yield f"trainable  {_size(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB"
+    if config.trainable:
+        yield from _groups(state.trainable, config)
+    yield f"frozen     {_size(frozen)}"
+    if sources := needed(run.workdir, run.description):
+        yield (
+            f"needs      {', '.join(sources)}, as the frozen parameters are not stored here; to copy them: "
+            f"python -m llava_jax.convert copy-frozen --checkpoint {run.workdir}"
+        )
+    kind, axes = jax.devices()[0].device_kind, sharding.axis_sizes(run.mesh)
+    yield f"devices    {jax.device_count()} x {kind} as {axes}, computing in {settings.dtype.name}"
+    mean = float(np.mean(data.lengths.tokens[order.visited(0)]))
+    yield f"data       {len(order.samples):,} samples an epoch, {mean:.0f} tokens each (image tokens included)"
+    yield (
         f"batch      {layout.batch_rows} rows of {layout.max_length} tokens, {layout.groups} groups with "
-        f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches",
-        f"steps      {steps:,} of {order.epoch_steps(0):,} an epoch ({steps / order.epoch_steps(0):.2f} epochs)"
-        + (f", resuming after step {start:,}" if start else ""),
-    ]
-    if sources:
-        lines.insert(3, _sources_line(directory, sources))
+        f"{layout.image_slots} image and {layout.label_slots} label slots, {settings.accumulation} microbatches"
+    )
     if isinstance(order, PackedOrder):
-        lines.insert(-1, _packing_line(order))
-    if padding := padding_of_run(order, lengths, layout.max_length):
-        lines.append(f"padding    {padding}")
-    say("\n".join(lines), file=sys.stderr, flush=True)
+        full = fill(order)
+        yield (
+            f"packing    {full.samples_a_row:.2f} samples a row, {full.samples_a_row * order.batch_rows:.0f} a step; "
+            f"used are {full.tokens:.1%} of positions, {full.images:.1%} of image and {full.labels:.1%} of label slots"
+        )
+    resuming = f", resuming after step {run.start.step:,}" if run.start.step else ""
+    epoch = order.epoch_steps(0)
+    yield f"steps      {run.steps:,} of {epoch:,} an epoch ({run.steps / epoch:.2f} epochs){resuming}"
+    if padding := padding_of_run(order, data.lengths, layout.max_length):
+        yield f"padding    {padding}"
 
 
-def _sources_line(directory: epath.Path, sources: Sequence[str]) -> str:
-    return (
-        f"needs      {', '.join(sources)}, as the frozen parameters are not stored here; to copy them: "
-        f"python -m llava_jax.convert copy-frozen --checkpoint {directory}"
-    )
-
-
-def _packing_line(order: PackedOrder) -> str:
-    full = fill(order)
-    return (
-        f"packing    {full.samples_a_row:.2f} samples a row, {full.samples_a_row * order.batch_rows:.0f} a step; "
-        f"used are {full.tokens:.1%} of positions, {full.images:.1%} of image and {full.labels:.1%} of label slots"
-    )
-
-
-def _summary(params: Params) -> str:
-    """Counts and bytes by part of the model."""
+def _size(params: Params) -> str:
+    """Numbers of parameters by part of the model, and their bytes."""
     parts: dict[str, list[jax.Array]] = {}
     for name, value in params.items():
         parts.setdefault(name.split(".")[0], []).append(value)
@@ -90,7 +95,7 @@ def _summary(params: Params) -> str:
 
 
 def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> None:
-    """Says of how many samples `position` moves images out of the text that stands between them."""
+    """Warns if `position` moves images in front of the text that stands between them, with the number of samples."""
     if position == "as_is":
         return
     several = track(np.flatnonzero(lengths.images > 1).tolist(), "looking at samples of several images")
@@ -102,8 +107,8 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
         )
 
 
-def show_first_sample(sample: Any, encode: TextEncoder) -> None:
-    """The first sample as the model sees it, what is learned marked; before it what does not fit its tokenizer."""
+def show_first_sample(sample: Sample, encode: TextEncoder) -> None:
+    """Prints the first sample as the model sees it with its targets marked, and what its tokenizer lacks."""
     encoded = encode_sample(
         sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
     )

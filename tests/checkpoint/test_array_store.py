@@ -15,7 +15,7 @@ import tiny
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from llava_jax.checkpoint.array_store import TREE, ArrayWriter, open_array, parts_of
+from llava_jax.checkpoint.array_store import TREE, ArrayWriter, open_array, read_chunks
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
@@ -126,7 +126,7 @@ def test_an_array_is_read_in_the_parts_that_it_is_stored_in(name, shape, part, t
     stored = open_array(epath.Path(tmp_path / "arrays" / TREE), name)
     stored, values = (stored[1], values[1]) if name == KERNEL else (stored, values)
     found = np.full(values.shape, np.nan, np.float16)
-    for place, held in parts_of(stored):
+    for place, held in read_chunks(stored):
         assert all(size <= most for size, most in zip(held.shape, part, strict=True))
         found[place] = held
     np.testing.assert_array_equal(found, values)

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from conversion import CONFIG, TIED, convert, save_llava
+from families import FAMILIES, save
+from forward import logits
 from PIL import Image
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request
-from tests.convert.test_command import CONFIG, TIED, convert, save_llava
-from tests.convert.test_families import FAMILIES, save
-from tests.models.test_llava import logits
 
 VERSIONS = sorted(path.parent.name for path in Path(".venv-compat").glob("*/.ready"))
 QUESTION = "What is the colour of the shape?"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
+from conversion import CONFIG, LAYOUTS, TOKENIZER, check_logits, convert, rename, save_llava
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
-from tests.convert.test_command import CONFIG, LAYOUTS, TOKENIZER, check_logits, convert, rename, save_llava
 
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "llava-hf/x"}
 # What PEFT calls the modules, by the version of transformers that the model was trained with.
@@ -109,7 +109,7 @@ def test_bases_of_every_layout(layout, tmp_path):
     ("settings", "flags", "message"),
     [
         ({}, [], r"is an adapter of a LLaVA of transformers: give --base DIR, .* \(llava-hf/x\)"),
-        ({}, ["--base", "llm"], "is no LLaVA of transformers"),
+        ({}, ["--base", "llm"], "not a LLaVA of transformers"),
         ({}, ["--base", "base", "--vision", "llm"], "leave --vision out"),
         ({"use_dora": True}, ["--base", "base"], "use_dora is True"),
         (

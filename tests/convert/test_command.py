@@ -1,7 +1,6 @@
 """Import and export, against transformers' own files and models."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -17,9 +16,27 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
+from conversion import (
+    CONFIG,
+    LAYOUTS,
+    TEXT,
+    TIED,
+    TOKENIZER,
+    byte_level,
+    check_logits,
+    convert,
+    edit,
+    edit_json,
+    load,
+    rename,
+    save_llava,
+    save_sharded,
+    tensors_of,
+)
+from forward import logits as our_logits
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from transformers import AutoProcessor, CLIPConfig, CLIPModel, LlavaForConditionalGeneration
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from configs import common
 from llava_jax import cli
@@ -27,111 +44,18 @@ from llava_jax.checkpoint.format import absolute
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.cli import UserError
-from llava_jax.convert.__main__ import main
 from llava_jax.convert.chat_template import chat_template
-from llava_jax.convert.shards import Tensor, write_shards
-from llava_jax.convert.tensors import open_directory
-from llava_jax.data.conversation import get_template, place_images, render
+from llava_jax.convert.shards import write_shards
+from llava_jax.data.conversation import place_images, render
 from llava_jax.data.images import preprocess
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, load_tokenizer
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request
 from llava_jax.models.llava import abstract_params
 from llava_jax.training.loop import train
-from tests.convert.test_hf_tokenizer import byte_level
-from tests.models.test_llava import logits as our_logits
-from tests.models.test_llava import make_batch, random_images, torch_logits
 
 pytestmark = pytest.mark.usefixtures("optimized")  # logits are compared to 1e-5: as users' programs compute them
-TOKENIZER = byte_level(specials=("<s>", "</s>", "<pad>", "<image>"))
-TEXT = dataclasses.replace(reference.TEXT, vocab_size=len(TOKENIZER))
-CONFIG = dataclasses.replace(reference.LLAVA, text=TEXT)
-TIED = dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, tie_word_embeddings=True))
-# What each layout has where a fresh save of transformers 5.23 (L4) has the first.
-LAYOUTS = {
-    "L1": {"vision_tower.": "vision_tower.vision_model."},
-    "L2": {
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head": "lm_head",
-        "vision_tower.": "model.vision_tower.vision_model.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-    },
-    "L3": {
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head": "lm_head",
-        "vision_tower.": "model.vision_tower.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-    },
-    "L4": {},
-}
-
-
-def rename(tensors: dict, prefixes: dict[str, str]) -> dict:
-    def new(name):
-        for old, replacement in prefixes.items():
-            if name.startswith(old):
-                return replacement + name.removeprefix(old)
-        return name
-
-    return {new(name): tensor for name, tensor in tensors.items()}
-
-
-def save_sharded(tensors: dict, directory: Path) -> None:
-    (directory / "model.safetensors").unlink(missing_ok=True)
-    lazy = [
-        Tensor(name, tensor.shape, tensor.dtype, functools.partial(tensors.get, name))
-        for name, tensor in tensors.items()
-    ]
-    write_shards(directory, lazy, max_bytes=100_000)
-    assert (directory / "model.safetensors.index.json").exists()
-
-
-def edit(directory: Path, change) -> None:
-    """Rewrites the tensors of a directory through `change(dict)`."""
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def edit_json(path: Path, **fields) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def tensors_of(directory: Path) -> dict:
-    tensors = open_directory(directory)
-    return {name: tensors.get(name) for name in tensors.names}
-
-
-def save_llava(config, directory: Path, **settings) -> LlavaForConditionalGeneration:
-    model = reference.llava(config)
-    model.config.image_token_id = 3
-    for name, value in settings.items():
-        setattr(model.config, name, value)
-    model.save_pretrained(directory)
-    TOKENIZER.save_pretrained(directory)
-    return model
-
-
-def convert(*arguments) -> None:
-    main([str(argument) for argument in arguments])
-
-
-def check_logits(model, directory: Path) -> None:
-    """The checkpoint in `directory` computes what `model` does."""
-    checkpoint = open_checkpoint(directory)
-    config = checkpoint.config
-    batch = make_batch([[5, "image", 7, "image", 3], [9]], random_images(2, 2), pad_to=40, config=config)
-    ours = np.asarray(our_logits(config, checkpoint.load(), batch))
-    theirs = torch_logits(model, batch, config)[..., : ours.shape[-1]]  # an export may have more rows
-    real = batch["segment_ids"] > 0
-    np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=1e-5)
-
-
-def load(directory: Path) -> LlavaForConditionalGeneration:
-    """Through transformers, which must find every tensor and know each."""
-    model, info = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +347,7 @@ def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha2
         (spoil_json("config.json", model_type="llava_next"), "model_type is 'llava_next'"),
         (spoil_json("config.json", projector_hidden_act="linear"), "linear_2 is not the identity"),
         (incomplete_index, "the shards lack lost.weight"),
-        (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which is not beside it; download it again"),
+        (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which does not exist; download it again"),
         (truncated_shard, r"model-00002-of-\d+.safetensors: not a whole safetensors file"),
         (twice_in_shards, "holds language_model.model.norm.weight, as another file beside it does"),
         (twice_in_layouts, "lm_head.weight and (language_model.)?lm_head.weight are the same tensor"),

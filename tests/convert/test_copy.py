@@ -64,7 +64,7 @@ def test_a_workdir_with_a_copy_resumes_without_its_source_wherever_it_is(source,
     assert "needs " not in capsys.readouterr().err
     for name, value in final(moved).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
-    with pytest.raises(UserError, match="its frozen parameters come from .*/source, which is gone"):
+    with pytest.raises(UserError, match="its frozen parameters come from .*/source, which no longer exists"):
         loop.train(config, str(tmp_path / "whole"))
 
 
@@ -103,7 +103,7 @@ def test_a_copy_is_a_checkpoint_of_its_own(source, config, tmp_path, capsys):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     with pytest.raises(UserError, match="exists already"):
         convert.main(["copy", "--checkpoint", str(output), "--output", str(output)])
-    with pytest.raises(UserError, match="is no training workdir: it holds all its parameters already"):
+    with pytest.raises(UserError, match="not a training workdir, so it holds all its parameters already"):
         convert.main(["copy-frozen", "--checkpoint", str(output)])
 
 

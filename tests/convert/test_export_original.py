@@ -9,12 +9,11 @@ import pytest
 import tiny
 import torch
 import torch_reference as reference
+from conversion import CONFIG, WIDE, convert, original_tensors, save_llava, tensors_of
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.models.config import CLIP_L_14_336, RopeScaling
-from tests.convert.test_command import CONFIG, convert, save_llava, tensors_of
-from tests.convert.test_import_original import WIDE, original_tensors
 
 TOWER = ["--tower", "openai/clip-vit-large-patch14-336"]
 

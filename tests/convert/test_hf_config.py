@@ -87,7 +87,7 @@ def test_published_llava():
     expected = PRESETS["llava-v1.5-7b"]
     assert found.vision == expected.vision
     assert found.text == dataclasses.replace(expected.text, vocab_size=32064)
-    assert (found.select_layer, found.select_feature, found.linear_projector) == (-2, "patch", False)
+    assert (found.select_layer, found.select_feature, found.projector_type) == (-2, "patch", "mlp2x_gelu")
 
 
 def test_published_llava_of_other_families():
@@ -188,7 +188,7 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(changes, tmp_pat
     found = read_llava(written, "")
     assert (found.vision, found.text) == (config.vision, config.text)
     assert (found.select_layer, found.select_feature) == (config.select_layer, config.select_feature)
-    assert found.linear_projector == (config.projector_type == "linear")
+    assert found.projector_type == config.projector_type
 
     (tmp_path / "config.json").write_text(json.dumps(written))
     hf = transformers.LlavaConfig.from_pretrained(tmp_path)

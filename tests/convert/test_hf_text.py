@@ -7,8 +7,9 @@ import torch_reference as reference
 import transformers
 
 from llava_jax.cli import UserError
-from llava_jax.convert.hf_text import FAMILIES, read_text, write_text
+from llava_jax.convert.hf_text import read_text, write_text
 from llava_jax.models.config import RopeScaling
+from llava_jax.models.registry import FAMILIES
 
 TEXT = {"model_type": "llama"}
 LINEAR = {"type": "linear", "factor": 4}

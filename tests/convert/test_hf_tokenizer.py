@@ -5,6 +5,7 @@ import copy
 import pytest
 import tokenizers
 import transformers
+from conversion import byte_level
 
 from llava_jax.cli import UserError
 from llava_jax.convert.hf_tokenizer import ImageToken, SpecialTokens, choose_special_tokens, write_tokenizer
@@ -17,21 +18,6 @@ TEXTS = [
     "ünïcödé 🎉 中文 ÿ <0xFF>",
     "",
 ]
-
-
-def byte_level(specials=("<s>", "</s>", "<pad>"), vocab_size=300, eos="</s>"):
-    """A small byte-level BPE, as the quickstart trains one."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(specials),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["what is the colour of the shape? blue, a circle"] * 2, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=eos, pad_token="<pad>")
 
 
 def written(tokenizer, special, directory):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conversion import CONFIG, convert, save_llava
 from fake_hub import FakeHub
 from huggingface_hub import constants
 
@@ -13,7 +14,6 @@ from llava_jax import cli
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.hub import locate
-from tests.convert.test_command import CONFIG, convert, save_llava
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_gated_models_want_a_token(hub, llava, monkeypatch):
     [
         (
             "org/lava",
-            "--llm org/lava: no such directory, and http://.* has no such model, or only for those who may see it",
+            "--llm org/lava: no such directory, and http://.* has no such model, or a private one",
         ),
         ("org/llava@v2", "there is no branch, tag or commit v2 of it"),
         ("lava", "^lava: no such file or directory"),

@@ -9,30 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch_reference as reference
+from conversion import CONFIG, TEXT, TOKENIZER, WIDE, check_logits, convert, edit_json, original_tensors
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.tokenization import load_tokenizer
-from tests.convert.test_command import CONFIG, TEXT, TOKENIZER, check_logits, convert, edit_json
 
 # The reference's heads are narrower than OpenAI's, whose width an import without --vision takes for granted.
 pytestmark = pytest.mark.usefixtures("optimized")  # logits are compared to 1e-5: as users' programs compute them
-WIDE = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, hidden_size=128, num_heads=2))
-NAMES = {
-    "model.language_model.": "model.",
-    "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
-    "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
-    "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    "lm_head.": "lm_head.",
-}
-
-
-def original_tensors(model) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in model.named_parameters():
-        prefix = next(prefix for prefix in NAMES if name.startswith(prefix))
-        found[NAMES[prefix] + name.removeprefix(prefix)] = tensor.detach().clone()
-    return found
 
 
 def part(tensors, *prefixes):

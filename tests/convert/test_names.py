@@ -8,20 +8,8 @@ import pytest
 import torch
 import torch_reference as reference
 
-from llava_jax.convert.names import (
-    OIHW_TO_HWIO,
-    SAME,
-    TABLE,
-    TRANSPOSE,
-    Entry,
-    head_entries,
-    llm_entries,
-    projector_entries,
-    to_hf,
-    to_hf_tensor,
-    to_ours,
-    vision_entries,
-)
+from llava_jax.convert.names import entries_of, to_hf, to_hf_tensor, to_ours
+from llava_jax.models.hf_names import OIHW_TO_HWIO, SAME, TABLE, TRANSPOSE, Entry
 from llava_jax.models.llava import abstract_params
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
@@ -35,12 +23,7 @@ def random_bits(shape, dtype, seed=0):
 
 
 def all_entries(config):
-    return (
-        vision_entries(config.vision)
-        + projector_entries(config.projector_type)
-        + llm_entries(config.text)
-        + head_entries(config.text)
-    )
+    return [entry for entries in entries_of(config).values() for entry in entries]
 
 
 KINDS = {
@@ -65,12 +48,8 @@ def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(kind):
     config = KINDS[kind]
     ours = abstract_params(config)
     found = []
-    for prefix, entries in {
-        "model.vision_tower.": vision_entries(config.vision),
-        "model.multi_modal_projector.": projector_entries(config.projector_type),
-        "model.language_model.": llm_entries(config.text),
-        "": head_entries(config.text),
-    }.items():
+    prefixes = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "")
+    for prefix, entries in zip(prefixes, entries_of(config).values(), strict=True):
         found += [
             (prefix + leaf, entry.hf_shape(ours[entry.name].shape)) for entry in entries for leaf in entry.leaves()
         ]

@@ -12,11 +12,11 @@ import re
 import pytest
 import tiny
 import torch_reference as reference
+from conversion import convert
 
 from llava_jax.convert.tensors import open_directory
 from llava_jax.data.tokenization import load_tokenizer
-from llava_jax.models.config import SIGLIP_MEAN
-from tests.convert.test_command import convert
+from llava_jax.models.towers.siglip import SIGLIP_MEAN
 
 TEXT = dataclasses.replace(reference.TEXT, vocab_size=tiny.VOCAB)
 MODELS = {
@@ -69,7 +69,7 @@ def exported(request, tmp_path_factory):
 
 def test_every_tensor_has_a_place_in_both(exported):
     model, directory, _ = exported
-    names = open_directory(directory).names
+    names = list(open_directory(directory))
     for name in names:
         for old, new in VLLM_MAPPER.items():
             assert not name.startswith(old), "renamed by the newer vLLM only"
@@ -119,7 +119,7 @@ def test_sglang_takes_the_original_layout(name, tmp_path):
         "model.mm_projector.2": "multi_modal_projector.linear_2",
         "model.vision_tower.vision_tower": "vision_tower",
     }
-    for tensor in open_directory(tmp_path / "o").names:
+    for tensor in open_directory(tmp_path / "o"):
         for old, new in renamed.items():
             tensor = tensor.replace(old, new)
         module, _, inside = tensor.partition(".")

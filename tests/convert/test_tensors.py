@@ -45,10 +45,10 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(name, tmp_path):
     else:
         save_file(values, file)
     tensors = open_files([file])
-    np.testing.assert_array_equal(tensors.get("b"), values["b"])
+    np.testing.assert_array_equal(tensors["b"].read(), values["b"])
     file.write_bytes(file.read_bytes()[:20_000])
     with pytest.raises(UserError, match=f"{name}: was cut short while it was read; download it again"):
-        tensors.get("b")
+        tensors["b"].read()
 
 
 def test_a_header_beyond_the_bounds_is_refused(tmp_path):
@@ -69,7 +69,7 @@ def test_a_header_beyond_the_bounds_is_refused(tmp_path):
             with pytest.raises(UserError, match=message):
                 open_files([file])
         else:
-            assert open_files([file]).get("a").tolist() == [0, 0]
+            assert open_files([file])["a"].read().tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -86,14 +86,14 @@ def test_an_index_names_files_below_it(tmp_path):
     for value in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "x/../../outside.safetensors", "",
                   ".", "a\0b", 3, None, True, ["a"], {}):  # fmt: skip
         (model / index).write_text(json.dumps({"weight_map": {"a": value}}))
-        with pytest.raises(UserError, match=f"{index}: weight_map: a is in .*, which is no file beside it or below"):
+        with pytest.raises(UserError, match=f"{index}: weight_map: a is in .*, which is not a file beside it or below"):
             open_directory(model)
     (model / "shard.safetensors").symlink_to("../outside.safetensors")  # as the cache of the Hub links its files
     (model / "below").mkdir()
     save_file({"b": np.ones(3, np.float32)}, model / "below" / "b.safetensors")
     weight_map = {"a": "shard.safetensors", "b": "below/b.safetensors"}
     (model / index).write_text(json.dumps({"weight_map": weight_map}))
-    assert open_directory(model).get("b").tolist() == [1, 1, 1]
+    assert open_directory(model)["b"].read().tolist() == [1, 1, 1]
     for names in ([f"{i}.safetensors" for i in range(1000)], ["shard.safetensors"] * 1000):
         (model / index).write_text(json.dumps({"weight_map": {f"t{i}": file for i, file in enumerate(names)}}))
         with pytest.raises(UserError, match="and 990 more") as raised:

@@ -190,8 +190,8 @@ NESTED = b"K\x01" + b"q\x00h\x00\x86" * 60  # a tuple of 2**60 items, which take
 HOSTILE = {
     "memo": (b"Nr" + struct.pack("<I", 2**32 - 1) + b".", "holds a NoneType"),
     "tuples as key": (b"}" + NESTED + b"K\x01s.", "a tuple names a tensor"),
-    "tuples as storage": (NESTED + b"Q.", "names a storage that is none"),
-    "tuples as entry": (tensor((2,), (1,)).replace(b"X\x01\0\0\x000", NESTED) + b".", "names a storage that is none"),
+    "tuples as storage": (NESTED + b"Q.", "names as a storage is none"),
+    "tuples as entry": (tensor((2,), (1,)).replace(b"X\x01\0\0\x000", NESTED) + b".", "names as a storage is none"),
     "tuples in a dict": (ORDERED + NESTED + b"\x85\x85R.", "not described as one"),
     "tuples in a tensor": (GLOBAL + NESTED + b"R.", "not described as one"),
     "text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"aaa", "damaged"),

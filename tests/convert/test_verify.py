@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import tiny
+from conversion import edit_json
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert import verify
 from llava_jax.convert.__main__ import main
-from tests.convert.test_command import edit_json
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 import unicodedata
-from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
 import tiny
+from built_sets import FORMATS, contents, run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,51 +26,14 @@ from llava_jax.data import build, published, shards
 from llava_jax.data.built import Built
 from llava_jax.data.sources import LlavaJson, Sample
 
-FORMATS = {"a.jpg": "JPEG", "folder/b.png": "PNG", "c.jpg": "GIF", "d.webp": "WEBP"}  # c, as OCR-VQA names them
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> tuple[Path, Path]:
-    """Eight samples in which each picture is used twice, once together with another, and two without."""
-    root = tmp_path_factory.mktemp("data")
-    images = root / "images"
-    for i, (name, kind) in enumerate(FORMATS.items()):
-        (images / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30 + i, 20), (200, 60 * i, 30)).save(images / name, kind)
-    names = list(FORMATS)
-    pictures = [names[:1], [], names[1:3], names[2:3], [], names[3:], names[:2], names[3:]]
-    records = []
-    for i, used in enumerate(pictures):
-        turns = [("human", "<image>\n" * len(used) + f"What is {i}? \u00e4\u2028"), ("gpt", f"It is {i}.")]
-        record = {"conversations": [{"from": role, "value": text} for role, text in turns], "source": "lost"}
-        records.append(record | ({"image": used} if used else {}) | ({"id": f"s{i}"} if i else {}))
-    (root / "data.json").write_text(json.dumps(records))
-    return root / "data.json", images
-
-
-def run(data: tuple[Path, Path], output: Path, *options: object) -> Path:
-    json_file, images = data
-    build.main(["--json", str(json_file), "--images", str(images), "--output", str(output), *map(str, options)])
-    return output
-
-
 # Builds, and waits for ever where it would read d.webp.
 WAITING = """
 import sys, time
 from llava_jax.data import build, shards
-read = shards.read_picture
-shards.read_picture = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
+read = shards.read_image
+shards.read_image = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
 build.main(sys.argv[1:])
 """
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def built(data, tmp_path_factory) -> Path:
-    return run(data, tmp_path_factory.mktemp("built") / "set", "--shards", 4)
 
 
 def test_records_hold_texts_and_the_very_bytes_of_the_files(data, built):
@@ -137,7 +100,7 @@ def test_missing_pictures_are_told_by_folder_before_anything_is_written(data, tm
     (images / "folder" / "b.png").rename(images / "folder" / "b.gif")
     (images / "a.jpg").unlink()
     with pytest.raises(
-        UserError, match=r"1 pictures missing in \S+images, such as a.jpg; it is of sample 0; .*1 of the first 1 are"
+        UserError, match=r"1 images missing in \S+images, such as a.jpg; it is of sample 0; .*1 of the first 1 are"
     ):
         run((data[0], images), tmp_path / "set")
     assert not (tmp_path / "set").exists()
@@ -150,7 +113,7 @@ def test_damaged_pictures_are_all_told_and_cost_their_shards_alone(data, built, 
     picture = (images / "d.webp").read_bytes()
     (images / "d.webp").write_bytes(picture[: len(picture) // 2])
     output = tmp_path / "set"
-    with pytest.raises(UserError, match="^2 pictures cannot be read"):
+    with pytest.raises(UserError, match="^2 images cannot be read"):
         run((data[0], images), output, "--shards", 4)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[:2] for line in lines] == [["bad-image", " s5"], ["bad-image", " s7"]]
@@ -194,7 +157,7 @@ def test_shards_have_a_size(data, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SHARD_BYTES", -(-total // 3))
     names = contents(run(data, tmp_path / "set"))
     assert sum("-of-00003" in name for name in names) == 3
-    monkeypatch.setattr(build, "MOST_SHARDS", 2)
+    monkeypatch.setattr(build, "MAX_SHARDS", 2)
     assert sum("-of-00002" in name for name in contents(run(data, tmp_path / "fewer"))) == 2
     assert sum("-of-00008" in name for name in contents(run(data, tmp_path / "most", "--shards", 100))) == 8
 
@@ -208,7 +171,7 @@ def test_published_sets_are_checked(data, tmp_path, monkeypatch):
     mix = next(known for known in published.PUBLISHED if known.name == "mix665k")
     small = dataclasses.replace(mix, samples=8, text_only=3, folders={"folder": "b"})
     assert list(published.count_problems(small, 8, 2)) == [
-        "2 samples without a picture where llava_v1_5_mix665k.json has 3"
+        "2 samples without an image where llava_v1_5_mix665k.json has 3"
     ]
     monkeypatch.setattr(build, "PUBLISHED", [dataclasses.replace(small, text_only=2)])
     output = run(data, tmp_path / "set", "--dataset", "mix665k")
@@ -266,9 +229,9 @@ def test_what_is_no_file_is_refused_with_its_sample(data, tmp_path, name, capsys
     samples = json.loads(data[0].read_text())
     samples[3]["image"] = name
     (tmp_path / "data.json").write_text(json.dumps(samples))
-    with pytest.raises(UserError, match="1 pictures cannot be read"):
+    with pytest.raises(UserError, match="1 images cannot be read"):
         run((tmp_path / "data.json", images), tmp_path / "set", "--no-decode")
-    assert re.match(f"bad-image, s3, picture .*{name}", capsys.readouterr().out)
+    assert re.match(f"bad-image, s3, image .*{name}", capsys.readouterr().out)
 
 
 def test_absolute_names_are_built_by_an_option(data, tmp_path):

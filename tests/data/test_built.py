@@ -12,12 +12,12 @@ import tiny
 from llava_jax.cli import UserError
 from llava_jax.data import build
 from llava_jax.data.built import Built
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import cached_lengths, measure
 from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Order, plan_layout
 from llava_jax.data.sources import LlavaJson, Source
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 
 

@@ -7,8 +7,9 @@ from pydantic import TypeAdapter
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.convert.chat_template import chat_template
-from llava_jax.data.conversation import TEMPLATES, place_images, render
+from llava_jax.data.conversation import place_images, render
 from llava_jax.data.samples import read_sample
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.data.tokenization import default_system
 from llava_jax.serve.schema import UserMessage
 from llava_jax.serve.turns import Marks, read_messages

@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
-from llava_jax.data import pictures
+from llava_jax.data import check_images
 from llava_jax.data.check import main
+from llava_jax.data.check_records import CheckedRecords
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.survey import Survey
 from llava_jax.data.tokenization import load_tokenizer
 
 LONG = "word " * 100
@@ -275,8 +275,8 @@ def test_the_report(tmp_path, images, capsys, smollm2_dir):
 def test_good_pictures_are_decoded_once_and_again_when_they_change(tmp_path, images, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     looked = []
-    load = pictures.load_image
-    monkeypatch.setattr(pictures, "load_image", lambda path: looked.append(path.name) or load(path))
+    load = check_images.load_image
+    monkeypatch.setattr(check_images, "load_image", lambda path: looked.append(path.name) or load(path))
     Image.new("RGB", (4, 4), "red").save(images / "b.png")
     records = [sample("a"), sample("b", image="b.png"), sample("c", image="broken.png"), sample("d", image="b.png")]
 
@@ -301,9 +301,9 @@ def test_good_pictures_are_decoded_once_and_again_when_they_change(tmp_path, ima
 def test_a_survey_is_a_source_like_the_file(tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([sample("a"), sample("b", "<image>é", image=["a.png"])]))
-    survey = Survey(data)
-    assert list(survey.read(())) == []
-    assert list(survey) == list(LlavaJson(data)) and survey.digest == LlavaJson(data).digest
+    checked = CheckedRecords(data)
+    assert list(checked.read(())) == []
+    assert list(checked) == list(LlavaJson(data)) and checked.digest == LlavaJson(data).digest
 
 
 def test_images_may_stay_where_they_are(tmp_path, images):

@@ -5,18 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import (
-    TEMPLATES,
-    check_system,
-    choose_template,
-    get_template,
-    has_interleaved_images,
-    place_images,
-    place_prompt_images,
-    render,
-    stop_strings,
-    with_im_start_end,
-)
+from llava_jax.data.conversation import check_system, has_interleaved_images, place_images, place_prompt_images, render
+from llava_jax.data.templates import TEMPLATES, choose_template, get_template, stop_strings, with_im_start_end
 
 POLITE_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "

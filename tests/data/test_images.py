@@ -375,7 +375,7 @@ def test_corrupt_bytes_decode_or_raise_a_user_error(data, format):
     try:
         image = decode_image(bytes(corrupt), "x")
     except UserError as error:
-        assert "picture x" in str(error)
+        assert "image x" in str(error)
     else:
         assert image.mode == "RGB"
 
@@ -399,7 +399,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_pixels_without_a_range_are_refused(dtype):
     values = np.full((4, 4), 70_000, dtype)
-    with pytest.raises(UserError, match="picture x: .*8 bits"):
+    with pytest.raises(UserError, match="image x: .*8 bits"):
         decode_image(encoded(Image.fromarray(values), "TIFF"), "x")
 
 
@@ -424,7 +424,7 @@ def test_names_in_another_unicode_form_are_found(tmp_path, stored, asked):
     Image.new("RGB", (3, 2), "red").save(folder / unicodedata.normalize(stored, "caf\u00e9.png"))
     name = unicodedata.normalize(asked, "\u00fcber/caf\u00e9.png")
     assert load_image(tmp_path / name).size == (3, 2)
-    with pytest.raises(UserError, match="picture .*caf.*s.png: No such file"):
+    with pytest.raises(UserError, match="image .*caf.*s.png: No such file"):
         load_image(tmp_path / name.replace(".png", "s.png"))
 
 
@@ -452,7 +452,7 @@ def test_files_are_bounded_before_they_are_read(tmp_path):
 def test_only_regular_files_are_opened(tmp_path, name):
     (tmp_path / "images").mkdir()
     tiny.add_irregular(tmp_path / "images")
-    with pytest.raises(UserError, match=f"^picture .*{name}: (is a device, pipe or socket, not a file|Is a directory)"):
+    with pytest.raises(UserError, match=f"^image .*{name}: (is a device, pipe or socket, not a file|Is a directory)"):
         load_image(tmp_path / "images" / name)
 
 

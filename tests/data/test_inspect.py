@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
-from llava_jax.data.inspect import LEARNED, main, view
+from llava_jax.data.inspect import TARGET, main, view
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import encode_sample
 
 
@@ -62,7 +62,7 @@ def test_view_marks_what_is_learned(data, tokenizer, tmp_path, capsys):
     console = Console(force_terminal=True, color_system="standard", width=200)
     with console.capture() as capture:
         console.print(view(encoded, tokenizer))
-    (start, end) = next((span.start, span.end) for span in view(encoded, tokenizer).spans if span.style == LEARNED)
+    (start, end) = next((span.start, span.end) for span in view(encoded, tokenizer).spans if span.style == TARGET)
     assert "\x1b[1;32m" in capture.get() and "It is 0." in view(encoded, tokenizer).plain[start:end]
 
 
@@ -103,7 +103,7 @@ def test_images_are_read_only_where_their_folder_is_given(data, bare_llama_dir, 
         [],
     ]
     (images / "absent.jpg").write_bytes((images / "absent.jpg").read_bytes()[:200])
-    with pytest.raises(UserError, match="sample 0: picture absent.jpg is damaged"):
+    with pytest.raises(UserError, match="sample 0: image absent.jpg is damaged"):
         main([*args, "--images", str(images)])
     (images / "absent.jpg").unlink()
     with pytest.raises(UserError, match="sample 0: .*absent.jpg: No such file"):

@@ -8,10 +8,10 @@ import tiny
 
 from llava_jax.cli import UserError
 from llava_jax.data import lengths
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure, measure_once
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.files import cache
 
 

@@ -107,7 +107,7 @@ def test_held_out_samples_are_left_out_of_each_set(sets):
         ({}, "config.data names no data: set json .with images. or built"),
         ({"images": "x"}, "names no data"),
         ({"json": "a", "built": "b"}, "config.data names both json .with images. and built"),
-        ({"built": "b", "images": "x"}, "config.data.images is set, but b holds its own pictures"),
+        ({"built": "b", "images": "x"}, "config.data.images is set, but b holds its own images"),
         ({"json": "a", "mixture": ({"json": "a"},)}, "mixture stands beside config.data.json"),
         ({"mixture": ("a.json",)}, r"mixture\[0\] is 'a.json': it has to be a dict of built, images, json, weight"),
         ({"mixture": ({"jsn": "a"},)}, "has to be a dict of"),
@@ -138,9 +138,9 @@ def test_each_set_with_pictures_needs_its_folder(sets, tmp_path):
         check_folders(source, Lengths(images, images, images))
 
     check(*sets, {"json": str(texts)})
-    with pytest.raises(UserError, match=f"{file} has samples with pictures: give their folder"):
+    with pytest.raises(UserError, match=f"{file} has samples with images: give their folder"):
         check(sets[1], {"json": file})
-    with pytest.raises(UserError, match=f"nowhere: no such folder of pictures .of {file}"):
+    with pytest.raises(UserError, match=f"nowhere: no such folder of images .of {file}"):
         check({"json": file, "images": str(tmp_path / "nowhere")}, sets[1])
 
 

@@ -55,4 +55,4 @@ def test_wanted_slots_are_planned_alone_and_sizes_that_do_not_fit_are_refused(fl
 def test_mistakes_on_the_command_line(flags, capsys):
     with pytest.raises(SystemExit):
         pack.main([*flags, "--rows-per-group", "0"])
-    assert "'0' is no number above 0" in capsys.readouterr().err
+    assert "0 is less than 1" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_rows_and_image_slots_are_full():
     best, *others = image_slot_plans(Order(np.arange(20_000), 32, 0), mixture(20_000), 164, 4)
     report = fill(best)
     assert report.tokens > 0.96 and report.images > 0.95
-    assert all(fill(other).whole <= report.whole for other in others)
+    assert all(fill(other).used <= report.used for other in others)
     assert report.samples_a_row * report.rows == 20_000 and report.groups * 4 == report.rows
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.common import get_config
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.images import preprocess
 from llava_jax.data.lengths import measure
@@ -23,7 +22,8 @@ from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder, build_row, collate
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
-from llava_jax.data.tokenization import Row
+from llava_jax.data.templates import get_template
+from llava_jax.data.tokenization import Segment
 
 P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01
 MEAN = (0.5, 0.25, 0.75)
@@ -298,7 +298,7 @@ def test_skipped_samples_stay_in_their_places(tmp_path, folder, source, encode, 
             np.testing.assert_array_equal(labels, np.full_like(others, -100) if skipped else others)
             np.testing.assert_array_equal(pictures, np.zeros_like(good) if skipped else good)
     assert sorted(one.id for one in found) == ["s5", "s8"]
-    assert all(f"sample {one.id}: picture" in one.reason for one in found)
+    assert all(f"sample {one.id}: image" in one.reason for one in found)
 
 
 def test_a_sample_whose_text_is_at_fault_takes_no_position(source, folder, tokenizer):
@@ -356,7 +356,7 @@ def test_measure(source, encode):
 
 def test_first_label_is_no_target(source):
     def encode(sample):
-        return Row(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
+        return Segment(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
 
     assert set(measure(EncodedSource(source, encode)).targets) == {1}
 
@@ -386,7 +386,7 @@ def test_missing_and_damaged_pictures_name_sample_and_file(tmp_path, encode, nam
         return
     with pytest.raises(UserError) as caught:
         list(batches.iterate(0, 1, workers))
-    assert str(caught.value).startswith(f"sample s3: picture {message.format(folder=tmp_path)}")
+    assert str(caught.value).startswith(f"sample s3: image {message.format(folder=tmp_path)}")
     assert "\n" not in str(caught.value)
 
 
@@ -408,7 +408,7 @@ def sample_row(length, images, token):
     """A row of its own for one sample: its images first, then text of one token."""
     index = np.concatenate([np.arange(images * P), np.full(length - images * P, -1)])
     tokens = np.where(index < 0, token, 0)
-    return Row(tokens, np.where(index < 0, token, -100), index, images)
+    return Segment(tokens, np.where(index < 0, token, -100), index, images)
 
 
 def test_several_samples_in_a_row():
@@ -452,7 +452,7 @@ def test_images_outside_the_folder_and_what_is_no_file(tmp_path, encode, name, w
     tiny.add_irregular(tmp_path / "images")
     (tmp_path / "data.json").write_text(json.dumps([record(0, []), record(1, [name])]))
     batches = make_batches(LlavaJson(tmp_path / "data.json", tmp_path / "images"), encode, 2, 2)
-    with pytest.raises(UserError, match="sample s1: (image|picture) ") as caught:
+    with pytest.raises(UserError, match="sample s1: image ") as caught:
         batches[0]
     skipping = Batches(
         EncodedSource(batches.encoded.source, encode, skip_bad=True), DECODE, batches.order, batches.layout

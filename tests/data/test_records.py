@@ -101,7 +101,7 @@ def test_lines_that_are_no_json_hide_no_others(path):
 @pytest.mark.parametrize("text", ['[1, "' + "x" * 99 + '"]', '[{"a": "' + "x" * 99, "1\n" + "x" * 99])
 def test_records_that_never_end_are_refused(path, text, monkeypatch):
     monkeypatch.setattr(records, "BLOCK", 8)
-    monkeypatch.setattr(records, "LONGEST", 50)
+    monkeypatch.setattr(records, "MAX_RECORD", 50)
     path.write_text(text)
     with pytest.raises(UserError, match=r"F: (line 2|a sample at byte \d+) takes more than"):
         list(scan(path, "F"))
@@ -192,7 +192,7 @@ def test_objects_over_several_lines_are_one_error(path, text, message, block, mo
 
 
 def test_a_huge_object_on_one_line_is_told_by_its_key(path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST", 50)
+    monkeypatch.setattr(records, "MAX_RECORD", 50)
     path.write_text(json.dumps({"data": [{"id": i} for i in range(20)]}))
     with pytest.raises(UserError, match="whose 'data' holds a list"):
         list(scan(path, "F"))
@@ -238,7 +238,7 @@ def test_a_control_character_in_the_first_line_is_told_where_it_stands(path):
 def test_several_values_in_a_row_are_told(path):
     path.write_text('{"id": "a"} {"id": "b"}\n')
     (line,) = scan(path, "F")
-    with pytest.raises(UserError, match="line 1: is no JSON: Extra data.*; several values stand in a row: jq -c"):
+    with pytest.raises(UserError, match="line 1: is no JSON: Extra data.*; several values follow each other: jq -c"):
         load_json(line.value, line.where)
     path.write_text('[{"id": "a"}]\n[{"id": "b"}]\n')
     with pytest.raises(UserError, match="Extra data, a second array .*: line 2 column 1"):
@@ -268,7 +268,7 @@ def test_what_is_no_file_is_refused_by_name_and_never_opened(tmp_path, name):
 
 @pytest.mark.parametrize("as_array", [False, True])
 def test_a_record_that_is_too_long_is_named(tmp_path, monkeypatch, as_array):
-    monkeypatch.setattr(records, "LONGEST", 10**6)
+    monkeypatch.setattr(records, "MAX_RECORD", 10**6)
     monkeypatch.setattr(records, "BLOCK", 10**5)
     line = json.dumps({"id": "x", "conversations": [{"from": "human", "value": "q" * 10**7}]})
     file = tmp_path / "data.json"

@@ -15,9 +15,10 @@ from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, get_template, render, with_im_start_end
-from llava_jax.data.fit import require_fit
+from llava_jax.data.conversation import render
 from llava_jax.data.sources import Sample
+from llava_jax.data.template_fit import require_fit
+from llava_jax.data.templates import TEMPLATES, get_template, with_im_start_end
 from llava_jax.data.tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,

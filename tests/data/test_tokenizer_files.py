@@ -14,7 +14,7 @@ import tiny
 import llava_jax
 from llava_jax.cli import UserError
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.fit import template_of
+from llava_jax.data.template_fit import template_of
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.data.tokenizer_files import MAX_BYTES, read_tokenizer_files
 

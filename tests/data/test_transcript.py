@@ -37,7 +37,7 @@ def test_a_saved_conversation_is_a_clean_data_set(tmp_path, capsys):
     ]:
         (tmp_path / "talk.json").write_text(dump(Transcript(turns, pictures, "Be brief."), name))
         assert not check.main(["--json", str(tmp_path / "talk.json"), "--images", str(tmp_path)])
-        assert load(epath.Path(tmp_path) / "talk.json").pictures == [str(tmp_path / name) for name in pictures]
+        assert load(epath.Path(tmp_path) / "talk.json").images == [str(tmp_path / name) for name in pictures]
     assert capsys.readouterr().err == "no problems\n" * 3
 
 

@@ -11,13 +11,13 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.data import check
-from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import retry
 from llava_jax.llm_api.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
 
 

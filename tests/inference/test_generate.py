@@ -19,8 +19,9 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.writing import save_model
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import TEMPLATES, Template, get_template, render
+from llava_jax.data.conversation import render
 from llava_jax.data.sources import Sample
+from llava_jax.data.templates import TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import encode_sample, expand
 from llava_jax.inference import generate
 from llava_jax.inference.decoding import Slots

@@ -11,17 +11,10 @@ import torch_reference as reference
 import transformers
 from flax import nnx
 
-from llava_jax.models.clip import normalize
-from llava_jax.models.config import (
-    CLIP_L_14,
-    CLIP_L_14_336,
-    CLIP_MEAN,
-    CLIP_STD,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    VisionConfig,
-)
-from llava_jax.models.llava import TOWERS, build
+from llava_jax.models.config import CLIP_L_14, CLIP_L_14_336, CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.llava import build, normalize
+from llava_jax.models.registry import TOWERS
+from llava_jax.models.towers.siglip import SIGLIP_MEAN, SIGLIP_STD
 
 CONFIG, SIGLIP = reference.VISION, reference.SIGLIP
 
@@ -44,7 +37,7 @@ def random_pixels(config=CONFIG, num_images=3):
 
 
 def tower(config, params):
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind].module(config, rngs=nnx.Rngs(0))))
     paths = [tuple(name.split(".")) for name in params]
     assert set(paths) == {path for path, _ in nnx.to_flat_state(state)}
     return nnx.merge(
@@ -130,7 +123,7 @@ def test_layers_past_the_selected_one_are_never_computed(config):
             params[name][used:] = np.nan
     np.testing.assert_array_equal(features(tower(config, params), pixels, used), expected)
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TOWERS[config.kind].module(config, rngs=nnx.Rngs(0))))
     jaxpr = jax.make_jaxpr(lambda state, pixels: nnx.merge(graphdef, state)(pixels, used))(state, pixels)
     assert [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] == [used]
 
@@ -152,7 +145,7 @@ def test_black_and_white_are_the_ends_of_the_scale():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size_towers_have_the_published_parameters(name):
     config, count = PUBLISHED[name]
-    state = nnx.state(nnx.eval_shape(lambda: TOWERS[config.kind](config, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: TOWERS[config.kind].module(config, rngs=nnx.Rngs(0))))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count
     torch_config = reference.torch_vision_config(config)
     assert reference.num_parameters(lambda: transformers.AutoModel.from_config(torch_config)) == count

@@ -14,9 +14,10 @@ import transformers
 from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llava_jax.convert.names import llm_entries, to_ours
+from llava_jax.convert.names import to_ours
 from llava_jax.models.attention import causal_segment_mask
 from llava_jax.models.config import LLAMA_7B, LLAMA_13B, RopeScaling, TextConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.llama import Llama, LlamaLayer, rotary_frequencies, rotate
 
 CONFIG = reference.TEXT
@@ -149,7 +150,7 @@ def test_decoder_layer_equals_transformers():
         ).numpy()
     assert expected.std() > 0.5
 
-    entries = [e for e in llm_entries(dataclasses.replace(CONFIG, num_layers=1)) if e.layers is not None]
+    entries = [e for e in family_of(CONFIG).entries(dataclasses.replace(CONFIG, num_layers=1)) if e.layers is not None]
     tensors = {f"layers.0.{name}": value.detach().numpy() for name, value in torch_layer.named_parameters()}
     layer = LlamaLayer(CONFIG, rngs=nnx.Rngs(0))
     for entry in entries:

@@ -8,7 +8,8 @@ import torch
 import torch_reference as reference
 from flax import nnx
 
-from llava_jax.models.projector import Projector, num_projector_layers
+from llava_jax.models.config import check_projector_type
+from llava_jax.models.projectors import projector_kind
 
 D_IN, D = 32, 48
 
@@ -24,7 +25,7 @@ def torch_projector(num_layers):
 @pytest.mark.parametrize("projector_type, num_layers", [("linear", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
 def test_equals_torch(projector_type, num_layers):
     torch_model = torch_projector(num_layers)
-    ours = Projector(projector_type, D_IN, D, rngs=nnx.Rngs(0))
+    ours = projector_kind(projector_type).build(projector_type, D_IN, D, nnx.Rngs(0))
     for i in range(num_layers):
         linear = getattr(ours, f"linear_{i + 1}")
         linear.kernel[...] = jnp.asarray(torch_model[2 * i].weight.detach().numpy().T)
@@ -38,16 +39,18 @@ def test_equals_torch(projector_type, num_layers):
 @pytest.mark.parametrize("projector_type", ["mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu_x", "identity", ""])
 def test_unknown_types_are_an_error(projector_type):
     with pytest.raises(ValueError, match="not 'linear' or 'mlpNx_gelu'"):
-        num_projector_layers(projector_type)
+        check_projector_type(projector_type)
 
 
 def test_many_layers():
-    assert num_projector_layers("mlp12x_gelu") == 12
+    check_projector_type("mlp12x_gelu")
+    matrices = projector_kind("mlp12x_gelu").matrices("mlp12x_gelu", D_IN, D)
+    assert matrices == [(D_IN, D)] + [(D, D)] * 11
 
 
 def test_starts_as_torch_linears_do():
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kernel and bias."""
-    ours = Projector("mlp2x_gelu", D_IN, D, rngs=nnx.Rngs(0))
+    ours = projector_kind("mlp2x_gelu").build("mlp2x_gelu", D_IN, D, nnx.Rngs(0))
     for linear, fan_in in ((ours.linear_1, D_IN), (ours.linear_2, D)):
         bound = fan_in**-0.5
         for values in (linear.kernel[...], linear.bias[...]):

@@ -185,9 +185,9 @@ def test_an_error_of_one_ends_both_with_its_words(run, world, tmp_path):
     pair = run(tmp_path / "run", processes=2, devices=2, **{"data.images": str(images), "data.holdout": 0})
     assert pair.wait() == [1, 1], pair.told()
     finder = 0 if "error: sample" in pair.told(0) else 1
-    assert "error: sample sample-0: picture" in pair.told(finder)
+    assert "error: sample sample-0: image" in pair.told(finder)
     told = pair.told(1 - finder)
-    assert f"error: process {finder}: sample sample-0: picture" in told and "Traceback" not in told
+    assert f"error: process {finder}: sample sample-0: image" in told and "Traceback" not in told
 
 
 def test_too_many_bad_samples_stop_both_and_the_packed_run_goes_on_elsewhere(run, world, tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from llava_jax.data.conversation import TEMPLATES, get_template
+from llava_jax.data.templates import TEMPLATES, get_template
 from llava_jax.data.tokenization import encode_turns
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import Message

@@ -7,8 +7,12 @@ import torch
 import transformers
 from transformers import LlavaForConditionalGeneration
 
-from llava_jax.convert.names import Entry, head_entries, llm_entries, projector_entries, to_ours, vision_entries
+from llava_jax.convert.names import to_ours
 from llava_jax.models.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.models.families import family_of, head_entries
+from llava_jax.models.hf_names import Entry
+from llava_jax.models.projectors import projector_kind
+from llava_jax.models.registry import TOWERS
 
 # Few of everything, and no two widths alike where the architecture lets them differ.
 VISION = VisionConfig(32, 56, num_layers=4, num_heads=4, image_size=24, patch_size=8)
@@ -165,17 +169,18 @@ def params_of(module: torch.nn.Module, entries: list[Entry], prefix: str = "") -
 
 
 def clip_params(module: torch.nn.Module, config: VisionConfig, prefix: str = "") -> dict[str, np.ndarray]:
-    return params_of(module, vision_entries(config), prefix)
+    return params_of(module, TOWERS[config.kind].entries(config), prefix)
 
 
 def llama_params(module: torch.nn.Module, config: TextConfig, prefix: str = "model.") -> dict[str, np.ndarray]:
-    return params_of(module, llm_entries(config), prefix) | params_of(module, head_entries(config))
+    return params_of(module, family_of(config).entries(config), prefix) | params_of(module, head_entries(config))
 
 
 def llava_params(module: torch.nn.Module, config: LlavaConfig) -> dict[str, np.ndarray]:
+    projector = projector_kind(config.projector_type).entries(config.projector_type)
     return (
         clip_params(module, config.vision, "model.vision_tower.")
-        | params_of(module, projector_entries(config.projector_type), "model.multi_modal_projector.")
+        | params_of(module, projector, "model.multi_modal_projector.")
         | llama_params(module, config.text, "model.language_model.")
     )
 

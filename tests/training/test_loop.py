@@ -31,13 +31,13 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.conversation import get_template
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.lengths import measure
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
@@ -46,6 +46,7 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, goodput, loop, optim, summary
 from llava_jax.training import step as training_step
+from llava_jax.training.profiling import Profile
 
 # ------------------------------------------------------------------------------------------------- the step
 
@@ -96,7 +97,7 @@ def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettin
 
 
 def split_params(params, stage):
-    names = optim.trainable_names(params, stage)
+    names = optim.trainable_names(params, make_config(stage))
     trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
     return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
 
@@ -221,7 +222,9 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
 
 
 def test_the_vision_tower_gets_no_gradient_in_either_stage():
-    assert {name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), "finetune")} == {
+    assert {
+        name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), make_config("finetune"))
+    } == {
         "projector",
         "llm",
     }
@@ -431,7 +434,7 @@ def test_bad_samples_are_skipped_told_and_not_counted_twice(world, tmp_path, cap
     workdir, whole = tmp_path / "run", tmp_path / "whole"
     loop.train(run_config(world, **changes), str(whole))
     told = capsys.readouterr().err
-    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: picture" in told
+    assert "skipped    sample sample-7: nothing to learn" in told and "sample-0: image" in told
     found = [json.loads(line) for line in (whole / "bad_samples.jsonl").read_text().splitlines()]
     counts = collections.Counter((one["id"], one["part"]) for one in found)
     expected = {("sample-0", "training"): 2, ("sample-5", "training"): 2, ("sample-7", "text"): 1}
@@ -591,7 +594,7 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
         monkeypatch.setattr(owner, name, slow)
 
     delayed(loop.TrainingCheckpoints, "save")
-    delayed(loop.Profile, "close")
+    delayed(Profile, "close")
     delayed(jax.profiler, "start_trace")
     delayed(jax.stages.Lowered, "compile")
     delayed(builder, "eval_step")  # traced once
@@ -698,7 +701,7 @@ def test_built_shards_train_as_the_json_does_and_a_mixture_resumes(world, uninte
 
 def test_a_run_that_failed_before_its_first_step_can_be_corrected(world, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="no such folder of pictures"):
+    with pytest.raises(UserError, match="no such folder of images"):
         loop.train(run_config({**world, "images": str(tmp_path / "nowhere")}), str(workdir))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"sample sample-\d+: .*empty"):

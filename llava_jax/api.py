@@ -1,0 +1,397 @@
+"""The public API: models that are loaded and used, and training. `llava_jax/__init__.py` lists all public names."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from llava_jax import plot, recipes, remote
+from llava_jax.checkpoint.format import DESCRIPTION, STEPS
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.convert import hub
+from llava_jax.convert.import_weights import ImportedModel, open_llava
+from llava_jax.data.templates import IMAGE_TOKEN, choose_template
+from llava_jax.data.transcript import marked
+from llava_jax.inference.generate import Generator, load_model, mesh_sharding
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import Request, Sampling
+from llava_jax.models.config import QUANTIZATIONS, LlavaConfig
+from llava_jax.parallel import distributed
+from llava_jax.parallel.sharding import AXES, make_mesh
+
+DTYPES = ("float32", "bfloat16")
+MAX_NEW_TOKENS = 512  # of an answer, unless the context has less room or the caller says otherwise
+
+ImageInput = Image.Image | np.ndarray | str | os.PathLike
+"""An image: of PIL, an array uint8[H, W, 3], [H, W, 4] or [H, W] (gray), or the path of a file, local or gs://."""
+
+Turn = tuple[str, str] | Mapping[str, str]
+"""One turn of a conversation: `(role, text)` or `{"role": role, "content": text}`. The roles "user" and "assistant"
+alternate, the user first; a turn of the role "system" may precede them. Each `<image>` is the place of an image."""
+
+Prompt = str | Sequence[Turn]
+"""A question, or a conversation whose last turn is the user's. Images that have no `<image>` in a question come before
+its text; those of a conversation without any `<image>` come before its first question."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How an answer is sampled. Values out of range raise `UserError`."""
+
+    max_new_tokens: int  # of an answer; 512 by default, or what the context has room for
+    temperature: float  # 0, the default, is greedy: the most likely token is taken
+    top_p: float  # samples among the most likely tokens whose probabilities together reach it; 1 by default
+    top_k: int  # samples among this many most likely tokens; 0, the default, is no limit
+    seed: int  # equal seeds give equal answers to equal prompts; 0 by default
+    stop: Sequence[str]  # strings that end the answer, besides the end mark of the template
+
+
+class Model:
+    """A vision-language model that is ready to use. Make it with `llava_jax.load`.
+
+    It is used from one thread at a time. Axes: N images, P patches an image, D width of the language model, V
+    vocabulary.
+
+    Attributes:
+      config: sizes and kinds of the model's parts, a `LlavaConfig`.
+      tokenizer: of the language model, as transformers loads it.
+    """
+
+    config: LlavaConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, generator: Generator):
+        self.config, self.tokenizer = generator.config, generator.prompts.tokenizer
+        self._generator = generator
+
+    @overload
+    def chat(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageInput] = (),
+        *,
+        system: str | None = None,
+        stream: Literal[False] = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageInput] = (),
+        *,
+        system: str | None = None,
+        stream: Literal[True],
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageInput] = (),
+        *,
+        system: str | None = None,
+        stream: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str | Iterator[str]:
+        """Answers a question, or the last turn of a conversation.
+
+        ```python
+        model.chat("What is this?", images=["cat.jpg"])
+        model.chat([("user", "What is this?"), ("assistant", "A cat."), ("user", "Which color?")], ["cat.jpg"])
+        for text in model.chat("Tell me a story.", stream=True, temperature=0.7):
+            print(text, end="")
+        ```
+
+        Args:
+          prompt: a question, or turns of a conversation; see `Prompt`.
+          images: one for each `<image>`, in order; see `ImageInput`.
+          system: the system prompt instead of the template's.
+          stream: yields the parts of the answer as they are generated.
+          **sampling: see `SamplingOptions`.
+
+        Returns:
+          The answer, or with `stream` an iterator over its parts.
+
+        Raises:
+          UserError: the prompt is malformed, has another number of `<image>` than images or is too long for the
+            context, or an image is missing or damaged. With `stream` it is raised when the iteration begins.
+        """
+        request = self._request(prompt, images, system)
+        parts = self._generator.stream(request, self._sampling(request, sampling))
+        return parts if stream else "".join(parts)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
+        *,
+        batch_size: int = 16,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[str]:
+        """Answers many prompts, `batch_size` at a time. No answer depends on the other prompts, up to rounding.
+
+        Prompts of a batch that begin with the same image compute it once, so keep them next to each other.
+
+        Args:
+          prompts: see `Prompt`.
+          images: for each prompt its images, an image or None; None for prompts without images.
+          batch_size: prompts that are answered at a time.
+          **sampling: see `SamplingOptions`.
+
+        Returns:
+          The answers, in the order of the prompts.
+
+        Raises:
+          UserError: as `chat` does, and if there are not as many `images` as `prompts`.
+        """
+        if images is None:
+            images = [None] * len(prompts)
+        if len(images) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but images for {len(images)}: give None for a prompt without any")
+        known: dict[int, tuple[ImageInput, Image.Image]] = {}
+        requests = [self._request(prompt, own, known=known) for prompt, own in zip(prompts, images, strict=True)]
+        samplings = [self._sampling(request, sampling) for request in requests]
+        answers = [""] * len(prompts)
+        for one in dict.fromkeys(samplings):  # most prompts have the same one
+            chosen = [index for index, other in enumerate(samplings) if other == one]
+            found = self._generator.answer([requests[index] for index in chosen], one, batch_size)
+            for index, answer in zip(chosen, found, strict=True):
+                answers[index] = answer
+        return answers
+
+    def encode_images(self, images: Sequence[ImageInput], *, batch_size: int = 16) -> np.ndarray:
+        """The image features that the language model sees, H_v = W g(X_v) of the paper (section 4.1).
+
+        Args:
+          images: see `ImageInput`.
+          batch_size: images that are encoded at a time.
+
+        Returns:
+          float32[N, P, D]
+
+        Raises:
+          UserError: an image is missing or damaged.
+        """
+        opened = _images(images, {})
+        batches = [opened[start : start + batch_size] for start in range(0, len(opened), batch_size)]
+        empty = np.zeros((0, self.config.image_tokens, self.config.text.hidden_size), np.float32)
+        return np.concatenate([empty, *map(self._generator.encode_images, batches)])
+
+    def logits(self, prompt: Prompt, answer: str = "", images: Sequence[ImageInput] = ()) -> np.ndarray:
+        """The scores of the next token at each position of a prompt that is followed by (the beginning of) an answer.
+
+        The positions are those of the template's text: the system prompt, the turns and the mark of the assistant's
+        turn, in which each image takes P positions, and then the answer's tokens without an end mark. The last row
+        scores what follows all of it.
+
+        Args:
+          prompt: see `Prompt`.
+          answer: text that the assistant's turn begins with.
+          images: see `chat`.
+
+        Returns:
+          float32[L, V], not normalized; L is the number of positions.
+
+        Raises:
+          UserError: as `chat` does.
+        """
+        return self._generator.logits(self._request(prompt, images, answer=answer))
+
+    def logprobs(self, prompt: Prompt, answer: str, images: Sequence[ImageInput] = ()) -> np.ndarray:
+        """The log probability of each token of an answer, given the prompt and the tokens before it.
+
+        Args:
+          prompt: see `Prompt`.
+          answer: its sum of log probabilities ranks it among other answers. Its end mark is not part of it.
+          images: see `chat`.
+
+        Returns:
+          float32[A] of the answer's A tokens
+
+        Raises:
+          UserError: as `chat` does.
+        """
+        request = self._request(prompt, images, answer=answer)
+        encode = self._generator.prompts.encode
+        asked = encode(Request(request.turns, request.images)).tokens
+        tokens = encode(request).tokens
+        common = tokens[: len(asked)] == asked[: len(tokens)]
+        begin = len(common) if common.all() else int(common.argmin())  # a tokenizer may join the first token with `:`
+        scores = jax.nn.log_softmax(self._generator.logits(request)[begin - 1 : -1])
+        return np.asarray(scores)[np.arange(len(tokens) - begin), tokens[begin:]]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        images: ImageInput | Sequence[ImageInput] | None,
+        system: str | None = None,
+        answer: str = "",
+        known: dict[int, tuple[ImageInput, Image.Image]] | None = None,
+    ) -> Request:
+        opened = _images(images, {} if known is None else known)
+        turns = [("user", prompt)] if isinstance(prompt, str) else [_turn(turn) for turn in prompt]
+        if not turns or turns[-1][0] != "user":
+            raise UserError(f"a prompt ends with the user's turn, not with {turns[-1:] or 'none at all'}")
+        first = next(index for index, (role, _) in enumerate(turns) if role == "user")
+        if len(turns) == 1 or not any(IMAGE_TOKEN in text for _, text in turns):
+            turns[first] = ("user", marked(turns[first][1], len(opened)))
+        if system is not None:
+            turns = [("system", system), *turns]
+        return Request(turns, opened, answer)
+
+    def _sampling(self, request: Request, options: SamplingOptions) -> Sampling:
+        stop = options.get("stop", ())
+        options = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        if "max_new_tokens" not in options:
+            options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, self._generator.room(request)))
+        return Sampling(**options)
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    template: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Model:
+    """Loads a model.
+
+    ```python
+    model = llava_jax.load("runs/finetune")
+    model = llava_jax.load("llava-hf/llava-1.5-7b-hf", quantize="int8")
+    ```
+
+    A model of Hugging Face is converted as `llava convert import --llava` does, while it is read: nothing is written
+    but what its Hub's client downloads to its own cache (`HF_HOME`).
+
+    Args:
+      source: a training workdir (its newest step is taken), one step of it, a checkpoint that `llava convert import`
+        made, a directory with a LLaVA of Hugging Face, or a name on its Hub: `organisation/name` or
+        `organisation/name@revision`. The first three may be on an object store (gs://).
+      template: of conversations, instead of the model's own; see `llava_jax/data/conversation.py`.
+      dtype: of weights and computation, "float32" or "bfloat16"; by default float32 on CPUs and bfloat16 on other
+        devices.
+      quantize: "int8" stores the weights of the language model in eight bits.
+      mesh: shards the parameters over devices, as `{"tensor": 4}`; axes are "data", "fsdp" and "tensor".
+      devices: to use instead of the first one. Without a `mesh`, each layer is split over all of them.
+
+    Returns:
+      The model, its weights on the devices.
+
+    Raises:
+      UserError: there is no such model, it is damaged or not supported, or an option has no such value. The message
+        is one line that says what to do.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
+    if unknown := set(mesh or ()) - set(AXES):
+        raise UserError(f"mesh has an axis {min(unknown)!r}: choose among {', '.join(AXES)}")
+    checkpoint = _open(os.path.expanduser(os.fspath(source)))
+    prompts = PromptEncoder.from_checkpoint(checkpoint, choose_template(template, checkpoint.template))
+    sharding = None
+    if mesh or devices:
+        sharding = mesh_sharding(checkpoint.config, make_mesh(mesh or {"tensor": len(devices)}, devices))
+    model = load_model(checkpoint, dtype and jnp.dtype(dtype), sharding)
+    return Model(Generator(model, prompts, quantize))
+
+
+def train(
+    config: ConfigDict | str,
+    workdir: str | os.PathLike,
+    *,
+    resume_from: int | None = None,
+    callbacks: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
+) -> None:
+    """Trains one stage, as `llava train` does. Called again with the same arguments it resumes.
+
+    ```python
+    config = llava_jax.get_config("finetune:7b")
+    config.init, config.data.json, config.data.images = "runs/pretrain", "data.json", "images"
+    llava_jax.train(config, "runs/finetune", callbacks=[lambda step, metrics: print(step, metrics)])
+    ```
+
+    Runs on all devices of this process; for several hosts there is the command (docs/hosts.md).
+
+    Args:
+      config: see `get_config`; a string is the name or the file of a recipe.
+      workdir: a directory, local or on an object store (gs://), for checkpoints, metrics, logs and `loss.png`.
+      resume_from: the step to resume from; by default the newest one.
+      callbacks: each is called with a step and its metrics, as `metrics.jsonl` has them: for every logged step, once
+        its loss is known to be finite, and for every validation loss and benchmark score.
+
+    Raises:
+      UserError: options, data or checkpoint have a mistake, which is found before the first step wherever possible, or
+        another process trains in that workdir.
+      KeyboardInterrupt: the run was interrupted (Ctrl-C, or "interrupt the kernel"). The step that it had begun is done
+        and saved.
+    """
+    from llava_jax.training import loop  # which takes a second, and models need it not
+
+    config = recipes.get_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    recipes.expand_paths(config)
+    workdir = os.path.expanduser(os.fspath(workdir))
+    remote.name(workdir, config.init)
+    try:
+        loop.train(config, workdir, resume_from, callbacks=callbacks)
+    except distributed.LeaveTogether as exit_:
+        if exit_.code > 128:
+            raise KeyboardInterrupt(f"{workdir}: interrupted; called again, training resumes") from None
+        raise exit_.__cause__ or UserError(f"{workdir}: training stopped") from None
+    plot.plot_own(workdir)
+
+
+def _open(source: str) -> Checkpoint | ImportedModel:
+    """A checkpoint of ours, or a LLaVA of Hugging Face."""
+    remote.name(source)
+    path = Path(source)
+    if remote.is_remote(source) or (path / DESCRIPTION).exists() or (path / STEPS).exists():
+        return open_checkpoint(source)
+    if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return open_llava(source)
+    return open_llava(source) if not path.exists() and hub.is_name(source) else open_checkpoint(source)
+
+
+def _turn(turn: Turn) -> tuple[str, str]:
+    pair = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else tuple(turn)
+    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise UserError(f'a turn is (role, text) or {{"role": role, "content": text}}, not {turn!r:.200}')
+    return pair
+
+
+def _images(
+    images: ImageInput | Sequence[ImageInput] | None, known: dict[int, tuple[ImageInput, Image.Image]]
+) -> list[ImageInput]:
+    """The images as the generator takes them. `known` has those of arrays by `id`, so that equal ones stay the same."""
+    if images is None:
+        return []
+    if isinstance(images, Image.Image | str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        images = [images]
+    return [_image(image, known) for image in images]
+
+
+def _image(image: ImageInput, known: dict[int, tuple[ImageInput, Image.Image]]) -> ImageInput:
+    if isinstance(image, str | os.PathLike):
+        return os.path.expanduser(image)
+    if isinstance(image, Image.Image):
+        return image
+    if id(image) not in known:
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (3, 4):
+            raise UserError(
+                f"an image is {array.dtype}{list(array.shape)}: arrays are uint8[H, W, 3], [H, W, 4] or [H, W]"
+            )
+        known[id(image)] = image, Image.fromarray(array)  # both, since an id is that of an object only while it exists
+    return known[id(image)][1]

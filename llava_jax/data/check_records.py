@@ -1,0 +1,163 @@
+"""Checks the records of a file of any size in one pass, which keeps some 60 bytes of each for the other checks."""
+
+import array
+import collections
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from llava_jax.cli import UserError, one_line, short, track
+from llava_jax.data.conversation import has_interleaved_images
+from llava_jax.data.formats import FORMATS
+from llava_jax.data.records import Record, RecordFile, local_data, scan
+from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
+from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
+
+MAX_ID = 500  # characters of an id in a line
+
+
+class Problem(NamedTuple):
+    """A line of the report. A warning is about something that training accepts but that is seldom intended."""
+
+    kind: str
+    id: str
+    detail: str
+    index: int
+    warning: bool = False
+
+    def __str__(self) -> str:
+        detail = f"warning: {self.detail}" if self.warning else self.detail
+        line = one_line(f"{self.kind}, {short(self.id, MAX_ID)}, {detail}")
+        return line.encode(errors="backslashreplace").decode()
+
+
+class CheckedRecords(Sequence[Sample]):
+    """The good samples of a file: a `Source` of texts after `read` has ended."""
+
+    def __init__(self, path: epath.PathLike, image_position: str = "first"):
+        self.path = path
+        self.image_position = image_position
+        self.file = local_data(path)
+        self.starts, self.stops = array.array("q"), array.array("q")
+        self.lines = array.array("q")  # line numbers of JSONL, indices in an array
+        self.unit = ""  # "line" or "sample"
+        self.good = array.array("q")  # indices of the samples
+        self.ids, self.contents = array.array("q"), array.array("q")  # hashes of each record
+        self.names, self.users = array.array("q"), array.array("q")  # hashes of image names, and indices of their users
+        self.unread: collections.Counter[str] = collections.Counter()  # keys that are ignored, with counts
+        self._digest = hashlib.sha256()
+        self.formats = tuple(FORMATS.values())  # unpickling these imports their modules in reading processes
+
+    def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
+        """Reads the file; yields the problems of single records."""
+        for record in track(scan(self.file, self.path), "reading samples"):
+            self.unit, _, line = record.where.rpartition(" ")
+            self.lines.append(int(line))
+            self.starts.append(record.start)
+            self.stops.append(record.stop)
+            yield from self._read_record(record, special_tokens)
+        self.records = RecordFile(self.file, np.array(self.starts), np.array(self.stops))
+        self.digest = self._digest.hexdigest()
+
+    def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:
+        key = content = hash(("record", record.index))  # equal to no other
+        try:
+            value = sample_value(record)
+        except UserError as error:
+            yield Problem("structure", str(record.index), str(error), record.index)
+        else:
+            ident = sample_id(record, value)
+            key = hash(ident)
+            reading = read_sample(value)
+            yield from (Problem(f.kind, ident, f"{record.where}: {f.detail}", record.index) for f in reading.faults)
+            if not reading.faults:
+                self.unread.update(key for key in value if key not in READ)
+                sample = Sample(ident, reading.images, from_first_question(reading.turns))
+                content = hash(sample)
+                self._add(sample, record.index)
+                yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
+                yield from _text_problems(sample, special_tokens, record.index)
+                for text in unread_texts(value, [text for _, text in sample.turns]):
+                    detail = f"`{text}` is not read, and no turn says the same"
+                    yield Problem("key", ident, detail, record.index, warning=True)
+                if self.image_position != "as_is":
+                    yield from _place_problems(sample, record.index)
+        self.ids.append(key)
+        self.contents.append(content)
+
+    def _add(self, sample: Sample, index: int) -> None:
+        self.good.append(index)
+        self._digest.update(repr(sample).encode(errors="surrogatepass"))
+        for name in dict.fromkeys(sample.images):
+            self.names.append(hash(name))
+            self.users.append(index)
+
+    def duplicates(self) -> Iterator[Problem]:
+        """Records with the id of an earlier one: an error if all else is equal, too, else a warning."""
+        first_id, first_content = _first_equal(self.ids), _first_equal(self.contents)
+        for index in np.flatnonzero(first_id != np.arange(len(first_id))).tolist():
+            same = first_content[index] != index
+            first = int((first_content if same else first_id)[index])
+            what = "is the same as" if same else "has other turns or images than, and the id of,"
+            detail = f"{self.where(index)} has the id of {self.where(first)}: it {what} that one"
+            yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
+
+    def where(self, index: int) -> str:
+        return f"{self.unit} {self.lines[index]}"
+
+    def id(self, index: int) -> str:
+        """The id of a record."""
+        record = Record(self.where(index), index, 0, 0, self.records[index])
+        return sample_id(record, sample_value(record))
+
+    def sample(self, index: int) -> Sample:
+        """The sample at record `index`."""
+        return parse_sample(Record(self.where(index), index, 0, 0, self.records[index]))
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.sample(self.good[number])
+
+    def __getstate__(self) -> dict:
+        """What reading processes need."""
+        return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest", "formats")}
+
+
+def _first_equal(hashes: array.array) -> np.ndarray:
+    """The index of the first item that equals each item; int64[N]."""
+    _, first, inverse = np.unique(np.array(hashes), return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _order_problems(sample: Sample, began_with_answer: bool, index: int) -> Iterator[Problem]:
+    if began_with_answer:
+        yield Problem("order", sample.id, "begins with an answer, which training drops", index, warning=True)
+    if sample.turns and sample.turns[-1][0] == "user":
+        yield Problem("order", sample.id, "ends with a question that has no answer", index, warning=True)
+
+
+def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
+    questions = 0
+    for role, text in sample.turns:
+        questions += role == "user"
+        if role == "assistant" and not text.strip():
+            yield Problem("empty-answer", sample.id, f"the answer to question {questions} is empty", index)
+        for token in special_tokens:
+            if token in text:
+                yield Problem("special-token", sample.id, f"the text of a {role} holds {token}", index, warning=True)
+        if role == "user" and (mark := doubtful_mark(text)):
+            detail = f"question {questions} holds {mark}: if it is meant as a mark, nothing stands for it"
+            yield Problem("marks", sample.id, detail, index, warning=True)
+    if not any(role == "assistant" for role, _ in sample.turns):
+        yield Problem("nothing-learned", sample.id, "has no answer to learn from", index)
+
+
+def _place_problems(sample: Sample, index: int) -> Iterator[Problem]:
+    if has_interleaved_images(sample.turns):
+        detail = "has text between the images of a turn, which are moved before it: image_position=as_is keeps them"
+        yield Problem("image-position", sample.id, detail, index, warning=True)

@@ -1,0 +1,44 @@
+"""Projectors: the W of the paper (section 4.1). A kind of projector is a module that registers one `ProjectorKind`."""
+
+import re
+from collections.abc import Mapping
+
+from flax import nnx
+
+from llava_jax.models.hf_names import Entry
+from llava_jax.models.registry import PROJECTORS
+
+
+class ProjectorKind:
+    """Projectors of some `projector_type`s. mlp.py has those of the published models.
+
+    Attributes:
+      pattern: regular expression of the `projector_type`s, matched as a whole.
+      hf_types: the `projector_hidden_act` of a LLaVA of transformers -> the `projector_type` that computes the same.
+        Transformers has no other projectors: a model with another one cannot be exported to it.
+      parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
+    """
+
+    pattern: str
+    hf_types: Mapping[str, str] = {}
+    parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+
+    def build(self, projector_type: str, in_features: int, features: int, rngs: nnx.Rngs) -> nnx.Module:
+        """The Flax module, which maps [..., in_features] to [..., features]."""
+        raise NotImplementedError
+
+    def entries(self, projector_type: str) -> list[Entry]:
+        """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`)."""
+        raise NotImplementedError
+
+    def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
+        """[in, out] of each product with weights, in their order; for counting FLOPs."""
+        raise NotImplementedError
+
+
+register = PROJECTORS.register
+
+
+def projector_kind(projector_type: str) -> ProjectorKind:
+    """The kind of a `projector_type` that a `LlavaConfig` has, which has checked it."""
+    return next(kind for pattern, kind in PROJECTORS.items() if re.fullmatch(pattern, projector_type))

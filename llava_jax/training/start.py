@@ -1,0 +1,92 @@
+"""What a run starts from: a checkpoint, its model and its chat template; on a resume, a step of its own workdir."""
+
+import dataclasses
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from llava_jax import remote
+from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, open_step
+from llava_jax.cli import UserError, warn
+from llava_jax.data.templates import Template, choose_template, get_template
+from llava_jax.models.config import PRESETS, LlavaConfig
+from llava_jax.parallel import distributed
+from llava_jax.training.workdir import resumes, start_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+      source: the checkpoint of `config.init` or, on a resume, the step of the workdir.
+      model: its model, with the settings for images of this run.
+      template: the chat template of this run.
+      step: how many steps are done.
+      resumed: whether `source` is a step of the workdir.
+      goes_back: whether newer steps of the workdir have to be set aside.
+    """
+
+    source: Checkpoint
+    model: LlavaConfig
+    template: Template
+    step: int
+    resumed: bool
+    goes_back: bool
+
+
+def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> Start:
+    """Opens what to start from. A run that resumes takes everything from its workdir and doesn't need `config.init`."""
+    remote.name(config.init, workdir)
+    resumed = resumes(workdir)
+    if resume_from is not None and not resumed:
+        raise UserError(f"{workdir}: has no step to resume from: leave --resume-from out")
+    if not (resumed or config.init):
+        raise UserError("config.init is not set: give --config.init=...")
+    step = start_step(workdir, resume_from, distributed.is_first()) if resumed else 0
+    source = open_step(workdir, step) if resumed else open_checkpoint(config.init)
+    _check_preset(config.model, source)
+    model = dataclasses.replace(
+        source.config,
+        image_aspect=config.image_aspect or source.config.image_aspect,
+        image_position=config.image_position,
+    )
+    if model.im_start_end and config.stage == "pretrain":
+        raise UserError(
+            f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
+            "which is not supported: train stage 2, or start from a model without them"
+        )
+    return Start(source, model, _template(config, source), step, resumed, goes_back=resumed and step == resume_from)
+
+
+def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
+    """Raises UserError if the checkpoint has other sizes than the preset; the vocabulary may have grown."""
+    if not preset:
+        return
+    if preset not in PRESETS:
+        raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
+    free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
+    free |= {"image_position", "vision", "text"}  # compared field by field
+    differing = []
+    for part in ("vision", "text", None):
+        wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))
+        for field in dataclasses.fields(wanted):
+            a, b = getattr(wanted, field.name), getattr(found, field.name)
+            if a != b and field.name not in free:
+                differing.append(f"{f'{part}.' if part else ''}{field.name} {b}, not {a}")
+    if differing:
+        raise UserError(
+            f"{checkpoint.root} is not a {preset} (config.model): it has {'; '.join(differing)}; "
+            "give --config.model= to train a checkpoint of any size"
+        )
+
+
+def _template(config: ConfigDict, source: Checkpoint) -> Template:
+    """The chat template of the run. Warns if a finetuned model was trained with another one, or with another
+    `image_position`."""
+    if source.description.stage == "finetune":
+        trained = source.config.image_position
+        if trained != config.image_position:
+            warn(f"the checkpoint was trained with image_position {trained}, not {config.image_position}")
+        return choose_template(config.template, source.template)
+    return get_template(config.template)

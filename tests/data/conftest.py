@@ -1,0 +1,3 @@
+"""Fixtures of several files of this folder."""
+
+from built_sets import built, data  # noqa: F401
