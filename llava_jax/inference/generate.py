@@ -16,11 +16,18 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
 from llava_jax.inference.decoding import RowSampling, Slots
-from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes
+from llava_jax.inference.prompts import (
+    Prompt,
+    PromptBatch,
+    PromptEncoder,
+    assemble,
+    bucket,
+    check_context,
+    share_prefixes,
+)
 from llava_jax.inference.requests import GREEDY, ImageInput, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
@@ -139,12 +146,7 @@ class Generator:
 
     def _prompt(self, request: Request, new_tokens: int) -> Prompt:
         prompt = self.prompts.encode(request)
-        length, context = len(prompt.tokens), self.config.text.max_position_embeddings
-        if length + new_tokens > context:
-            raise UserError(
-                f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
-                f"model's context has {context}: shorten the conversation or lower max-new-tokens"
-            )
+        check_context(request, len(prompt.tokens), new_tokens, self.config.text.max_position_embeddings)
         return prompt
 
     def _assemble(self, prompts: Sequence[Prompt]) -> PromptBatch:

@@ -117,7 +117,7 @@ class Llama(nnx.Module):
         return [jax.tree.map(lambda stacked, i=i: stacked[i], self.layers) for i in range(self.config.num_layers)]
 
     def head(self, hidden: jax.Array, execution: Execution = SINGLE) -> tuple[jax.Array, jax.Array]:
-        """The vocabulary projection [D, V], whole as soon as `hidden`, which is returned too, needs it."""
+        """The vocabulary projection [D, V], gathered not before `hidden` is computed; and `hidden`."""
         if self.config.tie_word_embeddings:
             embed_tokens, hidden = execution.gather_after("llm.embed_tokens", self.embed_tokens, hidden)
             return embed_tokens.embedding[...].T, hidden

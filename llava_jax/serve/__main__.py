@@ -75,21 +75,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     options.add_checkpoint(parser)
     add("--host", default="127.0.0.1", help="127.0.0.1 (default): only this machine; 0.0.0.0: all")
-    add("--port", type=_whole(0, 65535), default=8000, metavar="N", help="default: 8000")
+    add("--port", type=_integer(0, 65535), default=8000, metavar="N", help="default: 8000")
     add("--allowed-hosts", type=_allowed_names, default=[], metavar="NAME,...", help="more names of this server: "
         "llava.example.org or *.example.org; * for any. Always accepted: localhost, loopback addresses and "
         "--host")  # fmt: skip
     add("--allow-origin", type=_allowed_origin, action="append", default=[], metavar="URL", help="a site whose pages "
         "may use the API in browsers, such as https://app.example.org; repeatable")  # fmt: skip
     add("--model-name", type=_name, metavar="NAME", help="for clients (default: the checkpoint's folder)")
-    add("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time (default: 8)")
-    add("--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")
-    add("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
+    add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
+    add("--queue", type=_integer(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")
+    add("--context", type=_integer(1), metavar="N", help="positions of a prompt and its answer")
     add("--dtype", choices=DTYPES, help="of the computation (default: float32 on CPUs, bfloat16 on other devices)")
     add("--mesh", type=_mesh, metavar="AXIS=N", help="shard over devices, such as tensor=4 (default: one device)")
     add("--api-key-file", metavar="F", help="a file with the key that clients need; or set LLAVA_API_KEY")
     add("--allow-remote-images", action="store_true", help="fetch images from public http(s) URLs")
-    add("--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with images (default: 32)")
+    add("--max-body-mb", type=_integer(1, 4096), default=32, metavar="N", help="of a request with images (default: 32)")
     add("--no-page", action="store_true", help="only the API, without the web page at /")
     add("--quantize", choices=QUANTIZATIONS[1:], help="store the decoder's weights in eight bits")
     add("--compilation-cache", default=compilation_cache.usual(), metavar="D", help="where compiled programs are "
@@ -97,12 +97,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
     """The type of an argument that is an integer in a range."""
 
     def parse(text: str) -> int:
-        if not (text.isdecimal() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        if not (text.isdecimal() and minimum <= int(text) <= maximum):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {minimum} to {maximum}")
         return int(text)
 
     return parse

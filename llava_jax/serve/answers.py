@@ -10,9 +10,10 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
-from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.prefix_cache import PreparedPrompt
+from llava_jax.inference.prompts import ContextExceeded
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics

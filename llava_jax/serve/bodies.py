@@ -75,31 +75,31 @@ def check(data: bytes | bytearray) -> None:
     other errors."""
     if data.count(b"\\") > MAX_ESCAPES:
         _refuse(f"has more than {MAX_ESCAPES} backslashes")
-    ascii, place, values = data.isascii(), _SPACE.match(data).end(), 0
-    keys: list[set[bytes]] = []  # of each object or list that contains `place`
-    while place < len(data):
-        match data[place]:
+    ascii, position, values = data.isascii(), _SPACE.match(data).end(), 0
+    keys: list[set[bytes]] = []  # of each object or list that contains `position`
+    while position < len(data):
+        match data[position]:
             case 0x5B | 0x7B:  # [ {
                 keys.append(set())
-                end = place + 1
+                end = position + 1
             case 0x5D | 0x7D:  # ] }
                 if keys:
                     keys.pop()
-                end, values = place + 1, values - 1
+                end, values = position + 1, values - 1
             case 0x22:  # "
-                end = _string_end(data, place)
-                _check_string(data, place, end, ascii)
+                end = _string_end(data, position)
+                _check_string(data, position, end, ascii)
                 if keys and _KEY_END.match(data, end):
-                    _add_key(keys[-1], bytes(data[place:end]))
+                    _add_key(keys[-1], bytes(data[position:end]))
             case _:
-                end = _SCALAR.match(data, place).end()
-                if not 0 < end - place <= MAX_SCALAR:
-                    what = f"a number of more than {MAX_SCALAR}" if end > place else f"more than {MAX_SPACE} blank"
+                end = _SCALAR.match(data, position).end()
+                if not 0 < end - position <= MAX_SCALAR:
+                    what = f"a number of more than {MAX_SCALAR}" if end > position else f"more than {MAX_SPACE} blank"
                     _refuse(f"has {what} characters")
         values += 1
         if values > MAX_VALUES or len(keys) > MAX_DEPTH:
             _refuse(f"has more than {MAX_VALUES} values, or lists and objects nested more than {MAX_DEPTH} deep")
-        place = _SPACE.match(data, end).end()
+        position = _SPACE.match(data, end).end()
 
 
 def _string_end(data: bytes | bytearray, start: int) -> int:

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
-from openai.types.chat import chat_completion as whole
+from openai.types.chat import chat_completion as complete
 from openai.types.chat import chat_completion_chunk as streamed
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.types import Receive, Scope, Send
@@ -56,7 +56,7 @@ class Chat:
             reply = _Reply(self._model, body, answers)
             if body.stream:
                 return _EventStream(reply.events(), answers, reserved.pop_all())
-            text = await _while_connected(http, reply.whole())
+            text = await _while_connected(http, reply.completion())
             return Response(text, media_type="application/json") if text else Response(status_code=499)
         finally:
             reserved.close()
@@ -141,7 +141,7 @@ class _Reply:
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._with_logprobs = bool(body.logprobs)
 
-    async def whole(self) -> str:
+    async def completion(self) -> str:
         """A `ChatCompletion` as JSON. Log-probabilities become text as they arrive, which takes much less memory."""
         texts = ["" for _ in self._answers.answers]
         logprobs: list[list[str]] = [[] for _ in texts]
@@ -155,11 +155,11 @@ class _Reply:
         finally:
             self._answers.cancel()
         choices = [
-            whole.Choice(
+            complete.Choice(
                 index=index,
                 finish_reason=answer.finish_reason,
                 message=ChatCompletionMessage(role="assistant", content=texts[index], refusal=None),
-                logprobs=self._logprobs(whole.ChoiceLogprobs, []),
+                logprobs=self._logprobs(complete.ChoiceLogprobs, []),
             )
             for index, answer in enumerate(self._answers.answers)
         ]

@@ -34,9 +34,9 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def Integer(least: int, most: int) -> Any:
+def Integer(minimum: int, maximum: int) -> Any:
     """Integers in a range; in JSON 1.0 is one, too."""
-    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_integer)]
+    return Annotated[int, Field(ge=minimum, le=maximum), BeforeValidator(_integer)]
 
 
 class Strict(BaseModel):
