@@ -126,7 +126,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles all programs, which would otherwise be compiled when first used. The engine is `ready` then."""
-        for name in track(self._programs.names(), "compiling"):
+        for name in track(self._programs.names, "compiling"):
             self._programs.compile(name)
         with self._changed:
             self.ready = not self._closing

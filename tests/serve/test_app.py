@@ -19,9 +19,10 @@ from openai.types.chat import chat_completion_content_part_image_param as image_
 from openai.types.chat import completion_create_params
 from serving import data_url, eventually, picture, serving, tiny_engine
 
+from llava_jax.inference import prompts
 from llava_jax.inference.engine import Engine, QueueFull
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.serve import answers, completions, schema
+from llava_jax.serve import answers, completions, images, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
 
@@ -98,6 +99,22 @@ def test_an_answer_is_the_engines(client, engine):
     assert usage.prompt_tokens == len(engine.prepare(Request([("user", "Hello")])).tokens)
     assert usage.completion_tokens > 0
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_request_is_tokenized_and_its_images_are_preprocessed_once_for_all_answers(client, engine, monkeypatch):
+    calls = []
+
+    def counted(name, function):
+        return lambda *arguments: (calls.append(name), function(*arguments))[1]
+
+    monkeypatch.setattr(engine._prompts, "encode", counted("encode", engine._prompts.encode))
+    monkeypatch.setattr(images, "preprocess", counted("preprocess", images.preprocess))
+    monkeypatch.setattr(prompts, "preprocess", counted("preprocess again", prompts.preprocess))
+    content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}} for number in range(2)]
+    message = parts(*content, {"type": "text", "text": "Which one?"})["messages"]
+    completion = create(client, message, n=3)
+    assert len(completion.choices) == 3
+    assert calls == ["preprocess", "preprocess", "encode"]
 
 
 def test_a_stream_brings_the_same_answer_in_pieces(client):
