@@ -18,7 +18,6 @@ from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.data.transcript import unmarked
 from llava_jax.inference import options
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.parallel import compilation_cache
 
 if TYPE_CHECKING:
     from llava_jax.inference.engine import Engine
@@ -68,11 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     conversation = Conversation(args.system, args.allow_absolute_images)
     for file in args.image:
         conversation.attach(file)
-    checkpoint, template = options.open_model(args)
-    from llava_jax.inference.engine import Engine  # imports JAX, which takes seconds: mistakes above are reported first
-
-    compilation_cache.use(compilation_cache.usual())
-    with contextlib.closing(Engine.from_checkpoint(checkpoint, template, slots=1)) as engine:
+    with contextlib.closing(options.open_engine(args, slots=1)) as engine:
         answerer = Answerer(engine, sampling, args.max_new_tokens)
         if args.prompt is None:
             return talk(answerer, conversation)

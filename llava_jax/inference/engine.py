@@ -13,7 +13,9 @@ import time
 import traceback
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, track
@@ -130,6 +132,10 @@ class Engine:
             self._programs.compile(name)
         with self._changed:
             self.ready = not self._closing
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """-> uint8[H, W, 3], which a request may hold instead of the image."""
+        return self._prompts.read(image)
 
     def prepare(self, request: Request) -> PreparedPrompt:
         """Tokenizes a request and preprocesses its images: do it once for any number of answers.

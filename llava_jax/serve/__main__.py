@@ -8,10 +8,7 @@ from pathlib import Path
 
 from llava_jax.cli import Parser, UserError, run
 from llava_jax.inference import options
-from llava_jax.models.config import QUANTIZATIONS
-from llava_jax.parallel import compilation_cache
 
-DTYPES = ("float32", "bfloat16")
 MAX_KEY_BYTES = 4096
 
 EPILOG = """examples:
@@ -26,26 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     api_key = _api_key(args.api_key_file)
     try:  # the extra `serve` installs their dependencies
-        from llava_jax.inference.engine import Engine
-        from llava_jax.parallel.sharding import make_mesh
         from llava_jax.serve.app import create_app
         from llava_jax.serve.hosts import own_names
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
         raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
     address = listen(args.host, args.port)
-    checkpoint, template = options.open_model(args)
-    compilation_cache.use(args.compilation_cache)
-    engine = Engine.from_checkpoint(
-        checkpoint,
-        template,
-        dtype=args.dtype,
-        mesh=args.mesh and make_mesh(args.mesh),
-        quantize=args.quantize,
-        slots=args.slots,
-        context=args.context,
-        queue=args.queue,
-    )
+    engine = options.open_engine(args, slots=args.slots, context=args.context, queue=args.queue)
     app = create_app(
         engine,
         args.model_name or Path(args.checkpoint.rstrip("/")).name,
@@ -85,15 +69,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
     add("--queue", type=_integer(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")
     add("--context", type=_integer(1), metavar="N", help="positions of a prompt and its answer")
-    add("--dtype", choices=DTYPES, help="of the computation (default: float32 on CPUs, bfloat16 on other devices)")
-    add("--mesh", type=_mesh, metavar="AXIS=N", help="shard over devices, such as tensor=4 (default: one device)")
     add("--api-key-file", metavar="F", help="a file with the key that clients need; or set LLAVA_API_KEY")
     add("--allow-remote-images", action="store_true", help="fetch images from public http(s) URLs")
     add("--max-body-mb", type=_integer(1, 4096), default=32, metavar="N", help="of a request with images (default: 32)")
     add("--no-page", action="store_true", help="only the API, without the web page at /")
-    add("--quantize", choices=QUANTIZATIONS[1:], help="store the decoder's weights in eight bits")
-    add("--compilation-cache", default=compilation_cache.usual(), metavar="D", help="where compiled programs are "
-        "kept for the next start; '' for nowhere (default: %(default)s)")  # fmt: skip
+    options.add_computation(parser)
     return parser.parse_args(argv)
 
 
@@ -132,17 +112,6 @@ def _name(text: str) -> str:
     if not (text.isprintable() and 0 < len(text) <= 200):
         raise argparse.ArgumentTypeError(f"{text[:50]!r} is no name: 1 to 200 printable characters")
     return text
-
-
-def _mesh(text: str) -> dict[str, int]:
-    """The axis sizes of `tensor=4` or `tensor=2,fsdp=2`."""
-    sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
-    if all(size.isdecimal() and int(size[:9]) > 0 for size in sizes.values()):
-        from llava_jax.parallel.sharding import AXES  # imports JAX
-
-        if set(sizes) <= set(AXES):
-            return {axis: int(size) for axis, size in sizes.items()}
-    raise argparse.ArgumentTypeError(f"{text!r} does not look like tensor=4 or tensor=2,fsdp=2")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def create_app(
     app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
     app.add_middleware(CountResponses, metrics=metrics)
     app.add_middleware(Log)
-    reader = ImageReader.of(engine.config, allow_remote_images)
+    reader = ImageReader(engine.preprocess, allow_remote_images)
     chat = Chat(engine, model, metrics, reader)
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
     refused = {status: {"model": errors.ErrorResponse} for status in REFUSALS}

@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import EncodedImage, open_image, preprocess
-from llava_jax.models.config import LlavaConfig
+from llava_jax.data.images import EncodedImage, open_image
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
 
@@ -72,12 +71,6 @@ class ImageReader:
         self._budget = Budget(decoding_bytes)
         threads = min(4, os.cpu_count() or 1)
         self._small, self._large = anyio.CapacityLimiter(threads), anyio.CapacityLimiter(max(1, threads - 1))
-
-    @classmethod
-    def of(cls, config: LlavaConfig, allow_remote: bool = False) -> "ImageReader":
-        """Preprocesses as the model of `config` needs it."""
-        size, aspect, mean = config.vision.image_size, config.image_aspect, config.image_mean
-        return cls(lambda image: preprocess(image, size, aspect, mean), allow_remote)
 
     async def read(self, urls: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         """The images at (field of the request, URL), each uint8[H, W, 3]. Raises `ApiError` that names the field."""

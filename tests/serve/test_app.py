@@ -22,7 +22,7 @@ from serving import data_url, eventually, picture, serving, tiny_engine
 from llava_jax.inference import prompts
 from llava_jax.inference.engine import Engine, QueueFull
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.serve import answers, completions, images, schema
+from llava_jax.serve import answers, completions, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
 
@@ -108,8 +108,7 @@ def test_a_request_is_tokenized_and_its_images_are_preprocessed_once_for_all_ans
         return lambda *arguments: (calls.append(name), function(*arguments))[1]
 
     monkeypatch.setattr(engine._prompts, "encode", counted("encode", engine._prompts.encode))
-    monkeypatch.setattr(images, "preprocess", counted("preprocess", images.preprocess))
-    monkeypatch.setattr(prompts, "preprocess", counted("preprocess again", prompts.preprocess))
+    monkeypatch.setattr(prompts, "preprocess", counted("preprocess", prompts.preprocess))
     content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}} for number in range(2)]
     message = parts(*content, {"type": "text", "text": "Which one?"})["messages"]
     completion = create(client, message, n=3)
