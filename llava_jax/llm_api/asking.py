@@ -94,7 +94,7 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
     try:
         ledger.identify({**identity, "model": settings.model, "body": settings.body})
         if ledger.open_batches() and not work.batch:
-            raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
+            raise UserError(f"{ledger.path}: answers of the batch API are awaited: resume with --batch")
         outcomes = asyncio.run((_ask_in_batches if work.batch else _ask_all)(work, tasks, ledger, what))
         if any(outcome.cut and task.whole is None for task, outcome in zip(tasks, outcomes, strict=True)):
             whole = ledger.has_thinking()

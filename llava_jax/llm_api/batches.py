@@ -69,7 +69,7 @@ class Batches:
         """
         refused = await self.collect()  # of an earlier run
         while held := self.make(requests(refused)):
-            say(f"{prefix}{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
+            say(f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr)
             refused = await self.collect()
 
     def make(self, requests: Iterable[Request]) -> int:
@@ -216,7 +216,7 @@ class Batches:
                             refused[task] = f"{str(error).rstrip('.')}{advice(error, self.settings)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
         if rejected and (len(rejected) == count or rejected[-1].permanent):
-            raise UserError(f"{self.api.base_url}: {rejected[-1]}; the same command goes on")
+            raise UserError(f"{self.api.base_url}: {rejected[-1]}; the same command resumes")
         return refused
 
     def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ class Batches:
         self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
 
     def _error(self, error: Exception) -> UserError:
-        return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command goes on")
+        return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command resumes")
 
 
 def _permanent(error: Exception) -> bool:

@@ -15,7 +15,7 @@ class BudgetSpent(UserError):
     def __init__(self, spent: float, limit: float, needed: float):
         super().__init__(
             f"${spent:.4f} of the budget of ${limit:.4f} are spent, and the next request may cost ${needed:.4f}: "
-            "the same command with a larger budget goes on"
+            "the same command with a larger budget resumes"
         )
 
 

@@ -31,40 +31,44 @@ def add_api_arguments(
 ) -> None:
     """Adds all options but `--model`. If `max_tokens` is a text that describes the default, the default is None."""
     add = parser.add_argument_group("the API").add_argument
-    add("--base-url", "--endpoint", metavar="URL", help="of an OpenAI-compatible server, with its /v1 (default: "
-        "OPENAI_BASE_URL, or OpenAI's); the key is in OPENAI_API_KEY")  # fmt: skip
+    add("--base-url", "--endpoint", metavar="URL", help="OpenAI-compatible server, with its /v1 (default: "
+        "OPENAI_BASE_URL, or OpenAI's); OPENAI_API_KEY has the key")  # fmt: skip
     add("--temperature", type=float, default=temperature, metavar="T", help="default: %(default)s")
     add("--max-tokens", "--max-new-tokens", type=positive, default=max_tokens if isinstance(max_tokens, int) else None,
-        metavar="N", help=f"of an answer (default: {max_tokens})")  # fmt: skip
+        metavar="N", help=f"tokens of an answer (default: {max_tokens})")  # fmt: skip
     add("--body", type=_object, action="append", default=[], metavar="JSON",
-        help='more of each request, as {"top_p": 0.9} or {"stream": true}; null takes away what is there, as in '
+        help='more fields of each request, such as {"top_p": 0.9} or {"stream": true}; null removes one, as in '
         '{"max_tokens": null, "max_completion_tokens": 1024}; may be given several times')  # fmt: skip
-    add("--attempts", type=positive, default=3, metavar="N", help="answers before a task counts as failed (default: 3)")
+    add("--attempts", type=positive, default=3, metavar="N", help="answers to a task before it has failed (default: 3)")
     add("--concurrency", type=positive, default=concurrency, metavar="N",
         help="requests at a time (default: %(default)s)")  # fmt: skip
-    add("--requests-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
-    add("--tokens-a-minute", type=_amount, metavar="N", help="at most (default: as many as the server takes)")
+    add("--requests-a-minute", type=_amount, metavar="N", help="limit (default: learned from the server)")
+    add("--tokens-a-minute", type=_amount, metavar="N", help="limit (default: learned from the server)")
     add("--timeout", type=_amount, default=600.0, metavar="S", help="seconds for an answer (default: %(default)s)")
     add("--prices", type=_amount, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"),
         help="dollars for a million tokens of prompt and of completion; with --batch, of the batch API")  # fmt: skip
-    add("--budget", type=_amount, metavar="USD", help="stops before more is spent, all runs together; needs --prices")
-    add("--batch", action="store_true", help="use the batch API: cheaper, and answers come within a day")
+    add("--budget", type=_amount, metavar="USD", help="stop before more is spent in all runs together; needs --prices")
+    add("--batch", action="store_true", help="use the batch API: cheaper, answers within a day")
     add("--poll", type=_amount, default=60.0, metavar="S", help="seconds between looks at batches (default: 60)")
-    add("--dry-run", action="store_true", help="estimates tokens and cost, asks nothing")
+    add("--dry-run", action="store_true", help="estimate tokens and cost, and send nothing")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, holds: str) -> None:
     """Adds the options for the results and the ledger beside them. `holds` says what a line of the results is."""
     add = parser.add_argument
     add("--output", required=True, metavar="F", help=f"JSONL of {holds}")
-    add("--ledger", metavar="DIR", help="where all requests are kept, on a local disk (default: OUTPUT.ledger)")
+    add(
+        "--ledger",
+        metavar="DIR",
+        help="directory of the ledger of all requests, on a local disk (default: OUTPUT.ledger)",
+    )
 
 
 def ledger_directory(args: argparse.Namespace) -> Path:
     """The directory of the ledger. Raises `UserError` if it is not on a local disk, which SQLite needs."""
     directory = args.ledger or f"{args.output}.ledger"
     if is_remote(directory) or is_remote(args.output):
-        raise UserError(f"{args.output}: is written beside its ledger, which needs a local disk")
+        raise UserError(f"{args.output}: has its ledger beside it, which needs a local disk")
     return Path(directory)
 
 
@@ -82,7 +86,7 @@ def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
         raise UserError(f"--base-url {server}: has to begin with http:// or https://, as http://localhost:8000/v1")
     if asks and not (args.dry_run or server or key):
         raise UserError(
-            "whom to ask? --base-url URL (or OPENAI_BASE_URL) is a server's address, with its /v1; for OpenAI's own "
+            "no server is given: --base-url URL (or OPENAI_BASE_URL) is its address, with its /v1; for OpenAI's own "
             "OPENAI_API_KEY has to hold a key"
         )
     stream = bool(body.pop("stream", False))
@@ -106,7 +110,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
 
 def _amount(text: str) -> float:
     if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError("has to be a number from 0 on")
+        raise argparse.ArgumentTypeError("has to be a number of at least 0")
     return value
 
 
@@ -114,12 +118,12 @@ def _object(text: str) -> dict[str, Any]:
     try:
         value = loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("has to be a JSON object")
     if taken := sorted(NOT_IN_BODY & value.keys()):
-        raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which the command says itself")
+        raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which the command sets itself")
     for name in ("max_tokens", "max_completion_tokens"):
-        if (most := value.get(name)) is not None and (type(most) is not int or most < 1):
-            raise argparse.ArgumentTypeError(f"has {name} {json.dumps(most)}, which is no whole number from 1 on")
+        if (limit := value.get(name)) is not None and (type(limit) is not int or limit < 1):
+            raise argparse.ArgumentTypeError(f"has {name} {json.dumps(limit)}, which is not an integer of at least 1")
     return value

@@ -47,13 +47,13 @@ class Retry:
                 if failures >= self.tries:
                     if self.answered_at > begin:
                         raise Refused(SERVER_ERROR, str(error)) from error
-                    raise UserError(f"{self.server}: gives no answer ({error}); the same command goes on") from error
+                    raise UserError(f"{self.server}: gives no answer ({error}); the same command resumes") from error
                 await self.stop.interrupts(asyncio.sleep(backoff(failures)))
 
     def _check_patience(self, error: TransientError) -> None:
         if time.monotonic() - self.answered_at > self.patience:
             raise UserError(
-                f"{self.server}: only refusals for {self.patience:.0f} s ({error}); the same command goes on"
+                f"{self.server}: only refusals for {self.patience:.0f} s ({error}); the same command resumes"
             ) from error
 
 

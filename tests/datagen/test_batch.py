@@ -88,7 +88,7 @@ def test_killed_anywhere_no_request_is_sent_twice(folder: Path, monkeypatch: pyt
             run(folder, server, *BATCH)
         if where == "Ledger.note_batch":
             assert len(server.batches.batches) == 1
-            with pytest.raises(UserError, match="go on with --batch"):
+            with pytest.raises(UserError, match="resume with --batch"):
                 run(folder, server)
         assert run(folder, server, *BATCH) == 0
         sent = [line for file in server.batches.files.values() for line in file.splitlines() if b'"method"' in line]

@@ -216,11 +216,11 @@ def test_bad_contexts_leave_nothing_behind(folder: Path):
     good = folder / "contexts.jsonl"
     bad = folder / "bad.jsonl"
     bad.write_text(f'{good.read_text()}\n{{"image": 7}}\n')
-    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: not an image"):
         run(folder, None, "--dry-run", "--captions", bad, output="made/of/it")
     assert not (folder / "made").exists()
     run(folder, None, "--dry-run")
-    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: not an image"):
         run(folder, None, "--dry-run", "--captions", bad)
     assert [path.name for path in (folder / "out").iterdir()] == ["ledger.sqlite"]
     assert run(folder, None, "--show", "3") == 0

@@ -175,7 +175,7 @@ def test_the_options_of_an_endpoint_are_those_of_judges(files, capsys, monkeypat
     assert options.work(parser.parse_args([]), "m").settings.base_url == "https://api.openai.com/v1"
     monkeypatch.delenv("OPENAI_API_KEY")
     for wrong, message in (
-        (["--model=m"], "whom to ask. --base-url URL"),
+        (["--model=m"], "no server is given. --base-url URL"),
         (["--model=m", "--base-url=localhost:8000/v1"], "has to begin with http"),
         (["--checkpoint=c", "--body={}"], "--body: is for endpoints, not for a checkpoint"),
         (["--model=m", f"--endpoint={server.url}", "--batch-rows=3"], "--batch-rows: is for checkpoints"),

@@ -470,7 +470,7 @@ def test_what_is_refused_for_the_rate_in_a_batch_stays_open(tmp_path: Path):
     task = Task("A", lambda: [{"role": "user", "content": "A?"}], str.strip)
     with ScriptedLLM(raw=lambda _: {"error": RATE}) as server:
         work = Work(Settings("m", {"max_tokens": 9}, server.url, "key", prices=PRICES), batch=True, poll=0.01)
-        with pytest.raises(UserError, match="status 429: Provider returned error .Too Many Requests.*goes on"):
+        with pytest.raises(UserError, match="status 429: Provider returned error .Too Many Requests.*resumes"):
             ask_in(tmp_path, work, task)
         server.script.raw = lambda _: None
         assert ask_in(tmp_path, work, task)[0].value == "You said: A?"
