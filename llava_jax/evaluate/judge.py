@@ -96,7 +96,7 @@ def _write(
 
 def _advice(outcome: "Outcome", attempts: int) -> str:
     from llava_jax.llm_api.asking import CUT, LONGER
-    from llava_jax.llm_api.client import REFUSED
+    from llava_jax.llm_api.errors import REFUSED
 
     if outcome.open or outcome.reason.startswith(REFUSED):
         return "the same command asks again"
