@@ -7,7 +7,6 @@ across tokens, so they are searched here, in the text.
 
 import contextlib
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -19,8 +18,16 @@ from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
-from llava_jax.inference.decoding import RowSampling, Slots
-from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes
+from llava_jax.inference.decoding import RowSampling, Slots, prompt_hash
+from llava_jax.inference.prompts import (
+    Prompt,
+    PromptBatch,
+    PromptEncoder,
+    assemble,
+    bucket,
+    check_context,
+    share_prefixes,
+)
 from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import GREEDY, ImageInput, Request, Sampling
 from llava_jax.models.config import LlavaConfig
@@ -152,12 +159,7 @@ class Generator:
 
     def _prompt(self, request: Request, new_tokens: int) -> Prompt:
         prompt = self.prompts.encode(request)
-        length, context = len(prompt.tokens), self.config.text.max_position_embeddings
-        if length + new_tokens > context:
-            raise UserError(
-                f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
-                f"model's context has {context}: shorten the conversation or lower max-new-tokens"
-            )
+        check_context(request, len(prompt.tokens), new_tokens, self.config.text.max_position_embeddings)
         return prompt
 
     def _assemble(self, prompts: Sequence[Prompt]) -> PromptBatch:
@@ -167,7 +169,11 @@ class Generator:
         """Answers a batch. Yields the new text of each answer after every dispatch, of at most `max_steps` tokens."""
         streams = [self.prompts.answer_stream(sampling, prompt.begun) for prompt in prompts]
         rows = bucket(len(prompts))
-        row_sampling = _row_sampling(sampling, prompts, rows) if sampling.temperature > 0 else None
+        row_sampling = None  # greedy
+        if sampling.temperature > 0:
+            row_sampling = RowSampling.greedy(rows)
+            for row, prompt in enumerate(prompts):
+                row_sampling.set(row, sampling, prompt_hash(prompt.tokens))
         lengths = [len(prompt.tokens) for prompt in prompts]
         size = bucket(max(lengths) + min(sampling.max_new_tokens, HEADROOM))
         first, cache = self._prefill(prompts, row_sampling, size)
@@ -219,16 +225,3 @@ class Generator:
         start = time.perf_counter()
         yield
         self.computing += time.perf_counter() - start
-
-
-def prompt_hash(tokens: np.ndarray) -> int:
-    """Makes different prompts draw different numbers from the same seed."""
-    return zlib.crc32(tokens.tobytes())
-
-
-def _row_sampling(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> RowSampling:
-    arrays = RowSampling.greedy(rows)
-    arrays.temperature[:], arrays.top_p[:], arrays.top_k[:] = sampling.temperature, sampling.top_p, sampling.top_k
-    arrays.seeds[:] = sampling.seed
-    arrays.prompts[: len(prompts)] = [prompt_hash(prompt.tokens) for prompt in prompts]
-    return arrays

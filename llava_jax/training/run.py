@@ -49,7 +49,7 @@ def train(
     remote.name(workdir, config.init)
     try:
         train_and_plot(config, workdir, resume_from, callbacks)
-    except distributed.LeaveTogether as exit_:
+    except distributed.ExitTogether as exit_:
         if exit_.code > 128:
             raise KeyboardInterrupt(f"{workdir}: interrupted; called again, training resumes") from None
         raise exit_.__cause__ or UserError(f"{workdir}: training stopped") from None

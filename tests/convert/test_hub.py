@@ -77,7 +77,9 @@ def test_a_broken_connection_is_taken_up_at_the_byte(hub, llava):
 
 def test_the_command_again_goes_on_with_what_is_missing(hub, llava):
     hub.files = 3
-    with pytest.raises(UserError, match="--llava org/llava: http.* broke off .*403.*: the same command again goes on"):
+    with pytest.raises(
+        UserError, match="--llava org/llava: http.* broke off .*403.*: the same command again downloads"
+    ):
         locate("org/llava", "--llava")
     assert len(hub.sent) >= 3
     hub.files = math.inf
