@@ -84,13 +84,9 @@ class ModelTask:
       description, epilog, add_arguments: of the command.
       prompts: reads the command's files and makes the prompts.
       writes: the lines of the output, in the plural, for the help and the summary.
-      failed: what lines lack whose answer could not be read, for the summary: "without scores".
-      required: whether such lines are an error instead.
+      failed: how the summary calls lines whose answer could not be read ("without scores"). Empty: they are an error.
       cut_counts: whether an answer that is cut off is read, too.
       several: whether several models are asked, each several times: `--judge A B --repeats N`.
-      progress: for the progress bar, followed by the model's name.
-      option: that names the model.
-      help: of this option.
       temperature, max_tokens: defaults of requests.
     """
 
@@ -100,12 +96,8 @@ class ModelTask:
     prompts: "Callable[[argparse.Namespace], Prompts]"
     writes: str
     failed: str = ""
-    required: bool = False
     cut_counts: bool = False
     several: bool = False
-    progress: str = "judging by"
-    option: str = "--judge"
-    help: str = "a language model, which sees no images"
     temperature: float = 0.0
     max_tokens: int = 1024
 
@@ -122,7 +114,6 @@ class ScoreCommand:
 
     name: str
     what: str
-    description: str
     epilog: str
     add_arguments: "Callable[[argparse.ArgumentParser], None]"
     score: "Callable[[argparse.Namespace], tuple[Scores, Iterable[Outcome]]]"

@@ -40,7 +40,7 @@ def _run(command: str, what: str, argv: Sequence[str]) -> None:
         parser.add_argument("benchmark", metavar="BENCH", help="one of those below")
         parser.parse_args(argv)
     task: ModelTask = getattr(find(argv[0], command), command)
-    args = _parse(f"{command} {argv[0]}", task, argv[1:])
+    args = _parse(command, argv[0], task, argv[1:])
     files, instructions = task.prompts(args)
     if not any(files):
         raise UserError(f"{args.output}: there is nothing to ask")
@@ -64,7 +64,7 @@ def _ask(
         say(f"{model}: {forecast(settings, tasks)}")
         return None
     directory = ledger_directory(args) / (_slug(model) if task.several else "")
-    answered = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"{task.progress} {model}"))
+    answered = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"asking {model}"))
     return [next(answered) if case.messages else Outcome(None, *case.given) for case in cases]
 
 
@@ -79,11 +79,11 @@ def _write(
     from llava_jax.llm_api.asking import told
 
     failed = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome.value is None]
-    if failed and task.required:
+    if failed and not task.failed:
         case, outcome = failed[0]
         raise UserError(f"question {case.name}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
     write_lines(path, (case.line(outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
-    notes = "" if task.required else f", {len(failed)} of them {task.failed}{told(outcomes)}"
+    notes = f", {len(failed)} of them {task.failed}{told(outcomes)}" if task.failed else ""
     say(f"{path}: {len(cases)} {task.writes}{notes}", file=sys.stderr)
 
 
@@ -107,11 +107,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-def _parse(command: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m llava_jax.evaluate {command}", description=task.description, epilog=task.epilog)
+def _parse(command: str, name: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
+    prog = f"python -m llava_jax.evaluate {command} {name}"
+    parser = Parser(prog=prog, description=task.description, epilog=task.epilog)
     task.add_arguments(parser)
     add = parser.add_argument
-    add(task.option, required=True, nargs="+" if task.several else 1, dest="models", metavar="MODEL", help=task.help)
+    option, count = "--judge" if command == "judge" else "--model", "+" if task.several else 1
+    add(option, required=True, nargs=count, dest="models", metavar="MODEL", help="a language model; it sees no images")
     parser.set_defaults(repeats=1)
     if task.several:
         add("--repeats", type=int, metavar="N", help="of all prompts, with a file for each (default: 1)")
@@ -121,5 +123,5 @@ def _parse(command: str, task: ModelTask, argv: Sequence[str]) -> argparse.Names
     if args.repeats < 1:
         parser.error("--repeats has to be 1 or more")
     if len(set(map(_slug, args.models))) < len(args.models):
-        raise UserError(f"{task.option}: a model is given twice; --repeats N has each of them repeat its work")
+        raise UserError(f"{option}: a model is given twice; --repeats N has each of them repeat its work")
     return args

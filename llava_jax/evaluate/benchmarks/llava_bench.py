@@ -180,7 +180,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 SCORE = ScoreCommand(
     "llava-bench",
     "LLaVA-Bench: relative scores by a judge",
-    description="Scores LLaVA-Bench: a judge's scores of a model's answers, in percent of the reference's.",
     epilog="""examples:
   python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
   python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json

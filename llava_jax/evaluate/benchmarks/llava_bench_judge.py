@@ -167,7 +167,6 @@ Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `s
     failed="without scores",
     cut_counts=True,  # the scores come first
     several=True,
-    help="one or several judges",
     temperature=0.2,
 )
 
@@ -214,8 +213,5 @@ The same command resumes where it was interrupted and pays for no answer twice."
     add_arguments=_add_questions,
     prompts=reference_prompts,
     writes="answers",
-    required=True,
-    progress="answers of",
-    option="--model",
     temperature=0.2,
 )

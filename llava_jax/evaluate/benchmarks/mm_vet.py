@@ -129,7 +129,6 @@ instructions than the benchmark's own are not comparable with published ones."""
     writes="grades",
     failed="failed",
     cut_counts=True,  # the grade comes first
-    progress="grading by",
     max_tokens=16,
 )
 

@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 SCORE = ScoreCommand(
     "scienceqa",
     "ScienceQA: accuracy by subject, context and grade",
-    description="Scores ScienceQA: accuracy in the nine columns of the paper's table.",
     epilog="""example:
   python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
 

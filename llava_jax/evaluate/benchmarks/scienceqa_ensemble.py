@@ -145,13 +145,14 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
 SCORE_ENSEMBLE = ScoreCommand(
     "scienceqa-ensemble",
     "ScienceQA: accuracy of two models together, as in the paper",
-    description=__doc__,
     epilog="""examples:
   python -m llava_jax.evaluate score scienceqa-ensemble --ours answers.jsonl --other gpt4.json \\
     --problems problems.json --splits pid_splits.json
   ... --judged judged.jsonl --json
 
-`upper` is the share of problems for which at least one of the two models is right.""",
+As complement, the second model answers, and the first one only if the second gives no option. With a judge, the option
+of both stands. If they differ, it is the judge's, or the first model's if the judge gives none. `upper` is the share of
+problems for which at least one of the two models is right.""",
     add_arguments=_add_score_arguments,
     score=score_ensemble,
     table=functools.partial(table, separator="\n", count="{name}: {value}"),
@@ -197,7 +198,7 @@ def _line(ident: str, outcome: "asking.Outcome", by: Mapping[str, str]) -> dict[
 JUDGE = ModelTask(
     description="""\
 Has a language model decide the problems of ScienceQA on which a model and a second one differ. `score
-scienceqa-ensemble` takes the verdicts.
+scienceqa-ensemble` takes the verdicts. In the paper the judge is the second model itself.
 
 The same command resumes where it was interrupted and pays for no verdict twice.""",
     epilog="""example:
@@ -207,5 +208,4 @@ The same command resumes where it was interrupted and pays for no verdict twice.
     prompts=prompts,
     writes="verdicts",
     failed="without an option",
-    help="in the paper it is the second model itself",
 )
