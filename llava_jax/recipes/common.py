@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.model = ""
     # The preset that preflight compiles where neither `model` nor `init` says which.
     config.default_model = ""
-    # How conversations are written: see llava_jax/data/conversation.py.
+    # How conversations are written: see llava_jax/data/templates.py.
     config.template = "v1"
     # Where a picture stands in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
     config.image_position = "first"
