@@ -7,7 +7,7 @@ import argparse
 import statistics
 
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.evaluate.answering import Answering, Asking, batches, replicas
+from llava_jax.evaluate.predict_checkpoint import Answering, Asking, batches, replicas
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Sampling

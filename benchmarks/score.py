@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.mme import PARTS
+from llava_jax.evaluate.benchmarks.mme import PARTS
 
 COUNT = 10_000
 

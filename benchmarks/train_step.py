@@ -95,13 +95,11 @@ def jax_step(config: LlavaConfig) -> Step:
 
     from llava_jax.data.plan import Layout
     from llava_jax.parallel.sharding import make_mesh
-    from llava_jax.training import optim
     from llava_jax.training.step import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
     for name, value in our_parameters(config):
-        trains = optim.group_of(name, "finetune") is not None
-        (trainable if trains else frozen)[name] = jnp.array(value)
+        (trainable if name.startswith(("projector.", "llm.")) else frozen)[name] = jnp.array(value)
 
     optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))

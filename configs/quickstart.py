@@ -1,6 +1,6 @@
 """The quickstart's two stages on easy-VQA: `--config=configs/quickstart.py:pretrain` and `:finetune`.
 
-A model of a million parameters wants larger learning rates than one of billions; all else is as in the recipes.
+A model of a million parameters needs larger learning rates than one of billions; all else is as in the recipes.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config(stage: str = "") -> ConfigDict:
         config.template = "v1"
         config.max_length = 256
         config.batch_rows = 25
-        config.epochs = 3.0  # with 2 some runs end before they tell all shapes
+        config.epochs = 3.0  # with 2 some runs end before they learn all shapes
         config.learning_rate = 1e-3
     else:
         raise ValueError(f"{stage!r} is neither pretrain nor finetune: --config=configs/quickstart.py:pretrain")

@@ -1,7 +1,7 @@
 """A real chat model, SmolLM2-135M-Instruct, learns to see: `--config=configs/smollm2.py:pretrain` and `:finetune`.
 
-Stage 1 trains the projector alone, so that the language model, which never changes, learns to name what it sees. The
-tower is small and the pictures are easy-VQA's; learning rates are those of a model of this size.
+Stage 1 trains only the projector: the frozen language model learns to name what an image shows. The tower is small and
+the images are those of easy-VQA; learning rates are those of a model of this size.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.data.holdout = 40
     config.remat = "none"  # memory is no concern
     config.save_every = 100
-    config.clip_norm = 1.0  # a projector that knows nothing yet makes large gradients in a model that knows much
+    config.clip_norm = 1.0  # an untrained projector makes large gradients in a trained language model
     if stage == "pretrain":
         config.template = "plain"
         config.max_length = 80
@@ -26,7 +26,7 @@ def get_config(stage: str = "") -> ConfigDict:
         config.template = "chatml"
         config.max_length = 448
         config.pack = True
-        config.row_length = 1120  # four conversations about a picture each
+        config.row_length = 1120  # four conversations about an image each
         config.batch_rows = 2
         config.steps = 90
         config.learning_rate = 3e-4

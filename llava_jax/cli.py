@@ -256,7 +256,7 @@ def fitting(parts: Iterable[str], width: int) -> str:
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
-    """Yields the items, with a progress bar on a terminal or in a notebook, and a line every `every` seconds elsewhere."""
+    """Yields the items, with a progress bar on a terminal or in a notebook, else a line every `every` seconds."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     description = one_line(description)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, or with flags that change it, as one line."""
+"""Errors of a recipe, or of flags that override its options, as one line."""
 
 import difflib
 import re
@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 
-# Errors whose message says enough without their name.
+# Errors whose message is clear without their type.
 _PLAIN = (flags.Error, UserError, ValueError, ImportError, OSError, KeyError)
 _LOCKED = re.compile(r'Key "(.*?)" does not exist(?:.*Did you mean "(.*?)")?', re.DOTALL)
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:
-    """A sentence for an error of reading the flags `argv`, with the file and the line of the recipe that raised it."""
+    """One line for an error in parsing the flags `argv`, with the file and the line of the recipe that raised it."""
     return _unknown_key(argv) or _message(error, argv)
 
 
 def recipe_file(argv: Sequence[str]) -> str:
-    """What --config names, without the argument after the colon; "" where it is not given."""
+    """The value of --config without the argument after the colon; "" if it is not given."""
     following = [*argv[1:], ""]
     files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
     files += [value for argument, value in zip(argv, following, strict=True) if argument == "--config"]
@@ -34,10 +34,10 @@ def _message(error: Exception, argv: Sequence[str]) -> str:
     file, chain = recipe_file(argv), [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    for raised in chain:  # Abseil raises an error of its own for one of the recipe
+    for raised in chain:  # Abseil raises its own error for one of the recipe
         if place := _place(raised):
             return f"{_text(raised)} ({place})"
-        if isinstance(raised, SyntaxError):  # of the recipe itself, which has not begun to run
+        if isinstance(raised, SyntaxError):  # of the recipe itself, which was not run
             line = f", line {raised.lineno}" if raised.lineno else ""
             return f"{type(raised).__name__}: {raised.msg} ({raised.filename or file}{line})"
         if isinstance(raised, OSError) and raised.strerror:
@@ -51,7 +51,7 @@ def _message(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """The last line of the message; where there are several, the others are a traceback or a list of all keys."""
+    """The last line of the message: the lines before it are a traceback or a list of all keys."""
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if unknown := _LOCKED.search(message):
         return f"the config has no key {unknown[1]!r}" + (f"; the nearest is {unknown[2]!r}" if unknown[2] else "")
@@ -61,7 +61,7 @@ def _text(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File and line of the recipe that raised it, or of a module of the user's that it calls; "" for other errors."""
+    """File and line of the recipe that raised it, or of a user's module that it calls; "" for other errors."""
     frames = traceback.extract_tb(error.__traceback__)
     read = [number for number, frame in enumerate(frames) if frame.filename.endswith("config_flags.py")]
     libraries = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
@@ -71,14 +71,14 @@ def _place(error: BaseException) -> str:
 
 
 def _unknown_key(argv: Sequence[str]) -> str | None:
-    """If an override names a key that the config lacks, a sentence that names the nearest one."""
+    """If an override sets an unknown key, a message with the most similar one."""
     keys = [argument[len("--config.") :].split("=")[0] for argument in argv if argument.startswith("--config.")]
     file = recipe_file(argv)
     if not file or not keys:
         return None
     try:
         known = _paths(flags.FLAGS["config"].value or runpy.run_path(file)["get_config"]())
-    except Exception:  # the file itself is what is wrong
+    except Exception:  # the error is in the file itself
         return None
     for key in keys:
         if key not in known:

@@ -4,7 +4,7 @@ example:
   python -m llava_jax.main --config=finetune:13b,v1.5 --workdir=runs/finetune \\
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
-The same command again resumes; where the newest step is damaged, with --resume-from and the one before it.
+The same command again resumes the run. If its newest checkpoint is damaged, give --resume-from with an earlier step.
 --config takes the name of a recipe (pretrain, finetune, scienceqa) or the path of one; llava_jax/recipes/common.py
 explains every option. On several hosts, run the same command on each: on TPU pods and under SLURM as it is, on other
 clusters with --coordinator, --num_processes and --process_id (docs/hosts.md).
@@ -22,13 +22,20 @@ from llava_jax import cli, flag_errors, recipes
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe, by name or path, with its argument after a colon: finetune:13b, my/recipe.py."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and logs go; a run found there is resumed.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes meet.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
-START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all have met.", lower_bound=1)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The directory of checkpoints, metrics and logs; a run found there is resumed."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, which the other processes connect to.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.", lower_bound=0)
+START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds to wait until all processes are connected.", lower_bound=1
+)
 RESUME_FROM = flags.DEFINE_integer(
-    "resume_from", None, "Resume from this step, not from the newest: later ones go to set_aside/.", lower_bound=0
+    "resume_from",
+    None,
+    "Resume from this step, not from the newest: later checkpoints are moved to set_aside/.",
+    lower_bound=0,
 )
 flags.DEFINE_alias("resume-from", "resume_from")
 
@@ -58,18 +65,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
-    """Sets `CONFIG` and the other flags, `~` expanded in all that are paths; every mistake becomes one line."""
+    """Parses the flags, with `~` expanded in paths. Raises UserError, one line, for every mistake."""
     argv = _find_recipe([_expand_home(argument) for argument in argv])
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in required if flag.value is None]
         if file := flag_errors.recipe_file(argv):
             if CONFIG.value is not None:
-                CONFIG.value.keys()  # a file that cannot be read is noticed at its first use
+                CONFIG.value.keys()  # raises the error of a file that cannot be read
             if not isinstance(CONFIG.value, ConfigDict):
                 raise cli.UserError(f"{file}: get_config() returns no ConfigDict")
             recipes.expand_paths(CONFIG.value)
-    except Exception as error:  # whatever a recipe raises
+    except Exception as error:  # a recipe may raise any
         raise cli.UserError(flag_errors.explain(error, argv)) from None
     if len(remaining) > 1:
         raise cli.UserError(f"unexpected argument {remaining[1]!r}: every option begins with --")

@@ -1,19 +1,19 @@
-"""The flags of XLA and libtpu by platform, and what else a process on it has to start with. All of them are here.
+"""The flags of XLA and libtpu by platform, and the other environment variables of its processes.
 
 usage:
   python -m llava_jax.xla_flags {tpu,v4,v5e,v5p,v6e,7x,gpu,cpu}
 
-example, in a script (what is set already comes last, and so wins):
+example, in a script (flags that are set already come last and take precedence):
   eval "$(python -m llava_jax.xla_flags v6e)"
   python -m llava_jax.main ...
 
-A flag is here only if it changes the compiled training step: tests compile with every one of them. Peak memory of
+A flag is set only if it changes the compiled training step: tests compile with every one of them. Peak memory of
 LLaVA-1.5-7B, stage 2, 2048 tokens a row, pure FSDP, jax 0.10.2, without and with them: 8.21 and 8.21 GiB a device on
-v6e:4x4 (one row a device), 17.42 and 18.18 GiB on eight H100 (four rows). How much faster they make a step was not
-measured. Left out, since that program is the same with and without them on v5e:4x4 and eight H100, are these, which
-other code bases set:
+v6e:4x4 (one row a device), 17.42 and 18.18 GiB on eight H100 (four rows). Their effect on the time of a
+step was not measured. These flags, which other code bases set, are left out: on v5e:4x4 and eight H100 the program is
+the same with and without them:
   TPU  xla_tpu_enable_async_collective_fusion, ..._fuse_all_gather, ..._multiple_steps,
-       xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather; and, which concern several slices only,
+       xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather; and, for several slices only,
        xla_tpu_enable_data_parallel_all_reduce_opt, xla_tpu_data_parallel_opt_different_sized_ops
   GPU  xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_reduce_scatter
 """
@@ -35,17 +35,17 @@ V6E = TPU | {
 }
 
 GPU = {
-    # A layer of a scan needs its weights gathered first: those of the next one are gathered while a layer computes.
+    # Gathers the weights of the next layer of a scan while a layer computes.
     "xla_gpu_enable_pipelined_all_gather": True,
-    # Two layers an iteration with two buffers, so that what is gathered ahead need not be copied.
+    # Two layers an iteration with two buffers, so that weights that are gathered ahead need not be copied.
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
 
 
 class Platform(NamedTuple):
-    """What is set for a platform."""
+    """The settings of a platform."""
 
-    carrier: str  # the variable that carries the flags
+    carrier: str  # the environment variable of the flags
     flags: Mapping[str, bool | int]
     variables: Mapping[str, str] = {}
 
@@ -53,9 +53,9 @@ class Platform(NamedTuple):
 PLATFORMS = {
     **dict.fromkeys(("tpu", "v4", "v5e", "v5p", "7x"), Platform("LIBTPU_INIT_ARGS", TPU)),
     "v6e": Platform("LIBTPU_INIT_ARGS", V6E),
-    # JAX takes three quarters of a GPU's memory unless told otherwise; NCCL, cuBLAS and cuDNN need some of the rest.
+    # JAX takes three quarters of a GPU's memory by default; NCCL, cuBLAS and cuDNN need some of the rest.
     "gpu": Platform("XLA_FLAGS", GPU, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}),
-    # Large arrays in huge pages: a step spends a tenth of its time less on getting memory.
+    # Large arrays in huge pages: allocations take a tenth of a step's time less.
     "cpu": Platform("XLA_FLAGS", {}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
 }
 
@@ -66,7 +66,7 @@ def compiler_options(platform: str) -> dict[str, bool | int]:
 
 
 def environment(platform: str, present: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that a process has to start with. What is `present` is kept, and wins."""
+    """The environment variables of a process. Those that are `present` are kept and take precedence."""
     carrier, flags, variables = find(platform)
     words = [f"--{name}={str(value).lower()}" for name, value in flags.items()] + present.get(carrier, "").split()
     carried = {carrier: " ".join(words)} if words else {}
@@ -74,7 +74,7 @@ def environment(platform: str, present: Mapping[str, str] = os.environ) -> dict[
 
 
 def find(platform: str) -> Platform:
-    """Raises UserError for a name that is none of `PLATFORMS`."""
+    """The settings of a platform. Raises UserError for a name that is not in `PLATFORMS`."""
     if platform not in PLATFORMS:
         raise cli.UserError(f"{platform!r} is no platform: give one of {', '.join(PLATFORMS)}")
     return PLATFORMS[platform]

@@ -16,7 +16,7 @@ from examples.easy_vqa.data import Picture, Question, caption, facts, pictures
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import IGNORE_INDEX
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.easy_vqa import kind
+from llava_jax.evaluate.benchmarks.easy_vqa import kind
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import module_params

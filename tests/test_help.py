@@ -16,8 +16,16 @@ from llava_jax.cli import UserError
 from llava_jax.datagen.__main__ import COMMANDS as DATAGEN
 from llava_jax.evaluate.__main__ import COMMANDS as EVALUATE
 from llava_jax.evaluate.__main__ import main as evaluate
+from llava_jax.evaluate.benchmarks import BENCHMARKS
 
 NESTED = ["convert import", "evaluate score", "evaluate judge llava-bench", "datagen detail"]
+OF_BENCHMARKS = [f"score {command.name}" for benchmark in BENCHMARKS.values() for command in benchmark.score_commands]
+OF_BENCHMARKS += [
+    f"{task} {name}"
+    for name, benchmark in BENCHMARKS.items()
+    for task in ("judge", "reference")
+    if getattr(benchmark, task)
+]
 HEAVY = ["jax", "flax", "orbax", "grain", "transformers", "torch", "tensorstore", "matplotlib", "fastapi"]
 # Module -> its subcommands, each the words before --help.
 COMMANDS = {
@@ -42,7 +50,7 @@ COMMANDS = {
     "llava_jax.data.build": [""],
     "llava_jax.data.pack": [""],
     "llava_jax.datagen": ["", *DATAGEN],
-    "llava_jax.evaluate": ["", *EVALUATE, "reference", "judge", "questions"],
+    "llava_jax.evaluate": ["", *EVALUATE, *OF_BENCHMARKS, "questions"],
     "examples.easy_vqa.quickstart": [""],
     "examples.smollm2.recipe": [""],
 }
@@ -108,6 +116,8 @@ def test_a_word_that_is_no_command_is_named(capsys):
 
 
 def test_a_command_without_its_benchmark_is_an_error_that_names_it(capsys):
-    with pytest.raises(UserError, match="^'judge answers.jsonl' is no command"):
+    with pytest.raises(UserError, match="^answers.jsonl: is no such benchmark; choose from llava-bench, mm-vet, sci"):
         evaluate(["judge", "answers.jsonl"])
-    assert "  judge mm-vet " in capsys.readouterr().err
+    with pytest.raises(UserError, match="^'questions answers.jsonl' is no command"):
+        evaluate(["questions", "answers.jsonl"])
+    assert "  questions scienceqa " in capsys.readouterr().err

@@ -8,8 +8,9 @@ from examples.easy_vqa.data import IMAGES, Picture, caption, pictures
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import Parser, run, track
 from llava_jax.data.templates import IMAGE_TOKEN, get_template
-from llava_jax.evaluate.easy_vqa import kind
-from llava_jax.inference.generate import Generator, Request, Sampling
+from llava_jax.evaluate.benchmarks.easy_vqa import kind
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
 
 EVERY = 4  # test pictures: enough to tell 90 from 95 %
 BATCH = 32

@@ -8,11 +8,9 @@ model is the same: equal ids give equal logits.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, warn
@@ -49,30 +47,22 @@ def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
         write_shards(directory, list(hf_tensors(checkpoint, dtype, special.rows)))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, source: dict[str, Any]) -> SpecialTokens:
-    """The tokens of images and padding in an export; `source` is the `config.json` of the import."""
-    return choose_special_tokens(tokenizer, config.text.vocab_size, source.get("image_token_index"))
-
-
 def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -> SpecialTokens:
     """Writes everything but the weights."""
     config, hf = checkpoint.config, checkpoint.description.hf
     source = hf.get("config", {})
     template = with_im_start_end(get_template(checkpoint.template), config.im_start_end)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
-    special = special_tokens(tokenizer, config, source)
+    special = choose_special_tokens(tokenizer, config.text.vocab_size, source.get("image_token_index"))
     write_tokenizer(tokenizer, special, directory)
     written = load_tokenizer(directory)
-    special_ids = {f"{kind}_token_id": getattr(written, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     if problem := missing_marks(template, tokenizer):
         warn(problem)
-    end_id = end_of_answer(template, tokenizer)
+    ends = end_of_answer(template, tokenizer), stop_strings(template)
 
     dtype = dtype or common_dtype(checkpoint)
     write_json(directory / "config.json", hf_config.write_llava(config, source, special, written.pad_token_id, dtype))
-    generation = hf_processor.write_generation(
-        hf.get("generation_config", {}), special_ids, end_id, stop_strings(template)
-    )
+    generation = hf_processor.write_generation(hf.get("generation_config", {}), written, *ends)
     write_json(directory / "generation_config.json", generation)
     write_json(directory / "preprocessor_config.json", hf_processor.write_image_processor(config))
     write_json(directory / "processor_config.json", hf_processor.write_processor(config, special.image.text))

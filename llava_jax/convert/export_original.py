@@ -51,10 +51,8 @@ def export_original(
     settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     template = with_im_start_end(get_template(checkpoint.template), checkpoint.config.im_start_end)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    generation = write_generation(
-        checkpoint.description.hf.get("generation_config", {}), ids, end_of_answer(template, tokenizer), []
-    )
+    source = checkpoint.description.hf.get("generation_config", {})
+    generation = write_generation(source, tokenizer, end_of_answer(template, tokenizer), [])
     parts = tuple(part for part in PARTS if with_tower or part != "vision")
     with new_export(output) as directory:
         copy_tokenizer(checkpoint.tokenizer_dir, directory)

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_config import select_strategy
 from llava_jax.files.reading import read_object
@@ -91,22 +93,22 @@ def write_processor(config: LlavaConfig, image_token: str) -> Json:
 
 
 def write_generation(
-    source: Json, special_ids: dict[str, int | None], end_id: int | None, end_texts: list[str]
+    source: Json, tokenizer: PreTrainedTokenizerBase, end_id: int | None, end_texts: list[str]
 ) -> Json:
     """The `generation_config.json`: that of the source, without the fields that save_pretrained refuses.
 
     Args:
       source: that of the import; may be empty.
-      special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer. The source overrides the first
-        two, not the third.
+      tokenizer: that of the export. The source overrides its `bos_token_id` and `eos_token_id`, not its `pad_token_id`.
       end_id: the token that ends an answer; it is added to `eos_token_id`.
       end_texts: texts that end an answer if there is no such token: `stop_strings`, for which `generate` needs the
         tokenizer.
     """
-    values = {name: id for name, id in special_ids.items() if id is not None}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = {name: id for name in names if (id := getattr(tokenizer, name)) is not None}
     values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}
     values.pop("transformers_version", None)
-    values["pad_token_id"] = special_ids["pad_token_id"]
+    values["pad_token_id"] = tokenizer.pad_token_id
     if not values.get("do_sample"):
         values = {field: value for field, value in values.items() if field not in _SAMPLING}
     known = values.get("eos_token_id", [])

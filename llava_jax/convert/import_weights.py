@@ -22,8 +22,8 @@ from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
 from llava_jax.convert.adapter import is_adapter
-from llava_jax.convert.export import special_tokens
 from llava_jax.convert.found import Found, Options
+from llava_jax.convert.hf_tokenizer import choose_special_tokens
 from llava_jax.convert.hub import Located, locate
 from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find_llava
 from llava_jax.convert.import_original import find_original, is_original
@@ -196,7 +196,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
             "--rows tokenizer, with which new rows are the mean of the others"
         )
     try:
-        special_tokens(tokenizer, found.config, found.hf["config"])
+        choose_special_tokens(tokenizer, found.config.text.vocab_size, found.hf["config"].get("image_token_index"))
     except UserError as error:
         warn(f"this model cannot be exported: {error}")
     return found

@@ -31,8 +31,9 @@ from llava_jax.data.chat_template import render_chats
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.files.reading import read_object
-from llava_jax.inference.generate import GREEDY, Generator, PromptEncoder, Request, Sampling
-from llava_jax.inference.prompts import Prompt
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.prompts import Prompt, PromptEncoder
+from llava_jax.inference.requests import GREEDY, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import Params, build

@@ -1,30 +1,18 @@
-"""Answers questions about pictures with a model, has answers judged, scores them, and compares runs."""
+"""Answers the questions of benchmarks with a model, has answers judged, scores them, and compares runs."""
 
 from llava_jax.cli import dispatch, run
+from llava_jax.evaluate.benchmarks import BENCHMARKS
 
-COMMANDS = {  # what is typed: the module whose `main` is called, and what it does
-    "predict": ("llava_jax.evaluate.predict", "answers to the questions of any benchmark: `predict BENCH`"),
-    "reference llava-bench": ("llava_jax.evaluate.reference", "answers of a text-only model, from descriptions"),
-    "judge llava-bench": (
-        "llava_jax.evaluate.judge:main",
-        "reviews of answers beside the reference's, by a language model",
-    ),
-    "judge mm-vet": ("llava_jax.evaluate.mm_vet_judge", "grades of open answers"),
-    "judge scienceqa": ("llava_jax.evaluate.ensemble_judge", "a third opinion where two models' answers differ"),
-    "score llava-bench": ("llava_jax.evaluate.llava_bench", "relative scores of reviews by a judge"),
-    "score": ("llava_jax.evaluate.score", "accuracy of answers to VQAv2, POPE, MME, ...: `score BENCH`"),
-    "submission": ("llava_jax.evaluate.submission", "answers in the form that a benchmark's server takes"),
-    "questions scienceqa": (
-        "llava_jax.evaluate.scienceqa_data:main",
-        "problems to LLaVA JSON: training data and questions",
-    ),
-    "score scienceqa": ("llava_jax.evaluate.scienceqa", "accuracy by subject, kind and grade"),
-    "score scienceqa-ensemble": (
-        "llava_jax.evaluate.ensemble:main",
-        "the same of two models together, as in the paper",
-    ),
-    "report": ("llava_jax.evaluate.report", "runs side by side, with confidence intervals, pictures and answers"),
+COMMANDS = {  # command: the function that is called with its options (default: `main`), and what it does
+    "predict": ("llava_jax.evaluate.predict", "answers to the questions of a benchmark: `predict BENCH`"),
+    "score": ("llava_jax.evaluate.score", "scores of answers: `score BENCH`"),
+    "judge": ("llava_jax.evaluate.judge", "a language model judges answers: `judge BENCH`"),
+    "reference": ("llava_jax.evaluate.judge:reference", "a text-only model writes reference answers"),
+    "submission": ("llava_jax.evaluate.submission", "answers in the format of a benchmark's server"),
+    "report": ("llava_jax.evaluate.report", "compares runs: confidence intervals, chart, images and answers"),
 }
+for benchmark in BENCHMARKS.values():
+    COMMANDS |= benchmark.commands
 
 
 def main(argv: list[str] | None = None) -> int | None:

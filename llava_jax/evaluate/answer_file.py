@@ -1,8 +1,7 @@
-"""The file that `predict` writes: answers in the original's form, by one process or by many, and resumed at any time.
+"""The output of `predict`: answers in the original's format, by one process or several, resumable at any time.
 
-While it works, each process appends to a file of its own beside the output (`.part0`, `.part1`, ...). At the end the
-first process writes the output, in the order of the questions, and the parts go. Whatever is there when work begins is
-not asked again.
+Each process appends to a file of its own beside the output (`.part0`, `.part1`, ...). At the end the first process
+writes the output, in the order of the questions, and the parts are removed. Answers that exist at the start are kept.
 """
 
 import hashlib
@@ -19,13 +18,13 @@ from llava_jax.evaluate.questions import Key, Question, key_of
 from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote
 
-SECONDS = 30.0  # between writings of a part to an object store, where nothing can be appended
+SECONDS = 30.0  # between writes of a part to an object store, which cannot append
 
 Lines = dict[Key, dict[str, Any]]
 
 
 def answer_line(question: Question, text: str | None, model_id: str, no_answer: str = "") -> dict[str, Any]:
-    """An answer as the original writes it. Its id is a function of it. `no_answer` is why it is none."""
+    """An answer in the original's format. Its id is a hash of it. `no_answer` is the reason why there is none."""
     answer_id = hashlib.sha256(json.dumps([model_id, *question.key, text]).encode()).hexdigest()[:22]
     line = {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": answer_id}
     metadata = {"no_answer": no_answer} if no_answer else {}
@@ -33,7 +32,7 @@ def answer_line(question: Question, text: str | None, model_id: str, no_answer: 
 
 
 class AnswerFile:
-    """The answers to `questions` by a model, as far as they are there.
+    """The answers of a model to `questions`, as far as they exist.
 
     Attributes:
       lines: by the key of the question.
@@ -51,12 +50,12 @@ class AnswerFile:
         self._own: Lines = self._read(self._part) if self._part.exists() else {}
 
     def answers(self, question: Question) -> bool:
-        """Whether a question has its answer; it may be asked again where there was none."""
+        """Whether a question has an answer. Otherwise it is asked, also if an earlier run got no answer."""
         line = self.lines.get(question.key)
         return line is not None and "no_answer" not in (line.get("metadata") or ())
 
     def add(self, answers: Sequence[tuple[Question, str | None]], no_answer: Mapping[Key, str] | None = None) -> None:
-        """Keeps answers, at once on a local disk and after a while elsewhere. `no_answer` tells why some are none."""
+        """Writes answers, on an object store only every `SECONDS`. `no_answer` has the reasons why some are none."""
         why = no_answer or {}
         new = {q.key: answer_line(q, text, self.model_id, why.get(q.key, "")) for q, text in answers}
         self.lines |= new
@@ -69,30 +68,30 @@ class AnswerFile:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what only this process knows."""
+        """Writes the answers that are only in memory."""
         if self._own and is_remote(self._part):
             _write(self._part, self._own.values())
             self._written = time.monotonic()
 
-    def finish(self, everybodys: Mapping[Key, dict[str, Any]]) -> int:
-        """Writes the output from all processes' lines, and removes the parts here. -> the number of answers."""
-        lines = [everybodys[key] for key in self._keys if key in everybodys]
-        _write(self.output, lines)
+    def finish(self, lines: Mapping[Key, dict[str, Any]]) -> int:
+        """Writes the output from the lines of all processes, and removes the parts. Returns the number of answers."""
+        answered = [lines[key] for key in self._keys if key in lines]
+        _write(self.output, answered)
         for part in self._parts():
             part.unlink(missing_ok=True)
-        return len(lines)
+        return len(answered)
 
     def remove_part(self) -> None:
-        """Removes this process's part, which may be on a disk of its own, once the output is written."""
+        """Removes this process's part, which may be on a local disk, after the output is written."""
         self._part.unlink(missing_ok=True)
 
     def _parts(self) -> list[epath.Path]:
         return sorted(self.output.parent.glob(f"{self.output.name}.part[0-9]*")) if self.output.parent.exists() else []
 
     def _read(self, file: epath.Path) -> Lines:
-        """The answers in a file. Raises `UserError` for those of other work.
+        """The answers in a file. Raises `UserError` for answers to other questions or by another model.
 
-        A last line that was cut off is left out; it goes from this process's own part, to which more is appended.
+        A last line that is cut off is skipped, and removed from this process's own part, to which more is appended.
         """
         asked = set(self._keys)
         lines: Lines = {}

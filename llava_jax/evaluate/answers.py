@@ -1,7 +1,7 @@
-"""Answers to the questions of a benchmark, as files by anybody have them, and their join with what is right.
+"""Answers in files of several formats, and their join with labels.
 
-A file is JSONL with an object an answer (`question_id` and `text`, or what benchmarks' own results call them), a JSON
-array of such objects, one object `{question id: answer}`, or a table (TSV, XLSX) of `index` and `prediction`.
+A file is JSONL with an object for each answer (`question_id` and `text`, or other names of these fields), a JSON array
+of such objects, one object `{question id: answer}`, or a table (TSV, XLSX) with the columns `index` and `prediction`.
 """
 
 import json
@@ -19,21 +19,19 @@ from llava_jax.llm_api.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
 IDS = ("question_id", "questionId", "id", "index", "image")
-TEXTS = ("text", "prediction", "response", "answer")  # the last one, as `answer` beside others is what is right
-
-
-EMPTY, CUT_OFF = "empty", "cut_off"  # why there is no answer, as it is counted beside a score
-API_FAILED = "Failed to obtain answer via API"  # what VLMEvalKit writes in place of an answer
+TEXTS = ("text", "prediction", "response", "answer")  # `answer` is last, since beside another field it is the label
+EMPTY, CUT_OFF = "empty", "cut_off"  # reasons why there is no answer, which are counted beside a score
+API_FAILED = "Failed to obtain answer via API"  # VLMEvalKit's text in place of an answer
 
 
 class Answer(NamedTuple):
     value: Any  # text without its thinking, an option's index, or a grade
     where: str  # file and line, for errors
-    absent: str = ""  # why there is no answer, which counts as a wrong one in every benchmark; empty where there is one
+    absent: str = ""  # the reason why there is no answer, which every benchmark counts as wrong; else empty
 
     @classmethod
     def of(cls, value: Any, where: str) -> "Answer":
-        """An answer as it stands in a file, where null, or the NaN of tables, is none."""
+        """An answer from its value in a file. Null, or NaN in tables, is no answer."""
         if value is None or value != value:
             return cls(None, where, EMPTY)
         if not isinstance(value, str):
@@ -45,7 +43,7 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str | None:
-        """None where there is no answer. Raises `UserError` where it is no text."""
+        """None if there is no answer. Raises `UserError` if it is not a text."""
         if self.absent:
             return None
         if not isinstance(self.value, str):
@@ -53,25 +51,23 @@ class Answer(NamedTuple):
         return self.value
 
     def read(self, reader: Callable[[str], Read], absent: Read) -> Read:
-        """What `reader` makes of the text; `absent` where there is none."""
+        """`reader(text)`, or `absent` if there is no answer."""
         return absent if self.text is None else reader(self.text)
 
 
 def question_id(line: Line) -> str:
-    """What tells questions apart in most benchmarks."""
+    """The id of the question, which is unique in most benchmarks."""
     return line.text(*IDS)
 
 
 def read_answers(path: epath.PathLike, partial: bool = False) -> dict[str, Answer]:
-    """The answers of a file by question id. Raises `UserError` at what is no answer, and at another to a question.
-
-    `partial` leaves out a last line that is cut off.
-    """
+    """The answers of a file by question id. Raises `UserError` for a line that is no answer, and for two different
+    answers to a question. `partial` skips a last line that is cut off."""
     return by_key(answer_lines(path, partial), question_id)
 
 
 def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
-    """A file's answers as objects, with `question_id` and `text` where it has but one object of all."""
+    """The answers of a file as objects. Those of a single object `{id: answer}` get `question_id` and `text`."""
     if is_sheet(path):
         return [_of_row(line) for line in read_sheet(path)]
     if epath.Path(path).suffix.lower() in (".xls", ".csv"):
@@ -85,11 +81,8 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
 
 
 def refuse_questions(lines: Sequence[Line], suffix: str = "") -> None:
-    """Raises `UserError` where all lines are questions: files of these have a `text`, too.
-
-    Args:
-      suffix: what questions of the benchmark end with, if not with a question mark.
-    """
+    """Raises `UserError` if all lines are questions, which also have a `text`. Questions end with a question mark or
+    with `suffix`."""
 
     def asks(line: dict[str, Any]) -> bool:
         text, ends = line.get("text"), ("?", suffix) if suffix else ("?",)
@@ -100,14 +93,14 @@ def refuse_questions(lines: Sequence[Line], suffix: str = "") -> None:
 
 
 def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-    """Answers, which are the first of these fields, by key. Raises `UserError` at another answer of a key."""
+    """The answers by key, from the first of the fields `names`. Raises `UserError` for two different ones of a key."""
     items = ((key(line), answer_of(line, names)._replace(where=""), line.where) for line in lines)
     found = once(items, "question {key} was answered in {first} already, and otherwise")
     return {ident: answer._replace(where=where) for ident, (answer, where) in found.items()}
 
 
 def _of_row(line: Line) -> Line:
-    """A row of a table, whose `answer` is what is right. An empty cell is an empty text, as it is in TSV."""
+    """A row of a table, where `answer` is the label. An empty cell is an empty text, as in TSV."""
     values = {name: value or "" for name, value in line.value.items() if name not in ("answer", "index", "image")}
     if not any(name in values for name in TEXTS):
         raise UserError(f"{line.where}: has no column `prediction`: is it the table of questions?")
@@ -115,8 +108,7 @@ def _of_row(line: Line) -> Line:
 
 
 def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
-    """The first of these fields. There is no answer where that is a grade of a text that answers nothing, or that text,
-    or where the line says so."""
+    """The answer in the first of the fields `names`. It is absent if the line's text is, or if its metadata says so."""
     answer = Answer.of(line.get(*names), line.where)
     texts = [Answer.of(line.value[name], line.where) for name in TEXTS if name in line.value]
     metadata = line.value.get("metadata")
@@ -126,7 +118,7 @@ def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
 
 
 def count_absent(answers: Iterable[Answer]) -> dict[str, int]:
-    """How many answers are `empty`, and how many were `cut_off`; nothing of what there is none of."""
+    """The numbers of answers that are `empty` and `cut_off`, without zeros."""
     return dict(Counter(answer.absent for answer in answers if answer.absent))
 
 
@@ -140,7 +132,7 @@ def _elements(values: Any, path: epath.PathLike) -> list[Line]:
 
 
 def is_lines(path: epath.PathLike) -> bool:
-    """Whether a file has an object a line: its first line is one, and either tells its id or is not the only line."""
+    """Whether a file is JSONL: its first line is an object, and either has an id or is not the only line."""
     first, _, rest = read_bytes(path).lstrip().partition(b"\n")
     try:
         value = loads(first, strict=False)
@@ -150,30 +142,20 @@ def is_lines(path: epath.PathLike) -> bool:
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """The value in a file. Raises `UserError` where it is no JSON, and for a key that is there twice."""
+    """The value in a file. Raises `UserError` if it is not JSON or if an object has a key twice."""
     return parse_json(read_text(path), path)
 
 
-def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
-    """Of a file that is one object of questions by id: where each stands, its id, and what it is.
-
-    Raises `UserError`, which ends with `hint`, where it is none.
-    """
-    entries = read_json(path)
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: is no object of questions by id{hint}")
-    return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]
-
-
 class Joined(NamedTuple):
-    """What was answered and what is right."""
+    """Answers with their labels."""
 
     pairs: list[tuple[Answer, Any]]
-    incomplete: dict[str, int]  # how many questions have no answer (`missing`), and answers no question (`unknown`)
+    incomplete: dict[str, int]  # the numbers of labels without an answer (`missing`) and the reverse (`unknown`)
 
 
 def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epath.PathLike) -> None:
-    """Raises `UserError` where an answer is to none of the questions of a benchmark's file; warns of those without."""
+    """Raises `UserError` for an answer to a question that is not in the benchmark's file `own`. Warns of questions
+    without an answer."""
     unknown = [ident for ident in answers if ident not in asked]
     if unknown:
         where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
@@ -184,15 +166,15 @@ def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epat
 
 
 PARTIAL = "--partial scores what is there"
-WHOLE = "all have to be answered, and no others"  # for what cannot be done in part
+WHOLE = "all have to be answered, and no others"  # advice if there is no `--partial`
 
 
 def join(
     answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool, advice: str = PARTIAL
 ) -> Joined:
-    """Answers with their labels, in the order of these.
+    """Answers with their labels, in the order of the labels.
 
-    Raises `UserError` for answers to what has no label and for labels without an answer, unless `partial`, which warns.
+    Raises `UserError` for answers without a label and for labels without an answer. `partial` warns of them instead.
     """
     unknown = [ident for ident in answers if ident not in labels]
     missing = [ident for ident in labels if ident not in answers]
@@ -216,12 +198,12 @@ def join(
 
 
 def percent(part: float, whole: float) -> float | None:
-    """Two decimals; None of nothing."""
+    """`part / whole` in percent with two decimals; None if `whole` is 0."""
     return round(part / whole * 100, 2) if whole else None
 
 
 def percent_by(values: Iterable[tuple[str, float]]) -> dict[str, float | None]:
-    """The mean of each group's values in percent, of (group, value from 0 to 1), in the order of the groups."""
+    """The mean of each group in percent, from (group, value from 0 to 1), in the order in which groups appear."""
     groups: dict[str, list[float]] = defaultdict(list)
     for group, value in values:
         groups[group].append(value)

@@ -1,27 +1,39 @@
-"""What there is to know of a benchmark that is scored by comparing answers with labels."""
+"""What a benchmark declares: what is asked, what is right, how answers are scored, judged and handed in.
 
-import json
+A benchmark is a module that registers one `Benchmark`. All commands ask that object; none knows a benchmark by name.
+"""
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
-from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.registry import Registry
+
+if TYPE_CHECKING:
+    import argparse
+
+    from llava_jax.evaluate.outcomes import Outcome
+    from llava_jax.llm_api import asking
+    from llava_jax.llm_api.cost import Message
 
 SHORT = "Answer the question using a single word or phrase."
-KINDS = {str: "text", list: "list", dict: "object", int: "whole number"}  # what types are called in errors
 LETTER = "Answer with the option's letter from the given choices directly."
 
 Key = Callable[[Line], str]
+Pairs = Sequence[tuple[Answer, Any]]  # answers with their labels
+Scores = dict[str, Any]  # numbers by name; `by_...` holds those of categories
 
 
 class Labels(dict[str, Any]):
-    """Labels by key, and how the key of an answer is told from its line: by default it's the question's id.
+    """Labels by key, and how to get the key of an answer from its line: by default it is the question's id.
 
-    `again` has the keys of questions that were asked before in the same words, and the keys of these: where such a
-    question is answered but once, the answer counts for both.
+    `again` maps the keys of repeated questions to the key of the first one. If only the first one is answered, the
+    answer counts for all of them.
     """
 
     def __init__(self, labels: Mapping[str, Any], key: Key = question_id, again: Mapping[str, str] | None = None):
@@ -30,80 +42,167 @@ class Labels(dict[str, Any]):
         self.again = again or {}
 
     def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-        """The answers in lines, by key. Raises `UserError` at two different ones of a key."""
+        """The answers in lines, by key. Raises `UserError` for two different answers with the same key."""
         answers = by_key(lines, self.key, names)
         shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
         return answers | shared
 
 
-class Judged(NamedTuple):
-    """Answers that are scored together, and what came of them."""
+class Group(NamedTuple):
+    """Answers that are scored together, such as both answers about an image of MME, and their score."""
 
-    name: str  # what tells them from others
-    pairs: Sequence[tuple[Answer, Any]]
+    name: str  # unique within the benchmark
+    pairs: Pairs
     categories: tuple[str, ...]
     score: float
     of: float = 1.0
-    weight: float = 1.0  # in the sums over several of them
+    weight: float = 1.0  # in sums over groups
+
+
+class Case(NamedTuple):
+    """A prompt for a language model, and the line of output that its answer becomes."""
+
+    name: str  # in the ledger, which finds earlier answers by it
+    messages: "Callable[[], Sequence[Message]] | None"  # None: there is nothing to ask
+    read: Callable[[str], Any]  # text -> value; None if it has another form, and the model is asked again
+    line: "Callable[[asking.Outcome, Mapping[str, str]], dict[str, Any]]"  # (outcome, judge and prompt_hash) -> line
+    given: tuple[Any, str] = (None, "")  # the value and its reason if there is nothing to ask
+
+
+class Prompts(NamedTuple):
+    """All that a command asks a language model."""
+
+    files: Sequence[Sequence[Case]]  # of each output file
+    instructions: Any  # the part that all prompts share; its hash is stored with each answer
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Attributes:
-    what: in a few words.
-    questions: reads questions from a file of the benchmark's own; None where it has none but of the common forms.
-    suffix: what follows each question, as for the v1.5 release.
-    max_new_tokens: of an answer.
-    labels: (files, lines of the answers, questions as far as they are given) -> what is right.
-    score: what is printed, of all answers with their labels.
-    judged: answers that are scored together, apart from others; None where each is scored alone.
-    submission: (answers as objects, the benchmark's own file or None) -> the content of a file to hand in, or of each
-      file of a folder.
-    fields: of the lines of what is scored; the first that is there.
-    ids: what its question ids look like (a regular expression), by which answers to other benchmarks are told.
+class ModelTask:
+    """A task that a language model does for a benchmark, such as judging answers: `judge BENCH`, `reference BENCH`.
+
+    Attributes:
+      description, epilog, add_arguments: of the command.
+      prompts: reads the command's files and makes the prompts.
+      writes: the lines of the output, in the plural, for the help and the summary.
+      failed: how the summary calls lines whose answer could not be read ("without scores"). Empty: they are an error.
+      cut_counts: whether an answer that is cut off is read, too.
+      several: whether several models are asked, each several times: `--judge A B --repeats N`.
+      temperature, max_tokens: defaults of requests.
     """
 
+    description: str
+    epilog: str
+    add_arguments: "Callable[[argparse.ArgumentParser], None]"
+    prompts: "Callable[[argparse.Namespace], Prompts]"
+    writes: str
+    failed: str = ""
+    cut_counts: bool = False
+    several: bool = False
+    temperature: float = 0.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class ScoreCommand:
+    """`score NAME` of a benchmark that scores other files than answers and labels, and has options of its own.
+
+    Attributes:
+      score: (the command's options) -> scores, and the outcome of each question.
+      table: the scores as text.
+      to_json: the scores for `--json`; by default as they are.
+    """
+
+    name: str
     what: str
-    questions: Callable[[str], Iterable[Question]] | None = None
-    suffix: str = ""
-    max_new_tokens: int = 128
-    labels: Callable[[Sequence[str], Sequence[Line], Sequence[Question]], Labels] | None = None
-    score: Callable[[Sequence[tuple[Answer, Any]]], dict[str, Any]] | None = None
-    judged: Callable[[Sequence[tuple[Answer, Any]]], Iterable[Judged]] | None = None
-    submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
+    epilog: str
+    add_arguments: "Callable[[argparse.ArgumentParser], None]"
+    score: "Callable[[argparse.Namespace], tuple[Scores, Iterable[Outcome]]]"
+    table: Callable[[Scores], str]
+    to_json: Callable[[Scores], Scores] = dict
+
+
+class Benchmark:
+    """A benchmark: a subclass that `register` adds, with what differs from these defaults.
+
+    Attributes:
+      name: on the command line and in file names.
+      what: its title, a colon and its score, in a few words.
+      label_files: the files that its score needs, if these have no `LabelFormat`.
+      suffix: text after each question, as in the v1.5 release.
+      max_new_tokens: of an answer.
+      fields: fields of a line that hold what is scored; the first one present counts.
+      ids: a regular expression that all its question ids match. A submission refuses other ids.
+      own_fields: fields that only answers to this benchmark have.
+      judge: how a language model judges answers.
+      reference: how a language model writes reference answers.
+      score_commands: `score` commands with options of their own.
+      commands: other commands of its own, by their words: (`module:function`, what it does).
+
+    Methods that are None here are those that some benchmarks do not have:
+      questions: path -> the questions of a file in the benchmark's own format.
+      score: answers with their labels -> scores.
+      groups: answers with their labels -> those that are scored together, if not each by itself.
+      submission: (lines of answers, the benchmark's own file or None) -> the content of a file to hand in, or of each
+        file of a folder.
+    """
+
+    name: str
+    what: str
+    label_files = ""
+    suffix = ""
+    max_new_tokens = 128
     fields: Sequence[str] = TEXTS
-    ids: str = ""
+    ids = ""
+    own_fields: Sequence[str] = ()
+    judge: ModelTask | None = None
+    reference: ModelTask | None = None
+    score_commands: Sequence[ScoreCommand] = ()
+    commands: Mapping[str, tuple[str, str]] = {}
+
+    questions: Callable[[str], Iterable[Question]] | None = None
+    score: Callable[[Pairs], Scores] | None = None
+    groups: Callable[[Pairs], Iterable[Group]] | None = None
+    submission: Callable[[Sequence[Line], str | None], bytes | dict[str, bytes]] | None = None
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """The labels from the entries of label files; by default by question id.
+
+        Args:
+          lines: the answers.
+          asked: the questions, if they are given.
+        """
+        return Labels(unique((entry.id, entry.label, entry.where) for entry in entries))
+
+    def recognizes(self, line: Line) -> bool:
+        """Whether a line looks like an answer to this benchmark. Submissions to others refuse such answers."""
+        return False
+
+    def read_labels(
+        self, paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question], form: LabelFormat | None = None
+    ) -> Labels:
+        """The labels in files, for these answers. `form` is the format of the files; by default they tell it."""
+        return self.labels([entry for path in paths for entry in read_labels(path, self.name, form)], lines, asked)
+
+    @property
+    def title(self) -> str:
+        return self.what.partition(":")[0]
 
 
-def unique(pairs: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
-    """A dict of (key, label, where it stands). Raises `UserError` where two labels of a key differ."""
-    return {key: label for key, (label, _) in once(pairs, "question {key} has another label before").items()}
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 
 
-def of_files(read: Callable[[str], Iterable[tuple[str, Any, str]]]) -> Callable[..., Labels]:
-    """`labels` of a benchmark whose files alone tell what is right, by question id. `read` gives what `unique` takes of
-    a file."""
-    return lambda paths, lines, asked: Labels(unique(label for path in paths for label in read(path)))
+def register(benchmark: type[Benchmark]) -> type[Benchmark]:
+    """Class decorator that adds a benchmark."""
+    BENCHMARKS.add(benchmark())
+    return benchmark
 
 
-def by_kind(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """The scores of a benchmark whose questions are of several kinds, of (kind, accuracy of an answer)."""
+def read_prompt(name: str) -> str:
+    """The text of a file in `benchmarks/prompt_files`."""
+    return Path(__file__).parent.joinpath("benchmarks/prompt_files", name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def by_kind(values: Sequence[tuple[str, float]]) -> Scores:
+    """The scores of a benchmark whose questions are of several kinds, from (kind, accuracy of an answer)."""
     accuracy = percent(sum(value for _, value in values), len(values))
     return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
-
-
-def field(value: Any, name: str, where: str, kind: type = object) -> Any:
-    """A field of an object of a file. Raises `UserError` where it isn't there, or is of another kind."""
-    if not isinstance(value, dict) or name not in value:
-        raise UserError(f"{where}: has no {name}: is it a file of another kind or version?")
-    if not isinstance(value[name], kind):
-        raise UserError(f"{where}: its {name} is no {KINDS[kind]} but {json.dumps(value[name])[:40]}")
-    return value[name]
-
-
-def listed(value: Any, name: str, where: str) -> list[tuple[str, Any]]:
-    """The elements of a list in a file (of its field `name`, unless it's empty), each with where it stands."""
-    elements = field(value, name, where) if name else value
-    if not isinstance(elements, list):
-        raise UserError(f"{where}: {name or 'its content'} is no list: is it a file of another kind or version?")
-    return [(f"{where}: {name or 'element'} {number}", element) for number, element in enumerate(elements)]

@@ -1,20 +1,31 @@
-"""Runs side by side: the percentages of each benchmark and category with confidence intervals."""
+"""Compares runs: percentages of each benchmark and category with confidence intervals.
 
+Intervals are of the paired bootstrap: questions are resampled, the same ones for all runs.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.cli import UserError, track, warn
-from llava_jax.evaluate.bootstrap import Interval, compare, seed_of
 from llava_jax.evaluate.outcomes import Outcome
 
 ALL = "all"
+LEVEL = 0.95
+MAX_DRAWN = 2_000_000  # questions of resamples that are in memory
 Run = dict[str, dict[str, Outcome]]  # by benchmark and question
 
 
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
 class Row(NamedTuple):
-    """A category of a benchmark."""
+    """A category of a benchmark, in percent."""
 
     benchmark: str
     category: str
@@ -24,20 +35,20 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A question and what the runs made of it."""
+    """A question and its outcome in each run."""
 
     benchmark: str
     outcomes: list[Outcome]
 
     @property
     def spread(self) -> float:
-        """Points between the best and the worst run."""
+        """The difference between the best and the worst run, in points."""
         known = [outcome.percent for outcome in self.outcomes if outcome.percent is not None]
         return max(known) - min(known) if known else 0.0
 
 
 def pair_up(runs: dict[str, Run], partial: bool) -> list[Case]:
-    """The questions that all runs have. Raises `UserError` where one has what others lack, unless `partial`."""
+    """The questions that all runs have. Raises `UserError` if a run lacks a question of another, unless `partial`."""
     cases = []
     for benchmark in dict.fromkeys(name for run in runs.values() for name in run):
         answered = {name: run.get(benchmark, {}) for name, run in runs.items()}
@@ -57,13 +68,13 @@ def pair_up(runs: dict[str, Run], partial: bool) -> list[Case]:
 
 
 def compare_runs(cases: Sequence[Case], resamples: int, seed: int) -> list[Row]:
-    """A row for all of each benchmark, and one for each of its categories."""
+    """A row for each benchmark, followed by one for each of its categories."""
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         for category in (ALL, *case.outcomes[0].categories):
             groups.setdefault((case.benchmark, category), []).append(case)
     order = list(dict.fromkeys(benchmark for benchmark, _ in groups))
-    names = sorted(groups, key=lambda name: order.index(name[0]))  # a stable sort: categories stay as they came
+    names = sorted(groups, key=lambda name: order.index(name[0]))  # a stable sort keeps the order of categories
     return [_row(name, groups[name], resamples, seed) for name in track(names, "resampling")]
 
 
@@ -72,11 +83,46 @@ def _row(name: tuple[str, str], cases: Sequence[Case], resamples: int, seed: int
         np.array([[getattr(outcome, field) for outcome in case.outcomes] for case in cases], float).T
         for field in ("score", "of", "weight")
     )
-    return Row(*name, len(cases), *compare(weights * scores, weights * of, resamples, seed_of(seed, *name)))
+    return Row(*name, len(cases), *bootstrap(weights * scores, weights * of, resamples, seed_of(seed, *name)))
+
+
+def bootstrap(
+    scores: np.ndarray, of: np.ndarray, resamples: int, seed: Sequence[int]
+) -> tuple[list[Interval | None], list[Interval | None]]:
+    """The percentages of runs on the same questions, and their differences to the first run; None if `of` is 0.
+
+    Args:
+      scores, of: float[R, N] of R runs and N questions. The percentage of a run is that of the sums over questions.
+    """
+    rng = np.random.default_rng(seed)
+    runs, count = scores.shape
+    drawn = np.empty((runs, resamples))
+    step = max(1, MAX_DRAWN // count)
+    for start in range(0, resamples, step):
+        questions = rng.integers(count, size=(min(step, resamples - start), count))
+        with np.errstate(invalid="ignore", divide="ignore"):  # all drawn questions may have weight 0
+            drawn[:, start : start + step] = 100 * scores[:, questions].sum(-1) / of[:, questions].sum(-1)
+    totals = [100 * s / o if o else None for s, o in zip(scores.sum(1), of.sum(1), strict=True)]
+    first = totals[0]
+    return (
+        [None if value is None else _interval(value, draws) for value, draws in zip(totals, drawn, strict=True)],
+        [None if value is None or first is None else _interval(value - first, draws - drawn[0])
+         for value, draws in zip(totals, drawn, strict=True)],
+    )  # fmt: skip
+
+
+def seed_of(seed: int, *names: str) -> list[int]:
+    """A seed for each name, the same in every process."""
+    return [seed, int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:8])]
+
+
+def _interval(value: float, draws: np.ndarray) -> Interval:
+    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(low), float(high))
 
 
 def judges(cases: Sequence[Case]) -> dict[str, Any]:
-    """By benchmark, the judges and prompt hashes of its judgements. Warns where runs were judged differently."""
+    """The judges and prompt hashes of each benchmark. Warns if runs were judged differently."""
     found: dict[str, dict[tuple[str, str], None]] = {}
     for case in cases:
         for outcome in case.outcomes:

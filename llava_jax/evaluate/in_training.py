@@ -1,10 +1,9 @@
-"""A benchmark while a model is trained: some of its questions are answered with the parameters of a step, and scored.
+"""Evaluation during training: answers some questions of a benchmark with the parameters of a step, and scores them.
 
-Each process answers its share on its own devices, over which it splits the parameters anew. All processes take part in
-that and in gathering the answers, and in nothing else: none waits for another's tokens.
+Each process answers its share on its own devices, over which the parameters are resharded. Resharding and gathering the
+answers are the only collective operations: no process waits for another's tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +22,10 @@ from llava_jax.data.images import decode_image, load_image
 from llava_jax.data.templates import Template
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
-from llava_jax.evaluate.benchmarks import require
+from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.lines import Line, write_lines
-from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
-from llava_jax.evaluate.questions import Question, marked, read_questions, system_turns
-from llava_jax.evaluate.suite_outcomes import outcomes_of
+from llava_jax.evaluate.outcomes import SUFFIX, outcomes_of, write_outcomes
+from llava_jax.evaluate.questions import Question, read_questions, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
@@ -39,12 +37,13 @@ FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers, and
 
 
 class Evaluation:
-    """What is asked, and how answers are scored. At step 0 labels, pictures and prompts are tried out, and memory."""
+    """The questions and their scores. An evaluation at step 0 shows early if labels, images, prompts or memory fail."""
 
     def __init__(self, config: ConfigDict, model: LlavaConfig, tokenizer: PreTrainedTokenizerBase, template: Template):
-        self.every, self.name = config.evaluate.every, config.evaluate.benchmark
+        self.every = config.evaluate.every
         self.prompts = PromptEncoder(model, tokenizer, template)
-        self.benchmark = require(self.name, "score")
+        self.benchmark = find(config.evaluate.benchmark, "score")
+        self.name = self.benchmark.name
         self.labels = [config.evaluate.labels]
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
@@ -52,13 +51,13 @@ class Evaluation:
         self.requests = [
             request(question, self.images, self.prompts.config.image_position) for question in self.questions
         ]
-        self.generator: Generator | None = None  # its programs; between evaluations it has no weights
+        self.generator: Generator | None = None  # compiled programs; it has no weights between evaluations
 
     def due(self, step: int, steps: int) -> bool:
         return step == steps or bool(self.every) and step % self.every == 0
 
     def run(self, step: int, params: Params, dtype: jnp.dtype, workdir: epath.Path) -> dict[str, float]:
-        """The scores of a step's parameters, for all processes; the first writes the answers down."""
+        """The scores of a step's parameters, in all processes. The first process writes the answers."""
         count, first = jax.process_count(), jax.process_index()
         model = build(self.prompts.config, on_own_devices(params, dtype), dtype)
         sampling = Sampling(max_new_tokens=self.benchmark.max_new_tokens)
@@ -70,13 +69,12 @@ class Evaluation:
             texts = self.generator.answer(self.requests[first::count], sampling)
         except UserError:
             for question in self.questions[first::count]:
-                check_pictures(question, self.images)  # which names the question, if a picture is at fault
+                check_images(question, self.images)  # raises an error with the question's id for a bad image
             raise
         self.generator.decoder.drop_weights()
-        share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         answers = [""] * len(self.questions)
-        for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):
-            answers[process::count] = json.loads(texts.tobytes())
+        for process, share in enumerate(distributed.gather_json(f"answers of step {step}", texts)):
+            answers[process::count] = share
         lines = [
             answer_line(number, question, text, step)
             for number, (question, text) in enumerate(zip(self.questions, answers, strict=True), 1)
@@ -88,15 +86,15 @@ class Evaluation:
         return flatten(f"{self.name}/", self.benchmark.score(pairs) | absent)
 
     def _pairs(self, lines: Sequence[Line]) -> list[tuple[Answer, Any]]:
-        """The answers with their labels. Raises `UserError` where a question has none."""
-        labels = self.benchmark.labels(self.labels, lines, self.questions)
+        """The answers with their labels. Raises `UserError` if a question has no label."""
+        labels = self.benchmark.read_labels(self.labels, lines, self.questions)
         answers = by_key(lines, labels.key, self.benchmark.fields)
         if unknown := [answer.where for key, answer in answers.items() if key not in labels]:
             raise UserError(f"{self.labels[0]}: has no label for {unknown[0]}")
         return [(answer, labels[key]) for key, answer in answers.items()]
 
     def _write(self, directory: epath.Path, lines: Sequence[Line], pairs: Sequence[tuple[Answer, Any]]) -> None:
-        """The answers, and what came of each, for `report`."""
+        """Writes the answers, and the outcomes for `report`."""
         directory.mkdir(parents=True, exist_ok=True)
         write_lines(directory / f"{self.name}.jsonl", (line.value for line in lines))
         outcomes = outcomes_of(self.benchmark, pairs, lines, self.questions)
@@ -104,11 +102,11 @@ class Evaluation:
 
 
 def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: int) -> list[Question]:
-    """So many questions, in their order. Where several about a picture are scored together, all of these or none: the
-    last ones may be more than `limit`."""
+    """`limit` random questions, in their order. If all questions about an image are scored together, all or none of
+    them are chosen, which may be a few more than `limit`."""
     groups: dict[Any, list[int]] = {}
     for index, question in enumerate(asked):
-        groups.setdefault(question.pictures if benchmark.judged else index, []).append(index)
+        groups.setdefault(question.images if benchmark.groups else index, []).append(index)
     chosen: list[int] = []
     members = list(groups.values())
     for group in np.random.default_rng(seed).permutation(len(groups)):
@@ -118,34 +116,33 @@ def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: in
 
 
 def request(question: Question, images: epath.PathLike, image_position: str = "first") -> Request:
-    """A question for the generator. Raises `UserError` that names the question for an image that is not read."""
+    """A request for the generator. Raises `UserError` with the question's id for an image with a bad name."""
     try:
-        pictures = [
-            decode_image(picture) if isinstance(picture, bytes) else image_path(images, picture)
-            for picture in question.pictures
+        found = [
+            decode_image(image) if isinstance(image, bytes) else image_path(images, image) for image in question.images
         ]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
-    return Request([*system_turns(question), ("user", marked(question, image_position=image_position))], pictures)
+    return Request(request_turns(question, image_position=image_position), found)
 
 
-def check_pictures(question: Question, images: epath.PathLike) -> None:
-    """Raises `UserError` that names the question where a picture of it cannot be read."""
+def check_images(question: Question, images: epath.PathLike) -> None:
+    """Raises `UserError` with the question's id if one of its images cannot be read."""
     try:
-        for picture in question.pictures:
-            decode_image(picture) if isinstance(picture, bytes) else load_image(image_path(images, picture))
+        for image in question.images:
+            decode_image(image) if isinstance(image, bytes) else load_image(image_path(images, image))
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
 
 
 def answer_line(number: int, question: Question, text: str, step: int) -> Line:
-    """An answer in the form of the files of answers."""
+    """An answer as a line of a file of answers."""
     value = {"question_id": question.id, "prompt": question.text, "text": text, "model_id": f"step {step}"}
     return Line(f"answer {number}, question {question.id}", value | question.extra)
 
 
 def flatten(prefix: str, scores: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in nested scores, by their path."""
+    """The numbers of nested scores by path, such as `easy-vqa/by_kind/colour`."""
     flat: dict[str, float] = {}
     for name, value in scores.items():
         if isinstance(value, dict):
@@ -156,9 +153,9 @@ def flatten(prefix: str, scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def on_own_devices(params: Params, dtype: jnp.dtype) -> Params:
-    """All parameters, in `dtype`, on the devices of this process, split over them as far as they can be.
+    """The parameters in `dtype`, sharded over the devices of this process only.
 
-    With several processes all have to call it, as it sends each of them what the others hold.
+    It is a collective operation: all processes have to call it.
     """
     if jax.process_count() == 1:
         return {name: value.astype(dtype) for name, value in params.items()}
@@ -169,17 +166,17 @@ def on_own_devices(params: Params, dtype: jnp.dtype) -> Params:
     def gather(value: jax.Array) -> jax.Array:
         spec = _split(value.shape, mine.size)
         spread = jax.device_put(value.astype(dtype), NamedSharding(everyone, spec))
-        pieces = [shard.data for shard in spread.addressable_shards]
-        whole = jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mine, spec), pieces)
-        # What a process computes alone must not run between transfers: on CPUs they share few threads, and one process
-        # would wait for the other for ever.
-        return jax.block_until_ready(whole)
+        shards = [shard.data for shard in spread.addressable_shards]
+        gathered = jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mine, spec), shards)
+        # Computations of one process must not run between transfers: on CPUs both share few threads, and the processes
+        # would deadlock.
+        return jax.block_until_ready(gathered)
 
     return {name: gather(value) for name, value in params.items()}
 
 
 def _split(shape: Sequence[int], devices: int) -> P:
-    """The last axis that can be split is: it isn't that of the layers, which are taken apart for decoding."""
+    """Shards the last divisible axis except the first one, that of the layers, which decoding unstacks."""
     for axis in reversed(range(len(shape))):
         if shape[axis] % devices == 0 and axis > 0:
             return P(*[None] * axis, "own")

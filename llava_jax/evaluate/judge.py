@@ -1,94 +1,105 @@
-"""Has a language model compare a model's answers to LLaVA-Bench with the reference's: a review of each question.
+"""Asks a language model what a benchmark wants to know of it: to judge answers, or to write reference answers.
 
-The judge sees the picture as words only. What it wrote is kept in a ledger beside the output: the same command goes on
-where it was interrupted, and pays for no review twice.
+Each benchmark says its prompts, how replies are read, and what is written (`benchmark.ModelTask`). The model's replies
+are kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
 """
 
 import argparse
-import functools
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.bench_files import Answer, Question, read_answers, read_questions
-from llava_jax.evaluate.judging import RULES, SYSTEM, Answered, ask, messages, read_rules, rules_hash
+from llava_jax.evaluate.benchmark import Case, ModelTask
+from llava_jax.evaluate.benchmarks import find, listing
 from llava_jax.evaluate.lines import write_lines
-from llava_jax.evaluate.reviews import FAILED, parse_scores
-from llava_jax.llm_api.asking import Outcome, Task, told
-from llava_jax.llm_api.cost import Message
-from llava_jax.llm_api.options import add_api_arguments, add_output_arguments
+from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 
-EPILOG = """examples:
-  python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
-    --reference answers_gpt4.jsonl --answers answers.jsonl --judge gpt-4-0314 --output reviews.jsonl
-  ... --judge gpt-4-0314 gpt-4o --both-orders --repeats 3 --prices 30 60 --budget 20
-
-Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl), to be scored together or apart."""
+if TYPE_CHECKING:
+    from llava_jax.llm_api.asking import Outcome
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
-    questions = read_questions(args.questions, args.context)
-    reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
-    if absent := [ident for ident, answer in reference.items() if answer.absent]:
-        raise UserError(f"{args.reference}: question {absent[0]}: the reference, which counts as 100, has no answer")
-    rules = read_rules(args.rule_file) if args.rule_file else RULES
-    hash_ = rules_hash(rules, [question.category for question in questions.values()], args.system)
-    cases = [(ident, swapped) for ident in questions for swapped in ((False, True) if args.both_orders else (False,))]
-
-    def prompt(ident: str, swapped: bool) -> list[Message]:
-        question = questions[ident]
-        answer = model[ident].text or ""  # what the judge is shown where there is none; the score of that is the lowest
-        item = Answered(question.context, question.text, reference[ident].text, answer)
-        return messages(item, rules[question.category], swapped, args.system)
-
-    tasks = [
-        Task(f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
-             functools.partial(prompt, ident, swapped), parse_scores, whole=False)  # the scores come first
-        for repeat in range(args.repeats)
-        for ident, swapped in cases
-    ]  # fmt: skip
-    for judge in args.judge:
-        outcomes = ask(args, judge, tasks, hash_, "judging by", _slug(judge))
-        if outcomes is None:
-            continue
-        for repeat in range(args.repeats):
-            part = outcomes[repeat * len(cases) :][: len(cases)]
-            reviews = [
-                _review(number, questions[ident], reference[ident], model[ident], swapped, outcome)
-                | {"judge": judge, "prompt_hash": hash_}
-                for number, ((ident, swapped), outcome) in enumerate(zip(cases, part, strict=True), 1)
-            ]
-            _write(_output(args, judge, repeat), reviews, told(part))
+def main(argv: Sequence[str]) -> None:
+    """`judge BENCH`."""
+    _run("judge", "Has a language model judge answers.", argv)
 
 
-def _review(
-    number: int, question: Question, reference: Answer, model: Answer, swapped: bool, outcome: Outcome
-) -> dict[str, Any]:
-    """A line of the original's form; the tuple is always of the reference and of the model, whichever came first."""
-    first, second = (model, reference) if swapped else (reference, model)
-    scores = outcome.value or FAILED
-    review = {
-        "id": number,
-        "question_id": question.question_id,
-        "answer1_id": first.answer_id,
-        "answer2_id": second.answer_id,
-        "category": question.category,
-        "content": outcome.shown,
-        "tuple": list(scores[::-1] if swapped else scores),
-        "answer_model": model.model_id,
-        "reference_model": reference.model_id,
-    }
-    return review | ({"swapped": True} if swapped else {}) | ({"no_answer": model.absent} if model.absent else {})
+def reference(argv: Sequence[str]) -> None:
+    """`reference BENCH`."""
+    _run("reference", "Has a text-only language model write reference answers from descriptions of images.", argv)
 
 
-def _output(args: argparse.Namespace, judge: str, repeat: int) -> Path:
-    """The file of a judge's repeat: the output itself where there is but one."""
+def _run(command: str, what: str, argv: Sequence[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        parser = Parser(prog=f"python -m llava_jax.evaluate {command}", description=what,
+                        epilog=f"benchmarks ({command} BENCH --help has its options):\n{listing(command)}")  # fmt: skip
+        parser.add_argument("benchmark", metavar="BENCH", help="one of those below")
+        parser.parse_args(argv)
+    task: ModelTask = getattr(find(argv[0], command), command)
+    args = _parse(command, argv[0], task, argv[1:])
+    files, instructions = task.prompts(args)
+    if not any(files):
+        raise UserError(f"{args.output}: there is nothing to ask")
+    hash_ = hashlib.sha256(json.dumps(instructions, sort_keys=True).encode()).hexdigest()
+    for model in args.models:
+        outcomes = _ask(args, task, model, [case for cases in files for case in cases], hash_)
+        for number, cases in enumerate(files if outcomes else ()):
+            some, outcomes = outcomes[: len(cases)], outcomes[len(cases) :]
+            _write(args, task, _output(args, model, number), cases, some, {"judge": model, "prompt_hash": hash_})
+
+
+def _ask(
+    args: argparse.Namespace, task: ModelTask, model: str, cases: Sequence[Case], hash_: str
+) -> "list[Outcome] | None":
+    """The outcome of each case. None in a dry run, which prints an estimate of the cost."""
+    from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast  # openai takes a second to load
+
+    tasks = [Task(case.name, case.messages, case.read, not task.cut_counts) for case in cases if case.messages]
+    settings = work(args, model)
+    if args.dry_run:
+        say(f"{model}: {forecast(settings, tasks)}")
+        return None
+    directory = ledger_directory(args) / (_slug(model) if task.several else "")
+    answered = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"asking {model}"))
+    return [next(answered) if case.messages else Outcome(None, *case.given) for case in cases]
+
+
+def _write(
+    args: argparse.Namespace,
+    task: ModelTask,
+    path: Path,
+    cases: Sequence[Case],
+    outcomes: "Sequence[Outcome]",
+    by: dict[str, str],
+) -> None:
+    from llava_jax.llm_api.asking import told
+
+    failed = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome.value is None]
+    if failed and not task.failed:
+        case, outcome = failed[0]
+        raise UserError(f"question {case.name}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
+    write_lines(path, (case.line(outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
+    notes = f", {len(failed)} of them {task.failed}{told(outcomes)}" if task.failed else ""
+    say(f"{path}: {len(cases)} {task.writes}{notes}", file=sys.stderr)
+
+
+def _advice(outcome: "Outcome", attempts: int) -> str:
+    from llava_jax.llm_api.asking import CUT, LONGER
+    from llava_jax.llm_api.errors import REFUSED
+
+    if outcome.open or outcome.reason.startswith(REFUSED):
+        return "the same command asks again"
+    return LONGER if outcome.reason == CUT else f"give more --attempts than {attempts}"
+
+
+def _output(args: argparse.Namespace, model: str, number: int) -> Path:
+    """The file of a model's repeat: the output itself if there is only one."""
     output = Path(args.output)
-    parts = [_slug(judge)] * (len(args.judge) > 1) + [str(repeat + 1)] * (args.repeats > 1)
+    parts = [_slug(model)] * (len(args.models) > 1) + [str(number + 1)] * (args.repeats > 1)
     return output.with_name(".".join([output.stem, *parts]) + output.suffix)
 
 
@@ -96,29 +107,21 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-def _write(path: Path, reviews: Sequence[dict[str, Any]], more: str) -> None:
-    write_lines(path, reviews)
-    failed = sum(review["tuple"] == list(FAILED) for review in reviews)
-    say(f"{path}: {len(reviews)} reviews, {failed} of them without scores{more}", file=sys.stderr)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m llava_jax.evaluate judge llava-bench", description=__doc__, epilog=EPILOG)
+def _parse(command: str, name: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
+    prog = f"python -m llava_jax.evaluate {command} {name}"
+    parser = Parser(prog=prog, description=task.description, epilog=task.epilog)
+    task.add_arguments(parser)
     add = parser.add_argument
-    add("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
-    add("--context", required=True, metavar="F", help="JSONL of what is in each picture")
-    add("--reference", required=True, metavar="F", help="JSONL of the answers that count as 100")
-    add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
-    add("--judge", required=True, nargs="+", metavar="MODEL", help="one or several judges")
-    add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
-    add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
-    add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
-    add("--repeats", type=int, default=1, metavar="N", help="of all, each with a file of its own (default: 1)")
-    add_output_arguments(parser, "reviews")
-    add_api_arguments(parser, temperature=0.2, max_tokens=1024)
-    args = parser.parse_args(argv)
+    option, count = "--judge" if command == "judge" else "--model", "+" if task.several else 1
+    add(option, required=True, nargs=count, dest="models", metavar="MODEL", help="a language model; it sees no images")
+    parser.set_defaults(repeats=1)
+    if task.several:
+        add("--repeats", type=int, metavar="N", help="of all prompts, with a file for each (default: 1)")
+    add_output_arguments(parser, task.writes)
+    add_api_arguments(parser, temperature=task.temperature, max_tokens=task.max_tokens)
+    args: Any = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats has to be 1 or more")
-    if len({_slug(judge) for judge in args.judge}) < len(args.judge):
-        raise UserError("--judge: a judge is given twice; --repeats N has each judge repeat its work")
+    if len(set(map(_slug, args.models))) < len(args.models):
+        raise UserError(f"{option}: a model is given twice; --repeats N has each of them repeat its work")
     return args

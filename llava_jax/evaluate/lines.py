@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, that others wrote: every fault is named with its line."""
+"""JSONL files of any origin. Errors name the file and the line."""
 
 import json
 import re
@@ -15,26 +15,24 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 ID = re.compile(rb'"(?:question_id|questionId|id|image)": *("[^"\\]*"|-?[0-9]+)')
-
-
-MAX_BYTES = 4 * 2**30  # of a file, all of which is in memory
+MAX_BYTES = 4 * 2**30  # of a file, since it is read into memory
 
 
 class Line(NamedTuple):
-    """An object of a file of lines."""
+    """A JSON object of a file."""
 
     where: str  # file and line, for errors
     value: dict[str, Any]
 
     def get(self, *names: str) -> Any:
-        """The value of the first of these fields that is there. Raises `UserError` where none is."""
+        """The value of the first of these fields that exists. Raises `UserError` if none does."""
         for name in names:
             if name in self.value:
                 return self.value[name]
         raise UserError(f"{self.where}: has no {' or '.join(names)}")
 
     def text(self, *names: str) -> str:
-        """The same of a field that has to say something: an id, or a text. Raises `UserError` where it is null."""
+        """The same as a text. Raises `UserError` if it is null."""
         value = self.get(*names)
         if value is None:
             raise UserError(f"{self.where}: {' or '.join(names)} is null")
@@ -42,12 +40,12 @@ class Line(NamedTuple):
 
 
 def read_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
-    """All lines that aren't empty. With `partial`, a last line that was cut off is left out with a warning."""
+    """All lines that are not empty. `partial` skips a last line that is cut off, with a warning."""
     return list(_lines(path, read_bytes(path).split(b"\n"), partial))
 
 
 def write_lines(path: epath.PathLike, values: Iterable[dict[str, Any]]) -> None:
-    """Writes a file of objects, which is there once it is whole."""
+    """Writes objects to a file atomically."""
     with atomic_file(path) as file:
         file.writelines(json.dumps(value).encode() + b"\n" for value in values)
 
@@ -58,16 +56,16 @@ def once(
     what: str = "question",
     name: Callable[[Key], Any] = lambda key: key,
 ) -> dict[Key, tuple[Value, str]]:
-    """The value of each key and where it stands, of (key, value, where). The same value again counts once, with a
-    warning: published files repeat some of their lines.
+    """A dict of key to (value, where) from (key, value, where). An equal value of a key counts once, with a warning,
+    since published files repeat some lines.
 
     Args:
-      differs: what the error says of another value of a key, with `{key}` and `{first}`, where the first stands.
-      what: a key is of.
-      name: of a key, for messages.
+      differs: the error's message for a different value of a key, with `{key}` and `{first}`, the place of the first.
+      what: what a key identifies, for messages.
+      name: key -> its name in messages.
 
     Raises:
-      UserError: where two values of a key differ.
+      UserError: if two values of a key differ.
     """
     found: dict[Key, tuple[Value, str]] = {}
     repeats = []
@@ -77,7 +75,7 @@ def once(
         elif found[key][0] == value:
             repeats.append((where, key))
         else:
-            first = found[key][1].removeprefix(where.rpartition(": ")[0] + ": ")  # the file is named already
+            first = found[key][1].removeprefix(where.rpartition(": ")[0] + ": ")  # the message begins with the file
             raise UserError(f"{where}: {differs.format(key=name(key), first=first)}")
     if repeats:
         (where, key), more = repeats[0], f" (and {len(repeats) - 1} more)" if len(repeats) > 1 else ""
@@ -86,7 +84,7 @@ def once(
 
 
 def read_text(path: epath.PathLike) -> str:
-    """The text of a file. Raises `UserError` with the line where it is not UTF-8."""
+    """The text of a file. Raises `UserError` with the line that is not UTF-8."""
     data = read_bytes(path)
     try:
         return data.decode()
@@ -98,7 +96,8 @@ def read_text(path: epath.PathLike) -> str:
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
-    """What is in a text file, in UTF-8 without a byte order mark. It may be read more than once, so it is no pipe."""
+    """The bytes of a text file, in UTF-8 without a byte order mark. Raises `UserError` for a pipe, since some files are
+    read twice."""
     require_regular(path)
     if (size := epath.Path(path).stat().length) > MAX_BYTES:
         raise UserError(f"{path}: has {size:,} bytes, more than {MAX_BYTES >> 30} GiB")
@@ -113,25 +112,25 @@ def _lines(path: epath.PathLike, lines: list[bytes], partial: bool) -> Iterator[
         try:
             value = loads(line, strict=False)
         except ValueError as error:
-            # What ends within a character is cut off; other bytes that are not UTF-8 are no matter of the end.
+            # A line that ends within a character is cut off. Other bytes that are not UTF-8 have another reason.
             cut = not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data"
             if number < len(lines) or not cut:
-                raise UserError(f"{where}: {_fault(error)}{_whose(line)}") from error
+                raise UserError(f"{where}: {_fault(error)}{_question(line)}") from error
             if not partial:
                 raise UserError(
-                    f"{where}: the last one, is cut off{_whose(line)}: resume what wrote it, or use --partial"
+                    f"{where}: the last one, is cut off{_question(line)}: resume what wrote it, or use --partial"
                 ) from error
-            warn(f"{where}, the last one, is cut off{_whose(line)} and left out")
+            warn(f"{where}, the last one, is cut off{_question(line)} and left out")
             return
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no JSON object")
         yield Line(where, value)
 
 
-def _whose(line: bytes) -> str:
-    """The question that a damaged line is about, as far as it tells."""
-    told = ID.search(line)
-    return f" (question {told[1].decode('latin-1').strip(chr(34))})" if told else ""
+def _question(line: bytes) -> str:
+    """The question id in a damaged line, if it has one."""
+    found = ID.search(line)
+    return f" (question {found[1].decode('latin-1').strip(chr(34))})" if found else ""
 
 
 def _fault(error: ValueError) -> str:

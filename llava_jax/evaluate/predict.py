@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from llava_jax.cli import Parser, UserError, positive
 from llava_jax.data.image_folder import add_allow_absolute
-from llava_jax.evaluate.benchmarks import listing, require
+from llava_jax.evaluate.benchmarks import find, listing
 from llava_jax.evaluate.questions import read_questions
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
 
@@ -15,9 +15,9 @@ EPILOG = f"""examples:
   python -m llava_jax.evaluate predict vqav2 --questions v2_OpenEnded_mscoco_test-dev2015_questions.json \\
     --images test2015 --endpoint http://localhost:8000/v1 --model llava --output answers.jsonl
 
-The same command again goes on where it was interrupted. Questions are JSONL of question_id, image and text, LLaVA JSON,
-or the benchmark's own file (of mme its folder); what v1.5 was told after each question is added unless it's there.
-On several hosts the same command runs on each, as that of training.
+The same command resumes where it was interrupted. Questions are JSONL of question_id, image and text, LLaVA JSON, or
+the benchmark's own file (of mme its folder). The suffix of the v1.5 release is added to each question unless it is
+there. On several hosts, run the same command on each, as for training.
 
 benchmarks:
 {listing("what")}"""
@@ -27,7 +27,7 @@ OF_CHECKPOINT = ("template", "batch_rows", "devices_each", "coordinator", "num_p
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    benchmark = require(args.benchmark, "what")
+    benchmark = find(args.benchmark, "what")
     suffix = benchmark.suffix if args.suffix is None else args.suffix
     questions = read_questions(args.questions, suffix, benchmark.questions)[: args.limit]
     if args.max_tokens is None:
@@ -35,38 +35,44 @@ def main(argv: list[str] | None = None) -> None:
     if args.model_id is None:
         args.model_id = args.model or PurePath(args.checkpoint.rstrip("/")).name
     if args.checkpoint:
-        from llava_jax.evaluate.prediction import predict  # imports JAX
+        from llava_jax.evaluate.predict_checkpoint import predict  # imports JAX
     else:
-        from llava_jax.evaluate.endpoint import predict
+        from llava_jax.evaluate.predict_endpoint import predict
     predict(args, questions)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate predict", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below")
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")
-    add("--images", default="", metavar="DIR", help="the folder that names of pictures are relative to")
+    add("--images", default="", metavar="DIR", help="the folder of the images")
     add_allow_absolute(parser)
-    add("--checkpoint", metavar="D", help="an import, a workdir or a step of it")
+    add("--checkpoint", metavar="D", help="an imported checkpoint, a workdir or one of its steps")
     add("--model", metavar="NAME", help="instead of a checkpoint, the model of an endpoint")
-    add("--model-id", metavar="NAME", help="by whom answers are said to be (default: the model, or the checkpoint's "
+    add("--model-id", metavar="NAME", help="name of the model in the answers (default: the model, or the checkpoint's "
         "folder)")  # fmt: skip
-    add("--suffix", metavar="TEXT", help="what follows each question, '' for nothing (default: as for v1.5)")
+    add("--suffix", metavar="TEXT", help="text after each question, '' for none (default: that of v1.5)")
     add("--limit", type=positive, metavar="N", help="the first N questions only")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest with this probability")
+    add("--top-p", type=float, default=1.0, metavar="P", help="top-p sampling (default: 1, all tokens)")
     add("--seed", type=int, default=0, help="of sampling")
 
     add = parser.add_argument_group("with a checkpoint").add_argument
-    add("--template", metavar="NAME", help="instead of the checkpoint's")
-    add("--batch-rows", type=positive, default=16, metavar="N", help="answers at a time on a device (default: 16)")
-    add("--devices-each", type=positive, default=1, metavar="N", help="devices that each copy of the model is split "
-        "over (default: 1)")  # fmt: skip
-    add("--picture-last", action="store_true", help="after the question, as the models of the paper saw it")
+    add("--template", metavar="NAME", help="prompt template instead of the checkpoint's")
+    add(
+        "--batch-rows",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="answers computed together on a device (default: 16)",
+    )
+    add("--devices-each", type=positive, default=1, metavar="N", help="devices over which each copy of the model is "
+        "split (default: 1)")  # fmt: skip
+    add("--picture-last", action="store_true", help="put the image after the question, as in the paper")
     add("--answer-prompter", action="store_true", help="scienceqa, QCM-LEPA: ask for the answer after the reasons")
-    add("--coordinator", metavar="HOST:PORT", help="where several processes meet, if they don't find each other")
-    add("--num-processes", type=positive, metavar="N", help="how many there are")
-    add("--process-id", type=int, metavar="N", help="which of them this is, from 0")
+    add("--coordinator", metavar="HOST:PORT", help="the first process, if processes do not find each other")
+    add("--num-processes", type=positive, metavar="N", help="number of processes")
+    add("--process-id", type=int, metavar="N", help="number of this process, from 0")
 
     add_output_arguments(parser, "answers")
     add_api_arguments(parser, temperature=0.0, max_tokens="as the benchmark needs")

@@ -1,4 +1,4 @@
-"""The questions of a benchmark, from files of a common form or of the benchmark's own."""
+"""The questions of a benchmark, from files in a common format or in the benchmark's own."""
 
 import collections
 import json
@@ -19,23 +19,27 @@ Key = tuple[str, str, str, int]
 
 
 class Question(NamedTuple):
-    """What a model is asked."""
+    """A question to a model.
 
-    id: Any  # as it stands in the file
-    text: str  # without marks of pictures
-    pictures: tuple[str | bytes, ...] = ()  # names below the folder of pictures, or what is in their files
-    extra: dict[str, Any] = {}  # what goes into the line of the answer, besides
-    marked_text: str = ""  # with its marks, where they stand elsewhere in the file than in lines before the text
+    `text` is without `<image>`. `marked_text` is the text with its `<image>`s if the file has them elsewhere than in
+    lines before the text.
+    """
+
+    id: Any  # as it is in the file
+    text: str
+    images: tuple[str | bytes, ...] = ()  # names relative to the folder of images, or the content of image files
+    extra: dict[str, Any] = {}  # further fields of the answer's line
+    marked_text: str = ""
     system: str = ""  # the system prompt; "" for the template's own
 
     @property
     def key(self) -> Key:
-        """What tells it from others: ids alone repeat where a benchmark's are those of its pictures or files."""
+        """Identifies the question: ids alone may repeat, if they are those of images, or in several files."""
         return key_of({"question_id": self.id, "prompt": self.text, **self.extra})
 
 
 def key_of(answer: dict[str, Any]) -> Key:
-    """The key of the question that a line answers."""
+    """The key of the question that a line of answers belongs to."""
     return str(answer["question_id"]), answer["prompt"], str(answer.get("category", "")), answer.get("round_id", 0)
 
 
@@ -44,11 +48,11 @@ def read_questions(
 ) -> list[Question]:
     """The questions of all files, each followed by `suffix` if it does not end with it.
 
-    A file is JSONL (or an array) of `question_id`, `image` and `text`; LLaVA JSON, of which the first questions are
-    asked; or what `own` reads. Those of several files have the file's name as their category, if they have none.
+    A file is JSONL (or an array) of `question_id`, `image` and `text`; LLaVA JSON, whose first questions are asked; or
+    in the format that `own` reads. With several files, questions without a category get the file's name.
 
-    A question that is there again word for word is asked once. Raises `UserError` where a file has another form, or a
-    question is there again with other images or another system prompt.
+    A repeated question is asked once. Raises `UserError` for a file in another format, and for a repeated question with
+    other images or another system prompt.
     """
 
     def asked() -> Iterator[tuple[Key, Question, str]]:
@@ -75,7 +79,7 @@ def _read(path: str, own: Callable[[str], Iterable[Question]] | None) -> Iterabl
 
 
 def _common(path: str) -> Iterator[Question]:
-    """The questions of a file of a form that all benchmarks share. Warns of texts that are not asked."""
+    """The questions of a file in one of the common formats. Warns of texts that are not used."""
     unread = collections.Counter()
     for record in scan(local_data(path), path):
         yield (question := _question(record))
@@ -87,7 +91,7 @@ def _common(path: str) -> Iterator[Question]:
 
 
 def _is_common(path: str) -> bool:
-    """Whether a file has one of the forms that all benchmarks share."""
+    """Whether a file has one of the common formats."""
     if is_lines(path):
         return True
     value = read_json(path)
@@ -96,7 +100,7 @@ def _is_common(path: str) -> bool:
 
 
 def _question(record: Record) -> Question:
-    """Of a line of questions, or of a sample."""
+    """The question in a record: a line of questions, or a sample."""
     value = record_value(record)
     keys = set(value) if isinstance(value, dict) else set()
     if keys & {"text", "question", "question_id"} and not keys & {"conversations", "messages"}:
@@ -106,59 +110,62 @@ def _question(record: Record) -> Question:
     text = next((text for role, text in sample.turns if role == "user"), None)
     if text is None:
         raise UserError(f"{record.where} (id {sample.id}): has no question")
-    pictures = sample.images[: text.count(MARK)]
+    images = sample.images[: text.count(MARK)]
     ident = value.get("id")
-    return _placed(Question(record.index if ident is None else ident, text, pictures, system=system))
+    return _placed(Question(record.index if ident is None else ident, text, images, system=system))
 
 
 def _of_line(line: Line) -> Question:
-    """Its text has a mark for each picture, or none, and is then asked after them."""
+    """The question in a line. Its text has an `<image>` for each image, or none; images then come first."""
     ident, text = line.get("question_id", "id"), line.get("text", "question")
     where = f"{line.where}: question {ident}"
     if not isinstance(text, str):
         raise UserError(f"{where}: its text is no text but {json.dumps(text)[:40]}")
-    pictures, system = image_names(line.value), system_prompt(line.value)
-    for fault in (pictures, system):
+    images, system = image_names(line.value), system_prompt(line.value)
+    for fault in (images, system):
         if isinstance(fault, Fault):
             raise UserError(f"{where}: {fault.detail}")
-    for detail in unread_keys(line.value, bool(pictures)):
+    for detail in unread_keys(line.value, bool(images)):
         raise UserError(f"{where}: {detail}")
     if foreign := foreign_mark(text, question=True):
         raise UserError(f"{where}: its text holds {foreign}, which marks nothing here: {MARK} is read")
     marks = text.count(MARK)
-    if marks not in (0, len(pictures)):
-        raise UserError(
-            f"{where}: {marks} {MARK} in the text, but {len(pictures)} images: there has to be one for each"
-        )
+    if marks not in (0, len(images)):
+        raise UserError(f"{where}: {marks} {MARK} in the text, but {len(images)} images: there has to be one for each")
     extra = {"category": line.value["category"]} if "category" in line.value else {}
-    return _placed(Question(ident, text, pictures, extra, system=system))
+    return _placed(Question(ident, text, images, extra, system=system))
 
 
 def _placed(question: Question) -> Question:
-    """A question whose text has its marks, with text and marks apart."""
+    """The question with `text` and `marked_text` from a text with marks."""
     bare = question._replace(text=unmarked(question.text))
     usual = MARK not in question.text or marked(bare) == question.text
     return bare if usual else bare._replace(marked_text=question.text)
 
 
-def marked(question: Question, picture_last: bool = False, image_position: str = "first") -> str:
-    """Its text with a mark for each image: before it, after it with `picture_last`, or for a model that was trained
-    with images `as_is` where the file has them."""
-    marks = [MARK] * len(question.pictures)
-    if picture_last:
+def marked(question: Question, image_last: bool = False, image_position: str = "first") -> str:
+    """The text with an `<image>` for each image: before it, after it with `image_last`, or, if `image_position` is
+    `as_is`, in the places that the file has."""
+    marks = [MARK] * len(question.images)
+    if image_last:
         return "\n".join([question.text, *marks])
     in_place = question.marked_text if image_position == "as_is" else ""
     return in_place or "\n".join([*marks, question.text])
 
 
 def unmarked(text: str) -> str:
-    """The text without its marks and the space around it; one that has none as it is."""
+    """The text without `<image>`s and the white space around it; a text without `<image>` stays as it is."""
     return text.replace(MARK, "").strip() if MARK in text else text
 
 
 def system_turns(question: Question) -> list[tuple[str, str]]:
-    """What stands before the question in a conversation."""
+    """The turn with the question's system prompt, if it has one."""
     return [("system", question.system)] if question.system else []
+
+
+def request_turns(question: Question, image_last: bool = False, image_position: str = "first") -> list[tuple[str, str]]:
+    """The turns (role, text) of a request: the system prompt, if there is one, and the question; see `marked`."""
+    return [*system_turns(question), ("user", marked(question, image_last, image_position))]
 
 
 def _with_suffix(text: str, suffix: str) -> str:

@@ -1,7 +1,7 @@
-"""Compares runs side by side: a table with confidence intervals, a chart, a page of questions and answers.
+"""Compares runs: a table with confidence intervals, a chart, and a page of questions and answers.
 
-Each DIR has what `score ... --outcomes DIR/BENCHMARK.outcomes.jsonl` wrote about one checkpoint. Intervals (95%) are of
-the paired bootstrap: the same questions are drawn for all runs, so that differences are surer than each number alone.
+Each DIR has the outcomes of one checkpoint, by `score ... --outcomes DIR/BENCHMARK.outcomes.jsonl`. Intervals (95%) are
+of the paired bootstrap: the same questions are drawn for all runs, so that differences are more certain than scores.
 """
 
 import argparse
@@ -15,11 +15,9 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, printable, say
 from llava_jax.data.image_folder import add_allow_absolute, folder_of
-from llava_jax.evaluate.bootstrap import Interval
-from llava_jax.evaluate.comparison import Row, compare_runs, judges, pair_up
+from llava_jax.evaluate.comparison import Interval, Row, compare_runs, judges, pair_up
 from llava_jax.evaluate.outcomes import read_run
-from llava_jax.evaluate.report_chart import draw
-from llava_jax.evaluate.report_page import MAX_ROWS, page
+from llava_jax.evaluate.report_page import MAX_ROWS, draw, page
 from llava_jax.evaluate.tables import aligned
 from llava_jax.files.writing import atomic_file
 from llava_jax.remote import is_remote, new_local, upload
@@ -28,7 +26,7 @@ EPILOG = """examples:
   python -m llava_jax.evaluate report runs/a runs/b
   python -m llava_jax.evaluate report runs/a runs/b --output comparison --images images
 
-OUTPUT gets report.html (one file, with all pictures inside), chart.png, report.json and, for TensorBoard, a folder for
+OUTPUT gets report.html (one file that includes all images), chart.png, report.json and, for TensorBoard, a folder for
 each run, at the step that its DIR's name ends with."""
 
 
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """The rows for people."""
+    """The rows as text."""
     head = ["benchmark", "category", "questions", *names, *(f"{name} more" for name in names[1:])]
     lines = [head]
     for row in rows:
@@ -89,8 +87,8 @@ def _json_row(row: Row, names: Sequence[str]) -> dict[str, Any]:
 
 
 def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> None:
-    """The values for TensorBoard: a run's step is the number that its directory's name ends with, or 0."""
-    from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
+    """Writes the values for TensorBoard. A run's step is the number at the end of its directory's name, or 0."""
+    from tensorboardX import SummaryWriter  # imports torch if it is installed, which takes seconds
 
     directory = new_local() if is_remote(output) else output
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
@@ -105,7 +103,7 @@ def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], 
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """What to call the runs: the last part of each path, or the whole where these do not differ."""
+    """The names of the runs: the last part of each path, or the full paths if these are not unique."""
     short = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
     names = short if len(set(short)) == len(short) else [path.rstrip("/") for path in paths]
     if len(set(names)) < len(names):
@@ -116,12 +114,12 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate report", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="DIR", help="each with the outcomes of one checkpoint; the first is compared to")
-    add("--output", metavar="DIR", help="where the page, the chart and the rest go")
-    add("--images", metavar="DIR", help="the folder of the questions' pictures (default: a page without them)")
+    add("runs", nargs="+", metavar="DIR", help="outcomes of one checkpoint each; others are compared with the first")
+    add("--output", metavar="DIR", help="folder of the page, the chart and the data")
+    add("--images", metavar="DIR", help="the folder of the questions' images (default: a page without images)")
     add_allow_absolute(parser)
     add("--limit", type=int, default=500, metavar="N",
-        help="questions on the page, those that tell most (default: 500)")  # fmt: skip
+        help="questions on the page, those with the largest differences (default: 500)")  # fmt: skip
     add("--resamples", type=int, default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     add("--partial", action="store_true", help="compare on the questions that all runs have")

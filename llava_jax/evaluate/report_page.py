@@ -1,4 +1,4 @@
-"""The report as one HTML file with nothing from elsewhere: table, chart, and questions with pictures and answers."""
+"""The report as one self-contained HTML file: table, chart, and questions with images and answers."""
 
 import base64
 import hashlib
@@ -16,8 +16,8 @@ from llava_jax.data.images import load_image
 from llava_jax.evaluate.comparison import Case, Row
 from llava_jax.evaluate.outcomes import Outcome
 
-PICTURE = 320  # pixels of the longer side
-LONGEST_TEXT = 10_000  # characters
+IMAGE_SIDE = 320  # pixels of the longer side
+MAX_TEXT = 10_000  # characters
 MAX_ROWS = 200  # of the table and the chart; report.json has all
 MAX_CHARACTERS = 100_000_000  # of all questions, their images included
 
@@ -31,8 +31,8 @@ def page(
     images: epath.PathLike | None,
     limit: int,
 ) -> str:
-    """The page. At most `limit` questions stand in it, those first on which the runs differ most, and no more than
-    `MAX_CHARACTERS` of them; `images` is the folder of their pictures, false to leave them out."""
+    """The page, with at most `limit` questions and `MAX_CHARACTERS` of them; those on which the runs differ most come
+    first. `images` is the folder of their images, or false for a page without images."""
     assets = jinja2.PackageLoader("llava_jax.evaluate", "report_assets")
     templates = jinja2.Environment(
         loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_bounded
@@ -41,8 +41,8 @@ def page(
     articles, groups, room = [], [], MAX_CHARACTERS
     for case in track(sorted(cases, key=lambda case: -case.spread)[:limit], "writing the page"):
         of_case = _groups(case)
-        picture = _picture(case.outcomes[0], images)
-        text = article.render(case=case, runs=runs, picture=picture, groups=json.dumps(of_case))
+        image = _image(case.outcomes[0], images)
+        text = article.render(case=case, runs=runs, image=image, groups=json.dumps(of_case))
         if (room := room - len(text)) < 0:
             break
         articles.append(text)
@@ -62,8 +62,8 @@ def page(
 
 
 def _bounded(value: Any) -> Any:
-    """What stands in the page for a text; what is HTML by now, of a class of its own, stays as it is."""
-    return short(value, LONGEST_TEXT) if type(value) is str else value
+    """Shortens texts. HTML, which has a class of its own, stays as it is."""
+    return short(value, MAX_TEXT) if type(value) is str else value
 
 
 def _groups(case: Case) -> list[str]:
@@ -71,15 +71,15 @@ def _groups(case: Case) -> list[str]:
     return [case.benchmark, *(short(f"{case.benchmark}: {category}") for category in categories)]
 
 
-def _picture(outcome: Outcome, images: epath.PathLike | None) -> str:
-    """A small copy of a question's picture, if it has one."""
+def _image(outcome: Outcome, images: epath.PathLike | None) -> str:
+    """A small copy of a question's image, if it has one."""
     if not (images and outcome.image):
         return ""
     try:
         image = load_image(image_path(images, outcome.image))
     except UserError as error:
         raise UserError(f"question {outcome.question_id}: {error}") from error
-    image.thumbnail((PICTURE, PICTURE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=85)
     return _data(data.getvalue(), "jpeg")
@@ -87,3 +87,33 @@ def _picture(outcome: Outcome, images: epath.PathLike | None) -> str:
 
 def _data(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
+    """A PNG with a bar and its confidence interval for each category and run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(min(max(6.0, 0.35 * len(rows) * (len(runs) + 1)), 400.0), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        bars = [(place, row.values[number]) for place, row in enumerate(rows) if row.values[number]]
+        values = [interval.value for _, interval in bars]
+        errors = [
+            [max(0.0, interval.value - interval.low) for _, interval in bars],
+            [max(0.0, interval.high - interval.value) for _, interval in bars],
+        ]
+        places = [place + (number - (len(runs) - 1) / 2) * width for place, _ in bars]
+        axes.bar(places, values, width, yerr=errors, capsize=2, label=_plain(run))
+    axes.set_xticks(range(len(rows)), [_plain(short(f"{row.benchmark}\n{row.category}")) for row in rows])
+    axes.tick_params(axis="x", labelrotation=45 if len(rows) > 6 else 0)
+    axes.set_ylabel("percent, with 95% intervals")
+    axes.legend(fontsize="small")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    return data.getvalue()
+
+
+def _plain(text: str) -> str:
+    """The text without characters that matplotlib would typeset."""
+    return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Tables whose first row names the columns, as MMBench and VLMEvalKit write them: TSV, and Excel's XLSX."""
+"""Tables (TSV and Excel's XLSX) whose first row names the columns, as MMBench and VLMEvalKit write them."""
 
 import csv
 import datetime
@@ -20,20 +20,20 @@ from llava_jax.files.reading import read_bytes, refuse_pointer
 SUFFIXES = (".tsv", ".xlsx")
 MAX_BYTES = 256 * 2**20  # of an XLSX, also once it is unpacked
 MAX_TEXT = 32_767  # characters of a cell
-MAX_CELLS = 5_000_000  # of an XLSX: one may claim to stand in any row and column
+MAX_CELLS = 5_000_000  # of an XLSX, in which a cell may claim any row and column
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def is_sheet(path: epath.PathLike) -> bool:
-    """Whether a file's name says that it is such a table."""
+    """Whether a file is a table, by its name."""
     return epath.Path(path).suffix.lower() in SUFFIXES
 
 
 def read_sheet(path: epath.PathLike) -> list[Line]:
-    """The rows as objects of texts by column; None where a cell of XLSX is empty. Of XLSX the first sheet is read.
+    """The rows as objects of texts by column; an empty cell of XLSX is None. Only the first sheet of XLSX is read.
 
-    Raises `UserError` where a row has more cells than there are columns, two columns have the same name, or what reads
-    XLSX is not installed.
+    Raises `UserError` if a row has more cells than columns, if two columns have the same name, or if openpyxl is not
+    installed.
     """
     rows = _xlsx(path) if epath.Path(path).suffix.lower() == ".xlsx" else _tsv(path)
     where, names = next(rows, ("", ()))
@@ -72,11 +72,11 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
         with warnings.catch_warnings(action="ignore"):  # about styles and the like
             rows, others = _cells(load_workbook(io.BytesIO(data), read_only=True))
             if any(isinstance(cell, str) and cell.startswith("=") for row in rows for cell in row):
-                # A formula has the value that Excel computed; an answer such as "=5" is no formula and has none.
+                # A formula has a value that Excel computed; an answer such as "=5" is no formula and has none.
                 computed, _ = _cells(load_workbook(io.BytesIO(data), read_only=True, data_only=True))
                 rows = [[a if b is None else b for a, b in zip(*pair, strict=False)]
                         for pair in zip(rows, computed, strict=True)]  # fmt: skip
-    except Exception as error:  # damaged files raise whatever their part of openpyxl, zip or XML does
+    except Exception as error:  # openpyxl, zipfile and XML raise many kinds of errors for damaged files
         raise UserError(f"{path}: is no Excel file (XLSX): {error}") from error
     if others:
         warn(f"{path}: its first sheet is read; the others ({', '.join(others)}) are not")
@@ -86,8 +86,8 @@ def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:
 
 
 def xlsx(rows: Iterable[Sequence[Any]]) -> bytes:
-    """An Excel file of one sheet. Texts are texts, also those that Excel would take for formulas or errors; characters
-    that it cannot hold are left out. Raises `UserError` for a text that is longer than a cell."""
+    """An Excel file of one sheet. Texts stay texts, even if they look like formulas; characters that XML does not have
+    are left out. Raises `UserError` for a text that is longer than a cell."""
     try:
         import openpyxl
         from openpyxl.cell import WriteOnlyCell
@@ -96,7 +96,7 @@ def xlsx(rows: Iterable[Sequence[Any]]) -> bytes:
     rows = [[_NO_XML.sub("", value) if isinstance(value, str) else value for value in row] for row in rows]
     for number, row in enumerate(rows, 1):
         if long := next((value for value in row if isinstance(value, str) and len(value) > MAX_TEXT), None):
-            raise UserError(  # openpyxl would cut it off
+            raise UserError(  # openpyxl would truncate it
                 f"row {number}: {short(long)!r} has {len(long):,} characters, but a cell of Excel holds {MAX_TEXT:,}"
             )
     book = openpyxl.Workbook(write_only=True)
@@ -119,12 +119,12 @@ def xlsx(rows: Iterable[Sequence[Any]]) -> bytes:
 def _cells(book: Any) -> tuple[list[tuple[Any, ...]], list[str]]:
     """The values of the first sheet of an openpyxl workbook, and the names of further sheets."""
     first, *others = book.worksheets
-    first.reset_dimensions()  # what programs write there may be wrong
+    first.reset_dimensions()  # programs write wrong ones
     return list(_rows(first)), [sheet.title for sheet in others if any(map(any, _rows(sheet)))]
 
 
 def _rows(sheet: Any) -> Iterator[tuple[Any, ...]]:
-    """The values of the rows. Raises `ValueError` where there are too many."""
+    """The values of the rows. Raises `ValueError` if there are too many."""
     cells = 0
     for row in sheet.iter_rows(values_only=True):
         cells += 1 + len(row)
@@ -134,7 +134,7 @@ def _rows(sheet: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _text(cell: Any, where: str) -> str | None:
-    """A cell as the text that a TSV would have. Raises `UserError` for a date, which Excel makes of texts like 1/2."""
+    """A cell as a text, as in TSV. Raises `UserError` for a date, to which Excel converts texts like 1/2."""
     if cell is None or isinstance(cell, str):
         return cell or None
     if isinstance(cell, datetime.date | datetime.time):

@@ -1,4 +1,4 @@
-"""Writes answers to a benchmark in the form that its server or its tool takes."""
+"""Writes answers to a benchmark in the format of its server or its tool."""
 
 import argparse
 import re
@@ -8,9 +8,9 @@ from etils import epath
 
 from llava_jax.cli import Parser, UserError, say, warn
 from llava_jax.evaluate.answers import answer_lines, answer_of, count_absent, question_id, refuse_questions
-from llava_jax.evaluate.benchmarks import BENCHMARKS, listing, require
+from llava_jax.evaluate.benchmark import Benchmark
+from llava_jax.evaluate.benchmarks import BENCHMARKS, find, listing
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.pope import answers_pope
 from llava_jax.files.writing import atomic_file
 
 EPILOG = f"""examples:
@@ -23,11 +23,11 @@ benchmarks:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    benchmark = require(args.benchmark, "submission")
+    benchmark = find(args.benchmark, "submission")
     lines = answer_lines(args.answers)
     refuse_questions(lines, benchmark.suffix)
     if not args.labels:
-        check_answers(args.benchmark, lines)
+        check_answers(benchmark, lines)
     if absent := count_absent(map(answer_of, lines)):
         counts = ", ".join(f"{count} {name}" for name, count in absent.items())
         warn(f"{args.answers}: questions without an answer ({counts}) are handed in as such")
@@ -41,25 +41,30 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{len(distinct)} answers: {args.output}")
 
 
-def check_answers(name: str, lines: Sequence[Line]) -> None:
-    """Raises `UserError` where ids, prompts or fields of answers are those of another benchmark, as far as they tell.
+def check_answers(benchmark: Benchmark, lines: Sequence[Line]) -> None:
+    """Raises `UserError` if ids, prompts or fields of the answers are those of another benchmark.
 
-    The benchmark's own file of questions tells more: with it each answer has to be to one of these.
+    The benchmark's own file of questions is a stricter check: each answer has to be to one of these.
     """
-    benchmark = BENCHMARKS[name]
-    others = tuple({other.suffix for other in BENCHMARKS.values()} - {benchmark.suffix, ""})
+    name, others = benchmark.name, [other for other in BENCHMARKS.values() if other is not benchmark]
+    suffixes = tuple({other.suffix for other in others} - {benchmark.suffix, ""})
+    foreign = {field: other.title for other in reversed(others) for field in other.own_fields}
     advice = "are the answers to another benchmark? If not, give its questions with --labels"
-    if lines and all(map(answers_pope, lines)):
-        raise UserError(f"{lines[0].where}: question {question_id(lines[0])} is POPE's, as all others are: {advice}")
+    for other in others:
+        if lines and other.recognizes and all(map(other.recognizes, lines)):
+            ident = question_id(lines[0])
+            raise UserError(f"{lines[0].where}: question {ident} is {other.title}'s, as all others are: {advice}")
     for line in lines:
         ident, prompt = question_id(line), line.value.get("prompt")
         if benchmark.ids and not re.fullmatch(benchmark.ids, ident):
             raise UserError(f"{line.where}: question {ident} has no id of {name}: {advice}")
-        if isinstance(prompt, str) and prompt.endswith(others):
+        if isinstance(prompt, str) and prompt.endswith(suffixes):
             asked = prompt.splitlines()[-1]
             raise UserError(f"{line.where}: question {ident} was asked to '{asked}', unlike those of {name}: {advice}")
-        if "round_id" in line.value:
-            raise UserError(f"{line.where}: question {ident} has a round_id, as answers to MMBench have: {advice}")
+        for field in foreign.keys() - set(benchmark.own_fields):
+            if field in line.value:
+                has = f"has a {field}, as answers to {foreign[field]} have"
+                raise UserError(f"{line.where}: question {ident} {has}: {advice}")
 
 
 def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
@@ -74,9 +79,9 @@ def _write_folder(folder: epath.Path, files: dict[str, bytes]) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate submission", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below")
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
-    add("--labels", metavar="F", help="the benchmark's own questions, to which the answers have to belong: of textvqa, "
-        "mmbench and mme (a folder) they go into the result; of vqav2 and vizwiz those of the whole split")  # fmt: skip
+    add("--labels", metavar="F", help="the benchmark's own questions, to which the answers have to belong: textvqa, "
+        "mmbench and mme (a folder) need them; of vqav2 and vizwiz those of the whole split")  # fmt: skip
     add("--output", required=True, metavar="F", help="a file; of mme, a new folder")
     return parser.parse_args(argv)

@@ -61,17 +61,20 @@ def check_channels(name: str, values: Any) -> None:
         raise ValueError(f"{name} is {shown(values)}, of which none may be 0 or less")
 
 
+REGISTER_FIRST = "a module that registers another one has to be imported first, see docs/extending.md"
+
+
 def require_registered(name: str, value: Any, registry: Registry) -> None:
     """Raises `ValueError` unless something is registered under this name: see `models.registry`."""
     if value not in registry:
-        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}")
+        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}; {REGISTER_FIRST}")
 
 
 def check_projector_type(projector_type: str) -> None:
     """Raises `ValueError` unless it matches the pattern of a registered kind of projector."""
     if not any(re.fullmatch(pattern, projector_type) for pattern in PROJECTORS):
-        others = "".join(f" or of the form {pattern}" for pattern in list(PROJECTORS)[1:])
-        raise ValueError(f"projector_type is {projector_type!r}, not 'linear' or 'mlpNx_gelu' (as mlp2x_gelu){others}")
+        known = ["'linear'", "'mlpNx_gelu' (as mlp2x_gelu)", *list(PROJECTORS)[1:]]
+        raise ValueError(f"projector_type is {projector_type!r}, not {' or '.join(known)}; {REGISTER_FIRST}")
 
 
 def require_multiple(name: str, value: int, of_name: str, of: int) -> None:

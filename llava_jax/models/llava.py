@@ -40,15 +40,11 @@ class Llava(nnx.Module):
         self.llm.unstack_layers(transposed)
 
     def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
-        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
-
-        The tower is frozen in both stages: no gradient passes.
-        """
+        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer."""
         pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
         hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
-        if self.config.vision.class_token and self.config.select_feature == "patch":
-            hidden_NSD = hidden_NSD[:, 1:]
-        return jax.lax.stop_gradient(hidden_NSD)
+        drops_class_token = self.config.vision.class_token and self.config.select_feature == "patch"
+        return hidden_NSD[:, 1:] if drops_class_token else hidden_NSD
 
     def encode_images(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""

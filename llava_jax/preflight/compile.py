@@ -1,6 +1,6 @@
-"""The training step, compiled for a machine that is elsewhere, and what the compiler says of it.
+"""Ahead-of-time compilation of the training step for a target: its memory and its HLO.
 
-Nothing here runs a step: parameters and batches are shapes.
+No step is run: parameters and batches are shapes.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.targets import Target
 from llava_jax.training import builder, config_check
 from llava_jax.training.builder import TrainingProgram
 from llava_jax.training.step import StepSettings
 
-# Of a GPU's memory, what the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
+# Memory of a GPU that the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
 GPU_MARGIN = 2 * GiB
-# JAX's own default of XLA_PYTHON_CLIENT_MEM_FRACTION.
+# JAX's default of XLA_PYTHON_CLIENT_MEM_FRACTION.
 MEMORY_FRACTION = 0.75
-# Of a schedule's length only constants in the program depend.
+# The length of the schedule if the config has none: only constants in the program depend on it.
 STEPS = 1000
 
 
@@ -63,10 +63,10 @@ class Memory:
     parameters: float
     optimizer: float
     batch: float
-    activations: float | None  # what else is there at the peak: gradients, activations, gathered weights, workspace
-    margin: float  # for what the compiler does not count
-    needed: float | None  # None where the compiler gave up before it knew
-    available: float  # what a program can use
+    activations: float | None  # the rest at the peak: gradients, activations, gathered weights, workspace
+    margin: float  # for memory that the compiler does not count
+    needed: float | None  # None if the compiler failed before it was known
+    available: float  # to a program
 
     @property
     def state(self) -> float:
@@ -79,12 +79,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a program; `account` None and `reason` a line where it refused."""
+    """A compiled program. If the compiler ran out of memory, `cost` is None and `reason` says why, in one line."""
 
     program: Program
     memory: Memory
     seconds: float
-    account: hlo.Account | None = None
+    cost: hlo_cost.Cost | None = None
     moved: float = 0.0
     reason: str = ""
 
@@ -93,8 +93,8 @@ class Compiled:
 
 
 def build(config: ConfigDict, target: Target) -> Program:
-    """The step that training would run with this configuration on the target, if every row had a picture and every
-    position were learned (unless the configuration says how many slots there are)."""
+    """The step that training runs with this configuration on the target, if every row has an image and every position
+    is a target (unless the configuration sets the number of slots)."""
     config_check.check(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(target))
     model, stored = _model(config)
@@ -116,19 +116,19 @@ def _model(config: ConfigDict) -> tuple[LlavaConfig, dict[str, jax.ShapeDtypeStr
     if config.init:
         checkpoint = open_checkpoint(config.init)
         return checkpoint.config, checkpoint.abstract()
-    raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says what is to be trained")
+    raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says which model to train")
 
 
 def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
-    """The largest batch that a configuration admits; slots that data would decide are one picture a row (of packed rows
-    as many as have room), and every position."""
+    """The largest batch that a configuration allows. Slots that depend on data are one image a row (of packed rows as
+    many as fit), and every position."""
     length = config_check.row_length(config)
-    pictures = max(length // model.image_tokens, 1) if config.pack else 1
+    images = max(length // model.image_tokens, 1) if config.pack else 1
     return Layout(
         batch_rows=config.batch_rows,
         rows_per_group=config.rows_per_group,
         max_length=length,
-        image_slots=max(config.image_slots or config.rows_per_group * pictures, 0),
+        image_slots=max(config.image_slots or config.rows_per_group * images, 0),
         label_slots=config.label_slots or config.rows_per_group * length,
         image_tokens=model.image_tokens,
         image_size=model.vision.image_size,
@@ -139,7 +139,7 @@ def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
 
 
 def compile_program(program: Program, memory_fraction: float | None = None) -> Compiled:
-    """Compiles it. `memory_fraction` is the share of a GPU's memory that JAX may take (its environment decides)."""
+    """Compiles a program. `memory_fraction` is the share of a GPU's memory that JAX takes, see `available_memory`."""
     began = time.monotonic()
     available = available_memory(program.target, memory_fraction)
     try:
@@ -152,24 +152,24 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
         reason, needed = _out_of_memory(str(error))
         memory = _memory(program, needed, 0.0, available)
         return Compiled(program, memory, time.monotonic() - began, reason=reason)
-    account = hlo.account(compiled.as_text())
+    cost = hlo_cost.cost(compiled.as_text())
     stats = compiled.memory_analysis()
     peak = stats.peak_memory_in_bytes
-    if program.target.platform != "tpu":  # there, what is temporary is one block
-        whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
-        peak = max(peak, whole - stats.alias_size_in_bytes)
-    margin = _margin(program, account) if program.target.platform == "gpu" else 0.0
+    if program.target.platform != "tpu":  # whose peak has temporary memory as one block
+        total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+        peak = max(peak, total - stats.alias_size_in_bytes)
+    margin = _margin(program, cost) if program.target.platform == "gpu" else 0.0
     memory = _memory(program, peak + margin, margin, available)
     reason = ""
     if not memory.fits:
         parts = f"{peak / GiB:.2f} GiB" + (f" and a margin of {margin / GiB:.2f} GiB" if margin else "")
         reason = f"the step takes {parts}, there are {available / GiB:.2f} GiB"
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    return Compiled(program, memory, time.monotonic() - began, account, moved, reason)
+    return Compiled(program, memory, time.monotonic() - began, cost, moved, reason)
 
 
 def available_memory(target: Target, memory_fraction: float | None) -> float:
-    """Bytes of a device that a program can use."""
+    """Bytes of a device that a program can use: of a GPU a fraction, by default XLA_PYTHON_CLIENT_MEM_FRACTION."""
     if target.platform == "tpu":
         return target.machine.memory
     if target.platform == "gpu":
@@ -178,10 +178,10 @@ def available_memory(target: Target, memory_fraction: float | None) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / target.devices
 
 
-def _margin(program: Program, account: hlo.Account) -> float:
-    """What GPUs need beyond the peak; the backward pass of cuDNN's attention sums queries' gradients in float32."""
+def _margin(program: Program, cost: hlo_cost.Cost) -> float:
+    """Memory of a GPU beyond the peak. The backward pass of cuDNN's attention sums gradients of queries in float32."""
     text, layout = program.settings.model.text, program.settings.layout
-    fused = any(name.startswith("__cudnn$fmha") for name in account.kernels)
+    fused = any(name.startswith("__cudnn$fmha") for name in cost.kernels)
     return GPU_MARGIN + fused * 4.0 * program.rows * layout.max_length * text.num_heads * text.head_dim
 
 
@@ -194,7 +194,7 @@ def _memory(program: Program, needed: float | None, margin: float, available: fl
 
 
 def state_bytes(program: Program) -> int:
-    """Bytes of parameters and optimizer on each device: the least that any step takes."""
+    """Bytes of parameters and optimizer on each device: the minimum of any step."""
     return local_bytes(program.training.arguments[:2])
 
 
@@ -204,7 +204,7 @@ def local_bytes(tree: Any) -> int:
 
 
 def _out_of_memory(message: str) -> tuple[str, float | None]:
-    """libtpu's reason in one line, and the bytes it says that the program needs."""
+    """libtpu's reason in one line, and the bytes that the program needs, if it says so."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     needs = re.search(r"[^.\n]*\(([\d.]+)([KMGT])\) exceeds available HBM[^.\n]*(?:\.\d+[^.\n]*)?", message)
     used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm[^\n]*", message)

@@ -1,4 +1,4 @@
-"""Machines that are not there: names like `v5e:4x4` or `h100:8` become devices that programs can be compiled for.
+"""Hardware you don't have: names like `v5e:4x4` or `h100:8` become devices for ahead-of-time compilation.
 
 `prepare_environment` must run before JAX is imported.
 """
@@ -20,13 +20,13 @@ from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu, tpu_send_rate
 GPUS_PER_HOST = 8
 EXAMPLES = "v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1, h100:8, a100:8, h200:8, b200:2x8 (2 hosts of 8), cpu"
 ENVIRONMENT = {
-    # No device of this machine is touched.
+    # Devices of this machine are not used.
     "JAX_PLATFORMS": "cpu",
     # Several processes may compile at once; without this, libtpu locks a file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Outside of Google Cloud, asking for the machine's metadata hangs on some networks.
+    # Outside of Google Cloud, a query for the machine's metadata hangs on some networks.
     "TPU_SKIP_MDS_QUERY": "1",
-    # What libtpu would ask for; any valid values do, since topologies are given by name.
+    # libtpu requires them; any valid values do, since topologies are given by name.
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -37,11 +37,11 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine to compile for."""
+    """A slice of TPUs, hosts of GPUs or the CPU to compile for."""
 
     name: str  # as given
-    machine: Tpu | Gpu | None  # its device's facts; None for the CPU of this machine
-    shape: tuple[int, ...]  # `4x4` of a slice, hosts and GPUs of each, `(devices,)` of the CPU
+    machine: Tpu | Gpu | None  # the properties of its devices; None for the CPU of this machine
+    shape: tuple[int, ...]  # (4, 4) of a slice `4x4`, (hosts, GPUs of each), (devices,) of the CPU
 
     @property
     def platform(self) -> str:
@@ -60,23 +60,23 @@ class Target:
 
     @property
     def larger(self) -> list[str]:
-        """Names of the next larger machines of the kind."""
+        """Names of the next larger targets of the kind."""
         if self.machine is None:
             return []
         return [name for name in family(self.machine.name) if parse(name).devices > self.devices]
 
 
 def prepare_environment() -> None:
-    """Sets what libtpu and the CUDA plugin read when they are loaded, and lets XLA find `ptxas`."""
+    """Sets the variables that libtpu and the CUDA plugin read when they are loaded, and lets XLA find `ptxas`."""
     os.environ.update(ENVIRONMENT)
     toolkit = cuda_toolkit()
-    if toolkit:  # before what else may be on the path: a CUDA toolkit of another version, or a broken one
+    if toolkit:  # first on the path, since other CUDA toolkits there may have another version or be broken
         os.environ["PATH"] = f"{toolkit / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """The same within, for a process that is not ours and whose JAX has found its devices."""
+    """A context with this environment, for a process whose JAX has initialized its devices."""
     before = dict(os.environ)
     prepare_environment()
     try:
@@ -87,7 +87,7 @@ def environment() -> Iterator[None]:
 
 
 def cuda_toolkit() -> Path | None:
-    """Where the wheel nvidia-cuda-nvcc put `bin/ptxas` and libdevice."""
+    """The folder of the wheel nvidia-cuda-nvcc that has `bin/ptxas` and libdevice."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations if spec else ():
         for folder in ("cuda_nvcc", "cu13"):  # of CUDA 12 and 13
@@ -110,7 +110,7 @@ def parse(name: str) -> Target:
     if kind not in TPUS and kind not in GPUS:
         raise UserError(f"--target {name!r}: no such machine; known are {EXAMPLES}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise UserError(f"--target {name!r}: how many? for example {family(kind)[3]}")
+        raise UserError(f"--target {name!r}: has no size: give one, for example {family(kind)[3]}")
     sizes = tuple(map(int, shape.split("x")))
     if kind in GPUS:
         hosts, gpus = (1, *sizes) if len(sizes) == 1 else sizes if len(sizes) == 2 else (0, 0)
@@ -123,7 +123,7 @@ def parse(name: str) -> Target:
 
 
 def family(kind: str) -> list[str]:
-    """Names of the usual machines of a kind, by size."""
+    """Names of the usual targets of a kind, by size."""
     if kind in GPUS:
         return [f"{kind}:{size}" for size in ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8", "32x8")]
     if kind in TPUS:
@@ -135,7 +135,7 @@ def family(kind: str) -> list[str]:
 
 
 def devices(target: Target) -> list:
-    """Devices to make a mesh of. Programs can be compiled for them, not run."""
+    """Devices for a mesh. Programs can be compiled for them, but not run."""
     if isinstance(target.machine, Tpu):
         return _tpu_devices(target)
     if isinstance(target.machine, Gpu):
@@ -146,14 +146,14 @@ def devices(target: Target) -> list:
 
 
 def compile_options(target: Target) -> dict[str, Any]:
-    """What the compiler must know besides the program: the flags that launchers set, too."""
+    """Options of the compiler, those that launchers set included."""
     if target.platform == "cpu":
         return {}
     if target.platform == "tpu":
         return xla_flags.compiler_options(target.machine.name)
-    # Tuning means running, and there is nothing to run on.
-    away = {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(cuda_toolkit())}
-    return xla_flags.compiler_options("gpu") | away
+    # Autotuning would run programs.
+    offline = {"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": str(cuda_toolkit())}
+    return xla_flags.compiler_options("gpu") | offline
 
 
 def _tpu_devices(target: Target) -> list:
@@ -190,12 +190,12 @@ def _require(target: Target, extra: str, wheels: dict[str, Any]) -> None:
 
 
 def _described(target: Target, options: dict[str, Any], compiler: str, advice: str = "") -> list:
-    """The devices of a topology. Raises UserError where its compiler does not know it."""
+    """The devices of a topology. Raises UserError if its compiler does not know it."""
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(**options).devices)
-    except Exception as error:  # jax.errors.JaxRuntimeError, and whatever else the plugin raises
+    except Exception as error:  # jax.errors.JaxRuntimeError and others, depending on the plugin
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"--target {target.name}: {compiler} refuses it ({reason}){advice}") from error
 
@@ -231,9 +231,9 @@ def target_config(gpu: Gpu) -> str:
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """Within, JAX lowers to cuDNN's fused attention without a cuDNN library, whose version it else asks for.
+    """A context in which JAX lowers to cuDNN's fused attention although no cuDNN library is installed to check.
 
-    The library is loaded only when a program runs, which here never happens; the target has it.
+    The library is loaded only when a program runs: the target has it.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -247,13 +247,13 @@ def assumed_cudnn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_cached() -> Iterator[None]:
-    """Within, JAX's compilation cache is off: it can't read back programs for machines that are not there."""
+    """A context without JAX's compilation cache, which cannot load programs for hardware you don't have."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks only once whether there is one
+    compilation_cache.reset_cache()  # JAX checks only once whether there is one
     try:
         yield
     finally:

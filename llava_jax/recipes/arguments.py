@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-# Rows at once on a device: with them 16 TPU v5e train 7B, and 8 H100 13B; `llava_jax.preflight --search=batch` finds
-# how many more fit elsewhere.
+# Rows at once on a device, by size: 7B fits on 16 TPU v5e and 13B on 8 H100. `llava_jax.preflight --search=batch` finds
+# how many rows fit on other hardware.
 MAX_ROWS_PER_DEVICE = {"7b": 4, "13b": 2}
 CHOICES = {"size": ("7b", "13b"), "recipe": ("v1.5", "v0")}
 
@@ -21,8 +21,8 @@ def parse(arg: str | None) -> tuple[str | None, str]:
 
 
 def set_size(config: ConfigDict, recipe: str, size: str | None, published: str = "7b") -> None:
-    """Sets what depends on the size of the model. Without a size a checkpoint may have any, and the recipe is the one
-    for the `published` size."""
+    """Sets the options that depend on the size of the model. Without a size, a checkpoint may have any, and the other
+    options are those for the `published` size."""
     config.default_model = f"llava-{recipe}-{size or published}"
     config.model = config.default_model if size else ""
     config.max_rows_per_device = MAX_ROWS_PER_DEVICE[size or published]

@@ -1,104 +1,160 @@
-"""Every knob of a run, with what it means. Recipes start from here."""
+"""Every option of a run: its default, its meaning and the values it may have. Recipes start from `get_config()`.
+
+A recipe, or `--config.KEY=VALUE` on the command line, sets an option to another value of the same type.
+"""
 
 from ml_collections import ConfigDict
 
+from llava_jax.recipes.options import Option, Section
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
+DTYPES = ("", "float32", "bfloat16")
+
+
+def _declare() -> Section:
+    """Each option as an `Option` or, if it has no constraint, as its default."""
+    config = Section()
+
+    # ---- The model
 
     # What is trained: "pretrain" (stage 1: the projector) or "finetune" (stage 2: projector and language model).
-    config.stage = "pretrain"
+    config.stage = Option("pretrain", choices=("pretrain", "finetune"))
     # The checkpoint to start from: the output of `convert import`, or the workdir of an earlier stage.
     config.init = ""
-    # The preset whose shapes the checkpoint must have ("" takes any): see llava_jax/models/config.py.
-    config.model = ""
-    # The preset that preflight compiles where neither `model` nor `init` says which.
-    config.default_model = ""
-    # How conversations are written: see llava_jax/data/templates.py.
+    # The preset whose shapes the checkpoint must have ("" allows any): see llava_jax/models/config.py.
+    config.model = Option("", changeable=True)
+    # The preset that preflight compiles if neither `model` nor `init` is set.
+    config.default_model = Option("", changeable=True)
+    # The chat template: see llava_jax/data/templates.py.
     config.template = "v1"
-    # Where a picture stands in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
-    config.image_position = "first"
-    # How pictures become squares: "square" (centre crop), "pad", "resize"; "" as in the checkpoint.
-    config.image_aspect = ""
-    # Orders the data and places random images.
+    # The position of an image in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
+    config.image_position = Option("first", choices=("first", "as_is", "random"))
+    # How images are made square: "square" (center crop), "pad", "resize"; "" as in the checkpoint.
+    config.image_aspect = Option("", choices=("", "square", "pad", "resize"))
+    # Seed of the order of the data and of random image positions.
     config.seed = 0
 
-    config.data = ConfigDict()
-    config.data.json = ""  # LLaVA JSON or JSONL
-    config.data.images = ""  # the folder that its image names are relative to
-    config.data.built = ""  # in place of both: a data set that `llava_jax.data.build` made
-    # In place of all three: several sets, each with a weight, the times that an epoch goes through it (1 by default):
-    # ({"json": "a.json", "images": "a"}, {"built": "b", "weight": 0.5}).
-    config.data.mixture = ()
-    # Whether images, those of `evaluate` included, may have absolute names: otherwise names stay below their folder.
-    config.data.allow_absolute_images = False
-    config.data.holdout = 0  # samples held out for the validation loss, chosen by the seed
-    # A sample with a fault is an "error", or it is a "skip": it stays in its place, and nothing is learned from it.
-    config.data.on_bad_sample = "error"
-    config.data.max_bad_share = 0.01  # of the samples come to so far: with more the run stops
-    config.data.workers = 0  # reading processes; 0 reads in threads of the training process
+    # ---- The data
 
-    # Positions of a sample, images included: longer ones are truncated (never through an image).
-    config.max_length = 2048
-    # Several samples a row, none of which sees another (docs/batches.md): a step is of more than batch_rows samples.
+    config.data = Section()
+    # A LLaVA JSON or JSONL file, and the folder that its image names are relative to.
+    config.data.json = ""
+    config.data.images = ""
+    # Instead of both: a data set made by `llava_jax.data.build`.
+    config.data.built = ""
+    # Instead of all three: several data sets, each with a weight, the number of passes over it in an epoch (1 by
+    # default): ({"json": "a.json", "images": "a"}, {"built": "b", "weight": 0.5}).
+    config.data.mixture = ()
+    # Whether images, those of `evaluate` included, may have absolute names. Otherwise they must be in their folder.
+    config.data.allow_absolute_images = Option(False, changeable=True)
+    # Samples held out for the validation loss, chosen by the seed.
+    config.data.holdout = Option(0, minimum=0)
+    # What a faulty sample is: an "error", or a "skip": it keeps its place in the batch, but has no loss tokens.
+    config.data.on_bad_sample = Option("error", choices=("error", "skip"), changeable=True)
+    # With "skip": the largest share of faulty samples, of those seen so far. A run with more stops.
+    config.data.max_bad_share = Option(0.01, minimum=0, maximum=1, changeable=True)
+    # Processes that read data; 0 reads in threads of the training process.
+    config.data.workers = Option(0, minimum=0, changeable=True)
+
+    # ---- Batches
+
+    # Positions of a sample, images included: longer samples are truncated (never inside an image).
+    config.max_length = Option(2048, minimum=1)
+    # Pack several samples into a row, isolated from each other (docs/batches.md). A step then has more than
+    # batch_rows samples.
     config.pack = False
     # Positions of a packed row; 0 is max_length.
-    config.row_length = 0
-    # Steps whose samples all have images, or none, as the original's group_by_modality_length (docs/batches.md).
+    config.row_length = Option(0, minimum=0)
+    # Make steps whose samples all have images, or none, like the original's group_by_modality_length (docs/batches.md).
     config.group_by_modality = False
-    # Rows of a step, over all devices. Unpacked, a row is a sample.
-    config.batch_rows = 128
-    # Rows that share image slots.
-    config.rows_per_group = 1
-    # Image slots of a group, and label slots (positions whose next token is learned); 0 plans the least that suffices
-    # or, of image slots of packed rows, those with which least is left empty.
-    # Data without pictures needs no image slots: -1 says so where there is no data to plan from, as in preflight.
-    config.image_slots = 0
-    config.label_slots = 0
-    # At most so many rows on a device at once: more are accumulated. 0 sets no limit.
-    config.max_rows_per_device = 0
-    # Devices by axis; one may be -1: all that remain. Rows are split over data x fsdp, parameters over fsdp x tensor:
+    # Rows of a step, over all devices. Without packing, a row is a sample.
+    config.batch_rows = Option(128, minimum=1)
+    # Rows of a group. The rows of a group share its image slots.
+    config.rows_per_group = Option(1, minimum=1)
+    # Image slots of a group; 0 plans the fewest that suffice or, for packed rows, the number that leaves the least
+    # padding. Data without images needs none: -1 says so where there is no data to plan from, as in preflight.
+    config.image_slots = Option(0, minimum=-1)
+    # Label slots of a group (positions whose next token is a target); 0 plans the fewest that suffice.
+    config.label_slots = Option(0, minimum=0)
+    # The most rows on a device at once: larger batches are accumulated from microbatches. 0 sets no limit.
+    config.max_rows_per_device = Option(0, minimum=0, changeable=True)
+    # Devices by axis; one may be -1: all that remain. Rows are sharded over data x fsdp, parameters over fsdp x tensor:
     # fsdp gathers a layer's parameters when it is computed, tensor splits the computation of each layer.
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.mesh = Section()
+    config.mesh.data = Option(1, changeable=True)
+    config.mesh.fsdp = Option(-1, changeable=True)
+    config.mesh.tensor = Option(1, changeable=True)
 
-    config.epochs = 1.0  # parts of one round up to whole steps
-    config.steps = 0  # overrides epochs unless 0
-    config.learning_rate = 2e-5
-    config.projector_learning_rate = 0.0  # 0 means learning_rate
-    config.warmup_ratio = 0.03  # of all steps, linear; then a cosine to 0
-    config.weight_decay = 0.0  # of matrices; never of biases and norms
-    config.beta1 = 0.9
-    config.beta2 = 0.999
-    config.epsilon = 1e-8
-    config.clip_norm = 0.0  # of the gradient of what is trained; 0 is off
+    # ---- The optimizer
 
-    # Types of computation and of frozen parameters: "float32", "bfloat16"; "" is bfloat16 on accelerators and, on
-    # CPU, float32 and the type of the checkpoint. Trained parameters and Adam's moments are float32.
-    config.compute_dtype = ""
-    config.frozen_dtype = ""
+    config.epochs = Option(1.0, minimum=0)  # fractions are rounded up to whole steps
+    config.steps = Option(0, minimum=0)  # overrides epochs unless 0
+    config.learning_rate = Option(2e-5, minimum=0)
+    config.projector_learning_rate = Option(0.0, minimum=0)  # 0 means learning_rate
+    config.warmup_ratio = Option(0.03, minimum=0, maximum=1)  # of all steps, linear; then a cosine to 0
+    config.weight_decay = Option(0.0, minimum=0)  # of matrices; never of biases and norms
+    config.beta1 = Option(0.9, minimum=0, below=1)
+    config.beta2 = Option(0.999, minimum=0, below=1)
+    config.epsilon = Option(1e-8, minimum=0)
+    config.clip_norm = Option(0.0, minimum=0)  # of the gradient of all trained parameters; 0 is off
+    # What is trained, instead of what `stage` trains: patterns of parameter names (regular expressions that match the
+    # beginning of a name), each with a learning rate and a weight decay; by default those above. If several patterns
+    # match a name, the first one counts; a parameter that no pattern matches is frozen. For example, norms and the
+    # vision tower: ({"parameters": r"llm\..*norm"}, {"parameters": r"vision\.", "learning_rate": 2e-6}).
+    config.trainable = ()
+
+    # ---- The computation
+
+    # Types of the computation and of frozen parameters; "" is bfloat16 on accelerators and, on CPUs, float32 and the
+    # type of the checkpoint. Trained parameters and Adam's moments are float32.
+    config.compute_dtype = Option("", choices=DTYPES)
+    config.frozen_dtype = Option("", choices=DTYPES)
     # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer, "save_qkv" all but queries,
     # keys and values; "offload" is "full" with what it keeps in the memory of the host.
-    config.remat = "full"
-    # How attention is computed: "xla", "chunked", "splash" (TPU), "cudnn" (GPU); "" is the fastest that is right.
-    config.attention = ""
+    config.remat = Option("full", choices=("none", "full", "save_qkv", "offload"), changeable=True)
+    # The attention backend: "xla", "chunked", "splash" (TPU), "cudnn" (GPU); "" is the fastest that is correct.
+    config.attention = Option("", choices=("", "xla", "chunked", "splash", "cudnn"), changeable=True)
+    # The directory of the compilation cache, local or gs://, shared by runs; "" keeps no compiled programs.
+    config.compilation_cache = Option("", changeable=True)
 
-    config.log_every = 1  # steps
-    config.eval_every = 0  # steps between validation losses; 0 only at the end. Needs data.holdout.
-    # A benchmark of `evaluate score` that is answered before the first step, every so many steps (0: not in between)
-    # and after the last one: files of its questions and labels, the folder of its pictures, and on how many questions,
-    # which the seed chooses (docs/evaluation.md). "" is none.
-    config.evaluate = ConfigDict(
-        {"benchmark": "", "questions": "", "labels": "", "images": "", "limit": 64, "every": 0}
-    )
-    config.save_every = 500  # steps
-    config.keep = 2  # newest checkpoints
+    # ---- What a run writes
 
-    # Where compiled programs are kept for the next start: a directory or gs://..., shared by runs; "" keeps none.
-    config.compilation_cache = ""
-    # A trace of so many steps from this one on, under profile/ in the workdir (tensorboard --logdir); 0 steps is off.
-    config.profile = ConfigDict({"start": 10, "steps": 0})
-    # Weights & Biases beside TensorBoard, off without a project: pip install 'llava_jax[wandb]'. A name of "" is the
-    # workdir's.
-    config.wandb = ConfigDict({"project": "", "entity": "", "name": ""})
+    config.log_every = Option(1, minimum=1, changeable=True)  # steps
+    # Steps between validation losses; 0 only after the last step. Needs data.holdout.
+    config.eval_every = Option(0, minimum=0, changeable=True)
+    # A benchmark of `evaluate score` that is answered before the first step, every `every` steps (0: not in between)
+    # and after the last step: the files of its questions and labels, the folder of its images, and the number of
+    # questions, which the seed chooses (docs/evaluation.md). "" is none.
+    config.evaluate = Section()
+    config.evaluate.benchmark = Option("", changeable=True)
+    config.evaluate.questions = Option("", changeable=True)
+    config.evaluate.labels = Option("", changeable=True)
+    config.evaluate.images = Option("", changeable=True)
+    config.evaluate.limit = Option(64, minimum=1, changeable=True)
+    config.evaluate.every = Option(0, minimum=0, changeable=True)
+    config.save_every = Option(500, minimum=1, changeable=True)  # steps
+    config.keep = Option(2, minimum=1, changeable=True)  # newest checkpoints
+    # Trace this many steps, beginning with `start`, to profile/ in the workdir (tensorboard --logdir). 0 steps is off.
+    config.profile = Section()
+    config.profile.start = Option(10, minimum=1, changeable=True)
+    config.profile.steps = Option(0, minimum=0, changeable=True)
+    # Weights & Biases in addition to TensorBoard, if a project is set: pip install 'llava_jax[wandb]'. The name ""
+    # is that of the workdir.
+    config.wandb = Section()
+    config.wandb.project = Option("", changeable=True)
+    config.wandb.entity = Option("", changeable=True)
+    config.wandb.name = Option("", changeable=True)
+    return config
 
-    return config.lock()  # a recipe that sets a key which is not above is an error
+
+OPTIONS: dict[str, Option] = dict(_declare().options())  # by dotted key, such as "data.json"
+
+
+def get_config() -> ConfigDict:
+    """The defaults. It is locked: a recipe that sets an unknown option is an error."""
+    config = ConfigDict()
+    for key, option in OPTIONS.items():
+        section, _, name = key.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[name] = option.default
+    return config.lock()

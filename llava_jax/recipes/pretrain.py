@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.batch_rows = 128
         config.learning_rate = 2e-3
         config.clip_norm = 1.0
-    else:  # LCS 558K: the picture and its caption, nothing else
+    else:  # LCS 558K: an image and its caption, without a prompt
         config.template = "plain"
         config.batch_rows = 256
         config.learning_rate = 1e-3

@@ -47,8 +47,8 @@ class TrainingProgram:
     @property
     def flops(self) -> dict[str, flops.Part]:
         """FLOPs of a step by part of the model, see `flops.step_flops`."""
-        settings, trained = self.settings, flops.trainable_parts(self.state.trainable)
-        return flops.step_flops(settings.model, settings.layout, trained, settings.remat)
+        settings = self.settings
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as StableHLO, which `.compile()` makes an executable of."""
@@ -82,7 +82,7 @@ def build(
     stored = abstract_params(model) if stored is None else stored
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = optim.trainable_names(stored, config.stage)
+    names = optim.trainable_names(stored, config)
     optimizer = optim.make_optimizer(config, names, steps)
     state = abstract_state(optimizer, stored, names, mesh)
     frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored

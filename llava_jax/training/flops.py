@@ -1,7 +1,8 @@
 """FLOPs of a training step by formula: 2 a multiply-add of matrix products, nothing else counted.
 
-The vision tower is frozen and runs forward only. Frozen parts of what follows the projector have no weight gradients,
-but the gradients of activations pass through them (4 N T FLOPs instead of 6 N T).
+Frozen parameters have no weight gradients. If a parameter before them is trained, the gradients of activations pass
+through them all the same (4 N T FLOPs instead of 6 N T); if none is, as in the vision tower of both stages, they only
+run forward (2 N T).
 
 Attention has two conventions in the literature: "full" counts every query with every key (what dense attention
 computes), "causal" half of that (what a decoder needs).
@@ -10,11 +11,15 @@ Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+import math
+import operator
+import re
+from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import LlavaConfig, TextConfig
 from llava_jax.models.families import family_of
+from llava_jax.models.llava import abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
@@ -28,6 +33,8 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "save_qkv": ("attention", "output", "gate_up"),
     "offload": ("qkv", "attention", "output", "gate_up"),
 }
+# The last product of a layer of the towers, as `down` is of the decoder's.
+LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,36 +51,45 @@ class Part:
     def needed(self) -> float:
         return self.forward + self.activations + self.weights
 
+    def __add__(self, other: "Part") -> "Part":
+        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
     def __mul__(self, factor: float) -> "Part":
         return Part(*(factor * value for value in dataclasses.astuple(self)))
-
-
-def trainable_parts(names: Iterable[str]) -> frozenset[str]:
-    """Names of parameters -> the parts they belong to."""
-    return frozenset(name.split(".")[0] for name in names)
 
 
 def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], remat: str) -> dict[str, Part]:
     """FLOPs of a step over all devices, by part, attention "full".
 
     Args:
-      trainable: the parts that have weight gradients ("projector", "llm").
-      remat: the policy of the decoder's layers, a key of `RECOMPUTED`.
+      trainable: names of the trained parameters, see `optim.trained`.
+      remat: the policy of the layers, a key of `RECOMPUTED`.
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
-    products, attention = TOWERS[model.vision.kind].flops(model.vision, model.vision_layers_used)
+    sizes = {name: math.prod(value.shape) for name, value in abstract_params(model).items()}
+    weights = {name: sizes[name] for name in trainable if name.endswith(".kernel")}
+
+    def trains(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in trainable)
+
+    # Gradients of activations pass through all of the stacked layers or through none.
+    vision, decoder = trains("vision."), trains("vision.", "projector.", "llm.embed_tokens.", "llm.layers.")
+    hidden = decoder or trains("llm.norm.")
+    attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
+    tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
-        "vision": Part(products) * images,
-        "vision attention": Part(attention) * images,
-        "projector": _projector(model, "projector" in trainable) * (images * layout.image_tokens),
-        "llm": _decoder(text, "llm" in trainable, remat) * (rows * layout.max_length),
-        "llm attention": _decoder_attention(text, layout.max_length, remat) * rows,
+        "vision": tower * images,
+        "vision attention": tower_attention * images,
+        "projector": _projector(model, vision, weights, trainable) * (images * layout.image_tokens),
+        "llm": _decoder(text, decoder, weights, remat) * (rows * layout.max_length),
+        "llm attention": _attention(attention, decoder, RECOMPUTED[remat]) * rows,
     }
     slots = layout.label_slots
-    slots += -slots % min(slots, LABEL_CHUNK)  # whole chunks
+    slots += -slots % min(slots, LABEL_CHUNK)  # padded to whole chunks
     logits = 2.0 * text.hidden_size * text.vocab_size
-    parts["logits"] = Part(logits, logits, logits * ("llm" in trainable)) * (layout.groups * slots)
+    head = "llm.embed_tokens.embedding" if text.tie_word_embeddings else "llm.lm_head.kernel"
+    parts["logits"] = Part(logits, logits * hidden, logits * (head in trainable)) * (layout.groups * slots)
     return parts
 
 
@@ -93,26 +109,53 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
     return {convention: model_flops(parts, convention) / (seconds * devices * peak) for convention in CONVENTIONS}
 
 
-# ----------------------------------------------------------------------------------------- one token, row
+# ------------------------------------------------------------------------------------------- one image, token or row
+# `weights`: the sizes of the trained kernels. `backward`: whether gradients of activations pass through.
 
 
-def _projector(model: LlavaConfig, trainable: bool) -> Part:
-    """One patch. What comes from the frozen tower needs no gradient, so that the first layer has but its weights'."""
-    kind = projector_kind(model.projector_type)
-    matrices = kind.matrices(model.projector_type, model.vision.hidden_size, model.text.hidden_size)
-    first, *later = [2.0 * rows * columns for rows, columns in matrices]
-    return Part(first + sum(later), sum(later), (first + sum(later)) * trainable)
+def _vision(
+    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, int], backward: bool, remat: str
+) -> tuple[Part, Part]:
+    """One image: (products with weights, attention). The patch embedding needs no gradient of the pixels."""
+    vision, layers = model.vision, model.vision_layers_used
+    products, attention = TOWERS[vision.kind].flops(vision, layers)
+
+    def product(name: str, size: int) -> float:
+        if name.startswith("vision.layers."):
+            return 2.0 * vision.num_tokens * size * layers / vision.num_layers
+        return 2.0 * vision.num_patches * size
+
+    recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
+    later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
+    again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
+    gradients = sum(product(name, size) for name, size in weights.items() if name.startswith("vision."))
+    return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
 
-def _decoder(text: TextConfig, trainable: bool, remat: str) -> Part:
+def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], trainable: Collection[str]) -> Part:
+    """One patch. `backward`: whether the tower is trained; else the first trained layer is the first with gradients."""
+    matrices = projector_kind(model.projector_type).matrices(
+        model.projector_type, model.vision.hidden_size, model.text.hidden_size
+    )
+    kernels = sorted(name for name in abstract_params(model) if re.fullmatch(r"projector\..*\.kernel", name))
+    total = Part()
+    for kernel, (rows, columns) in zip(kernels, matrices, strict=True):
+        flops = 2.0 * rows * columns
+        total += Part(flops, flops * backward, flops * (kernel in weights))
+        module = kernel.removesuffix("kernel")
+        backward = backward or any(name.startswith(module) for name in trainable)
+    return total
+
+
+def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:
     """One token through all layers, attention left out."""
     products = family_of(text).products(text)
-    layer = sum(products.values())
-    again = sum(products.get(name, 0) for name in RECOMPUTED[remat])
-    return Part(layer, layer, layer * trainable, again) * text.num_layers
+    layers = sum(products.values()) * text.num_layers
+    again = sum(products.get(name, 0) for name in RECOMPUTED[remat]) * text.num_layers
+    gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("llm.layers."))
+    return Part(layers, layers * backward, gradients, again * backward)
 
 
-def _decoder_attention(text: TextConfig, length: int, remat: str) -> Part:
-    """One row: scores and weighted values, 2 T T N H each; each has two gradients."""
-    layer = 4.0 * length**2 * text.num_heads * text.head_dim
-    return Part(layer, 2 * layer, 0.0, layer * ("attention" in RECOMPUTED[remat])) * text.num_layers
+def _attention(forward: float, backward: bool, recomputed: Collection[str]) -> Part:
+    """Scores and weighted values, 2 T T N H each a layer; each has two gradients."""
+    return Part(forward, 2 * forward * backward, 0.0, forward * backward * ("attention" in recomputed))

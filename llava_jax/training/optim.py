@@ -1,32 +1,81 @@
-"""What each stage trains, and how: tables of parameter names, AdamW and the published schedule."""
+"""What a run trains, as a table of parameter names, and how: AdamW with the published schedule.
+
+`config.trainable` is that table or, if it is empty, the stage's own. Everything else follows from the names it matches:
+what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
+"""
 
 import math
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import optax
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 
-# Stage -> (pattern of names, optimizer group). What matches nothing is frozen.
-STAGES: dict[str, tuple[tuple[str, str], ...]] = {
-    "pretrain": ((r"projector\.", "projector"),),
-    "finetune": ((r"projector\.", "projector"), (r"llm\.", "llm")),
-}
+# Stage -> the parts of the model that it trains.
+STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
 # Never decayed.
 NO_DECAY = re.compile(r"(bias|scale)$")
 
 
-def group_of(name: str, stage: str) -> str | None:
-    """The optimizer group of a parameter, None if the stage freezes it."""
-    if stage not in STAGES:
-        raise UserError(f"config.stage is {stage!r}, not one of {', '.join(STAGES)}")
-    return next((group for pattern, group in STAGES[stage] if re.match(pattern, name)), None)
+class Group(NamedTuple):
+    """Parameters that are trained alike. `label` is its key in the optimizer's state."""
+
+    label: str
+    pattern: str  # matches the beginning of a parameter's name
+    learning_rate: float  # at its peak
+    weight_decay: float
 
 
-def trainable_names(names: Iterable[str], stage: str) -> list[str]:
-    return [name for name in names if group_of(name, stage)]
+def groups(config: ConfigDict) -> tuple[Group, ...]:
+    """The table of what a run trains, in order of precedence."""
+    if config.trainable:
+        return tuple(
+            Group(
+                f"group_{number}",
+                entry["parameters"],
+                entry.get("learning_rate", config.learning_rate),
+                entry.get("weight_decay", config.weight_decay),
+            )
+            for number, entry in enumerate(config.trainable, 1)
+        )
+    if config.stage not in STAGES:
+        raise UserError(f"config.stage is {config.stage!r}, not one of {', '.join(STAGES)}")
+    peaks = {"llm": config.learning_rate, "projector": config.projector_learning_rate or config.learning_rate}
+    return tuple(Group(part, rf"{part}\.", peaks[part], config.weight_decay) for part in STAGES[config.stage])
+
+
+def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:
+    """The group of each trained parameter, of all parameters of a model: the first whose pattern matches.
+
+    Raises UserError for a pattern that is the first to match no parameter.
+    """
+    names, table = list(names), groups(config)
+    found = {name: next((group for group in table if re.match(group.pattern, name)), None) for name in names}
+    for group in table:
+        if group not in found.values():
+            matches = sum(bool(re.match(group.pattern, name)) for name in names)
+            if matches:
+                reason = f"all {matches} parameters that it matches are those of earlier patterns"
+            else:
+                reason = f"it matches no parameter; their names are like {', '.join(_examples(names))}"
+            raise UserError(f"config.trainable: the pattern {group.pattern} trains nothing: {reason}")
+    return {name: group for name, group in found.items() if group}
+
+
+def trainable_names(names: Iterable[str], config: ConfigDict) -> list[str]:
+    """The names of the trained parameters, in the order of `names`."""
+    return list(trained(names, config))
+
+
+def _examples(names: Iterable[str]) -> list[str]:
+    """The first parameter of each part of the model."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(name.partition(".")[0], name)
+    return list(first.values())
 
 
 def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -36,26 +85,31 @@ def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup]) if warmup else cosine
 
 
-def schedules(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
-    """Learning rate by optimizer group."""
-    peaks = {"llm": config.learning_rate, "projector": config.projector_learning_rate or config.learning_rate}
-    return {group: learning_rate(peak, steps, config.warmup_ratio) for group, peak in peaks.items()}
+def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
+    """The learning rates that are metrics, by name: of the stage's main part and, if it differs, of the projector; of
+    `config.trainable` that of the first pattern as `learning_rate`, of the second as `learning_rate_2` and so on."""
+    table = groups(config)
+    if config.trainable:
+        chosen = {f"learning_rate_{number}" if number > 1 else "learning_rate": g for number, g in enumerate(table, 1)}
+    else:
+        chosen = {"learning_rate": table[-1]}
+        chosen |= {"projector_learning_rate": table[0]} if config.projector_learning_rate else {}
+    return {name: learning_rate(group.learning_rate, steps, config.warmup_ratio) for name, group in chosen.items()}
 
 
-def make_optimizer(config: ConfigDict, trainable: Iterable[str], steps: int) -> optax.GradientTransformation:
-    """AdamW by group, for a flat dict of exactly the trainable parameters, clipped by their common norm."""
-    labels = {name: group_of(name, config.stage) for name in trainable}
+def make_optimizer(config: ConfigDict, names: Iterable[str], steps: int) -> optax.GradientTransformation:
+    """AdamW by group, for a flat dict of exactly the trained parameters, clipped by their common norm."""
+    chosen = trained(names, config)
     adamw = {
-        group: optax.adamw(
-            schedule,
+        group.label: optax.adamw(
+            learning_rate(group.learning_rate, steps, config.warmup_ratio),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,
-            weight_decay=config.weight_decay,
+            weight_decay=group.weight_decay,
             mask=lambda params: {name: not NO_DECAY.search(name) for name in params},
         )
-        for group, schedule in schedules(config, steps).items()
-        if group in labels.values()
+        for group in groups(config)
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.partition(adamw, labels))
+    return optax.chain(clip, optax.partition(adamw, {name: group.label for name, group in chosen.items()}))

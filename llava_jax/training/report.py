@@ -55,7 +55,7 @@ class Reporter:
         if distributed.is_first():
             self._writer = MetricsWriter(run.workdir, start, tracking.start(config, run.workdir), check_lock)
             self._screen = Screen(start, run.steps)
-        self._rates = optim.schedules(config, run.steps)
+        self._rates = optim.reported_rates(config, run.steps)
         self._flops = run.program.flops
         self._peak = peak_flops(jax.devices()[0].device_kind)  # None on CPUs
 
@@ -105,13 +105,9 @@ class Reporter:
 
     def _host_metrics(self, step: int, counts: dict[str, int]) -> dict[str, float]:
         """What the host adds to the metrics of a step: learning rates, bad samples, speed."""
-        config = self._run.config
         now = self._goodput.step_seconds()
         seconds, self._clock = now - self._clock, now
-        rate = self._rates["llm" if config.stage == "finetune" else "projector"]
-        values: dict[str, float] = {"learning_rate": float(rate(step - 1))}
-        if config.projector_learning_rate:
-            values["projector_learning_rate"] = float(self._rates["projector"](step - 1))
+        values = {name: float(rate(step - 1)) for name, rate in self._rates.items()}
         if self._skips_bad:
             values["bad_samples"] = self.bad.count
         values |= {

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax.checkpoint.format import needed
@@ -20,8 +21,20 @@ from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.tokenization import encode_sample, truncate
 from llava_jax.models.llava import Params
 from llava_jax.parallel import distributed, sharding
+from llava_jax.training import optim
 from llava_jax.training.setup import Run
 from llava_jax.training.step import TrainState
+
+
+def _groups(trainable: Params, config: ConfigDict) -> Iterator[str]:
+    """Yields a line for each pattern of `config.trainable`."""
+    chosen = optim.trained(trainable, config)
+    for group in optim.groups(config):
+        sizes = [trainable[name].size for name, other in chosen.items() if other == group]
+        yield (
+            f"           {group.pattern}: {sum(sizes):,} in {len(sizes)} arrays, rate {group.learning_rate:g}, "
+            f"weight decay {group.weight_decay:g}"
+        )
 
 
 def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
@@ -43,6 +56,8 @@ def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
     yield f"stage      {config.stage} in {run.workdir}, from {config.init}"
     optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
     yield f"trainable  {_size(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB"
+    if config.trainable:
+        yield from _groups(state.trainable, config)
     yield f"frozen     {_size(frozen)}"
     if sources := needed(run.workdir, run.description):
         yield (

@@ -18,29 +18,10 @@ from llava_jax.data.sources import Source
 from llava_jax.files.lock import entries
 from llava_jax.files.reading import read_json, read_object, require_regular
 from llava_jax.files.writing import write_json
+from llava_jax.recipes.common import OPTIONS, get_config
+from llava_jax.recipes.options import flatten
 from llava_jax.training.metrics import BAD_SAMPLES, METRICS, step_of
 
-# What may differ when a run is resumed, since it cannot change the mathematics.
-NEUTRAL = (
-    "mesh",
-    "model",  # only checked against the checkpoint
-    "default_model",
-    "data.workers",
-    "data.allow_absolute_images",
-    "data.on_bad_sample",  # changes nothing of a run that came so far without
-    "data.max_bad_share",
-    "max_rows_per_device",
-    "remat",
-    "attention",
-    "log_every",
-    "eval_every",
-    "evaluate.",
-    "save_every",
-    "keep",
-    "profile.",
-    "compilation_cache",
-    "wandb.",
-)
 # What a run writes about its model and its steps, before it has done any.
 LEFTOVERS = (STEPS, "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPLES, "tensorboard", "evaluations")
 
@@ -145,10 +126,11 @@ def _remove_leftovers(workdir: epath.Path) -> None:
 
 
 def _compare(workdir: epath.Path, config: ConfigDict, data: dict[str, Any]) -> None:
-    wanted = _flat(json.loads(json.dumps(config.to_dict())))  # as the file has it: a list for a tuple
-    found = _flat(_read(workdir / "config.json", read_object))
+    written = dict(flatten(_read(workdir / "config.json", read_object)))
+    found = _as_json(get_config()) | written  # options newer than the run: it did what is now the default
+    wanted = _as_json(config)
     differing = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-    differing = [key for key in differing if not key.startswith(NEUTRAL)]
+    differing = [key for key in differing if key not in OPTIONS or not OPTIONS[key].changeable]
     if differing:
         changes = ", ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
         raise UserError(f"{workdir} belongs to a run of another configuration ({changes}); choose another workdir")
@@ -166,11 +148,9 @@ def _read(file: epath.Path, read: Callable[..., Any] = read_json) -> Any:
         raise UserError(f"{file}: damaged ({str(error).removeprefix(f'{file}: ')}); choose another workdir") from None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    """The options by dotted key, as `config.json` has them: a list for a tuple."""
+    return dict(flatten(json.loads(json.dumps(config.to_dict()))))
 
 
 def fingerprint(source: Source, lengths: Lengths) -> dict[str, Any]:

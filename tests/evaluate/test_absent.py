@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.outcomes import write_outcomes
 from llava_jax.evaluate.score import score
 from tests.evaluate import test_suite as suite
 from tests.evaluate.test_scienceqa import PROBLEMS, TEXTS
@@ -101,7 +102,7 @@ def labels(tmp_path: Path) -> Callable[[str], list[str]]:
 
 
 def of(name: str, folder: Path, lines: Lines, labels: list[str]) -> dict[str, Any]:
-    return score(name, suite.write(folder / "answers.jsonl", suite.jsonl(lines)), labels, [])
+    return score(name, suite.write(folder / "answers.jsonl", suite.jsonl(lines)), labels, [])[0]
 
 
 def numbers(scores: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def test_outcomes_show_no_thinking(tmp_path: Path, labels):
     lines = [line | {"text": f"<think>So.</think>{line['text']}"} for line in CASES["easy-vqa"][1][:1]]
     lines.append(CASES["easy-vqa"][1][1] | FILTERED)
     file = suite.write(tmp_path / "a.jsonl", suite.jsonl(lines))
-    score("easy-vqa", file, labels("easy-vqa"), [], outcomes=str(tmp_path / "e.outcomes.jsonl"))
+    write_outcomes(tmp_path / "e.outcomes.jsonl", score("easy-vqa", file, labels("easy-vqa"), [])[1])
     found = [json.loads(line) for line in (tmp_path / "e.outcomes.jsonl").read_text().splitlines()]
     assert [(outcome["answer"], outcome["score"]) for outcome in found] == [("yes", 1.0), ("", 0.0)]
 

@@ -10,7 +10,7 @@ import tiny
 from scripted_llm import ScriptedLLM
 
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.judging import SYSTEM
+from llava_jax.evaluate.benchmarks.llava_bench_judge import SYSTEM
 
 CATEGORIES = ("conv", "detail", "complex")
 REFERENCE = "It is of one colour."

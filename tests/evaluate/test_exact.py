@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.exact import normal
+from llava_jax.evaluate.benchmarks.exact import normal
 from llava_jax.evaluate.questions import read_questions
 
 

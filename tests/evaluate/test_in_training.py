@@ -143,7 +143,7 @@ def test_what_is_wrong_shows_before_the_first_step(world: dict[str, str], tmp_pa
 def test_what_is_scored_together_is_asked_together():
     asked = [Question(i, f"{i}?", (f"{i % 5}.png",)) for i in range(10)]
     pairs = choose(asked, BENCHMARKS["mme"], limit=5, seed=0)
-    assert len(pairs) == 6 and len({question.pictures for question in pairs}) == 3
+    assert len(pairs) == 6 and len({question.images for question in pairs}) == 3
     assert [question.id for question in pairs] == sorted(question.id for question in pairs)
     assert len(choose(asked, BENCHMARKS["pope"], limit=5, seed=0)) == 5
 

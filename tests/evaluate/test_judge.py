@@ -11,7 +11,7 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import retry
 
 COCO = {
     "image": "1.jpg",
@@ -42,7 +42,7 @@ def by_length(body: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
 
 
@@ -217,11 +217,11 @@ def test_budget_and_changed_work(tmp_path: Path, files: list[str], capsys: pytes
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [
-    ("q.jsonl", lambda lines: [*lines, lines[0] | {"text": "Why?"}], "line 3: question 0 stands there for the second"),
-    ("c.jsonl", lambda lines: lines[:1], "line 2: question 1: .* no description of its picture 2.jpg"),
+    ("q.jsonl", lambda lines: [*lines, lines[0] | {"text": "Why?"}], "line 3: question 0 is there a second"),
+    ("c.jsonl", lambda lines: lines[:1], "line 2: question 1: .* no description of its image 2.jpg"),
     ("answers.jsonl", lambda lines: lines[:1], "no answer to 1 of 2 questions, 0 the first"),
-    ("answers.jsonl", lambda lines: [*lines, lines[0] | {"text": "No."}], "line 3: question 1 has an answer already"),
-    ("reference.jsonl", lambda lines: [*lines, {"question_id": 7, "text": ""}], "question 7 is none of the 2"),
+    ("answers.jsonl", lambda lines: [*lines, lines[0] | {"text": "No."}], "question 1 was answered in line 1 already"),
+    ("reference.jsonl", lambda lines: [*lines, {"question_id": 7, "text": ""}], "question 7 has none of the 2"),
 ])  # fmt: skip
 def test_damage_is_named(tmp_path: Path, files: list[str], name: str, damage: Any, message: str):
     write(tmp_path / name, damage(read(tmp_path / name)))

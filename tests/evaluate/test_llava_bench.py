@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.llava_bench import score
-from llava_jax.evaluate.reviews import Review, parse_scores
+from llava_jax.evaluate.benchmarks.llava_bench import score
+from llava_jax.evaluate.benchmarks.llava_bench_reviews import Review, parse_scores
 
 REVIEWS = [
     {"id": 1, "question_id": 0, "category": "llava_bench_conv", "content": "8 7\nFine.", "tuple": [8.0, 7.0]},

@@ -17,7 +17,7 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate import in_training
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.answering import ANSWER_IS, batches
+from llava_jax.evaluate.predict_checkpoint import ANSWER_IS, batches
 from llava_jax.evaluate.questions import Question
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
@@ -74,7 +74,7 @@ def test_it_goes_on_after_a_cut_line(made, answers, tmp_path, capsys):
     (tmp_path / "a.jsonl.part0").write_bytes(whole[0] + whole[2][:40])
     (tmp_path / "a.jsonl.part1").write_bytes(whole[3])  # of a process that there isn't now
     assert predict(made, output) == answers
-    assert "goes on after 3 answers" in capsys.readouterr().err and not list(tmp_path.glob("*.part*"))
+    assert "resumes after 3 answers" in capsys.readouterr().err and not list(tmp_path.glob("*.part*"))
     assert predict(made, output) == answers
     assert "second" not in capsys.readouterr().err  # nothing was left to ask
 
@@ -219,7 +219,7 @@ def test_images_outside_the_folder_and_what_is_no_file(made, tmp_path, name):
     with pytest.raises(UserError, match="question 7: image "):
         question = Question(7, "What?", (name,))
         in_training.request(question, f"{tmp_path}/images")
-        in_training.check_pictures(question, f"{tmp_path}/images")
+        in_training.check_images(question, f"{tmp_path}/images")
 
 
 def test_absolute_names_are_read_by_an_option(made, answers, tmp_path):

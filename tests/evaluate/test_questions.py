@@ -10,8 +10,8 @@ from PIL import Image
 from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate.benchmarks import BENCHMARKS
-from llava_jax.evaluate.endpoint import messages
 from llava_jax.evaluate.in_training import request
+from llava_jax.evaluate.predict_endpoint import messages
 from llava_jax.evaluate.questions import Question, marked, read_questions
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
@@ -65,7 +65,7 @@ def test_system_prompts_are_asked_with(tmp_path):
     asked = read_questions([write(tmp_path / "a.json", values)], "")
     asked += read_questions([write(tmp_path / "b.jsonl", [LINE | {"system_prompt": "Be brief."}], lines=True)], "")
     assert asked == [q._replace(system="Be brief.") for q in (ASKED, ASKED._replace(id=8), ASKED)]
-    assert messages(ASKED._replace(pictures=(), system="Be brief."), "") == [
+    assert messages(ASKED._replace(images=(), system="Be brief."), "") == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_places_of_marks_are_kept(tmp_path):
     value = {"question_id": 1, "images": ["a.jpg", "b.jpg"], "text": text}
     (asked,) = read_questions([write(tmp_path / "a.jsonl", [value], lines=True)], "Briefly.")
     assert asked.marked_text == f"{text}\nBriefly." and "<image>" not in asked.text
-    assert asked.text.endswith("\nBriefly.") and asked.pictures == ("a.jpg", "b.jpg")
+    assert asked.text.endswith("\nBriefly.") and asked.images == ("a.jpg", "b.jpg")
 
 
 def test_a_model_that_saw_images_in_their_places_is_asked_so(tmp_path):
@@ -99,7 +99,7 @@ def test_a_model_that_saw_images_in_their_places_is_asked_so(tmp_path):
     first = "<image>\n<image>\nSource: \nTarget:\nBriefly."
     assert marked(asked, image_position="as_is") == f"{text}\nBriefly."
     assert marked(asked) == marked(asked, image_position="random") == first
-    assert marked(asked, picture_last=True, image_position="as_is").endswith("\nBriefly.\n<image>\n<image>")
+    assert marked(asked, image_last=True, image_position="as_is").endswith("\nBriefly.\n<image>\n<image>")
     assert request(asked, str(tmp_path), "as_is").turns == [("user", f"{text}\nBriefly.")]
     (message,) = messages(asked, str(tmp_path))
     assert [part.get("text", part["type"]) for part in message["content"]] == [
@@ -160,5 +160,5 @@ def test_what_is_asked_is_what_training_would_see(tmp_path_factory, questions, l
     path = write(folder / "q.json", values, lines=lines)
     asked = read_questions([path], "")
     for question, sample in zip(asked, LlavaJson(path), strict=True):
-        assert question.pictures == sample.images and question.id == sample.id
+        assert question.images == sample.images and question.id == sample.id
         assert marked(question).split() == sample.turns[0][1].split()

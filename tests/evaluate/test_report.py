@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate import report_page
-from llava_jax.evaluate.bootstrap import compare, seed_of
+from llava_jax.evaluate.comparison import bootstrap, seed_of
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://x onerror=alert(1)>\"'&"
@@ -48,23 +48,23 @@ def test_intervals_are_those_of_theory():
     rng = np.random.default_rng(0)
     first = rng.random(400) < 0.6
     second = first | (rng.random(400) < 0.1)
-    compared = compare(np.array([first, second], float), np.ones((2, 400)), 4000, [0])
-    value, low, high = compared.values[0]
+    values, differences = bootstrap(np.array([first, second], float), np.ones((2, 400)), 4000, [0])
+    value, low, high = values[0]
     assert value == 100 * first.mean()
     error = 100 * np.sqrt(first.mean() * (1 - first.mean()) / 400)
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.06)
-    assert low < value < high and compared.differences[1].low > 0
-    assert compared.differences[1].high - compared.differences[1].low < (high - low) / 1.5
-    assert compared.differences[0] == (0, 0, 0)
-    assert compare(np.array([first], float), np.ones((1, 400)), 4000, [0]).values[0] == compared.values[0]
+    assert low < value < high and differences[1].low > 0
+    assert differences[1].high - differences[1].low < (high - low) / 1.5
+    assert differences[0] == (0, 0, 0)
+    assert bootstrap(np.array([first], float), np.ones((1, 400)), 4000, [0])[0][0] == values[0]
 
 
 def test_ratios_and_failures():
     """Judged answers: the ratio of the sums, as `score` has it; what failed weighs nothing."""
-    compared = compare(np.array([[7.0, 4.5, 0.0]]), np.array([[8.0, 9.0, 0.0]]), 500, seed_of(0, "a"))
-    assert compared.values[0].value == pytest.approx(100 * 11.5 / 17)
-    assert 50 <= compared.values[0].low < compared.values[0].high <= 87.5
-    assert compare(np.zeros((1, 2)), np.zeros((1, 2)), 10, [0]).values == [None]
+    values, differences = bootstrap(np.array([[7.0, 4.5, 0.0]]), np.array([[8.0, 9.0, 0.0]]), 500, seed_of(0, "a"))
+    assert values[0].value == pytest.approx(100 * 11.5 / 17)
+    assert 50 <= values[0].low < values[0].high <= 87.5
+    assert bootstrap(np.zeros((1, 2)), np.zeros((1, 2)), 10, [0])[0] == [None]
 
 
 class Page(HTMLParser):
@@ -184,7 +184,7 @@ def test_what_cannot_be_compared(tmp_path: Path, runs: list[str], capsys: pytest
     evaluate.main(["report", *runs, "--partial", "--resamples", "10"])
     assert re.search(r"quiz +all +39 ", capsys.readouterr().out)
     quiz.write_text(lines[0] + lines[0])
-    with pytest.raises(UserError, match="line 2: question 0 stands there for the second time"):
+    with pytest.raises(UserError, match="line 2: question 0 is there a second time"):
         evaluate.main(["report", *runs])
     quiz.write_text('{"question_id": "0", "score": 1}\n')
     with pytest.raises(UserError, match="line 1: is no outcome"):

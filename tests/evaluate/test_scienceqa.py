@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.evaluate.scienceqa import FAILED, extract
+from llava_jax.evaluate.benchmarks.scienceqa_scores import FAILED, extract
 
 SUBJECTS = {"n": "natural science", "s": "social science", "l": "language science"}
 

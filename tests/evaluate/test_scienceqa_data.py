@@ -10,8 +10,8 @@ from llava_jax.cli import UserError
 from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.benchmarks.scienceqa_questions import convert, sample
 from llava_jax.evaluate.questions import marked, read_questions
-from llava_jax.evaluate.scienceqa_data import convert, sample
 
 PROBLEM: dict[str, Any] = {
     "question": "Which  is it?", "choices": ["a cat", "a dog"], "answer": 1, "hint": "Look. ", "image": "image.png",
@@ -57,7 +57,7 @@ def test_questions_of_the_release_are_asked_for_a_letter(arguments, tmp_path):
         "Context: Look.\nWhich  is it?\nA. a cat\nB. a dog\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert marked(asked[1]).startswith("<image>\nContext: ") and asked[1].pictures == ("1/image.png",)
+    assert marked(asked[1]).startswith("<image>\nContext: ") and asked[1].images == ("1/image.png",)
 
 
 def test_what_a_problem_lacks_leaves_as_little_as_in_the_published_data():

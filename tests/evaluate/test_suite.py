@@ -98,7 +98,7 @@ def test_vizwiz(tmp_path: Path, score):
         score("vizwiz", by_number, labels)
     out = submit(tmp_path, "vizwiz", by_number, f"--labels={questions}")
     assert json.loads(out.read_text())[2] == {"image": "c.jpg", "answer": "can"}
-    with pytest.raises(UserError, match="line 1: 0 names no picture: --labels with the questions"):
+    with pytest.raises(UserError, match="line 1: 0 names no image: --labels with the questions"):
         submit(tmp_path, "vizwiz", by_number)
 
 
@@ -306,7 +306,7 @@ def test_mmbench_rotations_in_rows(tmp_path: Path, score):
         score("mmbench", answers[:3], labels)
     asked = read_questions([labels], "Go.", BENCHMARKS["mmbench"].questions)
     assert asked[0] == Question(3, "Look.\nWhich?\nA. cat\nB. dog\nGo.", (b"picture",), {})
-    assert asked[3].text == "Who?\nA. she\nB. it\nC. he\nGo." and asked[3].pictures == (b"picture",)
+    assert asked[3].text == "Who?\nA. she\nB. it\nC. he\nGo." and asked[3].images == (b"picture",)
 
 
 def test_mmbench_rotations_in_answers(tmp_path: Path, score):
@@ -343,7 +343,7 @@ def test_seed(tmp_path: Path, score):
         "by_kind": {"Action Recognition": 0.0, "Scene Understanding": 50.0}, "total": 3, "failed": 1,
     }  # fmt: skip
     asked = read_questions([labels], "", BENCHMARKS["seed"].questions)
-    assert (asked[0].text, asked[0].pictures, len(asked)) == ("Which?\nA. w\nB. x\nC. y\nD. z", ("101.jpg",), 2)
+    assert (asked[0].text, asked[0].images, len(asked)) == ("Which?\nA. w\nB. x\nC. y\nD. z", ("101.jpg",), 2)
 
 
 def test_seed_as_published_has_a_question_twice(tmp_path: Path, score, capsys):
@@ -543,9 +543,9 @@ def test_questions_of_pope_and_mme(pope_labels, mme_labels):
     assert len(asked) == 6 and asked[0].extra == {"category": "coco_pope_random"}
     if (Path(mme_labels) / "existence").exists():
         asked = read_questions([mme_labels], "Go.", BENCHMARKS["mme"].questions)
-        assert (asked[0].id, asked[0].pictures) == ("code_reasoning/a.png", ("code_reasoning/images/a.png",))
+        assert (asked[0].id, asked[0].images) == ("code_reasoning/a.png", ("code_reasoning/images/a.png",))
         assert asked[0].text == "Is it 5?\nGo."  # the release's words stand in place of MME's
-        right = BENCHMARKS["mme"].labels([mme_labels], [], [])
+        right = BENCHMARKS["mme"].read_labels([mme_labels], [], [])
         asked = read_questions([mme_labels], BENCHMARKS["mme"].suffix, BENCHMARKS["mme"].questions)
         assert {right.key(Line("", answer(q.id, "yes", q.text))) for q in asked} == set(right)
 
@@ -680,7 +680,7 @@ def test_mme_submission(tmp_path: Path, mme_labels):
     ("easy-vqa", [{"id": "1", "conversations": [{"from": "human", "value": "?"}]}], "sample 1 has no answer to its"),
     ("easy-vqa", [{"id": "1", "conversations": [{"value": "?"}]}], "sample 0 .id 1.: turn 1 is from null"),
     ("gqa", {"q": {"answer": 1, "types": {"structural": "query"}}}, "question q: its answer is no text but 1"),
-    ("sciencequa", {}, "sciencequa: is no such benchmark; choose from vqav2"),
+    ("sciencequa", {}, "sciencequa: is no such benchmark; choose from easy-vqa"),
 ])  # fmt: skip
 def test_labels_of_another_kind_are_named(tmp_path: Path, score, name, labels, message):
     with pytest.raises(UserError, match=message):

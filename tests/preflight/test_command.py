@@ -16,8 +16,8 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import __main__ as preflight
 from llava_jax.preflight import compile as ahead
-from llava_jax.preflight import report as forecast
-from llava_jax.preflight import targets
+from llava_jax.preflight import search, targets, text
+from llava_jax.preflight.report import Report, report
 
 targets.prepare_environment()
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -50,59 +50,60 @@ def reports():
     """Target -> the report of the small model, compiled once."""
 
     @functools.cache
-    def report(name: str) -> dict:
+    def of(name: str) -> Report:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(PRESETS, "small", SMALL)
-            return forecast.report(small_config(), name)
+            return report(small_config(), name)
 
-    return report
+    return of
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_memory(reports, name):
-    report = reports(name)
-    memory = report["memory"]
+    found = reports(name)
+    memory = found.memory
     names = abstract_params(SMALL)
     parameters = sum(value.size for value in names.values())
     trained = sum(value.size for name, value in names.items() if not name.startswith("vision."))
-    assert report["fits"] and report["devices"] == 4 and report["rows_per_device"] == 2
+    assert found.fits and found.devices == 4 and found.rows_per_device == 2
     # A quarter each: float32 with two moments where it is trained, bfloat16 where frozen.
-    assert memory["optimizer"] == pytest.approx(2 * trained, rel=0.01)
-    assert memory["parameters"] == pytest.approx(trained + (parameters - trained) / 2, rel=0.01)
+    assert memory.optimizer == pytest.approx(2 * trained, rel=0.01)
+    assert memory.parameters == pytest.approx(trained + (parameters - trained) / 2, rel=0.01)
     parts = ("parameters", "optimizer", "batch", "activations", "margin")
-    assert memory["needed"] == pytest.approx(sum(memory[part] for part in parts))
-    peak = (memory["needed"] - memory["margin"]) / MiB
+    assert memory.needed == pytest.approx(sum(getattr(memory, part) for part in parts))
+    peak = (memory.needed - memory.margin) / MiB
     assert 0.8 * PEAKS[name] < peak <= PEAKS[name]
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_flops_are_those_of_the_formula(reports, name):
-    compiled = reports(name)["compiled"]
-    assert compiled["ratio"] == pytest.approx(1, abs=0.01)
-    assert compiled["recomputed"] == 0 and not compiled["loops_of_unknown_length"]
+    compiled = reports(name).compiled
+    assert compiled.ratio == pytest.approx(1, abs=0.01)
+    assert compiled.recomputed == 0 and not compiled.loops_of_unknown_length
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_more_is_sent_than_has_to_be(reports, name):
     """And no weights in float32."""
-    collectives = reports(name)["collectives"]
-    assert collectives["ratio"] == pytest.approx(1, abs=0.02)
-    float32 = [row["wire"] for row in collectives["kinds"] if row["dtype"] == "f32"]
-    assert sum(float32) < 0.01 * collectives["wire"]
+    collectives = reports(name).collectives
+    assert collectives.ratio == pytest.approx(1, abs=0.02)
+    float32 = [row["wire"] for row in collectives.kinds if row["dtype"] == "f32"]
+    assert sum(float32) < 0.01 * collectives.wire
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_time_is_bounded_by_the_slowest_of_three(reports, name):
-    seconds = reports(name)["bound"]["seconds"]
+    bound = reports(name).bound
+    seconds = bound.seconds
     assert seconds["step"] == max(seconds["compute"], seconds["memory"], seconds["network"]) > 0
-    assert 0 < reports(name)["bound"]["mfu"]["causal"] < reports(name)["bound"]["mfu"]["full"] <= 1
+    assert 0 < bound.mfu["causal"] < bound.mfu["full"] <= 1
 
 
 def test_the_first_stage_holds_no_optimizer_for_what_is_frozen():
-    report = forecast.report(small_config(stage="pretrain"), "h100:4")
+    found = report(small_config(stage="pretrain"), "h100:4")
     trained = 2 * 4 * (256 * 1024 + 1024 * 1024) / 4
-    assert report["memory"]["optimizer"] == pytest.approx(trained, rel=0.05)
-    assert report["compiled"]["ratio"] == pytest.approx(1, abs=0.01)
+    assert found.memory.optimizer == pytest.approx(trained, rel=0.05)
+    assert found.compiled.ratio == pytest.approx(1, abs=0.01)
 
 
 def test_packed_rows_may_be_longer_and_hold_as_many_pictures_as_have_room():
@@ -116,50 +117,50 @@ def test_packed_rows_may_be_longer_and_hold_as_many_pictures_as_have_room():
 
 def test_libtpu_says_what_does_not_fit():
     config = small_config(batch_rows=4096, max_rows_per_device=0, remat="none")
-    report = forecast.report(config, "v5e:1x1")
-    assert not report["fits"] and report["memory"]["needed"] > report["memory"]["available"] == 15.75 * GiB
-    assert report["reason"].startswith("libtpu: ") and "exceeds available HBM (15.75G)" in report["reason"]
-    assert "\n" not in report["reason"]
-    assert report["remedies"][:2] == [
+    found = report(config, "v5e:1x1")
+    assert not found.fits and found.memory.needed > found.memory.available == 15.75 * GiB
+    assert found.reason.startswith("libtpu: ") and "exceeds available HBM (15.75G)" in found.reason
+    assert "\n" not in found.reason
+    assert found.remedies[:2] == (
         "--config.max_rows_per_device=2048 (now 4096 rows at once)",
         "--config.remat=full",
-    ]
-    assert "unfit      libtpu" in preflight.text(report)
+    )
+    assert "unfit      libtpu" in found.to_text()
 
 
 def test_gpus_are_measured_against_the_part_that_jax_takes(reports):
-    needed = reports("h100:4")["memory"]["needed"]
-    whole = reports("h100:4")["memory"]["available"] / 0.75
+    needed = reports("h100:4").memory.needed
+    whole = reports("h100:4").memory.available / 0.75
     assert needed > 2 * GiB  # the margin
-    report = forecast.report(small_config(), "h100:4", memory_fraction=0.99 * needed / whole)
-    assert not report["fits"] and "margin" in report["reason"]
+    found = report(small_config(), "h100:4", memory_fraction=0.99 * needed / whole)
+    assert not found.fits and "margin" in found.reason
 
 
 def test_largest_batch(reports):
     """The search ends where one row more would not fit."""
-    memory = reports("h100:4")["memory"]
-    whole = memory["available"] / 0.75
-    result = forecast.largest_batch(small_config(max_length=1024), "h100:4", (memory["needed"] + 160 * MiB) / whole)
-    rows = result["rows_per_device"]
-    assert result["fits"] and result["tried"][rows] and result["batch_rows"] % (4 * rows) == 0
-    assert not result["tried"][rows + 1]
+    memory = reports("h100:4").memory
+    whole = memory.available / 0.75
+    result = search.largest_batch(small_config(max_length=1024), "h100:4", (memory.needed + 160 * MiB) / whole)
+    rows = result.rows_per_device
+    assert result.fits and result.tried[rows] and result.batch_rows % (4 * rows) == 0
+    assert not result.tried[rows + 1]
 
 
 def test_smallest_slice(monkeypatch):
     """Two layers of 2.7e9 parameters each with two moments: 64 GB, of which an H100 does not have as many for JAX."""
     wide = dataclasses.replace(SMALL, text=TextConfig(4096, 16384, 32768, 2, 128, 128, 128))
     monkeypatch.setitem(PRESETS, "small", wide)
-    result = forecast.smallest_slice(small_config(), "h100")
-    *smaller, least = result["tried"]
-    assert smaller[0] == "h100:1" and not any(result["tried"][name] for name in smaller)
-    assert result["fits"] and result["target"] == least and result["tried"][least]
+    result = search.smallest_slice(small_config(), "h100")
+    *smaller, least = result.tried
+    assert smaller[0] == "h100:1" and not any(result.tried[name] for name in smaller)
+    assert result.fits and result.target == least and result.tried[least]
 
 
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="neither config.model .* nor config.init"):
-        forecast.report(small_config(model=""), "cpu")
+        report(small_config(model=""), "cpu")
     with pytest.raises(UserError, match="config.model is 'no-such', not one of"):
-        forecast.report(small_config(model="", default_model="no-such"), "cpu")
+        report(small_config(model="", default_model="no-such"), "cpu")
 
 
 def test_a_recipe_without_a_size_compiles_the_published_one():
@@ -172,10 +173,47 @@ def test_a_recipe_without_a_size_compiles_the_published_one():
 
 def test_a_table_has_a_line_a_target(reports):
     results = [reports(name) for name in TARGETS]
-    lines = preflight.table(results).splitlines()
+    lines = text.table(results).splitlines()
     assert [line.split()[0] for line in lines[1:3]] == TARGETS and all(" yes " in line for line in lines[1:3])
     for result in results:
-        assert "fits       " in preflight.text(result)
+        assert "fits       " in result.to_text()
+
+
+FIELDS = (
+    *("target", "fits", "devices", "device_kind", "mesh", "stage", "model", "remat", "dtype", "batch_rows"),
+    *("rows_per_device", "microbatches", "max_length", "image_slots", "label_slots", "memory", "flops"),
+    "compile_seconds",
+)
+
+
+def test_json_has_what_applies(reports):
+    """Programs read it: these are its fields, in their order."""
+    found = reports("h100:4")
+    assert tuple(found.to_json()) == (*FIELDS, "compiled", "collectives", "bound")
+    unfit = dataclasses.replace(found, fits=False, compiled=None, collectives=None, bound=None, reason="too large")
+    assert tuple(unfit.to_json()) == (*FIELDS, "reason", "remedies")
+    searched = dataclasses.replace(found, bound=None, search="batch", tried={1: True, 2: False})
+    values = json.loads(json.dumps(searched.to_json()))
+    assert tuple(values) == (*FIELDS, "compiled", "collectives", "search", "tried")
+    assert values["tried"] == {"1": True, "2": False} and values["memory"] == dataclasses.asdict(found.memory)
+    assert tuple(values["flops"]) == ("parts", "model") and tuple(values["flops"]["model"]) == ("full", "causal")
+    assert values["flops"]["parts"]["llm"] == dataclasses.asdict(found.flops["llm"])
+    assert tuple(values["compiled"]) == (
+        *("flops", "formula", "ratio", "recomputed", "recomputed_at", "kernels", "left_out", "loops_of_unknown_length"),
+    )
+    assert tuple(values["collectives"]) == ("kinds", "wire", "ideal", "ratio")
+    assert tuple(values["collectives"]["kinds"][0]) == ("kind", "dtype", "count", "payload", "wire")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_recipes_own_table_of_what_is_trained_is_compiled(name):
+    """The tower and the norms of the decoder: memory, FLOPs and bytes follow from the names."""
+    found = report(small_config(trainable=({"parameters": r"vision\."}, {"parameters": r"llm\..*norm"})), name)
+    trained = sum(value.size for parameter, value in abstract_params(SMALL).items() if parameter.startswith("vision."))
+    assert found.memory.optimizer == pytest.approx(2 * trained, rel=0.05)
+    assert found.flops["vision"].weights > 0 == found.flops["llm"].weights == found.flops["projector"].weights
+    assert found.compiled.ratio == pytest.approx(1, abs=0.01)
+    assert found.collectives.ratio == pytest.approx(1, abs=0.05)
 
 
 RECIPE = """

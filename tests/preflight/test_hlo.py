@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llava_jax.preflight import hlo, targets
+from llava_jax.preflight import hlo_cost, targets
 
 targets.prepare_environment()
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -54,7 +54,7 @@ def loss(weights, x, gather):
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 
-def step_by_compiler(mesh: Mesh, name: str) -> hlo.Account:
+def step_by_compiler(mesh: Mesh, name: str) -> hlo_cost.Cost:
     """FSDP left to the compiler."""
 
     def step(weights, x):
@@ -64,11 +64,11 @@ def step_by_compiler(mesh: Mesh, name: str) -> hlo.Account:
 
     weights, x = arguments(mesh)
     places = jax.tree.map(lambda weight: weight.sharding, weights)
-    return hlo.account(compile_text(step, name, weights, x, donate_argnums=0, out_shardings=places))
+    return hlo_cost.cost(compile_text(step, name, weights, x, donate_argnums=0, out_shardings=places))
 
 
 @functools.cache
-def step_by_hand(mesh: Mesh, name: str) -> hlo.Account:
+def step_by_hand(mesh: Mesh, name: str) -> hlo_cost.Cost:
     """FSDP written out: each layer gathers its weights in bfloat16."""
 
     def gather(weight):
@@ -79,7 +79,7 @@ def step_by_hand(mesh: Mesh, name: str) -> hlo.Account:
         return jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights, x, gather))
 
     step = jax.shard_map(local, mesh=mesh, in_specs=(SPECS, P("x")), out_specs=SPECS, check_vma=False)
-    return hlo.account(compile_text(step, name, *arguments(mesh), donate_argnums=0))
+    return hlo_cost.cost(compile_text(step, name, *arguments(mesh), donate_argnums=0))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -125,7 +125,7 @@ def test_every_kind_of_collective(name):
 
     x = jax.ShapeDtypeStruct((n * 512, 512), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     function = jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
-    account = hlo.account(compile_text(function, name, x))
+    account = hlo_cost.cost(compile_text(function, name, x))
     found = {(row["kind"], row["dtype"]): (row["count"], row["payload"], row["wire"]) for row in account.by_kind()}
     share = (n - 1) / n
     assert found["collective-permute", "f32"] == (trips, trips * size, trips * size)
@@ -153,7 +153,7 @@ def test_convolutions_count_what_lies_inside(window):
     numbers = ("NHWC", "HWIO", "NHWC")
     convolve = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, dimension_numbers=numbers, **options)  # noqa: E731
     compiled = jax.jit(convolve).lower(x, kernel).compile()
-    assert hlo.account(compiled.as_text()).flops == compiled.cost_analysis()["flops"] > 0
+    assert hlo_cost.cost(compiled.as_text()).flops == compiled.cost_analysis()["flops"] > 0
 
 
 LOOP = """HloModule m, num_partitions=8
@@ -194,18 +194,18 @@ ENTRY %main (x.1: f32[4,6]) -> f32[4,6] {
 
 def test_loops_without_a_known_length_are_counted_out():
     """From 1 to 8 by twos, the limit being in the loop's state: 4 trips. What a kernel carries is passed over."""
-    account = hlo.account(LOOP)
+    account = hlo_cost.cost(LOOP)
     assert account.flops == 4 * (2 * 4 * 4 * 6)
     assert account.kernels == {"tpu_custom_call": 1} and not account.unknown_loops
-    unknown = hlo.account(LOOP.replace("constant(8)", "parameter(1)"))
+    unknown = hlo_cost.cost(LOOP.replace("constant(8)", "parameter(1)"))
     assert unknown.unknown_loops == ("loop",) and unknown.flops == 2 * 4 * 4 * 6
 
 
 def test_computations_of_other_threads_end_where_they_end():
     """A v5p has sparse cores, whose computations name their thread after the closing brace."""
     body, rest = LOOP.split("}\n\n%condition", 1)
-    account = hlo.account(f'{body}}}, execution_thread="sparsecore"\n\n%condition{rest}')
-    assert account == hlo.account(LOOP)
+    account = hlo_cost.cost(f'{body}}}, execution_thread="sparsecore"\n\n%condition{rest}')
+    assert account == hlo_cost.cost(LOOP)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ ENTRY %main (x: bf16[16]) -> bf16[16] {{
   ROOT %r = bf16[16]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add
 }}
 """
-    (one,) = hlo.account(text).collectives
+    (one,) = hlo_cost.cost(text).collectives
     assert one.group == members and one.payload == 32
 
 
@@ -236,7 +236,7 @@ def test_what_goes_to_other_hosts():
     """16 GPUs in hosts of 8: half of a gathered array comes from the other host, through 8 adapters."""
     host = [device // 8 for device in range(16)]
     everyone = tuple(range(16))
-    gather = hlo.Collective("all-gather", "bf16", 1600.0, everyone, 1)
+    gather = hlo_cost.Collective("all-gather", "bf16", 1600.0, everyone, 1)
     assert gather.wire == 1500 and gather.crossing(host) == 100
-    assert hlo.Collective("all-reduce", "bf16", 1600.0, everyone, 1).crossing(host) == 200
-    assert hlo.Collective("all-gather", "bf16", 1600.0, everyone[:8], 1).crossing(host) == 0
+    assert hlo_cost.Collective("all-reduce", "bf16", 1600.0, everyone, 1).crossing(host) == 200
+    assert hlo_cost.Collective("all-gather", "bf16", 1600.0, everyone[:8], 1).crossing(host) == 0

@@ -1,4 +1,4 @@
-"""Machines that are not there: names, what is missing, and what is left as it was."""
+"""Targets: their names, missing wheels, and a process that stays as it was."""
 
 import importlib.util
 
@@ -44,7 +44,7 @@ def test_names_become_devices(name, devices, platform):
     "name,message",
     [
         ("v9:2x2", "no such machine; known are v5e:4x4"),
-        ("h100", "how many? for example h100:8"),
+        ("h100", "has no size: give one, for example h100:8"),
         ("h100:9", "hosts of up to 8 GPUs"),
         ("v5e:2x2x2", "v5e slices have 2 axes"),
         ("v5e:2x3", "libtpu refuses it"),

@@ -1,10 +1,17 @@
 """Values of a configuration that make no sense are refused by name."""
 
+import re
+
 import pytest
 
 from configs import common, finetune, pretrain, quickstart
 from llava_jax.cli import UserError
-from llava_jax.training import config_check
+from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.images import ASPECTS
+from llava_jax.models.attention import BACKENDS
+from llava_jax.models.execution import REMAT_POLICIES
+from llava_jax.recipes.common import OPTIONS
+from llava_jax.training import config_check, optim
 
 
 @pytest.mark.parametrize(
@@ -71,4 +78,49 @@ def test_all_problems_are_listed():
     config = common.get_config()
     config.keep, config.remat = 0, "half"
     with pytest.raises(UserError, match=r"remat is 'half', not one of 'none', .*; config.keep is 0"):
+        config_check.check(config)
+
+
+def test_the_choices_are_those_that_are_implemented():
+    """Declared as text, so that a recipe imports no JAX."""
+    implemented = {
+        "stage": optim.STAGES,
+        "image_position": IMAGE_POSITIONS,
+        "image_aspect": ("", *ASPECTS),
+        "remat": REMAT_POLICIES,
+        "attention": ("", *BACKENDS),
+    }
+    for key, names in implemented.items():
+        assert set(OPTIONS[key].choices) == set(names), key
+
+
+def test_every_default_is_allowed():
+    assert not [key for key, option in OPTIONS.items() if option.problem(option.default)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("llm", "config.trainable[0] is 'llm': it has to be like"),
+        ({"learning_rate": 1.0}, "it has to be like"),
+        ({"parameters": "llm("}, "'llm(', which is no regular expression: missing )"),
+        (
+            {"parameters": "llm", "learning_rate": -1e-3},
+            "config.trainable[0] has learning_rate -0.001: it has to be 0 or",
+        ),
+        ({"parameters": "llm", "weight_decay": "x"}, "has weight_decay 'x'"),
+        ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'parameters', 'learning_rate', 'weight_decay'"),
+    ],
+)
+def test_a_table_of_what_is_trained_is_checked(entry, message):
+    config = common.get_config()
+    config.trainable = (entry,)
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_check.check(config)
+
+
+def test_a_learning_rate_that_a_table_replaces_is_refused():
+    config = common.get_config()
+    config.trainable, config.projector_learning_rate = ({"parameters": "projector"},), 1e-3
+    with pytest.raises(UserError, match="projector_learning_rate is 0.001, and trainable is set"):
         config_check.check(config)

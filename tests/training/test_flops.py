@@ -15,11 +15,34 @@ from llava_jax.training import flops
 
 MODEL = PRESETS["llava-v1.5-7b"]
 ROW = Layout(1, 1, 2048, 1, 2048, MODEL.image_tokens, MODEL.vision.image_size)
-BOTH = frozenset({"projector", "llm"})
+PROJECTOR = frozenset(name for name in abstract_params(MODEL) if name.startswith("projector."))
+BOTH = frozenset(name for name in abstract_params(MODEL) if name.startswith(("projector.", "llm.")))
 
 
 SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
 MODELS = {"pretrain": tiny.config(vision=SIGLIP), "finetune": tiny.config()}
+
+
+TABLES = {
+    "norms": (r"llm\..*norm",),
+    "tower": (r"vision\.",),
+    "tower's last products": (r"vision\..*fc2",),
+    "second layer of the projector": (r"projector\.linear_2\.kernel",),
+    "head": (r"llm\.lm_head",),
+    "all": (r"vision\.", r"projector\.", r"llm\."),
+}
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "save_qkv"])
+@pytest.mark.parametrize("table", TABLES)
+def test_formula_follows_from_the_names_that_are_trained(table, remat, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", tiny.config())
+    config = common.get_config()
+    config.update(model="tiny", remat=remat, max_length=64, batch_rows=4, image_slots=2, label_slots=48)
+    config.trainable = tuple({"parameters": pattern} for pattern in TABLES[table])
+    program = compile.build(config, targets.parse("cpu"))
+    compiled = compile.compile_program(program)
+    assert compiled.cost.flops == pytest.approx(flops.executed_flops(program.training.flops), rel=0.01)
 
 
 @pytest.mark.parametrize("stage", MODELS)
@@ -33,7 +56,7 @@ def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkey
     program = compile.build(config, targets.parse("cpu"))
     compiled = compile.compile_program(program)
     parts = program.training.flops
-    assert compiled.account.flops * program.mesh.size == pytest.approx(flops.executed_flops(parts), rel=0.01)
+    assert compiled.cost.flops * program.mesh.size == pytest.approx(flops.executed_flops(parts), rel=0.01)
     assert compiled.memory.fits and not compiled.reason
 
 
@@ -44,7 +67,7 @@ def test_seven_billion_parameters_take_six_flops_each_and_token():
     head = shapes["llm.lm_head.kernel"].size
     trained = flops.step_flops(MODEL, ROW, BOTH, "full")
     assert trained["llm"].needed == 6 * N * 2048 and trained["logits"].needed == 6 * head * 2048
-    frozen = flops.step_flops(MODEL, ROW, {"projector"}, "full")
+    frozen = flops.step_flops(MODEL, ROW, PROJECTOR, "full")
     assert frozen["llm"].needed == 4 * N * 2048 and frozen["logits"].needed == 4 * head * 2048
     # A layer's last product is not computed again.
     down = shapes["llm.layers.mlp.down_proj.kernel"].size

@@ -27,11 +27,73 @@ def test_the_schedule_is_that_of_transformers(steps, ratio):
 
 
 def test_each_stage_trains_its_parts():
-    names = abstract_params(tiny.config())
-    parts = {stage: {name.split(".")[0] for name in optim.trainable_names(names, stage)} for stage in optim.STAGES}
+    names, config, parts = abstract_params(tiny.config()), common.get_config(), {}
+    for stage in optim.STAGES:
+        config.stage = stage
+        parts[stage] = {name.split(".")[0] for name in optim.trainable_names(names, config)}
     assert parts == {"pretrain": {"projector"}, "finetune": {"projector", "llm"}}
+    config.stage = "stage_3"
     with pytest.raises(UserError, match="'stage_3', not one of pretrain, finetune"):
-        optim.trainable_names(names, "stage_3")
+        optim.trainable_names(names, config)
+
+
+def table(*entries, **changes):
+    config = common.get_config()
+    config.update(learning_rate=1e-3, weight_decay=0.5, **changes)
+    config.trainable = entries
+    return config
+
+
+def test_the_first_pattern_of_a_table_counts_and_what_none_matches_is_frozen():
+    entries = {"parameters": r"llm\..*norm", "learning_rate": 1e-4}, {"parameters": r"llm\.layers", "weight_decay": 0.1}
+    groups = optim.trained(abstract_params(tiny.config()), table(*entries))
+    assert {name.split(".")[0] for name in groups} == {"llm"} and "llm.lm_head.kernel" not in groups
+    assert groups["llm.norm.scale"] == groups["llm.layers.input_layernorm.scale"]
+    assert groups["llm.norm.scale"][2:] == (1e-4, 0.5)
+    assert groups["llm.layers.mlp.up_proj.kernel"][2:] == (1e-3, 0.1)
+
+
+def test_a_pattern_that_trains_nothing_is_an_error():
+    names = abstract_params(tiny.config())
+    message = (
+        r"the pattern lm trains nothing: it matches no parameter; their names are like .*projector\.linear_1\.bias, vis"
+    )
+    with pytest.raises(UserError, match=message):
+        optim.trained(names, table({"parameters": "llm"}, {"parameters": r"lm\.."}))
+    with pytest.raises(
+        UserError, match="pattern llm.norm trains nothing: all 1 parameters that it matches are those of ear"
+    ):
+        optim.trained(names, table({"parameters": "llm"}, {"parameters": "llm.norm"}))
+
+
+def test_a_table_sets_rates_and_decay_of_its_groups_and_reports_them():
+    entries = (
+        {"parameters": r"vision\.", "learning_rate": 2e-6, "weight_decay": 0.0},
+        {"parameters": "llm"},
+    )
+    config = table(*entries, warmup_ratio=0.0)
+    params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
+    params = {name: params[name] for name in optim.trainable_names(params, config)}
+    optimizer = optim.make_optimizer(config, params, 10)
+    gradients = {name: jnp.zeros_like(value) for name, value in params.items()}
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    for name, update in updates.items():
+        decayed = name.startswith("llm.") and not name.endswith(("bias", "scale"))
+        np.testing.assert_allclose(update, -0.5 * 1e-3 * decayed, rtol=1e-6, err_msg=name)
+    rates = {name: float(rate(0)) for name, rate in optim.reported_rates(config, 10).items()}
+    assert rates == pytest.approx({"learning_rate": 2e-6, "learning_rate_2": 1e-3})
+
+
+def test_the_stages_report_the_rates_that_they_always_did():
+    config = common.get_config()
+    config.update(stage="finetune", learning_rate=1e-3, warmup_ratio=0.0)
+    assert {name: float(rate(0)) for name, rate in optim.reported_rates(config, 9).items()} == pytest.approx(
+        {"learning_rate": 1e-3}
+    )
+    config.projector_learning_rate = 1e-2
+    assert {name: float(rate(0)) for name, rate in optim.reported_rates(config, 9).items()} == pytest.approx(
+        {"learning_rate": 1e-3, "projector_learning_rate": 1e-2}
+    )
 
 
 def make(stage="finetune", **changes):
@@ -40,7 +102,7 @@ def make(stage="finetune", **changes):
     config.warmup_ratio = 0.0
     config.update(changes)
     params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
-    params = {name: params[name] for name in optim.trainable_names(params, stage)}
+    params = {name: params[name] for name in optim.trainable_names(params, config)}
     return optim.make_optimizer(config, params, 10), params
 
 

@@ -1,0 +1,50 @@
+"""easy-VQA: questions about one coloured shape, small enough for a laptop.
+
+Labels are the answers in the LLaVA JSON that `examples.easy_vqa.data` makes from the package `easy-vqa`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.data.sources import LlavaJson
+from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.benchmark import Benchmark, by_kind, register
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat
+from llava_jax.evaluate.questions import unmarked
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+class Label(NamedTuple):
+    right: str
+    kind: str
+
+
+def kind(question: str, answer: str) -> str:
+    """`shape` or `colour`; of yes-or-no questions `is it that shape` or `is it that colour`."""
+    if answer not in ("yes", "no"):
+        return "shape" if answer in SHAPES else "colour"
+    return f"is it that {'shape' if any(shape in question for shape in SHAPES) else 'colour'}"
+
+
+def read(path: str) -> Iterator[Entry]:
+    for sample in LlavaJson(path):
+        turns = [text for role, text in sample.turns if role != "system"]
+        if len(turns) < 2:
+            raise UserError(f"{path}: sample {sample.id} has no answer to its question")
+        question, answer = turns[:2]
+        yield Entry(sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}")
+
+
+LABEL_FORMATS.add(LabelFormat("easy-vqa", "the LLaVA JSON of `examples.easy_vqa.data`", ("easy-vqa",), read))
+
+
+@register
+class EasyVqa(Benchmark):
+    name, what = "easy-vqa", "easy-VQA: exact answers"
+    max_new_tokens = 8
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """The share of answers that equal the label."""
+        return by_kind([(label.kind, answer.text == label.right) for answer, label in pairs])

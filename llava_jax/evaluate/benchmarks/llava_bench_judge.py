@@ -1,0 +1,217 @@
+"""What language models do for LLaVA-Bench: `judge` scores two answers to each question, `reference` writes one of them.
+
+Neither sees the images: both get a description of each.
+"""
+
+import argparse
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import read_json
+from llava_jax.evaluate.benchmark import Case, ModelTask, Prompts, read_prompt
+from llava_jax.evaluate.benchmarks.llava_bench_files import Answer, Question, read_answers, read_questions
+from llava_jax.evaluate.benchmarks.llava_bench_reviews import FAILED, parse_scores
+from llava_jax.llm_api.cost import Message
+
+if TYPE_CHECKING:
+    from llava_jax.llm_api.asking import Outcome
+
+SYSTEM = "You compare answers to questions about pictures: carefully, exactly and without favour."
+BOXES = (
+    " and gives the place of each object as [x1, y1, x2, y2], the left, upper, right and lower edge as fractions of "
+    "the width and height of the picture"
+)
+PROMPT = """Two assistants have answered a question about a picture. You cannot see it; the context describes it{boxes}.
+Judge how helpful, relevant, correct and detailed each answer is, and give each a score from 1 to 10, where 10 is best.
+Your first line has to hold nothing but the two scores, that of {role} 1 and that of {role} 2, with a space between.
+From the next line on, give your reasons. Which answer stands first must not count, nor which is longer."""
+COCO, WILD = ("conv", "detail", "complex"), ("llava_bench_conv", "llava_bench_detail", "llava_bench_complex")
+REFERENCE_SYSTEM = read_prompt("reference_system.txt")
+
+
+class Rule(NamedTuple):
+    """The instructions for a category, and the role that they give to both assistants."""
+
+    role: str
+    prompt: str
+
+
+RULES = {name: Rule("Assistant", PROMPT.format(boxes=BOXES, role="Assistant")) for name in COCO} | {
+    name: Rule("Assistant", PROMPT.format(boxes="", role="Assistant")) for name in WILD
+}
+
+
+class Answered(NamedTuple):
+    """A question with two answers."""
+
+    context: str
+    question: str
+    reference: str
+    model: str
+
+
+# -------------------------------------------------------------------------------------------------------------- judge
+
+
+def messages(item: Answered, rule: Rule, swapped: bool, system: str = SYSTEM) -> list[Message]:
+    """The prompt in the original's layout. `swapped` shows the model's answer first."""
+    first, second = (item.model, item.reference) if swapped else (item.reference, item.model)
+    content = (
+        f"[Context]\n{item.context}\n\n[Question]\n{item.question}\n\n"
+        f"[{rule.role} 1]\n{first}\n\n[End of {rule.role} 1]\n\n"
+        f"[{rule.role} 2]\n{second}\n\n[End of {rule.role} 2]\n\n"
+        f"[System]\n{rule.prompt}\n\n"
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def read_rules(path: str) -> dict[str, Rule]:
+    """The rules of a file in the original's form: `{category: {"role": ..., "prompt": ...}}`."""
+    rules = read_json(path)
+    try:
+        return {name: Rule(str(rule["role"]), str(rule["prompt"])) for name, rule in rules.items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: is no {{"category": {{"role": ..., "prompt": ...}}}} in JSON: {error}') from error
+
+
+def instructions(rules: Mapping[str, Rule], categories: Sequence[str], system: str) -> dict[str, list[Message]]:
+    """The prompts without questions and answers. Raises `UserError` for a category that has no rule."""
+    if missing := sorted(set(categories) - set(rules)):
+        raise UserError(f"there is no rule for category {missing[0]}; there are {', '.join(sorted(rules))}")
+    empty = Answered("", "", "", "")
+    return {name: messages(empty, rules[name], False, system) for name in sorted(set(categories))}
+
+
+def judge_prompts(args: argparse.Namespace) -> Prompts:
+    questions = read_questions(args.questions, args.context)
+    reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
+    if absent := [ident for ident, answer in reference.items() if answer.absent]:
+        raise UserError(f"{args.reference}: question {absent[0]}: the reference, which counts as 100, has no answer")
+    rules = read_rules(args.rule_file) if args.rule_file else RULES
+    shared = instructions(rules, [question.category for question in questions.values()], args.system)
+    orders = [(ident, swapped) for ident in questions for swapped in ((False, True) if args.both_orders else (False,))]
+
+    def case(number: int, ident: str, swapped: bool, repeat: int) -> Case:
+        question, ours, theirs = questions[ident], model[ident], reference[ident]
+        item = Answered(question.context, question.text, theirs.text, ours.text or "")
+        return Case(
+            f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
+            functools.partial(messages, item, rules[question.category], swapped, args.system),
+            parse_scores,
+            functools.partial(_review, number, question, theirs, ours, swapped),
+        )
+
+    files = [[case(number, *order, repeat) for number, order in enumerate(orders, 1)] for repeat in range(args.repeats)]
+    return Prompts(files, shared)
+
+
+def _review(
+    number: int,
+    question: Question,
+    reference: Answer,
+    model: Answer,
+    swapped: bool,
+    outcome: "Outcome",
+    by: Mapping[str, str],
+) -> dict[str, Any]:
+    """A line in the original's form. The tuple always has the reference's score first."""
+    first, second = (model, reference) if swapped else (reference, model)
+    scores = outcome.value or FAILED
+    review = {
+        "id": number,
+        "question_id": question.question_id,
+        "answer1_id": first.answer_id,
+        "answer2_id": second.answer_id,
+        "category": question.category,
+        "content": outcome.shown,
+        "tuple": list(scores[::-1] if swapped else scores),
+        "answer_model": model.model_id,
+        "reference_model": reference.model_id,
+    }
+    return review | ({"swapped": True} if swapped else {}) | ({"no_answer": model.absent} if model.absent else {}) | by
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", required=True, metavar="F", help="JSONL of question_id, image, text, category")
+    parser.add_argument("--context", required=True, metavar="F", help="JSONL with a description of each image")
+
+
+def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_questions(parser)
+    add = parser.add_argument
+    add("--reference", required=True, metavar="F", help="JSONL of the reference answers, which count as 100")
+    add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
+    add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
+    add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
+    add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
+
+
+JUDGE = ModelTask(
+    description="""\
+Has a language model compare a model's answers to LLaVA-Bench with reference answers: a review of each question.
+
+The judge gets a description of each image. All its replies are kept in a ledger beside the output: the same command
+resumes where it was interrupted and pays for no review twice.""",
+    epilog="""examples:
+  python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
+    --reference answers_gpt4.jsonl --answers answers.jsonl --judge gpt-4-0314 --output reviews.jsonl
+  ... --judge gpt-4-0314 gpt-4o --both-orders --repeats 3 --prices 30 60 --budget 20
+
+Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `score` takes one or several of them.""",
+    add_arguments=_add_judge_arguments,
+    prompts=judge_prompts,
+    writes="reviews",
+    failed="without scores",
+    cut_counts=True,  # the scores come first
+    several=True,
+    temperature=0.2,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def reference_prompts(args: argparse.Namespace) -> Prompts:
+    questions = read_questions(args.questions, args.context)
+    cases = [
+        Case(f"{ident}, reference", functools.partial(reference_messages, question), str.strip,
+             functools.partial(_answer, question))
+        for ident, question in questions.items()
+    ]  # fmt: skip
+    return Prompts([cases], REFERENCE_SYSTEM)
+
+
+def reference_messages(question: Question) -> list[Message]:
+    content = f"{question.context.strip()}\n\nQuestion: {question.text}"
+    return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": content}]
+
+
+def _answer(question: Question, outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
+    model = by["judge"]
+    ident = hashlib.sha256(f"{model} {question.question_id} {outcome.value}".encode()).hexdigest()[:22]
+    return {
+        "question_id": question.question_id,
+        "prompt": question.text,
+        "text": outcome.value,
+        "answer_id": ident,
+        "model_id": model,
+        "metadata": {"prompt_hash": by["prompt_hash"]},
+    }
+
+
+REFERENCE = ModelTask(
+    description="""\
+Has a text-only language model answer LLaVA-Bench from descriptions of the images: these answers count as 100.
+
+The same command resumes where it was interrupted and pays for no answer twice.""",
+    epilog="""example:
+  python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
+    --model gpt-4-0314 --output answers_gpt4.jsonl""",
+    add_arguments=_add_questions,
+    prompts=reference_prompts,
+    writes="answers",
+    temperature=0.2,
+)

@@ -1,0 +1,146 @@
+"""POPE: is an object in the image? F1 of "yes" for three ways of sampling the objects.
+
+Each label file numbers its questions anew, and versions of the files have other questions. So answers are joined by
+sampling, image and object if a file of questions is given, and otherwise by id.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, percent, question_id
+from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
+from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.questions import Question
+
+SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+SAMPLINGS = ("adversarial", "popular", "random")
+PREFIX = "coco_pope_"
+ASKS = re.compile(r"Is there an? (.+?) in the ima\w+\?", re.IGNORECASE)  # some labels say "imange", versions differ
+
+
+class Label(NamedTuple):
+    category: str
+    present: bool
+
+    @property
+    def right(self) -> str:
+        return "yes" if self.present else "no"
+
+
+def says_no(text: str) -> bool:
+    """Whether `no` or `not` is a word of the first sentence. The original counts everything else as yes."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"}.isdisjoint(words)
+
+
+def says_yes(text: str) -> bool:
+    return not says_no(text)
+
+
+def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
+    """The shares of (said yes, is present); None if nothing is counted. No answer (None) is wrong, but not a yes."""
+    right = sum(said == present for said, present in answers)
+    found = sum(bool(said and present) for said, present in answers)
+    false = sum(said is not False and not present for said, present in answers)
+    yes, present = sum(said is True for said, _ in answers), sum(present for _, present in answers)
+    parts = (
+        (2 * found, found + false + present), (right, len(answers)), (found, found + false), (found, present),
+        (yes, len(answers)),
+    )  # fmt: skip
+    return {name: part / whole if whole else None for name, (part, whole) in zip(SHARES, parts, strict=True)}
+
+
+def _mean(shares: Sequence[float | None]) -> float | None:
+    return None if not shares or None in shares else sum(shares) / len(shares)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else percent(share, 1)
+
+
+class Entry(NamedTuple):
+    """A line of a label file."""
+
+    question_id: str
+    key: str
+    label: Label
+    where: str
+
+
+def read(path: str) -> Iterator[Entry]:
+    category = _category(path)
+    for line in read_lines(path):
+        label = line.get("label")
+        if label not in ("yes", "no"):
+            raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
+        key = _key(category, (line.text("image"),), line.text("text"))
+        yield Entry(question_id(line), key, Label(category, label == "yes"), line.where)
+
+
+def _key(category: str, images: Sequence[Any], text: str) -> str:
+    """The sampling, the file name of the image and the object, which all versions of the question's text have."""
+    image = str(images[0]).rpartition("/")[2] if images else ""
+    text = " ".join(text.replace(SHORT, "").split())
+    asks = ASKS.fullmatch(text)
+    return f"{category} {image}: {asks[1].lower() if asks else text}"
+
+
+def _category(path: str) -> str:
+    return PurePath(path).stem.removeprefix(PREFIX)
+
+
+LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
+
+
+@register
+class Pope(Benchmark):
+    name, what = "pope", "POPE: F1 of yes, over three samplings"
+    suffix = SHORT
+
+    def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """By sampling, image and object. Raises `UserError` if an answer may be to several samplings."""
+        samplings = {entry.label.category for entry in entries}
+        only = samplings.pop() if len(samplings) == 1 else ""
+        if asked:
+            placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
+            index = {(category, str(q.id)): _key(category, q.images, q.text) for category, q in placed}
+        else:
+            index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
+        categories: dict[str, list[str]] = {}
+        for category, ident in index:
+            categories.setdefault(ident, []).append(category)
+
+        def key(line: Line) -> str:
+            ident = question_id(line)
+            known = categories.get(ident, [])
+            if "category" not in line.value and len(known) > 1:
+                raise UserError(f"{line.where}: question {ident} may be of {' or '.join(known)}: give --questions")
+            category = _category(str(line.value.get("category", known[0] if known else only)))
+            return index.get((category, ident), f"{ident} {category}".strip())
+
+        return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
+
+    def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
+        """In percent, by sampling and averaged over the samplings. The published number is the average F1."""
+        categories: dict[str, list[tuple[bool | None, bool]]] = {}
+        for answer, label in pairs:
+            categories.setdefault(label.category, []).append((answer.read(says_yes, None), label.present))
+        shares = {category: _shares(answers) for category, answers in sorted(categories.items())}
+        means = {name: _mean([share[name] for share in shares.values()]) for name in SHARES}
+        by_category = {
+            category: {name: _percent(share[name]) for name in SHARES} | {"total": len(categories[category])}
+            for category, share in shares.items()
+        }
+        return {name: _percent(mean) for name, mean in means.items()} | {
+            "by_category": by_category,
+            "total": len(pairs),
+        }
+
+    def recognizes(self, line: Line) -> bool:
+        """Whether a line looks like an answer to a question of POPE, by its category or its prompt."""
+        prompt = str(line.value.get("prompt", "")).replace(SHORT, "").strip()
+        return line.value.get("category") in SAMPLINGS or bool(ASKS.fullmatch(prompt))

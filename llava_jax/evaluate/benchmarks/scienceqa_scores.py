@@ -1,0 +1,146 @@
+"""ScienceQA's problems, the options that answers choose, and accuracy in the nine columns of the paper's table."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import Answer, is_lines, percent, read_answers, read_json
+from llava_jax.evaluate.outcomes import Outcome
+from llava_jax.evaluate.sheets import is_sheet
+
+OPTIONS = "ABCDE"
+FAILED = -1
+SAYS = re.compile(r"The answer is ([A-Z]).")  # as in the original, any character has to follow the letter
+
+Problem = Mapping[str, Any]
+COLUMNS: dict[str, Callable[[Problem], bool]] = {
+    "NAT": lambda problem: problem["subject"] == "natural science",
+    "SOC": lambda problem: problem["subject"] == "social science",
+    "LAN": lambda problem: problem["subject"] == "language science",
+    "TXT": lambda problem: bool(problem["hint"]),
+    "IMG": lambda problem: bool(problem["image"]),
+    "NO": lambda problem: not problem["hint"] and not problem["image"],
+    "G1-6": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(1, 7)},
+    "G7-12": lambda problem: problem["grade"] in {f"grade{grade}" for grade in range(7, 13)},
+    "Avg": lambda problem: True,
+}
+SCORED = ("choices", "answer", "hint", "image", "grade", "subject")  # fields of a problem
+TEXTS = ("question", "lecture", "solution", "grade", "subject")
+STORED = ("results", "outputs")  # of a result JSON: indices, and the texts from which they were read
+
+
+def extract(text: str, choices: int) -> int:
+    """The index of the option that a text names; `FAILED` if it names none, several, or one that does not exist."""
+    if len(text) == 1 and text in OPTIONS:
+        letter = text
+    elif len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        said = SAYS.findall(text)
+        letter = said[0] if len(said) == 1 else ""
+    index = OPTIONS.find(letter) if letter else FAILED
+    return index if index < choices else FAILED
+
+
+def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
+    """The columns in percent, and counts, from chosen options and their problems."""
+    right = [(problem, index == problem["answer"]) for index, problem in pairs]
+    columns = {}
+    for name, belongs in COLUMNS.items():
+        outcomes = [outcome for problem, outcome in right if belongs(problem)]
+        columns[name] = percent(sum(outcomes), len(outcomes))
+    correct = sum(outcome for _, outcome in right)
+    return columns | {"correct": correct, "total": len(right), "failed": sum(i == FAILED for i, _ in pairs)}
+
+
+def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> Iterator[Outcome]:
+    """The outcome of each answered problem, to compare runs."""
+    for ident, problem in problems.items():
+        if ident not in answers:
+            continue
+        option, right = choice(answers[ident], problem), problem["answer"]
+        yield Outcome(
+            ident,
+            tuple(name for name, belongs in COLUMNS.items() if name != "Avg" and belongs(problem)),
+            score=float(option == right),
+            question="\n".join([problem.get("question", ""), *map(_labelled, OPTIONS, problem["choices"])]),
+            image=f"{ident}/{problem['image']}" if problem["image"] else "",
+            answer="" if answers[ident].absent else str(answers[ident].value),
+            reference=_labelled(OPTIONS[right], problem["choices"][right]),
+        )
+
+
+def _labelled(letter: str, text: str) -> str:
+    return f"({letter}) {text}"
+
+
+def choice(answer: Answer, problem: Problem) -> int:
+    """The option of an answer, which is a text or an index."""
+    choices = len(problem["choices"])
+    if isinstance(answer.value, bool) or not isinstance(answer.value, int):
+        return answer.read(lambda text: extract(text, choices), FAILED)
+    return answer.value if 0 <= answer.value < choices else FAILED
+
+
+def read_problems(problems: str, splits: str, split: str, fields: Sequence[str] = SCORED) -> dict[str, Problem]:
+    """The problems of a split by id, in its order. Raises `UserError` if one lacks a field."""
+    ids, known = read_json(splits), read_json(problems)
+    if not isinstance(ids, dict) or not isinstance(ids.get(split), list):
+        names = ", ".join(ids) if isinstance(ids, dict) else "none"
+        raise UserError(f"{splits}: has no split {split} (it has {names})")
+    if not isinstance(known, dict):
+        raise UserError(f"{problems}: is no object of problems by id")
+    chosen = {}
+    for ident in map(str, ids[split]):
+        if ident not in known:
+            raise UserError(f"{problems}: has no problem {ident}, which split {split} of {splits} names")
+        if ident in chosen:
+            raise UserError(f"{splits}: split {split} names problem {ident} twice")
+        chosen[ident] = _checked(known[ident], fields, f"{problems}: problem {ident}")
+    return chosen
+
+
+def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
+    if not isinstance(problem, dict):
+        raise UserError(f"{where}: is no object")
+    if absent := [name for name in fields if name not in problem]:
+        raise UserError(f"{where}: has no {absent[0]}")
+    if wrong := [name for name in TEXTS if name in fields and not isinstance(problem[name], str)]:
+        raise UserError(f"{where}: its {wrong[0]} is no text")
+    answer, choices = problem["answer"], problem["choices"]
+    if not isinstance(choices, list) or not 0 < len(choices) <= len(OPTIONS):
+        raise UserError(f"{where}: `choices` is no list of 1 to {len(OPTIONS)} options")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(f"{where}: its answer {answer} is none of the {len(choices)} choices")
+    return problem
+
+
+def read_results(path: str, partial: bool = False, stored: Sequence[str] = STORED) -> dict[str, Answer]:
+    """The answers of a file; in a result JSON, the first of the fields `stored` that it has."""
+    whole = None if is_sheet(path) or is_lines(path) else read_json(path)
+    if not isinstance(whole, dict) or not any(isinstance(whole.get(name), dict) for name in STORED):
+        return read_answers(path, partial)
+    name = next((name for name in stored if isinstance(whole.get(name), dict)), None)
+    if name is None:
+        raise UserError(f"{path}: stores no texts (`outputs`) that options could be read from")
+    answers = {ident: Answer.of(value, f"{path}: question {ident}") for ident, value in whole[name].items()}
+    return answers if name == "outputs" else {ident: _index(answer) for ident, answer in answers.items()}
+
+
+def _index(answer: Answer) -> Answer:
+    """A stored index, which may be a text."""
+    if answer.absent:
+        return answer
+    try:
+        return answer._replace(value=int(str(answer.value)))
+    except ValueError:
+        raise UserError(f"{answer.where}: {json.dumps(answer.value)[:40]} is no index of an option") from None
+
+
+def table(scores: Mapping[str, Any], separator: str = ", ", count: str = "{value} {name}") -> str:
+    """The columns, then the other scores in the format `count`."""
+    shares = ("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS)
+    counts = (count.format(name=name, value=value) for name, value in scores.items() if name not in COLUMNS)
+    return "\n".join(["  ".join(f"{name:>5}" for name in COLUMNS), "  ".join(shares), separator.join(counts)])

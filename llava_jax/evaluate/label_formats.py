@@ -1,0 +1,91 @@
+"""Label formats: the files that `score --labels` takes, and helpers to read them."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate.answers import read_json
+from llava_jax.evaluate.lines import once
+from llava_jax.evaluate.registry import Registry
+
+KINDS = {str: "text", list: "list", dict: "object", int: "whole number"}  # names of JSON types in errors
+
+
+class Entry(NamedTuple):
+    """A question in a file of labels, with its label."""
+
+    id: str
+    label: Any  # of the class that the benchmark scores with
+    where: str  # file and line, for errors
+    question: str = ""  # empty if the file does not have it
+
+
+@dataclass(frozen=True)
+class LabelFormat:
+    """Attributes:
+    name: for `score --label-format`.
+    what: in a few words.
+    benchmarks: names of the benchmarks whose labels it holds.
+    read: path -> `Entry` of each question, or other objects that the benchmark's `labels` takes.
+    matches: whether a file may have this format. Of several that match, the one that was registered last reads the
+      file.
+    """
+
+    name: str
+    what: str
+    benchmarks: tuple[str, ...]
+    read: Callable[[str], Iterable[Any]]
+    matches: Callable[[str], bool] = lambda path: True
+
+
+LABEL_FORMATS: Registry[LabelFormat] = Registry("label format")
+
+
+def read_labels(path: str, benchmark: str, form: LabelFormat | None = None) -> Iterable[Any]:
+    """The entries of a file. `form` is its format; by default it is found by the benchmark and by `matches`."""
+    for known in [form] if form else reversed(formats_of(benchmark)):
+        if form or known.matches(path):
+            return known.read(path)
+    raise UserError(f"{path}: has no format of labels of {benchmark}")
+
+
+def formats_of(benchmark: str) -> list[LabelFormat]:
+    return [form for form in LABEL_FORMATS.values() if benchmark in form.benchmarks]
+
+
+# ------------------------------------------------------------------------------------------------ reading JSON labels
+
+
+def unique(labels: Iterable[tuple[str, Any, str]]) -> dict[str, Any]:
+    """A dict of (key, label, where it is). Raises `UserError` if two labels of a key differ."""
+    return {key: label for key, (label, _) in once(labels, "question {key} has another label before").items()}
+
+
+def field(value: Any, name: str, where: str, kind: type = object) -> Any:
+    """A field of a JSON object. Raises `UserError` if it is missing or of another type."""
+    if not isinstance(value, dict) or name not in value:
+        raise UserError(f"{where}: has no {name}: is it a file of another kind or version?")
+    if not isinstance(value[name], kind):
+        raise UserError(f"{where}: its {name} is no {KINDS[kind]} but {json.dumps(value[name])[:40]}")
+    return value[name]
+
+
+def listed(value: Any, name: str, where: str) -> list[tuple[str, Any]]:
+    """The elements of the list in field `name` (of `value` itself if it is empty), each after its place in the file."""
+    elements = field(value, name, where) if name else value
+    if not isinstance(elements, list):
+        raise UserError(f"{where}: {name or 'its content'} is no list: is it a file of another kind or version?")
+    return [(f"{where}: {name or 'element'} {number}", element) for number, element in enumerate(elements)]
+
+
+def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
+    """The entries of a file that is one object of questions by id: place in the file, id and value of each.
+
+    Raises `UserError`, which ends with `hint`, for another file.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: is no object of questions by id{hint}")
+    return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]

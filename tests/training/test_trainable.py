@@ -1,0 +1,103 @@
+"""A recipe's own table of what is trained: gradients reach it, wherever it is, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_reference as reference
+import transformers
+
+from llava_jax.cli import UserError
+from llava_jax.parallel.sharding import make_mesh
+from llava_jax.training import builder, loop, optim
+from llava_jax.training import step as training_step
+from tests.training.test_loop import (  # noqa: F401
+    assert_same_run,
+    final,
+    make_config,
+    metrics,
+    random_batches,
+    run_config,
+    settings_for,
+    stop_at,
+    world,
+)
+
+NORMS_AND_TOWER = (
+    {"parameters": r"llm\..*norm"},
+    {"parameters": r"vision\.", "learning_rate": 2e-4},
+)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_trained_tower_has_the_losses_of_torch(remat):
+    model, steps = reference.LLAVA, 30
+    config = make_config(learning_rate=1e-3, warmup_ratio=0.1, trainable=NORMS_AND_TOWER)
+    module = reference.llava(model)
+    params = reference.llava_params(module, model)
+    batches = random_batches(model, steps)
+    chosen = optim.trained(params, config)
+    trainable = {name: jnp.array(params[name]) for name in chosen}
+    frozen = {name: jnp.asarray(value) for name, value in params.items() if name not in chosen}
+    optimizer = optim.make_optimizer(config, trainable, steps)
+    state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+    settings = settings_for(model, batches[0], remat=remat)
+    step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
+    ours = []
+    for batch in batches:
+        state, values = step(state, batch)
+        ours.append(float(values["loss"]))
+
+    module.requires_grad_(False)
+    groups = []
+    for rate, belongs in (
+        (1e-3, lambda name: "language_model" in name and "norm" in name),
+        (2e-4, lambda name: "vision_tower" in name),
+    ):
+        group = [parameter.requires_grad_(True) for name, parameter in module.named_parameters() if belongs(name)]
+        groups.append({"params": group, "lr": rate})
+    torch_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(torch_optimizer, int(np.ceil(steps * 0.1)), steps)
+    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
+    theirs = []
+    for batch in batches:
+        input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
+        input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
+        pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
+        mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
+        logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
+        labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        torch_optimizer.step()
+        schedule.step()
+        torch_optimizer.zero_grad()
+        theirs.append(loss.item())
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    moved = {name for name in chosen if not np.array_equal(state.trainable[name], params[name])}
+    unused = {name for name in chosen if name.startswith("vision.post_layernorm")}  # of CLIP's own head
+    assert moved == set(chosen) - unused and any(name.startswith("vision.layers") for name in moved)
+
+
+def test_a_run_trains_its_table_and_resumes(world, tmp_path):  # noqa: F811
+    config = run_config(world, steps=4, trainable=NORMS_AND_TOWER, weight_decay=0.0)
+    loop.train(config, str(tmp_path / "run"))
+    before, after = final(world["init"]), final(tmp_path / "run")
+    changed = {name for name in after if not np.array_equal(after[name], before[name])}
+    assert {name.split(".")[0] for name in changed} == {"vision", "llm"}
+    assert all(name.startswith("vision.") or "norm" in name for name in changed)
+    line = metrics(tmp_path / "run")[0]
+    assert line["learning_rate_2"] == pytest.approx(0.2 * line["learning_rate"])
+    stop_at(2, config, tmp_path / "stopped")
+    loop.train(config, str(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+    with pytest.raises(UserError, match=r"another configuration \(trainable: \[.*\] there, \[\] now\)"):
+        loop.train(run_config(world, steps=4), str(tmp_path / "run"))
+
+
+def test_a_pattern_of_no_parameter_ends_a_run_before_its_workdir(world, tmp_path):  # noqa: F811
+    config = run_config(world, trainable=({"parameters": "lm_head"},))
+    with pytest.raises(UserError, match="the pattern lm_head trains nothing: it matches no parameter"):
+        loop.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
