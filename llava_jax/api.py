@@ -278,7 +278,7 @@ def load(
       source: a training workdir (its newest step is taken), one step of it, a checkpoint that `llava convert import`
         made, a directory with a LLaVA of Hugging Face, or a name on its Hub: `organisation/name` or
         `organisation/name@revision`. The first three may be on an object store (gs://).
-      template: of conversations, instead of the model's own; see `llava_jax/data/conversation.py`.
+      template: of conversations, instead of the model's own; see `llava_jax/data/templates.py`.
       dtype: of weights and computation, "float32" or "bfloat16"; by default float32 on CPUs and bfloat16 on other
         devices.
       quantize: "int8" stores the weights of the language model in eight bits.
