@@ -118,13 +118,13 @@ class Cost:
         """The part of `flops` that the compiler added to save memory, as far as its names show it."""
         return sum(matmul.flops * matmul.times for matmul in self.matmuls if matmul.recomputed)
 
-    def recomputed_at(self, limit: int = 3) -> dict[str, float]:
+    def recomputed_at(self) -> dict[str, float]:
         """The places in the JAX program with the most of these FLOPs."""
         places: collections.Counter[str] = collections.Counter()
         for matmul in self.matmuls:
             if matmul.recomputed:
                 places[matmul.op_name] += matmul.flops * matmul.times
-        return dict(places.most_common(limit))
+        return dict(places.most_common(3))
 
     @property
     def wire(self) -> float:
