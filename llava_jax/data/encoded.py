@@ -10,7 +10,7 @@ from llava_jax.cli import UserError, short
 from llava_jax.data.sources import Sample, Source
 from llava_jax.data.template_fit import require_fit
 from llava_jax.data.templates import Template
-from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Row, encode_sample, expand
+from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Segment, encode_sample, expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Makes the positions that a sample takes of a row: rendered, tokenized, images expanded, truncated.
+    """Makes the segment of a sample: rendered, tokenized, with its images expanded, and truncated.
 
     Raises UserError where template and tokenizer do not fit.
     """
@@ -33,7 +33,7 @@ class TextEncoder:
     def __post_init__(self) -> None:
         require_fit(self.template, self.tokenizer)
 
-    def __call__(self, sample: Sample) -> Row:
+    def __call__(self, sample: Sample) -> Segment:
         return expand(self.ids(sample), self.image_tokens, self.max_length)
 
     def ids(self, sample: Sample) -> Encoded:
@@ -61,31 +61,31 @@ class EncodedSource:
     """
 
     source: Source
-    encode: Callable[[Sample], Row]
+    encode: Callable[[Sample], Segment]
     skip_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def row(self, sample: Sample) -> Row:
+    def segment(self, sample: Sample) -> Segment:
         """Encodes the text of a sample. Raises UserError where that fails, or leaves no target."""
-        row = self.encode(sample)
-        if num_targets(row) == 0:
+        segment = self.encode(sample)
+        if num_targets(segment) == 0:
             raise UserError(
-                f"sample {short(sample.id)}: nothing to learn in the {len(row.tokens)} positions that are kept, "
+                f"sample {short(sample.id)}: nothing to learn in the {len(segment.tokens)} positions that are kept, "
                 "its answers are empty or cut off: raise the maximal length or remove the sample"
             )
-        return row
+        return segment
 
     def count(self, index: int) -> tuple[int, int, int]:
         """The positions, targets and images of a sample; zeros if it is bad and skipped."""
         try:
-            row = self.row(self.source[index])
+            segment = self.segment(self.source[index])
         except UserError:
             if self.skip_bad:
                 return 0, 0, 0
             raise
-        return len(row.tokens), num_targets(row), row.num_images
+        return len(segment.tokens), num_targets(segment), segment.num_images
 
     def bad_texts(self, indices: Iterable[int]) -> Iterator[BadSample]:
         """Yields those of the samples whose texts are bad."""
@@ -94,7 +94,7 @@ class EncodedSource:
             try:
                 sample = self.source[index]
                 ident = sample.id
-                self.row(sample)
+                self.segment(sample)
             except UserError as error:
                 yield BadSample(index, ident, str(error))
 
@@ -106,5 +106,5 @@ class EncodedSource:
             return str(index)
 
 
-def num_targets(row: Row) -> int:
-    return int(np.count_nonzero(row.labels[1:] != IGNORE_INDEX))  # no position predicts the first label
+def num_targets(segment: Segment) -> int:
+    return int(np.count_nonzero(segment.labels[1:] != IGNORE_INDEX))  # no position predicts the first label

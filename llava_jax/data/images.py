@@ -316,14 +316,17 @@ def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
     step = resized // math.gcd(length, resized)  # each `step` resized pixels are made of an integral number of pixels
     left = (resized - size) // 2
     start, stop = left // step * step, -(-(left + size) // step) * step
-    whole, part = _Part(0, length, 0, resized), _Part(start * length // resized, stop * length // resized, start, stop)
-    if part == whole or resized >= 100 * size:  # of an image 100 times as tall as wide columns come first
-        return whole
+    complete, part = (
+        _Part(0, length, 0, resized),
+        _Part(start * length // resized, stop * length // resized, start, stop),
+    )
+    if part == complete or resized >= 100 * size:  # of an image 100 times as tall as wide columns come first
+        return complete
     window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than a resized pixel is made of
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
     together = ones.resize((resized, window), Image.Resampling.BICUBIC)
     alone = ones.resize((stop - start, window), Image.Resampling.BICUBIC, (part.first, 0, part.last, window))
-    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else whole
+    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else complete
 
 
 def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:

@@ -30,9 +30,9 @@ def _grouped(order: ModalityOrder, epoch: int) -> np.ndarray:
     with_images = order.lengths.images[shuffled] > 0
     batches, rest = [], []
     for kind in (shuffled[with_images], shuffled[~with_images]):
-        whole = len(kind) - len(kind) % order.batch_rows
-        batches.append(kind[:whole].reshape(-1, order.batch_rows))
-        rest.append(kind[whole:])
+        full = len(kind) - len(kind) % order.batch_rows
+        batches.append(kind[:full].reshape(-1, order.batch_rows))
+        rest.append(kind[full:])
     batches = np.concatenate(batches)
     if order.seed is not None:
         batches = batches[permutation(len(batches), "modality", order.seed, epoch)]

@@ -69,9 +69,9 @@ class PackedOrder(Order):
         return epoch, step
 
     def steps(self, epochs: float) -> int:
-        whole = int(epochs)
-        part = math.ceil(self.epoch_steps(whole) * (epochs - whole)) if epochs > whole else 0
-        return sum(map(self.epoch_steps, range(whole))) + part
+        complete = int(epochs)
+        rest = math.ceil(self.epoch_steps(complete) * (epochs - complete)) if epochs > complete else 0
+        return sum(map(self.epoch_steps, range(complete))) + rest
 
     def _plan(self, epoch: int) -> Rows:
         samples = self.visits(epoch)
@@ -91,7 +91,7 @@ class Fill(NamedTuple):
     samples_a_row: float
     tokens: float  # of positions
     images: float  # of image slots
-    labels: float  # of label slots, of which each group has as many as the group with most targets needs
+    labels: float  # of label slots, if each group has those that the group with most targets needs
     label_slots: int
 
     @property
@@ -124,12 +124,12 @@ def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: S
     """
     indices = np.concatenate([order.indices for order in orders])
     richest = int(indices[np.argmax(lengths.images[indices])])
-    least, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
+    needed, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
     if room.image_slots == 0:
         some = dataclasses.replace(orders[0], samples=orders[0].visits(0)[:CHOSEN_BY])
-        slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, least)
-    if least > slots:
-        raise UserError(f"sample {source[richest].id}: has {least} images, more than image_slots={slots} of a group")
+        slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, needed)
+    if needed > slots:
+        raise UserError(f"sample {source[richest].id}: has {needed} images, more than image_slots={slots} of a group")
     return [pack_order(order, lengths, room.row_length, room.rows_per_group, slots) for order in orders]
 
 
@@ -152,12 +152,12 @@ def image_slot_plans(order: Order, lengths: Lengths, row_length: int, rows_per_g
     stay free. With the number of images that groups then have, rounded down or up, fewer slots but more positions stay
     free. The best plan has the largest product of both used shares.
     """
-    visited, least = order.visited(0), int(lengths.images[order.indices].max(initial=0))
+    visited, needed = order.visited(0), int(lengths.images[order.indices].max(initial=0))
     tokens, images = int(lengths.tokens[visited].sum()), int(lengths.images[visited].sum())
     most = math.ceil(images * row_length * rows_per_group / max(tokens, 1))
-    plans = [pack_order(order, lengths, row_length, rows_per_group, max(most, least))]
+    plans = [pack_order(order, lengths, row_length, rows_per_group, max(most, needed))]
     held = images / fill(plans[0]).groups
-    for slots in {max(math.floor(held), least), max(math.ceil(held), least)} - {plans[0].room.image_slots}:
+    for slots in {max(math.floor(held), needed), max(math.ceil(held), needed)} - {plans[0].room.image_slots}:
         plans.append(pack_order(order, lengths, row_length, rows_per_group, slots))
     return sorted(plans, key=lambda plan: (-fill(plan).used, plan.room.image_slots))
 

@@ -31,11 +31,11 @@ from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
 from llava_jax.data.sources import read_images
-from llava_jax.data.tokenization import IGNORE_INDEX, Row
+from llava_jax.data.tokenization import IGNORE_INDEX, Segment
 
 Batch = dict[str, np.ndarray]
 
-# What the arrays of a row hold where no sample lies.
+# The values of the arrays of a row in padding.
 PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
 
 
@@ -51,22 +51,22 @@ class ImageDecoder:
         return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
 
 
-def build_row(samples: Sequence[tuple[Row, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places samples, text and images, one after the other in one row.
+def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:
+    """Places the segments of samples and their images one after the other in a row.
 
     Returns the row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3], which its `image_feature_index` counts.
     """
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
     start, images = 0, []
-    for segment, (text, sample_images) in enumerate(samples, start=1):
-        stop = start + len(text.tokens)
+    for number, (segment, sample_images) in enumerate(samples, start=1):
+        stop = start + len(segment.tokens)
         if stop > layout.max_length:
             raise ValueError(f"the samples of a row take {stop} positions, it has {layout.max_length}")
-        index = text.image_feature_index
-        row["tokens"][start:stop] = text.tokens
-        row["labels"][start:stop] = text.labels
+        index = segment.image_feature_index
+        row["tokens"][start:stop] = segment.tokens
+        row["labels"][start:stop] = segment.labels
         row["positions"][start:stop] = np.arange(stop - start)
-        row["segment_ids"][start:stop] = segment
+        row["segment_ids"][start:stop] = number
         row["image_feature_index"][start:stop] = _shift(index, len(images) * layout.image_tokens)
         start = stop
         images.extend(sample_images)
@@ -178,12 +178,12 @@ class Batches:
             bad += [fault] if fault else []
         return build_row(samples, self.layout), bad
 
-    def _read(self, index: int) -> tuple[Row, Sequence[np.ndarray], BadSample | None]:
+    def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
-        text = Row(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
+        text = Segment(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
         try:
             sample = self.encoded.source[index]
-            text = self.encoded.row(sample)
+            text = self.encoded.segment(sample)
             return text, read_images(self.encoded.source, index, sample, self.decode, text.num_images), None
         except UserError as error:
             if not self.encoded.skip_bad:

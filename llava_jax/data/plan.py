@@ -229,8 +229,8 @@ def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, ro
             rows = order.epoch_rows(epoch)
             taken = (rest + 1) * order.batch_rows if epoch == last else rows.count
             sums = np.stack([rows.sums(lengths.images), rows.sums(lengths.targets)])[:, :taken]
-            whole = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
-            most = np.maximum(most, whole.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
+            padded = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
+            most = np.maximum(most, padded.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
     return int(most[0]), int(most[1])
 
 

@@ -97,13 +97,13 @@ def explain_missing(images: epath.Path, missing: Mapping[str, str]) -> Iterator[
     for name in missing:
         folders[str(PurePosixPath(name).parent)].append(name)
     for folder, names in sorted(folders.items()):
-        told = f"{len(names):,} images missing in {images / folder}, such as {names[0]}; it is "
-        told += f"of sample {missing[names[0]]}"
-        looked = names[:100]
-        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in looked)
+        message = f"{len(names):,} images missing in {images / folder}, such as {names[0]}; it is "
+        message += f"of sample {missing[names[0]]}"
+        first = names[:100]
+        renamed = sum(any((images / name).with_suffix(s).exists() for s in OTHER_EXTENSIONS) for name in first)
         if renamed:
-            told += (
-                f"; {renamed} of the first {len(looked)} are there with another extension: rename them to "
+            message += (
+                f"; {renamed} of the first {len(first)} are there with another extension: rename them to "
                 "what the data calls them (the content of a file decides what it is, not its name)"
             )
-        yield told
+        yield message

@@ -34,7 +34,7 @@ def read_ahead(dataset: grain.MapDataset, workers: int, buffer: int = 0) -> grai
 def _end_with_parent(_worker: int, _workers: int) -> None:
     """Ends a worker whose parent was killed: it would wait forever for someone to take its rows.
 
-    Signals to the whole process group are left to the parent, which saves and may need another batch for that.
+    Signals to the process group are left to the parent, which saves and may need another batch for that.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -25,6 +25,7 @@ ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's newer name
 }
+_WRITTEN = {"system": "system", "user": "human", "assistant": "gpt"}  # LLaVA's names of roles
 _PLAIN = {"id", "image", "conversations"}  # the keys of most samples, which need no further checks
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
 _URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
@@ -109,6 +110,11 @@ def read_sample(value: Any) -> Reading:
         details = (*unsupported.unread_keys(value, bool(images)), *unsupported.unlearned(value))
         faults += [Fault("key", detail) for detail in details]
     return Reading(faults or list(_conversation_faults(turns, images)), images, tuple(turns))
+
+
+def conversation(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Turns in LLaVA's format."""
+    return [{"from": _WRITTEN[role], "value": text} for role, text in turns]
 
 
 def image_names(value: dict) -> tuple[str, ...] | Fault:
@@ -249,14 +255,14 @@ def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ..
         if role != ("user", "assistant")[i % 2]:
             yield Fault("order", f"two turns of {role} in a row: human and gpt take turns")
             break
-    whole = "\0".join([text for _, text in talk[begin:]])
-    marks = whole.count(IMAGE_TOKEN)
+    joined = "\0".join([text for _, text in talk[begin:]])
+    marks = joined.count(IMAGE_TOKEN)
     if marks != len(images):
         detail = f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} images: there has to be one for each"
         yield Fault("marks", detail)
     if begin and IMAGE_TOKEN in talk[0][1]:
         yield Fault("marks", f"the system prompt holds {IMAGE_TOKEN}, and can show no image")
-    if begin or unsupported.may_hold_marks(whole):
+    if begin or unsupported.may_hold_marks(joined):
         for role, text in talk:
             if mark := unsupported.foreign_mark(text, role == "user"):
                 detail = f"the text of a {role} holds {mark}, which marks nothing here: {IMAGE_TOKEN} is read"

@@ -11,8 +11,8 @@ Texts, a hundredth of the data, have their own file, because training measures a
 step without reading images. Records have them, too, for readers that use only `tfds.data_source`. `text.jsonl` is LLaVA
 JSON, which all commands for that read.
 
-A shard is a function of its samples' lines and images. It is written elsewhere and put in its place when it is
-whole, so the shards that are there are good, whoever wrote them, and however the others were interrupted.
+A shard is a function of the lines and images of its samples. It is written atomically: a shard that exists is complete,
+however a build was interrupted.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from llava_jax.cli import UserError
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import decode_image, read_image
-from llava_jax.data.samples import ROLES, Sample
+from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
 from llava_jax.remote import is_remote
@@ -88,12 +88,12 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
 
 
 def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> list[BadImage]:
-    """Writes a shard unless it is there whole; -> the images that cannot be read: with any it is not written.
+    """Writes a shard unless it is complete. Returns the images that cannot be read; with any it is not written.
 
-    `stopped` is asked before each sample; where it is true, `InterruptedError` ends it.
+    `stopped` is called before each sample. If it returns true, `InterruptedError` is raised.
     """
     bad: list[BadImage] = []
-    if is_whole(shard):
+    if is_complete(shard):
         return bad
     with atomic_path(shard.path) as file:
         with _record_writer(file) as writer:
@@ -109,10 +109,10 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
     return bad
 
 
-def is_whole(shard: Shard) -> bool:
-    """Whether a shard is there with all its records, as its footer has it, which is written last."""
+def is_complete(shard: Shard) -> bool:
+    """Whether a shard exists with all its records, according to its footer, which is written last."""
     if is_remote(shard.path):
-        return shard.path.exists()  # object stores know no half-written objects
+        return shard.path.exists()  # object stores have no partially written objects
     return shard.path.exists() and ArrayRecordReader(os.fspath(shard.path)).num_records() == shard.samples
 
 
@@ -139,20 +139,15 @@ def line_of(sample: Sample) -> bytes:
     value: dict = {"id": sample.id}
     if sample.images:
         value["image"] = sample.images
-    value["conversations"] = conversation_of(sample)
+    value["conversations"] = conversation(sample.turns)
     return json.dumps(value).encode() + b"\n"
-
-
-def conversation_of(sample: Sample) -> list[dict[str, str]]:
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [{"from": names[role], "value": text} for role, text in sample.turns]
 
 
 def serialize(sample: Sample, images: list[bytes]) -> bytes:
     """The record of a sample: a tf.Example of `FEATURES`."""
     example = {
         "id": _utf8(sample.id),
-        "conversations": conversation_of(sample),
+        "conversations": conversation(sample.turns),
         "image_names": [_utf8(name) for name in sample.images],
         "num_images": len(sample.images),
         "images": images,

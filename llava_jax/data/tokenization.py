@@ -38,8 +38,8 @@ class Encoded(NamedTuple):
     labels: np.ndarray
 
 
-class Row(NamedTuple):
-    """An `Encoded` with P positions for each image. `image_feature_index` is image x P + patch, -1 for text."""
+class Segment(NamedTuple):
+    """A sample in a row: an `Encoded` with P positions an image; `image_feature_index` is image x P + patch or -1."""
 
     tokens: np.ndarray  # int32[L], 0 under images
     labels: np.ndarray  # int32[L]
@@ -161,7 +161,7 @@ def encode_turns(
     return _encode(text, target_spans, tokenizer)
 
 
-def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
+def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Segment:
     """Gives every image its `image_tokens` positions and truncates to `max_length`, but not within an image.
 
     An image that does not fit completely is dropped with all after it; `num_images` are left. The dropped positions may
@@ -174,7 +174,7 @@ def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Row:
     num_images = int(is_image.sum())
     feature_index = np.full(under_image.shape, -1, np.int32)
     feature_index[under_image] = np.arange(num_images * image_tokens, dtype=np.int32)
-    return Row(
+    return Segment(
         tokens=np.where(under_image, 0, np.repeat(ids, widths)).astype(np.int32),
         labels=np.repeat(labels, widths),
         image_feature_index=feature_index,

@@ -14,11 +14,9 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.data.image_folder import ImageFolder, image_path
 from llava_jax.data.records import local_data, scan
-from llava_jax.data.samples import parse_sample, record_value
+from llava_jax.data.samples import conversation, parse_sample, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files.writing import atomic_file
-
-SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 class Transcript(NamedTuple):
@@ -55,7 +53,7 @@ def dump(transcript: Transcript, ident: str) -> str:
         sample["image"] = transcript.images[0] if len(transcript.images) == 1 else list(transcript.images)
     if transcript.system is not None:
         sample["system"] = transcript.system
-    sample["conversations"] = [{"from": SPEAKERS[role], "value": text} for role, text in transcript.turns]
+    sample["conversations"] = conversation(transcript.turns)
     return json.dumps([sample], ensure_ascii=False, indent=2) + "\n"
 
 

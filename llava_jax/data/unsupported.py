@@ -1,4 +1,4 @@
-"""What samples of other formats hold that is not supported: keys, marks of images, videos and sounds, whole formats.
+"""What samples of other formats hold that is not supported: keys, marks of images, videos and sounds, and formats.
 
 To ignore any of these would train on something else than the file says, so each is a fault. A key in none of these
 tables, such as `source` or `width`, describes the sample and is ignored.

@@ -1,14 +1,14 @@
-"""Makes instruction data from pictures that have captions and boxes."""
+"""Makes instruction data from images with captions and boxes."""
 
 from llava_jax.cli import dispatch, run
 
-COMMANDS = {  # what is typed: its function, and what it does
-    "conversation": ("llava_jax.datagen.generate:conversation", "a language model makes conversations of captions"),
-    "detail": ("llava_jax.datagen.generate:detail", "... detailed descriptions of captions and boxes"),
-    "reasoning": ("llava_jax.datagen.generate:reasoning", "... questions that take thought, and their answers"),
-    "captions": ("llava_jax.datagen.captions:main", "captions to the samples of stage 1: an instruction for each"),
-    "filter": ("llava_jax.datagen.filter:main", "chooses captions so that concepts are balanced, as 595K of CC3M were"),
-    "report": ("llava_jax.datagen.report:main", "the quality of any LLaVA JSON as an HTML page with its pictures"),
+COMMANDS = {  # name: its function, and what it does
+    "conversation": ("llava_jax.datagen.generate:conversation", "conversations by a language model, from captions"),
+    "detail": ("llava_jax.datagen.generate:detail", "... detailed descriptions, from captions and boxes"),
+    "reasoning": ("llava_jax.datagen.generate:reasoning", "... questions that need reasoning, and their answers"),
+    "captions": ("llava_jax.datagen.captions:main", "samples of stage 1: an instruction for each caption"),
+    "filter": ("llava_jax.datagen.filter:main", "selects captions so that concepts are balanced, as CC3M-595K"),
+    "report": ("llava_jax.datagen.report:main", "reports the quality of any LLaVA JSON as an HTML page"),
 }
 
 

@@ -1,50 +1,47 @@
-"""Carries requests through the batch API: rounds of all that are next, until every context has its verdict."""
+"""Asks about contexts with the batch API, in rounds: each sends the next request about every context."""
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 
-from llava_jax.cli import say, track
+from llava_jax.cli import track
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
 from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.batches import TRIES, Batches
+from llava_jax.llm_api.errors import REFUSED
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
 
 
-def run_batches(given: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[], Iterator[Context]]) -> None:
-    """Asks about all `pending` contexts, which are read anew in each round. May be interrupted anywhere."""
+def run_batches(work: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[], Iterator[Context]]) -> None:
+    """Asks about the contexts of `pending`, which is called in each round. It can be interrupted anywhere."""
 
     def request_of(task: str) -> Request:
         step, _ = _next(recipe, ledger, contexts.get(ledger.db, task))
         return step
 
     async def rounds() -> None:
-        async with Batches(given.settings, ledger, given.budget, request_of, given.poll) as batches:
-            refused = await batches.collect()  # of an earlier run
-            while held := batches.make(_requests(recipe, ledger, pending(), refused)):
-                say(f"{held} requests go out in batches; interrupted, the same command goes on", file=sys.stderr)
-                refused = await batches.collect()
+        async with Batches(work.settings, ledger, work.budget, request_of, work.poll) as batches:
+            await batches.run(lambda refused: _requests(recipe, ledger, pending(), refused))
 
     asyncio.run(rounds())
 
 
 def _requests(recipe: Recipe, ledger: Ledger, pending: Iterator[Context], refused: dict[str, str]) -> Iterator[Request]:
-    """The next request about each context; those that have come to their end are concluded instead."""
+    """The next request about each context; contexts that need none get their verdict."""
     for context in track(pending, "reading answers"):
         step, answers = _next(recipe, ledger, context)
         if isinstance(step, Request) and context.id in refused:
-            step = give_up(recipe, context, answers, "refused-by-server", refused[context.id])
+            step = give_up(recipe, context, answers, REFUSED, refused[context.id])
         if isinstance(step, Request):
-            if ledger.failures(step) < TRIES:  # else it stays open, until the same command asks again
+            if ledger.failures(step) < TRIES:  # else the next run asks again
                 yield step
         else:
             ledger.conclude(context.id, step.reason, step.value, step.attempts)
 
 
 def _next(recipe: Recipe, ledger: Ledger, context: Context) -> tuple[Request | Verdict, list[Answer]]:
-    """What comes next after the answers in the ledger, and these."""
+    """The next step after the answers in the ledger, and these answers."""
     answers: list[Answer] = []
     while isinstance(step := next_step(recipe, context, answers), Request):
         if (answer := ledger.answer(step)) is None:

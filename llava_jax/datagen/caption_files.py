@@ -1,4 +1,4 @@
-"""Files of captions of any size, read as a stream: pairs of picture and caption, COCO's, or LLaVA's own of stage 1."""
+"""Files of captions of any size, read as a stream: image and caption pairs, COCO's, or LLaVA samples of stage 1."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from llava_jax.data.samples import ROLES, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
 
 CAPTION_KEYS = ("caption", "blip_caption")
-SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would take for more than text
+SPECIAL_TOKENS = (IMAGE_TOKEN, "<s>", "</s>")  # which training would not take for text
 
 _COCO = re.compile(rb'\s*\{\s*"(info|licenses|images|annotations|categories)"\s*:\s*(\{|\[\s*\{)')
 
 
 class Caption(NamedTuple):
-    """A picture's caption and the JSON of its record, both on one line."""
+    """An image's caption and the JSON of its record, both on one line."""
 
     id: str
     image: str
@@ -35,14 +35,14 @@ def read_captions(
     """The captions of a file, in their order.
 
     A record is `{"image": ..., "caption": ...}` (or another of `keys`), or a LLaVA sample of one question, whose answer
-    is the caption; or the file is a `captions_*.json` of COCO, of which the names of pictures are held in memory.
+    is the caption. A `captions_*.json` of COCO may be given instead; the names of its images are held in memory.
 
     Args:
-      skip_bad: whether to leave out the records that hold no caption.
-      quiet: whether not to print these, a line `bad-caption, file: line, what is wrong` each.
+      skip_bad: whether to leave out the records without a caption.
+      quiet: whether not to print a line `bad-caption, file: line, what is wrong` for each of these.
 
     Raises:
-      UserError: at the end, where there are bad ones and they are not to be skipped; at what cannot be read on.
+      UserError: for a file that is damaged; at the end, if there were bad records, unless `skip_bad`.
     """
     file = local_data(path)
     bad = 0
@@ -65,14 +65,14 @@ def _parse(record: Record, keys: tuple[str, ...]) -> Caption:
         raise UserError(f"{record.where}: is no object")
     image, ident = value.get("image"), value.get("id")
     if not isinstance(image, str) or not image:
-        raise UserError(f"{record.where}: `image` is no name of a picture")
+        raise UserError(f"{record.where}: `image` is not the name of an image")
     if not isinstance(ident, str | int | None):
         raise UserError(f"{record.where}: `id` is neither text nor a number")
     if ident is None:
         ident = f"{PurePosixPath(image).stem}_{record.index}"
     text = _caption(value, keys, record.where)
-    as_it_is = isinstance(record.value, bytes) and b"\n" not in record.value
-    raw = record.value if as_it_is else json.dumps(value).encode()
+    one_line_of_json = isinstance(record.value, bytes) and b"\n" not in record.value
+    raw = record.value if one_line_of_json else json.dumps(value).encode()
     return Caption(str(ident), image, text, raw)
 
 
@@ -111,7 +111,7 @@ def _clean(text: Any, where: str) -> str:
 
 
 def is_coco(file: Path) -> bool:
-    """Whether a file begins as COCO's do: an object, the first value of which holds objects."""
+    """Whether a file begins as COCO's do: with an object, the first value of which holds objects."""
     with file.open("rb") as data:
         return bool(_COCO.match(data.read(4096)))
 
@@ -128,7 +128,7 @@ def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
 
 
 def coco_items(file: Path, name: epath.PathLike, key: str) -> Iterator[dict[str, Any]]:
-    """The members of one of the lists of a COCO file, called `name` in errors."""
+    """The members of a list of a COCO file, which errors call `name`."""
     with file.open("rb") as data:
         try:
             for item in ijson.items(data, f"{key}.item", use_float=True):

@@ -1,8 +1,8 @@
-"""Expands captions to the samples of stage 1: an instruction, chosen by seed and id, that asks for the caption.
+"""Makes the samples of stage 1 from captions: an instruction, chosen by seed and id, and the caption as the answer.
 
-As the paper has it, the picture stands before or after the instruction, at random. Captions come as {image, caption}
-(JSON or JSONL; `blip_caption` is known, too), as COCO's captions_*.json, or as LLaVA's samples of one question.
-The file is read and written as a stream; the output is there once it is whole.
+The image is before or after the instruction, at random, as in the paper. Captions are {image, caption} records (JSON or
+JSONL, also with `blip_caption`), COCO's captions_*.json, or LLaVA samples of one question. The file is read and written
+as a stream, and the output is replaced at the end.
 """
 
 import argparse
@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands have that read a file of captions; `args.keys` is for `read_captions`."""
+    """Adds the options of all commands that read a file of captions. `args.keys` is an argument of `read_captions`."""
     add = parser.add_argument
     add("--captions", required=True, metavar="F", help="the file of captions")
     add("--output", required=True, metavar="OUT", help="JSON, or JSONL where its name ends in .jsonl")
     add("--key", dest="keys", type=lambda key: (key,), default=CAPTION_KEYS, metavar="KEY",
-        help=f"where a record has its caption (default: {' or '.join(CAPTION_KEYS)})")  # fmt: skip
-    add("--skip-bad", action="store_true", help="leave out what holds no caption; it is listed")
-    add("--seed", type=int, default=0, help="of what is chosen at random (0)")
+        help=f"the field of a record that holds its caption (default: {' or '.join(CAPTION_KEYS)})")  # fmt: skip
+    add("--skip-bad", action="store_true", help="leave out records without a caption, which are listed")
+    add("--seed", type=int, default=0, help="random seed (0)")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
-"""Contexts: what a language model is told of a picture, its captions and the boxes of its objects.
+"""Contexts: the captions of an image and the boxes of its objects, from which a language model writes samples.
 
-They are kept in a table of the ledger, since there may be more than fit in memory; `load` fills it.
+They are in a table of the ledger, which `load` fills, since there may be more than fit in memory.
 """
 
 import json
@@ -14,16 +14,16 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS contexts (
   number INTEGER PRIMARY KEY,      -- from 0 on, in the order of the file
   id TEXT NOT NULL UNIQUE,
-  image TEXT NOT NULL,             -- a name in the folder of pictures
+  image TEXT NOT NULL,             -- its name in the image folder
   captions TEXT NOT NULL,          -- JSON: list of text
   boxes TEXT NOT NULL              -- JSON: list of [category, x1, y1, x2, y2]
 );
 """
-AT_ONCE = 256  # contexts read at a time
+CHUNK = 256  # contexts read at a time
 
 
 class Box(NamedTuple):
-    """Where an object is, in fractions of the picture's width and height."""
+    """The category of an object, and its box in fractions of the image's width and height."""
 
     category: str
     x1: float
@@ -37,19 +37,21 @@ class Box(NamedTuple):
 
 class Context(NamedTuple):
     id: str
-    image: str  # its name in the folder of pictures
+    image: str  # its name in the image folder
     captions: tuple[str, ...]
     boxes: tuple[Box, ...]
 
     def text(self, boxes: bool) -> str:
-        """As the model reads it: captions, one a line, then an empty line and the boxes, one a line."""
+        """The text for the model: captions, one a line, then an empty line and the boxes, one a line."""
         lines = [*self.captions, "", *map(str, self.boxes)] if boxes and self.boxes else self.captions
         return "\n".join(lines)
 
 
 def make_box(category: str, bbox: tuple[float, float, float, float], width: float, height: float) -> Box | None:
-    """COCO's [x, y, width, height] in a picture of that size, all in pixels: cut off at its edges, rounded to three
-    decimals, and None where it has no area then."""
+    """The box of COCO's [x, y, width, height] in an image of that size, all in pixels.
+
+    It is clipped to the image and rounded to three decimals. None if it has no area then.
+    """
     x, y, box_width, box_height = bbox
     if not all(map(math.isfinite, bbox)):
         return None
@@ -64,7 +66,7 @@ def make_captions(texts: list[str]) -> tuple[str, ...]:
 
 
 def insert(db: sqlite3.Connection, number: int, context: Context) -> None:
-    """Raises `sqlite3.IntegrityError` where its id is there already."""
+    """Raises `sqlite3.IntegrityError` if there is a context with the same id."""
     db.execute(
         "INSERT INTO contexts VALUES (?, ?, ?, ?, ?)",
         [number, context.id, context.image, json.dumps(context.captions), json.dumps(context.boxes)],
@@ -72,13 +74,13 @@ def insert(db: sqlite3.Connection, number: int, context: Context) -> None:
 
 
 def count(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE") -> int:
-    """How many of the first `limit` contexts there are for which the SQL condition holds."""
+    """The number of those of the first `limit` contexts for which the SQL condition holds."""
     query = f"SELECT COUNT(*) FROM contexts WHERE number < ? AND ({where})"
     return db.execute(query, [sys.maxsize if limit is None else limit]).fetchone()[0]
 
 
 def any_boxes(db: sqlite3.Connection) -> bool:
-    """Whether there is a context with a box."""
+    """Whether any context has a box."""
     return db.execute("SELECT 1 FROM contexts WHERE boxes != '[]' LIMIT 1").fetchone() is not None
 
 
@@ -96,7 +98,7 @@ def read(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE") 
     while rows := db.execute(
         f"SELECT id, image, captions, boxes, number FROM contexts WHERE number > ? AND number < ? AND ({where})"
         " ORDER BY number LIMIT ?",
-        [after, end, AT_ONCE],
+        [after, end, CHUNK],
     ).fetchall():
         for row in rows:
             yield _context(row)

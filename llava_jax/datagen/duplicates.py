@@ -1,8 +1,8 @@
-"""Finds texts that say nearly the same as an earlier one, by MinHash: by the texts and their order alone.
+"""Finds near-duplicates of earlier texts by MinHash. The result depends on the texts and their order alone.
 
-A signature of a text is, for each of many hash functions, the least hash of its runs of words; two texts agree in as
-large a share of it as they have runs in common (their Jaccard similarity). Only texts that agree in a whole band of
-their signatures are compared, which those above the threshold do nearly always.
+The signature of a text is the minimum of each of many hash functions over its runs of words. The share of it in which
+two texts agree estimates the Jaccard similarity of their runs. Only texts that agree in a whole band of their
+signatures are compared, which texts above the threshold nearly always do.
 """
 
 import collections
@@ -30,7 +30,7 @@ def signature(text: str) -> np.ndarray:
 
 
 def near_duplicates(texts: Iterable[str]) -> dict[int, int]:
-    """Which texts are near-duplicates, and of which earlier one that is none itself."""
+    """The near-duplicates, each with the earlier text that it repeats, which is no near-duplicate itself."""
     signatures = np.fromiter(map(signature, texts), np.dtype((np.uint32, BANDS * ROWS)))
     bands = [_shared(signatures[:, start : start + ROWS]) for start in range(0, BANDS * ROWS, ROWS)]
     kept: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
@@ -48,7 +48,7 @@ def near_duplicates(texts: Iterable[str]) -> dict[int, int]:
 
 
 def _shared(band: np.ndarray) -> np.ndarray:
-    """int64[N]: a number for each row of uint32[N, ROWS] that is there more than once, -1 for the others."""
+    """int64[N]: a number for each repeated row of uint32[N, ROWS], -1 for the others."""
     if not len(band):
         return np.empty(0, np.int64)
     _, numbers, counts = np.unique(band, axis=0, return_inverse=True, return_counts=True)

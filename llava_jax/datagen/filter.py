@@ -1,8 +1,8 @@
-"""Chooses captions so that concepts are balanced, as CC3M was filtered for stage 1: 595K of 3M.
+"""Selects captions so that concepts are balanced, as the paper filtered CC3M for stage 1: 595K of 3M.
 
-Noun phrases are counted, by the captions that they are in. Those of fewer than --least captions are dropped. Of each
-other, from the rarest on, all captions are added, but of one that is in more than --most a random sample of these.
-The same file, options and seed give the same output. Records are kept as they are; COCO's become {id, image, caption}.
+The captions of each noun phrase are counted. Phrases in fewer than --least captions are dropped. For each other phrase,
+from the rarest on, all its captions are added, or a random sample of --most if it has more.
+The same file, options and seed give the same output. Records are copied; COCO's become {id, image, caption}.
 """
 
 import argparse
@@ -29,15 +29,15 @@ EXAMPLES = 20  # phrases in the report
 
 
 class Index(NamedTuple):
-    """Which phrases are in which captions: U phrases, from the rarest on, each with a run of captions.
+    """The captions of each of U phrases, from the rarest on.
 
-    A phrase goes by 64 bits of its hash: one in 10^7 indices of a million phrases takes two for the same.
+    64 bits of its hash stand for a phrase: one in 10^7 indices of a million phrases takes two phrases for one.
     """
 
     phrases: np.ndarray  # uint64[U]
-    counts: np.ndarray  # int64[U], captions of each
-    starts: np.ndarray  # int64[U], where its captions begin
-    owners: np.ndarray  # int32[occurrences], captions in ascending order for each phrase
+    counts: np.ndarray  # int64[U], number of captions
+    starts: np.ndarray  # int64[U], index of the first caption in `owners`
+    owners: np.ndarray  # int32[occurrences], the captions of each phrase in ascending order
     captions: int
 
     def captions_of(self, phrase: int) -> np.ndarray:
@@ -67,32 +67,31 @@ def build_index(phrases: Iterator[list[str]]) -> Index:
     return Index(keys[starts], counts[rarest_first], starts, owners, len(each))
 
 
-def choose(index: Index, least: int, most: int, seed: int) -> np.ndarray:
-    """The captions that are added, bool[captions].
+def select(index: Index, least: int, most: int, seed: int) -> np.ndarray:
+    """The selected captions, bool[captions].
 
-    As in the paper, the sample of a common phrase is one of all its captions, of which rarer phrases may have added
-    some, or more than `most`.
+    As in the paper, a common phrase samples from all its captions, whichever rarer phrases have added already.
     """
-    chosen = np.zeros(index.captions, bool)
+    selected = np.zeros(index.captions, bool)
     for phrase in range(int(np.searchsorted(index.counts, least)), len(index.counts)):
         captions = index.captions_of(phrase)
         if len(captions) > most:
             captions = captions[permutation(len(captions), "filter", seed, int(index.phrases[phrase]))[:most]]
-        chosen[captions] = True
-    return chosen
+        selected[captions] = True
+    return selected
 
 
-def count_after(index: Index, chosen: np.ndarray) -> np.ndarray:
-    """The chosen captions of each phrase, int64[U]."""
-    until = np.r_[0, np.cumsum(chosen[index.owners])]
+def count_after(index: Index, selected: np.ndarray) -> np.ndarray:
+    """The number of selected captions of each phrase, int64[U]."""
+    until = np.r_[0, np.cumsum(selected[index.owners])]
     return until[index.starts + index.counts] - until[index.starts]
 
 
-def coverage(index: Index, chosen: np.ndarray, least: int) -> dict[str, Any]:
-    """How many captions and phrases there were and are."""
-    after = count_after(index, chosen)
+def coverage(index: Index, selected: np.ndarray, least: int) -> dict[str, Any]:
+    """The numbers of captions and phrases before and after."""
+    after = count_after(index, selected)
     return {
-        "captions": {"before": index.captions, "after": int(chosen.sum())},
+        "captions": {"before": index.captions, "after": int(selected.sum())},
         "unique phrases": {"before": len(index.counts), "after": int((after > 0).sum())},
         f"unique phrases in {least} captions or more": {
             "before": int((index.counts >= least).sum()),
@@ -105,14 +104,14 @@ def coverage(index: Index, chosen: np.ndarray, least: int) -> dict[str, Any]:
 
 
 def _histogram(counts: np.ndarray) -> dict[str, int]:
-    """Phrases by how many captions they are in."""
+    """The number of phrases by their number of captions."""
     bounds = [1, 3, 10, 30, 100, 300, 1000, 10_000, 100_000, np.inf]
     bins = zip(itertools.pairwise(bounds), np.histogram(counts, bounds)[0].tolist(), strict=True)
     return {f"{low} to {high - 1}" if high < np.inf else f"{low} and more": count for (low, high), count in bins}
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:
-    """What a report says, for people."""
+    """The lines of a report."""
     yield f"noun phrases by {report['method']}"
     width = max(map(len, report))
     for name, value in report.items():
@@ -127,21 +126,21 @@ def main(argv: list[str] | None = None) -> None:
     method, extract = extractor(args.phrases, args.workers)
     captions = track(read_captions(args.captions, args.keys, args.skip_bad), "counting noun phrases")
     index = build_index(extract(caption.text for caption in captions))
-    chosen = choose(index, args.least, args.most, args.seed)
-    if not chosen.any():
+    selected = select(index, args.least, args.most, args.seed)
+    if not selected.any():
         raise UserError(f"{args.captions}: no noun phrase is in {args.least} captions or more: lower --least")
     settings = {name: getattr(args, name) for name in ("captions", "output", "least", "most", "seed")}
-    report = {"method": method, "settings": settings, **coverage(index, chosen, args.least)}
-    report["most common phrases"] = _write(args, index, chosen, extract)
+    report = {"method": method, "settings": settings, **coverage(index, selected, args.least)}
+    report["most common phrases"] = _write(args, index, selected, extract)
     if args.report:
         write_json(args.report, report, ensure_ascii=False)
     say(*summary(report), f"{args.output}: {report['captions']['after']} captions", sep="\n", file=sys.stderr)
 
 
-def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: Extract) -> list[dict[str, Any]]:
-    """Writes the chosen captions. Returns the most common phrases, which it finds in the first caption of each."""
+def _write(args: argparse.Namespace, index: Index, selected: np.ndarray, extract: Extract) -> list[dict[str, Any]]:
+    """Writes the selected captions. Returns the most common phrases, found in the first caption of each."""
     common = range(len(index.counts))[: -EXAMPLES - 1 : -1]
-    after = count_after(index, chosen)
+    after = count_after(index, selected)
     first_in = {int(index.captions_of(phrase)[0]) for phrase in common}
     names = {}
     captions = read_captions(args.captions, args.keys, skip_bad=True, quiet=True)
@@ -149,7 +148,7 @@ def _write(args: argparse.Namespace, index: Index, chosen: np.ndarray, extract: 
         for number, caption in enumerate(track(captions, f"writing {args.output}", index.captions)):
             if number in first_in:
                 names |= {key_of(phrase): phrase for phrase in next(extract([caption.text]))}
-            if chosen[number]:
+            if selected[number]:
                 add(caption.record)
     return [
         {
@@ -165,9 +164,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.datagen filter", description=__doc__, epilog=EPILOG)
     add_caption_arguments(parser)
     add = parser.add_argument
-    add("--report", metavar="OUT", help="write how many captions and phrases there were and are to OUT, as JSON")
-    add("--least", type=positive, default=3, metavar="N", help="captions that a phrase has to be in (3)")
-    add("--most", type=positive, default=100, metavar="N", help="captions that are added for a phrase (100)")
+    add("--report", metavar="OUT", help="write the numbers of captions and phrases before and after to OUT, as JSON")
+    add("--least", type=positive, default=3, metavar="N", help="drop phrases in fewer captions (3)")
+    add("--most", type=positive, default=100, metavar="N", help="captions to add for a phrase (100)")
     add("--phrases", default="auto", metavar="|".join((*METHODS, "MODEL")), help="noun phrases by a rule of stop-words "
         f"or by a model of spaCy (default: {SPACY_MODEL} if it is installed, else words)")  # fmt: skip
     add("--workers", type=positive, default=1, metavar="N", help="processes of spaCy (1)")

@@ -1,9 +1,9 @@
-"""Has a language model that sees captions and boxes write instruction data about pictures.
+"""Makes instruction data about images with a language model that reads their captions and boxes.
 
-The same command goes on where it was interrupted: answers are in DIR/ledger.sqlite and none is paid for twice. At the
-end, and when it is stopped, DIR/llava.json has the samples and DIR/rejects.jsonl the contexts that gave none, and why.
-DIR/report.html, at the end, shows both with their pictures, and what can be counted of their quality.
-Any server with an OpenAI-compatible API will do; its key comes from OPENAI_API_KEY.
+The same command resumes where it was interrupted: answers are in DIR/ledger.sqlite, and none is paid for twice. At the
+end, and when it is stopped, it writes the samples to DIR/llava.json and the rejected contexts with the reasons to
+DIR/rejects.jsonl; at the end also DIR/report.html, which shows both with their images and measures of their quality.
+Any server with an OpenAI-compatible API works; OPENAI_API_KEY has its key.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from llava_jax.datagen.report import read_rejects, write_report
 from llava_jax.datagen.rules import check_language
 from llava_jax.datagen.workers import run
 from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.client import Settings
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 from llava_jax.llm_api.options import add_api_arguments, work
+from llava_jax.llm_api.settings import Settings
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
 PENDING = "id NOT IN (SELECT task FROM results)"
-SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as the authors did it
+SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as in the paper
 EPILOG = """examples:
   python -m llava_jax.datagen {kind} --captions captions_train2017.json \\
     --instances instances_train2017.json --images train2017 --output made/{kind} --show
@@ -47,14 +47,14 @@ EPILOG = """examples:
 
 
 def main(kind: str, argv: list[str]) -> int:
-    """Makes data of a kind."""
+    """Makes data of a kind. Returns the exit status."""
     args = _parse(kind, argv)
     for file in filter(None, (args.captions, args.instances)):
-        local_data(file)  # before there is anything in the directory
+        local_data(file)  # before anything is written
     if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+        raise UserError(f"{args.images}: no such folder of images")
     if is_remote(args.output):
-        raise UserError(f"{args.output}: has to be a local directory, since SQLite keeps the ledger there")
+        raise UserError(f"{args.output}: has to be a local directory: the ledger is a SQLite database")
     recipe = Recipe(
         kind,
         load_prompts(Path(args.prompts) if args.prompts else OURS / kind),
@@ -64,21 +64,21 @@ def main(kind: str, argv: list[str]) -> int:
         args.seed,
     )
     asks = args.show is None and not args.dry_run
-    given = work(args, args.model or "", asks)
+    job = work(args, args.model or "", asks)
     if asks and recipe.language:
         check_language(recipe.language)
-    ledger = open_ledger(given.settings, args)
+    ledger = open_ledger(job.settings, args)
     try:
         if recipe.boxes and not contexts.any_boxes(ledger.db):
-            raise UserError(f"{kind} is told of boxes, but there are none: give --instances, or --no-boxes")
+            raise UserError(f"{kind} uses boxes, but there are none: give --instances, or --no-boxes")
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
-            return estimate(recipe, ledger, given.settings, args.limit)
-        ledger.identify({**recipe.identity(), "model": args.model, "body": given.settings.body})
-        return generate(recipe, ledger, given, args)
+            return estimate(recipe, ledger, job.settings, args.limit)
+        ledger.identify({**recipe.identity(), "model": args.model, "body": job.settings.body})
+        return generate(recipe, ledger, job, args)
     except sqlite3.OperationalError as error:  # as a full disk
-        raise UserError(f"{ledger.path}: {error}; the same command goes on") from error
+        raise UserError(f"{ledger.path}: {error}; the same command resumes") from error
     finally:
         ledger.close()
 
@@ -87,7 +87,7 @@ conversation, detail, reasoning = (functools.partial(main, kind) for kind in KIN
 
 
 def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
-    """The ledger with the contexts in it. Where these cannot be read, no new one is left behind."""
+    """The ledger, filled with the contexts. If these cannot be read, a new ledger is removed again."""
     ledger = Ledger(Path(args.output) / LEDGER, settings.model, settings.body)
     try:
         left_out = load(ledger, args.captions, args.instances, folder_of(args))
@@ -95,28 +95,28 @@ def open_ledger(settings: Settings, args: argparse.Namespace) -> Ledger:
         ledger.discard()
         raise
     for reason, count in left_out.items():
-        say(f"{count} pictures are left out: {reason}", file=sys.stderr)
+        say(f"{count} images are left out: {reason}", file=sys.stderr)
     return ledger
 
 
-def generate(recipe: Recipe, ledger: Ledger, given: Work, args: argparse.Namespace) -> int:
-    """Asks about every context that has no verdict, then writes what came of it, which it does if stopped, too.
+def generate(recipe: Recipe, ledger: Ledger, job: Work, args: argparse.Namespace) -> int:
+    """Asks about every context without a verdict, then writes the results, also when it is stopped.
 
-    Returns 1 where the server failed at some for a while, which stay open.
+    Returns the exit status: 1 if contexts have no verdict, since the server failed with transient errors.
     """
-    if ledger.open_batches() and not given.batch:
-        raise UserError(f"{ledger.path}: answers of the batch API are awaited: go on with --batch")
+    if ledger.open_batches() and not job.batch:
+        raise UserError(f"{ledger.path}: answers of the batch API are awaited: resume with --batch")
     pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
     caught = 0
     try:
-        if given.batch:
-            run_batches(given, ledger, recipe, pending)
+        if job.batch:
+            run_batches(job, ledger, recipe, pending)
         else:
-            caught = run(given, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
+            caught = run(job, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
     finally:
         if ledger.verdicts():
             counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
-            tell(counts, ledger, Path(args.output))
+            print_counts(counts, ledger, Path(args.output))
     if caught:
         return 128 + caught
     if not ledger.verdicts():
@@ -132,7 +132,7 @@ def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) 
     write_report(directory / REPORT, samples, folder_of(args), ledger, rejects, kind, title=f"{kind}: {directory}")
 
 
-def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:
+def print_counts(counts: Counts, ledger: Ledger, directory: Path) -> None:
     rejected = {reason: count for reason, count in counts.verdicts.items() if reason != ACCEPTED}
     totals = ledger.totals()
     say(f"{directory / SAMPLES}: {counts.verdicts.get(ACCEPTED, 0)} samples of {counts.contexts} contexts")
@@ -144,11 +144,11 @@ def tell(counts: Counts, ledger: Ledger, directory: Path) -> None:
         + (f", ${totals.cost:.4f}" if totals.cost else "")
     )
     if counts.missing:
-        say(f"{counts.missing} contexts have no verdict yet: the same command goes on", file=sys.stderr)
+        say(f"{counts.missing} contexts have no verdict yet: the same command resumes", file=sys.stderr)
 
 
 def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
-    """Prints the whole prompt about a context, the first one if `id` is empty."""
+    """Prints the prompt about a context, the first one if `id` is empty."""
     context = contexts.get(ledger.db, id) if id else next(contexts.read(ledger.db, 1))
     if context is None:
         raise UserError(f"no context has the id {id!r}")
@@ -159,7 +159,7 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
 
 def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
     pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
-    for line in estimate_lines(recipe, ledger, pending, count, settings.most_completion_tokens, settings.prices):
+    for line in estimate_lines(recipe, ledger, pending, count, settings.max_completion_tokens, settings.prices):
         say(line)
     return 0
 
@@ -170,25 +170,27 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         epilog=EPILOG.format(kind=kind),
     )
-    add = parser.add_argument_group("pictures").add_argument
+    add = parser.add_argument_group("images").add_argument
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
-    add("--images", required=True, metavar="DIR", help="the folder of pictures; what is not there is left out")
+    add("--images", required=True, metavar="DIR", help="the image folder; images that are not in it are left out")
     add_allow_absolute(parser)
-    add("--limit", type=positive, metavar="N", help="the first N only; a larger one later goes on")
+    add("--limit", type=positive, metavar="N", help="only the first N; a larger N resumes")
 
-    add = parser.add_argument_group("what is asked, what is taken").add_argument
+    add = parser.add_argument_group("prompts and answers").add_argument
     add("--prompts", metavar="DIR",
         help="system_message.txt, and NNN_caps.txt with NNN_conv.txt for each example (default: our own)")  # fmt: skip
     add("--boxes", action=argparse.BooleanOptionalAction, default=SEES_BOXES[kind],
-        help=f"whether the model is told of the boxes (default: {'yes' if SEES_BOXES[kind] else 'no'})")  # fmt: skip
+        help=f"whether the prompts have the boxes (default: {'yes' if SEES_BOXES[kind] else 'no'})")  # fmt: skip
     add("--language", default="en", metavar="CODE", help="of the answers, ISO 639-1, or any (default: en)")
-    add("--seed", type=int, default=0, help="of what is chosen at random (default: 0)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
 
     add_api_arguments(parser, temperature=0.7, max_tokens=1024, concurrency=64)
-    parser.add_argument("--model", metavar="M", help="of the server")
-    parser.add_argument("--show", nargs="?", const="", metavar="ID", help="print the prompt of a context, ask nothing")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--model", metavar="M", help="its name on the server")
+    parser.add_argument(
+        "--show", nargs="?", const="", metavar="ID", help="print the prompt of a context and send nothing"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the directory for all output")
     args = parser.parse_args(argv)
     if args.show is None and not args.dry_run and not args.model:
         parser.error("--model is needed to ask anything")

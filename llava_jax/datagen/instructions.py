@@ -1,4 +1,4 @@
-"""What is asked for a caption or a description: as many ways of it as the paper has, in words of our own."""
+"""The instructions that ask for a caption or a description: as many as the paper has, in our own words."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ DETAILED = tuple(read_entries("detailed_instructions.txt"))  # for descriptions 
 
 
 def pick(options: Sequence[Option], *key: int | str) -> Option:
-    """One of the options, by `key` alone."""
+    """One of the options, which depends on `key` alone."""
     return options[int.from_bytes(hashlib.sha256(repr(key).encode(errors="surrogatepass")).digest()) % len(options)]
 
 
 def with_image(question: str, seed: int, id: str) -> str:
-    """The question with the picture before or after it, by seed and id of the sample."""
+    """The question with the image before or after it, by seed and id of the sample."""
     before = pick((True, False), "image before the question", seed, id)
     return f"{IMAGE_TOKEN}\n{question}" if before else f"{question}\n{IMAGE_TOKEN}"

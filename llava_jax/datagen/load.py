@@ -1,12 +1,12 @@
 """Reads contexts from COCO's files or from JSONL, as a stream, into the table of the ledger.
 
-  COCO   `captions_*.json` and, for boxes, `instances_*.json`. An id is that of COCO.
-  JSONL  a picture a line (or an array of them): {"image": "a.jpg", "captions": ["A cat.", ...],
-         "boxes": [{"category": "cat", "bbox": [x, y, width, height]}, ...]}. There may be no `boxes`, and there may be
-         `id` (the name of the image is, where there is none), `width` and `height` (the picture's own, else).
+  COCO   `captions_*.json` and, for boxes, `instances_*.json`. Ids are COCO's.
+  JSONL  one image a line (or an array of them): {"image": "a.jpg", "captions": ["A cat.", ...],
+         "boxes": [{"category": "cat", "bbox": [x, y, width, height]}, ...]}. `boxes` is optional, and so are `id`
+         (default: the name of the image), `width` and `height` (default: those of the image file).
 
-Boxes are in pixels. One of a crowd, which is no single object, is left out, and so are those of which `make_box` leaves
-nothing. Pictures without a caption, and those that are not in the folder, are left out and counted.
+Boxes are in pixels. Boxes of crowds, which are not single objects, are left out, and so are those without an area after
+`make_box`. Images without a caption, and those that are not in the folder, are left out and counted.
 """
 
 import collections
@@ -34,31 +34,31 @@ from llava_jax.remote import is_remote
 
 CONTEXTS_OF = "CREATE TABLE IF NOT EXISTS contexts_of (files TEXT NOT NULL, left_out TEXT NOT NULL)"  # both JSON
 COCO = """
-DROP TABLE IF EXISTS temp.picture;
+DROP TABLE IF EXISTS temp.image;
 DROP TABLE IF EXISTS temp.caption;
 DROP TABLE IF EXISTS temp.box;
-CREATE TEMP TABLE picture (number INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, name, width, height);
-CREATE TEMP TABLE caption (picture INTEGER NOT NULL, text TEXT NOT NULL);
-CREATE TEMP TABLE box (picture INTEGER NOT NULL, category, x, y, width, height);
+CREATE TEMP TABLE image (number INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, name, width, height);
+CREATE TEMP TABLE caption (image INTEGER NOT NULL, text TEXT NOT NULL);
+CREATE TEMP TABLE box (image INTEGER NOT NULL, category, x, y, width, height);
 """
 INDEXES = """
-CREATE INDEX caption_of ON caption (picture);
-CREATE INDEX box_of ON box (picture);
+CREATE INDEX caption_of ON caption (image);
+CREATE INDEX box_of ON box (image);
 """
-# What records raise that are not as they should be.
+# Raised by records in another form.
 FAULTS = (LookupError, TypeError, ValueError, AttributeError, sqlite3.Error)
 
 
 def load(
     ledger: Ledger, captions: str, instances: str | None, images: epath.PathLike, anywhere: bool = False
 ) -> dict[str, int]:
-    """Fills the table of a ledger, unless it is full of the same. Returns how many pictures were left out why.
+    """Fills the table of a ledger, unless it holds the same. Returns how many images were left out for each reason.
 
     Args:
-      anywhere: whether to take pictures that are not in the folder, too.
+      anywhere: whether to keep images that are not in the folder.
 
     Raises:
-      UserError: for a file that cannot be read, that holds no contexts, or where requests were made for others.
+      UserError: a file cannot be read or holds no contexts, or requests were sent for the contexts of other files.
     """
     files = {name: local_data(name) for name in (captions, instances) if name}
     digests = json.dumps([_digest(file) for file in files.values()])
@@ -68,7 +68,7 @@ def load(
         if row := ledger.db.execute("SELECT files, left_out FROM contexts_of").fetchone():
             asked, left_out = ledger.totals().requests, json.loads(row[1])
             if row[0] == digests and (asked or not left_out):
-                return left_out  # as long as nothing was asked, what was left out may have come to the folder
+                return left_out  # until a request is sent, images may be added to the folder
             if asked:
                 raise UserError(f"{ledger.path} was made from other captions or boxes; choose another directory")
             ledger.db.execute("DELETE FROM contexts_of")
@@ -87,7 +87,7 @@ def load(
 def _fill(
     db: sqlite3.Connection, found: Iterable[tuple[str, Any]], file: str, images: epath.PathLike, anywhere: bool
 ) -> dict[str, int]:
-    """Puts contexts into the table. `found` gives where each comes from and its record, as JSONL has it."""
+    """Inserts contexts into the table. `found` yields the origin of each, for errors, and its record as in JSONL."""
     left_out: collections.Counter[str] = collections.Counter()
     number = 0
     for where, record in track(found, f"reading contexts of {file}"):
@@ -97,7 +97,7 @@ def _fill(
             if not captions:
                 left_out["no caption"] += 1
                 continue
-            if not (anywhere or _is_there(images, name)):
+            if not (anywhere or _in_folder(images, name)):
                 left_out[f"not in {images}"] += 1
                 continue
             id = record.get("id")
@@ -108,13 +108,13 @@ def _fill(
             raise UserError(f"{where}: {error}") from error
         except sqlite3.IntegrityError as error:
             raise UserError(
-                f"{where}: there is another picture of id {short(context.id)}: give each its own"
+                f"{where}: there is another image with id {short(context.id)}: give each its own"
             ) from error
         except FAULTS as error:
-            raise UserError(f"{where}: no picture with captions and boxes: {type(error).__name__} {error}") from error
+            raise UserError(f"{where}: not an image with captions and boxes: {type(error).__name__} {error}") from error
     if not number:
-        reasons = "; ".join(f"{count} pictures: {reason}" for reason, count in left_out.items())
-        raise UserError(f"{file}: no picture to make anything of ({reasons or 'it holds none'})")
+        reasons = "; ".join(f"{count} images: {reason}" for reason, count in left_out.items())
+        raise UserError(f"{file}: no image with a caption ({reasons or 'it holds none'})")
     return dict(left_out)
 
 
@@ -124,26 +124,28 @@ def _boxes(record: Any, images: epath.PathLike) -> Iterator[Box]:
         return
     width, height = record.get("width"), record.get("height")
     if not (width and height):
-        width, height = picture_size(image_path(images, record["image"]))
+        width, height = image_size(image_path(images, record["image"]))
     for box in boxes:
         if made := make_box(str(box["category"]), tuple(map(float, box["bbox"])), float(width), float(height)):
             yield made
 
 
-def picture_size(path: epath.Path) -> tuple[int, int]:
-    """Width and height of a picture as it is shown."""
+def image_size(path: epath.Path) -> tuple[int, int]:
+    """Width and height of an image in its EXIF orientation."""
     require_regular(path)
     try:
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if turned else image.size
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
-        raise UserError(f"picture {path}: is needed for its size: {error}") from error
+        raise UserError(f"image {path}: cannot be read for its size: {error}") from error
 
 
-def _is_there(images: epath.PathLike, name: str) -> bool:
-    """Whether an image is in its folder; on object stores, where asking takes long, it is taken to be. Raises
-    `UserError` for what is there, but is no file."""
+def _in_folder(images: epath.PathLike, name: str) -> bool:
+    """Whether an image is in its folder. On object stores, where the check is slow, it is assumed to be.
+
+    Raises `UserError` for something that is not a file.
+    """
     path = image_path(images, name)
     if not is_remote(path) and not path.exists():
         return False
@@ -173,10 +175,10 @@ def _coco(
 ) -> Iterator[tuple[str, Any]]:
     for statement in COCO.split(";"):
         db.execute(statement)
-    for number, (where, picture) in enumerate(_items(files[captions], captions, "images")):
+    for number, (where, image) in enumerate(_items(files[captions], captions, "images")):
         with _named(where):
-            row = [number, picture["id"], picture["file_name"], picture.get("width"), picture.get("height")]
-            db.execute("INSERT INTO picture VALUES (?, ?, ?, ?, ?)", row)
+            row = [number, image["id"], image["file_name"], image.get("width"), image.get("height")]
+            db.execute("INSERT INTO image VALUES (?, ?, ?, ?, ?)", row)
     for where, annotation in _items(files[captions], captions, "annotations"):
         with _named(where):
             db.execute("INSERT INTO caption VALUES (?, ?)", [annotation["image_id"], annotation["caption"]])
@@ -184,9 +186,9 @@ def _coco(
         _coco_boxes(db, files[instances], instances)
     for statement in INDEXES.split(";"):
         db.execute(statement)
-    for id, image, width, height in db.execute("SELECT id, name, width, height FROM picture ORDER BY number"):
-        texts = db.execute("SELECT text FROM caption WHERE picture = ? ORDER BY rowid", [id])
-        boxes = db.execute("SELECT category, x, y, width, height FROM box WHERE picture = ? ORDER BY rowid", [id])
+    for id, image, width, height in db.execute("SELECT id, name, width, height FROM image ORDER BY number"):
+        texts = db.execute("SELECT text FROM caption WHERE image = ? ORDER BY rowid", [id])
+        boxes = db.execute("SELECT category, x, y, width, height FROM box WHERE image = ? ORDER BY rowid", [id])
         record = {"id": id, "image": image, "width": width, "height": height}
         record["captions"] = [text for (text,) in texts]
         record["boxes"] = [{"category": category, "bbox": bbox} for category, *bbox in boxes]
@@ -207,7 +209,7 @@ def _coco_boxes(db: sqlite3.Connection, file: Path, name: str) -> None:
 
 
 def _items(file: Path, name: str, key: str) -> Iterator[tuple[str, Any]]:
-    """The members of one of the lists of a COCO file, and where they stand. Raises `UserError` if there are none."""
+    """The members of a list of a COCO file, and their places in it. Raises `UserError` if there are none."""
     number = -1
     for number, item in enumerate(track(coco_items(file, name, key), f"reading {key} of {name}")):
         yield f"{name}: {key}[{number}]", item
@@ -217,7 +219,7 @@ def _items(file: Path, name: str, key: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Turns what goes wrong with a record into one line that says where."""
+    """Turns errors of a record into a `UserError` that names its place."""
     try:
         yield
     except FAULTS as error:

@@ -1,8 +1,8 @@
-"""Which objects a text names: COCO's categories, by a table of synonyms and their plurals, whole words only.
+"""Finds the objects that a text names: COCO's categories, by a table of synonyms and their plurals, whole words only.
 
-So are hallucinated objects counted by CHAIR (Rohrbach et al. 2018). A name is not counted where it is denied ("no dog",
-"without any cars") or part of another one ("train station"); a word that may be one of several categories ("bike") is
-all of them.
+CHAIR (Rohrbach et al. 2018) counts hallucinated objects this way. A name does not count where it is negated ("no dog",
+"without any cars") or a part of another name ("train station"). A word that can mean several categories ("bike") counts
+for all of them.
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 
 from llava_jax.datagen.words import read_entries, read_words
 
-# category: what else it is called
+# category: its other names
 SYNONYMS = {category: other.strip() for category, _, other in (e.partition(":") for e in read_entries("objects.txt"))}
-# Words that are mostly something else (a colour, a verb) where they stand alone in the singular.
+# Words that mostly mean something else (a colour, a verb) in the singular.
 ONLY_PLURAL = ("orange", "bat", "mobile", "cook", "ski")
 IRREGULAR = {
     "person": "persons", "people": "people", "child": "children", "mouse": "mice", "knife": "knives", "goose": "geese",
@@ -20,12 +20,23 @@ IRREGULAR = {
     "aircraft": "aircraft", "luggage": "luggage", "broccoli": "broccoli", "human": "humans",
 }  # fmt: skip
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
-_DENIALS = {"no", "not", "without", "neither", "nor", "isn't", "aren't", "wasn't", "weren't", "don't", "doesn't"}
-_BETWEEN = {"a", "an", "any", "the", "other", "visible", "single", "one", "have", "see"}  # a denial and what it denies
+_NEGATIONS = {"no", "not", "without", "neither", "nor", "isn't", "aren't", "wasn't", "weren't", "don't", "doesn't"}
+_FILLERS = {
+    "a",
+    "an",
+    "any",
+    "the",
+    "other",
+    "visible",
+    "single",
+    "one",
+    "have",
+    "see",
+}  # between a negation and the object
 
 
 class Finder:
-    """Finds the categories that a text names: COCO's, and those of `categories` by their own names."""
+    """Finds the categories that a text names: COCO's, and `categories` by their own names."""
 
     def __init__(self, categories: Iterable[str] = ()):
         names: dict[str, set[str]] = {}
@@ -45,21 +56,21 @@ class Finder:
                 self._longest[words[0]] = max(len(words), self._longest.get(words[0], 0))
 
     def mentions(self, text: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Each mention of an object, in lower case, and the categories that it may be one of."""
+        """Each mention of an object, in lower case, and the categories that it can mean."""
         words = _TOKEN.findall(text.lower().replace("’", "'"))
         start = 0
         while start < len(words):
             for length in range(self._longest.get(words[start], 0), 0, -1):
                 name = tuple(words[start : start + length])
                 if name in self._names:
-                    if self._names[name] and not _denied(words, start):
+                    if self._names[name] and not _negated(words, start):
                         yield " ".join(name), self._names[name]
                     start += length - 1
                     break
             start += 1
 
     def named(self, text: str) -> set[str]:
-        """All categories that a text may name."""
+        """All categories that the mentions of a text can mean."""
         return {category for _, categories in self.mentions(text) for category in categories}
 
 
@@ -67,11 +78,11 @@ def _spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _denied(words: list[str], start: int) -> bool:
+def _negated(words: list[str], start: int) -> bool:
     before = start - 1
-    while before >= 0 and words[before] in _BETWEEN:
+    while before >= 0 and words[before] in _FILLERS:
         before -= 1
-    return before >= 0 and words[before] in _DENIALS
+    return before >= 0 and words[before] in _NEGATIONS
 
 
 def plural(name: str) -> str:

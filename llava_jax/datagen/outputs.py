@@ -1,4 +1,4 @@
-"""What a ledger gives: the samples and the rejects, in the order of the contexts, whatever order answers came in."""
+"""Writes the samples and the rejects of a ledger in the order of the contexts, not in that of the answers."""
 
 import collections
 import json
@@ -17,21 +17,21 @@ from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 
 SAMPLES, REJECTS = "llava.json", "rejects.jsonl"
 NEAR_DUPLICATE = "near-duplicate"
-JUDGED = (ACCEPTED, NEAR_DUPLICATE)  # the verdicts of answers that are good by themselves
+GOOD = (ACCEPTED, NEAR_DUPLICATE)  # verdicts on answers that are good by themselves
 
 
 class Result(NamedTuple):
-    """How a context ended: with questions and answers, or rejected for a reason, of which `detail` tells more."""
+    """The result for a context: questions and answers, or the reason of its rejection with details."""
 
     context: Context
-    reason: str  # ACCEPTED, or why not
+    reason: str  # ACCEPTED, or the reason of the rejection
     turns: Turns
     detail: str
 
 
 class Counts(NamedTuple):
     contexts: int
-    verdicts: dict[str, int]  # ACCEPTED and the reasons of rejections: how many
+    verdicts: dict[str, int]  # the number of contexts with each
 
     @property
     def missing(self) -> int:
@@ -40,7 +40,7 @@ class Counts(NamedTuple):
 
 
 def write_outputs(ledger: Ledger, directory: Path, limit: int | None, seed: int) -> Counts:
-    """Writes the samples and the rejects among the first `limit` contexts, of those that have a verdict."""
+    """Writes the samples and the rejects of those of the first `limit` contexts that have a verdict."""
     find_duplicates(ledger, limit)
     verdicts: collections.Counter[str] = collections.Counter()
     count = contexts.count(ledger.db, limit)
@@ -56,32 +56,32 @@ def write_outputs(ledger: Ledger, directory: Path, limit: int | None, seed: int)
 
 
 def read_results(ledger: Ledger, limit: int | None = None) -> Iterator[Result]:
-    """Of the first `limit` contexts, in their order, those that have a verdict."""
+    """The results of those of the first `limit` contexts that have a verdict, in order."""
     for context in contexts.read(ledger.db, limit):
         if found := ledger.result(context.id):
             reason, value = found
-            good = reason in JUDGED
+            good = reason in GOOD
             yield Result(context, reason, tuple(map(tuple, value)) if good else (), "" if good else value)
 
 
 def find_duplicates(ledger: Ledger, limit: int | None) -> None:
-    """Rejects what says nearly the same as the sample of an earlier context; undone by itself where that is none."""
-    judged = [(result.context.id, result.reason) for result in read_results(ledger, limit) if result.reason in JUDGED]
+    """Rejects near-duplicates of the samples of earlier contexts, and accepts those that are none any more."""
+    good = [(result.context.id, result.reason) for result in read_results(ledger, limit) if result.reason in GOOD]
     texts = (
         " ".join(text for turn in result.turns for text in turn)
         for result in read_results(ledger, limit)
-        if result.reason in JUDGED
+        if result.reason in GOOD
     )
-    duplicates = near_duplicates(track(texts, "looking for near-duplicates", len(judged)))
+    duplicates = near_duplicates(track(texts, "looking for near-duplicates", len(good)))
     ledger.revise(
         (task, wanted)
-        for i, (task, reason) in enumerate(judged)
+        for i, (task, reason) in enumerate(good)
         if (wanted := NEAR_DUPLICATE if i in duplicates else ACCEPTED) != reason
     )
 
 
 def sample(context: Context, turns: Turns, seed: int) -> dict[str, Any]:
-    """LLaVA's: the picture stands before or after the first question, by seed and id."""
+    """A LLaVA sample. The image is before or after the first question, by seed and id."""
     values = [text for turn in turns for text in turn]
     values[0] = with_image(values[0], seed, context.id)
     roles = ("human", "gpt")

@@ -1,6 +1,6 @@
-"""From the text of an answer to turns, strictly: what has another form is a `Fault`, as is what is empty.
+"""Parses the text of an answer into turns, strictly: another form, or an empty text, is a `Fault`.
 
-Conversation and reasoning come as blocks between lines of three equals signs, each headed `Question:` or `Answer:`:
+Conversation and reasoning are blocks between lines of three equals signs, each headed `Question:` or `Answer:`:
 
     Question:
     What is the man doing?
@@ -23,7 +23,7 @@ _ORDER = ("Question", "Answer")
 
 
 class Fault(NamedTuple):
-    """Why an answer is no good: a reason of those in `rules`, and what was seen."""
+    """Why an answer is rejected: one of the reasons in `rules`, and what was found."""
 
     reason: str
     detail: str

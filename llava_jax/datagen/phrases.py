@@ -1,7 +1,7 @@
-"""The noun phrases of captions: spaCy's where it and a model are installed, else those of a rule of stop-words.
+"""The noun phrases of captions: by spaCy if it and a model are installed, else by a rule of stop words.
 
-Either way a phrase is in lower case, its words separated by one space, without the determiners and possessives that it
-begins with ("the two dogs" and "Two dogs" are one); pronouns alone are none.
+In both cases a phrase is in lower case, with one space between words, and without leading determiners and possessives
+("the two dogs" and "Two dogs" are one phrase). Pronouns alone are not phrases.
 """
 
 import importlib.util
@@ -17,11 +17,11 @@ SPACY_MODEL = "en_core_web_sm"
 METHODS = ("auto", "words")  # or the name of a model
 
 Extract = Callable[[Iterable[str]], Iterator[list[str]]]
-"""The different phrases of each text, in the order of the texts."""
+"""Yields the distinct phrases of each text."""
 
 
 def extractor(method: str = "auto", workers: int = 1) -> tuple[str, Extract]:
-    """The name of a method and what extracts phrases by it.
+    """The name of a method, and the function that extracts phrases with it.
 
     Args:
       method: "words", the name of an installed model of spaCy, or "auto": `SPACY_MODEL` if there is one, else "words".
@@ -43,13 +43,13 @@ def _spacy_extractor(model: str, workers: int) -> tuple[str, Extract]:
     try:
         import spacy
     except ImportError:
-        raise UserError("noun phrases by a model of spaCy need it: pip install 'llava_jax[phrases]'") from None
+        raise UserError("noun phrases by a spaCy model need spaCy: pip install 'llava_jax[phrases]'") from None
     try:
         nlp = spacy.load(model, exclude=["ner", "lemmatizer"])
     except OSError as error:
         raise UserError(f"spaCy has no model {model}: python -m spacy download {model} ({error})") from error
     if "parser" not in nlp.pipe_names:
-        raise UserError(f"the model {model} of spaCy has no parser, without which there are no noun phrases")
+        raise UserError(f"the model {model} of spaCy has no parser, which noun phrases need")
 
     def by_spacy(texts: Iterable[str]) -> Iterator[list[str]]:
         return map(spacy_phrases, nlp.pipe(texts, n_process=workers, batch_size=1000))
@@ -72,15 +72,15 @@ def spacy_phrases(doc) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ words
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]+|_")
-LONGEST = 3  # words of a phrase
+MAX_WORDS = 3  # words of a phrase
 _STOP_WORDS, _NOUNS = frozenset(read_words("stop_words.txt")), frozenset(read_words("nouns.txt"))
 
 
 def word_phrases(text: str) -> list[str]:
     """The noun phrases of a text, by a rule.
 
-    A text is cut at punctuation, at stop words, at numbers, and at words in -ing and -ly that are not
-    known as nouns. What is left between two cuts, without words in -ed at its end, is a phrase: its last three words.
+    A text is cut at punctuation, stop words, numbers, and words in -ing and -ly that are not known nouns. The words
+    between two cuts, without words in -ed at the end, are a phrase, or the last three of them if there are more.
     """
     phrases, run = {}, []
     for word in itertools.chain(_WORD.findall(text.lower()), "."):
@@ -90,7 +90,7 @@ def word_phrases(text: str) -> list[str]:
         while run and run[-1].endswith("ed") and len(run[-1]) > 4:
             run.pop()
         if run:
-            phrases[" ".join(run[-LONGEST:])] = None
+            phrases[" ".join(run[-MAX_WORDS:])] = None
         run = []
     return list(phrases)
 

@@ -1,6 +1,6 @@
-"""Prompts: a system message and examples, from a directory of the layout that LLaVA's authors published.
+"""Prompts: a system message and examples, from a directory in the layout that LLaVA's authors published.
 
-`system_message.txt` and for each example `NNN_caps.txt`, the context, and `NNN_conv.txt`, what is answered.
+It holds `system_message.txt` and for each example `NNN_caps.txt`, the context, and `NNN_conv.txt`, the answer.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ OURS = Path(__file__).with_name("prompt_files")
 
 
 class Prompts(NamedTuple):
-    """What is said before the context that is asked about."""
+    """The messages before the context."""
 
     system: str
     shots: tuple[tuple[str, str], ...]  # context and answer
@@ -27,7 +27,7 @@ class Prompts(NamedTuple):
 
 
 def load_prompts(directory: Path) -> Prompts:
-    """Raises `UserError` naming the file that is missing, empty or no text."""
+    """Raises `UserError` for a file that is missing, empty or not text."""
     contexts = sorted(directory.glob("*_caps.txt"))
     shots = [(_text(path), _text(path.with_name(path.name.replace("_caps", "_conv")))) for path in contexts]
     if alone := [path for path in directory.glob("*_conv.txt") if not _context_of(path).exists()]:

@@ -1,7 +1,6 @@
-"""What is asked about a context, and what is made of the answers: pure functions, whoever carries the requests.
+"""The requests about a context and the verdict on it, as pure functions of the answers so far.
 
-`next_step` looks at a context and at all answers so far and says what comes next: a request (the first, or one that has
-the model mend its answer) or the verdict.
+`next_step` returns the next request (the first, or one that has the model repair its answer) or the verdict.
 """
 
 import hashlib
@@ -21,23 +20,23 @@ KINDS = ("conversation", "detail", "reasoning")
 
 
 class Recipe(NamedTuple):
-    """All that decides what comes out for a context, but the model's answers."""
+    """Everything besides the model's answers that the verdict on a context depends on."""
 
     kind: str  # of KINDS
     prompts: Prompts
-    boxes: bool  # whether the model is told of them
+    boxes: bool  # whether prompts have them
     attempts: int = 3  # answers of which one has to be good
     language: str | None = "en"  # ISO 639-1, None for any
     seed: int = 0
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from other recipes."""
+        """The fields by which recipes differ."""
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
         return {**self._asdict(), "prompts": prompts}
 
 
 class Verdict(NamedTuple):
-    """The end of a context: accepted with turns, or rejected for a reason. `attempts` judges each answer."""
+    """The verdict on a context: accepted with turns, or rejected for a reason. `attempts` judges each answer."""
 
     reason: str
     detail: str = ""
@@ -46,12 +45,12 @@ class Verdict(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """As the ledger keeps it."""
+        """The value for the ledger."""
         return self.turns if self.reason == ACCEPTED else self.detail
 
 
 def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Request | Verdict:
-    """What comes after so many answers to the requests that this function gave before."""
+    """The next step after the answers to the requests that this function returned before."""
     reasons, asked_again = [], []
     for attempt, answer in enumerate(answers):
         read = judge(recipe, context, answer)
@@ -65,12 +64,12 @@ def next_step(recipe: Recipe, context: Context, answers: Sequence[Answer]) -> Re
 
 
 def give_up(recipe: Recipe, context: Context, answers: Sequence[Answer], reason: str, detail: str) -> Verdict:
-    """The verdict where no more answers can be had; those there are were no good."""
+    """The verdict if no more answers can be had, and no answer so far is good."""
     return Verdict(reason, detail, attempts=tuple(judge(recipe, context, answer).reason for answer in answers))
 
 
 def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
-    """The turns of an answer, or what is wrong with it."""
+    """The turns of an answer, or its fault."""
     if answer.finish_reason == FILTERED:
         return Fault("refusal", "the server's filter")
     if answer.finish_reason == CUT_OFF:
@@ -79,7 +78,7 @@ def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
         return Fault("empty", "the answer has no text")
     turns = _parse(recipe, context, answer.text)
     if isinstance(turns, Fault):
-        return find_refusal(answer.text) or turns  # a refusal keeps to no form
+        return find_refusal(answer.text) or turns  # a refusal has no form
     return find_fault(turns, recipe.language) or turns
 
 
@@ -95,6 +94,6 @@ def _parse(recipe: Recipe, context: Context, text: str) -> Turns | Fault:
 
 def _ask_again(recipe: Recipe, answer: Answer, fault: Fault) -> list[Message]:
     if not answer.text or not answer.text.strip():
-        return []  # the same again: servers do not take empty messages
+        return []  # the same request again: servers do not accept empty messages
     complaint = REPAIRS[fault.reason].format(detail=fault.detail, language=f"the language {recipe.language!r}")
     return [{"role": "assistant", "content": answer.text}, {"role": "user", "content": complaint}]

@@ -1,7 +1,7 @@
-"""The quality of instruction data as one HTML page: lengths, turns, kinds of questions, their first words, objects that
-boxes have and answers name, objects that no box or caption has, and a browser of samples with their pictures.
+"""Reports the quality of instruction data as one HTML page: lengths, turns, kinds of questions and their first words,
+objects in boxes and answers, objects without support by a box or caption, and a browser of samples with their images.
 
-It opens from a file and needs nothing else. Of any number of samples it shows --shown, with small pictures.
+The page is one file without dependencies. The browser shows --shown samples, with small images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from llava_jax.datagen import contexts
 from llava_jax.datagen.load import load
 from llava_jax.datagen.objects import Finder
 from llava_jax.datagen.report_page import page
-from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, choose
+from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, select
 from llava_jax.datagen.statistics import Facts, Statistics, categories_of
 from llava_jax.files.writing import atomic_file
 from llava_jax.llm_api.ledger import Ledger
@@ -49,10 +49,10 @@ def write_report(
     """Writes the page.
 
     Args:
-      images: the folder of images, see `names.ImageFolder`.
-      ledger: has the contexts (without them nothing is said of objects), and what was paid.
-      rejects: contexts without a sample: `id`, `image`, `reason`, maybe `detail`.
-      kind: of all samples; None tells it from the form of each.
+      images: the image folder, see `names.ImageFolder`.
+      ledger: holds the contexts, without which objects are not counted, and the costs.
+      rejects: contexts without a sample: `id`, `image`, `reason` and optionally `detail`.
+      kind: of all samples. None infers it from each sample.
       shown: samples and rejects in the browser.
     """
     facts = None
@@ -70,14 +70,14 @@ def write_report(
     for reject in rejects:
         reasons[str(reject.get("reason"))] += 1
         draw.put_reject(reject)
-    browser = choose(draw, shown, samples, Shown(images, ledger, facts, kind))
+    browser = select(draw, shown, samples, Shown(images, ledger, facts, kind))
     text = page(title, list(_about(len(samples), reasons.total(), ledger)), statistics, reasons, browser)
     with atomic_file(output) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def _about(accepted: int, rejected: int, ledger: Ledger | None) -> Iterator[tuple[str, Any]]:
-    """What the page begins with."""
+    """The rows of the first table."""
     yield "samples", accepted
     if rejected:
         yield "rejected", rejected
@@ -92,7 +92,7 @@ def _about(accepted: int, rejected: int, ledger: Ledger | None) -> Iterator[tupl
 
 
 def read_rejects(path: str) -> Iterator[dict[str, Any]]:
-    """The rejects of a run. Raises `UserError` for what is none."""
+    """The rejects of a run. Raises `UserError` for other records."""
     file = local_data(path)
     with file.open("rb") as data:
         if not data.read(2).strip():
@@ -107,7 +107,7 @@ def read_rejects(path: str) -> Iterator[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of pictures")
+        raise UserError(f"{args.images}: no such folder of images")
     ledger = None
     if args.captions:
         ledger = Ledger(new_local() / "ledger.sqlite")
@@ -121,14 +121,14 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.datagen report", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--json", required=True, metavar="F", help="LLaVA JSON or JSONL, from wherever")
-    add("--images", required=True, metavar="DIR", help="the folder of its pictures")
+    add("--json", required=True, metavar="F", help="LLaVA JSON or JSONL")
+    add("--images", required=True, metavar="DIR", help="the image folder")
     add_allow_absolute(parser)
     add("--captions", metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}: for objects")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
     add("--rejects", metavar="F", help="the rejects.jsonl of a run")
     add("--shown", type=positive, default=SHOWN, metavar="N", help="samples in the browser (default: %(default)s)")
-    add("--output", required=True, metavar="F", help="the page, as report.html")
+    add("--output", required=True, metavar="F", help="the page, such as report.html")
     args = parser.parse_args(argv)
     if args.instances and not args.captions:
         parser.error("--instances needs --captions")

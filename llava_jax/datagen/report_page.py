@@ -1,7 +1,7 @@
-"""The report as one HTML file that needs nothing else: no script or style of elsewhere, no network.
+"""The report as one HTML file, which loads nothing: no other file, no network.
 
-Texts are escaped, and put in as text by the browser of samples. Should one get through all the same, the page's content
-security policy keeps it from being run: only the page's own script is, which it knows by its hash.
+The template escapes all texts, and the script of the sample browser inserts them as text. In addition the page's
+content security policy allows only the page's own script, by its hash.
 """
 
 import base64
@@ -14,23 +14,22 @@ import jinja2
 
 from llava_jax.cli import short
 from llava_jax.datagen.statistics import FIRST_WORDS, QUESTIONS, Lengths, Objects, Statistics, describe, tree
-from llava_jax.datagen.sunburst import sunburst
+from llava_jax.datagen.sunburst import arcs, radius
 
-BRANCHES = 20  # of the tree of first words, drawn
-LISTED = 8  # listed
-ROWS = 40  # of tables, at most
+BRANCHES, LISTED = 20, 8  # of a node of the tree of first words: drawn, listed
+MAX_ROWS = 40  # of a table
 BINS, WIDTH = 20, 320  # of a histogram; pixels
 
 Row = tuple[Any, ...]
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, rejects: Counter, browser: dict) -> str:
-    """The whole page.
+    """The HTML of the page.
 
     Args:
-      facts: of the run: names and values.
-      rejects: how many there are for each reason.
-      browser: what `browser.js` shows: `entries`, `pictures` (data URIs by name), and `groups`, their names and sizes.
+      facts: names and values of the first table.
+      rejects: the number of rejects for each reason.
+      browser: the data of `browser.js`: `entries`, `pictures` (data URIs by name), and `groups`, their names and sizes.
     """
     assets = jinja2.PackageLoader("llava_jax.datagen", "report_assets")
     templates = jinja2.Environment(loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -44,11 +43,12 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
         style=style,
         script=script,
         facts=facts,
-        rejects=[(reason, n, _share(n, rejects.total())) for reason, n in rejects.most_common(ROWS)],
+        rejects=[(reason, n, _share(n, rejects.total())) for reason, n in rejects.most_common(MAX_ROWS)],
         lengths=[row for kind, of_kind in lengths for row in _length_rows(kind, of_kind)],
         histograms=[(kind, *_histogram(of_kind.answer_words)) for kind, of_kind in lengths],
         questions=[(kind, questions[kind], _share(questions[kind], questions.total())) for kind in QUESTIONS],
-        drawing=sunburst(tree(first_words, BRANCHES), first_words.total(), FIRST_WORDS),
+        arcs=arcs(tree(first_words, BRANCHES), first_words.total()),
+        radius=radius(FIRST_WORDS),
         first_words=tree(first_words, LISTED),
         objects=_object_rows(statistics.objects) if statistics.objects.samples else (),
         categories=_category_rows(statistics.objects),
@@ -57,7 +57,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
 
 
 def _source_hash(text: str) -> str:
-    """A script or style as a content security policy names it."""
+    """The hash of a script or style for a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -85,14 +85,14 @@ def _length_rows(kind: str, lengths: Lengths) -> Iterator[Row]:
 
 
 def _histogram(numbers: Sequence[int]) -> tuple[int, list[Row]]:
-    """Values of a bar, and label, x, y, width and height of each bar; the last one has all that are larger."""
+    """The width of a bin, and label, x, y, width and height of each bar. The last bin has all larger numbers, too."""
     largest = describe(numbers)["90 %"] * 1.5 + 1
     step = max(1, -(-int(largest) // BINS))
     counts = Counter(min(number // step, BINS - 1) for number in numbers)
-    bar, most = WIDTH / BINS, max(counts.values(), default=1)
+    bar, highest = WIDTH / BINS, max(counts.values(), default=1)
     bars = []
     for place in range(BINS):
-        height = 90 * counts[place] / most
+        height = 90 * counts[place] / highest
         values = f"{place * step} to {(place + 1) * step - 1}" if place < BINS - 1 else f"{place * step} and more"
         sizes = (f"{size:.1f}" for size in (place * bar, 92 - height, bar - 1, height))
         bars.append((f"{values}: {counts[place]}", *sizes))
@@ -109,8 +109,9 @@ def _object_rows(objects: Objects) -> Iterator[Row]:
 
 
 def _category_rows(objects: Objects) -> Iterator[Row]:
-    """The categories of which most is claimed without support."""
-    for category in sorted({*objects.boxed, *objects.unsupported}, key=lambda c: (-objects.unsupported[c], c))[:ROWS]:
+    """The categories with the most unsupported claims."""
+    categories = sorted({*objects.boxed, *objects.unsupported}, key=lambda c: (-objects.unsupported[c], c))
+    for category in categories[:MAX_ROWS]:
         boxed, unsupported = objects.boxed[category], objects.unsupported[category]
         claims = objects.supported[category] + unsupported
         covered = _share(objects.covered[category], boxed)

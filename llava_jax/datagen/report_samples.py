@@ -1,4 +1,4 @@
-"""The samples and rejects that a report shows: drawn at random, with small pictures, captions and boxes."""
+"""The samples and rejects that a report shows: drawn at random, with small images, captions and boxes."""
 
 import base64
 import collections
@@ -27,16 +27,16 @@ THUMBNAIL = 288  # pixels of the longer side
 QUALITY = 70  # of JPEG
 REJECTED, UNSUPPORTED = "rejected", "with unsupported objects"  # in names of groups
 TEXT = 20_000  # characters of a sample, and again of its captions
-MAX_CHARACTERS = 100_000_000  # of all that is shown, pictures included
+MAX_CHARACTERS = 100_000_000  # of all samples that are shown, images included
 MAX_BOXES = 200  # of a sample
-GROUPS = 100  # of reasons of rejection; those beyond go together
+GROUPS = 100  # of reasons of rejection; further reasons share one
 
 
 class Draw:
-    """Draws at random from each of several groups, however much is put in: the same of the same."""
+    """Draws at random from each of several groups, in bounded memory. The same items give the same draw."""
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, count: int):
+        self.count = count
         self.sizes: collections.Counter[str] = collections.Counter()
         self._heaps: dict[str, list[tuple[bytes, int, Any]]] = collections.defaultdict(list)
 
@@ -45,7 +45,7 @@ class Draw:
         self.sizes[group] += 1
         entry = (hashlib.sha256(f"{group} {number}".encode(errors="surrogatepass")).digest(), number, item)
         heap = self._heaps[group]
-        if len(heap) < self.most:
+        if len(heap) < self.count:
             heapq.heappush(heap, entry)
         else:
             heapq.heappushpop(heap, entry)
@@ -55,14 +55,14 @@ class Draw:
         self.put(group if group in self.sizes or len(self.sizes) < GROUPS else f"{REJECTED}: others", reject)
 
     def drawn(self) -> Iterator[tuple[str, Any]]:
-        """Group and item, from each group in turn."""
+        """Yields group and item, from each group in turn."""
         groups = [[(group, item) for _, _, item in sorted(heap, reverse=True)] for group, heap in self._heaps.items()]
         for row in itertools.zip_longest(*groups):
             yield from filter(None, row)
 
 
 class Shown:
-    """What `browser.js` shows, put together for samples and rejects one by one."""
+    """The data of `browser.js`, collected from samples and rejects one by one."""
 
     def __init__(self, images: epath.PathLike, ledger: Ledger | None, facts: Facts | None, kind: str | None):
         self.images, self.ledger, self.facts, self.kind = images, ledger, facts, kind
@@ -104,7 +104,7 @@ class Shown:
             try:
                 self.pictures[image] = thumbnail(load_image(image_path(self.images, image)))
             except UserError:
-                self.pictures[image] = ""  # which the page says
+                self.pictures[image] = ""  # the page says so
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
         captions, boxes = (context.captions, context.boxes) if context else ((), ())
         boxes = [box._replace(category=short(box.category)) for box in boxes[:MAX_BOXES]]
@@ -113,13 +113,13 @@ class Shown:
         self.characters += len(json.dumps(self.entries[-1])) + len(self.pictures.get(image, ""))
 
 
-def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:
-    """The data of the browser: at most so many of what was drawn, samples by their index, rejects as they are."""
-    chosen = {}
+def select(draw: Draw, count: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:
+    """The data of the browser: up to `count` of the drawn items, which are indices of samples, or rejects."""
+    selected = {}
     for group, item in draw.drawn():
-        if len(chosen) < most:
-            chosen.setdefault(item if isinstance(item, int) else ("reject", id(item)), (group, item))
-    for group, item in track(chosen.values(), "pictures for the report", len(chosen)):
+        if len(selected) < count:
+            selected.setdefault(item if isinstance(item, int) else ("reject", id(item)), (group, item))
+    for group, item in track(selected.values(), "images for the report", len(selected)):
         if shown.characters > MAX_CHARACTERS:
             break
         if isinstance(item, int):
@@ -134,13 +134,13 @@ def choose(draw: Draw, most: int, samples: Sequence[Sample], shown: Shown) -> di
 
 
 def bounded(texts: Sequence[str]) -> list[str]:
-    """The texts, as far as they have `TEXT` characters together; what is left out is said."""
+    """The first texts, up to `TEXT` characters together, and a note how many are left out."""
     kept, room = [], TEXT
     for number, text in enumerate(texts):
         if room <= 0:
             return [*kept, f"({len(texts) - number:,} more)"]
         kept.append(short(text, room + 3))
-        room -= max(len(text), 100)  # as empty ones take place, too
+        room -= max(len(text), 100)  # since empty texts take space, too
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Why answers are no good, whatever their form, and what is said when they are asked for again."""
+"""The faults of answers besides their form, and the requests to repair each."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from llava_jax.cli import UserError
 from llava_jax.datagen.parsing import Fault, Turns
 
-# reason: what is said to the model to have it mend its answer
+# reason: the message that asks the model to repair its answer
 REPAIRS = {
     "wrong-form": "That is not in the form that was asked for: {detail}. Write it again in exactly that form.",
     "empty": "Something is missing: {detail}. Write it again in full.",
@@ -16,8 +16,7 @@ REPAIRS = {
     "marks": "Write it again without {detail}.",
     "wrong-language": "Write it again in {language}.",
 }
-# The others are not asked for again: near-duplicate, since what else was written is not the model's to know;
-# refused-by-server, which brings no answer to mend.
+# Not repaired: near-duplicate, since the model does not know the other samples, and refused-by-server.
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
@@ -54,12 +53,12 @@ _REFUSALS = _any(
     r"\b(?:do not|don['’]t) have (?:the ability|access)",
 )
 
-LANGUAGE_TOLD_FROM = 40  # letters: what is shorter is too little to tell
-LANGUAGE_READ = 400  # characters, which are enough
+MIN_LETTERS = 40  # to detect a language
+MAX_READ = 400  # characters that the language is detected from
 
 
 def find_fault(turns: Turns, language: str | None) -> Fault | None:
-    """The first thing wrong with an answer's turns; `language` is an ISO 639-1 code, None for any."""
+    """The first fault of an answer's turns. `language` is an ISO 639-1 code, None for any."""
     return next(_faults(turns, language), None)
 
 
@@ -75,8 +74,8 @@ def _faults(turns: Turns, language: str | None) -> Iterator[Fault]:
                 yield Fault("mentions-context", mention[0])
     if not turns[-1][1].endswith(_ENDS):
         yield Fault("cut-off", f"it ends with {turns[-1][1][-20:]!r}")
-    text = " ".join(answer for _, answer in turns)[:LANGUAGE_READ]
-    if language and (found := tell_language(text)) not in (language, None):
+    text = " ".join(answer for _, answer in turns)[:MAX_READ]
+    if language and (found := detect_language(text)) not in (language, None):
         yield Fault("wrong-language", found)
 
 
@@ -86,7 +85,7 @@ def find_refusal(text: str) -> Fault | None:
 
 
 def check_language(language: str) -> None:
-    """Raises `UserError` for a code that is not known; loads the model, so that no answer has to wait for it."""
+    """Raises `UserError` for an unknown code. Loads the model, so that no answer has to wait for it."""
     import py3langid
 
     known = sorted(code for code, _ in py3langid.rank("Which languages are there?"))
@@ -94,9 +93,9 @@ def check_language(language: str) -> None:
         raise UserError(f"--language {language}: any, or one of {', '.join(known)}")
 
 
-def tell_language(text: str) -> str | None:
-    """The ISO 639-1 code of a text's language, None where it is too short to tell."""
-    if sum(map(str.isalpha, text)) < LANGUAGE_TOLD_FROM:
+def detect_language(text: str) -> str | None:
+    """The ISO 639-1 code of a text's language, None if it is too short to detect."""
+    if sum(map(str.isalpha, text)) < MIN_LETTERS:
         return None
     import py3langid  # only here: its model takes a second to load
 

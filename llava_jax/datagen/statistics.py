@@ -1,4 +1,4 @@
-"""What is counted of instruction data for its report: lengths, turns, kinds of questions, first words, objects."""
+"""The statistics of instruction data for its report: lengths, turns, kinds of questions, first words, objects."""
 
 import array
 import re
@@ -16,7 +16,7 @@ from llava_jax.datagen.instructions import DETAILED
 from llava_jax.datagen.objects import Finder
 
 FIRST_WORDS = 3
-# kind of a question: what tells it, looked for in this order from behind what stands before a first comma
+# kind of a question: its pattern; the first one that matches the words after the last comma counts
 QUESTIONS = {
     "how many": r"\bhow (many|much)\b|\bnumber of\b",
     "colour": r"\bcolou?rs?\b",
@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 class Claims(NamedTuple):
-    """The objects of a sample's answers, and those of its picture; of one without a context there are none."""
+    """The objects that a sample's answers name, and those of its image."""
 
     supported: frozenset[str]
     unsupported: dict[str, str]  # category: the word in the answers
@@ -46,7 +46,7 @@ class Claims(NamedTuple):
 
 
 def kind_of(sample: Sample) -> str:
-    """conversation: of more than one question; detail: of one that asks for a description; reasoning: of another."""
+    """conversation: several questions; detail: one that asks for a description; reasoning: any other one."""
     questions = questions_of(sample)
     if len(questions) > 1:
         return "conversation"
@@ -63,28 +63,28 @@ def question_kind(question: str) -> str:
 
 
 class Facts:
-    """What boxes and captions tell of the pictures: a few numbers for each, however many there are.
+    """The objects in the boxes and captions of images, in a few numbers for each image.
 
-    A picture goes by its name, or by the last part of it. Contexts of the same picture are put together.
+    An image is found by its name or by the last part of it. Contexts of the same image are merged.
     """
 
     def __init__(self, contexts: Iterable[Context], finder: Finder):
         self.finder = finder
         self._bits = {category: 1 << bit for bit, category in enumerate(finder.categories)}
-        self._pictures: dict[str, tuple[int, int, int]] = {}  # number of its context, categories of boxes, of captions
+        self._images: dict[str, tuple[int, int, int]] = {}  # number of its context, categories of boxes, of captions
         for number, context in enumerate(contexts):
             boxes = self._mask(box.category.lower() for box in context.boxes)
             captions = self._mask(finder.named(" . ".join(context.captions)))
-            known = self._pictures.get(context.image, (number, 0, 0))
-            self._pictures[context.image] = (known[0], known[1] | boxes, known[2] | captions)
+            known = self._images.get(context.image, (number, 0, 0))
+            self._images[context.image] = (known[0], known[1] | boxes, known[2] | captions)
 
     def number(self, image: str) -> int | None:
-        """The number of a picture's context."""
+        """The number of an image's context."""
         found = self._find(image)
         return None if found is None else found[0]
 
     def claims(self, sample: Sample) -> Claims | None:
-        """None for a sample of a picture without a context."""
+        """The objects of a sample, None if its image has no context."""
         found = self._find(sample.images[0]) if sample.images else None
         if found is None:
             return None
@@ -100,7 +100,7 @@ class Facts:
         return Claims(frozenset(supported), unsupported, boxes, covered)
 
     def _find(self, image: str) -> tuple[int, int, int] | None:
-        return self._pictures.get(image) or self._pictures.get(image.rpartition("/")[2])
+        return self._images.get(image) or self._images.get(image.rpartition("/")[2])
 
     def _mask(self, categories: Iterable[str]) -> int:
         mask = 0
@@ -114,11 +114,11 @@ class Facts:
 
 @dataclass
 class Objects:
-    """How many samples of a data set stand how to boxes and captions; counters are by category."""
+    """How many samples name objects with and without support. Counters are by category."""
 
-    samples: int = 0  # of pictures with a context
+    samples: int = 0  # whose image has a context
     with_unsupported: int = 0
-    boxed: Counter[str] = field(default_factory=Counter)  # whose picture has such a box
+    boxed: Counter[str] = field(default_factory=Counter)  # whose image has such a box
     covered: Counter[str] = field(default_factory=Counter)  # those of them that name it
     supported: Counter[str] = field(default_factory=Counter)  # that claim such an object
     unsupported: Counter[str] = field(default_factory=Counter)
@@ -133,7 +133,7 @@ class Objects:
 
 
 class Lengths:
-    """Numbers of samples of a kind, of their questions, and of the words of these and of the answers."""
+    """The number of questions of each sample of a kind, and the number of words of questions and of answers."""
 
     def __init__(self) -> None:
         self.questions, self.question_words, self.answer_words = (array.array("I") for _ in range(3))
@@ -146,18 +146,18 @@ class Lengths:
 
 
 def describe(numbers: array.array) -> dict[str, float]:
-    """Mean, quantiles and largest of numbers, zeros for none."""
+    """Mean, quantiles and maximum of numbers; zeros for none."""
     values = np.frombuffer(numbers, np.uint32) if numbers else np.zeros(1)
     p50, p90 = np.quantile(values, (0.5, 0.9), method="nearest").tolist()
     return {"mean": float(values.mean()), "median": p50, "90 %": p90, "most": int(values.max())}
 
 
 class Statistics:
-    """All of it, sample by sample."""
+    """All statistics, updated sample by sample."""
 
     def __init__(self, facts: Facts | None, kind: str | None = None):
         self.facts = facts
-        self.kind = kind  # of all samples; None tells it from each
+        self.kind = kind  # of all samples; None infers it from each
         self.lengths: dict[str, Lengths] = defaultdict(Lengths)
         self.questions: Counter[str] = Counter()
         self.first_words: Counter[tuple[str, ...]] = Counter()
@@ -177,22 +177,21 @@ class Statistics:
 
 
 class Branch(NamedTuple):
-    """A word, how many questions go on with it, and with what these go on."""
+    """A word, the number of questions with it in this place, and the words that follow."""
 
     word: str
     count: int
     branches: tuple["Branch", ...]
 
 
-def tree(first_words: dict[tuple[str, ...], int], most: int) -> tuple[Branch, ...]:
-    """The first words of questions as a tree, the most common first and at most so many branches of each, the others
-    left out."""
+def tree(first_words: dict[tuple[str, ...], int], limit: int) -> tuple[Branch, ...]:
+    """The first words of questions as a tree: the most common branches of each node first, and only so many."""
     after: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for words, count in first_words.items():
         if words:
             after[words[0]][words[1:]] += count
-    ordered = sorted(after.items(), key=lambda item: (-item[1].total(), item[0]))[:most]
-    return tuple(Branch(word, rest.total(), tree(rest, most)) for word, rest in ordered)
+    ordered = sorted(after.items(), key=lambda item: (-item[1].total(), item[0]))[:limit]
+    return tuple(Branch(word, rest.total(), tree(rest, limit)) for word, rest in ordered)
 
 
 def categories_of(contexts: Iterable[Context]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The tables of words and sentences in `word_files`."""
+"""Reads the tables of words and sentences in `word_files`."""
 
 import re
 from pathlib import Path

@@ -4,7 +4,6 @@ Each process answers its share on its own devices, over which the parameters are
 answers are the only collective operations: no process waits for another's tokens.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,10 +72,9 @@ class Evaluation:
                 check_images(question, self.images)  # raises an error with the question's id for a bad image
             raise
         self.generator.decoder.drop_weights()
-        share = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         answers = [""] * len(self.questions)
-        for process, texts in enumerate(distributed.gather(f"answers of step {step}", share)):
-            answers[process::count] = json.loads(texts.tobytes())
+        for process, share in enumerate(distributed.gather_json(f"answers of step {step}", texts)):
+            answers[process::count] = share
         lines = [
             answer_line(number, question, text, step)
             for number, (question, text) in enumerate(zip(self.questions, answers, strict=True), 1)

@@ -1,22 +1,24 @@
 """Asks a language model what a benchmark wants to know of it: to judge answers, or to write reference answers.
 
-Each benchmark says its prompts, how replies are read, and what is written (`benchmark.ModelTask`). The model's replies
-are kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
+Each benchmark says its prompts, how replies are read, and what is written (`model_task.py`). The model's replies are
+kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.benchmark import Case, ModelTask
 from llava_jax.evaluate.benchmarks import find, listing
 from llava_jax.evaluate.lines import write_lines
+from llava_jax.evaluate.model_task import Case, ModelTask
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def _run(command: str, what: str, argv: Sequence[str]) -> None:
         parser.add_argument("benchmark", metavar="BENCH", help="one of those below")
         parser.parse_args(argv)
     task: ModelTask = getattr(find(argv[0], command), command)
-    args = _parse(f"{command} {argv[0]}", task, argv[1:])
+    args = _parse(command, argv[0], task, argv[1:])
     files, instructions = task.prompts(args)
     if not any(files):
         raise UserError(f"{args.output}: there is nothing to ask")
@@ -54,18 +56,22 @@ def _run(command: str, what: str, argv: Sequence[str]) -> None:
 
 def _ask(
     args: argparse.Namespace, task: ModelTask, model: str, cases: Sequence[Case], hash_: str
-) -> "list[Outcome] | None":
-    """The outcome of each case. None in a dry run, which prints an estimate of the cost."""
-    from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast  # openai takes a second to load
+) -> "list[Outcome | None]":
+    """The outcome of each case, or None if there is nothing to ask. A dry run prints an estimate and returns []."""
+    from llava_jax.llm_api.asking import Task, ask_all, forecast  # openai takes a second to load
 
-    tasks = [Task(case.name, case.messages, case.read, not task.cut_counts) for case in cases if case.messages]
+    tasks = [
+        Task(case.name, partial(list, case.messages), partial(task.read, case.about), not task.cut_counts)
+        for case in cases
+        if case.messages
+    ]
     settings = work(args, model)
     if args.dry_run:
         say(f"{model}: {forecast(settings, tasks)}")
-        return None
+        return []
     directory = ledger_directory(args) / (_slug(model) if task.several else "")
-    answered = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"{task.progress} {model}"))
-    return [next(answered) if case.messages else Outcome(None, *case.given) for case in cases]
+    asked = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"asking {model}"))
+    return [next(asked) if case.messages else None for case in cases]
 
 
 def _write(
@@ -73,23 +79,24 @@ def _write(
     task: ModelTask,
     path: Path,
     cases: Sequence[Case],
-    outcomes: "Sequence[Outcome]",
+    outcomes: "Sequence[Outcome | None]",
     by: dict[str, str],
 ) -> None:
     from llava_jax.llm_api.asking import told
 
-    failed = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome.value is None]
-    if failed and task.required:
+    asked = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome]
+    failed = [(case, outcome) for case, outcome in asked if outcome.value is None]
+    if failed and not task.failed:
         case, outcome = failed[0]
         raise UserError(f"question {case.name}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
-    write_lines(path, (case.line(outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
-    notes = "" if task.required else f", {len(failed)} of them {task.failed}{told(outcomes)}"
-    say(f"{path}: {len(cases)} {task.writes}{notes}", file=sys.stderr)
+    write_lines(path, (task.line(case.about, outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
+    told_failed = f", {len(failed)} of them {task.failed}{told([outcome for _, outcome in asked])}"
+    say(f"{path}: {len(cases)} {task.writes}{told_failed if task.failed else ''}", file=sys.stderr)
 
 
 def _advice(outcome: "Outcome", attempts: int) -> str:
     from llava_jax.llm_api.asking import CUT, LONGER
-    from llava_jax.llm_api.client import REFUSED
+    from llava_jax.llm_api.errors import REFUSED
 
     if outcome.open or outcome.reason.startswith(REFUSED):
         return "the same command asks again"
@@ -107,11 +114,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
-def _parse(command: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m llava_jax.evaluate {command}", description=task.description, epilog=task.epilog)
+def _parse(command: str, name: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
+    prog = f"python -m llava_jax.evaluate {command} {name}"
+    parser = Parser(prog=prog, description=inspect.getdoc(task), epilog=task.epilog)
     task.add_arguments(parser)
     add = parser.add_argument
-    add(task.option, required=True, nargs="+" if task.several else 1, dest="models", metavar="MODEL", help=task.help)
+    option, count = "--judge" if command == "judge" else "--model", "+" if task.several else 1
+    add(option, required=True, nargs=count, dest="models", metavar="MODEL", help="a language model; it sees no images")
     parser.set_defaults(repeats=1)
     if task.several:
         add("--repeats", type=int, metavar="N", help="of all prompts, with a file for each (default: 1)")
@@ -121,5 +130,5 @@ def _parse(command: str, task: ModelTask, argv: Sequence[str]) -> argparse.Names
     if args.repeats < 1:
         parser.error("--repeats has to be 1 or more")
     if len(set(map(_slug, args.models))) < len(args.models):
-        raise UserError(f"{task.option}: a model is given twice; --repeats N has each of them repeat its work")
+        raise UserError(f"{option}: a model is given twice; --repeats N has each of them repeat its work")
     return args

@@ -7,7 +7,6 @@ has a thread that feeds it; other threads read images a batch or two ahead.
 import argparse
 import dataclasses
 import itertools
-import json
 import queue
 import sys
 import time
@@ -19,14 +18,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, say, track
 from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.data.templates import Template, choose_template
+from llava_jax.data.templates import Template
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import Key, Question, key_of, request_turns
+from llava_jax.evaluate.questions import Question, key_of, request_turns
 from llava_jax.inference.generate import Generator
+from llava_jax.inference.options import open_model
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.parallel import distributed
 
@@ -39,7 +39,7 @@ ANSWER_IS = " ###\nANSWER:"  # a model of ScienceQA continues from this after it
 class Asking(NamedTuple):
     """How questions become requests."""
 
-    images: epath.PathLike  # the folder of images, see `names.ImageFolder`
+    images: epath.PathLike  # the folder of images, see `data.image_folder`
     sampling: Sampling
     batch_rows: int
     image_last: bool = False  # after the question, as in the paper
@@ -51,11 +51,12 @@ def predict(args: argparse.Namespace, questions: Sequence[Question]) -> None:
     asking = Asking(folder_of(args), sampling, args.batch_rows, args.picture_last, args.answer_prompter)
     with distributed.joined(args.coordinator, args.num_processes, args.process_id, START_SECONDS):
         file = AnswerFile(args.output, questions, args.model_id, jax.process_index())
-        answered = {tuple(key) for keys in _gathered("answered", list(file.lines)) for key in keys}
+        answered = {tuple(key) for keys in distributed.gather_json("answered", list(file.lines)) for key in keys}
         waiting = [question for question in questions if question.key not in answered]
         if waiting:
             _answer(args, asking, file, batches(waiting, asking.batch_rows), len(answered))
-        lines = {key_of(line): line for lines in _gathered("answers", list(file.lines.values())) for line in lines}
+        shares = distributed.gather_json("answers", list(file.lines.values()))
+        lines = {key_of(line): line for share in shares for line in share}
         if distributed.is_first():
             say(f"{file.finish(lines)} answers: {args.output}", file=sys.stderr)
         distributed.barrier("answers are written")
@@ -69,8 +70,7 @@ def _answer(
     share = work[jax.process_index() :: jax.process_count()]
     if answered:
         say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
-    checkpoint = open_checkpoint(args.checkpoint)
-    template = choose_template(args.template, checkpoint.template)
+    checkpoint, template = open_model(args)
     if asking.image_last:
         checkpoint = checkpoint.with_image_position("as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
@@ -89,12 +89,6 @@ def _answer(
         f"were idle for {answering.idle:.1%} of it",
         file=sys.stderr,
     )
-
-
-def _gathered(name: str, values: list[dict | Key]) -> list[list]:
-    """The JSON values of all processes."""
-    encoded = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    return [json.loads(array.tobytes()) for array in distributed.gather(name, encoded)]
 
 
 def batches(questions: Sequence[Question], rows: int) -> list[list[Question]]:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     own = OWN.get(argv[0]) if argv else None
     prog = "python -m llava_jax.evaluate score"
     if own:
-        parser = Parser(prog=f"{prog} {own.name}", description=own.description, epilog=own.epilog)
+        parser = Parser(prog=f"{prog} {own.name}", description=own.what, epilog=own.epilog)
         own.add_arguments(parser)
         run, table, to_json, argv = own.score, own.table, own.to_json, argv[1:]
     else:
@@ -115,7 +115,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (below); of mm-vet, the "
         "judge's grades")  # fmt: skip
     add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
-    add("--label-format", metavar="NAME", help="of the labels, as MODULE:NAME of your own (default: the files tell "
+    add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell "
         "it)")  # fmt: skip
     add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
         "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip

@@ -163,6 +163,6 @@ def _copy(source: epath.Path, target: Path, show: bool) -> None:
     blocks = -(-source.stat().length // COPY_BYTES)
     with source.open("rb") as remote, replacing(target) as file:
         read = iter(lambda: remote.read(COPY_BYTES), b"")
-        told = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
-        for block in track(read, told, blocks) if show else read:
+        message = f"copying {source} in blocks of {COPY_BYTES // 2**20} MiB"
+        for block in track(read, message, blocks) if show else read:
             file.write(block)

@@ -1,7 +1,7 @@
-"""Files that others wrote: whether they are files, in which encoding their text is, and JSON that is parsed in bounds.
+"""Reads files of unknown origin: checks that they are regular files, decodes their text, and parses JSON within bounds.
 
-A clone without git-lfs holds, in place of each large file, a pointer of three lines. It exists and can be read, so
-whatever opens a file from outside has to ask.
+A clone without git-lfs has a pointer of three lines in place of each large file. Such a file can be opened and read, so
+all code that reads a file of unknown origin checks for it.
 """
 
 import collections
@@ -18,28 +18,28 @@ from etils import epath
 from llava_jax.cli import UserError
 from llava_jax.remote import is_remote
 
-POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each begins
-MAX_BYTES = 8 * 2**20  # of a file that describes something, where no other limit is given
-MAX_DEPTH = 100  # of nested lists and objects, so that code that walks through them may recurse
+POINTER = b"version https://git-lfs.github.com/spec/v1"  # the beginning of each
+MAX_BYTES = 8 * 2**20  # of a small file, such as a configuration: the default limit
+MAX_DEPTH = 100  # of nested lists and objects, so that code may recurse through them
 MAX_DIGITS = 300  # of an integer, which then fits into a float; an absent `model_max_length` is stored as 10**30
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, mostly followed by the other half
 
 
 def refuse_pointer(data: bytes, name: str | os.PathLike) -> None:
-    """Raises `UserError` where what was read of a file is the beginning of a Git LFS pointer."""
+    """Raises `UserError` if `data`, the beginning of a file, is that of a Git LFS pointer."""
     if data.startswith(POINTER):
         raise UserError(f"{name}: is a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned")
 
 
 def refuse_pointer_file(path: Path) -> None:
-    """The same of a local file, which need not exist."""
+    """Raises `UserError` if a local file, which need not exist, is a Git LFS pointer."""
     if path.is_file():
         with open(path, "rb") as file:
             refuse_pointer(file.read(len(POINTER)), path)
 
 
 def refuse_pointers_below(directory: str | os.PathLike) -> None:
-    """The same of all files of a directory, for where one of them cannot be read. Object stores hold no clones."""
+    """Raises `UserError` if a local directory holds a Git LFS pointer, which may be why a file cannot be read."""
     if not is_remote(directory):
         for file in Path(directory).rglob("*"):
             refuse_pointer_file(file)
@@ -53,7 +53,7 @@ def encoding_of(head: bytes) -> str:
 def to_utf8(data: bytes, name: str | os.PathLike) -> bytes:
     """The bytes of a text file in UTF-8 without a byte order mark; UTF-16 and UTF-32 are converted.
 
-    What claims to be UTF-8 is returned unchecked. Raises `UserError` for Git LFS pointers and broken UTF-16.
+    UTF-8 is returned unchecked. Raises `UserError` for Git LFS pointers and broken UTF-16.
     """
     refuse_pointer(data, name)
     encoding = encoding_of(data[:4])
@@ -70,10 +70,7 @@ def broken(name: str | os.PathLike, encoding: str, error: UnicodeDecodeError) ->
 
 
 def require_regular(path: str | os.PathLike) -> None:
-    """Raises `UserError` unless a local path is a regular file or a link to one: a FIFO blocks, /dev/zero never ends.
-
-    Object stores hold nothing else.
-    """
+    """Raises `UserError` unless a local path is a regular file or links to one: a FIFO blocks, /dev/zero never ends."""
     if is_remote(path):
         return
     try:
@@ -86,7 +83,7 @@ def require_regular(path: str | os.PathLike) -> None:
 
 
 def refuse_irregular(found: os.stat_result, path: str | os.PathLike) -> None:
-    """Raises `UserError` unless that is what `os.stat` says of a regular file."""
+    """Raises `UserError` unless `found`, the result of `os.stat`, is that of a regular file."""
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, pipe or socket"
         way_out = ": write what comes out of it to a file first" if stat.S_ISFIFO(found.st_mode) else ""
@@ -94,7 +91,7 @@ def refuse_irregular(found: os.stat_result, path: str | os.PathLike) -> None:
 
 
 def read_bytes(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
-    """What is in a file, local or remote. Raises `UserError` where it is no regular file, or larger than `limit`."""
+    """The content of a file, local or remote. Raises `UserError` if it is not a regular file or larger than `limit`."""
     require_regular(path)
     try:
         with epath.Path(path).open("rb") as file:
@@ -112,7 +109,7 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool =
 
 
 def read_object(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
-    """The JSON object in a file. Raises `UserError` as `read_json` does, and where the value is no object."""
+    """The JSON object in a file. Raises `UserError` as `read_json` does, and if the value is not an object."""
     value = read_json(path, limit=limit, strict=strict)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
@@ -120,7 +117,7 @@ def read_object(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool
 
 
 def parse_json(data: bytes | str, name: str | os.PathLike, *, strict: bool = True) -> Any:
-    """The value of JSON text in any Unicode encoding. Raises `UserError` naming `name` where `loads` refuses it."""
+    """The value of JSON text in any Unicode encoding. Raises `UserError` with `name` if `loads` refuses it."""
     try:
         return loads(to_utf8(data, name) if isinstance(data, bytes) else data, strict=strict)
     except UnicodeDecodeError as error:
@@ -133,13 +130,13 @@ def loads(data: bytes | str, *, strict: bool = True) -> Any:
     """The value of JSON text, in UTF-8 if it is bytes.
 
     Args:
-      data: the text. Its size is up to the caller: a value takes up to about 30 bytes of memory for each of its bytes.
-      strict: whether to refuse what the JSON standard leaves open or forbids and Python takes: keys that an object has
-        twice (the last one would count), NaN, infinite numbers and lone surrogates (which cannot be written as UTF-8).
+      data: the text. The caller bounds its size: a value takes up to about 30 bytes of memory for each byte of text.
+      strict: whether to refuse what Python accepts beyond the JSON standard: duplicate keys of an object (the last one
+        would count), NaN, infinite numbers and lone surrogates (which cannot be written as UTF-8).
 
     Raises:
-      ValueError: it is not JSON or not UTF-8, is nested more than `MAX_DEPTH` deep or holds an integer of more than
-        `MAX_DIGITS` digits.
+      ValueError: the text is not JSON or not UTF-8, is nested more than `MAX_DEPTH` deep, or holds an integer of more
+        than `MAX_DIGITS` digits.
     """
     text = data.decode() if isinstance(data, bytes) else data
     try:
@@ -186,6 +183,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-# What `loads` parses with. Python's decoder alone bounds the depth by its own recursion.
+# Python's decoder bounds the depth by its own recursion limit.
 _LENIENT = json.JSONDecoder(parse_int=_integer)
 _STRICT = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)

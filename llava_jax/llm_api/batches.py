@@ -1,7 +1,7 @@
-"""The batch API: requests go up in files, and within a day the answers come down in files, at half the price or so.
+"""The batch API: requests are uploaded in files and answers downloaded within a day, at about half the price.
 
-Rows of the ledger and the name of a batch are written before anything is sent. A process that dies between sending and
-noting the server's id leaves a batch that the next one finds among the server's by its name.
+The requests and the name of a batch are in the ledger before anything is sent. If a process dies before it has noted
+the server's id of a batch, the next process finds that batch on the server by its name.
 """
 
 import asyncio
@@ -18,23 +18,27 @@ import openai
 
 from llava_jax.cli import UserError, say
 from llava_jax.files.reading import loads
-from llava_jax.llm_api.client import Settings, api, backoff, first_cause, way_out
-from llava_jax.llm_api.cost import budget_spent
+from llava_jax.llm_api.advice import advice
+from llava_jax.llm_api.budget import BudgetSpent
+from llava_jax.llm_api.errors import PERMANENT, ServerError, TransientError, server_error
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
-from llava_jax.llm_api.replies import PERMANENT, NoAnswer, ServerError, read_completion, server_error
+from llava_jax.llm_api.replies import read_completion
+from llava_jax.llm_api.retry import backoff
+from llava_jax.llm_api.settings import Settings, connect
+from llava_jax.llm_api.transport import first_cause
 
-MOST_REQUESTS, MOST_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI takes 50,000 and 200 MB
+MAX_REQUESTS, MAX_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI accepts 50,000 and 200 MB
 ENDED = ("completed", "failed", "expired", "cancelled")
-NAME = "llava_jax"  # of the metadata that hold a batch's name
+NAME = "llava_jax"  # the field of a batch's metadata that holds its name
 CLOCKS = 3600.0  # seconds that a server's clock may be behind ours
-TRIES = 5  # of whatever fails on the way
-ERRORS = (openai.APIError, httpx2.HTTPError)  # the latter where an answer stops on the way
+TRIES = 5  # of an upload, and of a request in batches
+ERRORS = (openai.APIError, httpx2.HTTPError)  # the latter where a response is cut off
 
 
 class Batches:
     """Sends requests in batches and notes their answers in the ledger.
 
-    `request_of` gives the request of a task that is next: the one that is in a batch, as long as it has no answer.
+    `request_of` returns the next request of a task: the one in a batch, as long as it has no answer.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Batches:
     ):
         self.settings, self.ledger, self.budget, self.poll = settings, ledger, budget, poll
         self.request_of = request_of
-        self.api = api(settings)
+        self.api = connect(settings)
 
     async def __aenter__(self) -> "Batches":
         return self
@@ -55,36 +59,49 @@ class Batches:
     async def __aexit__(self, *_: Any) -> None:
         await self.api.close()
 
-    def make(self, requests: Iterable[Request]) -> int:
-        """Notes as many batches as the requests need, and the budget allows. Returns how many requests they hold.
+    async def run(self, requests: Callable[[dict[str, str]], Iterable[Request]], prefix: str = "") -> None:
+        """Sends rounds of batches until no request is left.
 
-        Raises `BudgetSpent` where it does not allow one.
+        Args:
+          requests: returns the requests of the next round. Its argument has the tasks whose requests the server refused
+            in the last one, and the reasons.
+          prefix: of the lines that report the rounds.
         """
-        spent, held, count, size = self.ledger.totals().cost, 0, MOST_REQUESTS, 0
+        refused = await self.collect()  # of an earlier run
+        while held := self.make(requests(refused)):
+            say(f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr)
+            refused = await self.collect()
+
+    def make(self, requests: Iterable[Request]) -> int:
+        """Notes the batches that hold the requests, as far as the budget allows. Returns the number of these requests.
+
+        Raises `BudgetSpent` if the budget does not allow one.
+        """
+        spent, held, count, size = self.ledger.totals().cost, 0, MAX_REQUESTS, 0
         unpaid = None
         with self.ledger.transaction():
             for request in requests:
-                worst = self.settings.worst_cost(request)
+                worst = self.settings.max_cost(request)
                 if self.budget is not None and spent + worst > self.budget:
                     unpaid = worst
                     break
                 length = len(self._line(0, request)) + 20
-                if count == MOST_REQUESTS or size + length > MOST_BYTES:
+                if count == MAX_REQUESTS or size + length > MAX_BYTES:
                     number, count, size = self.ledger.add_batch(secrets.token_hex(16)), 0, 0
                 self.ledger.begin(request, worst, number)
                 spent, held, count, size = spent + worst, held + 1, count + 1, size + length
         if unpaid is not None and not held:
-            raise budget_spent(spent, self.budget, unpaid)
+            raise BudgetSpent(spent, self.budget, unpaid)
         return held
 
     async def collect(self) -> dict[str, str]:
         """Sends the batches that were not sent yet, and waits until the answers of all are in the ledger.
 
         Returns:
-          The tasks whose requests the server refuses for good, while it answers others, and why.
+          The tasks whose requests the server refuses, while it answers others, and the reasons.
 
         Raises:
-          UserError: where the server takes none.
+          UserError: the server accepts no request.
         """
         refused: dict[str, str] = {}
         for batch in self.ledger.open_batches():
@@ -96,8 +113,8 @@ class Batches:
                 for batch in batches:
                     refused |= await self._collect(batch)
                 seen = time.monotonic()
-            except ERRORS as error:  # days are long enough for a network to be away for a while
-                if _for_good(error) or time.monotonic() - seen > self.settings.patience:
+            except ERRORS as error:  # within a day a network may fail for a while
+                if _permanent(error) or time.monotonic() - seen > self.settings.patience:
                     raise self._error(error) from error
                 say(f"{self.api.base_url}: {first_cause(error)}; looks again in {self.poll:.0f} s", file=sys.stderr)
             if self.ledger.open_batches():
@@ -109,14 +126,14 @@ class Batches:
     # ------------------------------------------------------------------------------------------------------ sending
 
     async def _send(self, batch: Batch) -> str:
-        """The server's id of a batch, which it gets if it has none. A try that brought nothing may have made it."""
+        """The server's id of a batch, which is created unless the server has it: a failed try may have created it."""
         failures = 0
         while True:
             try:
                 return await self._find(batch) or await self._create(batch)
             except ERRORS as error:
                 failures += 1
-                if failures == TRIES or _for_good(error):
+                if failures == TRIES or _permanent(error):
                     raise self._error(error) from error
                 await asyncio.sleep(backoff(failures))
 
@@ -124,7 +141,7 @@ class Batches:
         async for found in self.api.batches.list(limit=100):
             if (found.metadata or {}).get(NAME) == batch.name:
                 return found.id
-            if found.created_at < batch.made - CLOCKS:  # the newest come first
+            if found.created_at < batch.made - CLOCKS:  # newest first
                 break
         return None
 
@@ -134,13 +151,13 @@ class Batches:
                 file.write(self._line(row, self.request_of(task)))
             file.seek(0)
             uploaded = await self.api.files.create(file=(f"{batch.name}.jsonl", file), purpose="batch")
-        made = await self.api.batches.create(
+        created = await self.api.batches.create(
             input_file_id=uploaded.id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
             metadata={NAME: batch.name},
         )
-        return made.id
+        return created.id
 
     def _line(self, row: int, request: Request) -> bytes:
         body = {"model": self.settings.model, "messages": request.messages, **self.settings.body}
@@ -150,7 +167,7 @@ class Batches:
     # --------------------------------------------------------------------------------------------------- collecting
 
     async def _collect(self, batch: Batch) -> dict[str, str]:
-        """Notes all answers of a batch, in one transaction, if it has come to its end. Returns what is refused."""
+        """Notes all answers of a batch that has ended, in one transaction. Returns the refused tasks."""
         try:
             state = await self.api.batches.retrieve(batch.id)
             if state.status not in ENDED:
@@ -180,9 +197,9 @@ class Batches:
         file.write(b"\n")
 
     def _note(self, batch: Batch, lines: Iterable[bytes], status: str) -> dict[str, str]:
-        """Raises `UserError` where the server took no request at all, which may succeed later."""
+        """Raises `UserError` if the server accepted no request at all, which may succeed later."""
         refused: dict[str, str] = {}
-        turned_away: list[ServerError] = []
+        rejected: list[ServerError] = []
         tasks = dict(self.ledger.batched(batch.number))
         count = len(tasks)
         with self.ledger.transaction():
@@ -191,40 +208,40 @@ class Batches:
                     try:
                         self._note_response(row, self.request_of(task), response)
                     except ServerError as error:
-                        if error.of_rate or error.permanent:
-                            turned_away.append(error)  # its row is as good as never sent
+                        if error.rate_limited or error.permanent:
+                            rejected.append(error)  # its row counts as never sent
                             continue
                         self.ledger.failed(row, str(error), 0.0)
                         if not error.transient:
-                            refused[task] = f"{str(error).rstrip('.')}{way_out(error, self.settings)}"
+                            refused[task] = f"{str(error).rstrip('.')}{advice(error, self.settings)}"
             self.ledger.close_batch(batch.number, f"batch {status} without it")
-        if turned_away and (len(turned_away) == count or turned_away[-1].permanent):
-            raise UserError(f"{self.api.base_url}: {turned_away[-1]}; the same command goes on")
+        if rejected and (len(rejected) == count or rejected[-1].permanent):
+            raise UserError(f"{self.api.base_url}: {rejected[-1]}; the same command resumes")
         return refused
 
     def _note_response(self, row: int, request: Request, response: dict[str, Any]) -> None:
-        """Raises `ServerError` where the response is one."""
+        """Raises `ServerError` if the response is one."""
         status, body = response.get("status_code"), response.get("body")
-        status = int(status) if str(status).isdecimal() else None  # some write it as text
+        status = int(status) if str(status).isdecimal() else None  # some servers write it as text
         if status != 200:
             raise server_error(body, status)
         try:
-            answer = read_completion(body, request.messages, self.settings.most_completion_tokens)
-        except NoAnswer as error:
-            self.ledger.failed(row, str(error), self.settings.worst_cost(request))
+            answer = read_completion(body, request.messages, self.settings.max_completion_tokens)
+        except TransientError as error:
+            self.ledger.failed(row, str(error), self.settings.max_cost(request))
             return
         self.ledger.answered(row, answer, self.settings.prices.cost(answer.prompt_tokens, answer.completion_tokens))
 
     def _error(self, error: Exception) -> UserError:
-        return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command goes on")
+        return UserError(f"{self.api.base_url}: {first_cause(error)}; the same command resumes")
 
 
-def _for_good(error: Exception) -> bool:
+def _permanent(error: Exception) -> bool:
     return getattr(error, "status_code", 500) in (*PERMANENT, 400)
 
 
 def _responses(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row and response of each line; what is none counts as not answered."""
+    """Row and response of each line. A line without them counts as not answered."""
     for line in lines:
         try:
             value = loads(line, strict=False)

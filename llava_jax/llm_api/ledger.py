@@ -1,7 +1,7 @@
-"""The ledger: every request that was ever sent, what it cost and brought, and one result for each task, in SQLite.
+"""The ledger: every request that was sent, its answer and cost, and one result for each task, in SQLite.
 
-A row is written before its request is sent and completed by what comes back. What was answered is never asked again.
-When a process dies, only the answers of requests that were under way are unknown; they are counted as paid in full.
+A row is written before its request is sent and completed when the answer or the error comes. An answered request is
+never sent again. When a process dies, only the answers of requests under way are lost; these count as paid in full.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from llava_jax.llm_api.thinking import after_thinking
 
 SCHEMA = Path(__file__).with_name("ledger.sql").read_text(encoding="utf-8")
 ACCEPTED = "accepted"
-CHECKPOINT = 4096  # pages of 4 KB after which the disk is waited for; in that time no answer is read
+CHECKPOINT = 4096  # pages of 4 KB between waits for the disk, during which no answer is read
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, for a task, the first or a later attempt at it."""
+    """A prompt for a task: the first attempt at it, 0, or a later one."""
 
     task: str
     attempt: int
@@ -48,7 +48,7 @@ CUT_OFF, FILTERED = "length", "content_filter"
 
 
 class Answer(NamedTuple):
-    """What a model said. `finish_reason` is the API's: stop, length, content_filter."""
+    """The answer of a model. `finish_reason` is the API's: stop, length, content_filter."""
 
     text: str | None  # None where the server sent none
     finish_reason: str
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
     thought: bool = False  # whether the model thought before the text, and that ended
 
     def after_thinking(self) -> "Answer":
-        """The answer without what the model thought before it. It is cut off where the thinking does not end."""
+        """The answer without the thinking before it. If the thinking does not end, the answer counts as cut off."""
         text = self.text and after_thinking(self.text)
         if self.text and text is None:
             return self._replace(text=None, finish_reason=CUT_OFF)
@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Requests that are sent together; `id` is the server's, None as long as it is not known."""
+    """Requests that are sent together. `id` is the server's, None until it is known."""
 
     number: int
     name: str
@@ -106,15 +106,15 @@ class Ledger:
         self._held.close()
 
     def discard(self) -> None:
-        """Closes it, and takes away what was made to hold it: a ledger that was there before stays."""
+        """Closes the ledger, and removes its file and folders unless they existed before."""
         self.close()
         for made in self._new:
-            with suppress(OSError):  # a folder that something else was put into
+            with suppress(OSError):  # a folder that holds something else, too
                 made.unlink() if made == self.path else made.rmdir()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing of what is written within; one inside another is part of it."""
+        """Writes all or nothing. A transaction inside another one is a part of that."""
         if self.db.in_transaction:
             yield
             return
@@ -127,8 +127,11 @@ class Ledger:
         self.db.execute("COMMIT")
 
     def identify(self, identity: dict[str, Any]) -> None:
-        """Makes it the ledger of this work. Raises `UserError` with what differs if it is that of another, of which
-        something was answered: what was only refused can be asked again with other options."""
+        """Makes it the ledger of this work.
+
+        Raises `UserError` with the differences if it is the ledger of other work and holds answers. Work of which all
+        requests were refused may be started again with other options.
+        """
         wanted = {key: json.dumps(value, sort_keys=True) for key, value in identity.items()}
         found = dict(self.db.execute("SELECT key, value FROM identity"))
         if found and self._in_use():
@@ -142,14 +145,14 @@ class Ledger:
                 self.db.executemany("INSERT INTO identity VALUES (?, ?)", wanted.items())
 
     def _in_use(self) -> bool:
-        """Whether a request was answered, or may be, or a task has its result."""
+        """Whether a request was answered or may have been, or a task has its result."""
         requests = "EXISTS (SELECT 1 FROM requests WHERE state NOT IN ('failed', 'unsent'))"
         return bool(self.db.execute(f"SELECT {requests} OR EXISTS (SELECT 1 FROM results)").fetchone()[0])
 
     # ------------------------------------------------------------------------------------------------- requests
 
     def begin(self, request: Request, reserved: float, batch: int | None = None) -> int:
-        """Notes that a request is about to be sent, which costs `reserved` at most. Returns its row."""
+        """Notes that a request is about to be sent, which costs `reserved` dollars at most. Returns its row."""
         return self.db.execute(
             "INSERT INTO requests"
             " (task, attempt, prompt_hash, model, parameters, state, sent, prompt_tokens, cost, batch)"
@@ -159,7 +162,7 @@ class Ledger:
         ).lastrowid  # fmt: skip
 
     def answered(self, row: int, answer: Answer, cost: float) -> None:
-        *stored, _ = answer  # whether it thought is told by the text
+        *stored, _ = answer  # the text shows whether the model thought
         self.db.execute(
             "UPDATE requests SET state = 'answered', finished = ?, answer = ?, finish_reason = ?, prompt_tokens = ?,"
             " completion_tokens = ?, usage = ?, cost = ? WHERE id = ?",
@@ -173,9 +176,9 @@ class Ledger:
         )
 
     def answer(self, request: Request) -> Answer | None:
-        """What was answered to a request, if it was, without its thinking.
+        """The answer to a request without its thinking, if there is one.
 
-        Raises `UserError` where the same attempt had another prompt.
+        Raises `UserError` if the same attempt had another prompt.
         """
         query = (
             "SELECT prompt_hash, answer, finish_reason, prompt_tokens, completion_tokens, usage FROM requests"
@@ -211,7 +214,7 @@ class Ledger:
         return self.db.execute("SELECT COUNT(*) FROM requests WHERE state = 'answered'").fetchone()[0]
 
     def answer_tokens(self) -> float | None:
-        """Tokens of an answer on average, None where there is none."""
+        """The mean number of tokens of an answer, None without answers."""
         return self.db.execute("SELECT AVG(completion_tokens) FROM requests WHERE state = 'answered'").fetchone()[0]
 
     # -------------------------------------------------------------------------------------------------- batches
@@ -224,7 +227,7 @@ class Ledger:
         self.db.execute("UPDATE batches SET id = ? WHERE number = ?", [id, number])
 
     def open_batches(self) -> list[Batch]:
-        """Those whose answers are not here."""
+        """The batches whose answers are not in the ledger yet."""
         return [Batch(*row) for row in self.db.execute("SELECT number, name, made, id FROM batches WHERE NOT done")]
 
     def batched(self, number: int) -> list[tuple[int, str]]:
@@ -233,7 +236,7 @@ class Ledger:
         return self.db.execute(query, [number]).fetchall()
 
     def close_batch(self, number: int, why: str) -> None:
-        """No more answers will come: what has none was as good as never sent."""
+        """No more answers will come: requests without one count as never sent."""
         self.db.execute("UPDATE batches SET done = 1 WHERE number = ?", [number])
         self.db.execute(
             "UPDATE requests SET state = 'unsent', finished = ?, error = ?, cost = 0"
@@ -244,7 +247,7 @@ class Ledger:
     # -------------------------------------------------------------------------------------------------- results
 
     def conclude(self, task: str, verdict: str, value: Any, attempts: Sequence[str]) -> None:
-        """The result of a task, for good, and the verdict on each of its answers."""
+        """Notes the final result of a task, and the verdict on each of its answers."""
         with self.transaction():
             self.db.execute("INSERT INTO results VALUES (?, ?, ?)", [task, verdict, json.dumps(value)])
             self.db.executemany(
@@ -253,17 +256,17 @@ class Ledger:
             )
 
     def result(self, task: str) -> tuple[str, Any] | None:
-        """The verdict on a task and its value, if it has come to an end."""
+        """The verdict on a task and its value, if it has one."""
         row = self.db.execute("SELECT verdict, value FROM results WHERE task = ?", [task]).fetchone()
         return (row[0], json.loads(row[1])) if row else None
 
     def revise(self, verdicts: Iterable[tuple[str, str]]) -> None:
-        """Other verdicts on tasks: (task, verdict). Their values stay."""
+        """Replaces the verdicts on tasks, pairs of task and verdict. Their values stay."""
         with self.transaction():
             self.db.executemany(
                 "UPDATE results SET verdict = ? WHERE task = ?", [(verdict, task) for task, verdict in verdicts]
             )
 
     def verdicts(self) -> dict[str, int]:
-        """How many tasks ended how."""
+        """The number of tasks with each verdict."""
         return dict(self.db.execute("SELECT verdict, COUNT(*) FROM results GROUP BY verdict ORDER BY 2 DESC, 1"))

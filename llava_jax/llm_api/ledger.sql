@@ -1,23 +1,23 @@
 CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (
   id INTEGER PRIMARY KEY,
-  task TEXT NOT NULL,              -- what it is for
-  attempt INTEGER NOT NULL,        -- 0 for the question, 1 ... when it is asked again since the answer was no good
+  task TEXT NOT NULL,              -- that the request is for
+  attempt INTEGER NOT NULL,        -- 0 first, 1, 2, ... when asked again since the answer was not good
   prompt_hash TEXT NOT NULL,       -- SHA-256 of the messages
   model TEXT NOT NULL,
   parameters TEXT NOT NULL,        -- JSON
   state TEXT NOT NULL,             -- sent, batched, answered, failed, unsent (by its batch), lost (the process died)
   sent REAL NOT NULL,              -- seconds since 1970
   finished REAL,
-  prompt_tokens INTEGER,           -- estimated until an answer tells
+  prompt_tokens INTEGER,           -- estimated until the answer comes
   completion_tokens INTEGER,
   usage TEXT,                      -- reported by the server, or estimated
-  cost REAL NOT NULL DEFAULT 0,    -- dollars; where what was charged is not known (yet), the most it can be
+  cost REAL NOT NULL DEFAULT 0,    -- dollars; an upper bound as long as the charge is not known
   answer TEXT,                     -- as it came, with its thinking; NULL where it had no text
   finish_reason TEXT,
-  verdict TEXT,                    -- accepted, or why the answer was no good
+  verdict TEXT,                    -- accepted, or why the answer was not good
   error TEXT,
-  batch INTEGER                    -- that it is sent in
+  batch INTEGER                    -- in which it is sent
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_answer ON requests (task, attempt) WHERE state = 'answered';
 CREATE INDEX IF NOT EXISTS of_task ON requests (task, attempt);

@@ -1,4 +1,4 @@
-"""Reasoning models write their thoughts before the answer, between marks that some servers leave in the text."""
+"""The thinking of reasoning models: text before the answer, between marks that some servers leave in it."""
 
 import re
 
@@ -16,10 +16,9 @@ _CLOSE = re.compile(
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last `</think>` of a text; the text itself where it has no such mark.
+    """The text after the last `</think>`, or the whole text if it has no such mark. None if the thinking does not end.
 
-    The opening mark may be absent, as it is where the chat template ends with it. None where the thinking does not end,
-    so that no answer follows.
+    The opening mark may be absent, since it may be the end of the chat template.
     """
     *thoughts, rest = _CLOSE.split(text)
     if _OPEN.search(rest):
@@ -28,5 +27,5 @@ def after_thinking(text: str) -> str | None:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether nothing of a text can be seen: it is empty, or white space and marks such as U+200B."""
+    """Whether a text is empty or has only white space and invisible characters such as U+200B."""
     return not any(character.isprintable() and character != " " for character in text)

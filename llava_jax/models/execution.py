@@ -47,7 +47,7 @@ class Execution:
 
     def gather(self, prefix: str, module: Any) -> Any:
         """The module with this name (`prefix`), with its weights gathered from the devices that hold their shards."""
-        return module if self.fsdp is None else self.fsdp.whole(prefix, module)
+        return module if self.fsdp is None else self.fsdp.gather(prefix, module)
 
     def gather_after(self, prefix: str, module: Any, x: jax.Array) -> tuple[Any, jax.Array]:
         """As `gather`, but after `x` is computed, and with its gradient sharded before that of `x` is used.

@@ -1,4 +1,4 @@
-"""Compiled programs on disk or in a bucket, so that a restart need not compile them again."""
+"""JAX's persistent compilation cache, on disk or in a bucket: a restart doesn't compile its programs again."""
 
 import os
 import tempfile
@@ -11,25 +11,25 @@ _TEST_BYTES = 1 << 20
 
 
 def use(path: str) -> None:
-    """Reads and writes compiled programs under `path`, which may be remote and shared; "" leaves JAX as it is set.
+    """Makes JAX keep compiled programs under `path`, which may be remote and shared; "" changes nothing.
 
-    JAX keys them by program, compiler version, flags and devices, and with several processes writes from process 0.
-    What it would find there is run: nobody else may be able to write to it. Where nothing can be written there, a
-    line says so, and programs are compiled as without it.
+    JAX keys them by program, compiler version, flags and devices; of several processes, process 0 writes. JAX runs the
+    programs that it finds there, so nobody else may be able to write there. If nothing can be written, a warning says
+    so and no program is kept.
     """
     if not path:
         return
     if "://" not in path and (reason := _unwritable(path)):
         warn(f"{path}: {reason}: compiled programs are not kept for the next start")
         return
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one a program, if it fills
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # each program, if full
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    compilation_cache.reset_cache()  # it may have decided before that there is none
+    compilation_cache.reset_cache()  # JAX may have found before that there is no cache
     compilation_cache.set_cache_dir(path)
     if "://" in path:
-        # XLA's own cache of tuned GPU kernels lies inside by default, and knows only local directories.
+        # By default XLA keeps tuned GPU kernels inside, for which it supports only local directories.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
@@ -47,5 +47,5 @@ def _unwritable(path: str) -> str | None:
 
 
 def usual() -> str:
-    """A directory for them that is the user's own; "" where JAX was given one by its environment variable."""
+    """The default directory, which belongs to the user; "" if JAX's environment variable names one."""
     return "" if os.environ.get("JAX_COMPILATION_CACHE_DIR") else str(directory() / "compiled")

@@ -1,8 +1,9 @@
-"""Several processes, on one host or many, as one run: how they meet, agree to stop, and leave.
+"""Several processes, on one host or many, as one run: how they start, synchronize and exit together.
 
-No process may be left waiting for another. Whoever fails says so in the key-value store of JAX's coordinator and exits
-at once; the others look there every second and exit with its message. Whoever dies in silence is missed by the
-coordinator after `HEARTBEAT_SECONDS`, and JAX then ends the others. Without other processes nothing here does anything.
+No process may wait forever for another. A process that fails writes its message to the key-value store of JAX's
+coordinator and exits at once; the others check the store every second and exit with that message. The coordinator
+misses a process that was killed after `HEARTBEAT_SECONDS`, and JAX then ends the others. With a single process all of
+this does nothing.
 """
 
 import contextlib
@@ -26,69 +27,69 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.cli import UserError, report, say
 
-HEARTBEAT_SECONDS = 30  # JAX's 100 would leave the others waiting for longer than a minute
-LEAVING_SECONDS = 30  # how long the first to finish waits for the last
-BARRIER_SECONDS = 24 * 3600  # whoever does not come fails or dies, which ends the wait
-FAILURES = "llava_jax/failures"  # in the store: process id -> its last words
-# What a collective or the coordinator's client raises that lost its partner.
+HEARTBEAT_SECONDS = 30  # with JAX's default of 100 the others would wait for longer than a minute
+SHUTDOWN_SECONDS = 30  # how long the first process to finish waits for the last
+BARRIER_SECONDS = 24 * 3600  # long: a process that doesn't come fails or is killed, which ends the wait
+FAILURES = "llava_jax/failures"  # in the store: process id -> its error message
+# Messages of a collective or of the coordinator's client that lost its peer.
 LOST = re.compile(r"gloo|nccl|connection|closed|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|heartbeat", re.IGNORECASE)
 
-_leaving = threading.Event()  # this process knows already that it ends
+_exiting = threading.Event()  # set once this process is about to exit
 
 
-class LeaveTogether(SystemExit):
-    """Raised by all processes, which have agreed to exit with this status."""
+class ExitTogether(SystemExit):
+    """Raised by all processes at the same step, to exit with this status."""
 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int) -> Iterator[None]:
-    """Within, the processes are one. They join by the arguments, or by what SLURM or a TPU pod says, or there is one.
+    """Joins the processes of a run by these arguments or, without them, by those of SLURM or of a TPU pod.
 
-    Has to be entered before JAX looks for devices. An error that leaves it ends all processes.
+    Has to be entered before JAX looks for devices. An error that is raised within ends all processes.
 
     Args:
       coordinator: host and port where process 0 listens, the same for all.
-      num_processes, process_id: how many there are, and which one this is.
+      num_processes, process_id: the number of processes, and the number of this one.
       seconds: how long to wait for the others.
     """
     _initialize(coordinator, num_processes, process_id, seconds)
     if not jax.distributed.is_initialized():
         yield
         return
-    _leaving.clear()
+    _exiting.clear()
     threading.Thread(target=_watch, daemon=True).start()
     try:
         yield
-    except LeaveTogether:
-        _part()
+    except ExitTogether:
+        _shut_down()
         raise
     except BaseException as error:
-        _leave(error)
-    _part()
+        _exit_with(error)
+    _shut_down()
 
 
-def leave_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
-    """For `ExitStack.push`: after an error this process exits here, and nothing that waits for others is closed."""
-    if error is not None and jax.distributed.is_initialized() and not isinstance(error, LeaveTogether):
-        _leave(error)
+def exit_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
+    """For `ExitStack.push`: exits after an error, before anything is closed that would wait for other processes."""
+    if error is not None and jax.distributed.is_initialized() and not isinstance(error, ExitTogether):
+        _exit_with(error)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this is process 0, which writes what is written once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here. `name` may be used once."""
+    """Waits for all processes. A `name` can be used once."""
     if jax.distributed.is_initialized():
         _client().wait_at_barrier(f"llava_jax/{name}", timeout_in_ms=BARRIER_SECONDS * 1000)
 
 
 def gather(name: str, value: np.ndarray) -> list[np.ndarray]:
-    """Everybody's array, of any size each, in the order of the processes."""
+    """The arrays of all processes, in their order. They may differ in length."""
     if jax.process_count() == 1:
         return [value]
-    barrier(name)  # collectives wait less patiently than barriers
+    barrier(name)  # collectives time out sooner than barriers
     gathered = multihost_utils.process_allgather
     sizes = gathered(np.array(value.shape[0])).reshape(-1)
     padded = np.zeros((max(sizes), *value.shape[1:]), value.dtype)
@@ -130,7 +131,7 @@ class SignalSync:
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int) -> None:
     given = (coordinator, num_processes, process_id)
     if given == (None, None, None):
-        if not _has_company():
+        if not _has_peers():
             return
     elif None in given:
         raise UserError("--coordinator, --num_processes and --process_id belong together: give all three or none")
@@ -139,32 +140,32 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
             f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
             "the first is HOST:PORT, the last counts from 0 to one below the number of processes"
         )
-    # Its handler would take SIGTERM from ours, which do the same for SIGINT.
+    # JAX's handler would replace ours for SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     where = f"the processes did not all meet at {coordinator or 'the coordinator'}"
     advice = "is each of them started, and can it reach that address?"
-    too_late = threading.Timer(seconds, _exit, (1, f"error: {where} within {seconds} s: {advice}"))
-    too_late.start()
+    timeout = threading.Timer(seconds, _exit, (1, f"error: {where} within {seconds} s: {advice}"))
+    timeout.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             local_device_ids=_local_devices(),
-            initialization_timeout=seconds + 60,  # JAX would end it, too, but with a stack trace of C++
+            initialization_timeout=seconds + 60,  # at which JAX would end the process with a C++ stack trace
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=LEAVING_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         if coordinator is None and not _is_slurm() and not isinstance(error, RuntimeError):
-            return  # a TPU that knows of no pod, as inside a container
+            return  # a TPU VM outside of a pod, such as in a container
         raise UserError(f"{where}: {_first_line(error)}; {advice}") from None
     finally:
-        too_late.cancel()
+        timeout.cancel()
 
 
-def _has_company() -> bool:
-    """Whether `srun` started several tasks, or this is a TPU VM, whose pod JAX asks about itself."""
+def _has_peers() -> bool:
+    """Whether `srun` started several tasks, or this is a TPU VM, where JAX finds out about its pod."""
     if _is_slurm():
         return int(os.environ.get("SLURM_NTASKS", 1)) > 1
     tpu_is_used = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
@@ -172,12 +173,12 @@ def _has_company() -> bool:
 
 
 def _is_slurm() -> bool:
-    """Whether `srun` started this; the script of `sbatch` alone is one process."""
+    """Whether `srun` started this process; the script of `sbatch` is a single process."""
     return "SLURM_STEP_NODELIST" in os.environ
 
 
 def _local_devices() -> list[int] | None:
-    """JAX gives a SLURM task one GPU of its node; a task that is alone there takes all."""
+    """All GPUs of the node for a SLURM task that is the only one there; by default JAX gives a task one GPU."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 1(x4)
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if re.fullmatch(r"1(\(x\d+\))?", tasks) and gpus.isdecimal() else None
@@ -187,20 +188,20 @@ def _local_devices() -> list[int] | None:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # JAX shows it nowhere else; Orbax takes it from here, too
+    from jax._src import distributed  # JAX has no public name for it; Orbax uses this one, too
 
     return distributed.global_state.client
 
 
 def _watch() -> None:
-    """Ends this process when another has failed or the coordinator, which lives in process 0, is gone."""
-    while not _leaving.wait(1.0):
+    """Ends this process if another one fails or the coordinator, which is in process 0, is gone."""
+    while not _exiting.wait(1.0):
         try:
             failure = _others_failure()
         except jax.errors.JaxRuntimeError as error:
             failure = f"the coordinator, process 0, is gone ({_first_line(error)})"
-        if failure and not _leaving.is_set():
-            _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+        if failure and not _exiting.is_set():
+            _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
 
 
 def _others_failure() -> str | None:
@@ -208,32 +209,32 @@ def _others_failure() -> str | None:
     return next((f"process {key.rsplit('/', 1)[1]}: {said}" for key, said in failures), None)
 
 
-def _part() -> None:
-    """The end of all, together, however long the last takes to upload its logs."""
+def _shut_down() -> None:
+    """Waits for all processes, however long the last one takes to upload its logs, and disconnects."""
     try:
         barrier("end")
     except jax.errors.JaxRuntimeError as error:
-        _leave(error)
-    _leaving.set()
+        _exit_with(error)
+    _exiting.set()
     jax.distributed.shutdown()
 
 
-def _leave(error: BaseException) -> NoReturn:
-    """Exits, at once: an orderly exit would wait for the others, who wait for this process."""
-    _leaving.set()
+def _exit_with(error: BaseException) -> NoReturn:
+    """Reports an error and exits at once: an orderly exit would wait for the others, which wait for this process."""
+    _exiting.set()
     if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
-        # The other's own words say more.
+        # The message of the process that failed says more.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             for _ in range(20):
                 if failure := _others_failure():
-                    _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+                    _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
                 time.sleep(0.1)
         error = UserError(f"lost another process, or the connection to it ({_first_line(error)})")
     status, message = report(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{FAILURES}/{jax.process_index()}", message)
         if is_first():
-            time.sleep(3.0)  # the coordinator lives here: the others shall hear of it
+            time.sleep(3.0)  # the coordinator is in this process: the others need time to read the message
     _exit(status)
 
 

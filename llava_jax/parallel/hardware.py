@@ -1,9 +1,9 @@
-"""What accelerators can do: memory, arithmetic, links. Each figure is of one JAX device, its source beside it.
+"""Memory, FLOP/s and bandwidths of accelerators. Each figure is of one JAX device and has its source.
 
 Sources: [docs] cloud.google.com/tpu/docs, the page of each version; [book] "How to Scale Your Model",
-jax-ml.github.io/scaling-book, table of TPU figures; [libtpu] the memory that its compiler says is available; [xla]
-the device descriptions of openxla/xla, xla/backends/gpu/target_config/specs; [nvidia] data sheets of the products and
-of the DGX systems that hold them.
+jax-ml.github.io/scaling-book, table of TPU figures; [libtpu] the memory that the compiler reports as available; [xla]
+device descriptions in openxla/xla, xla/backends/gpu/target_config/specs; [nvidia] data sheets of the products and
+of DGX systems with them.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ GiB = 2**30
 class Tpu:
     """One device of a TPU slice."""
 
-    name: str  # as targets have it
-    topology: str  # libtpu's own name for it
+    name: str  # in the names of targets
+    topology: str  # the name in libtpu
     kind: str  # `device_kind` of JAX
     memory: float  # bytes of HBM that a program can use
     flops: float  # peak bfloat16 FLOP/s
     bandwidth: float  # bytes/s of HBM
     link: float  # bytes/s of one ICI link in one direction
     axes: int  # 2 for a grid, 3 for a cube
-    wraps: int  # an axis closes to a ring where its length is a multiple of this
+    wraps: int  # an axis is a ring if its length is a multiple of this
     slices: tuple[str, ...]
     cores: int = 1  # devices of a chip
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for libtpu, besides the topology
@@ -32,16 +32,16 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU, as `Tpu`."""
+    """One GPU, with the units of `Tpu`."""
 
     name: str
     kind: str
-    memory: int  # bytes in all; JAX takes a fraction of them
+    memory: int  # bytes in all, of which JAX takes a fraction
     flops: float  # of dense bfloat16, without sparsity
     bandwidth: float
     link: float  # bytes/s to the other GPUs of the host, in one direction
     network: float  # bytes/s to other hosts, in one direction: the share of one GPU
-    capability: int  # this and what follows is what XLA's compiler wants to know
+    capability: int  # this and the next ones are for XLA's compiler
     cores: int
     fpus: int
     shared_memory: int
@@ -52,7 +52,7 @@ class Gpu:
 GRID = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # [docs]
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # [docs]
 
-MEGACORE = {"chip_config_name": "megacore"}  # both cores of a chip are one device, as on the machine
+MEGACORE = {"chip_config_name": "megacore"}  # both cores of a chip are one device, as on a TPU VM
 
 TPUS = {
     tpu.name: tpu
@@ -67,7 +67,7 @@ TPUS = {
     )
 }
 
-# memory, bandwidth and what the compiler wants [xla]; FLOP/s and NVLink [nvidia]; network of DGX A100, H100, H200 and
+# memory, bandwidth and facts for the compiler [xla]; FLOP/s and NVLink [nvidia]; network of DGX A100, H100, H200 and
 # B200: an adapter of 200, 400, 400 and 400 Gbit/s a GPU [nvidia].
 _A100 = Gpu(
     "a100", "NVIDIA A100-SXM4-80GB", memory=85100068864, flops=312e12, bandwidth=2039.04e9, link=300e9, network=25e9,
@@ -86,15 +86,15 @@ GPUS = {gpu.name: gpu for gpu in (_A100, _H100, _H200, _B200)}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a JAX device, None for what the tables lack (CPUs)."""
+    """Peak bfloat16 FLOP/s of a JAX device; None for devices that are not in the tables, such as CPUs."""
     machines = (*TPUS.values(), *GPUS.values())
     return next((machine.flops for machine in machines if machine.kind == device_kind), None)
 
 
 def tpu_send_rate(tpu: Tpu, topology: str) -> float:
-    """Bytes/s that a device of a slice can send if all its links are busy, on average over the devices.
+    """Bytes/s that a device of a slice can send over all its links, on average over the devices.
 
-    An axis of length d has d links each way if it closes to a ring, d - 1 else; a ring of 2 is one link.
+    An axis of length d has d links in each direction if it is a ring, else d - 1; a ring of 2 has one link.
     """
     links = 0.0
     for length in map(int, topology.split("x")):

@@ -1,5 +1,6 @@
-"""The training step: the mean loss over all learned tokens of a batch (equation 3 of the paper), its gradients, one
-update. `builder` makes its settings and compiles it.
+"""The training step: the mean loss over the target tokens of a batch (equation 3 of the paper), gradients, an update.
+
+`builder` makes the settings and compiles the step.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from llava_jax.training.loss import loss_sum, next_token_targets
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """What a step updates."""
 
     step: jax.Array  # int32, steps done
     trainable: Params  # float32
@@ -46,11 +47,11 @@ class StepSettings:
 
     @functools.cached_property
     def param_specs(self) -> dict[str, P]:
-        """How each parameter of the model is split."""
+        """The mesh axes that shard each parameter of the model."""
         return {name: sharding.param_spec(self.mesh, name, v.shape) for name, v in abstract_params(self.model).items()}
 
     def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
-        """The same of the named ones, without the axes that are the compiler's."""
+        """The same for `jax.shard_map`, without `tensor`, over which the compiler shards."""
         return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
 
     @property
@@ -62,8 +63,10 @@ class StepSettings:
 def batch_loss(
     settings: StepSettings, trainable: Params, frozen: Params, batch: Batch, weight: jax.Array | float = 1.0
 ) -> jax.Array:
-    """Sum of the losses of the targets, each times `weight`, in a device's rows of a (micro)batch, from its pieces of
-    the parameters."""
+    """Sum over the target tokens of -log p(x_i | X_v, X_instruct,<i, X_a,<i), each times `weight`: equation 3.
+
+    This is what each device computes, from its rows of a (micro)batch and its shards of the parameters.
+    """
     model, execution = build_from_shards(settings.model, trainable | frozen, settings.dtype), settings.execution
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
@@ -72,7 +75,7 @@ def batch_loss(
 
 
 def count_targets(batch: Batch) -> jax.Array:
-    """Targets in all rows of all devices."""
+    """The number of target tokens in all rows of all devices."""
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     return sharding.sum_over(sharding.BATCH_AXES, jnp.sum(targets_BT != IGNORE_INDEX))
 
@@ -80,66 +83,72 @@ def count_targets(batch: Batch) -> jax.Array:
 def loss_and_gradients(
     settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[jax.Array, Params]:
-    """The mean loss over all targets of the batch and its gradients, whatever the devices and the accumulation."""
+    """The mean loss over the target tokens of the batch and its gradients, for any mesh and accumulation.
+
+    Returns float32[] and the gradients by name, float32, sharded like the parameters.
+    """
     out_specs = (P(), settings.manual_specs(trainable))
-    each = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
-    loss, gradients = each(trainable, frozen, batch)
+    on_devices = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
+    loss, gradients = on_devices(trainable, frozen, batch)
     return loss, jax.tree.map(lambda gradient: gradient.astype(jnp.float32), gradients)
 
 
 def _loss_and_gradients(
     settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
 ) -> tuple[jax.Array, Params]:
-    """What each device does for it, with its rows and its pieces of the parameters."""
-    weight = 1 / jnp.maximum(count_targets(batch), 1)
+    """What each device does for it, with its rows and its shards of the parameters."""
+    weight = 1 / jnp.maximum(count_targets(batch), 1)  # the mean over the batch, also where it is accumulated
+
+    # A weight sharded over `fsdp` is float32, and so would be its gradient. Its gradient accumulator is an array of
+    # zeros of the same shape, in the type in which gradients are summed. The loss is differentiated with respect to
+    # the accumulator, to which the backward pass of `gather_weight` gives the gradient of the weight. So the gradients
+    # of all layers take half the memory and lose no bit; the zeros are never read, and the compiler drops them.
     fsdp = settings.execution.fsdp
-    gathered = {name for name in trainable if fsdp and fsdp.gathered(name)}
+    gathered = {name for name in trainable if fsdp and fsdp.gathers(name)}
+    variables = {n: jnp.zeros_like(w, settings.dtype) if n in gathered else w for n, w in trainable.items()}
 
-    def mean_loss(places: Params, batch: Batch) -> jax.Array:
-        """`places`: in whose place gradients are taken, see `sharding.Piece`."""
-        pieces = {name: sharding.Piece(trainable[name], places[name]) for name in gathered}
-        return batch_loss(settings, places | pieces, frozen, batch, weight)
+    def mean_loss(variables: Params, batch: Batch) -> jax.Array:
+        sharded = {name: sharding.ShardedWeight(trainable[name], variables[name]) for name in gathered}
+        return batch_loss(settings, variables | sharded, frozen, batch, weight)
 
-    places = {name: jnp.zeros_like(w, settings.dtype) if name in gathered else w for name, w in trainable.items()}
     if settings.accumulation == 1:
-        loss, gradients = jax.value_and_grad(mean_loss)(places, batch)
+        loss, gradients = jax.value_and_grad(mean_loss)(variables, batch)
     else:
 
         def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(places, microbatch)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(variables, microbatch)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
         A = settings.accumulation
         microbatches = jax.tree.map(lambda x: x.reshape(A, x.shape[0] // A, *x.shape[1:]), batch)
         loss, gradients = jax.lax.scan(add, zero, microbatches)[0]
-    # Each gradient so far is of the rows of one device or, where a weight was gathered, of those along `fsdp`.
-    summed = {
-        name: sharding.sum_over(
-            ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES, gradient
-        )
-        for name, gradient in gradients.items()
-    }
+
+    # So far a gradient is summed over the rows of one device or, if the weight was gathered, over those along `fsdp`.
+    def unsummed_axes(name: str) -> Iterable[str]:
+        return ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES
+
+    summed = {name: sharding.sum_over(unsummed_axes(name), gradient) for name, gradient in gradients.items()}
     return sharding.sum_over(sharding.BATCH_AXES, loss), summed
 
 
 def on_each_device(
     function: Callable, settings: StepSettings, trainable: Params, frozen: Params, out_specs: Any
 ) -> Callable:
-    """`function(settings, trainable, frozen, batch)` as every device runs it, on its pieces of these and its rows."""
+    """`function(settings, trainable, frozen, batch)` as every device runs it, on its shards and its rows."""
     return jax.shard_map(
         functools.partial(function, settings),
         mesh=settings.mesh,
         in_specs=(settings.manual_specs(trainable), settings.manual_specs(frozen), P(sharding.BATCH_AXES)),
         out_specs=out_specs,
         axis_names=sharding.manual_axes(settings.mesh),
-        check_vma=False,  # kernels say nothing of it; `loss_and_gradients` sums what has to be summed itself
+        check_vma=False,  # kernels don't support it; `_loss_and_gradients` does all sums itself
     )
 
 
 def train_step(
     settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step. Only what is trainable is differentiated, clipped, counted and updated."""
+    """Loss, gradients, update. Frozen parameters have no gradients and no part in the gradient norm."""
     loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
@@ -148,7 +157,7 @@ def train_step(
 
 
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses and number of targets of a batch."""
+    """Sum of the losses and number of target tokens of a batch."""
 
     def total(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss = sharding.sum_over(sharding.BATCH_AXES, batch_loss(settings, trainable, frozen, batch))

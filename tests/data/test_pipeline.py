@@ -23,7 +23,7 @@ from llava_jax.data.pipeline import Batches, ImageDecoder, build_row, collate
 from llava_jax.data.plan import Layout, Order, plan_layout, split
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.templates import get_template
-from llava_jax.data.tokenization import Row
+from llava_jax.data.tokenization import Segment
 
 P, SIZE, LENGTH, SLOW = 4, 6, 96, 0.01
 MEAN = (0.5, 0.25, 0.75)
@@ -356,7 +356,7 @@ def test_measure(source, encode):
 
 def test_first_label_is_no_target(source):
     def encode(sample):
-        return Row(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
+        return Segment(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
 
     assert set(measure(EncodedSource(source, encode)).targets) == {1}
 
@@ -408,7 +408,7 @@ def sample_row(length, images, token):
     """A row of its own for one sample: its images first, then text of one token."""
     index = np.concatenate([np.arange(images * P), np.full(length - images * P, -1)])
     tokens = np.where(index < 0, token, 0)
-    return Row(tokens, np.where(index < 0, token, -100), index, images)
+    return Segment(tokens, np.where(index < 0, token, -100), index, images)
 
 
 def test_several_samples_in_a_row():

@@ -238,7 +238,7 @@ def test_a_control_character_in_the_first_line_is_told_where_it_stands(path):
 def test_several_values_in_a_row_are_told(path):
     path.write_text('{"id": "a"} {"id": "b"}\n')
     (line,) = scan(path, "F")
-    with pytest.raises(UserError, match="line 1: is no JSON: Extra data.*; several values stand in a row: jq -c"):
+    with pytest.raises(UserError, match="line 1: is no JSON: Extra data.*; several values follow each other: jq -c"):
         load_json(line.value, line.where)
     path.write_text('[{"id": "a"}]\n[{"id": "b"}]\n')
     with pytest.raises(UserError, match="Extra data, a second array .*: line 2 column 1"):

@@ -11,7 +11,7 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.llm_api import batches as batches_module
-from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import retry
 from llava_jax.llm_api.ledger import Ledger
 
 BATCH = ["--batch", "--poll", 0.01]
@@ -19,7 +19,7 @@ BATCH = ["--batch", "--poll", 0.01]
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
 
 
@@ -36,7 +36,7 @@ def states(folder: Path) -> dict[str, int]:
 
 
 def test_rounds_end_with_the_samples_of_single_requests(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(batches_module, "MOST_REQUESTS", 20)
+    monkeypatch.setattr(batches_module, "MAX_REQUESTS", 20)
     with ScriptedLLM(reply=reply) as server:
         assert run(folder, server, *BATCH) == 0
         assert len(server.batches.batches) == 3  # 20 + 10, then the answers that were asked for again
@@ -88,7 +88,7 @@ def test_killed_anywhere_no_request_is_sent_twice(folder: Path, monkeypatch: pyt
             run(folder, server, *BATCH)
         if where == "Ledger.note_batch":
             assert len(server.batches.batches) == 1
-            with pytest.raises(UserError, match="go on with --batch"):
+            with pytest.raises(UserError, match="resume with --batch"):
                 run(folder, server)
         assert run(folder, server, *BATCH) == 0
         sent = [line for file in server.batches.files.values() for line in file.splitlines() if b'"method"' in line]

@@ -132,7 +132,7 @@ def test_tables_are_filled_once_and_for_the_same_files(ledger: Ledger, folder: P
         ({"instances": [{"image_id": 7, "category_id": 99, "bbox": [0, 0, 1, 1]}]}, r"annotations\[0\].*99"),
         ({"instances": [{"image_id": 7, "category_id": 18, "bbox": [0, 0, 1]}]}, "not enough values"),
         ({"instances": [{"image_id": 7, "category_id": 18, "bbox": [0, 0, 1, "x"]}]}, "image 7.*ValueError"),
-        ({"captions": CAPTIONS[3:]}, "no picture to make anything of"),
+        ({"captions": CAPTIONS[3:]}, "no image with a caption"),
     ],
 )
 def test_bad_coco_is_one_line_and_leaves_nothing(ledger: Ledger, folder: Path, change: dict[str, Any], message: str):
@@ -150,10 +150,10 @@ def test_bad_jsonl_is_one_line(ledger: Ledger, folder: Path):
     good = json.dumps({"image": "a.jpg", "captions": ["One."]})
     for line, message in (
         ("{", "line 2: is no JSON"),
-        ("[]", "line 2: no picture"),
-        (good, "line 2: there is another picture of id a.jpg"),
-        ('{"image": "b.jpg", "captions": [1]}', "line 2: no picture"),
-        ('{"image": "b.jpg", "captions": ["B."], "boxes": [7]}', "line 2: no picture"),
+        ("[]", "line 2: not an image"),
+        (good, "line 2: there is another image with id a.jpg"),
+        ('{"image": "b.jpg", "captions": [1]}', "line 2: not an image"),
+        ('{"image": "b.jpg", "captions": ["B."], "boxes": [7]}', "line 2: not an image"),
     ):
         file.write_text(f"{good}\n{line}\n")
         with pytest.raises(UserError, match=message):

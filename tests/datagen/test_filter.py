@@ -13,7 +13,7 @@ from spacy.tokens import Doc
 from llava_jax.cli import UserError
 from llava_jax.datagen import phrases
 from llava_jax.datagen.__main__ import main
-from llava_jax.datagen.filter import build_index, choose, count_after, coverage
+from llava_jax.datagen.filter import build_index, count_after, coverage, select
 from llava_jax.datagen.phrases import extractor, spacy_phrases, word_phrases
 
 
@@ -21,7 +21,7 @@ from llava_jax.datagen.phrases import extractor, spacy_phrases, word_phrases
 @settings(deadline=None)
 def test_each_phrase_has_what_it_is_due(captions, least, most):
     index = build_index(iter(captions))
-    chosen = choose(index, least, most, seed=0)
+    chosen = select(index, least, most, seed=0)
     having = collections.defaultdict(list)
     for number, found in enumerate(captions):
         for phrase in found:
@@ -44,11 +44,11 @@ def test_each_phrase_has_what_it_is_due(captions, least, most):
 
 def test_a_common_phrase_is_sampled_by_seed():
     index = build_index(iter([["dog"]] * 500 + [["cat"]] * 50 + [["emu"]] * 2 + [[]]))
-    first, second = choose(index, 3, 100, seed=0), choose(index, 3, 100, seed=1)
+    first, second = select(index, 3, 100, seed=0), select(index, 3, 100, seed=1)
     for chosen in first, second:
         assert chosen[:500].sum() == 100 and chosen[500:550].all() and not chosen[550:].any()
         assert 30 < chosen[:250].sum() < 70
-    assert (first != second).any() and (first == choose(index, 3, 100, seed=0)).all()
+    assert (first != second).any() and (first == select(index, 3, 100, seed=0)).all()
     assert count_after(index, first).tolist() == [0, 50, 100]
 
 

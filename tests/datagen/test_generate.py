@@ -11,13 +11,13 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.data import check
-from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import retry
 from llava_jax.llm_api.ledger import Ledger
 
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
 
 
@@ -216,11 +216,11 @@ def test_bad_contexts_leave_nothing_behind(folder: Path):
     good = folder / "contexts.jsonl"
     bad = folder / "bad.jsonl"
     bad.write_text(f'{good.read_text()}\n{{"image": 7}}\n')
-    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: not an image"):
         run(folder, None, "--dry-run", "--captions", bad, output="made/of/it")
     assert not (folder / "made").exists()
     run(folder, None, "--dry-run")
-    with pytest.raises(UserError, match=f"line {COUNT + 1}: no picture"):
+    with pytest.raises(UserError, match=f"line {COUNT + 1}: not an image"):
         run(folder, None, "--dry-run", "--captions", bad)
     assert [path.name for path in (folder / "out").iterdir()] == ["ledger.sqlite"]
     assert run(folder, None, "--show", "3") == 0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llava_jax.datagen.parsing import Fault, parse_conversation, parse_detail, parse_reasoning
 from llava_jax.datagen.prompts import OURS, load_prompts
-from llava_jax.datagen.rules import REPAIRS, find_fault, find_refusal, tell_language
+from llava_jax.datagen.rules import REPAIRS, detect_language, find_fault, find_refusal
 
 TWO = "Question:\nWhat is it?\n===\nAnswer:\nA cat.\nIt sleeps.\n===\nQuestion:\nWhere?\n===\nAnswer:\nOn a mat."
 
@@ -134,5 +134,5 @@ def test_marks_in_questions_are_found_and_languages_can_be_chosen():
     assert find_fault((("What is <image>?", "A cat."),), "en").reason == "marks"
     german = "Eine graue Katze schläft auf einer Matte vor dem Fenster, und draußen regnet es."
     assert find_fault((("Was?", german),), "de") is None and find_fault((("Was?", german),), None) is None
-    assert tell_language("Ja.") is None
+    assert detect_language("Ja.") is None
     assert find_refusal("Sorry, I can't do that.") and not find_refusal("He says sorry.")

@@ -18,7 +18,7 @@ from llava_jax.datagen.contexts import Box, Context
 from llava_jax.datagen.objects import SYNONYMS, Finder, plural
 from llava_jax.datagen.report_samples import Draw
 from llava_jax.datagen.statistics import QUESTIONS, Facts, Statistics, describe, kind_of, question_kind, tree
-from llava_jax.datagen.sunburst import sunburst
+from llava_jax.datagen.sunburst import arcs
 
 
 def sample(*texts, ident="1", image="cat.jpg"):
@@ -117,9 +117,9 @@ def test_lengths_turns_and_first_words():
     assert (what.word, what.count, describing.word) == ("what", 3, "describe")
     assert [(branch.word, branch.count) for branch in what.branches] == [("is", 2), ("would", 1)]
     assert len(tree(statistics.first_words, 1)) == 1
-    drawing = sunburst((what, describing), 4, 3)
-    assert drawing.count("<path") == 4 + 2 + 3 and "what is that: 1" in drawing
-    assert "nan" not in drawing and sunburst((), 0, 3).count("<path") == 0
+    drawn = arcs((what, describing), 4)
+    assert len(drawn) == 4 + 2 + 3 and "what is that: 1" in [arc.title for arc in drawn]
+    assert not any("nan" in arc.path for arc in drawn) and arcs((), 0) == []
 
 
 def test_kinds_of_samples():

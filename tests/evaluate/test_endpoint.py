@@ -14,9 +14,8 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.llm_api import client as client_module
-from llava_jax.llm_api import options
-from llava_jax.llm_api.cost import estimate_tokens, most_tokens
+from llava_jax.llm_api import options, retry
+from llava_jax.llm_api.cost import estimate_tokens, max_prompt_tokens
 
 
 def look(body: dict[str, Any]) -> str:
@@ -31,7 +30,7 @@ def look(body: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
 
 
 @pytest.fixture
@@ -176,7 +175,7 @@ def test_the_options_of_an_endpoint_are_those_of_judges(files, capsys, monkeypat
     assert options.work(parser.parse_args([]), "m").settings.base_url == "https://api.openai.com/v1"
     monkeypatch.delenv("OPENAI_API_KEY")
     for wrong, message in (
-        (["--model=m"], "whom to ask. --base-url URL"),
+        (["--model=m"], "no server is given. --base-url URL"),
         (["--model=m", "--base-url=localhost:8000/v1"], "has to begin with http"),
         (["--checkpoint=c", "--body={}"], "--body: is for endpoints, not for a checkpoint"),
         (["--model=m", f"--endpoint={server.url}", "--batch-rows=3"], "--batch-rows: is for checkpoints"),
@@ -202,4 +201,4 @@ def test_mistakes(files):
 def test_pictures_cost_tokens():
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
     messages = [{"role": "user", "content": [picture, {"type": "text", "text": "Is it?"}]}]
-    assert 1000 < estimate_tokens(messages) < 1100 < most_tokens(messages) < 20_000
+    assert 1000 < estimate_tokens(messages) < 1100 < max_prompt_tokens(messages) < 20_000

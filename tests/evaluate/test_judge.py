@@ -11,7 +11,7 @@ from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
-from llava_jax.llm_api import client as client_module
+from llava_jax.llm_api import retry
 
 COCO = {
     "image": "1.jpg",
@@ -42,7 +42,7 @@ def by_length(body: dict[str, Any]) -> str:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
 
 

@@ -266,7 +266,7 @@ def test_a_tpu_that_knows_of_no_pod_is_one_process(monkeypatch):
     def initialize(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(distributed, "_has_company", lambda: True)
+    monkeypatch.setattr(distributed, "_has_peers", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with distributed.joined(None, None, None, seconds=60):
         assert jax.process_count() == 1
@@ -292,4 +292,4 @@ def test_slurm_is_recognized(monkeypatch, environment, company, devices):
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (distributed._has_company(), distributed._local_devices()) == (company, devices)
+    assert (distributed._has_peers(), distributed._local_devices()) == (company, devices)
