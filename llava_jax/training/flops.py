@@ -123,7 +123,7 @@ def _vision(
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
     later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
     again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
-    gradients = sum(product(name, size) for name, size in weights.items() if name.startswith("vision."))
+    gradients = sum((product(name, size) for name, size in weights.items() if name.startswith("vision.")), 0.0)
     return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
 
