@@ -6,7 +6,7 @@ called: `llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` bel
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -51,10 +51,10 @@ def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float
 
 
 class _CallablePackage(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> "Report":
-        return preflight(*args, **kwargs)
+    def __call__(self, config: "ConfigDict | str", target: str, *, memory_fraction: float | None = None) -> "Report":
+        return preflight(config, target, memory_fraction=memory_fraction)
 
-    __call__.__wrapped__ = preflight  # for `help` and editors
+    __call__.__doc__ = preflight.__doc__
 
 
 sys.modules[__name__].__class__ = _CallablePackage
