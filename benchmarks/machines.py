@@ -65,16 +65,16 @@ RECIPE_HEADER = [
 INTRODUCTION = """\
 # Machines
 
-Made by `python benchmarks/machines.py > docs/machines.md`. No accelerator was at hand: all of this is what the
-compilers of TPUs (libtpu) and GPUs (the CUDA plugin of JAX) say of the training step, compiled ahead of time on a
-machine with two cores. Nothing here was run on the machines it names; the times are lower bounds from their data
-sheets, not measurements. Compiled with {versions}.
+`python benchmarks/machines.py > docs/machines.md` writes this file. All figures are those that the compilers for TPUs
+(libtpu) and GPUs (the CUDA plugin of JAX) report for the training step, compiled ahead of time on a machine with two
+cores and no accelerator. Nothing was run on the hardware; the times are lower bounds from data sheets, not
+measurements. Compiled with {versions}.
 
-GiB are per device. *Needed* is the peak that the compiler reports, on GPUs with a margin of 2 GiB and more for what it
-does not count; *available* is what libtpu lets a program use, or three quarters of a GPU's memory, JAX's default.
-*Sent* is what a device sends in a step, and its ratio to what parameters split over all devices have to send. *Step* is
-at least so long: the most of compute, memory and network at their peaks. A row has 2048 positions; every row has a
-picture, and every position is learned, which is the worst case.
+Memory is in GiB per device. *Needed* is the peak that the compiler reports, on GPUs with a margin of 2 GiB and more for
+memory that it does not count. *Available* is the memory that libtpu lets a program use, or three quarters of a GPU's
+memory, JAX's default. *Sent* is the amount that a device sends in a step, and its ratio to the minimum for parameters
+sharded over all devices. *Step* is a lower bound of its time: the maximum of compute, memory and network at peak rates.
+A row has 2048 positions; every row has an image, and every position is a target token, which is the worst case.
 """
 
 
@@ -201,7 +201,7 @@ def main() -> None:
     print(INTRODUCTION.format(versions=spelled(installed())))
     print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
     print("`--config=configs/finetune.py:7b --config.image_slots=-1 --config.max_rows_per_device=ROWS")
-    print("--config.batch_rows=ROWS*DEVICES`; the peer's command stands in benchmarks/machines.py.\n")
+    print("--config.batch_rows=ROWS*DEVICES`; the peer's command is in benchmarks/machines.py.\n")
     print(f"Ours: {spelled(installed('jax', 'libtpu'))}. MaxText 0.2.5: {spelled(MAXTEXT_VERSIONS)}.")
     print(f"{with_versions_of_maxtext()}\n")
     print(text_only(MAXTEXT), flush=True)

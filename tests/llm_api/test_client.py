@@ -1,24 +1,21 @@
 """The client and its ledger against a scripted server that speaks HTTP."""
 
 import asyncio
-import email.utils
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scripted_llm import ScriptedLLM
 
 from llava_jax.cli import UserError
-from llava_jax.llm_api import asking, errors, retry
+from llava_jax.llm_api import asking, retry
 from llava_jax.llm_api.asking import Outcome, Task, Work
 from llava_jax.llm_api.budget import Budget, BudgetSpent
 from llava_jax.llm_api.client import Client
 from llava_jax.llm_api.cost import Prices, max_prompt_tokens
 from llava_jax.llm_api.errors import Refused
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger, Request
-from llava_jax.llm_api.rate_limit import RateLimit
 from llava_jax.llm_api.settings import Settings
 from llava_jax.llm_api.stop import Stopped
 
@@ -105,29 +102,6 @@ def test_one_process_and_one_result_a_task(tmp_path: Path, ledger: Ledger):
         ledger.identify({"seed": 2})
 
 
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "7"}, 7),
-        ({"retry-after": "0.25"}, 0.25),
-        ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
-        ({"retry-after": "-3"}, 0),
-        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": "inf"}, None),
-        ({}, None),
-    ],
-)
-def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None):
-    assert errors.retry_after(headers) == seconds
-
-
-def test_a_date_in_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch):
-    date = email.utils.formatdate(1_000_090, usegmt=True)
-    monkeypatch.setattr(errors, "time", SimpleNamespace(time=lambda: 1_000_000.0))
-    assert errors.retry_after({"retry-after": date}) == 90
-
-
 def test_retry_after_is_honoured(ledger: Ledger):
     with ScriptedLLM(refusals=1, retry_after=0.6) as server:
         check_answers(ask_all(server, ledger, 1))
@@ -210,28 +184,6 @@ def test_nobody_there_is_one_line(ledger: Ledger):
     (error,) = ask_all(server, ledger, 1, tries=2)
     assert isinstance(error, UserError) and "\n" not in str(error)
     assert ledger.totals().cost == 0
-
-
-def test_known_and_learned_rates():
-    known, sent = RateLimit(requests=120), []
-    for tick in range(600, 1800):  # after a minute of rest
-        sent += [tick] * (known.wait(tick / 10, 1.0) <= 0)
-    assert 238 <= len(sent) <= 242
-    refused = RateLimit()
-    assert refused.wait(0.0, 1.0) == 0
-    refused.refuse(0.0, 5.0, 1.0)
-    assert refused.wait(1.0, 1.0) == 4.0
-
-
-def test_tokens_have_a_rate_of_their_own():
-    known, sent = RateLimit(tokens=6000), 0
-    for tick in range(600, 1800):
-        sent += known.wait(tick / 10, 50.0) <= 0
-    assert 238 <= sent <= 242
-    refused = RateLimit()
-    assert all(refused.wait(0.0, 100.0) == 0 for _ in range(10))
-    refused.refuse(1.0, 9.0, 100.0, of_tokens=True)
-    assert refused.tokens.rate == pytest.approx(900 / 10) and refused.requests.rate == float("inf")
 
 
 # ------------------------------------------------------------------------------------------------- what is no answer
