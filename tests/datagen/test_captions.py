@@ -92,7 +92,7 @@ def test_output_is_clean_and_builds(tmp_path):
 BAD = {
     "{": "is no JSON",
     "[1]": "is no object",
-    '{"caption": "A cat."}': "`image` is no name",
+    '{"caption": "A cat."}': "`image` is not the name",
     '{"image": "a.jpg"}': "neither `caption` nor `blip_caption` nor `conversations`",
     '{"image": "a.jpg", "caption": 5}': "is no text",
     '{"image": "a.jpg", "caption": " "}': "is empty",
