@@ -9,10 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_jax.api import Model, load, train
-    from llava_jax.cli import UserError
+    from llava_jax.api import Model, UserError, load
     from llava_jax.preflight import preflight
-    from llava_jax.recipes import get_config
+    from llava_jax.training.run import get_config, train
 
 __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "__version__", "get_config", "load", "preflight", "train"]
@@ -23,7 +22,7 @@ _MODULES = {
     "UserError": "llava_jax.cli",
     "get_config": "llava_jax.recipes",
     "load": "llava_jax.api",
-    "train": "llava_jax.api",
+    "train": "llava_jax.training.run",
 }
 
 

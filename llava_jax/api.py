@@ -1,18 +1,15 @@
-"""The public API: models that are loaded and used, and training. `llava_jax/__init__.py` lists all public names."""
+"""The public API: models that are loaded and used. `llava_jax/__init__.py` lists all public names."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
-from llava_jax import plot, recipes, remote
+from llava_jax import remote
 from llava_jax.checkpoint.format import DESCRIPTION, STEPS
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError
@@ -20,12 +17,8 @@ from llava_jax.convert import hub
 from llava_jax.convert.import_weights import ImportedModel, open_llava
 from llava_jax.data.templates import IMAGE_TOKEN, choose_template
 from llava_jax.data.transcript import marked
-from llava_jax.inference.generate import Generator, load_model, mesh_sharding
-from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.models.config import QUANTIZATIONS, LlavaConfig
-from llava_jax.parallel import distributed
-from llava_jax.parallel.sharding import AXES, make_mesh
 
 DTYPES = ("float32", "bfloat16")
 MAX_NEW_TOKENS = 512  # of an answer, unless the context has less room or the caller says otherwise
@@ -43,14 +36,23 @@ its text; those of a conversation without any `<image>` come before its first qu
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How an answer is sampled. Values out of range raise `UserError`."""
+    """How an answer is sampled. Values out of range raise `UserError`.
 
-    max_new_tokens: int  # of an answer; 512 by default, or what the context has room for
-    temperature: float  # 0, the default, is greedy: the most likely token is taken
-    top_p: float  # samples among the most likely tokens whose probabilities together reach it; 1 by default
-    top_k: int  # samples among this many most likely tokens; 0, the default, is no limit
-    seed: int  # equal seeds give equal answers to equal prompts; 0 by default
-    stop: Sequence[str]  # strings that end the answer, besides the end mark of the template
+    Attributes:
+      max_new_tokens: tokens of an answer at most; by default 512, or what the context has room for.
+      temperature: 0, the default, is greedy: the most likely token is taken.
+      top_p: samples among the most likely tokens whose probabilities together reach it; 1 by default.
+      top_k: samples among this many most likely tokens; 0, the default, is no limit.
+      seed: equal seeds give equal answers to equal prompts; 0 by default.
+      stop: strings that end the answer and are not part of it, besides the end mark of the template.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
 
 
 class Model:
@@ -63,9 +65,6 @@ class Model:
       config: sizes and kinds of the model's parts, a `LlavaConfig`.
       tokenizer: of the language model, as transformers loads it.
     """
-
-    config: LlavaConfig
-    tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, generator: Generator):
         self.config, self.tokenizer = generator.config, generator.prompts.tokenizer
@@ -263,7 +262,7 @@ def load(
     dtype: str | None = None,
     quantize: str | None = None,
     mesh: Mapping[str, int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] = (),
 ) -> Model:
     """Loads a model.
 
@@ -279,7 +278,7 @@ def load(
       source: a training workdir (its newest step is taken), one step of it, a checkpoint that `llava convert import`
         made, a directory with a LLaVA of Hugging Face, or a name on its Hub: `organisation/name` or
         `organisation/name@revision`. The first three may be on an object store (gs://).
-      template: of conversations, instead of the model's own; see `llava_jax/data/conversation.py`.
+      template: of conversations, instead of the model's own; see `llava_jax/data/templates.py`.
       dtype: of weights and computation, "float32" or "bfloat16"; by default float32 on CPUs and bfloat16 on other
         devices.
       quantize: "int8" stores the weights of the language model in eight bits.
@@ -295,62 +294,9 @@ def load(
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
-    if quantize not in QUANTIZATIONS:
-        raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
-    if unknown := set(mesh or ()) - set(AXES):
-        raise UserError(f"mesh has an axis {min(unknown)!r}: choose among {', '.join(AXES)}")
     checkpoint = _open(os.path.expanduser(os.fspath(source)))
-    prompts = PromptEncoder.from_checkpoint(checkpoint, choose_template(template, checkpoint.template))
-    sharding = None
-    if mesh or devices:
-        sharding = mesh_sharding(checkpoint.config, make_mesh(mesh or {"tensor": len(devices)}, devices))
-    model = load_model(checkpoint, dtype and jnp.dtype(dtype), sharding)
-    return Model(Generator(model, prompts, quantize))
-
-
-def train(
-    config: ConfigDict | str,
-    workdir: str | os.PathLike,
-    *,
-    resume_from: int | None = None,
-    callbacks: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
-) -> None:
-    """Trains one stage, as `llava train` does. Called again with the same arguments it resumes.
-
-    ```python
-    config = llava_jax.get_config("finetune:7b")
-    config.init, config.data.json, config.data.images = "runs/pretrain", "data.json", "images"
-    llava_jax.train(config, "runs/finetune", callbacks=[lambda step, metrics: print(step, metrics)])
-    ```
-
-    Runs on all devices of this process; for several hosts there is the command (docs/hosts.md).
-
-    Args:
-      config: see `get_config`; a string is the name or the file of a recipe.
-      workdir: a directory, local or on an object store (gs://), for checkpoints, metrics, logs and `loss.png`.
-      resume_from: the step to resume from; by default the newest one.
-      callbacks: each is called with a step and its metrics, as `metrics.jsonl` has them: for every logged step, once
-        its loss is known to be finite, and for every validation loss and benchmark score.
-
-    Raises:
-      UserError: options, data or checkpoint have a mistake, which is found before the first step wherever possible, or
-        another process trains in that workdir.
-      KeyboardInterrupt: the run was interrupted (Ctrl-C, or "interrupt the kernel"). The step that it had begun is done
-        and saved.
-    """
-    from llava_jax.training import loop  # which takes a second, and models need it not
-
-    config = recipes.get_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    recipes.expand_paths(config)
-    workdir = os.path.expanduser(os.fspath(workdir))
-    remote.name(workdir, config.init)
-    try:
-        loop.train(config, workdir, resume_from, callbacks=callbacks)
-    except distributed.LeaveTogether as exit_:
-        if exit_.code > 128:
-            raise KeyboardInterrupt(f"{workdir}: interrupted; called again, training resumes") from None
-        raise exit_.__cause__ or UserError(f"{workdir}: training stopped") from None
-    plot.plot_own(workdir)
+    chosen = choose_template(template, checkpoint.template)
+    return Model(Generator.from_checkpoint(checkpoint, chosen, dtype, devices, mesh=mesh, quantize=quantize))
 
 
 def _open(source: str) -> Checkpoint | ImportedModel:

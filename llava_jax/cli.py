@@ -29,46 +29,46 @@ COMMAND = "LLAVA_JAX_COMMAND"  # set in the processes of a command, so in its wo
 # to compile for hardware you don't have: JAX would look for their devices, log a page, and use the CPU in the end.
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
-SHOWN = 80  # characters of a value of a file in a message
-LONGEST_MESSAGE = 4000  # characters
-# What a terminal obeys or what reorders a line: C0 but for tab and newline, DEL, C1, and what overrides directions.
+MAX_VALUE = 80  # characters of a value from a file in a message
+MAX_MESSAGE = 4000  # characters
+# Characters that terminals interpret: C0 except tab and newline, DEL, C1, and overrides of the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, and the way out."""
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey as visible escapes, such as `\\x1b`: ids, texts and file names of others
-    can hold anything. Character by character, so that it may come in pieces."""
+    """The text with control characters as visible escapes, such as `\\x1b`: ids, texts and file names from outside can
+    hold anything. Each character is escaped by itself, so a text may be passed in parts."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
-    """A message as a printable line of bounded length: its middle is left out where it is longer."""
+    """A message as one printable line. The middle of a line longer than `MAX_MESSAGE` is left out."""
     line = printable(" ".join(text.split()))
-    half = LONGEST_MESSAGE // 2
-    return f"{line[:half]} ... {line[-half:]}" if len(line) > LONGEST_MESSAGE else line
+    half = MAX_MESSAGE // 2
+    return f"{line[:half]} ... {line[-half:]}" if len(line) > MAX_MESSAGE else line
 
 
-def short(text: str, most: int = SHOWN) -> str:
-    """The beginning of a text of a file, such as an id, for a message."""
+def short(text: str, most: int = MAX_VALUE) -> str:
+    """A text from a file, such as an id, shortened for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: object) -> str:
-    """The same of the `repr` of any value."""
-    return short(repr(value[:SHOWN] if isinstance(value, str) else value))
+    """The `repr` of any value, shortened for a message."""
+    return short(repr(value[:MAX_VALUE] if isinstance(value, str) else value))
 
 
 def say(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
-    """Prints for people, as `print` does: see `printable`."""
+    """`print` for text that may come from outside: see `printable`."""
     print(printable(sep.join(map(str, values))), end=end, file=file, flush=flush)
 
 
 def warn(message: str) -> None:
-    """Prints a warning in one line, on standard error."""
+    """Prints a warning in one line to standard error."""
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
@@ -92,10 +92,13 @@ def prepare() -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits: 0 on success, 1 on a `UserError` or what the system refuses (printed in one line) or on a
-    bug (with its traceback), 130 on Ctrl-C, 143 on SIGTERM, which like Ctrl-C lets `main` clean up."""
+    """Calls `main` and exits.
+
+    The status is 0 or what `main` returns; 1 for a `UserError` or an error of the system, printed in one line, or for
+    a bug, with its traceback; 130 for Ctrl-C; 143 for SIGTERM, which lets `main` clean up as Ctrl-C does.
+    """
     prepare()
-    if hasattr(sys.stdout, "reconfigure"):  # what a log or a terminal of another encoding lacks must not end a command
+    if hasattr(sys.stdout, "reconfigure"):  # characters that a log or terminal cannot encode are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -106,13 +109,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def report(error: BaseException) -> tuple[int, str]:
-    """Prints what ends a command, in one line unless it is a bug. Returns the exit status and that line."""
+    """Prints the error that ends a command, in one line unless it is a bug. Returns the exit status and that line."""
     match error:
         case SystemExit():
             return (error.code if isinstance(error.code, int) else 1), f"left with status {error.code}"
         case KeyboardInterrupt():
             status, message = 130, "interrupted"
-        case BrokenPipeError():  # the reader of our output left, as `| head` does
+        case BrokenPipeError():  # the output is piped to a command that ended, such as `head`
             sys.stderr.close()
             return 1, "the reader of its output left"
         case UserError():
@@ -170,8 +173,11 @@ PATHS = ("D", "DIR", "F", "FILE", "OUT")  # metavars of options that are paths
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command's options. Those whose metavar is one of `PATHS` may begin with `~`, the home directory: shells
-    expand it in `--output ~/file`, but not in `--output=~/file`. Descriptions and examples are printed as written."""
+    """Parses the options of a command.
+
+    Options whose metavar is one of `PATHS` may begin with `~`: shells expand it in `--output ~/file`, but not in
+    `--output=~/file`. Descriptions and examples keep their line breaks.
+    """
 
     def __init__(self, **settings: Any):
         texts = {name: as_typed(settings[name]) for name in ("prog", "description", "epilog") if settings.get(name)}
@@ -192,7 +198,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_home(value: Any) -> Any:
-    """The value with the home directory for the `~` that a path in it begins with. What holds no text is left alone."""
+    """The value with `~` at the beginning of paths replaced by the home directory."""
     match value:
         case str():
             return os.path.expanduser(value)
@@ -213,11 +219,11 @@ def positive(text: str) -> int:
     return value
 
 
-WIDTH = 80  # columns of a line that is not on a terminal
+WIDTH = 80  # columns of a progress line without a terminal
 
 
 class _Description(ProgressColumn):
-    """What is being done, in what the other columns leave of the line."""
+    """The description, in the rest of the line."""
 
     def render(self, task: Task) -> Text:
         return Text(task.description, no_wrap=True, overflow="ellipsis")
@@ -241,12 +247,12 @@ def draws_bars(console: Console) -> bool:
 
 
 def time_left(seconds: float) -> str:
-    """`1:23:45`, as the progress bar has it."""
+    """`1:23:45`, as in the progress bar."""
     return str(datetime.timedelta(seconds=math.ceil(seconds)))
 
 
 def fitting(parts: Iterable[str], width: int) -> str:
-    """As many of the parts as fit in a line of `width` columns, two spaces between them; the first one always does."""
+    """The first part and as many others as fit in a line of `width` columns, separated by two spaces."""
     line, *others = parts
     for part in others:
         if len(line) + 2 + len(part) > width:

@@ -52,16 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         cli.say(cli.as_typed(__doc__) + own)
         return
     parse_flags(argv, (CONFIG, WORKDIR))
-    from llava_jax import plot
-    from llava_jax.parallel import (
-        distributed,  # only now: importing JAX takes a second, and a typing error need not wait
-    )
-    from llava_jax.training.loop import train
+    from llava_jax.training.run import train_on_hosts  # only now: JAX takes a second, and mistakes are reported before
 
-    with distributed.joined(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value):
-        train(CONFIG.value, WORKDIR.value, RESUME_FROM.value)
-        if distributed.is_first():
-            plot.plot_own(WORKDIR.value)
+    hosts = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, START_TIMEOUT.value)
+    train_on_hosts(CONFIG.value, WORKDIR.value, RESUME_FROM.value, *hosts)
 
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:

@@ -1,7 +1,7 @@
-"""Draws the losses of runs: `python -m llava_jax.plot --workdir D [D ...]`.
+"""Draws the losses of training runs: `python -m llava_jax.plot --workdir D [D ...]`.
 
-One figure with a panel for each stage; in it the runs of that stage, losses of training as lines, of validation
-dashed. Training draws its own workdir's `loss.png` when it ends; this draws it at any time, or compares several.
+The figure has a panel for each stage. Training losses are solid lines, validation losses dashed ones. Training draws
+`loss.png` in its workdir when it ends; this command draws it at any time, and several runs in one figure.
 """
 
 import argparse
@@ -28,10 +28,10 @@ Points = list[tuple[int, float]]
 
 
 def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
-    """Name -> (step, loss) of a workdir; raises UserError where nothing was written yet, or a line is damaged."""
+    """The (step, loss) points of a workdir by name. Raises UserError if there are none yet or a line is damaged."""
     file = epath.Path(workdir) / METRICS
     if not file.exists():
-        raise UserError(f"{workdir}: holds no {METRICS}: is it a training workdir that has come to its first step?")
+        raise UserError(f"{workdir}: holds no {METRICS}: is it a training workdir that has finished its first step?")
     require_regular(file)
     lines = file.read_bytes().splitlines()
     losses: dict[str, Points] = {name: [] for name in NAMES}
@@ -42,7 +42,7 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
                 if name in values:
                     losses[name].append((int(values["step"]), float(values[name])))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            if number < len(lines):  # the last one may be cut off by a crash, or being written
+            if number < len(lines):  # a crash may have cut off the last one, or it is being written
                 raise UserError(f"{file}: line {number}: is no line of metrics ({error})") from None
     if not any(losses.values()):
         raise UserError(f"{file}: holds no losses yet")
@@ -50,7 +50,7 @@ def read_losses(workdir: epath.PathLike) -> dict[str, Points]:
 
 
 def stage_of(workdir: epath.PathLike) -> str:
-    """The stage that a workdir trains, "" where it does not say."""
+    """The stage that a workdir trains; "" if its config.json does not say."""
     try:
         return str(read_object(epath.Path(workdir) / "config.json", strict=False)["stage"])
     except (OSError, UserError, KeyError):
@@ -58,7 +58,7 @@ def stage_of(workdir: epath.PathLike) -> str:
 
 
 def draw(runs: Mapping[str, Mapping[str, Points]], stages: Mapping[str, str], format: str = "png") -> bytes:
-    """The chart of runs, by name; `stages` has the stage of each."""
+    """Draws runs, by name. `stages` has the stage of each. -> the bytes of an image file"""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(stages[name] for name in runs))
@@ -86,7 +86,7 @@ def _lines(axes: Any, name: str, losses: Mapping[str, Points], colour: int) -> N
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib would typeset."""
+    """Escapes what matplotlib would typeset as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -104,7 +104,7 @@ def plot(workdirs: Sequence[str], output: epath.PathLike) -> None:
 
 
 def _labels(workdirs: Sequence[str]) -> dict[str, str]:
-    """A name for each workdir, the end of its path that tells it from the others."""
+    """A label for each workdir: the shortest end of its path that differs from those of the others."""
     paths = {workdir: PurePosixPath(workdir.rstrip("/") or "/").parts for workdir in dict.fromkeys(workdirs)}
     for parts in range(1, max(map(len, paths.values())) + 1):
         labels = {"/".join(path[-parts:]): workdir for workdir, path in paths.items()}
@@ -114,10 +114,10 @@ def _labels(workdirs: Sequence[str]) -> dict[str, str]:
 
 
 def plot_own(workdir: str) -> None:
-    """What training does at its end: no reason to fail."""
+    """Draws the losses of a run that ended. An error is only a warning."""
     try:
         plot([workdir], epath.Path(workdir) / LOSS)
-    except Exception as error:  # of matplotlib or of whichever storage client
+    except Exception as error:  # of matplotlib or a storage client
         warn(f"{workdir}: no {LOSS}: {' '.join(str(error).split())}")
 
 

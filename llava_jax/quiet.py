@@ -1,22 +1,16 @@
-"""Keeps libraries from writing what is no news to standard error.
+"""Drops log lines of the CUDA plugin that tell the user nothing.
 
-The CUDA plugin of JAX is loaded without the lines that it logs where there is no CUDA driver: several of its shared
-libraries hold a stub of the CUDA runtime that logs "Could not find cuda drivers" as the library is loaded, before any
-log level (TF_CPP_MIN_LOG_LEVEL) is read. That is no fault: the plugin may be there only to compile for hardware you
-don't have. All other lines are written as they are.
-
-Orbax logs a failure with a traceback in every thread that it passes, and leaves tasks and coroutines behind, which
-complain when they are collected: what it raises in the end is enough.
+The CUDA plugin of JAX logs "Could not find cuda drivers" while its shared libraries are loaded, before any log level
+(TF_CPP_MIN_LOG_LEVEL) is read. The plugin may be installed only to compile for hardware you don't have, so this is no
+fault. All other lines are written unchanged.
 """
 
 import contextlib
 import importlib.machinery
-import logging
 import os
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -26,10 +20,10 @@ _DROPPED = re.compile(rb"WARNING: All log messages before absl::InitializeLog\(\
 
 @contextlib.contextmanager
 def without_driver_lines() -> Iterator[None]:
-    """Within, what libraries write to file descriptor 2 is held back, and at the end written without these lines."""
+    """Holds back what libraries write to file descriptor 2, and writes it without these lines at the end."""
     try:
         stderr = os.dup(2)
-    except OSError:  # closed: nobody reads it
+    except OSError:  # it is closed
         yield
         return
     with tempfile.TemporaryFile() as held:
@@ -63,7 +57,7 @@ class _PluginLoader(importlib.machinery.SourceFileLoader):
         module.initialize = without_driver_lines()(module.initialize)
 
 
-_LOADERS = {  # the modules, what loads them in Python, and what does here
+_LOADERS = {  # modules: Python's loader and ours
     r"jax_cuda\d+_plugin\.\w+": (importlib.machinery.ExtensionFileLoader, _LibraryLoader),
     r"jax_plugins\.xla_cuda\d+": (importlib.machinery.SourceFileLoader, _PluginLoader),
 }
@@ -81,26 +75,7 @@ class _Finder:
         return None
 
 
-def mute_failures_of_orbax() -> None:
-    of_orbax = re.compile("orbax|tensorstore").search
-    logging.getLogger("absl").addFilter(lambda log: log.levelno < logging.WARNING or not of_orbax(log.pathname))
-    logging.getLogger("asyncio").addFilter(lambda log: not of_orbax(log.getMessage()))
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    tell_unraisable, tell = sys.unraisablehook, sys.excepthook
-
-    def unraisable(found: Any) -> None:
-        code = getattr(found.object, "cr_code", None)
-        if not (code and "orbax" in code.co_filename) and str(found.exc_value) != "Event loop is closed":
-            tell_unraisable(found)
-
-    def uncaught(kind: type, error: BaseException, traceback: Any) -> None:
-        if str(error) != "Event loop is closed":  # in a thread of TensorStore, whose result nobody waits for
-            tell(kind, error, traceback)
-
-    sys.unraisablehook, sys.excepthook = unraisable, uncaught
-
-
 def install() -> None:
-    """Has these loaders used wherever JAX is imported from now on."""
+    """Uses these loaders for every import of JAX from now on."""
     if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)

@@ -165,7 +165,7 @@ def test_what_a_terminal_obeys_is_shown_as_escapes(text):
     assert "".join(map(cli.printable, text)) == told, "pieces are the same as the whole"
     assert text.isprintable() is False or told == text
     line = cli.one_line(text)
-    assert not tiny.obeyed(line) and "\n" not in line and len(line) <= cli.LONGEST_MESSAGE + 5
+    assert not tiny.obeyed(line) and "\n" not in line and len(line) <= cli.MAX_MESSAGE + 5
     plain = "".join(c for c in text if not tiny.obeyed(c) and c not in "\u202a\u202b\u202c\u202d\u2067\u2068\u2069")
     assert cli.printable(plain) == plain, "nothing else changes"
 

@@ -15,8 +15,7 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def examples() -> dict[str, str]:
     """Heading of a section -> its code, all fences in their order."""
     sections = re.split(r"^## ", DOCS.read_text(), flags=re.MULTILINE)[1:]
-    code = {section.partition("\n")[0]: "\n".join(FENCE.findall(section)) for section in sections}
-    return {heading: program for heading, program in code.items() if program}
+    return {section.partition("\n")[0]: "\n".join(FENCE.findall(section)) for section in sections}
 
 
 def run_python(directory: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -24,9 +24,8 @@ ROOT = Path(__file__).parents[1]
 WRITE_MODEL = """
 import sys, tiny
 from llava_jax.checkpoint.format import Description
-from llava_jax.checkpoint.writing import save_model
 model = tiny.config()
-save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
+tiny.save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
 """
 
 

@@ -1,4 +1,4 @@
-"""What the terminal chat has of the terminal: messages as they are typed, their history, small copies of pictures."""
+"""The terminal of the chat: reads messages, keeps their history, and shows small copies of images."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from llava_jax.cli import UserError, say
 
 QUOTES = '"""'  # around a message of several lines
 HISTORY_LINES = 1000
-UPPER_HALF = "▀"  # its colour is the pixel above, its background the one below
-COLUMNS, ROWS = 40, 12  # of a picture, at most
+UPPER_HALF = "▀"  # the foreground colour is the upper pixel, the background colour the lower one
+MAX_COLUMNS, MAX_ROWS = 40, 12  # of an image
 
 
 def messages() -> Iterator[str]:
-    """Each line of standard input, or all lines between two QUOTES, until it ends. Ctrl-C begins a message anew."""
+    """Yields each line of standard input, or all lines between two QUOTES. Ctrl-C discards the current message."""
     while True:
         try:
             yield _message()
@@ -36,14 +36,14 @@ def _message() -> str:
     if not text.startswith(QUOTES):
         return text
     text = text.removeprefix(QUOTES)
-    with contextlib.suppress(EOFError):  # the end of the input is the end of the message, too
+    with contextlib.suppress(EOFError):  # the end of the input also ends the message
         while not text.endswith(QUOTES):
             text += "\n" + _line("... ").rstrip()
     return text.removesuffix(QUOTES).strip()
 
 
 def _line(prompt: str) -> str:
-    """Prompts on a terminal alone, and never into a file that the answers go to."""
+    """Reads a line. Prompts only on a terminal, and never into a file that the answers are redirected to."""
     if not sys.stdin.isatty():
         prompt = ""
     elif not sys.stdout.isatty():
@@ -52,16 +52,16 @@ def _line(prompt: str) -> str:
     try:
         return input(prompt)
     except UnicodeDecodeError as error:
-        raise UserError("standard input is no UTF-8") from error
+        raise UserError("standard input is not UTF-8") from error
 
 
 @contextlib.contextmanager
 def history() -> Iterator[None]:
-    """Lets lines be edited, files be completed by Tab, and earlier sessions' lines be found by arrow up and Ctrl-R."""
+    """Enables line editing, Tab completion of files, and the history of earlier sessions by arrow up and Ctrl-R."""
     if not sys.stdin.isatty():
         yield
         return
-    import readline  # which takes over `input` where it is imported
+    import readline  # importing it changes `input`
 
     readline.parse_and_bind("tab: complete")
     readline.set_completer_delims(" \t\n")
@@ -78,14 +78,14 @@ def history() -> Iterator[None]:
 
 
 def show(image: Image.Image, console: Console) -> None:
-    """Prints a small copy of an RGB picture, or nothing where the console lacks its colours or half blocks."""
-    shades = console.color_system in ("truecolor", "256") and not console.no_color
-    if console.is_terminal and shades and console.encoding.startswith("utf"):
-        console.print(half_blocks(image, min(COLUMNS, console.width), ROWS), end="")
+    """Prints a small copy of an RGB image, or nothing where the console lacks colours or half blocks."""
+    colours = console.color_system in ("truecolor", "256") and not console.no_color
+    if console.is_terminal and colours and console.encoding.startswith("utf"):
+        console.print(half_blocks(image, min(MAX_COLUMNS, console.width), MAX_ROWS), end="")
 
 
 def half_blocks(image: Image.Image, columns: int, rows: int) -> Text:
-    """A copy in characters one pixel wide and two high, at most that many."""
+    """A copy of at most so many characters, each one pixel wide and two high."""
     scale = min(columns / image.width, 2 * rows / image.height, 1)
     width, height = (max(1, round(scale * side)) for side in image.size)
     height += height % 2

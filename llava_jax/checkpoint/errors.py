@@ -1,17 +1,42 @@
 """Errors of Orbax and TensorStore as a `UserError`: one line that says what to do."""
 
 import contextlib
+import logging
 import re
+import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
-from llava_jax import quiet
 from llava_jax.checkpoint.format import STEPS, finished_steps
 from llava_jax.cli import UserError
 from llava_jax.files.reading import refuse_pointers_below
 
-quiet.mute_failures_of_orbax()
+
+def mute_failures_of_orbax() -> None:
+    """Drops what Orbax and TensorStore log of a failure that they also raise: a traceback in every thread that it
+    passes, and warnings when the tasks and coroutines are collected that they leave behind."""
+    of_orbax = re.compile("orbax|tensorstore").search
+    logging.getLogger("absl").addFilter(lambda log: log.levelno < logging.WARNING or not of_orbax(log.pathname))
+    logging.getLogger("asyncio").addFilter(lambda log: not of_orbax(log.getMessage()))
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    previous_unraisable, previous_uncaught = sys.unraisablehook, sys.excepthook
+
+    def unraisable(found: Any) -> None:
+        code = getattr(found.object, "cr_code", None)
+        if not (code and "orbax" in code.co_filename) and str(found.exc_value) != "Event loop is closed":
+            previous_unraisable(found)
+
+    def uncaught(kind: type, error: BaseException, traceback: Any) -> None:
+        if str(error) != "Event loop is closed":  # in a thread of TensorStore whose result is not used
+            previous_uncaught(kind, error, traceback)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+
+
+mute_failures_of_orbax()
 
 
 @contextlib.contextmanager

@@ -19,17 +19,10 @@ from llava_jax.cli import UserError
 from llava_jax.data.tokenizer_files import MAX_BYTES
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.reading import read_bytes
-from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.models.llava import abstract_params, check_names
 from llava_jax.remote import is_remote
 
 Slice = tuple[str, int | None, np.ndarray]  # a parameter's name, a layer of it or None for all of it, the values
-
-
-def save_model(directory: str | os.PathLike, params: Params, description: Description, tokenizer_dir: str) -> None:
-    """Writes a model as `convert import` does. Raises UserError if `directory` exists; a failure leaves nothing."""
-    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
-    slices = ((name, None, np.asarray(value)) for name, value in params.items())
-    write_model(directory, shapes, slices, description, tokenizer_dir)
 
 
 def write_model(
@@ -39,7 +32,10 @@ def write_model(
     description: Description,
     tokenizer_dir: str,
 ) -> None:
-    """The same from slices that together are parameters of these shapes and types, written one after the other."""
+    """Writes a model from slices that together are parameters of these shapes and types.
+
+    Each slice is written when it comes, and a failure leaves nothing. Raises UserError if `directory` exists.
+    """
     directory = absolute(directory)
     try:
         check_names(shapes, abstract_params(description.model))

@@ -86,10 +86,10 @@ class ImportedModel:
         sharding: Callable[[str], jax.sharding.Sharding] | None = None,
     ) -> Params:
         """All parameters, converted one by one. Arguments as those of `Checkpoint.load`."""
-        shapes, pieces = _parameters(self.found, seed=0)
+        shapes, slices_of_all = _parameters(self.found, seed=0)
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params: Params = {}
-        for name, layer, values in pieces:
+        for name, layer, values in slices_of_all:
             target = dtype(name, shapes[name].dtype)
             if layer is None:
                 array = values.astype(target)

@@ -4,13 +4,12 @@ A benchmark is a module that registers one `Benchmark`. All commands ask that ob
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
 from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.model_task import ModelTask
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.registry import Registry
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     import argparse
 
     from llava_jax.evaluate.outcomes import Outcome
-    from llava_jax.llm_api import asking
-    from llava_jax.llm_api.cost import Message
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -59,66 +56,31 @@ class Group(NamedTuple):
     weight: float = 1.0  # in sums over groups
 
 
-class Case(NamedTuple):
-    """A prompt for a language model, and the line of output that its answer becomes."""
-
-    name: str  # in the ledger, which finds earlier answers by it
-    messages: "Callable[[], Sequence[Message]] | None"  # None: there is nothing to ask
-    read: Callable[[str], Any]  # text -> value; None if it has another form, and the model is asked again
-    line: "Callable[[asking.Outcome, Mapping[str, str]], dict[str, Any]]"  # (outcome, judge and prompt_hash) -> line
-    given: tuple[Any, str] = (None, "")  # the value and its reason if there is nothing to ask
-
-
-class Prompts(NamedTuple):
-    """All that a command asks a language model."""
-
-    files: Sequence[Sequence[Case]]  # of each output file
-    instructions: Any  # the part that all prompts share; its hash is stored with each answer
-
-
-@dataclass(frozen=True)
-class ModelTask:
-    """A task that a language model does for a benchmark, such as judging answers: `judge BENCH`, `reference BENCH`.
-
-    Attributes:
-      description, epilog, add_arguments: of the command.
-      prompts: reads the command's files and makes the prompts.
-      writes: the lines of the output, in the plural, for the help and the summary.
-      failed: how the summary calls lines whose answer could not be read ("without scores"). Empty: they are an error.
-      cut_counts: whether an answer that is cut off is read, too.
-      several: whether several models are asked, each several times: `--judge A B --repeats N`.
-      temperature, max_tokens: defaults of requests.
-    """
-
-    description: str
-    epilog: str
-    add_arguments: "Callable[[argparse.ArgumentParser], None]"
-    prompts: "Callable[[argparse.Namespace], Prompts]"
-    writes: str
-    failed: str = ""
-    cut_counts: bool = False
-    several: bool = False
-    temperature: float = 0.0
-    max_tokens: int = 1024
-
-
-@dataclass(frozen=True)
 class ScoreCommand:
     """`score NAME` of a benchmark that scores other files than answers and labels, and has options of its own.
 
     Attributes:
-      score: (the command's options) -> scores, and the outcome of each question.
-      table: the scores as text.
-      to_json: the scores for `--json`; by default as they are.
+      what: its title, a colon and its score, in a few words.
+      epilog: examples and explanations for `--help`.
     """
 
     name: str
     what: str
-    epilog: str
-    add_arguments: "Callable[[argparse.ArgumentParser], None]"
-    score: "Callable[[argparse.Namespace], tuple[Scores, Iterable[Outcome]]]"
-    table: Callable[[Scores], str]
-    to_json: Callable[[Scores], Scores] = dict
+    epilog = ""
+
+    def add_arguments(self, parser: "argparse.ArgumentParser") -> None:
+        """Adds the options except `--json`."""
+
+    def score(self, args: "argparse.Namespace") -> "tuple[Scores, Iterable[Outcome]]":
+        """The scores, and the outcome of each question for `--outcomes`, if there is this option."""
+        raise NotImplementedError
+
+    def table(self, scores: Scores) -> str:
+        """The scores as text."""
+        raise NotImplementedError
+
+    def to_json(self, scores: Scores) -> Scores:
+        return scores
 
 
 class Benchmark:
@@ -195,11 +157,6 @@ def register(benchmark: type[Benchmark]) -> type[Benchmark]:
     """Class decorator that adds a benchmark."""
     BENCHMARKS.add(benchmark())
     return benchmark
-
-
-def read_prompt(name: str) -> str:
-    """The text of a file in `benchmarks/prompt_files`."""
-    return Path(__file__).parent.joinpath("benchmarks/prompt_files", name).read_text(encoding="utf-8").rstrip("\n")
 
 
 def by_kind(values: Sequence[tuple[str, float]]) -> Scores:

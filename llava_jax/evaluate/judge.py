@@ -1,22 +1,24 @@
 """Asks a language model what a benchmark wants to know of it: to judge answers, or to write reference answers.
 
-Each benchmark says its prompts, how replies are read, and what is written (`benchmark.ModelTask`). The model's replies
-are kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
+Each benchmark says its prompts, how replies are read, and what is written (`model_task.py`). The model's replies are
+kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.benchmark import Case, ModelTask
 from llava_jax.evaluate.benchmarks import find, listing
 from llava_jax.evaluate.lines import write_lines
+from llava_jax.evaluate.model_task import Case, ModelTask
 from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, ledger_directory, work
 
 if TYPE_CHECKING:
@@ -54,18 +56,22 @@ def _run(command: str, what: str, argv: Sequence[str]) -> None:
 
 def _ask(
     args: argparse.Namespace, task: ModelTask, model: str, cases: Sequence[Case], hash_: str
-) -> "list[Outcome] | None":
-    """The outcome of each case. None in a dry run, which prints an estimate of the cost."""
-    from llava_jax.llm_api.asking import Outcome, Task, ask_all, forecast  # openai takes a second to load
+) -> "list[Outcome | None]":
+    """The outcome of each case, or None if there is nothing to ask. A dry run prints an estimate and returns []."""
+    from llava_jax.llm_api.asking import Task, ask_all, forecast  # openai takes a second to load
 
-    tasks = [Task(case.name, case.messages, case.read, not task.cut_counts) for case in cases if case.messages]
+    tasks = [
+        Task(case.name, partial(list, case.messages), partial(task.read, case.about), not task.cut_counts)
+        for case in cases
+        if case.messages
+    ]
     settings = work(args, model)
     if args.dry_run:
         say(f"{model}: {forecast(settings, tasks)}")
-        return None
+        return []
     directory = ledger_directory(args) / (_slug(model) if task.several else "")
-    answered = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"asking {model}"))
-    return [next(answered) if case.messages else Outcome(None, *case.given) for case in cases]
+    asked = iter(ask_all(settings, tasks, directory, {"prompt_hash": hash_}, f"asking {model}"))
+    return [next(asked) if case.messages else None for case in cases]
 
 
 def _write(
@@ -73,18 +79,19 @@ def _write(
     task: ModelTask,
     path: Path,
     cases: Sequence[Case],
-    outcomes: "Sequence[Outcome]",
+    outcomes: "Sequence[Outcome | None]",
     by: dict[str, str],
 ) -> None:
     from llava_jax.llm_api.asking import told
 
-    failed = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome.value is None]
+    asked = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome]
+    failed = [(case, outcome) for case, outcome in asked if outcome.value is None]
     if failed and not task.failed:
         case, outcome = failed[0]
         raise UserError(f"question {case.name}: no answer ({outcome.reason}); {_advice(outcome, args.attempts)}")
-    write_lines(path, (case.line(outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
-    notes = f", {len(failed)} of them {task.failed}{told(outcomes)}" if task.failed else ""
-    say(f"{path}: {len(cases)} {task.writes}{notes}", file=sys.stderr)
+    write_lines(path, (task.line(case.about, outcome, by) for case, outcome in zip(cases, outcomes, strict=True)))
+    told_failed = f", {len(failed)} of them {task.failed}{told([outcome for _, outcome in asked])}"
+    say(f"{path}: {len(cases)} {task.writes}{told_failed if task.failed else ''}", file=sys.stderr)
 
 
 def _advice(outcome: "Outcome", attempts: int) -> str:
@@ -109,7 +116,7 @@ def _slug(name: str) -> str:
 
 def _parse(command: str, name: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
     prog = f"python -m llava_jax.evaluate {command} {name}"
-    parser = Parser(prog=prog, description=task.description, epilog=task.epilog)
+    parser = Parser(prog=prog, description=inspect.getdoc(task), epilog=task.epilog)
     task.add_arguments(parser)
     add = parser.add_argument
     option, count = "--judge" if command == "judge" else "--model", "+" if task.several else 1

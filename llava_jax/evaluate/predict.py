@@ -7,6 +7,7 @@ from llava_jax.cli import Parser, UserError, positive
 from llava_jax.data.image_folder import add_allow_absolute
 from llava_jax.evaluate.benchmarks import find, listing
 from llava_jax.evaluate.questions import read_questions
+from llava_jax.inference.options import add_checkpoint, add_sampling
 from llava_jax.llm_api.options import OF_API, add_api_arguments, add_output_arguments
 
 EPILOG = f"""examples:
@@ -48,24 +49,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--questions", required=True, nargs="+", metavar="F", help="one file or several")
     add("--images", default="", metavar="DIR", help="the folder of the images")
     add_allow_absolute(parser)
-    add("--checkpoint", metavar="D", help="an imported checkpoint, a workdir or one of its steps")
+    add_checkpoint(parser, required=False)
     add("--model", metavar="NAME", help="instead of a checkpoint, the model of an endpoint")
     add("--model-id", metavar="NAME", help="name of the model in the answers (default: the model, or the checkpoint's "
         "folder)")  # fmt: skip
     add("--suffix", metavar="TEXT", help="text after each question, '' for none (default: that of v1.5)")
     add("--limit", type=positive, metavar="N", help="the first N questions only")
-    add("--top-p", type=float, default=1.0, metavar="P", help="top-p sampling (default: 1, all tokens)")
-    add("--seed", type=int, default=0, help="of sampling")
+    add_sampling(parser)
 
     add = parser.add_argument_group("with a checkpoint").add_argument
-    add("--template", metavar="NAME", help="prompt template instead of the checkpoint's")
-    add(
-        "--batch-rows",
-        type=positive,
-        default=16,
-        metavar="N",
-        help="answers computed together on a device (default: 16)",
-    )
+    add("--batch-rows", type=positive, default=16, metavar="N", help="answers at a time on a device (default: 16)")
     add("--devices-each", type=positive, default=1, metavar="N", help="devices over which each copy of the model is "
         "split (default: 1)")  # fmt: skip
     add("--picture-last", action="store_true", help="put the image after the question, as in the paper")

@@ -18,14 +18,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, say, track
 from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import decode_image, load_image
-from llava_jax.data.templates import Template, choose_template
+from llava_jax.data.templates import Template
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Question, key_of, request_turns
 from llava_jax.inference.generate import Generator
+from llava_jax.inference.options import open_model
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.parallel import distributed
 
@@ -69,8 +70,7 @@ def _answer(
     share = work[jax.process_index() :: jax.process_count()]
     if answered:
         say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
-    checkpoint = open_checkpoint(args.checkpoint)
-    template = choose_template(args.template, checkpoint.template)
+    checkpoint, template = open_model(args)
     if asking.image_last:
         checkpoint = checkpoint.with_image_position("as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from llava_jax.cli import UserError
 from llava_jax.inference.prefix_cache import PreparedPrompt
 from llava_jax.inference.requests import Sampling
 
@@ -25,14 +24,6 @@ class QueueFull(EngineError):
     def __init__(self, retry_after: float):
         super().__init__(f"the queue is full: try again in {retry_after:.0f} s")
         self.retry_after = retry_after
-
-
-class ContextExceeded(UserError):
-    """A prompt and its answer take more positions than the context has."""
-
-    def __init__(self, message: str, prompt_tokens: int, new_tokens: int, context: int):
-        super().__init__(message)
-        self.prompt_tokens, self.new_tokens, self.context = prompt_tokens, new_tokens, context
 
 
 class Alternative(NamedTuple):

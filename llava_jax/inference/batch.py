@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.inference.answer import Alternative, Answer, Piece, TokenLogprob
-from llava_jax.inference.decoding import RowSampling, Sampled, Slots
+from llava_jax.inference.decoding import RowSampling, Sampled, Slots, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
-from llava_jax.inference.generate import prompt_hash
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
 from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
 from llava_jax.inference.prompts import PromptEncoder
@@ -35,7 +34,7 @@ class Running:
         return self.answer.prompt
 
     @property
-    def unread(self) -> int:
+    def remaining(self) -> int:
         """Positions of the prompt that are not computed yet."""
         return len(self.prompt.tokens) - self.done
 
@@ -77,7 +76,7 @@ class Batch:
         while positions < PREFILL_POSITIONS and (waiting := next((r for r in self.running if not r.tokens), None)):
             if waiting.row is None:
                 self._begin(waiting)
-            positions += waiting.unread
+            positions += waiting.remaining
             ended += self._prefill(waiting)
         begun = [running for running in self.running if running.tokens]
         return ended + (self._decode(begun) if begun else [])
@@ -92,13 +91,13 @@ class Batch:
 
     def _prefill(self, running: Running) -> list[Answer]:
         """Computes the next chunk of a prompt. The last one gives the first token."""
-        size = chunk_size(running.unread)
-        length = min(size, running.unread)
+        size = chunk_size(running.remaining)
+        length = min(size, running.remaining)
         chunk = self._chunk(running, length, size)
         sampled = self._programs.prefill(chunk, running.answer.sampling.logprobs is not None)
         running.done += length
         self._prefix_cache.update(running.row, running.cached)
-        return [] if running.unread else self._deliver(running, sampled)
+        return [] if running.remaining else self._deliver(running, sampled)
 
     def _chunk(self, running: Running, length: int, size: int) -> PromptChunk:
         """The next `length` positions of a prompt, padded to `size`. Encodes the images that are not cached."""
@@ -110,7 +109,7 @@ class Batch:
             own = np.flatnonzero(index // patches == image)
             features[own] = self._image(running.prompt, image) * patches + index[own] % patches
         sampling = RowSampling.greedy(1)
-        _set_sampling(sampling, 0, running)
+        sampling.set(0, running.answer.sampling, running.prompt_hash)
         return PromptChunk(tokens, features, np.int32(start), np.int32(length), np.int32(running.row), sampling)
 
     def _image(self, prompt: PreparedPrompt, image: int) -> int:
@@ -131,7 +130,7 @@ class Batch:
             slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
             slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
-            _set_sampling(slots.sampling, slot, running)
+            slots.sampling.set(slot, running.answer.sampling, running.prompt_hash)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
         steps = STEPS if len(begun) == len(self.running) else STEPS_BETWEEN
         sampled = self._programs.decode(slots, steps, report)
@@ -183,9 +182,3 @@ def chunk_size(left: int) -> int:
     fitting = [size for size in CHUNK_SIZES if size <= left]
     enough = next((size for size in CHUNK_SIZES if size >= left), None)
     return enough if enough is not None and (not fitting or enough - left <= MAX_PADDING) else fitting[-1]
-
-
-def _set_sampling(arrays: RowSampling, row: int, running: Running) -> None:
-    sampling = running.answer.sampling
-    arrays.temperature[row], arrays.top_p[row], arrays.top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
-    arrays.seeds[row], arrays.prompts[row] = sampling.seed, running.prompt_hash

@@ -3,6 +3,7 @@
 Axes: B rows, T tokens, S positions of the cache, D embed, V vocabulary.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from llava_jax.inference.prompts import PromptBatch
 from llava_jax.inference.quantization import quantize_decoder
-from llava_jax.inference.requests import MAX_LOGPROBS
+from llava_jax.inference.requests import MAX_LOGPROBS, Sampling
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava
 
@@ -74,8 +75,18 @@ class RowSampling(NamedTuple):
 
     @classmethod
     def greedy(cls, rows: int) -> "RowSampling":
-        """Temperature 0, in NumPy arrays that may be written to."""
+        """Temperature 0 in all rows, as NumPy arrays for `set`."""
         return cls(*(np.zeros(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32, np.uint32)))
+
+    def set(self, row: int, sampling: Sampling, prompt: int) -> None:
+        """Sets the options of a row, and the hash of its prompt."""
+        self.temperature[row], self.top_p[row], self.top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
+        self.seeds[row], self.prompts[row] = sampling.seed, prompt
+
+
+def prompt_hash(tokens: np.ndarray) -> int:
+    """Makes different prompts draw different numbers from the same seed."""
+    return zlib.crc32(tokens.tobytes())
 
 
 class Slots(NamedTuple):

@@ -1,4 +1,4 @@
-"""From generated token ids back to text, while they come."""
+"""Decodes generated token ids to text, one by one."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-CONTEXT = 32  # characters of a begun answer: enough to decode the space before a word
+CONTEXT = 32  # characters of the text that an answer continues, enough to decode the space before a word
 _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE (Radford et al. 2019)
-_INCOMPLETE = "\ufffd"  # what tokenizers decode the first bytes of an unfinished character to
+_INCOMPLETE = "\ufffd"  # tokenizers decode the first bytes of an incomplete character to this
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """What a token stands for, where that is part of a character too; nothing of a special token's name."""
+    """The bytes of a token, which may be a part of a character; none for a special token."""
     if token in tokenizer.all_special_ids or (name := tokenizer.convert_ids_to_tokens(token)) is None:
         return b""
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):  # of SentencePiece
@@ -25,14 +25,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 class AnswerStream:
     """The text of one answer, token by token.
 
-    `push` and `close` return what has become certain: never part of a character or of a stop string, nor white space
-    at either end of the answer. All that they return is the answer, however the tokens come.
+    `push` and `close` return the text that cannot change any more: no part of a character or of a stop string, and no
+    white space at either end of the answer. Together, all that they return is the answer.
 
     Args:
       tokenizer: SentencePiece or byte-level BPE.
       stop_ids: tokens that end the answer.
-      stop_strings: text that ends it, wherever the borders of tokens are. None of either is part of the answer.
-      begun: text that the answer continues, with white space where it has some. No part of what is returned.
+      stop_strings: strings that end the answer, also across tokens. Neither they nor stop tokens are part of it.
+      begun: text that the answer continues, with its white space. It is not returned.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class AnswerStream:
         self._stop_ids = frozenset(stop_ids)
         self._stop_strings = tuple(stop_strings)
         self._ids: list[int] = tokenizer.encode(begun[-CONTEXT:], add_special_tokens=False) if begun else []
-        # ids[:decoded] are text already, ids[window:decoded] the last of them.
+        # ids[:decoded] are decoded already, and ids[window:decoded] are the last of these.
         self._window, self._decoded = 0, len(self._ids)
-        self._held = ""  # text that may still turn out to be a stop string, or white space at the end
+        self._held = ""  # decoded text that may be the start of a stop string, or white space at the end
         self._begun = bool(begun)
 
     def push(self, token: int) -> str:
-        """The next token; after the answer's end it changes nothing."""
+        """Adds a token -> new text. Does nothing after the answer's end."""
         if self.finished:
             return ""
         if token in self._stop_ids:
@@ -66,7 +66,7 @@ class AnswerStream:
         return self._release(text)
 
     def close(self) -> str:
-        """No more tokens: -> the rest. Bytes that begin a character and don't finish it are dropped."""
+        """Ends the answer -> the rest of its text. Bytes of an incomplete character are dropped."""
         if self.finished:
             return ""
         released = self._release(self._decode_window().rstrip(_INCOMPLETE))
@@ -76,9 +76,9 @@ class AnswerStream:
         return released
 
     def _decode_window(self) -> str:
-        """The text of the tokens not yet decoded, by decoding them after the few that came before.
+        """The text of the tokens that are not decoded yet.
 
-        Alone they would lack the space before a SentencePiece word.
+        They are decoded together with a few tokens before them: alone, a SentencePiece word would lack its space.
         """
         known = self._decode(self._ids[self._window : self._decoded])
         return self._decode(self._ids[self._window :])[len(known) :]
@@ -93,11 +93,11 @@ class AnswerStream:
             self.finished = True
             self._held = self._held[: min(stops)].rstrip()
             return self._take(len(self._held))
-        certain = self._held[: len(self._held) - self._length_of_begun_stop()]
+        certain = self._held[: len(self._held) - self._partial_stop_length()]
         return self._take(len(certain.rstrip()))
 
-    def _length_of_begun_stop(self) -> int:
-        """How much of the end of the held text may be the beginning of a stop string."""
+    def _partial_stop_length(self) -> int:
+        """The length of the end of the held text that may be the start of a stop string."""
         begun = (n for stop in self._stop_strings for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         return max(begun, default=0)
 

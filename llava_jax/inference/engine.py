@@ -13,22 +13,22 @@ import time
 import traceback
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import UserError, track
+from llava_jax.cli import track
 from llava_jax.data.templates import Template
-from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull, Sink
+from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, prepare
 from llava_jax.inference.programs import CHUNK_SIZES, Programs
-from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.prompts import PromptEncoder, check_context
+from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.llava import Llava
-
-MAX_FIRST_TOKEN_TIMES = 1024  # that `stats` keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,6 @@ class EngineStats:
     finished: int
     cancelled: int
     failed: int
-    first_token_seconds: tuple[float, ...]  # of the latest `MAX_FIRST_TOKEN_TIMES` answers
 
 
 COUNTS = ("prompt_tokens", "prefix_tokens", "generated_tokens", "finished", "cancelled", "failed")
@@ -77,8 +76,7 @@ class Engine:
         quantize: str | None = None,
         mesh: Mesh | None = None,
     ):
-        if quantize not in QUANTIZATIONS:
-            raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
+        check_quantization(quantize)
         self.config = model.config
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
@@ -102,7 +100,6 @@ class Engine:
         self._waiting: collections.deque[Answer] = collections.deque()
         self._closing, self._draining = False, True
         self._counts = collections.Counter()
-        self._first_token_seconds: collections.deque[float] = collections.deque(maxlen=MAX_FIRST_TOKEN_TIMES)
         self._answer_seconds = 1.0  # a moving mean
         self._batch = self._new_batch()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -130,10 +127,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles all programs, which would otherwise be compiled when first used. The engine is `ready` then."""
-        for name in track(self._programs.names(), "compiling"):
+        for name in track(self._programs.names, "compiling"):
             self._programs.compile(name)
         with self._changed:
             self.ready = not self._closing
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """-> uint8[H, W, 3], which a request may hold instead of the image."""
+        return self._prompts.read(image)
 
     def prepare(self, request: Request) -> PreparedPrompt:
         """Tokenizes a request and preprocesses its images: do it once for any number of answers.
@@ -158,15 +159,7 @@ class Engine:
         """
         if isinstance(prompt, Request):
             prompt = self.prepare(prompt)
-        length, new = len(prompt.tokens), sampling.max_new_tokens
-        if new > self.room(prompt):
-            raise ContextExceeded(
-                f"request {prompt.request}: its prompt takes {length} positions and the answer up to {new}, but the "
-                f"context has {self.context}: shorten the conversation or lower max-new-tokens",
-                length,
-                new,
-                self.context,
-            )
+        check_context(prompt.request, len(prompt.tokens), sampling.max_new_tokens, self.context)
         answer = Answer(prompt, sampling, sink)
         with self._changed:
             if self._closing:
@@ -183,7 +176,6 @@ class Engine:
                 slots=self.slots,
                 busy=len(self._batch.running),
                 queued=len(self._waiting),
-                first_token_seconds=tuple(self._first_token_seconds),
                 **{name: self._counts[name] for name in COUNTS},
             )
 
@@ -252,8 +244,6 @@ class Engine:
             self._counts["prompt_tokens"] += answer.prompt_tokens
             self._counts["prefix_tokens"] += answer.prefix_tokens
             self._counts["generated_tokens"] += answer.completion_tokens
-            if answer.first_token_seconds is not None:
-                self._first_token_seconds.append(answer.first_token_seconds)
             if outcome == "finished":
                 self._answer_seconds += 0.1 * (time.monotonic() - answer.submitted - self._answer_seconds)
 

@@ -7,8 +7,7 @@ across tokens, so they are searched here, in the text.
 
 import contextlib
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,22 @@ from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
-from llava_jax.inference.decoding import RowSampling, Slots
-from llava_jax.inference.prompts import Prompt, PromptBatch, PromptEncoder, assemble, bucket, share_prefixes
+from llava_jax.inference.decoding import RowSampling, Slots, prompt_hash
+from llava_jax.inference.prompts import (
+    Prompt,
+    PromptBatch,
+    PromptEncoder,
+    assemble,
+    bucket,
+    check_context,
+    share_prefixes,
+)
+from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import GREEDY, ImageInput, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, abstract_params, build
-from llava_jax.parallel.sharding import make_mesh, param_sharding
+from llava_jax.parallel.sharding import AXES, make_mesh, param_sharding
 
 STREAM_STEPS = 4  # tokens a dispatch of `Generator.stream`
 HEADROOM = 128  # positions for the answer that a cache has at least when it is made or grows
@@ -52,7 +60,13 @@ def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 
-def _sharding(config: LlavaConfig, devices: Sequence[jax.Device]) -> Sharding | None:
+def _sharding(
+    config: LlavaConfig, devices: Sequence[jax.Device], axes: Mapping[str, int] | None = None
+) -> Sharding | None:
+    if axes:
+        if unknown := set(axes) - set(AXES):
+            raise UserError(f"mesh has an axis {min(unknown)!r}: choose among {', '.join(AXES)}")
+        return mesh_sharding(config, make_mesh(axes, devices or None))
     match devices:
         case []:
             return None
@@ -87,8 +101,11 @@ class Generator:
         cls,
         checkpoint: Checkpoint,
         template: Template | None = None,
-        dtype: jnp.dtype | None = None,
+        dtype: jnp.dtype | str | None = None,
         devices: Sequence[jax.Device] = (),
+        *,
+        mesh: Mapping[str, int] | None = None,
+        quantize: str | None = None,
     ) -> "Generator":
         """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`).
 
@@ -97,9 +114,12 @@ class Generator:
           template: instead of the checkpoint's.
           dtype: of weights and computation; see `default_dtype`.
           devices: the weights are sharded over these; by default they lie on the first device.
+          mesh: sizes of the axes that the weights are sharded over; by default each layer is split over all devices.
+          quantize: "int8" stores the weights of the language model in eight bits.
         """
-        model = load_model(checkpoint, dtype, _sharding(checkpoint.config, devices))
-        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template))
+        check_quantization(quantize)
+        model = load_model(checkpoint, dtype, _sharding(checkpoint.config, devices, mesh))
+        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), quantize)
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
         """Answers all requests, `batch_rows` at a time.
@@ -139,12 +159,7 @@ class Generator:
 
     def _prompt(self, request: Request, new_tokens: int) -> Prompt:
         prompt = self.prompts.encode(request)
-        length, context = len(prompt.tokens), self.config.text.max_position_embeddings
-        if length + new_tokens > context:
-            raise UserError(
-                f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
-                f"model's context has {context}: shorten the conversation or lower max-new-tokens"
-            )
+        check_context(request, len(prompt.tokens), new_tokens, self.config.text.max_position_embeddings)
         return prompt
 
     def _assemble(self, prompts: Sequence[Prompt]) -> PromptBatch:
@@ -154,7 +169,11 @@ class Generator:
         """Answers a batch. Yields the new text of each answer after every dispatch, of at most `max_steps` tokens."""
         streams = [self.prompts.answer_stream(sampling, prompt.begun) for prompt in prompts]
         rows = bucket(len(prompts))
-        row_sampling = _row_sampling(sampling, prompts, rows) if sampling.temperature > 0 else None
+        row_sampling = None  # greedy
+        if sampling.temperature > 0:
+            row_sampling = RowSampling.greedy(rows)
+            for row, prompt in enumerate(prompts):
+                row_sampling.set(row, sampling, prompt_hash(prompt.tokens))
         lengths = [len(prompt.tokens) for prompt in prompts]
         size = bucket(max(lengths) + min(sampling.max_new_tokens, HEADROOM))
         first, cache = self._prefill(prompts, row_sampling, size)
@@ -206,16 +225,3 @@ class Generator:
         start = time.perf_counter()
         yield
         self.computing += time.perf_counter() - start
-
-
-def prompt_hash(tokens: np.ndarray) -> int:
-    """Makes different prompts draw different numbers from the same seed."""
-    return zlib.crc32(tokens.tobytes())
-
-
-def _row_sampling(sampling: Sampling, prompts: Sequence[Prompt], rows: int) -> RowSampling:
-    arrays = RowSampling.greedy(rows)
-    arrays.temperature[:], arrays.top_p[:], arrays.top_k[:] = sampling.temperature, sampling.top_p, sampling.top_k
-    arrays.seeds[:] = sampling.seed
-    arrays.prompts[: len(prompts)] = [prompt_hash(prompt.tokens) for prompt in prompts]
-    return arrays

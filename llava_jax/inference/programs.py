@@ -70,101 +70,87 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots = slots
+        self.slots, self.positions = slots, -(-positions // BLOCK) * BLOCK
         self._weights, self._structure = jax.tree.flatten(model)
-        shape = (rows, text.num_kv_heads, -(-positions // BLOCK) * BLOCK, text.head_dim)
-        self.positions = shape[2]
-        self._cache_shape = jax.ShapeDtypeStruct(shape, model.dtype, sharding=_cache_sharding(mesh, text.num_kv_heads))
-        features = (images, model.config.image_tokens, text.hidden_size)
-        self._features_shape = jax.ShapeDtypeStruct(features, model.dtype, sharding=mesh and replicated(mesh))
-        self._layers = text.num_layers
-        self._image_shape = (model.config.vision.image_size, model.config.vision.image_size, 3)
-        self._stop_ids = np.array(stop_ids, np.int32)
         self._compiled: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
-        self._check_memory(slots, mesh)
+
+        entries = jax.ShapeDtypeStruct(
+            (rows, text.num_kv_heads, self.positions, text.head_dim),
+            model.dtype,
+            sharding=_cache_sharding(mesh, text.num_kv_heads),
+        )
+        self._check_memory(2 * text.num_layers, entries, mesh)
+        cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
+        features_shape = (images, model.config.image_tokens, text.hidden_size)
+        features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
+        image = np.zeros((model.config.vision.image_size, model.config.vision.image_size, 3), np.uint8)
+        self._shapes = cache, features
+        self._stop_ids = np.array(stop_ids, np.int32)
+
+        number, flag = np.int32(0), np.bool(False)
+        all_slots = Slots(*(np.zeros(slots, np.int32) for _ in range(4)), RowSampling.greedy(slots))
+        # Each with its arguments after the model, of which the first is donated.
+        self._programs: dict[str | int, tuple] = {
+            ENCODE: (encode, features, image, number),
+            DECODE: (functools.partial(decode, max_steps=MAX_STEPS), cache, all_slots, self._stop_ids, number, flag),
+            COPY: (copy, cache, number, number),
+        }
+        for size in CHUNK_SIZES:
+            zeros = np.zeros(size, np.int32)
+            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1))
+            self._programs[size] = (prefill, cache, features, chunk, flag)
+        self.names = list(self._programs)
         self.reset()
 
-    def _check_memory(self, slots: int, mesh: Mesh | None) -> None:
-        """Raises `UserError` where the cache is larger than the free memory."""
-        shards = self._cache_shape.sharding.shard_shape(self._cache_shape.shape) if mesh else self._cache_shape.shape
-        wanted = 2 * self._layers * math.prod(shards) * self._cache_shape.dtype.itemsize
+    def _check_memory(self, count: int, entries: jax.ShapeDtypeStruct, mesh: Mesh | None) -> None:
+        """Raises `UserError` where the cache, `count` arrays, is larger than the free memory."""
+        shard = entries.sharding.shard_shape(entries.shape) if mesh else entries.shape
+        wanted = count * math.prod(shard) * entries.dtype.itemsize
         free = free_bytes(mesh.devices.flat[0] if mesh else jax.devices()[0])
         if wanted > free:
             raise UserError(
-                f"{slots} slots of {self.positions} positions take {wanted / 2**30:.1f} GB for keys and values, and "
-                f"{max(free, 0) / 2**30:.1f} GB are free: lower --slots or --context"
+                f"{self.slots} slots of {self.positions} positions take {wanted / 2**30:.1f} GB for keys and values, "
+                f"and {max(free, 0) / 2**30:.1f} GB are free: lower --slots or --context"
             )
 
     def reset(self) -> None:
         """Empties the caches."""
         self.cache = self.features = None  # frees the old arrays before the new ones are made
-
-        def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.zeros(like.shape, like.dtype, device=like.sharding)
-
-        self.cache = KVCache(*(tuple(zeros(self._cache_shape) for _ in range(self._layers)) for _ in "kv"))
-        self.features = zeros(self._features_shape)
-
-    def names(self) -> list[str | int]:
-        """The arguments of `compile`."""
-        return [*CHUNK_SIZES, ENCODE, DECODE, COPY]
+        self.cache, self.features = jax.tree.map(
+            lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), self._shapes
+        )
 
     def compile(self, name: str | int) -> Callable:
-        """The compiled program of this name, compiled at the first call."""
+        """The program of one of `names` without its first argument, the model. Compiled at the first call."""
         with self._compiling:
             if name not in self._compiled:
-                self._compiled[name] = self._compile(name)
-            return self._compiled[name]
+                program, *arguments = self._programs[name]
+
+                # Weights are passed as a flat list: flattening modules takes longer than a token of a small model.
+                def flat(weights: list[jax.Array], *arguments: Any) -> Any:
+                    return program(jax.tree.unflatten(self._structure, weights), *arguments)
+
+                self._compiled[name] = jax.jit(flat, donate_argnums=1).lower(self._weights, *arguments).compile()
+            return functools.partial(self._compiled[name], self._weights)
 
     def encode(self, image: np.ndarray, index: int) -> None:
         """Caches the features of an image uint8[H, W, 3] at `index`."""
-        self.features = self.compile(ENCODE)(self._weights, self.features, image, np.int32(index))
+        self.features = self.compile(ENCODE)(self.features, image, np.int32(index))
 
     def prefill(self, chunk: PromptChunk, report: bool) -> Sampled:
         """Computes a chunk of a prompt -> the token after it, [1]."""
-        program = self.compile(len(chunk.tokens))
-        sampled, self.cache = program(self._weights, self.cache, self.features, chunk, np.bool(report))
+        sampled, self.cache = self.compile(len(chunk.tokens))(self.cache, self.features, chunk, np.bool(report))
         return jax.device_get(sampled)
 
     def decode(self, slots: Slots, steps: int, report: bool) -> Sampled:
         """Generates at most `steps` tokens in every slot -> [B, MAX_STEPS]."""
-        arguments = (slots, self._stop_ids, np.int32(steps), np.bool(report))
-        sampled, self.cache = self.compile(DECODE)(self._weights, self.cache, *arguments)
+        sampled, self.cache = self.compile(DECODE)(self.cache, slots, self._stop_ids, np.int32(steps), np.bool(report))
         return jax.device_get(sampled)
 
     def copy(self, source: int, target: int) -> None:
         """Copies a row of the cache."""
         self.cache = self.compile(COPY)(self.cache, np.int32(source), np.int32(target))
-
-    def _compile(self, name: str | int) -> Callable:
-        cache = KVCache(*((self._cache_shape,) * self._layers for _ in "kv"))
-        flag, number = np.bool(False), np.int32(0)
-        match name:
-            case "copy":
-                return jax.jit(copy, donate_argnums=0).lower(cache, number, number).compile()
-            case "encode":
-                arguments = (self._features_shape, np.zeros(self._image_shape, np.uint8), number)
-                return self._lower(encode, arguments).compile()
-            case "decode":
-                zeros = np.zeros(self.slots, np.int32)
-                slots = Slots(zeros, zeros, zeros, zeros, RowSampling.greedy(self.slots))
-                program = functools.partial(decode, max_steps=MAX_STEPS)
-                return self._lower(program, (cache, slots, self._stop_ids, number, flag)).compile()
-            case int():
-                zeros = np.zeros(name, np.int32)
-                chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1))
-                return self._lower(prefill, (cache, self._features_shape, chunk, flag)).compile()
-        raise ValueError(name)
-
-    def _lower(self, program: Callable, arguments: tuple) -> Any:
-        """The weights are passed as a flat list, since flattening modules takes longer than a token of a small model.
-        The first argument after them, a cache, is donated."""
-
-        def flat(weights: list[jax.Array], *arguments: Any) -> Any:
-            return program(jax.tree.unflatten(self._structure, weights), *arguments)
-
-        return jax.jit(flat, donate_argnums=1).lower(self._weights, *arguments)
 
 
 def encode(model: Llava, features_IPD: jax.Array, image: jax.Array, index: jax.Array) -> jax.Array:
@@ -187,7 +173,7 @@ def prefill(
     return with_logprobs(tokens_1, logits_1V, report), cache
 
 
-def copy(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
+def copy(model: Llava, cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     """The cache with a copy of row `source` as row `target`."""
     return jax.tree.map(lambda x_CKSH: x_CKSH.at[target].set(x_CKSH[source]), cache)
 

@@ -92,6 +92,19 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[i
     return ids - {None, tokenizer.unk_token_id}
 
 
+class ContextExceeded(UserError):
+    """A prompt and its answer take more positions than the context has."""
+
+
+def check_context(request: Request, length: int, new_tokens: int, context: int) -> None:
+    """Raises `ContextExceeded` unless a prompt of `length` positions and its answer fit into the context."""
+    if length + new_tokens > context:
+        raise ContextExceeded(
+            f"request {request}: its prompt takes {length} positions and the answer up to {new_tokens}, but the "
+            f"context has {context}: shorten the conversation or lower max-new-tokens"
+        )
+
+
 class PromptBatch(NamedTuple):
     """Prompts padded on the right. The rows share the image slots, as a group of the training layout."""
 

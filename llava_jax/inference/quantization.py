@@ -1,17 +1,25 @@
-"""Decoders whose weights are stored in eight bits, for decoding, which is bound by reading them."""
+"""Decoders with 8-bit weights: decoding is bound by the bandwidth of reading them."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.cli import UserError
+from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.layers import add_bias, broadcast_last
 from llava_jax.models.llama import Llama, replace_linears
 
 
-class Int8Linear(nnx.Module):
-    """A `Linear` with int8 `kernel` [in, out] and a float32 `scale` [out]: the largest weight of an output is 127.
+def check_quantization(quantize: str | None) -> None:
+    """Raises UserError unless it is one of `models.config.QUANTIZATIONS`."""
+    if quantize not in QUANTIZATIONS:
+        raise UserError(f"quantize is {quantize!r}: choose {' or '.join(map(repr, QUANTIZATIONS))}")
 
-    The sums are of weights in the input's type, and scaled afterwards.
+
+class Int8Linear(nnx.Module):
+    """A `Linear` with int8 `kernel` [in, out] and float32 `scale` [out]: the largest weight of each output is 127.
+
+    The product is computed with weights cast to the input's type, and scaled afterwards.
     """
 
     def __init__(self, kernel: jax.Array, bias: nnx.Param | None = None):
@@ -22,24 +30,24 @@ class Int8Linear(nnx.Module):
         return add_bias(self.scores(x).astype(x.dtype), self.bias)
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """The product alone, in float32."""
+        """The product without the bias, in float32."""
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return y * broadcast_last(self.scale[...], y)
 
 
 @jax.jit
 def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[in, out] -> int8[in, out] and float32[out], whose product is nearest to it."""
+    """[in, out] -> int8[in, out] and float32[out], whose product approximates it."""
     kernel = kernel.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(kernel).max(axis=0) / 127, jnp.finfo(jnp.float32).tiny)
     return jnp.round(kernel / scale[None]).astype(jnp.int8), scale
 
 
 def quantize_decoder(llm: Llama) -> None:
-    """Makes every projection of unstacked layers, and that to the vocabulary, an `Int8Linear`.
+    """Replaces every projection of unstacked layers, and the vocabulary projection, by an `Int8Linear`.
 
-    Embeddings and norms stay as they are; where the vocabulary's projection is the table of embeddings, it becomes an
-    array of its own.
+    Embeddings and norms stay as they are. If the vocabulary projection shares the table of embeddings, it gets an array
+    of its own.
     """
     for layer in llm.layers:
         replace_linears(layer, lambda linear: Int8Linear(linear.kernel[...], linear.bias))

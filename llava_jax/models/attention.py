@@ -1,4 +1,4 @@
-"""Attention behind one function, with a backend for each kind of machine.
+"""Attention as one function with a backend for each kind of device, and attention to a KV cache.
 
 Axes: B batch, T queries, S keys, N heads, K key/value heads, H head width, R = B K, Q = T N / K.
 """
@@ -10,15 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-# Queries whose scores exist at a time in `chunked_attention`.
-CHUNK = 512
-# Keys of a conversation that `cached_attention` looks at at a time.
-BLOCK = 256
-# Conversations that a CPU looks at together.
-GROUP = 2
-FLOOR = -1e30  # below every score, and finite, since the difference of two infinities is not a number
-# Splash works on blocks of at most so many queries and keys; TPUs have 128 lanes.
-SPLASH_BLOCK, LANES = 512, 128
+CHUNK = 512  # queries that `chunked_attention` computes at a time
+BLOCK = 256  # keys that `cached_attention` computes at a time
+GROUP = 2  # rows that CPUs compute at a time in `cached_attention`
+FLOOR = -1e30  # below every score, and finite, since the difference of two infinities is NaN
+SPLASH_BLOCK, LANES = 512, 128  # the largest blocks of queries and keys; the lanes of TPUs
 
 
 def attention(
@@ -33,10 +29,16 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v -> [B, T, N, H], softmax in float32; K may divide N (grouped queries).
 
-    With segment ids (a decoder's) a token sees itself and what precedes it in its segment; without (a vision tower's)
-    all see all. `window` limits what a decoder's token sees to so many tokens, itself the last. `packed` says that rows
-    may hold several segments; else each holds one and then padding, and what is computed for padding is of no use to
-    anyone. Raises ValueError where the backend cannot do that.
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: queries, keys and values.
+      segment_ids_BT: of a decoder, whose tokens see themselves and the earlier tokens of their segment; None for a
+        vision tower, whose tokens see all tokens.
+      window: a decoder's token sees at most so many tokens, including itself.
+      backend: of `BACKENDS`.
+      packed: whether rows may hold several segments. Otherwise each row holds one and then padding, and the results at
+        padding are not used.
+
+    Raises `ValueError` where the backend does not support this.
     """
     if window is not None and window >= q_BTNH.shape[1]:
         window = None
@@ -45,14 +47,14 @@ def attention(
 
 
 def choose_backend(platform: str, packed: bool, dtype: jnp.dtype = jnp.bfloat16) -> str:
-    """The fastest backend that is right on a platform ("cpu", "tpu", "gpu"); cuDNN's is for 16 bits alone."""
+    """The fastest correct backend for a platform ("cpu", "tpu", "gpu"). cuDNN's supports only 16-bit types."""
     if platform == "gpu":
         return "chunked" if packed or dtype == jnp.float32 else "cudnn"
     return {"cpu": "xla", "tpu": "splash"}[platform]
 
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS: jax.Array | None = None) -> jax.Array:
-    """Attention by its definition. `mask_BTS` says which keys a query sees; a query must see at least one."""
+    """Attention by its definition. `mask_BTS`: which keys a query sees, at least one each."""
     return attention_by_head(q_BTNH, by_head(k_BSKH), by_head(v_BSKH), mask_BTS)
 
 
@@ -62,7 +64,7 @@ def xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: 
 
 
 def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None) -> jax.Array:
-    """Chunk by chunk of the queries, whose scores are computed again in the backward pass instead of kept."""
+    """Computes chunks of queries one by one, and their scores again in the backward pass instead of storing them."""
     B, T, N, H = q_BTNH.shape
     if segment_ids_BT is None or T <= CHUNK:
         return xla_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed, window)
@@ -87,9 +89,9 @@ def chunked_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, wind
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None, interpret: bool = False
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs: no scores in memory, blocks that the mask empties are skipped.
+    """JAX's Pallas kernel for TPUs: stores no scores, and skips blocks that are masked out.
 
-    Sequences are padded to whole lanes in a segment of their own, heads with zeros.
+    Sequences are padded to a multiple of the lanes with a segment of their own, heads with zeros.
     """
     (B, T, N, H), scale = q_BTNH.shape, q_BTNH.shape[-1] ** -0.5
     segments_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
@@ -117,7 +119,7 @@ def _splash_kernel(length: int, heads: int, causal: bool, window: int | None, in
 
 
 def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, packed: bool, window: int | None) -> jax.Array:
-    """cuDNN's fused kernel for GPUs. It knows no segments: unpacked rows need none, since padding comes last."""
+    """cuDNN's fused kernel for GPUs. It has no segments: unpacked rows need none, since padding comes last."""
     if packed and segment_ids_BT is not None:
         raise ValueError("cuDNN's attention would see across the samples of packed rows: use the backend 'chunked'")
     return jax.nn.dot_product_attention(
@@ -136,17 +138,17 @@ BACKENDS = {"xla": xla_attention, "chunked": chunked_attention, "splash": splash
 def attention_by_head(
     q_BTNH: jax.Array, k_RSH: jax.Array, v_RSH: jax.Array, mask_BTS: jax.Array | None = None
 ) -> jax.Array:
-    """`dense_attention` to keys and values as a cache has them, R = B K: they are read where they are, without a copy.
+    """`dense_attention` to keys and values in the order of a cache, R = B K, which are read without a copy.
 
-    Scores exist once, the Q queries of a key/value head beside each other, and what is divided are the sums: on CPUs
-    `jax.nn.dot_product_attention`, which moves the axes of the scores about, takes twice as long.
+    The scores are stored once, with the Q queries of a key/value head next to each other, and the outputs are divided
+    by the sums. On CPUs, `jax.nn.dot_product_attention`, which transposes the scores, takes twice as long.
     """
     (B, T, N, H), (R, S, _) = q_BTNH.shape, k_RSH.shape
     K = R // B
     q_RQH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(R, -1, H)
     scores_RQS = jnp.einsum("RQH,RSH->RQS", q_RQH, k_RSH, preferred_element_type=jnp.float32) * H**-0.5
     if mask_BTS is not None:
-        bias_BTS = jnp.where(mask_BTS, 0.0, -jnp.inf)  # added, since a gradient need not know what was added
+        bias_BTS = jnp.where(mask_BTS, 0.0, -jnp.inf)  # added, since its gradient needs no mask
         scores_RQS += jnp.broadcast_to(bias_BTS[:, None, None], (B, K, N // K, T, S)).reshape(scores_RQS.shape)
     largest_RQ1 = jax.lax.stop_gradient(jnp.max(scores_RQS, axis=-1, keepdims=True))
     weights_RQS = jnp.exp(scores_RQS - largest_RQ1)
@@ -162,25 +164,25 @@ def cached_attention(
     q_BTNH: jax.Array,
     k_CKSH: jax.Array,
     v_CKSH: jax.Array,
-    conversations_B: jax.Array,
+    rows_B: jax.Array,
     positions_BT: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """Attention of each row's queries to the conversation of that number: what stands at or before their positions.
+    """Attention of each batch row's queries to a row of the cache (`rows_B`), at and before their `positions_BT`.
 
-    Time goes by the length of conversations and not by S, which `BLOCK` divides: their blocks are looked at one by one
-    (Milakov & Gimelshein 2018). A query at position S or later is none. A row's result depends on nothing else in the
-    arrays, not in its last bit.
+    The blocks of a row are computed one by one (Milakov & Gimelshein 2018): the time depends on the length of the
+    sequences, not on S, which must be a multiple of `BLOCK`. Queries at position S or beyond are padding. The result of
+    a batch row does not depend on the other rows, in any bit (batch invariance).
     """
     (_, T, N, H), (_, K, S, _) = q_BTNH.shape, k_CKSH.shape
     steps_S = jnp.arange(BLOCK)
 
-    def attend(q_TNH: jax.Array, conversation: jax.Array, positions_T: jax.Array) -> jax.Array:
+    def attend(q_TNH: jax.Array, row: jax.Array, positions_T: jax.Array) -> jax.Array:
         q_KQH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3).reshape(K, -1, H)
 
-        def look(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def add_block(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             largest_KQ1, sums_KQ1, attended_KQH = state
-            corner = (conversation, 0, block * BLOCK, 0)
+            corner = (row, 0, block * BLOCK, 0)
             k_KSH, v_KSH = (jax.lax.dynamic_slice(x, corner, (1, K, BLOCK, H))[0] for x in (k_CKSH, v_CKSH))
             scores_KQS = jnp.einsum("KQH,KSH->KQS", q_KQH, k_KSH, preferred_element_type=jnp.float32) * H**-0.5
             seen_TS = within_window(positions_T[:, None] - (block * BLOCK + steps_S)[None], window)
@@ -194,43 +196,43 @@ def cached_attention(
             sums_KQ1 = sums_KQ1 * kept_KQ1 + weights_KQS.sum(-1, keepdims=True)
             return new_largest_KQ1, sums_KQ1, attended_KQH * kept_KQ1 + block_KQH
 
-        there_T = positions_T < S
+        valid_T = positions_T < S
         first = 0 if window is None else jnp.maximum(positions_T.min() - window + 1, 0) // BLOCK
-        blocks = jnp.max(jnp.where(there_T, positions_T // BLOCK + 1, 0))
+        blocks = jnp.max(jnp.where(valid_T, positions_T // BLOCK + 1, 0))
         nothing = [jnp.full((*q_KQH.shape[:2], n), x, jnp.float32) for n, x in ((1, FLOOR), (1, 0.0), (H, 0.0))]
-        _, sums_KQ1, attended_KQH = jax.lax.fori_loop(first, blocks, look, tuple(nothing))
+        _, sums_KQ1, attended_KQH = jax.lax.fori_loop(first, blocks, add_block, tuple(nothing))
         attended_KQH = attended_KQH / jnp.where(sums_KQ1 > 0, sums_KQ1, 1.0)
         return attended_KQH.reshape(K, N // K, T, H).transpose(2, 0, 1, 3).reshape(T, N, H).astype(q_TNH.dtype)
 
     with jax.named_scope("cached_attention"):
-        there_B = (positions_BT < S).any(axis=1)
-        return EACH_ROW[jax.default_backend()](attend, there_B, q_BTNH, conversations_B, positions_BT)
+        valid_B = (positions_BT < S).any(axis=1)
+        return EACH_ROW[jax.default_backend()](attend, valid_B, q_BTNH, rows_B, positions_BT)
 
 
-def one_by_one(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
-    """`function` of each row, up to the last one that is there."""
+def one_by_one(function: Callable[..., jax.Array], valid_B: jax.Array, *rows: jax.Array) -> jax.Array:
+    """`function` of each row, up to the last valid one."""
     shape = jax.eval_shape(function, *(x[0] for x in rows))
-    last = jnp.max(jnp.where(there_B, jnp.arange(len(there_B)) + 1, 0))
-    results = jnp.zeros((len(there_B), *shape.shape), shape.dtype)
+    last = jnp.max(jnp.where(valid_B, jnp.arange(len(valid_B)) + 1, 0))
+    results = jnp.zeros((len(valid_B), *shape.shape), shape.dtype)
     return jax.lax.fori_loop(0, last, lambda b, done: done.at[b].set(function(*(x[b] for x in rows))), results)
 
 
-def together(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
+def together(function: Callable[..., jax.Array], valid_B: jax.Array, *rows: jax.Array) -> jax.Array:
     return jax.vmap(function)(*rows)
 
 
-def in_groups(function: Callable[..., jax.Array], there_B: jax.Array, *rows: jax.Array) -> jax.Array:
-    """Some rows together, group by group up to the last in which one is there.
+def in_groups(function: Callable[..., jax.Array], valid_B: jax.Array, *rows: jax.Array) -> jax.Array:
+    """`function` of groups of rows, up to the last group with a valid row.
 
-    The group's size is fixed, since a row's last bits depend on how many are computed together.
+    The size of groups is fixed, since the last bits of a row depend on how many are computed together.
     """
-    size = math.gcd(len(there_B), GROUP)
-    grouped = [x.reshape(-1, size, *x.shape[1:]) for x in (there_B, *rows)]
+    size = math.gcd(len(valid_B), GROUP)
+    grouped = [x.reshape(-1, size, *x.shape[1:]) for x in (valid_B, *rows)]
     results = one_by_one(jax.vmap(function), grouped[0].any(axis=1), *grouped[1:])
     return results.reshape(-1, *results.shape[2:])
 
 
-# Rows whose conversations are short, or that have none, cost a CPU nothing where the others do not wait for them.
+# On CPUs, short and idle rows take no time if they are not computed together with long ones.
 EACH_ROW = {"cpu": in_groups, "gpu": together, "tpu": together}
 
 
@@ -241,14 +243,14 @@ def by_head(x_BTKH: jax.Array) -> jax.Array:
 
 
 def causal_segment_mask(segment_ids_BT: jax.Array, window: int | None = None) -> jax.Array:
-    """bool[B, T, T]: a token sees itself and what precedes it in its own segment (padding is segment 0)."""
+    """bool[B, T, T]: a token sees itself and the earlier tokens of its segment (padding is segment 0)."""
     positions = jnp.arange(segment_ids_BT.shape[1])
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return same & within_window(positions[:, None] - positions[None], window)[None]
 
 
 def within_window(before: jax.Array, window: int | None) -> jax.Array:
-    """Whether a decoder's token sees the one so many positions before it: at most itself and `window` - 1 others."""
+    """Whether a decoder's token sees the token `before` positions earlier: at most itself and `window` - 1 others."""
     return before >= 0 if window is None else (before >= 0) & (before < window)
 
 

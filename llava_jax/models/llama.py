@@ -1,6 +1,6 @@
 """LLaMA decoder (Touvron et al. 2023) and its relatives, the language model f of the paper.
 
-Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, R = B K.
+Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, C cache rows.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class KVCache(NamedTuple):
 
 
 class Llama(nnx.Module):
-    """Embedded tokens to hidden states; `logits` turns these into scores of the next token."""
+    """Embedded tokens to hidden states, of which `logits` computes the scores of the next token."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -45,9 +45,9 @@ class Llama(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, execution: Execution = SINGLE
     ) -> jax.Array:
-        """Embedded tokens -> hidden states [B, T, D] after the last norm.
+        """Embedded tokens -> hidden states [B, T, D] after the last norm. The forward of training.
 
-        Positions (int32) restart in every segment; a token sees itself and what precedes it in its segment.
+        Positions (int32) restart in every segment; a token sees itself and the earlier tokens of its segment.
         """
         rotation = self.rotation(positions_BT)
 
@@ -73,13 +73,13 @@ class Llama(nnx.Module):
           x_BTD: embedded tokens.
           positions_BT: int32. Those of a sequence follow each other. A token at position S or beyond is padding: it is
             not stored, and its hidden state means nothing.
-          cache: of the tokens before; None where these are the first: the cache that is returned has S = T.
+          cache: of the tokens before; None where these are the first, at positions 0 ... T - 1: S is T then.
           rows_B: the row of the cache that holds each sequence; None where sequence b is row b.
         """
         rotation, window = self.rotation(positions_BT), self.config.sliding_window
         B, T = positions_BT.shape
-        stored_BS = positions_BT if cache is None else jnp.arange(cache.size)[None]
-        seen_BTS = within_window(positions_BT[:, :, None] - stored_BS[:, None], window)
+        queries, keys = (jnp.arange(T)[None], T) if cache is None else (positions_BT, cache.size)
+        seen_BTS = within_window(queries[:, :, None] - jnp.arange(keys)[None, None], window)
         rows_B11 = jnp.arange(B).reshape(B, 1, 1) if rows_B is None else rows_B.reshape(B, 1, 1)
         entries = (rows_B11, jnp.arange(self.config.num_kv_heads)[None, :, None], positions_BT[:, None])
 
@@ -91,34 +91,33 @@ class Llama(nnx.Module):
             with jax.named_scope("attention"):
                 return attention_by_head(q_BTNH, k_RSH, v_RSH, seen_BTS)
 
-        keys, values = [], []
+        new_cache = []
         for i, layer in enumerate(self.each_layer()):
             q_BTNH, *new = layer.queries_keys_values(x_BTD, rotation)
-            k_BKTH, v_BKTH = (x_BTKH.swapaxes(1, 2) for x_BTKH in new)
+            k_CKSH, v_CKSH = (x_BTKH.swapaxes(1, 2) for x_BTKH in new)
             if cache is not None:
-                k_BKTH = cache.k[i].at[entries].set(k_BKTH, mode="drop")
-                v_BKTH = cache.v[i].at[entries].set(v_BKTH, mode="drop")
-            keys.append(k_BKTH)
-            values.append(v_BKTH)
-            x_BTD = layer.after_attention(x_BTD, attend(q_BTNH, keys[i], values[i]))
-        return self.norm(x_BTD), KVCache(tuple(keys), tuple(values))
+                k_CKSH = cache.k[i].at[entries].set(k_CKSH, mode="drop")
+                v_CKSH = cache.v[i].at[entries].set(v_CKSH, mode="drop")
+            new_cache.append((k_CKSH, v_CKSH))
+            x_BTD = layer.after_attention(x_BTD, attend(q_BTNH, k_CKSH, v_CKSH))
+        return self.norm(x_BTD), KVCache(*zip(*new_cache, strict=True))
 
     def unstack_layers(self, transposed: bool = False) -> None:
-        """Arranges the layers for decoding, which is bound by reading their weights: as a list, and if `transposed`
-        with kernels [out, in], which CPUs multiply with a single row a quarter faster, and with more at half the speed.
+        """Makes the layers a list, for decoding. `transposed` stores kernels as [out, in]: CPUs multiply these with a
+        single row a quarter faster, and with several rows at half the speed.
         """
         unstack_layers(self, self.config.num_layers)
         for layer in self.layers if transposed else ():
             replace_linears(layer, RowLinear)
 
     def each_layer(self) -> list["LlamaLayer"]:
-        """The layers one by one, stacked or not."""
+        """The layers one by one, whether they are stacked or not."""
         if isinstance(self.layers, nnx.List):
             return list(self.layers)
         return [jax.tree.map(lambda stacked, i=i: stacked[i], self.layers) for i in range(self.config.num_layers)]
 
     def head(self, hidden: jax.Array, execution: Execution = SINGLE) -> tuple[jax.Array, jax.Array]:
-        """The vocabulary projection [D, V], whole as soon as `hidden`, which is returned too, needs it."""
+        """The vocabulary projection [D, V], gathered not before `hidden` is computed; and `hidden`."""
         if self.config.tie_word_embeddings:
             embed_tokens, hidden = execution.gather_after("llm.embed_tokens", self.embed_tokens, hidden)
             return embed_tokens.embedding[...].T, hidden
@@ -127,7 +126,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""
-        if hasattr(self, "int8_head"):  # see `models.quantization`
+        if hasattr(self, "int8_head"):  # see `inference.quantization`
             return self.int8_head.scores(hidden)
         kernel_DV, hidden = self.head(hidden)
         return vocabulary_scores(hidden, kernel_DV)
@@ -159,14 +158,14 @@ def vocabulary_scores(hidden: jax.Array, kernel_DV: jax.Array) -> jax.Array:
 
 
 def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (x[i], x[i + H/2]) by their position's angles."""
+    """Rotates the pairs (x[i], x[i + H/2]) by the angles of their position."""
     cos, sin = rotation
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 class Embedding(nnx.Module):
-    """`embedding` [V, D]. Rows are taken in the table's own type, so that its gradient adds up in it too."""
+    """`embedding` [V, D]. Rows are taken in the table's own type, so that its gradient is accumulated in it, too."""
 
     def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(WEIGHT_INIT(rngs.params(), (vocab_size, features)))
@@ -221,7 +220,7 @@ class LlamaAttention(nnx.Module):
 
 
 class RowLinear(nnx.Module):
-    """A `Linear` whose `kernel` is [out, in]: times a single vector, CPUs read it a third faster."""
+    """A `Linear` whose `kernel` is [out, in], which CPUs multiply faster with a single vector."""
 
     def __init__(self, linear: Linear):
         self.kernel = nnx.Param(linear.kernel[...].T)
@@ -232,7 +231,7 @@ class RowLinear(nnx.Module):
 
 
 def replace_linears(layer: LlamaLayer, make: Callable[[Linear], nnx.Module]) -> None:
-    """Puts what `make` makes of every `Linear` of a layer in its place."""
+    """Replaces every `Linear` of a layer by `make(linear)`."""
     for module in (layer.attention, layer.mlp):
         for name, value in list(vars(module).items()):
             if isinstance(value, Linear):

@@ -37,7 +37,7 @@ LOST = re.compile(r"gloo|nccl|connection|closed|UNAVAILABLE|DEADLINE_EXCEEDED|AB
 _exiting = threading.Event()  # set once this process is about to exit
 
 
-class LeaveTogether(SystemExit):
+class ExitTogether(SystemExit):
     """Raised by all processes at the same step, to exit with this status."""
 
 
@@ -60,7 +60,7 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     threading.Thread(target=_watch, daemon=True).start()
     try:
         yield
-    except LeaveTogether:
+    except ExitTogether:
         _shut_down()
         raise
     except BaseException as error:
@@ -68,9 +68,9 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
     _shut_down()
 
 
-def leave_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
+def exit_on_error(kind: type | None, error: BaseException | None, traceback: Any) -> None:
     """For `ExitStack.push`: exits after an error, before anything is closed that would wait for other processes."""
-    if error is not None and jax.distributed.is_initialized() and not isinstance(error, LeaveTogether):
+    if error is not None and jax.distributed.is_initialized() and not isinstance(error, ExitTogether):
         _exit_with(error)
 
 
@@ -201,7 +201,7 @@ def _watch() -> None:
         except jax.errors.JaxRuntimeError as error:
             failure = f"the coordinator, process 0, is gone ({_first_line(error)})"
         if failure and not _exiting.is_set():
-            _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+            _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
 
 
 def _others_failure() -> str | None:
@@ -227,7 +227,7 @@ def _exit_with(error: BaseException) -> NoReturn:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             for _ in range(20):
                 if failure := _others_failure():
-                    _exit(1, f"error: {failure}; process {jax.process_index()} leaves, too")
+                    _exit(1, f"error: {failure}; process {jax.process_index()} exits, too")
                 time.sleep(0.1)
         error = UserError(f"lost another process, or the connection to it ({_first_line(error)})")
     status, message = report(error)

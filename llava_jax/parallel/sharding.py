@@ -68,10 +68,11 @@ def make_mesh(axes: Mapping[str, int], devices: Iterable[jax.Device] | None = No
     sizes = {axis: axes.get(axis, 1) for axis in AXES}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    senseless = any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1
-    if senseless or (len(devices) % fixed if free else len(devices) != fixed):
+    invalid = any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1
+    if invalid or (len(devices) % fixed if free else len(devices) != fixed):
         raise UserError(
-            f"config.mesh is {dict(axes)}: does not make up {len(devices)} devices; let one of {', '.join(AXES)} be -1"
+            f"config.mesh is {dict(axes)}: its product is not {len(devices)} devices; "
+            f"let one of {', '.join(AXES)} be -1"
         )
     for name in free:
         sizes[name] = len(devices) // fixed
@@ -119,7 +120,7 @@ def _take(sizes: list[int], wanted: int) -> tuple[list[int], list[int]]:
         left.append(size // part)
         taken.append(part)
     if wanted > 1:
-        raise UserError(f"config.mesh: a factor {wanted} cannot be had from devices arranged as {sizes}")
+        raise UserError(f"config.mesh: devices arranged as {sizes} do not divide by a factor {wanted}")
     return left, taken
 
 
@@ -151,20 +152,9 @@ def local_groups(mesh: Mesh, groups: int) -> tuple[int, ...]:
 
 def put_batch(mesh: Mesh, groups: int, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts a batch of `groups` groups on the devices; every process passes arrays with its `local_groups`."""
-    held = local_groups(mesh, groups)
-    first = {group: position for position, group in enumerate(held)}
-
-    def put(array: np.ndarray) -> jax.Array:
-        rows = array.shape[0] // len(held)  # of a group
-
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(groups * rows)
-            begin = first[start // rows] * rows
-            return array[begin : begin + stop - start]
-
-        return jax.make_array_from_callback((groups * rows, *array.shape[1:]), batch_sharding(mesh), shard)
-
-    return {name: put(array) for name, array in batch.items()}
+    held = len(local_groups(mesh, groups))
+    shapes = {name: (len(array) // held * groups, *array.shape[1:]) for name, array in batch.items()}
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(batch), shapes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -216,8 +206,8 @@ def check_replicated(mesh: Mesh, shapes: Mapping[str, Any]) -> None:
     if share > MAX_REPLICATED:
         largest = max(replicated, key=replicated.get)
         raise UserError(
-            f"config.mesh {axis_sizes(mesh)} would put {share:.1%} of the parameters on every device, most of them "
-            f"{largest} {shapes[largest].shape}, which does not divide; choose fsdp and tensor that divide its axes"
+            f"config.mesh {axis_sizes(mesh)} would replicate {share:.1%} of the parameters on every device, most of "
+            f"them {largest} {shapes[largest].shape}; choose sizes of fsdp and tensor that divide its axes"
         )
 
 

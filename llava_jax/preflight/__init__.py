@@ -1,7 +1,7 @@
 """Compiles the training step for hardware you don't have: its memory, FLOPs, bytes and least time.
 
-Read `report.py` first, then `compile.py`, `targets.py` and the HLO files. The package itself can be called:
-`llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` below, whatever was imported before.
+Read `report.py` first, then `compile.py`, `targets.py`, `analysis.py` and `hlo_text.py`. The package itself can be
+called: `llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` below, whatever was imported before.
 """
 
 import sys
@@ -31,8 +31,7 @@ def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float
         JAX, 0.75.
 
     Returns:
-      A dataclass: `fits`, memory in bytes a device, FLOPs and bytes of a step, and the seconds that it takes at least;
-      `to_json` and `to_text` give what `llava preflight` prints.
+      A `Report`: whether the step fits, its memory, FLOPs and collectives, and the seconds that it takes at least.
 
     Raises:
       UserError: there is no such target, a compiler is not installed, or options have a mistake.

@@ -197,6 +197,11 @@ def _described(target: Target, options: dict[str, Any], compiler: str, advice: s
         return list(topologies.get_topology_desc(**options).devices)
     except Exception as error:  # jax.errors.JaxRuntimeError and others, depending on the plugin
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "not implemented for cuda" in reason:  # JAX drops the plugin if it finds no driver while it looks for GPUs
+            advice = (
+                "; JAX has looked for GPUs in this process: set JAX_PLATFORMS=cpu before JAX is imported, or run "
+                "python -m llava_jax.preflight"
+            )
         raise UserError(f"--target {target.name}: {compiler} refuses it ({reason}){advice}") from error
 
 

@@ -24,7 +24,7 @@ def _declare() -> Section:
     config.model = Option("", changeable=True)
     # The preset that preflight compiles if neither `model` nor `init` is set.
     config.default_model = Option("", changeable=True)
-    # The chat template: see llava_jax/data/conversation.py.
+    # The chat template: see llava_jax/data/templates.py.
     config.template = "v1"
     # The position of an image in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
     config.image_position = Option("first", choices=("first", "as_is", "random"))

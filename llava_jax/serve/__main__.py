@@ -7,11 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.cli import Parser, UserError, run
-from llava_jax.data.templates import choose_template
-from llava_jax.models.config import QUANTIZATIONS
-from llava_jax.parallel import compilation_cache
+from llava_jax.inference import options
 
-DTYPES = ("float32", "bfloat16")
 MAX_KEY_BYTES = 4096
 
 EPILOG = """examples:
@@ -19,38 +16,20 @@ EPILOG = """examples:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "finetune", "messages": [{"role": "user", "content": "Hello"}]}'
 
-docs/serving.md has more: pictures, keys, systemd, nginx."""
+docs/serving.md has more: images, keys, systemd, nginx."""
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    import jax.numpy as jnp  # only now: it takes seconds, and a typing error need not wait
-
-    from llava_jax.checkpoint.reading import open_checkpoint
-    from llava_jax.parallel.sharding import make_mesh
-
-    try:  # what the extra `serve` brings
-        from llava_jax.inference.engine import Engine
+    api_key = _api_key(args.api_key_file)
+    try:  # the extra `serve` installs their dependencies
         from llava_jax.serve.app import create_app
         from llava_jax.serve.hosts import own_names
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
         raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
-    api_key = _api_key(args.api_key_file)
     address = listen(args.host, args.port)
-    compilation_cache.use(args.compilation_cache)
-    checkpoint = open_checkpoint(args.checkpoint)
-    template = choose_template(args.template, checkpoint.template)
-    engine = Engine.from_checkpoint(
-        checkpoint,
-        template,
-        dtype=args.dtype and jnp.dtype(args.dtype),
-        mesh=args.mesh and make_mesh(args.mesh),
-        quantize=args.quantize,
-        slots=args.slots,
-        context=args.context,
-        queue=args.queue,
-    )
+    engine = options.open_engine(args, slots=args.slots, context=args.context, queue=args.queue)
     app = create_app(
         engine,
         args.model_name or Path(args.checkpoint.rstrip("/")).name,
@@ -65,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _api_key(file: str | None) -> str | None:
-    """From a file or the environment: whoever lists processes sees their arguments."""
+    """From a file or the environment, since all users of a machine can see the arguments of its processes."""
     key = os.environ.get("LLAVA_API_KEY")
     if file is not None:
         with open(file, "rb") as opened:
@@ -78,37 +57,32 @@ def _api_key(file: str | None) -> str | None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.serve", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="D", help="an import, a workdir or a step of it")
-    add("--host", default="127.0.0.1", help="127.0.0.1, the default, is this machine only; 0.0.0.0: all")
-    add("--port", type=_whole(0, 65535), default=8000, metavar="N", help="8000")
-    add("--allowed-hosts", type=_allowed_names, default=[], metavar="NAME,...", help="more names of this server, as "
-        "llava.example.org or *.example.org; * for any. Known without: localhost, loopback addresses, and "
+    options.add_checkpoint(parser)
+    add("--host", default="127.0.0.1", help="127.0.0.1 (default): only this machine; 0.0.0.0: all")
+    add("--port", type=_integer(0, 65535), default=8000, metavar="N", help="default: 8000")
+    add("--allowed-hosts", type=_allowed_names, default=[], metavar="NAME,...", help="more names of this server: "
+        "llava.example.org or *.example.org; * for any. Always accepted: localhost, loopback addresses and "
         "--host")  # fmt: skip
     add("--allow-origin", type=_allowed_origin, action="append", default=[], metavar="URL", help="a site whose pages "
-        "may use the API in browsers, as https://app.example.org; may be repeated")  # fmt: skip
-    add("--model-name", type=_name, metavar="NAME", help="what clients ask for; the checkpoint's folder by default")
-    add("--template", metavar="NAME", help="instead of the checkpoint's")
-    add("--slots", type=_whole(1), default=8, metavar="N", help="answers at a time, 8")
-    add("--queue", type=_whole(1, 100_000), default=64, metavar="N", help="requests that may wait, 64")
-    add("--context", type=_whole(1), metavar="N", help="positions of a prompt and its answer")
-    add("--dtype", choices=DTYPES, help="to compute in; float32 on CPUs, bfloat16 elsewhere")
-    add("--mesh", type=_mesh, metavar="AXIS=N", help="split over devices, as tensor=4; one by default")
-    add("--api-key-file", metavar="F", help="clients need the key in it, or the one in LLAVA_API_KEY")
-    add("--allow-remote-images", action="store_true", help="fetch pictures from public http(s) URLs")
-    add("--max-body-mb", type=_whole(1, 4096), default=32, metavar="N", help="of a request with pictures, 32")
-    add("--no-page", action="store_true", help="the API alone, without the web page at /")
-    add("--quantize", choices=QUANTIZATIONS[1:], help="the decoder's weights in eight bits")
-    add("--compilation-cache", default=compilation_cache.usual(), metavar="D", help="where compiled programs are kept "
-        "for the next start; '' for nowhere; %(default)s")  # fmt: skip
+        "may use the API in browsers, such as https://app.example.org; repeatable")  # fmt: skip
+    add("--model-name", type=_name, metavar="NAME", help="for clients (default: the checkpoint's folder)")
+    add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
+    add("--queue", type=_integer(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")
+    add("--context", type=_integer(1), metavar="N", help="positions of a prompt and its answer")
+    add("--api-key-file", metavar="F", help="a file with the key that clients need; or set LLAVA_API_KEY")
+    add("--allow-remote-images", action="store_true", help="fetch images from public http(s) URLs")
+    add("--max-body-mb", type=_integer(1, 4096), default=32, metavar="N", help="of a request with images (default: 32)")
+    add("--no-page", action="store_true", help="only the API, without the web page at /")
+    options.add_computation(parser)
     return parser.parse_args(argv)
 
 
-def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of an argument that is a whole number in a range."""
+def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an argument that is an integer in a range."""
 
     def parse(text: str) -> int:
-        if not (text.isdecimal() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        if not (text.isdecimal() and minimum <= int(text) <= maximum):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {minimum} to {maximum}")
         return int(text)
 
     return parse
@@ -120,7 +94,7 @@ def _allowed_names(text: str) -> list[str]:
     try:
         return allowed_names(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{str(error)!r} is no name of a host, as llava.example.org") from error
+        raise argparse.ArgumentTypeError(f"{str(error)!r} is no host name, such as llava.example.org") from error
 
 
 def _allowed_origin(text: str) -> str:
@@ -130,7 +104,7 @@ def _allowed_origin(text: str) -> str:
         return allowed_origin(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no origin, as https://app.example.org, without a path"
+            f"{text!r} is no origin, such as https://app.example.org, without a path"
         ) from error
 
 
@@ -138,16 +112,6 @@ def _name(text: str) -> str:
     if not (text.isprintable() and 0 < len(text) <= 200):
         raise argparse.ArgumentTypeError(f"{text[:50]!r} is no name: 1 to 200 printable characters")
     return text
-
-
-def _mesh(text: str) -> dict[str, int]:
-    """`tensor=4`, `tensor=2,fsdp=2`: the sizes of axes."""
-    from llava_jax.parallel.sharding import AXES
-
-    sizes = dict(pair.partition("=")[::2] for pair in text.split(","))
-    if not all(axis in AXES and size.isdecimal() and int(size[:9]) > 0 for axis, size in sizes.items()):
-        raise argparse.ArgumentTypeError(f"{text!r} does not look like tensor=4 or tensor=2,fsdp=2")
-    return {axis: int(size) for axis, size in sizes.items()}
 
 
 if __name__ == "__main__":

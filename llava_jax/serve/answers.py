@@ -1,4 +1,4 @@
-"""The answers to one request, from the engine's thread to the event loop."""
+"""Passes the answers to one request from the engine's thread to the event loop."""
 
 import asyncio
 import contextlib
@@ -10,18 +10,19 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
-from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.prefix_cache import PreparedPrompt
+from llava_jax.inference.prompts import ContextExceeded
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.metrics import Metrics
 
-PING_SECONDS = 15.0  # after which someone who waits hears that the server is alive
+PING_SECONDS = 15.0  # without data, after which a waiting client gets a comment
 
 
 async def prepare(engine: Engine, request: Request) -> PreparedPrompt:
-    """`Engine.prepare` in a thread. Raises ApiError."""
+    """`Engine.prepare` in a thread. Raises `ApiError`."""
     try:
         return await anyio.to_thread.run_sync(engine.prepare, request)
     except UserError as error:
@@ -29,7 +30,7 @@ async def prepare(engine: Engine, request: Request) -> PreparedPrompt:
 
 
 class Answers:
-    """One answer to `prompt` for each of `samplings`. No thread waits for them: the engine's own brings the pieces."""
+    """One answer to `prompt` for each of `samplings`. The engine's thread delivers the pieces."""
 
     def __init__(self, engine: Engine, metrics: Metrics, prompt: PreparedPrompt, samplings: Sequence[Sampling]):
         self.answers: list[Answer] = []
@@ -40,7 +41,7 @@ class Answers:
         self._start = time.monotonic()
 
     async def submit(self) -> None:
-        """Hands all to the engine, or none. Raises ApiError."""
+        """Submits all to the engine, or none. Raises `ApiError`."""
         try:
             await anyio.to_thread.run_sync(self._submit)
         except BaseException as error:
@@ -50,16 +51,16 @@ class Answers:
     def _submit(self) -> None:
         for index, sampling in enumerate(self._samplings):
             self.answers.append(self._engine.submit(self._prompt, sampling, sink=functools.partial(self._put, index)))
-            if self._cancelled:  # by a loop that does not wait for this thread
+            if self._cancelled:  # by the event loop, which does not wait for this thread
                 return self.cancel()
 
     def _put(self, index: int, item: Piece | BaseException | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nothing waits any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, item))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None] | None]:
-        """(index of the answer, what is new of it), None for a piece when that answer has ended, None alone after every
-        `PING_SECONDS` without news. Raises ApiError where an answer failed."""
+        """Yields (index of an answer, its next piece), with None for a piece at the answer's end; and None after every
+        `PING_SECONDS` without a piece. Raises `ApiError` where an answer failed."""
         running = len(self.answers)
         while running:
             try:
@@ -76,19 +77,19 @@ class Answers:
             yield index, item
 
     def _end(self, answer: Answer) -> None:
-        if answer.finish_reason == "cancelled":  # not by us: nobody would be listening
+        if answer.finish_reason == "cancelled":  # by the engine: after `cancel` nothing reads the pieces
             raise ApiError(503, "the server is shutting down", "unavailable", retry_after=5)
         self._metrics.finished(answer, time.monotonic() - self._start)
 
     def cancel(self) -> None:
-        """Frees the slots of what is not finished, and of what is being submitted."""
+        """Cancels all unfinished answers, also those that are being submitted."""
         self._cancelled = True
         for answer in self.answers:
             answer.cancel()
 
 
 def _raise(error: BaseException) -> NoReturn:
-    """Raises what the API says to an error of the engine; anything else stays what it is."""
+    """Raises the `ApiError` of an error of the engine, and other errors as they are."""
     match error:
         case QueueFull():
             raise ApiError(429, str(error), "queue_full", retry_after=error.retry_after) from error

@@ -17,16 +17,16 @@ from llava_jax.serve.bodies import BoundedRoute
 from llava_jax.serve.completions import Chat, unknown_model
 from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
+from llava_jax.serve.images import ImageReader
 from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import CountResponses, Metrics
 from llava_jax.serve.page import mount as mount_page
-from llava_jax.serve.pictures import Reader
 from llava_jax.serve.schema import ChatRequest
 
 MAX_BODY_BYTES = 32 << 20
 REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
-BODIES = 8  # of the largest size that may be in memory at a time
-BEYOND_QUEUE = 32  # requests at a time, over those that the engine holds, whose images may be decoded
+MAX_BODIES = 8  # of the largest size in memory at a time
+BEYOND_QUEUE = 32  # requests whose images may be decoded, besides those that the engine holds
 
 
 class ModelList(BaseModel):
@@ -52,21 +52,21 @@ def create_app(
     """The API of `engine`, which may still be warming up. `app.state` has its `traffic` and `metrics`.
 
     Args:
-      engine: what answers.
-      model: the name that it is served under.
-      api_key: what clients have to send as a bearer token; None lets everyone in.
-      allow_remote_images: whether http(s) URLs of pictures are fetched.
+      engine: generates the answers.
+      model: the name that clients use for the model.
+      api_key: the bearer token that clients need; None accepts all clients.
+      allow_remote_images: whether images are fetched from http(s) URLs.
       max_body_bytes: of a request.
-      allowed_hosts: names of this server besides those of loopback and the address that a client connects to.
-      allow_origins: pages of other sites that may use the API from a browser.
-      page: whether the web page is served at `/`.
+      allowed_hosts: names of this server besides loopback names and the address that a client connects to.
+      allow_origins: other sites whose pages may use the API from a browser.
+      page: whether to serve the web page at `/`.
     """
     about = "OpenAI's chat completions, answered by a LLaVA."
-    app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts of a CDN
-    app.router.redirect_slashes = False  # behind TLS it would redirect to http
+    app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts from a CDN
+    app.router.redirect_slashes = False  # behind a TLS proxy it would redirect to http
     errors.install(app)
     metrics = app.state.metrics = Metrics(engine)
-    traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE, BODIES * max_body_bytes)
+    traffic = app.state.traffic = Traffic(engine.capacity + BEYOND_QUEUE, MAX_BODIES * max_body_bytes)
 
     def closed() -> str | None:
         if traffic.shutting_down:
@@ -86,7 +86,7 @@ def create_app(
     app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
     app.add_middleware(CountResponses, metrics=metrics)
     app.add_middleware(Log)
-    reader = Reader.of(engine.config, allow_remote_images)
+    reader = ImageReader(engine.preprocess, allow_remote_images)
     chat = Chat(engine, model, metrics, reader)
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
     refused = {status: {"model": errors.ErrorResponse} for status in REFUSALS}
@@ -117,7 +117,7 @@ def create_app(
 
     @app.get("/health", responses=refused | {503: {"model": Health}})
     async def health() -> Health:
-        """200 once an answer takes no compilation any more, and until the server shuts down."""
+        """200 after the warm-up, until the server shuts down."""
         if (reason := closed()) is not None:
             return JSONResponse({"status": reason}, 503)
         return Health(status="ok")

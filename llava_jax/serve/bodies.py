@@ -1,5 +1,5 @@
-"""Reads the JSON of a request within bounds. Its structure is checked before any object is made of it, so that no body,
-however wrong, costs more than a fraction of a second and its own size."""
+"""Reads the JSON of a request within limits. Its structure is checked before objects are made from it, so that no body
+costs more than a fraction of a second and its own size in memory."""
 
 import re
 from typing import NoReturn
@@ -14,11 +14,11 @@ from starlette.requests import ClientDisconnect
 from llava_jax.serve.errors import ApiError, from_validation
 from llava_jax.serve.schema import ChatRequest
 
-MAX_VALUES = 50_000  # strings, numbers, words, lists and objects
+MAX_VALUES = 50_000  # strings, numbers, literals, lists and objects
 MAX_DEPTH = 64
 MAX_KEYS = 1024  # of an object
 MAX_KEY = 10_000  # bytes of one
-MAX_SCALAR = 100  # bytes of a number or a word
+MAX_SCALAR = 100  # bytes of a number or a literal
 MAX_TEXT = 4 << 20  # bytes of a string that is not a data URL
 MAX_ESCAPES = 1 << 20  # backslashes
 MAX_SPACE = 10_000  # bytes between two values
@@ -30,19 +30,18 @@ _KEY_END = re.compile(rb"\s*+:")
 
 
 class BoundedRoute(APIRoute):
-    """A route that takes one `ChatRequest`, parsed in a thread instead of on the event loop. Its OpenAPI schema is
-    that of any route of FastAPI."""
+    """A route for one `ChatRequest`, which is parsed in a thread instead of on the event loop."""
 
-    parsing = anyio.CapacityLimiter(2)  # at a time: parsing holds the interpreter's lock most of the time
+    parsing = anyio.CapacityLimiter(2)  # parsing holds the interpreter's lock most of the time
 
     def get_route_handler(self):
         async def handle(request: Request) -> Response:
             try:
                 data = await _read(request)
             except ClientDisconnect:
-                return Response(status_code=499)  # nobody is there to read it
+                return Response(status_code=499)  # the client has disconnected
             chat = await anyio.to_thread.run_sync(parse, data, limiter=self.parsing)
-            del data  # up to 32 MB, which nobody needs while the answer is written
+            del data  # up to 32 MB, not needed while the answer is generated
             return await self.endpoint(chat, request)
 
         return handle
@@ -59,7 +58,7 @@ async def _read(request: Request) -> bytearray:
 
 
 def parse(data: bytes | bytearray) -> ChatRequest:
-    """A request from its body. Raises ApiError."""
+    """Parses and validates a body. Raises `ApiError`."""
     check(data)
     try:
         value = from_json(data, allow_inf_nan=False)
@@ -72,39 +71,39 @@ def parse(data: bytes | bytearray) -> ChatRequest:
 
 
 def check(data: bytes | bytearray) -> None:
-    """Raises ApiError for JSON beyond the bounds above, and for keys that an object has twice. Other mistakes are left
-    to the parser."""
+    """Raises `ApiError` for JSON beyond the limits above, and for duplicate keys of an object. The parser finds all
+    other errors."""
     if data.count(b"\\") > MAX_ESCAPES:
         _refuse(f"has more than {MAX_ESCAPES} backslashes")
-    ascii, place, values = data.isascii(), _SPACE.match(data).end(), 0
-    keys: list[set[bytes]] = []  # of each object or list around `place`
-    while place < len(data):
-        match data[place]:
+    ascii, position, values = data.isascii(), _SPACE.match(data).end(), 0
+    keys: list[set[bytes]] = []  # of each object or list that contains `position`
+    while position < len(data):
+        match data[position]:
             case 0x5B | 0x7B:  # [ {
                 keys.append(set())
-                end = place + 1
+                end = position + 1
             case 0x5D | 0x7D:  # ] }
                 if keys:
                     keys.pop()
-                end, values = place + 1, values - 1
+                end, values = position + 1, values - 1
             case 0x22:  # "
-                end = _string_end(data, place)
-                _check_string(data, place, end, ascii)
+                end = _string_end(data, position)
+                _check_string(data, position, end, ascii)
                 if keys and _KEY_END.match(data, end):
-                    _add_key(keys[-1], bytes(data[place:end]))
+                    _add_key(keys[-1], bytes(data[position:end]))
             case _:
-                end = _SCALAR.match(data, place).end()
-                if not 0 < end - place <= MAX_SCALAR:
-                    what = f"a number of more than {MAX_SCALAR}" if end > place else f"more than {MAX_SPACE} blank"
+                end = _SCALAR.match(data, position).end()
+                if not 0 < end - position <= MAX_SCALAR:
+                    what = f"a number of more than {MAX_SCALAR}" if end > position else f"more than {MAX_SPACE} blank"
                     _refuse(f"has {what} characters")
         values += 1
         if values > MAX_VALUES or len(keys) > MAX_DEPTH:
             _refuse(f"has more than {MAX_VALUES} values, or lists and objects nested more than {MAX_DEPTH} deep")
-        place = _SPACE.match(data, end).end()
+        position = _SPACE.match(data, end).end()
 
 
 def _string_end(data: bytes | bytearray, start: int) -> int:
-    """Where the string that begins at `start` ends."""
+    """The end of the string that begins at `start`."""
     end = data.find(b'"', start + 1) + 1
     if end and data.find(b"\\", start, end) >= 0:
         match = _STRING.match(data, start)

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: from a request's body to answers, whole or as server-sent events."""
+"""`/v1/chat/completions`: from a request's body to answers, in one response or as server-sent events."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
-from openai.types.chat import chat_completion as whole
+from openai.types.chat import chat_completion as complete
 from openai.types.chat import chat_completion_chunk as streamed
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.types import Receive, Scope, Send
@@ -23,57 +23,57 @@ from llava_jax.inference.answer import TokenLogprob
 from llava_jax.inference.engine import Engine
 from llava_jax.serve.answers import Answers, prepare
 from llava_jax.serve.errors import ApiError
+from llava_jax.serve.images import ImageReader
 from llava_jax.serve.metrics import Metrics
-from llava_jax.serve.pictures import Reader
 from llava_jax.serve.schema import ChatRequest, TextPart
 from llava_jax.serve.turns import Marks, parts_of, read_messages
 
-LOGPROBS = 1_000_000  # that all answers together may have, alternatives included: some 200 bytes each
-TEMPERATURE = 1.0  # OpenAI's default, where a request says nothing
+MAX_LOGPROBS = 1_000_000  # of all answers together, alternatives included: about 200 bytes each
+TEMPERATURE = 1.0  # OpenAI's default
 Result = TypeVar("Result")
 
 
 class Chat:
-    """Answers chat completions of a model, which is served under the name `model`."""
+    """Answers chat completions. Clients call the model `model`."""
 
-    def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: Reader):
+    def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: ImageReader):
         self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
         self._marks = Marks(engine.tokenizer, engine.template)
-        self._logprobs = 0  # of answers on their way
+        self._logprobs = 0  # reserved by the current answers
         self._interleaved = engine.config.image_position == "as_is"
-        self._most_pictures = engine.context // engine.config.image_tokens
-        self._most_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
+        self._max_images = engine.context // engine.config.image_tokens
+        self._max_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
 
     async def respond(self, body: ChatRequest, http: Request) -> Response:
-        """Raises ApiError. When the client leaves, its answers are cancelled."""
+        """Raises `ApiError`. If the client disconnects, its answers are cancelled."""
         reserved = self._reserve_logprobs(body)
         try:
             answers = await _while_connected(http, self._submit(body))
             if answers is None:
-                return Response(status_code=499)  # nobody is there to read it
-            body.messages.clear()  # up to 32 MB, which nobody needs while the answer is written
+                return Response(status_code=499)  # the client has disconnected
+            body.messages.clear()  # up to 32 MB, not needed while the answer is generated
             http.scope["release_body"]()
             reply = _Reply(self._model, body, answers)
             if body.stream:
                 return _EventStream(reply.events(), answers, reserved.pop_all())
-            text = await _while_connected(http, reply.whole())
+            text = await _while_connected(http, reply.completion())
             return Response(text, media_type="application/json") if text else Response(status_code=499)
         finally:
             reserved.close()
 
     def _reserve_logprobs(self, body: ChatRequest) -> contextlib.ExitStack:
-        """Room for the log-probabilities of the answers, to be closed at their end. Raises ApiError without room."""
+        """Reserves log-probabilities until it is closed. Raises `ApiError` where too many are reserved."""
         reserved = contextlib.ExitStack()
         if body.logprobs:
             n, alternatives = body.n or 1, body.top_logprobs or 0
             longest = min(body.max_completion_tokens or body.max_tokens or self._engine.context, self._engine.context)
-            if (count := n * longest * (1 + alternatives)) > LOGPROBS:
+            if (count := n * longest * (1 + alternatives)) > MAX_LOGPROBS:
                 what = (
                     f"{n} answers of up to {longest} tokens with {alternatives} alternatives to each are more than "
-                    f"{LOGPROBS} log-probabilities: lower n, max_tokens or top_logprobs"
+                    f"{MAX_LOGPROBS} log-probabilities: lower n, max_tokens or top_logprobs"
                 )
                 raise ApiError(400, what, "invalid_value", "top_logprobs")
-            if self._logprobs + count > LOGPROBS:
+            if self._logprobs + count > MAX_LOGPROBS:
                 raise ApiError(429, "too many log-probabilities at a time: try again", "queue_full", retry_after=5)
             self._logprobs += count
             reserved.callback(self._free_logprobs, count)
@@ -94,18 +94,18 @@ class Chat:
         return answers
 
     def _refuse_oversize(self, body: ChatRequest) -> None:
-        """What is far beyond the context is not worth to be decoded or tokenized; what never fits, to be queued."""
+        """Raises `ApiError` for what never fits, before it is decoded, tokenized or queued."""
         n, parts = body.n or 1, [part for message in body.messages for _, part in parts_of(message)]
         texts = [part.text for part in parts if isinstance(part, TextPart)]
-        pictures = len(parts) - len(texts)
+        images = len(parts) - len(texts)
         if n > (most := self._engine.capacity):
             what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
             raise ApiError(400, what, "invalid_value", "n")
         context = f"the context of {self._engine.context} tokens"
-        if pictures > self._most_pictures:
-            what = f"messages: {pictures} pictures, but {context} has room for {self._most_pictures} at most"
+        if images > self._max_images:
+            what = f"messages: {images} images, but {context} has room for {self._max_images} at most"
             raise ApiError(400, what, "too_many_images", "messages")
-        if (characters := sum(map(len, texts))) > self._most_characters:
+        if (characters := sum(map(len, texts))) > self._max_characters:
             what = f"messages: {characters} characters cannot fit into {context}"
             raise ApiError(400, what, "context_length_exceeded", "messages")
 
@@ -115,7 +115,7 @@ def unknown_model(name: str, served: str) -> ApiError:
 
 
 def _samplings(body: ChatRequest, longest: int) -> list[requests.Sampling]:
-    """One for each of the `n` answers, which differ by their seeds."""
+    """One for each of the `n` answers. They differ by their seeds."""
     seed = secrets.randbits(32) if body.seed is None else body.seed
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return [
@@ -133,7 +133,7 @@ def _samplings(body: ChatRequest, longest: int) -> list[requests.Sampling]:
 
 
 class _Reply:
-    """What is sent for `answers`: all in one object, or piece by piece."""
+    """The response with `answers`: one object, or an event for each piece."""
 
     def __init__(self, model: str, body: ChatRequest, answers: Answers):
         self._answers = answers
@@ -141,8 +141,8 @@ class _Reply:
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._with_logprobs = bool(body.logprobs)
 
-    async def whole(self) -> str:
-        """A `ChatCompletion` as JSON. Log-probabilities become text as they come, which takes much less memory."""
+    async def completion(self) -> str:
+        """A `ChatCompletion` as JSON. Log-probabilities become text as they arrive, which takes much less memory."""
         texts = ["" for _ in self._answers.answers]
         logprobs: list[list[str]] = [[] for _ in texts]
         try:
@@ -155,21 +155,23 @@ class _Reply:
         finally:
             self._answers.cancel()
         choices = [
-            whole.Choice(
+            complete.Choice(
                 index=index,
                 finish_reason=answer.finish_reason,
                 message=ChatCompletionMessage(role="assistant", content=texts[index], refusal=None),
-                logprobs=self._logprobs(whole.ChoiceLogprobs, []),
+                logprobs=self._logprobs(complete.ChoiceLogprobs, []),
             )
             for index, answer in enumerate(self._answers.answers)
         ]
         completion = ChatCompletion(object="chat.completion", choices=choices, usage=self._usage(), **self._head)
-        before, *after = completion.model_dump_json(exclude_unset=True).split('"content":[]')  # in no string: escaped
+        before, *after = completion.model_dump_json(exclude_unset=True).split(
+            '"content":[]'
+        )  # not in a string, where quotes are escaped
         filled = (f'"content":[{",".join(own)}]{rest}' for own, rest in zip(logprobs, after, strict=False))
         return before + "".join(filled)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: for each answer its role, its text and why it ended; the usage; the end."""
+        """Server-sent events: for each answer its role, text and finish reason; then the usage and `[DONE]`."""
         try:
             for index in range(len(self._answers.answers)):
                 yield self._chunk(index, role="assistant", content="")
@@ -222,12 +224,12 @@ def _token_logprob(token: TokenLogprob) -> ChatCompletionTokenLogprob:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that end with their reader: however that happens, the answers are cancelled."""
+    """Server-sent events. However the response ends, the answers are cancelled."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes], answers: Answers, reserved: contextlib.ExitStack):
-        # The second header keeps nginx from collecting the events.
+        # The second header keeps nginx from buffering the events.
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._answers, self._reserved = answers, reserved
 
@@ -240,7 +242,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _while_connected(http: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result, or None once the client has left, at which the work is cancelled."""
+    """The result of `work`; None if the client disconnects first, which cancels the work."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Connections of clients: those that keep the server waiting are closed, and the idlest when there are too many."""
+"""Deadlines of client connections, and a limit on their number: the ones that are idle for longest are closed."""
 
 import asyncio
 import json
@@ -16,21 +16,21 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from llava_jax.serve.errors import ApiError
 
 MAX_CONNECTIONS = 2000
-OTHER_FILES = 256  # that may be open besides connections
+OTHER_FILES = 256  # file descriptors for other things than connections
 MAX_HEAD_BYTES = 16 << 10
-MAX_CHUNKS, MIN_CHUNK_BYTES = 1000, 256  # of a body: so many of any size, and more if they are that large on average
+MAX_CHUNKS, MIN_CHUNK_BYTES = 1000, 256  # of a body: more chunks are accepted if they have this size on average
 
 
 class Limits(NamedTuple):
-    """What a client may take."""
+    """Limits for each client."""
 
-    head_seconds: float = 10.0  # from the connection, or from the last answer, to the end of a request's headers
-    write_seconds: float = 30.0  # in which it has to read what is written, 64 KB at a time
+    head_seconds: float = 10.0  # from connecting, or from the last response, to the end of a request's headers
+    write_seconds: float = 30.0  # to read what the server writes, 64 KB at a time
     connections: int = MAX_CONNECTIONS
 
 
 def connection_limit() -> int:
-    """How many connections this process may have, once its limit of open files is as high as need be."""
+    """Raises the limit of open files as needed -> the number of connections that this process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -40,7 +40,7 @@ def connection_limit() -> int:
 
 
 class RequestReader(h11.Connection):
-    """h11's, which takes a head of any size where it arrives at once, and chunks of single bytes."""
+    """h11's parser with limits: it accepts a head of any size that arrives at once, and chunks of single bytes."""
 
     parts = size = 0  # of a body
 
@@ -60,7 +60,7 @@ class RequestReader(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """Uvicorn's protocol with deadlines. To be given to it as `functools.partial(Connection, limits=...)`."""
+    """Uvicorn's protocol with deadlines. Pass it as `functools.partial(Connection, limits=...)`."""
 
     def __init__(self, *args, limits: Limits, **kwargs):
         super().__init__(*args, **kwargs)
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether there is no whole request to be answered."""
+        """Whether no complete request is being answered."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -81,8 +81,8 @@ class Connection(H11Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Closes connections whose client keeps silent: first those of the address that has most of them, the ones that
-        are silent for longest. Some at a time, as this looks at all."""
+        """Closes some connections with silent clients: first those of the address with most of them, and of these the
+        ones that are silent for longest. Several at a time, since sorting all of them takes time."""
         waiting = [other for other in self.connections if other.waits_for_client and not other.transport.is_closing()]
         crowd = Counter(other.address for other in waiting)
         waiting.sort(key=lambda other: (-crowd[other.address], other.heard))
@@ -122,23 +122,23 @@ class Connection(H11Protocol):
         self._cut_off_after(self.limits.head_seconds if idle else None)
 
     def _cut_off_after(self, seconds: float | None) -> None:
-        """Sets the only deadline that there is at a time; None for none."""
+        """Replaces the deadline; None for no deadline."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._cut_off)
 
     def _cut_off(self) -> None:
-        if self.transport.get_write_buffer_size():  # the system must not go on sending what it took, either
+        if self.transport.get_write_buffer_size():  # makes the kernel drop its send buffer, too
             linger = struct.pack("ii", 1, 0)
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.transport.abort()
 
     def _should_upgrade(self) -> bool:
-        return False  # to WebSockets: such a request is answered as any other
+        return False  # a request to upgrade to WebSockets is answered like any other
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, as the API does, and closes. Called where h11's error is handled."""
-        if self.cycle is not None and not self.cycle.response_complete:  # its body goes wrong: it must not answer, too
+        """Answers invalid HTTP with an error of the API, and closes. Called while h11's error is handled."""
+        if self.cycle is not None and not self.cycle.response_complete:  # its body is invalid: no second answer
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

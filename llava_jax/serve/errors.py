@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`, and the right status."""
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}` with an HTTP status."""
 
 import http
 from typing import Any
@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-LONGEST = 400  # characters of a message
-WORDS = {  # for errors whose text by pydantic speaks of Python
+MAX_MESSAGE = 400  # characters
+MESSAGES = {  # instead of those of pydantic that speak of Python
     "extra_forbidden": "is no field that is known here: leave it out",
     "model_type": "has to be an object",
     "model_attributes_type": "has to be an object",
@@ -25,21 +25,21 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What every status of 400 and above has as its body."""
+    """The body of every response with status 400 or above."""
 
     error: ErrorBody
 
 
 class ApiError(HTTPException):
-    """A request that is refused. An HTTPException, or FastAPI would hide it where it reads bodies.
+    """A refused request. An HTTPException, since FastAPI would hide other errors while it reads bodies.
 
     Args:
-      status: of HTTP.
-      message: what, where, and the way out.
+      status: the HTTP status.
+      message: what is wrong, where, and how to fix it.
       code: for programs.
       param: the field of the request.
       retry_after: seconds after which the same request may be accepted.
-      close: whether the connection is closed, as where it is unclear where the request ends.
+      close: whether to close the connection, for requests whose end is unclear.
     """
 
     def __init__(
@@ -71,16 +71,15 @@ class ApiError(HTTPException):
 
 
 def install(app: FastAPI) -> None:
-    """Every error that leaves `app` has OpenAI's shape."""
+    """Gives every error of `app` OpenAI's format."""
     app.add_exception_handler(ApiError, lambda request, error: error.response())
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
 
 
 def from_validation(error: ValidationError, body: Any) -> ApiError:
-    """What is wrong with a request, in a line: of several things the one deepest within it.
-
-    Where a field may be of several types, that one is of the type which the client meant.
+    """The error of an invalid request. Of several errors it is the deepest one: where a field may have several types,
+    that is an error of the type that the client meant.
     """
     found = error.errors(include_url=False, include_context=False, include_input=False)
     first = max(found, key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
@@ -92,15 +91,15 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     }.get(first["type"], "invalid_value")
     if first["loc"] == () and not isinstance(body, dict):
         return ApiError(400, "the body has to be a JSON object, sent with Content-Type: application/json", code)
-    what = WORDS.get(first["type"], first["msg"])
+    what = MESSAGES.get(first["type"], first["msg"])
     return ApiError(400, f"{param}: {what}" if param else what, code, param)
 
 
 def _path(location: tuple[str | int, ...], body: Any, missing: bool) -> str | None:
-    """`messages.0.content`: of pydantic's location, which names between them the types that it tried, what is there in
-    the body, and at the end what is missing there."""
+    """`messages.0.content`: the part of pydantic's location that exists in the body, and a missing field at its end.
+    The location also names the types that pydantic tried."""
     path: list[str] = []
-    type_named = False  # of the object at hand; its name may be that of a field, too
+    type_named = False  # of the current object; a type may have the name of a field
     for i, key in enumerate(location, 1):
         last = i == len(location)
         if not (type_named or last) and isinstance(body, dict) and key in (body.get("type"), body.get("role")):
@@ -114,9 +113,9 @@ def _path(location: tuple[str | int, ...], body: Any, missing: bool) -> str | No
 
 
 def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """What FastAPI itself refuses: an unknown path, a wrong method, a body that cannot be parsed."""
+    """Errors of FastAPI itself: an unknown path, a wrong method, an invalid body."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    path = request.scope["path"]  # `request.url` would have it from the Host header
+    path = request.scope["path"]  # `request.url` takes it from the Host header
     response = ApiError(error.status_code, f"{request.method} {path}: {error.detail}", code).response()
     response.headers.update(error.headers or {})
     return response
@@ -124,7 +123,7 @@ def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 def _bug(request: Request, error: Exception) -> JSONResponse:
     response = ApiError(500, "the server made a mistake; its log has the details", "internal_error").response()
-    response.headers["x-request-id"] = request.scope.get("request_id", "")  # this is sent past all middleware
+    response.headers["x-request-id"] = request.scope.get("request_id", "")  # this response bypasses the middleware
     return response
 
 
@@ -141,6 +140,6 @@ def _type(status: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text in a line that any JSON can carry, whatever of the request it quotes."""
+    """One line of valid Unicode, since it may quote any part of the request."""
     line = " ".join(text.encode("utf-8", "replace").decode().split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 3]}..."

@@ -1,7 +1,7 @@
-"""Pictures of the web, fetched without becoming a way into the network that the server stands in.
+"""Fetches images from the web without giving access to the server's own network (SSRF).
 
-Where a name leads is looked up once, at each connection, redirects included; the connection goes to the very address
-that was checked, so a name server that answers differently the next time gains nothing.
+At each connection, redirects included, the host name is resolved once, and the connection goes to the address that was
+checked: a name server that answers differently the second time gains nothing.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ import httpx2 as httpx
 
 from llava_jax.cli import UserError
 
-SECONDS = 15.0  # for the whole of it: names, redirects, the picture
+SECONDS = 15.0  # in total: name resolution, redirects and the image
 REDIRECTS = 3
 _SCHEMES = ("http", "https")
 MAX_URL = 8192  # characters
-_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given to hosts of the internet
-# What Python's `is_global` lets through in one version or another: services of clouds and providers inside their own
-# networks, relays, and IPv6 ranges that carry IPv4 addresses, perhaps private ones, or are for documentation.
+_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses of hosts on the internet
+# Ranges that some versions of Python's `is_global` accept: internal services of clouds and providers, relays, and IPv6
+# ranges that embed IPv4 addresses, possibly private ones, or are for documentation.
 _REFUSED = [
     ipaddress.ip_network(network)
     for network in """
@@ -33,7 +33,7 @@ _REFUSED = [
 
 
 async def fetch(url: str, max_bytes: int) -> bytes:
-    """The body that `url` leads to. Raises UserError where that is no public place, too large, too slow or missing."""
+    """The body at `url`. Raises `UserError` for an address that is not public, and a large, slow or missing body."""
     try:
         async with asyncio.timeout(SECONDS):
             return await _follow(url, max_bytes)
@@ -77,7 +77,7 @@ async def _read(response: httpcore.Response, max_bytes: int) -> bytes:
 
 
 class _PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to addresses of the public internet only; the pool above it still checks certificates by name."""
+    """Connects only to public addresses. The pool above it still checks certificates by host name."""
 
     def __init__(self) -> None:
         self._backend = httpcore.AnyIOBackend()
@@ -92,7 +92,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
 
 
 def public_address(addresses: Iterable[str]) -> str:
-    """The first of a host's addresses. Raises UserError if any of them is not public, or there is none."""
+    """The first of a host's addresses. Raises `UserError` if there is none, or any of them is not public."""
     addresses = list(addresses)
     if not addresses or not all(map(_is_public, addresses)):
         raise UserError("leads to an address that is not public")

@@ -1,4 +1,4 @@
-"""What is decided about an HTTP request before it is worked on: its size, its key, and how much else is going on."""
+"""Admission of HTTP requests by their size, their API key and the current load."""
 
 import asyncio
 import dataclasses
@@ -11,45 +11,45 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_jax.serve.errors import ApiError
 
-BODY_SECONDS = 60.0  # in which a body has to have arrived, unless it keeps coming at this rate:
+BODY_SECONDS = 60.0  # for a body to arrive, unless it keeps arriving at this rate:
 BODY_BYTES_PER_SECOND = 32 << 10
-READ_SECONDS = 10.0  # in which the next part of it has to
-SILENT_SECONDS = 1.0  # after which a body may be refused in favour of others
+READ_SECONDS = 10.0  # for the next part of a body to arrive
+SILENT_SECONDS = 1.0  # without data, after which a body may be refused in favour of others
 MAX_TARGET = 8192  # bytes of a path with its query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 16 << 10
-WRITE_BYTES = 64 << 10  # of an answer at a time: each has a deadline of its own, see `connection`
+WRITE_BYTES = 64 << 10  # of a response at a time: each part has its own deadline, see `connection`
 
 
 def same_secret(given: str, secret: str) -> bool:
-    """Compares in a time that tells neither how much is right nor how long the secret is."""
+    """Compares in a time that reveals neither how much matches nor the length of the secret."""
     given_hash, secret_hash = (hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (given, secret))
     return hmac.compare_digest(given_hash, secret_hash)
 
 
 @dataclasses.dataclass(eq=False)
 class Body:
-    """What has arrived of a request's body."""
+    """The part of a request's body that has arrived."""
 
     size: int = 0
     complete: bool = False
-    heard: float = 0.0  # when the last part of it arrived
-    waiting: asyncio.Timeout | None = None  # for the next part
+    heard: float = 0.0  # when its last part arrived
+    waiting: asyncio.Timeout | None = None  # the deadline of its next part
 
 
 @dataclasses.dataclass
 class Traffic:
-    """The requests for answers that are being worked on."""
+    """The requests for answers in progress."""
 
     limit: int  # of `active`
     bytes_limit: int  # of `body_bytes`
-    active: int = 0  # their bodies are complete
-    body_bytes: int = 0  # of them and of those that are being read
+    active: int = 0  # requests whose bodies are complete
+    body_bytes: int = 0  # of these and of the bodies that are being read
     reading: set[Body] = dataclasses.field(default_factory=set)
     shutting_down: bool = False
 
     def add(self, body: Body, size: int) -> None:
-        """A part of a body arrived. Raises ApiError where there are too many bytes in memory, unless another body has
-        been silent, which then is given up."""
+        """Counts a part of a body that arrived. With too many bytes in memory, gives up the body that has been silent
+        for longest, or raises `ApiError` if none has been silent."""
         body.size += size
         self.body_bytes += size
         body.heard = now = asyncio.get_running_loop().time()
@@ -61,22 +61,22 @@ class Traffic:
             silent.waiting.reschedule(now)
 
     def release(self, body: Body) -> None:
-        """Nothing of a body is kept any more."""
+        """The body is not in memory any more."""
         self.body_bytes -= body.size
         body.size = 0
 
 
 class Gate:
-    """ASGI middleware: refuses requests without the key, too large, too slow, too many, or at the wrong time.
+    """ASGI middleware: refuses requests without the key, and those that are too large, too slow or too many.
 
-    What it lets through finds `release_body` in its scope, to be called once the body is not kept any more.
+    The scope of an accepted request has `release_body`, to be called once the body is not in memory any more.
 
     Args:
-      app: what comes behind.
-      traffic: kept up to date.
-      closed: -> why no requests for answers are taken just now, or None.
-      api_key: what `Authorization: Bearer` has to bring to `guarded` paths; None to let everyone in.
-      max_body_bytes: of any request, declared or not.
+      app: the next application.
+      traffic: the load, which this keeps up to date.
+      closed: returns the reason why no requests for answers are accepted at the moment, or None.
+      api_key: that `guarded` paths need as `Authorization: Bearer`; None accepts all requests.
+      max_body_bytes: of any request, whether declared or not.
     """
 
     guarded = ("/v1/", "/metrics")
@@ -102,7 +102,7 @@ class Gate:
         try:
             self._check(scope, Headers(scope=scope), works)
             await self.app(scope, self._limited(receive, body, works), _in_parts(send))
-        except ApiError as error:  # of the check only: the app answers its own
+        except ApiError as error:  # of `_check` only: the app handles its own
             await error.response()(scope, receive, send)
         finally:
             self.traffic.active -= works and body.complete
@@ -124,10 +124,10 @@ class Gate:
             raise _too_many()
 
     def _limited(self, receive: Receive, body: Body, works: bool) -> Receive:
-        """`receive`, until the body is whole with limits on its size, that of all bodies and the time it takes."""
+        """`receive` with limits on the size of the body and of all bodies, and on the time until it is complete."""
         loop = asyncio.get_running_loop()
         body.heard = loop.time()
-        deadline = body.heard + BODY_SECONDS  # what arrives postpones it, but never by more than that from then on
+        deadline = body.heard + BODY_SECONDS  # data postpones it, but to at most `BODY_SECONDS` from then
 
         async def limited() -> Message:
             nonlocal deadline
@@ -164,7 +164,7 @@ class Gate:
 
 
 def _check_head(scope: Scope, headers: Headers) -> None:
-    """Raises ApiError for what the HTTP library lets through, and no client has a reason to send."""
+    """Raises `ApiError` for heads that the HTTP library accepts, but that no client has a reason to send."""
     if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_TARGET:
         raise ApiError(414, f"the URL has more than {MAX_TARGET} bytes")
     if len(headers.raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
@@ -176,7 +176,7 @@ def _check_head(scope: Scope, headers: Headers) -> None:
 
 
 def _in_parts(send: Send) -> Send:
-    """`send`, with large bodies in parts."""
+    """`send`, which splits large bodies into parts."""
 
     async def parts(message: Message) -> None:
         body = message.get("body", b"")

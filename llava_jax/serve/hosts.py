@@ -1,7 +1,7 @@
-"""Which names the server answers to, and which pages of browsers it answers.
+"""Checks the `Host` and `Origin` headers: which host names the server accepts, and the web pages of which sites.
 
 A page of another site can make a browser send requests to this server. The browser names that site in `Origin`, unless
-the site lets its own name lead to this server's address (DNS rebinding): then its name is in `Host`.
+the site's own name resolves to this server's address (DNS rebinding): then its name is in `Host`.
 """
 
 import ipaddress
@@ -20,14 +20,14 @@ _API = ("/v1/", "/metrics")
 
 
 class Hosts:
-    """ASGI middleware: refuses requests to unknown hosts with 421, and those of pages of other sites with 403.
+    """ASGI middleware: refuses requests to unknown hosts with 421, and requests from pages of other sites with 403.
 
-    Known are loopback names, the address that the client connected to, and `names`.
+    Known hosts are loopback names, the address that the client connected to, and `names`.
 
     Args:
-      app: what comes behind.
+      app: the next application.
       names: `llava.example.org`, `*.example.org`, or `*` for all.
-      origins: `https://app.example.org`: whose pages may use the API.
+      origins: sites whose pages may use the API, such as `https://app.example.org`.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str] = (), origins: Collection[str] = ()):
@@ -77,28 +77,28 @@ def allowed_names(text: str) -> list[str]:
 
 
 def allowed_origin(text: str) -> str:
-    """`--allow-origin`: what a browser sends for a page, `https://app.example.org`."""
+    """`--allow-origin`: the origin that a browser sends for a page, `https://app.example.org`."""
     scheme, _, rest = text.lower().partition("://")
     if not re.fullmatch("[a-z][a-z0-9+.-]*", scheme) or split_host(rest)[0] is None:
         raise ValueError(text)
-    return f"{scheme}://{rest.removesuffix(f':{_PORTS.get(scheme)}')}"  # browsers leave the usual port out
+    return f"{scheme}://{rest.removesuffix(f':{_PORTS.get(scheme)}')}"  # browsers omit the default port
 
 
 def own_names(host: str, bound: socket.socket) -> list[str]:
-    """Names of this machine that clients may use, where it listens at `host`."""
+    """Names of this machine that clients may use if it listens at `host`."""
     if not ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_unspecified:
         return [_plain(host.lower())]
     return [socket.gethostname().lower()]
 
 
 def split_host(value: str) -> tuple[str | None, str | None]:
-    """The name or address and the port of a `Host` header; (None, None) where it is none."""
+    """The name or address and the port of a `Host` header; (None, None) for an invalid one."""
     match = _HOST.fullmatch(value.lower())
     return (_plain(match[1]), match[2]) if match else (None, None)
 
 
 def _plain(host: str) -> str:
-    """An address in the one way it is compared, without brackets; a name as it is."""
+    """An address in canonical form without brackets; a name as it is."""
     host = host.removeprefix("[").removesuffix("]").partition("%")[0].removesuffix(".")
     try:
         address = ipaddress.ip_address(host)
@@ -115,7 +115,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _same_site(origin: str, hosts: list[str]) -> bool:
-    """Whether a page of `origin` is this server's own. A proxy may speak https for it."""
+    """Whether `origin` is this server itself. A proxy may speak https for it."""
     scheme, _, rest = origin.lower().partition("://")
     if scheme not in _PORTS or not hosts:
         return False
@@ -124,6 +124,6 @@ def _same_site(origin: str, hosts: list[str]) -> bool:
 
 
 def _opens_the_page(scope: Scope, headers: Headers) -> bool:
-    """Whether somebody follows a link."""
+    """Whether the user follows a link."""
     fetch = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
     return scope["method"] == "GET" and fetch == ("navigate", "document") and not scope["path"].startswith(_API)

@@ -1,4 +1,4 @@
-"""A line of log for each response, and the id of the request, which both the line and the response have."""
+"""Logs one line for each response, with the request id that the response has, too."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ _logger = logging.getLogger("uvicorn.error")
 
 
 class Log:
-    """ASGI middleware, the outermost. Answers HEAD as GET without a body."""
+    """The outermost ASGI middleware. Answers HEAD like GET, without the body."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -42,6 +42,6 @@ class Log:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own where it is harmless, else a new one."""
+    """The client's own id if it is harmless, else a new one."""
     given = headers.get(HEADER, "")
     return given if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", given) else uuid.uuid4().hex

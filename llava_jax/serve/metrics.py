@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The metrics of `/metrics`, for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,15 @@ import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_jax.inference.engine import Answer, Engine
+from llava_jax.inference.answer import Answer
+from llava_jax.inference.engine import Engine
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TOKENS_PER_SECOND = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Metrics:
-    """The engine's counts as they are when they are read, and what the API adds to them."""
+    """The engine's counts at the time of the request, and those of the API."""
 
     def __init__(self, engine: Engine):
         self.registry = prometheus_client.CollectorRegistry()
@@ -38,7 +39,7 @@ class Metrics:
         return prometheus_client.generate_latest(self.registry)
 
     def finished(self, answer: Answer, seconds: float) -> None:
-        """An answer ended `seconds` after it was submitted."""
+        """Counts an answer that ended `seconds` after it was submitted."""
         if answer.first_token_seconds is None:
             return
         self._first_token.observe(answer.first_token_seconds)
@@ -48,19 +49,19 @@ class Metrics:
 
 
 class _EngineCollector:
-    """Turns `Engine.stats` into metrics when Prometheus asks."""
+    """Turns `Engine.stats` into metrics at each request of Prometheus."""
 
     GAUGES = {
-        "slots": ("llava_slots", "Answers that can be written at a time"),
-        "busy": ("llava_slots_busy", "Answers being written"),
+        "slots": ("llava_slots", "Answers that can be generated at a time"),
+        "busy": ("llava_slots_busy", "Answers being generated"),
         "queued": ("llava_queue_length", "Requests that wait for a slot"),
     }
     COUNTERS = {
-        "prompt_tokens": ("llava_prompt_tokens", "Positions of prompts, pictures included"),
-        "prefix_tokens": ("llava_prefix_tokens", "Of these, what was not computed again"),
+        "prompt_tokens": ("llava_prompt_tokens", "Positions of prompts, images included"),
+        "prefix_tokens": ("llava_prefix_tokens", "Of these, positions that the prefix cache held"),
         "generated_tokens": ("llava_generated_tokens", "Tokens of answers; its rate is the server's tokens a second"),
-        "finished": ("llava_answers_finished", "Answers that came to their end"),
-        "cancelled": ("llava_answers_cancelled", "Answers whose reader left"),
+        "finished": ("llava_answers_finished", "Answers that were finished"),
+        "cancelled": ("llava_answers_cancelled", "Answers whose client disconnected"),
         "failed": ("llava_answers_failed", "Answers that ended in an error"),
     }
 

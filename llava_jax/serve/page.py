@@ -1,4 +1,4 @@
-"""The web page: static files. They use the API as any other client does, and the server keeps nothing for them."""
+"""The web page: static files, which use the API like any other client. The server stores nothing for them."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
 FOLDER = Path(__file__).with_name("static")
-TYPES = {  # not by `mimetypes`, whose tables differ between machines
+TYPES = {  # `mimetypes` has different tables on different machines
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -23,12 +23,12 @@ POLICY = {
     "form-action": "'none'",
     "base-uri": "'none'",
     "frame-ancestors": "'none'",
-    "require-trusted-types-for": "'script'",  # and no policy that makes them: text cannot become markup
+    "require-trusted-types-for": "'script'",  # and no policy creates them: text cannot become markup
     "trusted-types": "'none'",
 }
 HEADERS = {
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
-    "Cache-Control": "no-cache",  # asks each time, and mostly gets 304
+    "Cache-Control": "no-cache",  # revalidated each time, mostly with 304
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=(), display-capture=()",
@@ -41,8 +41,8 @@ def mount(app: FastAPI, max_body_bytes: int) -> None:
     """Serves the page at `/` and its files under `/static/`.
 
     Args:
-      app: what it is added to.
-      max_body_bytes: of a request, so that the page can refuse what is larger before it sends it.
+      app: gets the routes.
+      max_body_bytes: of a request; the page refuses larger ones before it sends them.
     """
     for file in sorted(FOLDER.iterdir()):
         if file.suffix in TYPES:

@@ -1,7 +1,7 @@
 """The request body of `/v1/chat/completions`: the part of OpenAI's that this model can serve.
 
-What a field would change that cannot be done here is refused by the field's name, never ignored; what has no influence
-on the answer is accepted.
+Fields that would change the answer in a way that is not supported are refused by name, never ignored. Fields without
+influence on the answer are accepted.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,14 +12,14 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16  # of `n`
 MAX_ITEMS = 1024  # messages of a request, parts of a message
 
-# Dropped, since a request may be kept as long as its answer is written.
+# Values are dropped, since a request may be kept as long as its answer is generated.
 Ignored = Annotated[
     Any, AfterValidator(lambda value: None), Field(description="Accepted; without influence on the answer.")
 ]
 
 
 def Only(*values: Any) -> Any:
-    """The type of a field that is not supported: null and `values`, which ask for nothing, are accepted."""
+    """The type of a field that is not supported: only null and `values`, which change nothing, are accepted."""
     accepted = [None, *values]
 
     def check(value: Any) -> Any:
@@ -34,9 +34,9 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def Integer(least: int, most: int) -> Any:
-    """Whole numbers in a range; for JSON 1.0 is one."""
-    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_integer)]
+def Integer(minimum: int, maximum: int) -> Any:
+    """Integers in a range; in JSON 1.0 is one, too."""
+    return Annotated[int, Field(ge=minimum, le=maximum), BeforeValidator(_integer)]
 
 
 class Strict(BaseModel):
@@ -54,7 +54,7 @@ class TextPart(Strict):
 class ImageURL(Strict):
     url: str = Field(description="A data URL; http(s) where the server allows it.")
     detail: Literal["auto", "low", "high", "original"] | None = Field(
-        None, description="Accepted; every picture has one size."
+        None, description="Accepted; all images have one size."
     )
 
 
@@ -76,7 +76,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 def Several(item: Any) -> Any:
-    """The type of a list, validated up to its first bad item."""
+    """The type of a list, validated up to its first invalid item."""
     return Annotated[list[item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
@@ -96,7 +96,7 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """What a response holds under `message` may be sent back as it is."""
+    """The `message` of a response may be sent back as it is."""
 
     role: Literal["assistant"]
     content: str | Texts
@@ -128,19 +128,19 @@ class ChatRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Integer(1, MAX_CHOICES) | None = None
-    max_completion_tokens: Count | None = Field(None, description="By default all that the context has room for.")
+    max_completion_tokens: Count | None = Field(None, description="By default as many as the context has room for.")
     max_tokens: Count | None = Field(None, description="The older name of `max_completion_tokens`.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 by default; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Integer(-1, 2**31 - 1) | None = Field(
-        None, description="Not of OpenAI's API: among so many likeliest tokens; 0 and -1 for all."
+        None, description="Not in OpenAI's API: sample among this many most likely tokens; 0 and -1 for all."
     )
     seed: Seed | None = Field(None, description="By default another each time.")
     stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     logprobs: bool | None = None
     top_logprobs: Integer(0, 20) | None = None
     continue_final_message: bool | None = Field(
-        None, description="Of vLLM's API: a last message of the assistant is what the answer continues, as by default."
+        None, description="Of vLLM's API: the answer continues a last message of the assistant, as by default."
     )
     add_generation_prompt: bool | None = Field(None, description="Of vLLM's API: the opposite.")
 

@@ -1,4 +1,4 @@
-"""Runs the app until it is told to stop, and then lets what was begun come to its end."""
+"""Runs the app until a signal ends it, after the accepted requests are finished."""
 
 import contextlib
 import ctypes
@@ -16,14 +16,14 @@ from llava_jax.cli import UserError, say
 from llava_jax.inference.engine import Engine
 from llava_jax.serve.connection import Connection, Limits, connection_limit
 
-MALLOC_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # an option of glibc, and its value here
+MALLOC_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 20  # an option of glibc's mallopt, and its value here
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 8  # clients that keep connections for 5 do not meet one that is being closed
-LINGER_SECONDS = 10  # that the last pieces have to be read, and web pages to let go
+KEEP_ALIVE_SECONDS = 8  # more than the 5 of many clients, so that they do not use a connection that is being closed
+LINGER_SECONDS = 10  # for clients to read the last pieces and close their connections
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket: that it can be had is known before the model is loaded. Raises UserError."""
+    """A bound socket, before the model is loaded. Raises `UserError` where the address is not available."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -31,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, UnicodeError) as error:  # UnicodeError for what can be no name at all
+    except (OSError, UnicodeError) as error:  # UnicodeError for invalid host names
         reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(f"cannot serve at {host}, port {port}: {reason}") from error
     return bound
@@ -43,22 +43,22 @@ def _url(bound: socket.socket) -> str:
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc give large blocks back when they are freed; else it keeps the memory of the largest images."""
+    """Makes glibc return large freed blocks to the system: otherwise it keeps the memory of the largest images."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, MAPPED_BYTES)
+        ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def http_config(app: FastAPI, limits: Limits, **options: object) -> uvicorn.Config:
-    """How uvicorn serves `app`: HTTP alone, with our limits, and our log instead of its own."""
+    """Uvicorn's configuration for `app`: only HTTP, with our limits, and our log instead of its own."""
     http = functools.partial(Connection, limits=limits)
     options |= {"ws": "none", "access_log": False, "server_header": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
     return uvicorn.Config(app, http=http, **options)
 
 
 class Server(uvicorn.Server):
-    """Serves at once, and warms the engine up meanwhile.
+    """Serves at once, while the engine warms up in a thread.
 
-    SIGTERM or Ctrl-C: new requests are refused, answers that were asked for are finished; a second one: now.
+    After SIGTERM or Ctrl-C new requests are refused and accepted ones are finished. A second signal ends it at once.
     """
 
     def __init__(self, app: FastAPI, engine: Engine):
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         self._failure: BaseException | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Raises what the warm-up raised, and UserError where another server began to listen meanwhile."""
+        """Raises the error of the warm-up, and `UserError` where another server has taken the address by now."""
         _return_freed_memory()
         for bound in sockets or []:
             try:
@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         self._engine.close(drain=False)
         if self._failure is not None:
             raise self._failure
-        if warming.is_alive():  # compiling: that takes long, and an interpreter that ends meanwhile aborts
+        if warming.is_alive():  # compiling takes long, and an interpreter that exits during it aborts
             sys.stderr.flush()
             os._exit(0)
 

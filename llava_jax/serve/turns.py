@@ -1,4 +1,4 @@
-"""From the messages of a request to the turns that the model was trained on, and the beginning of an answer."""
+"""Turns the messages of a request into the turns that the model was trained on, and the start of the answer."""
 
 import itertools
 import re
@@ -14,15 +14,15 @@ from llava_jax.serve.schema import Message, Part, TextPart
 
 
 class Turns(NamedTuple):
-    """(role, text) as `generate.Request` takes them, and (field of the request, URL) of each picture in them."""
+    """(role, text) as `inference.requests.Request` takes them, and (field of the request, URL) of each image."""
 
     turns: list[tuple[str, str]]
     urls: list[tuple[str, str]]
-    begun: str = ""  # what the answer continues: the text of a last message of the assistant
+    begun: str = ""  # the text that the answer continues, of a last message of the assistant
 
 
 class Marks:
-    """What text of a user must not contain, or it would stand for a picture, a turn's end or a role."""
+    """Marks that a client's text must not contain, since they would stand for an image, a turn's end or a role."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -31,24 +31,24 @@ class Marks:
         self._beginning = re.compile(f"(?={any_mark}).", re.DOTALL)
 
     def disarm(self, text: str) -> str:
-        """The text with a space in every mark, `< image>`. Cutting marks out could make new ones of what is left."""
+        """Inserts a space into every mark: `< image>`. Removing marks could make new ones from the rest."""
         return self._beginning.sub(r"\g<0> ", text)
 
 
 def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool = False) -> Turns:
-    """Messages in a row of one role are one turn.
+    """Converts messages to turns. Consecutive messages of one role become one turn.
 
     Args:
       messages: of the request.
-      marks: what text must not contain.
-      interleaved: whether images keep their places among the texts, as for a model trained so; else they stand before
-        the text of their turn.
+      marks: that texts must not contain.
+      interleaved: whether images keep their places among the texts, for models that were trained so; otherwise they
+        come before the text of their turn.
 
-    Raises ApiError where the messages do not alternate, the user first.
+    Raises `ApiError` unless the messages alternate and the first is the user's.
     """
     turns, urls = [], []
     for role, group in itertools.groupby(enumerate(messages), key=lambda item: _role(item[1])):
-        parts, pictures = [], []
+        parts, images = [], []
         for i, message in group:
             if role == "system" and i:
                 field = f"messages.{i}.role"
@@ -58,9 +58,9 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
                     parts += [marks.disarm(part.text)] if part.text else []
                 else:
                     parts.append(IMAGE_TOKEN)
-                    pictures.append((f"{field}.image_url.url", part.image_url.url))
+                    images.append((f"{field}.image_url.url", part.image_url.url))
         turns.append((role, join_parts(parts) if interleaved else "\n".join(sorted(parts, key=_is_text))))
-        urls += pictures
+        urls += images
     if next((role for role, _ in turns if role != "system"), None) != "user":
         what = "messages: the first, but for a system message, has to be the user's"
         raise ApiError(400, what, "invalid_value", "messages")
@@ -69,7 +69,7 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
 
 
 def _is_text(part: str) -> bool:
-    return part != IMAGE_TOKEN  # no text is: it would be disarmed
+    return part != IMAGE_TOKEN  # no text is equal to it: it would be disarmed
 
 
 def _role(message: Message) -> str:

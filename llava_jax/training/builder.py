@@ -102,10 +102,10 @@ def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: 
     dtype = jnp.dtype(config.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
     if config.attention == "cudnn" and packed:
         raise UserError(
-            "config.attention=cudnn sees across the samples of packed rows: set attention=chunked, or no pack"
+            "config.attention=cudnn attends across the samples of packed rows: set attention=chunked, or pack=False"
         )
     if config.attention == "cudnn" and dtype != jnp.bfloat16:
-        raise UserError(f"config.attention=cudnn is for bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
+        raise UserError(f"config.attention=cudnn needs bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
     return StepSettings(
         model=model,
         layout=layout,
@@ -125,7 +125,7 @@ def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
     accumulation = math.ceil(config.batch_rows / (limit * shards))
     if layout.groups % (shards * accumulation):
         raise UserError(
-            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, no "
+            f"batch_rows={layout.batch_rows} in groups of {layout.rows_per_group} makes {layout.groups} groups, not a "
             f"multiple of {shards} devices x {accumulation} accumulated microbatches; "
             "change batch_rows, rows_per_group or max_rows_per_device"
         )

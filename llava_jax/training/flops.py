@@ -1,11 +1,11 @@
-"""FLOPs of a training step by formula: 2 a multiply-add of matrix products, nothing else counted.
+"""FLOPs of a training step by formula: 2 for each multiply-add of a matrix product, 0 for everything else.
 
 Frozen parameters have no weight gradients. If a parameter before them is trained, the gradients of activations pass
 through them all the same (4 N T FLOPs instead of 6 N T); if none is, as in the vision tower of both stages, they only
 run forward (2 N T).
 
-Attention has two conventions in the literature: "full" counts every query with every key (what dense attention
-computes), "causal" half of that (what a decoder needs).
+For attention the literature has two conventions: "full" counts every query with every key, as dense attention
+computes it; "causal" counts half of that, which is what a decoder needs.
 
 Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 """
@@ -25,8 +25,8 @@ from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
 
 CONVENTIONS = ("full", "causal")
-# Policy -> the products of a decoder layer that the backward pass computes again. The last one of a layer never is:
-# nothing needs its result.
+# Remat policy -> the products of a decoder layer that the backward pass computes again. The last product of a layer is
+# not computed again, since the backward pass does not need its result.
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "none": (),
     "full": ("qkv", "attention", "output", "gate_up"),
@@ -39,8 +39,8 @@ LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """FLOPs of one part of the model in one step: forward, gradients of activations and of weights, and what
-    rematerialisation computes once more."""
+    """FLOPs of one part of the model in one step: the forward pass, gradients of activations, gradients of weights, and
+    what rematerialization computes again."""
 
     forward: float = 0.0
     activations: float = 0.0
@@ -94,18 +94,18 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
 
 
 def model_flops(parts: dict[str, Part], convention: str) -> float:
-    """What a step has to compute, by one of the `CONVENTIONS`: without what is computed again."""
+    """FLOPs that a step needs by one of the `CONVENTIONS`, without rematerialization."""
     causal = convention == "causal"
     return sum(part.needed * (0.5 if causal and name == "llm attention" else 1) for name, part in parts.items())
 
 
 def executed_flops(parts: dict[str, Part], without: Collection[str] = ()) -> float:
-    """What a step computes with dense attention, what is computed again included, some parts left out."""
+    """FLOPs that a step executes with dense attention and rematerialization, except those of the parts `without`."""
     return sum(part.needed + part.recomputed for name, part in parts.items() if name not in without)
 
 
 def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> dict[str, float]:
-    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) by convention; `peak` FLOP/s is of one device."""
+    """Model FLOPs utilization (Chowdhery et al. 2022, appendix B) by convention; `peak` FLOP/s is of one device."""
     return {convention: model_flops(parts, convention) / (seconds * devices * peak) for convention in CONVENTIONS}
 
 
@@ -148,7 +148,7 @@ def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], t
 
 
 def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:
-    """One token through all layers, attention left out."""
+    """One token through all layers, without attention."""
     products = family_of(text).products(text)
     layers = sum(products.values()) * text.num_layers
     again = sum(products.get(name, 0) for name in RECOMPUTED[remat]) * text.num_layers

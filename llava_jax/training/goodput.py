@@ -1,7 +1,7 @@
-"""Where the time of a run goes, over all its starts: `goodput.json` in the workdir.
+"""Accounts for the time of a run over all its starts: `goodput.json` in the workdir.
 
-Every second is charged to one of `KINDS`, so that they add up to the time that the run was up. The time of a step is
-what the loop waits for the device; what the device does while the host reads data costs nothing.
+Every second is charged to one of `KINDS`, so they add up to the time that the run was up. "step" is the time that the
+loop waits for the device. What the device computes while the host waits for data is charged to "data".
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from llava_jax.files.writing import write_json
 
 Item = TypeVar("Item")
 
-# What charges nothing else is set-up before the loop and a step within it.
+# "setup" is what is charged to no other kind before the loop, "step" within it.
 KINDS = ("setup", "compile", "data", "step", "checkpoint", "evaluation", "profile")
 
 
 class Goodput:
-    """Charges time from the moment it is made; `open` adds what earlier starts of the run have written.
+    """Charges time from its creation on; `open` adds the account of earlier starts of the run.
 
-    The file is written at most every `every` seconds and at the end: what a SIGKILL loses is less than that.
+    The file is written every `every` seconds and at the end, so a SIGKILL loses less than that.
     """
 
     def __init__(self, every: float = 60.0):
@@ -36,9 +36,9 @@ class Goodput:
         self.file: epath.Path | None = None
 
     def open(self, workdir: epath.Path, start_step: int) -> None:
-        """Continues the account of a run that resumes after `start_step`; steps beyond it will be done again."""
+        """Continues the account of a run that resumes after `start_step`; later steps will be repeated."""
         self.file, self.step = workdir / "goodput.json", start_step
-        # The account is no part of the training: where it is damaged, it begins anew.
+        # A damaged account must not stop the training: it begins anew.
         with contextlib.suppress(UserError, OSError, KeyError, TypeError, AttributeError):
             earlier = read_object(self.file)
             seconds = {kind: earlier["seconds"].get(kind, 0.0) + self.seconds[kind] for kind in KINDS}
@@ -48,7 +48,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Charges what happens within, or in a function decorated by it, to `kind`."""
+        """Charges the time within to `kind`."""
         self._charge()
         outer, self.kind = self.kind, kind
         try:
@@ -58,7 +58,7 @@ class Goodput:
             self.kind = outer
 
     def waiting(self, kind: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items; waiting for the next one is charged to `kind`."""
+        """Yields the items and charges the time of waiting for them to `kind`."""
         iterator, end = iter(items), object()
         while True:
             with self.measure(kind):
@@ -68,8 +68,7 @@ class Goodput:
             yield item
 
     def step_seconds(self) -> float:
-        """What steps have taken so far, with waiting for their data but without compiling, saving and evaluating: by
-        its growth the speed of a step is judged."""
+        """The seconds of all steps and of waiting for their data so far, without compiling, saving and evaluating."""
         self._charge()
         return self.seconds["step"] + self.seconds["data"]
 
@@ -80,18 +79,18 @@ class Goodput:
             self.write()
 
     def write(self) -> None:
-        """Writes the file (process 0 only), whole or not at all."""
+        """Writes the file atomically, on process 0."""
         self._charge()
         self.written = time.monotonic()
         if self.file is None or jax.process_index() != 0:
             return
         try:
             write_json(self.file, self.account())
-        except Exception as error:  # of whichever client; it is no part of the training
+        except Exception as error:  # of any remote client; it must not stop the training
             warn(f"{self.file}: cannot be written now: {error}")
 
     def account(self) -> dict:
-        """What the file holds. `goodput` is the share of the time that went into steps which were not lost again."""
+        """The content of the file. `goodput` is the share of the time that went into steps that were not repeated."""
         total = sum(self.seconds.values())
         kept = 1 - self.steps_repeated / max(self.steps_done, 1)
         return {
@@ -104,7 +103,7 @@ class Goodput:
         }
 
     def summary(self) -> str:
-        """One line."""
+        """The account in one line."""
         self._charge()
         total, account = sum(self.seconds.values()), self.account()
         parts = [f"{kind} {seconds:,.0f} s" for kind, seconds in self.seconds.items() if seconds >= 0.5]

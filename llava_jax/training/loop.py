@@ -69,7 +69,7 @@ def _train(
     with contextlib.ExitStack() as closing:
         closing.callback(reporter.write_goodput)
         closing.callback(checkpoints.close)
-        closing.push(distributed.leave_on_error)  # closing the checkpoints waits for all processes
+        closing.push(distributed.exit_on_error)  # closing the checkpoints waits for all processes
         closing.callback(reporter.close)
         closing.enter_context(goodput.measure("step"))
         request = closing.enter_context(catch_signals())
@@ -97,7 +97,8 @@ def _train(
 
             # What all processes do together after this step.
             stop, any_bad = signals.exchange(request.signal or 0, len(reporter.bad.pending))
-            due = [each for each in evaluations if each.due(step) and (last or not stop)]  # a stop has no time for them
+            # After a signal, the next start evaluates.
+            due = [each for each in evaluations if each.due(step) and (last or not stop)]
             save = last or bool(stop) or step % config.save_every == 0
             if any_bad or save:
                 reporter.share_bad(f"step {step}")
@@ -111,12 +112,13 @@ def _train(
                     goodput.write()
                 reporter.upload()
             if verdict:
-                cli.report(UserError(f"step {step}, which is saved: {verdict}"))
-                raise distributed.LeaveTogether(1)
+                error = UserError(f"step {step}, which is saved: {verdict}")
+                cli.report(error)
+                raise distributed.ExitTogether(1) from error
             for evaluation in due:
                 evaluation.run(step, state.trainable, frozen)
             if stop and not last:
                 name = signal.Signals(stop).name
                 reporter.say(f"stopped by {name} at step {step}, which is saved; the same command resumes")
-                raise distributed.LeaveTogether(128 + stop)
+                raise distributed.ExitTogether(128 + stop)
     reporter.say_done()

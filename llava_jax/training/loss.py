@@ -9,31 +9,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llava_jax.data.tokenization import IGNORE_INDEX
 from llava_jax.models.llama import vocabulary_scores
 
-IGNORE_INDEX = -100
-# Slots of a group whose logits exist at a time: 512 x 32,000 float32 are 64 MB.
+# Slots of a group whose logits are in memory at a time: 512 x 32,000 float32 are 64 MB.
 CHUNK = 512
 
 
 def next_token_targets(labels_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Position t predicts labels[t + 1] where that is of the same segment; -100 elsewhere."""
+    """labels[t + 1] at position t if both are in the same segment, else -100."""
     following = jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     same = jnp.pad(segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1], ((0, 0), (0, 1)))
     return jnp.where(same, following, IGNORE_INDEX)
 
 
 def compact(targets_GR: jax.Array, label_slots: int) -> tuple[jax.Array, jax.Array]:
-    """Positions [G, K] of the targets of each group, in order, and these targets (-100 in empty slots).
+    """Positions [G, K] of the targets of each group, in order, and the targets (-100 in empty slots).
 
-    Targets beyond K would be lost, which is why K is planned.
+    Targets beyond K would be lost: `data.plan.plan_layout` makes K large enough.
     """
 
     def compact_group(targets_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-        learned = targets_R != IGNORE_INDEX
-        slot = jnp.where(learned, jnp.cumsum(learned) - 1, label_slots)
+        is_target = targets_R != IGNORE_INDEX
+        slot = jnp.where(is_target, jnp.cumsum(is_target) - 1, label_slots)
         position_K = jnp.zeros(label_slots, jnp.int32).at[slot].set(jnp.arange(targets_R.size), mode="drop")
-        filled = jnp.arange(label_slots) < learned.sum()
+        filled = jnp.arange(label_slots) < is_target.sum()
         return position_K, jnp.where(filled, targets_R[position_K], IGNORE_INDEX)
 
     return jax.vmap(compact_group)(targets_GR)
@@ -49,12 +49,11 @@ def loss_sum(
 ) -> jax.Array:
     """Sum of the cross-entropies of all targets, each times `weight`, float32.
 
-    Most positions are images, questions and padding: the vocabulary projection is computed only where there is a
-    target.
+    Most positions are images, questions and padding: the vocabulary projection is computed only for targets.
     """
     G, D = num_groups, hidden_BTD.shape[-1]
     position_GK, target_GK = compact(targets_BT.reshape(G, -1), label_slots)
-    # float32, since the gradient of a gather is a scatter-add that would round at every term.
+    # float32, since the gradient of a gather is a scatter-add, which rounds each term.
     hidden_GRD = hidden_BTD.reshape(G, -1, D).astype(jnp.float32)
     hidden_GKD = jax.vmap(lambda hidden_RD, position_K: hidden_RD[position_K])(hidden_GRD, position_GK)
     with jax.named_scope("loss"):
@@ -65,8 +64,8 @@ def loss_sum(
 def cross_entropy(head_DV: jax.Array, hidden_GKD: jax.Array, target_GK: jax.Array, weight: jax.Array) -> jax.Array:
     """`weight` times the sum of -log softmax(logits)[target] where the target is not -100.
 
-    Logits exist for at most `CHUNK` of a group's slots at a time, once: the gradients are taken with the loss, instead
-    of keeping the logits, or the whole head to compute them again, until the backward pass.
+    Logits are computed once, for at most `CHUNK` slots of a group at a time. The gradients are computed with the loss:
+    so neither the logits nor the gathered head, to compute them again, are kept until the backward pass.
     """
 
     def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -76,7 +75,7 @@ def cross_entropy(head_DV: jax.Array, hidden_GKD: jax.Array, target_GK: jax.Arra
 
 
 def chunk_loss(head_DV: jax.Array, hidden_GCD: jax.Array, target_GC: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same of one chunk."""
+    """The same for one chunk, [G, C]."""
     logits = vocabulary_scores(hidden_GCD, head_DV)
     target = jnp.maximum(target_GC, 0)[..., None]
     log_likelihood = jnp.take_along_axis(logits, target, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -84,7 +83,7 @@ def chunk_loss(head_DV: jax.Array, hidden_GCD: jax.Array, target_GC: jax.Array, 
 
 
 def _forward(head: Any, hidden: Any, target: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
-    """The loss, and its gradients with respect to the head, if that is trained, and to `hidden`."""
+    """The loss and, as residuals, its gradients with respect to the head (None if it is frozen) and to `hidden`."""
     head_DV, hidden_GKD, trained = head.value, hidden.value, head.perturbed
 
     def add(carry: tuple, chunk: tuple[jax.Array, jax.Array]) -> tuple[tuple, jax.Array]:
@@ -114,7 +113,7 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunks(hidden_GKD: jax.Array, target_GK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[K / C, G, C, D] and [K / C, G, C] with C = `CHUNK` at most, the last chunk filled up with no targets."""
+    """Chunks of C <= `CHUNK` slots, [K / C, G, C, D] and [K / C, G, C]; the last one is padded with -100."""
     G, K, D = hidden_GKD.shape
     C = min(K, CHUNK)
     hidden_GKD = jnp.pad(hidden_GKD, ((0, 0), (0, -K % C), (0, 0)))

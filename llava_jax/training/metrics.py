@@ -1,4 +1,4 @@
-"""What a run writes down: files of lines, TensorBoard, Weights & Biases where asked, one line or bar on the screen."""
+"""Writes the metrics of a run: JSON lines, TensorBoard, Weights & Biases, and a line or progress bar on the screen."""
 
 import json
 import math
@@ -22,11 +22,11 @@ UPLOAD_SECONDS = 60
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and others, TensorBoard and `tracker`, a `wandb.Run` or None.
+    """Appends to `metrics.jsonl` and `bad_samples.jsonl`, to TensorBoard and to `tracker`, a `wandb.Run` or None.
 
-    What an interrupted run wrote beyond `start_step` is dropped (by W&B what is written again is), and all of it where
-    the run begins anew. Object stores cannot append, so logs for a remote workdir are written locally and copied there
-    every `UPLOAD_SECONDS`, in the background, and on `flush` and `close`. `check` is called before a line is written.
+    Lines of an interrupted run after `start_step` are dropped, and all lines if that is 0; W&B drops what is written
+    again. Object stores cannot append: the logs of a remote workdir are written locally and copied in the background,
+    every `UPLOAD_SECONDS`, on `flush` and on `close`. `check` is called before a line is written.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class MetricsWriter:
         for name in (METRICS, BAD_SAMPLES):
             if (workdir / name).exists():
                 keep_lines(workdir / name, self.local / name, start_step)
-        from tensorboardX import SummaryWriter  # and torch where it is installed, which takes seconds
+        from tensorboardX import SummaryWriter  # slow: it imports torch if that is installed
 
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
         self.tracker = tracker
@@ -58,24 +58,24 @@ class MetricsWriter:
             self.flush()
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Adds a line, which has a `step`, to a file of lines: all of it or nothing."""
+        """Appends a line, which has a `step`, to a file, or raises UserError and leaves the file as it was."""
         self.check()
         file, data = self.local / name, json.dumps(line).encode() + b"\n"
         before = os.path.getsize(file) if file.exists() else 0
         try:
             with file.open("ab") as end:
                 end.write(data)
-        except OSError as error:  # a full disk takes a part
+        except OSError as error:  # a full disk takes a part of the line
             os.truncate(file, before)
             raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The lines of such a file so far."""
+        """The lines of a file so far."""
         file = self.local / name
         return [loads(line, strict=False) for line in file.read_bytes().splitlines()] if file.exists() else []
 
     def flush(self) -> None:
-        """Begins to copy to a remote workdir what is there by now."""
+        """Begins to copy the logs to a remote workdir."""
         if self.uploads:
             self.board.flush()
             self.last_upload = time.monotonic()
@@ -85,7 +85,7 @@ class MetricsWriter:
         try:
             self.check()
             upload(self.local, self.workdir)
-        except Exception as error:  # of whichever client; the next upload brings what this one did not
+        except Exception as error:  # of any remote client; the next upload copies everything again
             warn(f"{self.workdir}: logs cannot be uploaded now: {error}")
 
     def close(self) -> None:
@@ -98,9 +98,9 @@ class MetricsWriter:
 
 
 def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
-    """Leaves in `target` the lines of `source` up to step `last`, none for 0, and says how many were damaged.
+    """Writes the lines of `source` up to step `last` to `target`, none for 0, and prints how many were damaged.
 
-    `target`, which may be the same file, is replaced, or not touched where it stays as it is.
+    `target` may be the same file, which is not touched if nothing changes.
     """
     require_regular(source)
     data = source.read_bytes()
@@ -114,7 +114,7 @@ def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:
 
 
 def step_of(line: bytes) -> float:
-    """The step of a line of `metrics.jsonl`, infinite where a crash has cut the line off or left other bytes."""
+    """The step of a line of `metrics.jsonl`; infinite if the line is damaged, as by a crash."""
     try:
         return float(loads(line, strict=False)["step"])
     except (ValueError, KeyError, TypeError):
@@ -122,14 +122,14 @@ def step_of(line: bytes) -> float:
 
 
 class Screen:
-    """A progress bar with the newest figures on a terminal, a line every few seconds elsewhere.
+    """Shows the newest metrics: a progress bar on a terminal, otherwise a line every few seconds.
 
-    Each is one line with the step, the number of steps and the time left first, and then as many figures as fit.
+    Both are one line: the step, the number of steps and the time left, then as many figures as fit.
     """
 
     def __init__(self, start_step: int, steps: int, every: float = 5.0):
         self.steps, self.every, self.last = steps, every, 0.0
-        self.begun: tuple[int, float] | None = None  # the first step that was shown, and when: it was compiled before
+        self.begun: tuple[int, float] | None = None  # the first step shown, after compilation, and its time
         console = Console(stderr=True)
         self.bar = progress_bar(console) if draws_bars(console) else None
         if self.bar:
@@ -161,7 +161,7 @@ class Screen:
 
 
 def _figures(metrics: Mapping[str, float]) -> Iterator[str]:
-    """The figures of a step for the screen, those that are looked at most first."""
+    """The figures of a step for the screen, the most important ones first."""
     yield f"loss {metrics['loss']:.4f}"
     yield f"{metrics['tokens_per_second']:,.0f} tokens/s"
     yield f"lr {metrics['learning_rate']:.2e}"

@@ -88,9 +88,10 @@ class Reporter:
         self._check_lock()
         values = {name: float(value) for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
+            ids = self._run.batches(self._run.data.order).ids(step - 1)
             raise UserError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved since "
-                f"step {self._checkpoints.latest}. The samples of this batch: {', '.join(self._sample_ids(step))}"
+                f"step {self._checkpoints.latest}. The samples of this batch: {', '.join(ids)}"
             )
         self._goodput.done(step)
         if self.profile.done(step):
@@ -121,9 +122,6 @@ class Reporter:
             mfu = flops.mfu(self._flops, seconds, jax.device_count(), self._peak)
             values |= {f"mfu_{convention}": value for convention, value in mfu.items()}
         return values
-
-    def _sample_ids(self, step: int) -> list[str]:
-        return self._run.batches(self._run.data.order).ids(step - 1)
 
     # -------------------------------------------------------------------------------------------- scores, bad samples
 

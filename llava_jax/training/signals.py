@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the step in hand is ended and saved first."""
+"""Signal handling: SIGTERM and SIGINT stop a run after the current step, which is saved."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Which signal asked the run to stop, if any."""
+    """The signal that asked the run to stop, if any."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

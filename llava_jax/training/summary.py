@@ -18,7 +18,7 @@ from llava_jax.data.padding import padding_of_run
 from llava_jax.data.plan import Lengths
 from llava_jax.data.sources import Sample, Source
 from llava_jax.data.template_fit import missing_marks
-from llava_jax.data.tokenization import encode_sample, truncate
+from llava_jax.data.tokenization import truncate
 from llava_jax.models.llava import Params
 from llava_jax.parallel import distributed, sharding
 from llava_jax.training import optim
@@ -109,9 +109,7 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
 
 def show_first_sample(sample: Sample, encode: TextEncoder) -> None:
     """Prints the first sample as the model sees it with its targets marked, and what its tokenizer lacks."""
-    encoded = encode_sample(
-        sample, encode.template, encode.tokenizer, image_position=encode.image_position, seed=encode.seed
-    )
+    encoded = encode.ids(sample)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if misfit := missing_marks(encode.template, encode.tokenizer):
         console.print(printable(f"warning: {misfit} (--config.template=NAME)"), markup=False)

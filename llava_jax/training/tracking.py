@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 
 def start(config: ConfigDict, workdir: epath.Path) -> Any | None:
-    """The `wandb.Run` of this workdir, which a resume continues; None where `config.wandb.project` is empty.
+    """The `wandb.Run` of this workdir, which a resume continues; None if `config.wandb.project` is empty.
 
-    W&B's own variables hold too: WANDB_MODE=offline keeps everything on disk, for `wandb sync`.
+    W&B's environment variables work: with WANDB_MODE=offline everything stays on disk, for `wandb sync`.
     """
     if not config.wandb.project or jax.process_index() != 0:
         return None

@@ -1,4 +1,4 @@
-"""The directory of a run: its configuration, which later starts must match, and its data's fingerprint."""
+"""The directory of a run: its configuration and the fingerprint of its data, which a resume must match."""
 
 import hashlib
 import json
@@ -22,16 +22,15 @@ from llava_jax.recipes.common import OPTIONS, get_config
 from llava_jax.recipes.options import flatten
 from llava_jax.training.metrics import BAD_SAMPLES, METRICS, step_of
 
-# What a run writes about its model and its steps, before it has done any.
+# What a run writes about its model and its steps, also before its first step.
 LEFTOVERS = (STEPS, "tokenizer", DESCRIPTION, FROZEN, METRICS, BAD_SAMPLES, "tensorboard", "evaluations")
 
 
 def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
-    """Makes `workdir` this run's: writes `config.json` and `data.json`, or compares with those that are there.
+    """Writes `config.json` and `data.json` (the fingerprint `data`) or, on a resume, compares with them.
 
-    `data` is the fingerprint of the data. What a run left that failed before it had done a step is removed, so that the
-    configuration can be corrected. Raises UserError naming the differing keys, or if the data is not the data that the
-    run was started with.
+    Files of a run that failed before its first step are removed, so that its configuration can be corrected. Raises
+    UserError that names the differing keys, or if the run was started with other data.
     """
     files = {"data.json": dict(data), "config.json": config.to_dict()}
     if not entries(workdir):
@@ -48,21 +47,21 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
 
 
 def resumes(workdir: epath.Path) -> bool:
-    """Whether a run in `workdir` continues from a checkpoint there, which `claim` leaves in its place."""
+    """Whether a run in `workdir` resumes from a checkpoint there."""
     checkpoints = workdir / STEPS
     return checkpoints.exists() and bool(finished_steps(checkpoints)) and _is_workdir(workdir) and _has_trained(workdir)
 
 
-def start_step(workdir: epath.Path, resume_from: int | None, speaks: bool = True) -> int:
-    """The step to resume from: the newest, or the one asked for if it was not resumed from before.
+def start_step(workdir: epath.Path, resume_from: int | None, verbose: bool = True) -> int:
+    """The step to resume from: `resume_from` the first time that it is asked for, else the newest.
 
-    Launchers repeat a command after a preemption, which must not go back again. Says so if it `speaks`.
+    Launchers repeat a command after a preemption, which must not go back a second time. With `verbose` that is printed.
     """
     newest = finished_steps(workdir / STEPS)[-1]
     if resume_from is None:
         return newest
     if (_aside(workdir, resume_from) / METRICS).exists():
-        if speaks:
+        if verbose:
             say(
                 f"--resume-from {resume_from} was followed by an earlier start: resumes from the newest step, {newest} "
                 f"(to go back once more, move {_aside(workdir, resume_from)} elsewhere)",
@@ -73,15 +72,15 @@ def start_step(workdir: epath.Path, resume_from: int | None, speaks: bool = True
 
 
 def set_aside(workdir: epath.Path, step: int) -> None:
-    """Moves the checkpoints after `step` out of the way, with a copy of what the run has logged until now."""
+    """Moves the checkpoints after `step` to `set_aside/after_STEP`, with a copy of the logs."""
     newer, aside = [each for each in finished_steps(workdir / STEPS) if each > step], _aside(workdir, step)
     if not newer and not aside.exists():
         return
     aside.mkdir(parents=True, exist_ok=True)
     _copy_log(workdir / BAD_SAMPLES, aside)
-    for each in reversed(newer):  # so that a crash leaves no gap
+    for each in reversed(newer):  # the newest first, so that a crash leaves no gap
         (workdir / STEPS / str(each)).rename(aside / str(each))
-    _copy_log(workdir / METRICS, aside)  # last: it says that all is done
+    _copy_log(workdir / METRICS, aside)  # last: it marks the end
     moved = f"step{'s' * (len(newer) > 1)} {', '.join(map(str, newer))}"
     say(f"resumes from step {step}: moved {moved} to {aside}; delete them when you don't need them", file=sys.stderr)
 
@@ -95,9 +94,9 @@ def _aside(workdir: epath.Path, step: int) -> epath.Path:
 
 
 def _is_workdir(workdir: epath.Path) -> bool:
-    """Whether a run made it, by `data.json`, the first file that it writes: many directories have a `config.json`."""
+    """Whether a run created it: its first file is `data.json`, while many directories have a `config.json`."""
     if all(entry.match("data.json.*partial") for entry in entries(workdir)):
-        return True  # it was interrupted while it wrote that
+        return True  # a run was interrupted while it wrote that file
     if not (workdir / "data.json").exists():
         return False
     data = _read(workdir / "data.json")
@@ -105,7 +104,7 @@ def _is_workdir(workdir: epath.Path) -> bool:
 
 
 def _has_trained(workdir: epath.Path) -> bool:
-    """Whether a step was ever done. Step 0, with its checkpoint and its evaluation, is where a run begins."""
+    """Whether a run has done a step; it may have saved and evaluated step 0 before."""
     checkpoints, metrics = workdir / STEPS, workdir / METRICS
     if checkpoints.exists() and any(finished_steps(checkpoints)):
         return True
@@ -116,7 +115,7 @@ def _has_trained(workdir: epath.Path) -> bool:
 
 
 def _remove_leftovers(workdir: epath.Path) -> None:
-    """What a run that has trained nothing wrote about its model and data, which may be others now."""
+    """Removes what a run wrote that failed before its first step: its model and data may be others now."""
     for name in LEFTOVERS:
         path = workdir / name
         if path.is_dir():
@@ -154,7 +153,7 @@ def _as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def fingerprint(source: Source, lengths: Lengths) -> dict[str, Any]:
-    """What tells this data, as it is tokenized, from other data."""
+    """Identifies the data and its tokenization: number of samples and a hash."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part, np.int64).tobytes() for part in lengths))
     digest.update(source.digest.encode())
     return {"samples": len(lengths.tokens), "sha256": digest.hexdigest()}

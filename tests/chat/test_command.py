@@ -302,6 +302,6 @@ def test_escapes_in_answers_texts_and_names_are_visible(session, tmp_path, monke
     conversation = chat.Conversation(None)
     conversation.load(str(tmp_path / "talk.json"))
     monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
-    chat._recall(conversation)
+    chat._show_conversation(conversation)
     told = capsys.readouterr().err
     assert not tiny.obeyed(told) and told.startswith("> Q\\x1b[31m") and told.count("\\x1b[31m") == 2

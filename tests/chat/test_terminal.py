@@ -34,9 +34,9 @@ def test_a_message_is_a_line_or_what_stands_in_quotes(monkeypatch):
     ]
 
 
-def test_input_that_is_no_text_is_told(monkeypatch):
+def test_input_that_is_no_text_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         list(terminal.messages())
 
 

@@ -19,7 +19,6 @@ from llava_jax.checkpoint.array_store import TREE, ArrayWriter, open_array, read
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
-from llava_jax.checkpoint.writing import save_model
 from llava_jax.cli import UserError
 
 KERNEL = "llm.layers.mlp.up_proj.kernel"
@@ -137,7 +136,7 @@ def test_a_disk_without_room_is_seen_before_the_first_byte(tmp_path, monkeypatch
     model = tiny.config()
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="the weights take .* GB, but 0.0 GB are free"):
-        save_model(tmp_path / "model", tiny.params(model), Description(model, "v1"), str(tmp_path / "tokenizer"))
+        tiny.save_model(tmp_path / "model", tiny.params(model), Description(model, "v1"), str(tmp_path / "tokenizer"))
     assert {entry.name for entry in tmp_path.iterdir()} == {"tokenizer"}
 
 
@@ -148,7 +147,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # files can grow no further, as on a full disk
     try:
         with pytest.raises(UserError, match="model: cannot be written") as raised:
-            save_model(tmp_path / "model", tiny.params(model), Description(model, "v1"), str(tmp_path / "tokenizer"))
+            tiny.save_model(
+                tmp_path / "model", tiny.params(model), Description(model, "v1"), str(tmp_path / "tokenizer")
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(raised.value)

@@ -38,10 +38,10 @@ def test_a_source_that_is_gone_or_rewritten_is_refused(tmp_path, model_dir):
     checkpoints.close()
     description = json.loads((model_dir / "llava.json").read_text())
     (model_dir / "llava.json").write_text(json.dumps(description | {"id": "another"}))
-    with pytest.raises(UserError, match="gone or was written anew"):
+    with pytest.raises(UserError, match="no longer exists or has been overwritten"):
         open_checkpoint(workdir).load()
     model_dir.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="gone or was written anew"):
+    with pytest.raises(UserError, match="no longer exists or has been overwritten"):
         open_checkpoint(workdir).load()
 
 

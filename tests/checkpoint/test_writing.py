@@ -8,7 +8,7 @@ from etils import epath
 
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.checkpoint.writing import new_directory, save_model
+from llava_jax.checkpoint.writing import new_directory
 from llava_jax.cli import UserError
 
 
@@ -18,7 +18,7 @@ def test_a_model_comes_back_bit_equal_in_its_own_types(tmp_path):
     types = [jnp.float32, jnp.bfloat16, jnp.float16]
     params = {name: value.astype(types[i % 3]) for i, (name, value) in enumerate(params.items())}
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    save_model(tmp_path / "model", params, Description(model, "v1", {"a": 1}), str(tmp_path / "tokenizer"))
+    tiny.save_model(tmp_path / "model", params, Description(model, "v1", {"a": 1}), str(tmp_path / "tokenizer"))
     checkpoint = open_checkpoint(tmp_path / "model")
     assert (checkpoint.config, checkpoint.template, checkpoint.description.hf) == (model, "v1", {"a": 1})
     loaded = checkpoint.load()
@@ -35,11 +35,11 @@ def test_nothing_is_left_behind_by_a_failed_save(tmp_path):
     model = tiny.config()
     params = tiny.params(model)
     with pytest.raises(FileNotFoundError):
-        save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path / "no_tokenizer"))
+        tiny.save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path / "no_tokenizer"))
     assert not list(tmp_path.iterdir())
     del params["llm.norm.scale"]
     with pytest.raises(UserError, match="missing llm.norm.scale"):
-        save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path))
+        tiny.save_model(tmp_path / "model", params, Description(model, "v1"), str(tmp_path))
 
 
 def test_an_existing_output_is_not_overwritten(tmp_path, model_dir):

@@ -11,7 +11,6 @@ from etils import epath
 
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.checkpoint.writing import save_model
 from llava_jax.cli import UserError
 from llava_jax.convert import __main__ as convert
 from llava_jax.data.tokenization import load_tokenizer
@@ -27,7 +26,7 @@ def source(tmp_path) -> Path:
     types = {"vision": jnp.float16, "projector": jnp.float32, "llm": jnp.bfloat16}
     params = {name: value.astype(types[name.split(".")[0]]) for name, value in tiny.params(model).items()}
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    save_model(tmp_path / "source", params, Description(model, "plain", {"a": 1}), str(tmp_path / "tokenizer"))
+    tiny.save_model(tmp_path / "source", params, Description(model, "plain", {"a": 1}), str(tmp_path / "tokenizer"))
     return tmp_path / "source"
 
 

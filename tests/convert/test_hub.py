@@ -10,6 +10,7 @@ from conversion import CONFIG, convert, save_llava
 from fake_hub import FakeHub
 from huggingface_hub import constants
 
+import llava_jax
 from llava_jax import cli
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
@@ -76,7 +77,9 @@ def test_a_broken_connection_is_taken_up_at_the_byte(hub, llava):
 
 def test_the_command_again_goes_on_with_what_is_missing(hub, llava):
     hub.files = 3
-    with pytest.raises(UserError, match="--llava org/llava: http.* broke off .*403.*: the same command again goes on"):
+    with pytest.raises(
+        UserError, match="--llava org/llava: http.* broke off .*403.*: the same command again downloads"
+    ):
         locate("org/llava", "--llava")
     assert len(hub.sent) >= 3
     hub.files = math.inf
@@ -139,6 +142,15 @@ def test_a_model_comes_in_from_the_hub(hub, tmp_path):
     description = open_checkpoint(tmp_path / "out").description
     assert description.origins == {"llava": f"org/llava@{hub.commit}"}
     assert description.model == CONFIG
+
+
+def test_a_name_can_be_loaded_without_a_checkpoint(hub, tmp_path):
+    save_llava(CONFIG, tmp_path / "source")
+    hub.repositories["org/llava"] = tmp_path / "source"
+    model = llava_jax.load("org/llava@main")
+    assert model.config == CONFIG and isinstance(model.chat("Hello", max_new_tokens=2), str)
+    with pytest.raises(UserError, match="^load org/lava: no such directory, and http"):
+        llava_jax.load("org/lava")
 
 
 def test_the_command_ends_with_one_line(hub, tmp_path, capsys):

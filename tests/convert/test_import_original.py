@@ -290,7 +290,7 @@ def test_what_is_missing_or_too_much_is_named(made, tmp_path):
         UserError, match="no vision tower: give --vision DIR, that of openai/clip-vit-large-patch14-336"
     ):
         convert(*command)
-    with pytest.raises(UserError, match="a whole model, .*: leave --base out"):
+    with pytest.raises(UserError, match="a complete model, .*: leave --base out"):
         convert(*command, "--vision", vision, "--base", llm)
     without = {n: t for n, t in held.items() if "layers.1.mlp" not in n and "mm_projector.2.bias" not in n}
     torch.save(without, source / "pytorch_model.bin")

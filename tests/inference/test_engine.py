@@ -13,9 +13,9 @@ from PIL import Image
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.inference.answer import Answer, ContextExceeded, EngineClosed, EngineError, QueueFull
+from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull
 from llava_jax.inference.engine import Engine
-from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
 from tests.inference.test_generate import CONFIG, PICTURES, TEMPLATE, generator, params, question, tokenizer
@@ -230,9 +230,11 @@ def test_what_cannot_be_answered_is_refused_at_once(engine):
     prompt = engine.prepare(request)
     room = engine.room(prompt)
     assert room == CONFIG.text.max_position_embeddings - len(prompt.tokens)
-    with pytest.raises(ContextExceeded, match="shorten the conversation") as refused:
+    takes = (
+        f"takes {len(prompt.tokens)} positions and the answer up to {room + 1}, but the context has {engine.context}"
+    )
+    with pytest.raises(ContextExceeded, match=f"{takes}: shorten the conversation"):
         engine.submit(request, Sampling(max_new_tokens=room + 1))
-    assert (refused.value.prompt_tokens, refused.value.context) == (len(prompt.tokens), engine.context)
     answer = engine.submit(request, Sampling(max_new_tokens=room))
     text(answer)
     assert answer.finish_reason == "length" and answer.completion_tokens == room

@@ -17,7 +17,6 @@ from PIL import Image
 
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.checkpoint.writing import save_model
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import render
 from llava_jax.data.sources import Sample
@@ -236,7 +235,7 @@ def test_a_checkpoint_brings_its_template_tokenizer_and_end_tokens(tmp_path):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     hf = {"generation_config": {"eos_token_id": [1, 300]}}
     description = Description(CONFIG, "plain", hf)
-    save_model(tmp_path / "model", params(), description, str(tmp_path / "tokenizer"))
+    tiny.save_model(tmp_path / "model", params(), description, str(tmp_path / "tokenizer"))
     loaded = Generator.from_checkpoint(open_checkpoint(tmp_path / "model"))
     assert loaded.prompts.template.name == "plain"
     assert {1, 300} <= set(loaded.prompts.stop_ids)

@@ -11,7 +11,8 @@ import torch_reference as reference
 from llava_jax.models import families, projectors, towers
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.families import family_of
-from llava_jax.models.registry import FAMILIES, TOWERS
+from llava_jax.models.registry import FAMILIES, TOWERS, Registry
+from llava_jax.parallel import sharding
 
 
 def table(heading: str) -> list[list[str]]:
@@ -61,6 +62,14 @@ def test_what_is_not_registered_is_refused_by_name():
 def test_a_name_is_registered_once(register, base, fields):
     with pytest.raises(ValueError, match="is registered already"):
         register(type("Another", (base,), fields))
+
+
+def test_what_is_registered_says_how_its_parameters_are_sharded(monkeypatch):
+    monkeypatch.setattr(sharding, "PARAMETER_AXES", list(sharding.PARAMETER_AXES))
+    assert sharding.fsdp_axis("vision.layers.relation.kernel", 3) is None
+    axes = ((r"\brelation\.kernel$", (None, "embed")),)
+    Registry("name", "towers").register(type("Another", (towers.Tower,), {"name": "other", "parameter_axes": axes}))
+    assert sharding.fsdp_axis("vision.layers.relation.kernel", 3) == 2
 
 
 def test_configurations_do_not_import_jax():

@@ -53,7 +53,9 @@ def start(stage: str, mesh, model, config):
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     """(gradients of the first step, losses, weights) as numpy."""
-    config = make_config(stage, learning_rate=1e-2, weight_decay=0.1)
+    config = make_config("finetune" if stage == "all" else stage, learning_rate=1e-2, weight_decay=0.1)
+    if stage == "all":
+        config.trainable = ({"parameters": ""},)
     optimizer, state, frozen = start(stage, mesh, model, config)
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
@@ -96,6 +98,11 @@ def assert_agrees(run, reference) -> None:
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_every_mesh_trains_as_one_device_does(sizes, stage):
     assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_a_trained_tower_is_sharded_like_the_decoder(sizes):
+    assert_agrees(train_ten_steps("all", mesh_of(sizes), remat="full"), one_device("all"))
 
 
 @pytest.mark.parametrize("sizes,remat", [((2, 4, 1), "full"), ((1, 4, 2), "save_qkv")])

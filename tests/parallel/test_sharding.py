@@ -24,7 +24,7 @@ def test_one_axis_may_take_the_rest():
     assert sharding.axis_sizes(mesh) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
     assert sharding.batch_shards(mesh) == jax.device_count()
     for axes in ({"data": -1, "fsdp": -1}, {"data": 3, "fsdp": 5}, {"data": 0, "fsdp": -1}, {"data": -2, "fsdp": -2}):
-        with pytest.raises(UserError, match="does not make up"):
+        with pytest.raises(UserError, match="its product is not"):
             sharding.make_mesh(axes)
 
 

@@ -75,6 +75,17 @@ def test_a_missing_wheel_is_named_with_its_extra(name, wheel, extra, monkeypatch
         targets.devices(targets.parse(name))
 
 
+def test_a_process_that_has_looked_for_gpus_is_told_what_to_do(monkeypatch):
+    """As in a notebook on a machine with the CUDA plugin and no driver."""
+
+    def refuse(**options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(UserError, match="h100:8: the CUDA plugin refuses it .*set JAX_PLATFORMS=cpu before JAX is im"):
+        targets.devices(targets.parse("h100:8"))
+
+
 def test_links_of_slices():
     """A grid of 4 x 4 has 24 links, two directions each, for 16 devices; the full 16 x 16 closes to rings."""
     v5e, v5p = hardware.TPUS["v5e"], hardware.TPUS["v5p"]

@@ -19,6 +19,7 @@ from openai.types.chat import chat_completion_content_part_image_param as image_
 from openai.types.chat import completion_create_params
 from serving import data_url, eventually, picture, serving, tiny_engine
 
+from llava_jax.inference import prompts
 from llava_jax.inference.engine import Engine, QueueFull
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve import answers, completions, schema
@@ -98,6 +99,21 @@ def test_an_answer_is_the_engines(client, engine):
     assert usage.prompt_tokens == len(engine.prepare(Request([("user", "Hello")])).tokens)
     assert usage.completion_tokens > 0
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_request_is_tokenized_and_its_images_are_preprocessed_once_for_all_answers(client, engine, monkeypatch):
+    calls = []
+
+    def counted(name, function):
+        return lambda *arguments: (calls.append(name), function(*arguments))[1]
+
+    monkeypatch.setattr(engine._prompts, "encode", counted("encode", engine._prompts.encode))
+    monkeypatch.setattr(prompts, "preprocess", counted("preprocess", prompts.preprocess))
+    content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}} for number in range(2)]
+    message = parts(*content, {"type": "text", "text": "Which one?"})["messages"]
+    completion = create(client, message, n=3)
+    assert len(completion.choices) == 3
+    assert calls == ["preprocess", "preprocess", "encode"]
 
 
 def test_a_stream_brings_the_same_answer_in_pieces(client):
@@ -438,7 +454,7 @@ def test_paths_and_methods_that_are_not_there(http):
 
 
 def test_log_probabilities_are_bounded_for_each_request_and_for_all(url, http, engine, monkeypatch):
-    monkeypatch.setattr(completions, "LOGPROBS", 100)
+    monkeypatch.setattr(completions, "MAX_LOGPROBS", 100)
     asked = {"logprobs": True, "top_logprobs": 9}
     error = refusal(http, 400, n=2, max_tokens=6, **asked)
     assert (error["param"], error["code"]) == ("top_logprobs", "invalid_value")

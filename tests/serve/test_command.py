@@ -20,6 +20,7 @@ from serving import eventually
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.inference.engine import Engine
+from llava_jax.inference.options import mesh_axes
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.parallel import compilation_cache
 from llava_jax.serve import __main__ as command
@@ -201,7 +202,7 @@ def test_numbers_out_of_range(capsys):
 
 
 def test_meshes(capsys):
-    assert command._mesh("tensor=2,fsdp=4") == {"tensor": 2, "fsdp": 4}
+    assert mesh_axes("tensor=2,fsdp=4") == {"tensor": 2, "fsdp": 4}
     for text in ("4", "tensor", "tensor=many", "heads=4"):
         with pytest.raises(SystemExit):
             command.main(["--checkpoint", "nowhere", "--mesh", text])

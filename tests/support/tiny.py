@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from llava_jax.checkpoint.format import Description
-from llava_jax.checkpoint.writing import save_model
+from llava_jax.checkpoint.writing import write_model
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.models.llava import Params, init_params
 
@@ -74,6 +74,13 @@ def config(**changes) -> LlavaConfig:
 
 def params(model: LlavaConfig, seed: int = 0) -> Params:
     return init_params(model, jax.random.key(seed))
+
+
+def save_model(directory: Path | str, params: Params, description: Description, tokenizer_dir: Path | str) -> None:
+    """Writes parameters as `convert import` does."""
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+    slices = ((name, None, np.asarray(value)) for name, value in params.items())
+    write_model(directory, shapes, slices, description, os.fspath(tokenizer_dir))
 
 
 def checkpoint(directory: Path, model: LlavaConfig | None = None, template: str = "v1") -> Path:

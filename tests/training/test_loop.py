@@ -457,6 +457,7 @@ def test_too_many_bad_samples_stop_a_run_which_can_go_on(world, tmp_path, capsys
         loop.train(run_config(world, data=data), str(workdir))
     told = capsys.readouterr().err
     assert left.value.code == 1 and "samples are bad, more than a share of 0.2 of 12; bad_samples.jsonl" in told
+    assert isinstance(left.value.__cause__, UserError), "what `llava_jax.train` raises"
     assert 1 <= open_checkpoint(workdir).step < 6
     loop.train(run_config(world, data=data | {"max_bad_share": 0.9}), str(workdir))
     assert metrics(workdir)[-1]["step"] == 6
@@ -830,7 +831,7 @@ def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
 def test_rows_that_do_not_split_are_refused():
     config = make_config(batch_rows=6, max_rows_per_device=2)
     layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
-    with pytest.raises(UserError, match="2 groups, no multiple of 1 devices x 3 accumulated"):
+    with pytest.raises(UserError, match="2 groups, not a multiple of 1 devices x 3 accumulated"):
         builder.accumulation_steps(config, layout, make_mesh({"fsdp": -1}))
 
 
@@ -839,7 +840,7 @@ def test_packed_rows_have_an_attention_that_knows_segments():
     mesh = make_mesh({"fsdp": 1, "data": 1, "tensor": 1})
     assert builder.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
     assert not builder.step_settings(make_config(), tiny.config(), layout, mesh).packed
-    with pytest.raises(UserError, match="cudnn sees across the samples of packed rows"):
+    with pytest.raises(UserError, match="cudnn attends across the samples of packed rows"):
         builder.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)
 
 

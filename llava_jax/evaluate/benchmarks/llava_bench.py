@@ -11,7 +11,7 @@ import numpy as np
 from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.benchmark import Benchmark, ScoreCommand, register
 from llava_jax.evaluate.benchmarks.llava_bench_files import read_by_id
-from llava_jax.evaluate.benchmarks.llava_bench_judge import JUDGE, REFERENCE
+from llava_jax.evaluate.benchmarks.llava_bench_judge import Judge, Reference
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import FAILED, Review, outcomes, read_reviews
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome
@@ -111,42 +111,8 @@ def with_categories(reviews: Sequence[Review], questions: Mapping[str, Line]) ->
     return [review._replace(category=category(review)) for review in reviews]
 
 
-def table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores as text."""
-    columns = ["relative", "reference", "model", "n", "failed"]
-    columns[1:1] = ["std"] if "std" in scores[ALL] else []
-    rows = [["", *columns]]
-    for name, values in scores.items():
-        rows.append([name, *(_cell(values[column]) for column in columns)])
-    more = [f"{name}: {value if isinstance(value, str | int) else _cell(value)}" for name, value in scores[ALL].items()
-            if name not in (*columns, "std")]  # fmt: skip
-    return "\n".join([aligned(rows), *more])
-
-
 def _cell(value: float | int | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
-
-
-def score_files(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Iterable[Outcome]]:
-    """The scores of the files of reviews, and the outcomes of the questions."""
-    if len(set(args.reviews)) < len(args.reviews):
-        raise UserError("--reviews: a file is given twice; repeats are files of their own")
-    questions = read_by_id(args.questions)
-    files = {
-        path: with_categories(read_reviews(path, args.partial, args.reparse, args.legacy), questions)
-        for path in args.reviews
-    }
-    lacking = check_complete(files, questions, args.partial)
-    scores = score_repeats(list(files.values()), args.legacy)
-    if not scores[ALL]["n"]:
-        raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
-    scores[ALL] |= Counter(review.absent for reviews in files.values() for review in reviews if review.absent)
-    if lacking:
-        scores[ALL]["missing"] = sum(lacking.values())
-    for name in ("judge", "prompt_hash"):
-        if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
-            scores[ALL][name] = ", ".join(known)
-    return scores, _outcomes(args, list(files.values()), questions)
 
 
 def _outcomes(
@@ -155,50 +121,74 @@ def _outcomes(
     yield from outcomes(files, questions, read_by_id(args.answers), read_by_id(args.reference))
 
 
-def to_json(scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Percent are rounded to two decimals, other numbers to four."""
-
-    def rounded(name: str, value: Any) -> Any:
-        return round(value, 2 if name in ("relative", "std") else 4) if isinstance(value, float) else value
-
-    return {name: {key: rounded(key, value) for key, value in values.items()} for name, values in scores.items()}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several files are repeats")
-    add("--questions", metavar="F", help="JSONL of the questions: each needs a review")
-    add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
-    add("--answers", metavar="F", help="JSONL of the answers that were judged, to be added to the outcomes")
-    add("--reference", metavar="F", help="JSONL of the reference answers, likewise")
-    add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
-    add("--reparse", action="store_true", help="read the scores from the texts again instead of the stored ones")
-    add("--legacy", action="store_true", help="the original's arithmetic: failures count as -1, means are rounded to "
-        "three decimals first and the relative score to one")  # fmt: skip
-
-
-SCORE = ScoreCommand(
-    "llava-bench",
-    "LLaVA-Bench: relative scores by a judge",
-    epilog="""examples:
+class Score(ScoreCommand):
+    name, what = "llava-bench", "LLaVA-Bench: relative scores by a judge"
+    epilog = """examples:
   python -m llava_jax.evaluate score llava-bench --reviews reviews.jsonl
   python -m llava_jax.evaluate score llava-bench --reviews run1.jsonl run2.jsonl run3.jsonl --json
 
 For each category and for all: `relative` is the mean score of the model in percent of the mean score of the reference;
 `reference` and `model` are these means, from 1 to 10 as the judge gives them (the original prints ten times as much);
 `n` counts the reviews in these means, `failed` those without scores, which are left out. Several files are repeats:
-the first three are then means over the files, and `std` is the (sample) standard deviation of `relative`.""",
-    add_arguments=add_arguments,
-    score=score_files,
-    table=table,
-    to_json=to_json,
-)
+the first three are then means over the files, and `std` is the (sample) standard deviation of `relative`."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--reviews", nargs="+", required=True, metavar="F", help="JSONL of reviews; several files are repeats")
+        add("--questions", metavar="F", help="JSONL of the questions: each needs a review")
+        add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
+        add("--answers", metavar="F", help="JSONL of the answers that were judged, to be added to the outcomes")
+        add("--reference", metavar="F", help="JSONL of the reference answers, likewise")
+        add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
+        add("--reparse", action="store_true", help="read the scores from the texts again instead of the stored ones")
+        add("--legacy", action="store_true", help="the original's arithmetic: failures count as -1, means are rounded "
+            "to three decimals first and the relative score to one")  # fmt: skip
+
+    def score(self, args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Iterable[Outcome]]:
+        """The scores of the files of reviews, and the outcomes of the questions."""
+        if len(set(args.reviews)) < len(args.reviews):
+            raise UserError("--reviews: a file is given twice; repeats are files of their own")
+        questions = read_by_id(args.questions)
+        files = {
+            path: with_categories(read_reviews(path, args.partial, args.reparse, args.legacy), questions)
+            for path in args.reviews
+        }
+        lacking = check_complete(files, questions, args.partial)
+        scores = score_repeats(list(files.values()), args.legacy)
+        if not scores[ALL]["n"]:
+            raise UserError(f"{args.reviews[0]}: none of the {scores[ALL]['failed']} reviews has scores")
+        scores[ALL] |= Counter(review.absent for reviews in files.values() for review in reviews if review.absent)
+        if lacking:
+            scores[ALL]["missing"] = sum(lacking.values())
+        for name in ("judge", "prompt_hash"):
+            if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
+                scores[ALL][name] = ", ".join(known)
+        return scores, _outcomes(args, list(files.values()), questions)
+
+    def table(self, scores: dict[str, dict[str, Any]]) -> str:
+        """The scores as text."""
+        columns = ["relative", "reference", "model", "n", "failed"]
+        columns[1:1] = ["std"] if "std" in scores[ALL] else []
+        rows = [["", *columns]]
+        for name, values in scores.items():
+            rows.append([name, *(_cell(values[column]) for column in columns)])
+        others = {name: value for name, value in scores[ALL].items() if name not in (*columns, "std")}
+        more = [f"{name}: {value if isinstance(value, str | int) else _cell(value)}" for name, value in others.items()]
+        return "\n".join([aligned(rows), *more])
+
+    def to_json(self, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Percent are rounded to two decimals, other numbers to four."""
+
+        def rounded(name: str, value: Any) -> Any:
+            return round(value, 2 if name in ("relative", "std") else 4) if isinstance(value, float) else value
+
+        return {name: {key: rounded(key, value) for key, value in values.items()} for name, values in scores.items()}
 
 
 @register
 class LlavaBench(Benchmark):
-    name, what = "llava-bench", SCORE.what
+    name, what = "llava-bench", Score.what
     label_files = "reviews by a judge"
     max_new_tokens = 1024
-    judge, reference = JUDGE, REFERENCE
-    score_commands = (SCORE,)
+    judge, reference = Judge(), Reference()
+    score_commands = (Score(),)

@@ -4,16 +4,15 @@ Neither sees the images: both get a description of each.
 """
 
 import argparse
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import read_json
-from llava_jax.evaluate.benchmark import Case, ModelTask, Prompts, read_prompt
 from llava_jax.evaluate.benchmarks.llava_bench_files import Answer, Question, read_answers, read_questions
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import FAILED, parse_scores
+from llava_jax.evaluate.model_task import Case, ModelTask, chat, read_prompt
 from llava_jax.llm_api.cost import Message
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def messages(item: Answered, rule: Rule, swapped: bool, system: str = SYSTEM) ->
         f"[{rule.role} 2]\n{second}\n\n[End of {rule.role} 2]\n\n"
         f"[System]\n{rule.prompt}\n\n"
     )
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    return chat(system, content)
 
 
 def read_rules(path: str) -> dict[str, Rule]:
@@ -85,53 +84,82 @@ def instructions(rules: Mapping[str, Rule], categories: Sequence[str], system: s
     return {name: messages(empty, rules[name], False, system) for name in sorted(set(categories))}
 
 
-def judge_prompts(args: argparse.Namespace) -> Prompts:
-    questions = read_questions(args.questions, args.context)
-    reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
-    if absent := [ident for ident, answer in reference.items() if answer.absent]:
-        raise UserError(f"{args.reference}: question {absent[0]}: the reference, which counts as 100, has no answer")
-    rules = read_rules(args.rule_file) if args.rule_file else RULES
-    shared = instructions(rules, [question.category for question in questions.values()], args.system)
-    orders = [(ident, swapped) for ident in questions for swapped in ((False, True) if args.both_orders else (False,))]
-
-    def case(number: int, ident: str, swapped: bool, repeat: int) -> Case:
-        question, ours, theirs = questions[ident], model[ident], reference[ident]
-        item = Answered(question.context, question.text, theirs.text, ours.text or "")
-        return Case(
-            f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}",
-            functools.partial(messages, item, rules[question.category], swapped, args.system),
-            parse_scores,
-            functools.partial(_review, number, question, theirs, ours, swapped),
-        )
-
-    files = [[case(number, *order, repeat) for number, order in enumerate(orders, 1)] for repeat in range(args.repeats)]
-    return Prompts(files, shared)
+class Judged(NamedTuple):
+    number: int
+    question: Question
+    reference: Answer
+    model: Answer
+    swapped: bool
 
 
-def _review(
-    number: int,
-    question: Question,
-    reference: Answer,
-    model: Answer,
-    swapped: bool,
-    outcome: "Outcome",
-    by: Mapping[str, str],
-) -> dict[str, Any]:
-    """A line in the original's form. The tuple always has the reference's score first."""
-    first, second = (model, reference) if swapped else (reference, model)
-    scores = outcome.value or FAILED
-    review = {
-        "id": number,
-        "question_id": question.question_id,
-        "answer1_id": first.answer_id,
-        "answer2_id": second.answer_id,
-        "category": question.category,
-        "content": outcome.shown,
-        "tuple": list(scores[::-1] if swapped else scores),
-        "answer_model": model.model_id,
-        "reference_model": reference.model_id,
-    }
-    return review | ({"swapped": True} if swapped else {}) | ({"no_answer": model.absent} if model.absent else {}) | by
+class Judge(ModelTask):
+    """Has a language model compare a model's answers to LLaVA-Bench with reference answers: a review of each question.
+
+    The judge gets a description of each image. All its replies are kept in a ledger beside the output: the same command
+    resumes where it was interrupted and pays for no review twice.
+    """
+
+    epilog = """examples:
+  python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
+    --reference answers_gpt4.jsonl --answers answers.jsonl --judge gpt-4-0314 --output reviews.jsonl
+  ... --judge gpt-4-0314 gpt-4o --both-orders --repeats 3 --prices 30 60 --budget 20
+
+Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `score` takes one or several of them."""
+    writes, failed = "reviews", "without scores"
+    cut_counts = True  # the scores come first
+    several = True
+    temperature = 0.2
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_questions(parser)
+        add = parser.add_argument
+        add("--reference", required=True, metavar="F", help="JSONL of the reference answers, which count as 100")
+        add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
+        add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
+        add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
+        add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
+
+    def prompts(self, args: argparse.Namespace) -> tuple[list[list[Case]], Any]:
+        questions = read_questions(args.questions, args.context)
+        reference, model = (read_answers(path, questions) for path in (args.reference, args.answers))
+        if absent := [ident for ident, answer in reference.items() if answer.absent]:
+            raise UserError(
+                f"{args.reference}: question {absent[0]}: the reference, which counts as 100, has no answer"
+            )
+        rules = read_rules(args.rule_file) if args.rule_file else RULES
+        shared = instructions(rules, [question.category for question in questions.values()], args.system)
+        orders = (False, True) if args.both_orders else (False,)
+        asked = [(ident, swapped) for ident in questions for swapped in orders]
+
+        def case(number: int, ident: str, swapped: bool, repeat: int) -> Case:
+            about = Judged(number, questions[ident], reference[ident], model[ident], swapped)
+            item = Answered(about.question.context, about.question.text, about.reference.text, about.model.text or "")
+            name = f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}"
+            return Case(name, messages(item, rules[about.question.category], swapped, args.system), about)
+
+        repeats = range(args.repeats)
+        return [[case(number, *one, repeat) for number, one in enumerate(asked, 1)] for repeat in repeats], shared
+
+    def read(self, about: Judged, text: str) -> tuple[float, float] | None:
+        return parse_scores(text)
+
+    def line(self, about: Judged, outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
+        """A line in the original's form. The tuple always has the reference's score first."""
+        answers, scores = (about.reference, about.model), outcome.value or FAILED
+        first, second = answers[::-1] if about.swapped else answers
+        review = {
+            "id": about.number,
+            "question_id": about.question.question_id,
+            "answer1_id": first.answer_id,
+            "answer2_id": second.answer_id,
+            "category": about.question.category,
+            "content": outcome.shown,
+            "tuple": list(scores[::-1] if about.swapped else scores),
+            "answer_model": about.model.model_id,
+            "reference_model": about.reference.model_id,
+        }
+        marks = {"swapped": about.swapped, "no_answer": about.model.absent}
+        return review | {name: value for name, value in marks.items() if value} | by
 
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
@@ -139,79 +167,40 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", required=True, metavar="F", help="JSONL with a description of each image")
 
 
-def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_questions(parser)
-    add = parser.add_argument
-    add("--reference", required=True, metavar="F", help="JSONL of the reference answers, which count as 100")
-    add("--answers", required=True, metavar="F", help="JSONL of the answers to judge")
-    add("--rule-file", metavar="F", help="instructions to the judge, in the original's form (rule.json)")
-    add("--system", metavar="TEXT", default=SYSTEM, help="system prompt of the judge")
-    add("--both-orders", action="store_true", help="judge each question twice, with either answer first")
-
-
-JUDGE = ModelTask(
-    description="""\
-Has a language model compare a model's answers to LLaVA-Bench with reference answers: a review of each question.
-
-The judge gets a description of each image. All its replies are kept in a ledger beside the output: the same command
-resumes where it was interrupted and pays for no review twice.""",
-    epilog="""examples:
-  python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
-    --reference answers_gpt4.jsonl --answers answers.jsonl --judge gpt-4-0314 --output reviews.jsonl
-  ... --judge gpt-4-0314 gpt-4o --both-orders --repeats 3 --prices 30 60 --budget 20
-
-Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `score` takes one or several of them.""",
-    add_arguments=_add_judge_arguments,
-    prompts=judge_prompts,
-    writes="reviews",
-    failed="without scores",
-    cut_counts=True,  # the scores come first
-    several=True,
-    temperature=0.2,
-)
-
-
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def reference_prompts(args: argparse.Namespace) -> Prompts:
-    questions = read_questions(args.questions, args.context)
-    cases = [
-        Case(f"{ident}, reference", functools.partial(reference_messages, question), str.strip,
-             functools.partial(_answer, question))
-        for ident, question in questions.items()
-    ]  # fmt: skip
-    return Prompts([cases], REFERENCE_SYSTEM)
+class Reference(ModelTask):
+    """Has a text-only language model answer LLaVA-Bench from descriptions of the images: these answers count as 100.
 
+    The same command resumes where it was interrupted and pays for no answer twice.
+    """
 
-def reference_messages(question: Question) -> list[Message]:
-    content = f"{question.context.strip()}\n\nQuestion: {question.text}"
-    return [{"role": "system", "content": REFERENCE_SYSTEM}, {"role": "user", "content": content}]
-
-
-def _answer(question: Question, outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
-    model = by["judge"]
-    ident = hashlib.sha256(f"{model} {question.question_id} {outcome.value}".encode()).hexdigest()[:22]
-    return {
-        "question_id": question.question_id,
-        "prompt": question.text,
-        "text": outcome.value,
-        "answer_id": ident,
-        "model_id": model,
-        "metadata": {"prompt_hash": by["prompt_hash"]},
-    }
-
-
-REFERENCE = ModelTask(
-    description="""\
-Has a text-only language model answer LLaVA-Bench from descriptions of the images: these answers count as 100.
-
-The same command resumes where it was interrupted and pays for no answer twice.""",
-    epilog="""example:
+    epilog = """example:
   python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\
-    --model gpt-4-0314 --output answers_gpt4.jsonl""",
-    add_arguments=_add_questions,
-    prompts=reference_prompts,
-    writes="answers",
-    temperature=0.2,
-)
+    --model gpt-4-0314 --output answers_gpt4.jsonl"""
+    writes = "answers"
+    temperature = 0.2
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_questions(parser)
+
+    def prompts(self, args: argparse.Namespace) -> tuple[list[list[Case]], Any]:
+        questions = read_questions(args.questions, args.context).items()
+        cases = [Case(f"{ident}, reference", self.messages(question), question) for ident, question in questions]
+        return [cases], REFERENCE_SYSTEM
+
+    def messages(self, question: Question) -> list[Message]:
+        return chat(REFERENCE_SYSTEM, f"{question.context.strip()}\n\nQuestion: {question.text}")
+
+    def line(self, about: Question, outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
+        model = by["judge"]
+        ident = hashlib.sha256(f"{model} {about.question_id} {outcome.value}".encode()).hexdigest()[:22]
+        return {
+            "question_id": about.question_id,
+            "prompt": about.text,
+            "text": outcome.value,
+            "answer_id": ident,
+            "model_id": model,
+            "metadata": {"prompt_hash": by["prompt_hash"]},
+        }

@@ -1,7 +1,6 @@
 """MM-Vet: open answers that a judge grades from 0 to 1, by the capabilities that a question needs."""
 
 import argparse
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,9 +18,10 @@ from llava_jax.evaluate.answers import (
     percent_by,
     refuse_questions,
 )
-from llava_jax.evaluate.benchmark import Benchmark, Case, Labels, ModelTask, Prompts, read_prompt, register
+from llava_jax.evaluate.benchmark import Benchmark, Labels, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, unique
 from llava_jax.evaluate.lines import Line
+from llava_jax.evaluate.model_task import Case, ModelTask, chat, read_prompt
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.llm_api.cost import Message
 from llava_jax.llm_api.thinking import after_thinking
@@ -75,62 +75,58 @@ SYSTEM = "You grade answers to questions about pictures by comparing them with w
 PROMPT = read_prompt("mm_vet_judge.txt")
 
 
-def prompts(args: argparse.Namespace) -> Prompts:
-    """A prompt for each answer. An absent answer gets grade 0 without a request."""
-    entries = {entry.id: entry for entry in read(args.labels)}
-    for entry in entries.values():
-        for name in ("question", "answer"):
-            field(entry.label, name, entry.where)
-    lines = answer_lines(args.answers)
-    refuse_questions(lines)
-    joined = join(by_key(lines, key), entries, args.answers, partial=False, advice=WHOLE)
-    return Prompts([[_case(entry, answer) for answer, entry in joined.pairs]], [SYSTEM, PROMPT])
+class Judge(ModelTask):
+    """Has a language model grade answers to MM-Vet from 0 to 1, given the right answer. `score mm-vet` takes grades.
 
+    The same command resumes where it was interrupted and pays for no grade twice. Grades by another judge or other
+    instructions than the benchmark's own are not comparable with published ones.
+    """
 
-def _case(entry: Entry, answer: Answer) -> Case:
-    asked = None if answer.absent else functools.partial(messages, entry.label, answer.text)
+    epilog = """example:
+  python -m llava_jax.evaluate judge mm-vet --answers answers.jsonl --labels mm-vet.json --judge gpt-4-0613 \\
+    --output grades.jsonl
+  python -m llava_jax.evaluate score mm-vet --answers grades.jsonl --labels mm-vet.json"""
+    writes, failed = "grades", "failed"
+    cut_counts = True  # the grade comes first
+    max_tokens = 16
 
-    def line(outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--answers", required=True, metavar="F", help="JSONL of question_id, text")
+        parser.add_argument("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")
+
+    def prompts(self, args: argparse.Namespace) -> tuple[list[list[Case]], Any]:
+        """A prompt for each answer that is not absent."""
+        entries = {entry.id: entry for entry in read(args.labels)}
+        for entry in entries.values():
+            for name in ("question", "answer"):
+                field(entry.label, name, entry.where)
+        lines = answer_lines(args.answers)
+        refuse_questions(lines)
+        joined = join(by_key(lines, key), entries, args.answers, partial=False, advice=WHOLE)
+        cases = [Case(entry.id, _messages(entry, answer), (entry, answer)) for answer, entry in joined.pairs]
+        return [cases], [SYSTEM, PROMPT]
+
+    def read(self, about: tuple[Entry, Answer], text: str) -> float | None:
+        return parse_grade(text)
+
+    def line(self, about: tuple[Entry, Answer], outcome: "Outcome | None", by: Mapping[str, str]) -> dict[str, Any]:
+        entry, answer = about
+        grade = outcome.value if outcome else 0.0
         graded = {
             "question_id": f"{PREFIX}{entry.id}",
             "prompt": entry.label["question"],
             "text": answer.text,
-            "content": outcome.shown,
-            "grade": outcome.value if outcome.value is not None else -1,
+            "content": outcome.shown if outcome else f"no answer: {answer.absent}",
+            "grade": -1 if grade is None else grade,
             **by,
         }
         return graded | ({"metadata": {"no_answer": answer.absent}} if answer.absent else {})
 
-    return Case(entry.id, asked, parse_grade, line, given=(0.0, answer.absent))
 
+def _messages(entry: Entry, answer: Answer) -> list[Message] | None:
+    asked = {"question": entry.label["question"], "right": entry.label["answer"], "answer": answer.text}
+    return None if answer.absent else chat(SYSTEM, PROMPT.format(**asked))
 
-def messages(entry: Mapping[str, Any], answer: str) -> list[Message]:
-    content = PROMPT.format(question=entry["question"], right=entry["answer"], answer=answer)
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--answers", required=True, metavar="F", help="JSONL of question_id, text")
-    parser.add_argument("--labels", required=True, metavar="F", help="MM-Vet's mm-vet.json")
-
-
-JUDGE = ModelTask(
-    description="""\
-Has a language model grade answers to MM-Vet from 0 to 1, given the right answer. `score mm-vet` takes the grades.
-
-The same command resumes where it was interrupted and pays for no grade twice. Grades by another judge or other
-instructions than the benchmark's own are not comparable with published ones.""",
-    epilog="""example:
-  python -m llava_jax.evaluate judge mm-vet --answers answers.jsonl --labels mm-vet.json --judge gpt-4-0613 \\
-    --output grades.jsonl
-  python -m llava_jax.evaluate score mm-vet --answers grades.jsonl --labels mm-vet.json""",
-    add_arguments=add_arguments,
-    prompts=prompts,
-    writes="grades",
-    failed="failed",
-    cut_counts=True,  # the grade comes first
-    max_tokens=16,
-)
 
 LABEL_FORMATS.add(LabelFormat("mm-vet", "`mm-vet.json`", ("mm-vet",), read))
 
@@ -141,7 +137,7 @@ class MmVet(Benchmark):
     max_new_tokens = 1024
     fields = (*GRADES, "text")
     ids = r"(v1_)?\d{1,3}"
-    judge = JUDGE
+    judge = Judge()
 
     def questions(self, path: str) -> Iterator[Question]:
         for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):

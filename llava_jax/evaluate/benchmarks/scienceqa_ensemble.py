@@ -5,14 +5,13 @@ of both stands. If they differ, it is the judge's (`judge scienceqa`), or the fi
 """
 
 import argparse
-import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import WHOLE, join
-from llava_jax.evaluate.benchmark import Case, ModelTask, Prompts, ScoreCommand, read_prompt
+from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks.scienceqa_scores import (
     FAILED,
     OPTIONS,
@@ -26,11 +25,12 @@ from llava_jax.evaluate.benchmarks.scienceqa_scores import (
     table,
 )
 from llava_jax.evaluate.lines import read_lines
-from llava_jax.evaluate.outcomes import Outcome
+from llava_jax.evaluate.model_task import Case, ModelTask, chat, read_prompt
+from llava_jax.evaluate.outcomes import Outcome as Scored
 from llava_jax.llm_api.cost import Message
 
 if TYPE_CHECKING:
-    from llava_jax.llm_api import asking
+    from llava_jax.llm_api.asking import Outcome
 
 
 class Pair(NamedTuple):
@@ -83,28 +83,6 @@ def decide(pair: Pair, verdict: int) -> int:
     return pair.ours if verdict == FAILED else verdict
 
 
-def score_ensemble(args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[Outcome]]:
-    pairs = read_pairs(args)
-    differing = {ident: pair.problem for ident, pair in pairs.items() if pair.differ}
-    if args.judged:
-        verdicts = _verdicts(args.judged, differing)
-        chosen = [decide(pair, verdicts.get(ident, FAILED)) for ident, pair in pairs.items()]
-        known = {"judge_failed": sum(verdict == FAILED for verdict in verdicts.values()), **_judge(args.judged)}
-    else:
-        chosen, known = [complement(pair) for pair in pairs.values()], {}
-    scores = score([(option, pair.problem) for option, pair in zip(chosen, pairs.values(), strict=True)])
-    right = sum(pair.problem["answer"] in (pair.ours, pair.other) for pair in pairs.values())
-    scores |= {
-        "scheme": "judge" if args.judged else "complement",
-        "differ": len(differing),
-        "other_failed": sum(pair.other == FAILED for pair in pairs.values()),
-        "upper": round(100 * right / len(pairs), 2),
-        **_absent(pairs.values()),
-        **known,
-    }
-    return scores, ()
-
-
 def _absent(pairs: Iterable[Pair]) -> dict[str, int]:
     """The number of absent answers of each model by reason: `ours_empty`, `other_cut_off`."""
     whose = zip(("ours", "other"), zip(*(pair.absent for pair in pairs), strict=True), strict=True)
@@ -136,27 +114,45 @@ def _judge(path: str) -> dict[str, str]:
     return known
 
 
-def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_files(parser)
-    parser.add_argument("--judged", metavar="F", help="the verdicts of `judge scienceqa`; without them the complement "
-                        "is scored")  # fmt: skip
-
-
-SCORE_ENSEMBLE = ScoreCommand(
-    "scienceqa-ensemble",
-    "ScienceQA: accuracy of two models together, as in the paper",
-    epilog="""examples:
+class ScoreEnsemble(ScoreCommand):
+    name, what = "scienceqa-ensemble", "ScienceQA: accuracy of two models together, as in the paper"
+    epilog = """examples:
   python -m llava_jax.evaluate score scienceqa-ensemble --ours answers.jsonl --other gpt4.json \\
     --problems problems.json --splits pid_splits.json
   ... --judged judged.jsonl --json
 
 As complement, the second model answers, and the first one only if the second gives no option. With a judge, the option
 of both stands. If they differ, it is the judge's, or the first model's if the judge gives none. `upper` is the share of
-problems for which at least one of the two models is right.""",
-    add_arguments=_add_score_arguments,
-    score=score_ensemble,
-    table=functools.partial(table, separator="\n", count="{name}: {value}"),
-)
+problems for which at least one of the two models is right."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_files(parser)
+        help_ = "the verdicts of `judge scienceqa`; without them the complement is scored"
+        parser.add_argument("--judged", metavar="F", help=help_)
+
+    def score(self, args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[Scored]]:
+        pairs = read_pairs(args)
+        differing = {ident: pair.problem for ident, pair in pairs.items() if pair.differ}
+        if args.judged:
+            verdicts = _verdicts(args.judged, differing)
+            chosen = [decide(pair, verdicts.get(ident, FAILED)) for ident, pair in pairs.items()]
+            known = {"judge_failed": sum(verdict == FAILED for verdict in verdicts.values()), **_judge(args.judged)}
+        else:
+            chosen, known = [complement(pair) for pair in pairs.values()], {}
+        scores = score([(option, pair.problem) for option, pair in zip(chosen, pairs.values(), strict=True)])
+        right = sum(pair.problem["answer"] in (pair.ours, pair.other) for pair in pairs.values())
+        scores |= {
+            "scheme": "judge" if args.judged else "complement",
+            "differ": len(differing),
+            "other_failed": sum(pair.other == FAILED for pair in pairs.values()),
+            "upper": round(100 * right / len(pairs), 2),
+            **_absent(pairs.values()),
+            **known,
+        }
+        return scores, ()
+
+    def table(self, scores: Mapping[str, Any]) -> str:
+        return table(scores, separator="\n", count="{name}: {value}")
 
 
 # ------------------------------------------------------------------------------------------------------------ judging
@@ -165,47 +161,42 @@ SYSTEM = "You answer questions of science exams. You reason with care and end wi
 PROMPT = read_prompt("scienceqa_judge.txt")
 
 
-def prompts(args: argparse.Namespace) -> Prompts:
-    """A prompt for each problem on which the two models differ."""
-    pairs = {ident: pair for ident, pair in read_pairs(args).items() if pair.differ}
-    ours, other = (read_results(path, stored=("outputs",)) for path in (args.ours, args.other))  # the judge sees texts
-    if not pairs:
-        raise UserError(f"{args.ours}: nothing to judge: both give the same option to every problem")
-    cases = [
-        Case(ident, functools.partial(messages, pair.problem, ours[ident].text or "", other[ident].text or ""),
-             functools.partial(_option, len(pair.problem["choices"])), functools.partial(_line, ident))
-        for ident, pair in pairs.items()
-    ]  # fmt: skip
-    return Prompts([cases], [SYSTEM, PROMPT])
+class Judge(ModelTask):
+    """Has a language model decide the problems of ScienceQA on which a model and a second one differ. `score
+    scienceqa-ensemble` takes the verdicts. In the paper the judge is the second model itself.
+
+    The same command resumes where it was interrupted and pays for no verdict twice.
+    """
+
+    epilog = """example:
+  python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
+    --splits pid_splits.json --judge gpt-4-0314 --output judged.jsonl"""
+    writes, failed = "verdicts", "without an option"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        _add_files(parser)
+
+    def prompts(self, args: argparse.Namespace) -> tuple[list[list[Case]], Any]:
+        """A prompt for each problem on which the two models differ. It shows texts, not options."""
+        pairs = {ident: pair for ident, pair in read_pairs(args).items() if pair.differ}
+        ours, other = (read_results(path, stored=("outputs",)) for path in (args.ours, args.other))
+        if not pairs:
+            raise UserError(f"{args.ours}: nothing to judge: both give the same option to every problem")
+        cases = [
+            Case(ident, messages(pair.problem, ours[ident].text or "", other[ident].text or ""), (ident, pair.problem))
+            for ident, pair in pairs.items()
+        ]
+        return [cases], [SYSTEM, PROMPT]
+
+    def read(self, about: tuple[str, Problem], text: str) -> int | None:
+        option = extract(text, len(about[1]["choices"]))
+        return None if option == FAILED else option
+
+    def line(self, about: tuple[str, Problem], outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
+        return {"question_id": about[0], "text": outcome.shown, **by}
 
 
 def messages(problem: Problem, ours: str, other: str) -> list[Message]:
     options = " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False))
     question = f"Question: {problem['question']}\nContext: {problem['hint'] or 'none'}\nOptions: {options}\n"
-    content = PROMPT.format(question=question, ours=ours, other=other)
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-
-
-def _option(choices: int, text: str) -> int | None:
-    option = extract(text, choices)
-    return None if option == FAILED else option
-
-
-def _line(ident: str, outcome: "asking.Outcome", by: Mapping[str, str]) -> dict[str, Any]:
-    return {"question_id": ident, "text": outcome.shown, **by}
-
-
-JUDGE = ModelTask(
-    description="""\
-Has a language model decide the problems of ScienceQA on which a model and a second one differ. `score
-scienceqa-ensemble` takes the verdicts. In the paper the judge is the second model itself.
-
-The same command resumes where it was interrupted and pays for no verdict twice.""",
-    epilog="""example:
-  python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
-    --splits pid_splits.json --judge gpt-4-0314 --output judged.jsonl""",
-    add_arguments=_add_files,
-    prompts=prompts,
-    writes="verdicts",
-    failed="without an option",
-)
+    return chat(SYSTEM, PROMPT.format(question=question, ours=ours, other=other))

@@ -14,7 +14,7 @@ from serving import bomb, data_url, picture
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import ASPECTS, load_image, preprocess
-from llava_jax.serve import fetch, pictures
+from llava_jax.serve import fetch, images
 from llava_jax.serve.errors import ApiError
 
 MEAN = (0.48, 0.46, 0.41)
@@ -25,7 +25,7 @@ def square(aspect: str = "pad"):
 
 
 def read(url: str, **options) -> Image.Image:
-    return asyncio.run(pictures.Reader(square(), **options).read([("here", url)]))[0]
+    return asyncio.run(images.ImageReader(square(), **options).read([("here", url)]))[0]
 
 
 def refusal(url: str, **options) -> str:
@@ -120,9 +120,9 @@ def _truncated() -> bytes:
         ("data:image/png;base64," + "%41" * 1_000_000, "no base64"),
         ("data:image/png,abc", "data:image/jpeg;base64"),
         ("data:", "data:image/jpeg;base64"),
-        ("https://example.com/a.png", "fetches no pictures"),
-        ("file:///etc/passwd", "fetches no pictures"),
-        ("", "fetches no pictures"),
+        ("https://example.com/a.png", "fetches no images"),
+        ("file:///etc/passwd", "fetches no images"),
+        ("", "fetches no images"),
     ],
 )
 def test_what_is_no_picture_is_refused_by_its_place(url, what):
@@ -137,7 +137,7 @@ def test_what_the_decoder_says_is_not_for_clients(data):
 
 def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch):
     """The sum of what is being decoded stays within the budget."""
-    monkeypatch.setattr(pictures, "LARGE_BYTES", 100 * 100 * 4)
+    monkeypatch.setattr(images, "LARGE_BYTES", 100 * 100 * 4)
     large, small = data_url(picture(size=(100, 100))), data_url(picture(size=(10, 10)))
     taken, release, order = [], threading.Event(), []
 
@@ -148,7 +148,7 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
         order.append(image.width)
         return square()(image)
 
-    reader = pictures.Reader(slow, decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
+    reader = images.ImageReader(slow, decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
     reader._large = anyio.CapacityLimiter(4)  # the budget alone limits them
 
     async def all_at_once() -> None:
@@ -167,7 +167,7 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
 
 
 def test_an_image_that_takes_more_than_there_is():
-    reader = pictures.Reader(square(), decoding_bytes=1000)
+    reader = images.ImageReader(square(), decoding_bytes=1000)
     with pytest.raises(ApiError, match="to decode, and this server has"):
         asyncio.run(reader.read([("here", data_url(picture()))]))
 
@@ -187,7 +187,7 @@ class Web(http.server.BaseHTTPRequestHandler):
             case "loop":
                 self._send(302, location="/loop")
             case "large":
-                self._send(200, b"x" * (pictures.MAX_REMOTE_BYTES + 1))
+                self._send(200, b"x" * (images.MAX_REMOTE_BYTES + 1))
             case "slow":
                 self.rfile.read(1)  # until the client leaves
             case "host":

@@ -1,7 +1,7 @@
 """Images of a request: from a URL to the preprocessed image that the vision tower sees.
 
-An image is brought to that size as soon as it is decoded: what waits in the queue is small, however large the images
-were that came in. All requests share one budget of memory for decoding.
+An image is preprocessed as soon as it is decoded, so that what waits in the queue is small, however large the uploads
+were. All requests share one memory budget for decoding.
 """
 
 import asyncio
@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import EncodedImage, open_image, preprocess
-from llava_jax.models.config import LlavaConfig
+from llava_jax.data.images import EncodedImage, open_image
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
 
@@ -24,11 +23,11 @@ MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
 DECODING_BYTES = 640 << 20  # of all images that are being decoded
 _ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": " ", "%0A": "\n", "%0D": "\r"}  # what base64 may need
-LARGE_BYTES = 32 << 20  # from which on an image waits for others of its kind, and lets smaller ones pass
+LARGE_BYTES = 32 << 20  # images of at least this size, decoded, use all threads but one: small ones pass them
 
 
 class Budget:
-    """Bytes that may be in use at a time. Who wants more than are left waits; smaller ones do not wait for it."""
+    """Bytes that may be in use at a time. `take` waits until enough are free; smaller amounts may overtake it."""
 
     def __init__(self, total: int):
         self.total = self.left = total
@@ -36,7 +35,7 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def take(self, amount: int) -> AsyncIterator[None]:
-        """Raises UserError for more than there is in all."""
+        """Raises `UserError` for more than the total."""
         if amount > self.total:
             raise UserError(
                 f"takes {amount >> 20} MiB to decode, and this server has {self.total >> 20} MiB for that: shrink it"
@@ -52,13 +51,13 @@ class Budget:
             self._freed = asyncio.Event()
 
 
-class Reader:
+class ImageReader:
     """Reads the images of requests.
 
     Args:
       preprocess: an image to uint8[H, W, 3] at the size of the vision tower.
       allow_remote: whether http(s) URLs are fetched.
-      decoding_bytes: what all images that are being decoded may take together.
+      decoding_bytes: for all images that are being decoded.
     """
 
     def __init__(
@@ -73,49 +72,43 @@ class Reader:
         threads = min(4, os.cpu_count() or 1)
         self._small, self._large = anyio.CapacityLimiter(threads), anyio.CapacityLimiter(max(1, threads - 1))
 
-    @classmethod
-    def of(cls, config: LlavaConfig, allow_remote: bool = False) -> "Reader":
-        """Reads as a model wants its images."""
-        size, aspect, mean = config.vision.image_size, config.image_aspect, config.image_mean
-        return cls(lambda image: preprocess(image, size, aspect, mean), allow_remote)
-
-    async def read(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
-        """The images at (field of the request, URL). Raises ApiError naming the field."""
+    async def read(self, urls: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """The images at (field of the request, URL), each uint8[H, W, 3]. Raises `ApiError` that names the field."""
         images = []
         for field, url in urls:
             try:
                 images.append(await self._read(url))
             except UserError as error:
-                message = str(error).replace(f" ({error.__cause__})", "")  # what the decoder says is not for clients
+                message = str(error).replace(f" ({error.__cause__})", "")  # clients do not see the decoder's message
                 raise ApiError(400, f"{field}: {message}", "invalid_image", field) from error
         return images
 
-    async def _read(self, url: str) -> Image.Image:
+    async def _read(self, url: str) -> np.ndarray:
         name = "of the request"
         if url[:5].lower() == "data:":
             return await self._decode(lambda: open_image(decode_data_url(url), name, MAX_PIXELS))
         if not self._allow_remote:
-            raise UserError("this server fetches no pictures: send it as a data URL, data:image/jpeg;base64,...")
+            raise UserError("this server fetches no images: send it as a data URL, data:image/jpeg;base64,...")
         try:
             data = await fetch(url, MAX_REMOTE_BYTES)
         except UserError as error:
-            raise UserError(f"the picture's URL {error}") from error
+            raise UserError(f"the image's URL {error}") from error
         return await self._decode(lambda: open_image(data, name, MAX_PIXELS))
 
-    async def _decode(self, open_encoded: Callable[[], EncodedImage]) -> Image.Image:
+    async def _decode(self, open_encoded: Callable[[], EncodedImage]) -> np.ndarray:
         encoded = await anyio.to_thread.run_sync(open_encoded, limiter=self._small)
         amount = encoded.decoded_bytes
         limiter = self._small if amount < LARGE_BYTES else self._large
         async with self._budget.take(amount):
-            return await anyio.to_thread.run_sync(self._square, encoded, limiter=limiter)
+            return await anyio.to_thread.run_sync(self._read_pixels, encoded, limiter=limiter)
 
-    def _square(self, encoded: EncodedImage) -> Image.Image:
-        return Image.fromarray(self._preprocess(encoded.decode()))
+    def _read_pixels(self, encoded: EncodedImage) -> np.ndarray:
+        return self._preprocess(encoded.decode())
 
 
 def decode_data_url(url: str) -> bytes:
-    """The bytes of `data:...;base64,...`. What type it says does not matter: the data itself tells. Blanks, escapes
-    and missing padding are accepted, as in browsers; any other character that is not of base64 is refused."""
+    """The bytes of `data:...;base64,...`. The media type is ignored, as the data shows its type. White space, escapes
+    and missing padding are accepted, as in browsers. Raises `UserError` for all other characters outside base64."""
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise UserError("a data URL has to look like data:image/jpeg;base64,...")
