@@ -106,16 +106,29 @@ def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: 
         )
     if config.attention == "cudnn" and dtype != jnp.bfloat16:
         raise UserError(f"config.attention=cudnn needs bfloat16, not {dtype}: set compute_dtype, or attention=chunked")
+    attention = config.attention or choose_backend(platform, packed, dtype)
+    # cuDNN has no backward pass for an odd number of tokens with a bias, which CLIP's class token makes.
+    if attention == "cudnn" and model.vision.num_tokens % 2 and _trains_tower(config, model):
+        if config.attention:
+            raise UserError(
+                f"config.attention=cudnn cannot train a vision tower with an odd number of tokens "
+                f"({model.vision.num_tokens}): set attention=chunked"
+            )
+        attention = "chunked"
     return StepSettings(
         model=model,
         layout=layout,
         mesh=mesh,
         dtype=dtype,
-        attention=config.attention or choose_backend(platform, packed, dtype),
+        attention=attention,
         packed=packed,
         remat=config.remat,
         accumulation=accumulation_steps(config, layout, mesh),
     )
+
+
+def _trains_tower(config: ConfigDict, model: LlavaConfig) -> bool:
+    return any(name.startswith("vision.") for name in optim.trained(abstract_params(model), config))
 
 
 def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:

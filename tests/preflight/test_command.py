@@ -216,6 +216,12 @@ def test_a_recipes_own_table_of_what_is_trained_is_compiled(name):
     assert found.collectives.ratio == pytest.approx(1, abs=0.05)
 
 
+def test_cudnn_does_not_train_a_tower_with_an_odd_number_of_tokens():
+    config = small_config(trainable=({"parameters": r"vision\."},), attention="cudnn")
+    with pytest.raises(UserError, match=r"attention=cudnn cannot train a vision tower .*\(17\): set attention=chunked"):
+        report(config, "h100:4")
+
+
 RECIPE = """
 from configs import common, finetune
 from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
