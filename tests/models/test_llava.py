@@ -97,10 +97,16 @@ def test_text_only_rows_give_the_projector_exactly_zero(params):
     assert np.abs(zero["llm.layers.mlp.up_proj.kernel"]).max() > 1e-3
 
 
-def test_the_tower_gets_no_gradient(params):
-    batch = make_batch([[3, "image", 3]], random_images(1, 1))
+def test_gradients_reach_the_layers_of_the_tower_that_run(params):
+    """Whether they are taken is up to the step: it differentiates what the run trains."""
+    batch, used = make_batch([[3, "image", 3]], random_images(1, 1)), CONFIG.vision_layers_used
+    assert used < CONFIG.vision.num_layers
     for name, gradient in gradients(CONFIG, params, batch).items():
-        if name.startswith("vision."):
+        if name.startswith("vision.layers.") and name.endswith("kernel"):
+            assert np.abs(gradient[:used]).max() > 1e-6, name
+        if name.startswith("vision.layers."):
+            np.testing.assert_array_equal(gradient[used:], np.zeros_like(gradient[used:]), err_msg=name)
+        if name.startswith("vision.post_layernorm."):
             np.testing.assert_array_equal(gradient, np.zeros_like(gradient), err_msg=name)
 
 
