@@ -65,8 +65,10 @@ def answers(name: str, root: Path) -> str:
             line |= {"question_id": f"{categories[i % 14]}/{i // 28}.png", "prompt": f"Is it {i}?"}
         if name == "mmbench":
             line |= {"question_id": i % 5000 + i // 5000 * 1_000_000}
+        if name == "textvqa":
+            line |= {"prompt": f"What is {i}?"}
         if name == "mm-vet":
-            line |= {"text": "0.5"}
+            line |= {"grade": 0.5}
     return write(root / f"{name}.answers.jsonl", lines)
 
 

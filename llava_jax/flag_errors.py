@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
+from llava_jax.recipes.options import flatten
 
 # Errors whose message is clear without their type.
 _PLAIN = (flags.Error, UserError, ValueError, ImportError, OSError, KeyError)
@@ -77,20 +77,13 @@ def _unknown_key(argv: Sequence[str]) -> str | None:
     if not file or not keys:
         return None
     try:
-        known = _paths(flags.FLAGS["config"].value or runpy.run_path(file)["get_config"]())
+        config = flags.FLAGS["config"].value or runpy.run_path(file)["get_config"]()
+        options = [key for key, _ in flatten(config.to_dict())]
     except Exception:  # the error is in the file itself
         return None
+    known = [*options, *(key.rpartition(".")[0] for key in options if "." in key)]  # and sections
     for key in keys:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             return f"the config has no key {key!r}; the nearest is {nearest!r}"
     return None
-
-
-def _paths(config: ConfigDict, prefix: str = "") -> list[str]:
-    paths = []
-    for key, value in config.items():
-        paths.append(prefix + key)
-        if isinstance(value, ConfigDict):
-            paths += _paths(value, f"{prefix}{key}.")
-    return paths

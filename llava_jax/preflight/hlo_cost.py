@@ -11,21 +11,18 @@ XLA's own `cost_analysis` counts the body of a loop once and leaves out collecti
   `psum_scatter` as an all-reduce, which counts as an all-reduce.
 - Kernels (Pallas, cuDNN) hide their FLOPs: they are listed by name and have to be added by formula.
 
-`python -m llava_jax.preflight.hlo_cost FILE` prints the cost of a saved text.
+`python -m llava_jax.hlo FILE` prints the cost of a saved text.
 """
 
 import collections
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_jax import cli
 from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_loops, hlo_text
 from llava_jax.preflight.hlo_text import TRANSPARENT, Computation, Instruction, Module, Shape
@@ -118,13 +115,13 @@ class Cost:
         """The part of `flops` that the compiler added to save memory, as far as its names show it."""
         return sum(matmul.flops * matmul.times for matmul in self.matmuls if matmul.recomputed)
 
-    def recomputed_at(self, limit: int = 3) -> dict[str, float]:
+    def recomputed_at(self) -> dict[str, float]:
         """The places in the JAX program with the most of these FLOPs."""
         places: collections.Counter[str] = collections.Counter()
         for matmul in self.matmuls:
             if matmul.recomputed:
                 places[matmul.op_name] += matmul.flops * matmul.times
-        return dict(places.most_common(limit))
+        return dict(places.most_common(3))
 
     @property
     def wire(self) -> float:
@@ -329,13 +326,3 @@ def table(total: Cost) -> str:
     lines += [f"kernel        {count} x {name}" for name, count in sorted(total.kernels.items())]
     lines += [f"loop of unknown length, counted once: {name}" for name in total.unknown_loops]
     return "\n".join(lines)
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise cli.UserError("give the file of a saved HLO text: python -m llava_jax.preflight.hlo_cost FILE")
-    cli.say(table(cost(Path(sys.argv[1]).read_text())))
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,7 +1,7 @@
 """The HLO text of a compiled program as a typed graph: modules of computations of instructions.
 
-The texts of the compilers for TPU, GPU and CPU are complete, but differ: `python -m llava_jax.preflight.hlo_cost FILE`
-reads all of them. `hlo_cost` adds up what a program costs, `hlo_loops` finds how often its loops run.
+The compilers for TPU, GPU and CPU write different texts; this reads all of them. `hlo_cost` adds up what a program
+costs, `hlo_loops` finds how often its loops run.
 """
 
 import collections

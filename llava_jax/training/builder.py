@@ -82,7 +82,7 @@ def build(
     stored = abstract_params(model) if stored is None else stored
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = optim.trainable_names(stored, config)
+    names = list(optim.trained(stored, config))
     optimizer = optim.make_optimizer(config, names, steps)
     state = abstract_state(optimizer, stored, names, mesh)
     frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored

@@ -12,8 +12,6 @@ Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 
 import dataclasses
 import math
-import operator
-import re
 from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
@@ -50,9 +48,6 @@ class Part:
     @property
     def needed(self) -> float:
         return self.forward + self.activations + self.weights
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def __mul__(self, factor: float) -> "Part":
         return Part(*(factor * value for value in dataclasses.astuple(self)))
@@ -128,23 +123,21 @@ def _vision(
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
     later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
     again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
-    gradients = sum(product(name, size) for name, size in weights.items() if name.startswith("vision."))
+    gradients = sum((product(name, size) for name, size in weights.items() if name.startswith("vision.")), 0.0)
     return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
 
 def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], trainable: Collection[str]) -> Part:
-    """One patch. `backward`: whether the tower is trained; else the first trained layer is the first with gradients."""
+    """One patch. `backward`: whether the tower is trained; else gradients end at the first trained layer."""
     matrices = projector_kind(model.projector_type).matrices(
         model.projector_type, model.vision.hidden_size, model.text.hidden_size
     )
-    kernels = sorted(name for name in abstract_params(model) if re.fullmatch(r"projector\..*\.kernel", name))
-    total = Part()
-    for kernel, (rows, columns) in zip(kernels, matrices, strict=True):
-        flops = 2.0 * rows * columns
-        total += Part(flops, flops * backward, flops * (kernel in weights))
-        module = kernel.removesuffix("kernel")
-        backward = backward or any(name.startswith(module) for name in trainable)
-    return total
+    products = [2.0 * rows * columns for rows, columns in matrices]
+    layers = sorted({name.rpartition(".")[0] for name in abstract_params(model) if name.startswith("projector.")})
+    trained = [number for number, layer in enumerate(layers) if any(name.startswith(f"{layer}.") for name in trainable)]
+    first = 0 if backward else trained[0] + 1 if trained else len(products)
+    gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("projector."))
+    return Part(sum(products), sum(products[first:]), gradients)
 
 
 def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:

@@ -65,11 +65,6 @@ def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:
     return {name: group for name, group in found.items() if group}
 
 
-def trainable_names(names: Iterable[str], config: ConfigDict) -> list[str]:
-    """The names of the trained parameters, in the order of `names`."""
-    return list(trained(names, config))
-
-
 def _examples(names: Iterable[str]) -> list[str]:
     """The first parameter of each part of the model."""
     first: dict[str, str] = {}

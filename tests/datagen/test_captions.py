@@ -92,7 +92,7 @@ def test_output_is_clean_and_builds(tmp_path):
 BAD = {
     "{": "is no JSON",
     "[1]": "is no object",
-    '{"caption": "A cat."}': "`image` is no name",
+    '{"caption": "A cat."}': "`image` is not the name",
     '{"image": "a.jpg"}': "neither `caption` nor `blip_caption` nor `conversations`",
     '{"image": "a.jpg", "caption": 5}': "is no text",
     '{"image": "a.jpg", "caption": " "}': "is empty",
@@ -143,8 +143,11 @@ def test_nothing_but_bad_lines_is_no_data_set(tmp_path):
 
 
 def test_commands(capsys):
-    assert main([]) == 2 and main(["caption"]) == 2 and main(["--help"]) == 0
+    assert main([]) == 2 and main(["--help"]) == 0
     assert "captions" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'caption' is no command"):
+        main(["caption"])
+    assert "captions" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["captions", "--help"])
     assert exit.value.code == 0 and "example:" in capsys.readouterr().out

@@ -230,13 +230,13 @@ def test_what_the_command_says_itself_is_not_taken_from_the_body(folder: Path, c
     for body, name in (('{"n": 3}', "n"), ('{"messages": [], "model": "m"}', "messages, model")):
         with pytest.raises(SystemExit):
             run(folder, None, "--body", body, "--model", "m")
-        assert f"holds {name}, which the command says itself" in capsys.readouterr().err
+        assert f"holds {name}, which the command sets itself" in capsys.readouterr().err
 
 
 def test_a_longest_answer_is_a_number(folder: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         run(folder, None, "--body", '{"max_completion_tokens": "100"}', "--model", "m")
-    assert 'has max_completion_tokens "100", which is no whole number' in capsys.readouterr().err
+    assert 'has max_completion_tokens "100", which is not an integer' in capsys.readouterr().err
 
 
 def test_answers_can_be_streamed(folder: Path):

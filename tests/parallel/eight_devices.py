@@ -44,7 +44,7 @@ def on(mesh, params):
 def start(stage: str, mesh, model, config):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(model)
-    names = optim.trainable_names(params, config)
+    names = optim.trained(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})

@@ -106,7 +106,7 @@ def test_the_first_stage_holds_no_optimizer_for_what_is_frozen():
     assert found.compiled.ratio == pytest.approx(1, abs=0.01)
 
 
-def test_packed_rows_may_be_longer_and_hold_as_many_pictures_as_have_room():
+def test_packed_rows_may_be_longer_and_hold_as_many_images_as_fit():
     model = PRESETS["small"]
     assert model.image_tokens == 16
     layout = ahead.worst_layout(small_config(pack=True, row_length=1000, rows_per_group=4), model)

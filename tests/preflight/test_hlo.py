@@ -1,6 +1,8 @@
 """The account of compiled programs whose FLOPs and collectives are known, by the three compilers."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +201,13 @@ def test_loops_without_a_known_length_are_counted_out():
     assert account.kernels == {"tpu_custom_call": 1} and not account.unknown_loops
     unknown = hlo_cost.cost(LOOP.replace("constant(8)", "parameter(1)"))
     assert unknown.unknown_loops == ("loop",) and unknown.flops == 2 * 4 * 4 * 6
+
+
+def test_the_command_prints_the_cost_of_a_saved_text(tmp_path):
+    (tmp_path / "step.hlo").write_text(LOOP)
+    command = [sys.executable, "-m", "llava_jax.hlo", str(tmp_path / "step.hlo")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "matmul FLOPs  768," in shown and "1 x tpu_custom_call" in shown
 
 
 def test_computations_of_other_threads_end_where_they_end():

@@ -1,6 +1,6 @@
-"""Trains in a process of its own and prints, as its last line, JSON of the memory that it took. See test_train.py.
+"""Trains in a process of its own and prints, as its last line, JSON of the memory that it took.
 
-python -m tests.run_memory CONFIG.json WORKDIR [STOP_AFTER_STEP]
+python -m tests.support.run_memory CONFIG.json WORKDIR [STOP_AFTER_STEP], as tests/training/test_loop.py does.
 """
 
 import json

@@ -97,7 +97,7 @@ def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettin
 
 
 def split_params(params, stage):
-    names = optim.trainable_names(params, make_config(stage))
+    names = optim.trained(params, make_config(stage))
     trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
     return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
 
@@ -222,9 +222,7 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
 
 
 def test_the_vision_tower_gets_no_gradient_in_either_stage():
-    assert {
-        name.split(".")[0] for name in optim.trainable_names(abstract_params(tiny.config()), make_config("finetune"))
-    } == {
+    assert {name.split(".")[0] for name in optim.trained(abstract_params(tiny.config()), make_config("finetune"))} == {
         "projector",
         "llm",
     }

@@ -80,9 +80,10 @@ def test_a_trained_tower_has_the_losses_of_torch(remat):
     assert moved == set(chosen) - unused and any(name.startswith("vision.layers") for name in moved)
 
 
-def test_a_run_trains_its_table_and_resumes(world, tmp_path):  # noqa: F811
+def test_a_run_trains_its_table_and_resumes(world, tmp_path, capsys):  # noqa: F811
     config = run_config(world, steps=4, trainable=NORMS_AND_TOWER, weight_decay=0.0)
     loop.train(config, str(tmp_path / "run"))
+    assert "vision\\.: " in (said := capsys.readouterr().err) and "rate 0.0002, weight decay 0" in said
     before, after = final(world["init"]), final(tmp_path / "run")
     changed = {name for name in after if not np.array_equal(after[name], before[name])}
     assert {name.split(".")[0] for name in changed} == {"vision", "llm"}

@@ -96,6 +96,7 @@ class Tower:
     def write(self, config: VisionConfig) -> Json:
         """The `vision_config` of an export; the inverse of `read`."""
         return {
+            **(_FIXED | self.fixed),
             "model_type": self.model_type,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
@@ -105,7 +106,6 @@ class Tower:
             "patch_size": config.patch_size,
             "layer_norm_eps": config.layer_norm_eps,
             "hidden_act": config.hidden_act,
-            **(_FIXED | self.fixed),
         }
 
     def flops(self, config: VisionConfig, layers: int) -> tuple[float, float]:
