@@ -83,14 +83,15 @@ def test_preflight_is_a_package_and_a_function(order):
     cli.prepare()
     import inspect, llava_jax
     {order}
-    assert function is llava_jax.preflight and callable(llava_jax.preflight.report.report)
+    from llava_jax.preflight import report
+    assert function is llava_jax.preflight and callable(report.report)
     assert list(inspect.signature(function).parameters) == ["config", "target", "memory_fraction"]
     try:
         llava_jax.preflight("finetune", "v5e:nowhere")
     except llava_jax.UserError as error:
         print(error)
     """
-    assert run(code).startswith("--target 'v5e:nowhere': how many?")
+    assert run(code).startswith("--target 'v5e:nowhere': ")
 
 
 def test_preflight_leaves_the_environment_as_it_was(checkpoint):
@@ -165,16 +166,29 @@ def test_a_prompt_that_leaves_less_room_gets_a_shorter_answer(checkpoint):
     assert model.generate([asked, "Hi"]) == [model.chat(asked), model.chat("Hi")]
 
 
-def test_logits_and_logprobs_are_those_of_the_greedy_answer(model):
-    prompt, images = "What is it?", [noise()]
-    answer = model.chat(prompt, images, max_new_tokens=4)
+def test_logits_are_those_of_training_and_logprobs_are_of_the_answer(model, checkpoint):
+    prompt, images, answer = "What is it?", [noise()], "It is red."
+    encoded = model._generator.prompts.encode(
+        Request([("user", f"<image>\n{prompt}")], [Image.fromarray(images[0])], answer)
+    )
+    loaded, L = open_checkpoint(checkpoint), len(encoded.tokens)
+    module = build(loaded.config, loaded.load())
+    batch = {
+        "tokens": encoded.tokens[None],
+        "images": preprocess(Image.fromarray(images[0]), 16, "pad", CLIP_MEAN)[None, None],
+        "image_feature_index": encoded.image_feature_index[None],
+        "positions": np.arange(L, dtype=np.int32)[None],
+        "segment_ids": np.ones((1, L), np.int32),
+    }
     scores = model.logits(prompt, answer, images)
+    assert (scores.dtype, scores.shape) == (np.float32, (L, model.config.text.vocab_size))
+    np.testing.assert_allclose(scores, module.llm.logits(module(batch))[0], atol=1e-4)
+
     start = len(model.logits(prompt, images=images))
-    assert scores.dtype == np.float32 and scores.shape[1] == model.config.text.vocab_size
-    logprobs = model.logprobs(prompt, answer, images)
-    assert 0 < len(logprobs) <= 4 and len(scores) == start + len(logprobs)
-    best = np.asarray(jax.nn.log_softmax(scores, axis=-1)).max(axis=-1)[start - 1 : -1]
-    np.testing.assert_array_equal(logprobs, best)
+    answered = encoded.tokens[start:]
+    assert model.tokenizer.decode(answered).strip() == answer
+    expected = np.asarray(jax.nn.log_softmax(scores[start - 1 : -1]))[np.arange(len(answered)), answered]
+    np.testing.assert_array_equal(model.logprobs(prompt, answer, images), expected)
 
 
 def test_encoded_images_are_what_the_decoder_sees(model, checkpoint):
