@@ -12,6 +12,7 @@ How files are decoded where libraries differ:
 Nothing changes global state: any number of threads may decode at once.
 """
 
+import base64
 import contextlib
 import functools
 import io
@@ -246,6 +247,14 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def thumbnail(image: Image.Image, side: int, quality: int) -> str:
+    """A JPEG of at most `side` x `side` pixels, as a data URI for reports."""
+    image.thumbnail((side, side))
+    data = io.BytesIO()
+    image.save(data, format="JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:

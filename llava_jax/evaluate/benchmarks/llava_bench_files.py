@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import WHOLE, by_key, join, refuse_questions
+from llava_jax.evaluate.answers import by_key, join, refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of the categories of In-the-Wild in reviews
@@ -84,7 +84,7 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
     lines = {line.where: line for line in read_lines(path)}
     refuse_questions(list(lines.values()))
     found = by_key(list(lines.values()), lambda line: line.text("question_id"), ("text",))
-    join(found, questions, path, partial=False, advice=WHOLE)
+    join(found, questions, path)
     own = {ident: (found[ident], lines[found[ident].where].value) for ident in questions}
     return {
         ident: Answer(line.get("answer_id", ident), line.get("model_id"), answer.text, answer.absent)

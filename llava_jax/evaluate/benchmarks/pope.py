@@ -31,14 +31,10 @@ class Label(NamedTuple):
         return "yes" if self.present else "no"
 
 
-def says_no(text: str) -> bool:
-    """Whether `no` or `not` is a word of the first sentence. The original counts everything else as yes."""
-    words = text.partition(".")[0].replace(",", "").split(" ")
-    return not {"No", "not", "no"}.isdisjoint(words)
-
-
 def says_yes(text: str) -> bool:
-    return not says_no(text)
+    """As in the original, everything is a yes unless `no` or `not` is a word of the first sentence."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return {"No", "not", "no"}.isdisjoint(words)
 
 
 def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import WHOLE, join
+from llava_jax.evaluate.answers import join
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks.scienceqa_scores import (
     FAILED,
@@ -47,10 +47,7 @@ def read_pairs(args: argparse.Namespace) -> dict[str, Pair]:
     """The options of both models by problem. They are read from texts if there are any, since older result JSONs store
     a guess as the index of a text without an option. Raises `UserError` if either model lacks an answer."""
     problems = read_problems(args.problems, args.splits, args.split)
-    joined = [
-        join(read_results(path, stored=STORED[::-1]), problems, path, partial=False, advice=WHOLE).pairs
-        for path in (args.ours, args.other)
-    ]
+    joined = [join(read_results(path, stored=STORED[::-1]), problems, path).pairs for path in (args.ours, args.other)]
     return {
         ident: Pair(problem, choice(ours, problem), choice(other, problem), (ours.absent, other.absent))
         for (ident, problem), (ours, _), (other, _) in zip(problems.items(), *joined, strict=True)
@@ -94,7 +91,7 @@ def _verdicts(path: str, differing: Mapping[str, Problem]) -> dict[str, int]:
             )
     if not differing:
         return {}
-    joined = join(answers, differing, path, partial=False, advice=WHOLE)
+    joined = join(answers, differing, path)
     return {ident: choice(answer, problem) for ident, (answer, problem) in zip(differing, joined.pairs, strict=True)}
 
 
