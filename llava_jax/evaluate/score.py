@@ -56,7 +56,9 @@ def score(
     lines = answer_lines(answers, partial)
     refuse_questions(lines, benchmark.suffix)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
-    right = benchmark.read_labels(labels, lines, asked, LABEL_FORMATS.find(label_format) if label_format else None)
+    right = benchmark.read_labels(
+        labels, lines, asked, LABEL_FORMATS.import_and_find(label_format) if label_format else None
+    )
     joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
     absent = count_absent(answer for answer, _ in joined.pairs)
     scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
