@@ -39,6 +39,10 @@ class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
+class UnknownCommand(UserError):
+    """The first words of a command line name no command."""
+
+
 def printable(text: str) -> str:
     """The text with control characters as visible escapes, such as `\\x1b`: ids, texts and file names from outside can
     hold anything. Each character is escaped by itself, so a text may be passed in parts."""
@@ -165,7 +169,7 @@ def dispatch(
     lines += [f"  {name:<{width}}{what}" for name, (_, what) in commands.items()]
     say("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     if argv and not asked:
-        raise UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+        raise UnknownCommand(f"{' '.join(argv[:2])!r} is no command: see those above")
     return 0 if asked else 2
 
 
