@@ -1,6 +1,6 @@
 """Makes instruction data from images with captions and boxes."""
 
-from llava_jax.cli import UnknownCommand, dispatch, report, run
+from llava_jax.cli import dispatch, run
 
 COMMANDS = {  # name: its function, and what it does
     "conversation": ("llava_jax.datagen.generate:conversation", "conversations by a language model, from captions"),
@@ -13,11 +13,7 @@ COMMANDS = {  # name: its function, and what it does
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    try:
-        return dispatch("python -m llava_jax.datagen", __doc__, COMMANDS, argv)
-    except UnknownCommand as error:
-        report(error)
-        return 2
+    return dispatch("python -m llava_jax.datagen", __doc__, COMMANDS, argv, unknown=2)
 
 
 if __name__ == "__main__":

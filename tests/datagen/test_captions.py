@@ -145,9 +145,10 @@ def test_nothing_but_bad_lines_is_no_data_set(tmp_path):
 def test_commands(capsys):
     assert main([]) == 2 and main(["--help"]) == 0
     assert "captions" in capsys.readouterr().out
-    assert main(["caption"]) == 2
-    printed = capsys.readouterr().err
-    assert "captions" in printed and "error: 'caption' is no command" in printed
+    with pytest.raises(UserError, match="'caption' is no command") as error:
+        main(["caption"])
+    assert error.value.status == 2
+    assert "captions" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["captions", "--help"])
     assert exit.value.code == 0 and "example:" in capsys.readouterr().out
