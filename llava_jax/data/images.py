@@ -121,6 +121,13 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
     return open_image(data, name, max_pixels).decode()
 
 
+def load_pixels(image: Image.Image, name: str = "from memory") -> Image.Image:
+    """Decodes an image that Pillow has only opened, and returns it. Raises UserError, also if its file is closed."""
+    with _errors(name):
+        image.load()
+    return image
+
+
 class EncodedImage:
     """An image whose header was read, but not its pixels. See `open_image`."""
 
@@ -199,7 +206,7 @@ class _CountedFile(io.BytesIO):
         self.reads_left -= 1
         self.bytes_left -= len(data)
         if self.reads_left < 0 or self.bytes_left < 0:
-            raise UserError("has too much metadata, or too small pieces: save it again without")
+            raise UserError("has too much metadata, or too small blocks: save it again without")
         return data
 
 
