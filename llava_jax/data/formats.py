@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.cli import UserError
+from llava_jax.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,8 @@ class DataFormat:
     version: int = 1
 
 
-FORMATS: dict[str, DataFormat] = {}  # by name, in the order in which they are tried
-
-
-def register(data_format: DataFormat) -> DataFormat:
-    """Makes a format known to everything that reads samples. Raises ValueError where another one has its name.
-
-    The module that registers it has to be imported before data is opened.
-    """
-    if FORMATS.setdefault(data_format.name, data_format) != data_format:
-        raise ValueError(f"another data format is registered as {data_format.name!r}")
-    return data_format
+FORMATS: Registry[DataFormat] = Registry("data format")  # tried in their order
+register = FORMATS.add  # the module that calls it has to be imported before data is opened
 
 
 def to_llava(value: Any, where: str) -> Any:

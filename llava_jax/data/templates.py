@@ -9,12 +9,12 @@ than it trains on, the text of training is used for both:
 * The mmtag templates train on `<Image><image></Image>` inside the question; their demo makes it a separate turn.
 """
 
-import difflib
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import warn
+from llava_jax.registry import Registry
 
 IMAGE_TOKEN = "<image>"  # marks the place of an image in a text
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
@@ -40,32 +40,9 @@ class Template:
     special: tuple[str, ...] = ()  # marks that have to be single tokens
 
 
-TEMPLATES: dict[str, Template] = {}  # by name, in the order in which they were registered
-_ALIASES: dict[str, str] = {}  # other names
-
-
-def register(template: Template, *aliases: str) -> Template:
-    """Makes a template known by its name, and by other names.
-
-    The module that registers it has to be imported before the template is asked for. Raises ValueError where another
-    template has one of the names.
-    """
-    for name in (template.name, *aliases):
-        if TEMPLATES.get(_ALIASES.get(name, name), template) != template:
-            raise ValueError(f"another template is registered as {name!r}")
-    TEMPLATES[template.name] = template
-    _ALIASES.update(dict.fromkeys(aliases, template.name))
-    return template
-
-
-def get_template(name: str) -> Template:
-    """The template `name`. Raises `UserError` with the nearest name if there is none."""
-    template = TEMPLATES.get(_ALIASES.get(name, name))
-    if template is None:
-        near = difflib.get_close_matches(name, [*TEMPLATES, *_ALIASES], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(TEMPLATES)}"
-        raise UserError(f"no template is named {name!r}: {hint}")
-    return template
+TEMPLATES: Registry[Template] = Registry("template")
+register = TEMPLATES.add  # (template, *aliases); the module that calls it has to be imported before the name is used
+get_template = TEMPLATES.find
 
 
 def choose_template(requested: str | None, trained: str) -> Template:

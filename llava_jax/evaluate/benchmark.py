@@ -11,7 +11,7 @@ from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, un
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import ModelTask
 from llava_jax.evaluate.questions import Question
-from llava_jax.evaluate.registry import Registry
+from llava_jax.registry import Registry
 
 if TYPE_CHECKING:
     import argparse

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import read_json
 from llava_jax.evaluate.lines import once
-from llava_jax.evaluate.registry import Registry
+from llava_jax.registry import Registry
 
 KINDS = {str: "text", list: "list", dict: "object", int: "whole number"}  # names of JSON types in errors
 

@@ -5,7 +5,8 @@ import re
 from typing import Any, ClassVar
 
 from llava_jax.cli import shown
-from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS, Registry
+from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS
+from llava_jax.registry import Registry
 
 # CLIP's own statistics of its training images, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -64,10 +65,10 @@ def check_channels(name: str, values: Any) -> None:
 REGISTER_FIRST = "a module that registers another one has to be imported first, see docs/extending.md"
 
 
-def require_registered(name: str, value: Any, registry: Registry) -> None:
-    """Raises `ValueError` unless something is registered under this name: see `models.registry`."""
-    if value not in registry:
-        raise ValueError(f"{name} is {shown(value)}, not {' or '.join(map(repr, registry))}; {REGISTER_FIRST}")
+def require_registered(field: str, name: Any, registry: Registry) -> None:
+    """Raises `ValueError` unless something is registered under this name."""
+    if not isinstance(name, str) or name not in registry:
+        raise ValueError(f"{field} {registry.unknown(name)}; {REGISTER_FIRST}")
 
 
 def check_projector_type(projector_type: str) -> None:

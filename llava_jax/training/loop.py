@@ -24,18 +24,7 @@ from llava_jax.training.summary import print_summary
 def train(
     config: ConfigDict, workdir: str, resume_from: int | None = None, *, callbacks: Sequence[Callback] = ()
 ) -> None:
-    """Trains one stage; called again with the same configuration and workdir it resumes.
-
-    Args:
-      config: a recipe's configuration, see `recipes.common`.
-      workdir: a directory, local or remote, for checkpoints, metrics and logs.
-      resume_from: the step to resume from; by default the newest one.
-      callbacks: each is called on process 0 with a step and its metrics: for every logged step, once its loss is known
-        to be finite, and for every validation loss and benchmark score.
-
-    Raises UserError for what the user can mend, before the first step wherever possible, and if another process trains
-    in that workdir.
-    """
+    """Trains one stage, with the arguments and errors of `run.train`. Process 0 calls the callbacks."""
     goodput = Goodput()
     config_check.check(config)
     directory = epath.Path(workdir)

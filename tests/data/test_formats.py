@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from llava_jax.cli import UserError
-from llava_jax.data import check, formats
+from llava_jax.data import check
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.formats import FORMATS, DataFormat, register
 from llava_jax.data.lengths import measure
@@ -41,9 +41,7 @@ RECORDS = [
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(formats, "FORMATS", FORMATS.copy())
-    for name in ("sources", "check_records"):
-        monkeypatch.setattr(f"llava_jax.data.{name}.FORMATS", formats.FORMATS)
+    monkeypatch.setattr(FORMATS, "data", dict(FORMATS))
     (tmp_path / "asked_format.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     import asked_format
@@ -82,23 +80,23 @@ def test_a_record_that_cannot_be_converted_is_an_error_with_its_place(asked, tmp
 def test_another_version_of_a_format_is_read_anew(asked, tmp_path):
     path = write(tmp_path, RECORDS)
     before = LlavaJson(path).digest
-    formats.FORMATS["asked"] = dataclasses.replace(asked, convert=lambda value: RECORDS[1], version=2)
+    FORMATS["asked"] = dataclasses.replace(asked, convert=lambda value: RECORDS[1], version=2)
     assert LlavaJson(path).digest != before
-    formats.FORMATS["asked"] = asked
+    FORMATS["asked"] = asked
     assert LlavaJson(path).digest == before
 
 
 def test_a_name_is_registered_once(asked):
     assert register(asked) is asked
-    with pytest.raises(ValueError, match="another data format is registered as 'asked'"):
+    with pytest.raises(ValueError, match="data format 'asked' is registered already"):
         register(DataFormat("asked", len, len))
 
 
 def test_templates_are_registered_once(monkeypatch):
-    monkeypatch.setattr("llava_jax.data.templates.TEMPLATES", TEMPLATES.copy())
-    monkeypatch.setattr("llava_jax.data.templates._ALIASES", {})
+    monkeypatch.setattr(TEMPLATES, "data", dict(TEMPLATES))
+    monkeypatch.setattr(TEMPLATES, "aliases", {})
     mine = register_template(dataclasses.replace(get_template("v1"), name="mine", reply="ME:"), "my_alias")
     assert get_template("mine") is get_template("my_alias") is mine and register_template(mine) is mine
     for name in ("v1", "mine", "my_alias"):
-        with pytest.raises(ValueError, match=f"another template is registered as '{name}'"):
+        with pytest.raises(ValueError, match=f"template '{name}' is registered already"):
             register_template(dataclasses.replace(mine, name=name, reply="YOU:"))

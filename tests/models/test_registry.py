@@ -11,8 +11,9 @@ import torch_reference as reference
 from llava_jax.models import families, projectors, towers
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.families import family_of
-from llava_jax.models.registry import FAMILIES, TOWERS, Registry
+from llava_jax.models.registry import FAMILIES, TOWERS, registers
 from llava_jax.parallel import sharding
+from llava_jax.registry import Registry
 
 
 def table(heading: str) -> list[list[str]]:
@@ -45,9 +46,9 @@ def test_of_families_that_compute_the_same_the_source_decides():
 
 
 def test_what_is_not_registered_is_refused_by_name():
-    with pytest.raises(ValueError, match="kind is 'resnet', not 'clip' or 'siglip'"):
+    with pytest.raises(ValueError, match="kind resnet: is no such vision tower; choose from clip, siglip; a module"):
         VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8, kind="resnet")
-    with pytest.raises(ValueError, match="family is 'gpt2', not 'llama' or 'mistral' or 'qwen2'"):
+    with pytest.raises(ValueError, match="family gpt2: is no such decoder family; choose from llama, mistral, qwen2"):
         TextConfig(9, 8, 8, 1, 1, 1, 8, family="gpt2")
 
 
@@ -68,7 +69,7 @@ def test_what_is_registered_says_how_its_parameters_are_sharded(monkeypatch):
     monkeypatch.setattr(sharding, "PARAMETER_AXES", list(sharding.PARAMETER_AXES))
     assert sharding.fsdp_axis("vision.layers.relation.kernel", 3) is None
     axes = ((r"\brelation\.kernel$", (None, "embed")),)
-    Registry("name", "towers").register(type("Another", (towers.Tower,), {"name": "other", "parameter_axes": axes}))
+    registers(Registry("tower"))(type("Another", (towers.Tower,), {"name": "other", "parameter_axes": axes}))
     assert sharding.fsdp_axis("vision.layers.relation.kernel", 3) == 2
 
 

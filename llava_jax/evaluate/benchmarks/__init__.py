@@ -14,7 +14,7 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 
 def find(name: str, has: str) -> Benchmark:
     """The benchmark with this name, or `MODULE:NAME`. Raises `UserError` unless it has the attribute `has`."""
-    return BENCHMARKS.find(name, lambda benchmark: getattr(benchmark, has) is not None)
+    return BENCHMARKS.import_and_find(name, lambda benchmark: getattr(benchmark, has) is not None)
 
 
 def listing(has: str) -> str:

@@ -78,8 +78,7 @@ PROMPT = read_prompt("mm_vet_judge.txt")
 class Judge(ModelTask):
     """Has a language model grade answers to MM-Vet from 0 to 1, given the right answer. `score mm-vet` takes grades.
 
-    The same command resumes where it was interrupted and pays for no grade twice. Grades by another judge or other
-    instructions than the benchmark's own are not comparable with published ones.
+    Grades by another judge or other instructions than the benchmark's own are not comparable with published ones.
     """
 
     epilog = """example:

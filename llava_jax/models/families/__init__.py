@@ -6,7 +6,7 @@ from llava_jax.models.config import TextConfig
 from llava_jax.models.hf_fields import Json
 from llava_jax.models.hf_names import TABLE, TRANSPOSE, Entry, linears, stacked
 from llava_jax.models.llama import LlamaLayer
-from llava_jax.models.registry import FAMILIES
+from llava_jax.models.registry import FAMILIES, registers
 
 
 class Family:
@@ -82,7 +82,7 @@ class Family:
         }
 
 
-register = FAMILIES.register
+register = registers(FAMILIES)
 
 
 def family_of(config: TextConfig, model_type: str | None = None) -> Family:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from flax import nnx
 
 from llava_jax.models.hf_names import Entry
-from llava_jax.models.registry import PROJECTORS
+from llava_jax.models.registry import PROJECTORS, registers
 
 
 class ProjectorKind:
@@ -36,7 +36,7 @@ class ProjectorKind:
         raise NotImplementedError
 
 
-register = PROJECTORS.register
+register = registers(PROJECTORS)
 
 
 def projector_kind(projector_type: str) -> ProjectorKind:

@@ -7,7 +7,7 @@ from flax import nnx
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, require
 from llava_jax.models.hf_names import OIHW_TO_HWIO, TABLE, Entry, layer_norm, linears, stacked
-from llava_jax.models.registry import TOWERS
+from llava_jax.models.registry import TOWERS, registers
 
 # Fields of a `vision_config` that change the computation, with the only value supported.
 _FIXED = {"num_channels": 3, "attention_dropout": 0.0}
@@ -116,4 +116,4 @@ class Tower:
         return patches + layers * layer, layers * 4.0 * S**2 * D
 
 
-register = TOWERS.register
+register = registers(TOWERS)
