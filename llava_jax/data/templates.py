@@ -9,7 +9,9 @@ than it trains on, the text of training is used for both:
 * The mmtag templates train on `<Image><image></Image>` inside the question; their demo makes it a separate turn.
 """
 
+import tomllib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llava_jax.cli import warn
 from llava_jax.registry import Registry
@@ -66,119 +68,12 @@ def stop_strings(template: Template) -> list[str]:
     return [template.end.strip() or template.end]
 
 
-# ---- The built-in templates
+def _register_built_in() -> None:
+    """Registers the templates of `templates.toml`."""
+    for fields in tomllib.loads(Path(__file__).with_name("templates.toml").read_text(encoding="utf-8"))["template"]:
+        aliases, like = fields.pop("aliases", ()), fields.pop("like", None)
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        register(replace(TEMPLATES[like], **fields) if like else Template(**{"system": None} | fields), *aliases)
 
-_POLITE = (
-    "A chat between a curious {who} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
-)
-_VISUAL = (
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-_MMTAG = (  # no space after "language.", as published
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant is able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
-)
-_LLAMA_2 = (  # two spaces after "safe.", as published
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
-    "not correct. If you don't know the answer to a question, please don't share false information."
-)
 
-_V0 = Template(
-    name="llava_v0",
-    system=_POLITE.format(who="human"),
-    head="{system}\n\n### ",
-    bare_head="### ",
-    question=("Human: ", "\n### "),
-    reply="Assistant:",
-    lead=" ",
-    end="\n###",  # the separator ends an answer; without it, and the line break before it, none would ever stop
-    tail=" ",
-)
-_V1 = Template(
-    name="v1",
-    system=_POLITE.format(who="user"),
-    head="{system} ",
-    question=("USER: ", " "),
-    reply="ASSISTANT:",
-    lead=" ",
-    end="</s>",
-    special=("</s>",),
-)
-_LLAVA_LLAMA_2 = Template(
-    name="llava_llama_2",
-    system="You are a helpful language and vision assistant. " + _VISUAL,
-    head="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
-    bare_head="[INST] ",
-    question=("", " [/INST]"),
-    reply="",
-    lead=" ",
-    end=" </s>",
-    between="<s>[INST] ",
-    special=("<s>", "</s>"),
-)
-_MPT = Template(
-    name="mpt",
-    system="A conversation between a user and an LLM-based AI assistant. "
-    "The assistant gives helpful and honest answers.",
-    head="<|im_start|>system\n{system}<|im_end|>",
-    question=("<|im_start|>user\n", "<|im_end|>"),
-    reply="<|im_start|>assistant\n",
-    end="<|im_end|>",
-    special=("<|im_start|>", "<|im_end|>"),
-)
-_MMTAG_IMAGE = f"<Image>{IMAGE_TOKEN}</Image>"
-
-register(replace(_V0, name="v0"), "vicuna_v0")
-register(_V0)
-register(replace(_V0, name="v0_mmtag", system=_MMTAG, image=_MMTAG_IMAGE))
-register(_V1, "vicuna_v1")
-register(replace(_V1, name="llava_v1", system=_POLITE.format(who="human")))
-register(replace(_V1, name="v1_mmtag", system=_MMTAG, image=_MMTAG_IMAGE))
-register(replace(_LLAVA_LLAMA_2, name="llama_2", system=_LLAMA_2))
-register(_LLAVA_LLAMA_2)
-register(replace(_LLAVA_LLAMA_2, name="mistral_instruct", system="", between="[INST] ", special=("</s>",)))
-register(_MPT)
-register(replace(_MPT, name="chatml_direct", system="Answer the questions."), "mistral_direct")
-register(Template(name="plain", system="", head="", question=("", ""), reply="", end="\n", captions=True), "v0_plain")
-# The rest equal the chat templates of tokenizers. The tokenizer adds BOS.
-register(
-    replace(
-        _MPT,
-        name="chatml",
-        system=None,
-        head="<|im_start|>system\n{system}<|im_end|>\n",
-        question=("<|im_start|>user\n", "<|im_end|>\n"),
-        tail="\n",
-    )
-)
-register(
-    Template(
-        name="llama_3",
-        system="",
-        head="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
-        question=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
-        strip=True,
-        special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    )
-)
-register(
-    Template(
-        name="zephyr",
-        system="",
-        head="<|system|>\n{system}</s>\n",
-        question=("<|user|>\n", "</s>\n"),
-        reply="<|assistant|>\n",
-        end="</s>",
-        tail="\n",
-        special=("</s>",),
-    )
-)
+_register_built_in()

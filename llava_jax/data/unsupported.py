@@ -5,7 +5,9 @@ tables, such as `source` or `width`, describes the sample and is ignored.
 """
 
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from llava_jax.data.templates import IMAGE_TOKEN
@@ -14,47 +16,21 @@ from llava_jax.data.templates import IMAGE_TOKEN
 
 READ = {"id", "image", "images", "conversations", "messages", "system", "system_prompt"}  # of a sample
 
-_NO_VIDEO = "the model sees images only: give frames as images, or drop the sample"
-_NO_SOUND = "the model hears nothing: drop the sample"
-_NO_TOOLS = "describe tools in `system`, or remove the key"
 _NO_PREFERENCES = "it is not trained on preferences: write the answer to learn into `conversations`"
 _NO_WEIGHTS = "all answers have the same weight"
-_NO_OTHER = "the model sees images only: render it as one, or drop the sample"
-MEDIA = (
-    dict.fromkeys(("video", "videos", "video_path", "video_url", "frames"), _NO_VIDEO)
-    | dict.fromkeys(
-        ("audio", "audios", "audio_path", "audio_url", "input_audio", "sound", "sounds", "speech"), _NO_SOUND
-    )
-    | dict.fromkeys(("pdf", "pdfs", "document", "documents", "point_cloud"), _NO_OTHER)
-)
-# Keys of a sample that would change its targets -> the way out.
-UNREAD = (
-    MEDIA
-    | dict.fromkeys(("tools", "functions"), _NO_TOOLS)
-    | dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag"), _NO_PREFERENCES)
-    | dict.fromkeys(
-        ("system_message", "system_msg", "system_instruction", "systemprompt", "sys"), "write it into `system`"
-    )
-    | {"history": "write the earlier turns into `conversations`, before the others"}
-)
-# Other names of images; beside `image` they only describe it.
-IMAGE_KEYS = dict.fromkeys(
-    ("image_path", "image_paths", "image_url", "image_urls", "image_file", "image_files", "image_name", "image_list",
-     "image_id", "image_ids", "image_base64", "image_bytes", "img", "imgs", "img_path", "img_paths", "img_id",
-     "picture", "pictures"),
-    "images are read from `image` or `images`: rename the key",
-)  # fmt: skip
-# Keys of a turn, in the same way.
-UNREAD_IN_TURNS = (
-    MEDIA
-    | dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), "calls of tools are not trained on")
-    | dict.fromkeys(
-        ("reasoning_content", "reasoning_details", "reasoning", "thinking", "think", "thought", "thoughts"),
-        "write it into the answer, or remove the key",
-    )
-    | dict.fromkeys(("system", "system_prompt"), "write it into the sample's `system`")
-    | dict.fromkeys(("mask", "masked"), f"{_NO_WEIGHTS}: make a sample that ends before it")
-    | dict.fromkeys(("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text")
+_TABLES = tomllib.loads(Path(__file__).with_name("unsupported.toml").read_text(encoding="utf-8"))
+
+
+def _ways_out(table: str) -> dict[str, str]:
+    """The way out for each key of a table."""
+    return {key: way_out for way_out, keys in _TABLES[table].items() for key in keys}
+
+
+MEDIA, IMAGE_KEYS = _ways_out("media"), _ways_out("images")
+UNREAD = MEDIA | _ways_out("sample")  # keys of a sample that would change its targets
+UNREAD_IN_TURNS = MEDIA | _ways_out("turn")
+UNREAD_IN_TURNS |= dict.fromkeys(
+    ("image", "images", *IMAGE_KEYS), f"name images in the sample's `image`, {IMAGE_TOKEN} in the text"
 )
 _MISSPELLED = {key.title(): f"write it in lower case, `{key}`" for key in READ - {"id"}}
 _CHOICES = ("choices", "options")

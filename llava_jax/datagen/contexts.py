@@ -8,17 +8,10 @@ import math
 import sqlite3
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS contexts (
-  number INTEGER PRIMARY KEY,      -- from 0 on, in the order of the file
-  id TEXT NOT NULL UNIQUE,
-  image TEXT NOT NULL,             -- its name in the image folder
-  captions TEXT NOT NULL,          -- JSON: list of text
-  boxes TEXT NOT NULL              -- JSON: list of [category, x1, y1, x2, y2]
-);
-"""
+SCHEMA = Path(__file__).with_name("contexts.sql").read_text(encoding="utf-8")
 CHUNK = 256  # contexts read at a time
 
 

@@ -24,7 +24,8 @@ from PIL import ExifTags, Image
 from llava_jax.cli import UserError, short, track
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import FORMATS
-from llava_jax.data.records import load_json, local_data, scan
+from llava_jax.data.records import local_data, scan
+from llava_jax.data.samples import record_value
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco
 from llava_jax.datagen.contexts import Box, Context, make_box, make_captions
@@ -32,15 +33,7 @@ from llava_jax.files.reading import require_regular
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import is_remote
 
-CONTEXTS_OF = "CREATE TABLE IF NOT EXISTS contexts_of (files TEXT NOT NULL, left_out TEXT NOT NULL)"  # both JSON
-COCO = """
-DROP TABLE IF EXISTS temp.image;
-DROP TABLE IF EXISTS temp.caption;
-DROP TABLE IF EXISTS temp.box;
-CREATE TEMP TABLE image (number INTEGER PRIMARY KEY, id INTEGER NOT NULL UNIQUE, name, width, height);
-CREATE TEMP TABLE caption (image INTEGER NOT NULL, text TEXT NOT NULL);
-CREATE TEMP TABLE box (image INTEGER NOT NULL, category, x, y, width, height);
-"""
+COCO = Path(__file__).with_name("coco.sql").read_text(encoding="utf-8")
 INDEXES = """
 CREATE INDEX caption_of ON caption (image);
 CREATE INDEX box_of ON box (image);
@@ -63,8 +56,8 @@ def load(
     files = {name: local_data(name) for name in (captions, instances) if name}
     digests = json.dumps([_digest(file) for file in files.values()])
     with ledger.transaction():
-        ledger.db.execute(contexts.SCHEMA)
-        ledger.db.execute(CONTEXTS_OF)
+        for statement in contexts.SCHEMA.split(";"):
+            ledger.db.execute(statement)
         if row := ledger.db.execute("SELECT files, left_out FROM contexts_of").fetchone():
             asked, left_out = ledger.totals().requests, json.loads(row[1])
             if row[0] == digests and (asked or not left_out):
@@ -78,7 +71,7 @@ def load(
         elif instances:
             raise UserError(f"{captions}: has its own boxes: do not give {instances}")
         else:
-            found = _jsonl(files[captions], captions)
+            found = ((record.where, record_value(record)) for record in scan(files[captions], captions))
         left_out = _fill(ledger.db, found, captions, images, anywhere)
         ledger.db.execute("INSERT INTO contexts_of VALUES (?, ?)", [digests, json.dumps(left_out)])
     return left_out
@@ -156,15 +149,6 @@ def _in_folder(images: epath.PathLike, name: str) -> bool:
 def _digest(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------- JSONL
-
-
-def _jsonl(file: Path, name: str) -> Iterator[tuple[str, Any]]:
-    for record in scan(file, name):
-        value = load_json(record.value, record.where) if isinstance(record.value, bytes) else record.value
-        yield record.where, value
 
 
 # -------------------------------------------------------------------------------------------------------------- COCO
