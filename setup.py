@@ -83,7 +83,7 @@ EXTRAS = {
 EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["evaluate"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS
 
 # Files other than Python that the package reads: prompts, word lists, SQL, the web page and the HTML reports.
-DATA_FILES = ("txt", "sql", "html", "css", "js", "svg")
+DATA_FILES = ("txt", "sql", "html", "jinja", "css", "js", "svg")
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "llava_jax/__init__.py").read_text(encoding="utf-8"), re.M)[1]

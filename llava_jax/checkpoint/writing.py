@@ -41,33 +41,26 @@ def write_model(
         check_names(shapes, abstract_params(description.model))
     except ValueError as error:
         raise UserError(f"{directory}: these parameters are not the model's: {error}") from None
-    with new_directory(directory) as partial:
-        copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
-        _write_weights(partial, directory, shapes, slices, description)
+    write_parameters(directory, shapes, slices, description, tokenizer_dir)
 
 
 def write_parameters(
-    directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], slices: Iterable[Slice], description: Description
-) -> None:
-    """Writes some parameters of a model, for checkpoints that have it as a source."""
-    with new_directory(directory) as partial:
-        _write_weights(partial, directory, shapes, slices, description)
-
-
-def _write_weights(
-    partial: epath.Path,
     directory: epath.Path,
     shapes: dict[str, jax.ShapeDtypeStruct],
     slices: Iterable[Slice],
     description: Description,
+    tokenizer_dir: str | None = None,
 ) -> None:
-    """Writes to `partial`, which becomes `directory`; errors name the latter."""
-    if not is_remote(partial):
-        check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
-    with in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
-        for name, layer, values in slices:
-            writer.write(name, layer, values)
-    write_description(partial, description)
+    """Writes some parameters of a model, for checkpoints that have it as a source."""
+    with new_directory(directory) as partial:
+        if tokenizer_dir is not None:
+            copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
+        if not is_remote(partial):
+            check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
+        with in_one_line(directory, "cannot be written"), ArrayWriter(partial / "params", shapes) as writer:
+            for name, layer, values in slices:
+                writer.write(name, layer, values)
+        write_description(partial, description)
 
 
 def copy_tokenizer(source: epath.Path, target: epath.Path) -> None:

@@ -2,59 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 from llava_jax.data.templates import IMAGE_TOKEN, Template
 
 # A message's content is a string, or a list of texts and images, a line each. Models that were trained with images
-# before the text get the images of a list first.
-_IMAGES_FIRST = """\
-        {%- set images = content | selectattr('type', 'in', ['image', 'image_url']) | list | length -%}
-        {%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | select -%}
-        {%- set text = texts | join('\\n') -%}
-        {{- ((<<image mark>> ~ '\\n') * images ~ (text | trim)) | trim if images else text -}}
-"""
-# Other models get them in the order of the list, as by `data.conversation.join_parts`.
-_IMAGES_AS_IS = """\
-        {%- set flat = namespace(text='', image=false) -%}
-        {%- for part in content -%}
-            {%- set image = part['type'] in ['image', 'image_url'] -%}
-            {%- set piece = <<image mark>> if image else part['text'] -%}
-            {%- if piece -%}
-                {%- set spaced = image != flat.image and not (flat.text[-1:] | trim and piece[:1] | trim) -%}
-                {%- set flat.text = flat.text ~ ('\\n' if flat.text and not spaced else '') ~ piece -%}
-                {%- set flat.image = image -%}
-            {%- endif -%}
-        {%- endfor -%}
-        {{- flat.text -}}
-"""
-_JINJA = """\
-{%- macro flat(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-<<parts>>    {%- endif -%}
-{%- endmacro -%}
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set system = <<system>> -%}
-    {%- set turns = messages[1:] -%}
-    {{- <<head>> if system else <<bare head>> -}}
-{%- else -%}
-    {%- set turns = messages -%}
-    {{- <<default head>> -}}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('user and assistant take turns, the user first') -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- ('' if loop.first else <<between>>) ~ <<before>> ~ <<question>> ~ <<after>> -}}
-    {%- else -%}
-        {{- <<reply>> ~ <<answer>> ~ <<end>> -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- <<reply prompt>> -}}
-{%- endif -%}
-"""
+# before the text get the images of a list first (images_first), others in the order of the list (images_as_is), as by
+# `data.conversation.join_parts`. messages.jinja has the rest.
+_FILES = Path(__file__).with_name("jinja_files")
 
 
 def chat_template(
@@ -89,8 +44,13 @@ def chat_template(
         "end": _quoted(template.end + template.tail),
         "reply prompt": _quoted(template.reply),
     }
-    jinja = _JINJA.replace("<<parts>>", _IMAGES_AS_IS if image_position == "as_is" else _IMAGES_FIRST)
+    parts = "images_as_is" if image_position == "as_is" else "images_first"
+    jinja = _read("messages").replace("<<parts>>", _read(parts))
     return re.sub("<<([a-z ]+)>>", lambda match: values[match[1]], jinja)
+
+
+def _read(name: str) -> str:
+    return (_FILES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def _quoted(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from llava_jax.cli import UserError
 from llava_jax.convert.layouts import TIED_HEAD, Source
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.hf_fields import Json, in_words_of_hf
+from llava_jax.models.hf_fields import Json
 from llava_jax.models.registry import PROJECTORS
 
 
@@ -38,11 +38,6 @@ class Found:
     hf: dict[str, Json]  # JSON files of the source, kept for an export
     write_tokenizer: Callable[[Path], None]  # to a directory
     trained: bool  # as a LLaVA, with a conversation template
-
-
-def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
-    with in_words_of_hf(str(where)):
-        return LlavaConfig(**fields)
 
 
 def projector_type(source: Source | None, file: Path | None, requested: str | None) -> str:
@@ -83,13 +78,10 @@ def check_tied_head(where: Path | str, source: Source, config: LlavaConfig) -> N
             raise UserError(f"{where}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
 
 
-def problems_of(path: Path | str, source: Source, config: LlavaConfig, *parts: str) -> list[str]:
-    problems = source.problems(config, parts)
-    return [f"{path}: {'; '.join(problems)}"] if problems else []
-
-
-def refuse(problems: list[str]) -> None:
-    if problems:
+def check_tensors(config: LlavaConfig, *held: tuple[Path, Source, tuple[str, ...]]) -> None:
+    """Raises UserError that lists what is wrong with the tensors of these (path, source, parts)."""
+    found = [(path, source.problems(config, parts)) for path, source, parts in held]
+    if problems := [f"{path}: {'; '.join(problems)}" for path, problems in found if problems]:
         raise UserError("; ".join(problems))
 
 

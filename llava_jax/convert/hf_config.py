@@ -8,42 +8,19 @@ theta (`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tyin
 Transformers 4 would read a file with theta in `rope_parameters` only as theta 10000.
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
-from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, kept, one_of, part, require
+from llava_jax.models.config import CLIP_L_14_336, LlavaConfig, VisionConfig
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
 from llava_jax.models.registry import PROJECTORS, TOWERS
 from llava_jax.models.towers import Tower
 
-# The vision_config of a LLaVA whose config.json has none.
-_LLAVA_VISION = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-
 # Fields that change the computation, with the only value supported.
 _LLAVA_FIXED = {"multimodal_projector_bias": True, "quantization_config": None}
-
-
-class LlavaSource(NamedTuple):
-    """The `config.json` of a LLaVA: fields of `LlavaConfig`, and the id that marks the positions of images."""
-
-    vision: VisionConfig
-    text: TextConfig
-    select_layer: int
-    select_feature: str
-    image_token_index: int
-    projector_type: str
-    im_start_end: bool
-    image_position: str
 
 
 def read_vision(config: Json, where: str) -> VisionConfig:
@@ -70,27 +47,42 @@ def _read_tower(config: Json, where: str) -> VisionConfig:
     return _towers()[one_of(config, "model_type", _towers(), where)].read(config, where)
 
 
-def read_llava(config: Json, where: str) -> LlavaSource:
-    """The `config.json` of a `llava`. Raises UserError naming what is unsupported."""
+def read_llava(config: Json, where: str) -> LlavaConfig:
+    """The `config.json` of a `llava`, which does not say how images are preprocessed: see hf_processor.py.
+
+    Raises UserError naming what is unsupported.
+    """
     one_of(config, "model_type", ("llava",), where)
     require(config, _LLAVA_FIXED, where)
-    vision = {"model_type": "clip_vision_model"} | get(config, "vision_config", _LLAVA_VISION, where)
+    vision = {"model_type": "clip_vision_model"} | get(
+        config, "vision_config", TOWERS["clip"].write(CLIP_L_14_336), where
+    )
     text = {"model_type": "llama"} | part(config, "text_config", where)
     tower = _read_tower(vision, f"{where}, vision_config")
     activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", hf_projectors(), where)
-    image_id = get(config, "image_token_index", get(config, "image_token_id", 32000, where), where)
-    if image_id < 0:
-        raise UserError(f"{where}: image_token_index is {image_id}, not an id")
-    return LlavaSource(
+    return llava_config(
+        where,
         vision=tower,
         text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text, where)),
         select_layer=select_layer(config, "vision_feature_layer", tower, where),
         select_feature=_select_feature(config, tower, where),
-        image_token_index=image_id,
         projector_type=hf_projectors()[activation],
         im_start_end=get(config, "mm_use_im_start_end", False, where),
         image_position=get(config, IMAGE_POSITION, "first", where),
     )
+
+
+def image_token_index(config: Json, where: str) -> int:
+    """The id that marks the positions of images in the tokens of a `llava`."""
+    image_id = get(config, "image_token_index", get(config, "image_token_id", 32000, where), where)
+    if image_id < 0:
+        raise UserError(f"{where}: image_token_index is {image_id}, not an id")
+    return image_id
+
+
+def llava_config(where: Path | str, **fields: Any) -> LlavaConfig:
+    with in_words_of_hf(str(where)):
+        return LlavaConfig(**fields)
 
 
 def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_id: int, dtype: str) -> Json:

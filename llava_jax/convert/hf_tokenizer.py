@@ -9,15 +9,14 @@ the source's `config.json` has for images; otherwise they get the first unused o
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
 from llava_jax.convert.tensors import write_json
 from llava_jax.data.templates import IMAGE_TOKEN
-
-Json = dict[str, Any]
+from llava_jax.models.hf_fields import Json
 
 # The files of a tokenizer; no others are copied from a source.
 TOKENIZER_FILES = (

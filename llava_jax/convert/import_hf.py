@@ -11,12 +11,10 @@ from llava_jax.convert.adapter import base_name, with_adapter
 from llava_jax.convert.found import (
     Found,
     Options,
+    check_tensors,
     check_tied_head,
     ends_in_identity,
-    llava_config,
-    problems_of,
     projector_type,
-    refuse,
     refuse_contradiction,
 )
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
@@ -42,7 +40,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
     sources = {"llm": Source(model.tensors, LLAMA), "vision": open_tower(vision, tower)}
     if file:
         sources["projector"] = Source(file.projector, PROJECTOR)
-    config = llava_config(
+    config = hf_config.llava_config(
         vision,
         vision=tower,
         text=text,
@@ -54,11 +52,8 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
         image_mean=images.mean,
         image_std=images.std,
     )
-    refuse(
-        problems_of(llm, sources["llm"], config, "llm", "head")
-        + problems_of(vision, sources["vision"], config, "vision")
-        + (problems_of(projector, sources["projector"], config, "projector") if file else [])
-    )
+    held = [(llm, sources["llm"], ("llm", "head")), (vision, sources["vision"], ("vision",))]
+    check_tensors(config, *held, *([(projector, sources["projector"], ("projector",))] if file else []))
     check_tied_head(llm, sources["llm"], config)
     if file and ends_in_identity(sources["projector"], config):
         config = dataclasses.replace(config, projector_type="linear")
@@ -101,27 +96,24 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     """A LLaVA, with an `adapter` added if one is given, and the adapter's tokenizer if it has one."""
     where = str(directory / "config.json")
     source_json = read_object(directory / "config.json")
-    found = hf_config.read_llava(source_json, where)
+    config = hf_config.read_llava(source_json, where)
     tensors = open_directory(directory)
     if adapter:
         tensors = with_adapter(tensors, adapter, finder(tensors, LLAVA))
-    source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[found.vision.kind].ignored)
-    images = read_image_settings(directory, found.vision)
-    refuse_contradiction(where, "--select-layer", options.select_layer, found.select_layer)
-    refuse_contradiction(where, "--select-feature", options.select_feature, found.select_feature)
-    fields = found._asdict()
-    image_id = fields.pop("image_token_index")
-    linear = found.projector_type == "linear"
-    if linear:  # stored as two layers, of which the second is the identity
-        fields["projector_type"] = "mlp2x_gelu"
-    config = llava_config(
-        where,
-        **fields,
+    source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)
+    images = read_image_settings(directory, config.vision)
+    refuse_contradiction(where, "--select-layer", options.select_layer, config.select_layer)
+    refuse_contradiction(where, "--select-feature", options.select_feature, config.select_feature)
+    linear = config.projector_type == "linear"  # stored as two layers, of which the second is the identity
+    config = dataclasses.replace(
+        config,
+        projector_type="mlp2x_gelu" if linear else config.projector_type,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
         image_mean=images.mean,
         image_std=images.std,
     )
-    refuse(problems_of(directory, source, config, "llm", "head", "projector", "vision"))
+    parts = ("llm", "head", "projector", "vision")
+    check_tensors(config, (directory, source, parts))
     check_tied_head(directory, source, config)
     if linear:
         if not ends_in_identity(source, config):
@@ -131,12 +123,11 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
         config = dataclasses.replace(config, projector_type="linear")
     refuse_contradiction(where, "--projector-type", options.projector_type, config.projector_type)
     hf = {
-        "config": source_json | {"image_token_index": image_id},
+        "config": source_json | {"image_token_index": hf_config.image_token_index(source_json, where)},
         "generation_config": read_generation(directory),
     }
-    parts = dict.fromkeys(("llm", "head", "projector", "vision"), source)
     tokenizer = adapter if adapter and has_tokenizer(adapter) else directory
-    return Found(config, parts, hf, functools.partial(copy_tokenizer, tokenizer), trained=True)
+    return Found(config, dict.fromkeys(parts, source), hf, functools.partial(copy_tokenizer, tokenizer), trained=True)
 
 
 def _assume_padding(directory: Path) -> str:

@@ -20,11 +20,9 @@ from llava_jax.convert.adapter import base_name, is_adapter, with_adapter, witho
 from llava_jax.convert.found import (
     Found,
     Options,
+    check_tensors,
     check_tied_head,
-    llava_config,
-    problems_of,
     projector_type,
-    refuse,
     refuse_contradiction,
 )
 from llava_jax.convert.hf_processor import ImageSettings
@@ -78,7 +76,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
     im_start_end = get(settings, "mm_use_im_start_end", False, where)
-    config = llava_config(
+    config = hf_config.llava_config(
         where,
         vision=tower.config,
         text=text,
@@ -91,11 +89,9 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         image_mean=tower.images.mean,
         image_std=tower.images.std,
     )
-    parts = ["llm", "head", "projector"] + ([] if tower.source else ["vision"])
-    problems = problems_of(directory, source, config, *parts)
-    if tower.source:
-        problems += problems_of(vision, tower.source, config, "vision")
-    refuse(problems)
+    parts = ("llm", "head", "projector") + (() if tower.source else ("vision",))
+    held = [(vision, tower.source, ("vision",))] if tower.source else []
+    check_tensors(config, (directory, source, parts), *held)
     check_tied_head(directory, source, config)
     hf = {
         "config": {

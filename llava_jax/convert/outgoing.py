@@ -63,9 +63,8 @@ def tensors_of(
 def read_tensor(checkpoint: Checkpoint, entry: Entry, layer: int) -> np.ndarray:
     """Hugging Face's tensor of a parameter, or of one layer of a stacked one, in its stored type."""
     stored = checkpoint.abstract()[entry.name]
-    if entry.layers is None:
-        return to_hf_tensor(entry, stored.shape, stored.dtype, checkpoint.read_chunks(entry.name))
-    return to_hf_tensor(entry, stored.shape[1:], stored.dtype, checkpoint.read_chunks(entry.name, layer))
+    shape, index = (stored.shape, None) if entry.layers is None else (stored.shape[1:], layer)
+    return to_hf_tensor(entry, shape, stored.dtype, checkpoint.read_chunks(entry.name, index))
 
 
 def _read(checkpoint: Checkpoint, entry: Entry, layer: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
