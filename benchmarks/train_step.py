@@ -88,7 +88,7 @@ def random_batch(step: int, config: LlavaConfig) -> dict[str, np.ndarray]:
 
 
 def jax_step(config: LlavaConfig) -> Step:
-    """`llava_jax.train.train_step`, as training runs it."""
+    """The step of `llava_jax.training.step`, as training runs it."""
     import jax
     import jax.numpy as jnp
     import optax

@@ -152,8 +152,13 @@ class Model:
         Raises:
           UserError: as `chat` does, and if there are not as many `images` as `prompts`.
         """
+        _check_batch_size(batch_size)
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text: give a list of prompts, or use `chat`")
         if images is None:
             images = [None] * len(prompts)
+        elif isinstance(images, Image.Image | str | os.PathLike):
+            raise UserError("images is one image: give a list that has the image, or images, of each prompt")
         if len(images) != len(prompts):
             raise UserError(f"{len(prompts)} prompts, but images for {len(images)}: give None for a prompt without any")
         known: dict[int, tuple[ImageInput, Image.Image]] = {}
@@ -180,6 +185,7 @@ class Model:
         Raises:
           UserError: an image is missing or damaged.
         """
+        _check_batch_size(batch_size)
         opened = _images(images, {})
         batches = [opened[start : start + batch_size] for start in range(0, len(opened), batch_size)]
         empty = np.zeros((0, self.config.image_tokens, self.config.text.hidden_size), np.float32)
@@ -308,6 +314,11 @@ def _open(source: str) -> Checkpoint | ImportedModel:
     if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         return open_llava(source)
     return open_llava(source) if not path.exists() and hub.is_name(source) else open_checkpoint(source)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it has to be 1 or more")
 
 
 def _turn(turn: Turn) -> tuple[str, str]:

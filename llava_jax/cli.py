@@ -38,6 +38,8 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
+    status = 1  # of the command that it ends
+
 
 def printable(text: str) -> str:
     """The text with control characters as visible escapes, such as `\\x1b`: ids, texts and file names from outside can
@@ -94,8 +96,8 @@ def prepare() -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits.
 
-    The status is 0 or what `main` returns; 1 for a `UserError` or an error of the system, printed in one line, or for
-    a bug, with its traceback; 130 for Ctrl-C; 143 for SIGTERM, which lets `main` clean up as Ctrl-C does.
+    The status is 0 or what `main` returns; that of a `UserError` or 1 for an error of the system, printed in one line,
+    or for a bug, with its traceback; 130 for Ctrl-C; 143 for SIGTERM, which lets `main` clean up as Ctrl-C does.
     """
     prepare()
     if hasattr(sys.stdout, "reconfigure"):  # characters that a log or terminal cannot encode are escaped
@@ -119,7 +121,7 @@ def report(error: BaseException) -> tuple[int, str]:
             sys.stderr.close()
             return 1, "the reader of its output left"
         case UserError():
-            status, message = 1, f"error: {one_line(str(error))}"
+            status, message = error.status, f"error: {one_line(str(error))}"
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             status, message = 1, f"error: {one_line(where + (error.strerror or str(error)))}"
@@ -147,25 +149,33 @@ def as_typed(text: str) -> str:
 
 
 def dispatch(
-    program: str, description: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
+    program: str,
+    description: str,
+    commands: Mapping[str, tuple[str, str]],
+    argv: Sequence[str] | None,
+    unknown: int = UserError.status,
 ) -> int | None:
     """Calls the command that the first words of `argv` name, with those that follow.
 
     `commands` maps what is typed to its function (`module:function`, or a module whose `main` is called) and to what it
-    does. The module is imported only then. Prints the list of commands for `--help`, and where none is named.
+    does. The module is imported only then. Prints the list of commands for `--help`, and where none is named. `unknown`
+    is the exit status for a name that is none of them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     for words in (2, 1):
         if (name := " ".join(argv[:words])) in commands:
             module, _, function = commands[name][0].partition(":")
             return getattr(importlib.import_module(module), function or "main")(argv[words:])
-    asked = bool({"-h", "--help"}.intersection(argv))
+    named = any(" " in name for name in commands)  # `X --help` lists the commands `X Y`, too
+    asked = bool({"-h", "--help"}.intersection(argv if named else argv[:1]))
     width = 2 + max(map(len, commands))
     lines = [f"usage: {as_typed(program)} COMMAND ... (COMMAND --help has its options)", "", description, ""]
     lines += [f"  {name:<{width}}{what}" for name, (_, what) in commands.items()]
     say("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     if argv and not asked:
-        raise UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+        error = UserError(f"{' '.join(argv[:2])!r} is no command: see those above")
+        error.status = unknown
+        raise error
     return 0 if asked else 2
 
 

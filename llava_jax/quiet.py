@@ -41,41 +41,28 @@ def without_driver_lines() -> Iterator[None]:
                     os.write(2, line)
 
 
-class _LibraryLoader(importlib.machinery.ExtensionFileLoader):
-    """Loads a module that is a shared library."""
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        with without_driver_lines():
-            return super().create_module(spec)
-
-
-class _PluginLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module whose `initialize`, which JAX calls when it first looks for devices, loads a shared library."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        module.initialize = without_driver_lines()(module.initialize)
-
-
-_LOADERS = {  # modules: Python's loader and ours
-    r"jax_cuda\d+_plugin\.\w+": (importlib.machinery.ExtensionFileLoader, _LibraryLoader),
-    r"jax_plugins\.xla_cuda\d+": (importlib.machinery.SourceFileLoader, _PluginLoader),
-}
-
-
 class _Finder:
+    """Finds the modules of the plugin that load a shared library: when they are imported or, as JAX calls it when it
+    first looks for devices, in their function `initialize`."""
+
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        for pattern, (usual, quiet) in _LOADERS.items():
-            if re.fullmatch(pattern, name):
-                spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-                if spec and type(spec.loader) is usual:
-                    spec.loader = quiet(spec.loader.name, spec.loader.path)
-                return spec
-        return None
+        if not re.fullmatch(r"jax_cuda\d+_plugin\.\w+|jax_plugins\.xla_cuda\d+", name):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec and spec.loader:
+            create, execute = spec.loader.create_module, spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if name.startswith("jax_plugins."):
+                    module.initialize = without_driver_lines()(module.initialize)
+
+            spec.loader.create_module, spec.loader.exec_module = without_driver_lines()(create), exec_module
+        return spec
 
 
 def install() -> None:
-    """Uses these loaders for every import of JAX from now on."""
+    """Holds the lines back in every import of JAX from now on."""
     if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)

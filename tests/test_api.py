@@ -1,6 +1,7 @@
 """The public API: what `import llava_jax` does and does not do, and that it gives what the commands give."""
 
 import dataclasses
+import io
 import json
 import os
 import runpy
@@ -127,6 +128,19 @@ def noise(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (30, 20, 3), np.uint8)
 
 
+def closed(array: np.ndarray) -> Image.Image:
+    image = Image.fromarray(array)
+    image.close()
+    return image
+
+
+def truncated(array: np.ndarray) -> Image.Image:
+    """An image that Pillow has opened, but cannot decode."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "png")
+    return Image.open(io.BytesIO(file.getvalue()[:300]))
+
+
 def test_chat_gives_the_answer_of_the_commands(model, generator, tmp_path):
     array = noise()
     image = Image.fromarray(array)
@@ -227,10 +241,19 @@ def test_options_of_loading(checkpoint, model):
         (lambda model: model.chat("a", [noise().astype(float)]), r"^an image is float64\[30, 20, 3\]: arrays are"),
         (lambda model: model.chat("a", temperature=-1), "^temperature is -1"),
         (lambda model: model.chat("a" * 9000), "positions"),
+        (lambda model: model.chat("a", [closed(noise())]), "^image from memory is damaged .Operation on closed image"),
+        (lambda model: model.encode_images([truncated(noise())]), "^image from memory is damaged .* truncated"),
         (lambda model: model.generate(["a"], []), "^1 prompts, but images for 0"),
+        (lambda model: model.generate("abc"), "^prompts is one text: give a list"),
+        (lambda model: model.generate(["a"], Image.fromarray(noise())), "^images is one image: give a list"),
+        (lambda model: model.generate(["a"], "image.png"), "^images is one image: give a list"),
+        (lambda model: model.generate(["a"], batch_size=0), "^batch_size is 0: it has to be 1 or more"),
+        (lambda model: model.encode_images([noise()], batch_size=-1), "^batch_size is -1"),
+        (lambda model: llava_jax.load("https://example.org/a"), "^https://example.org/a: no checkpoint can be at such"),
         (lambda model: llava_jax.load("/nope"), "^/nope: no such checkpoint"),
         (lambda model: llava_jax.load(ROOT), "neither the output of `convert import`"),
         (lambda model: llava_jax.load("/nope", dtype="int4"), "^dtype is 'int4': choose float32 or bfloat16"),
+        (lambda model: llava_jax.get_config("finetune:14b"), "^--config=finetune:14b: '14b' in '14b' is none of"),
         (lambda model: llava_jax.get_config("fine"), "no recipe 'fine'; the package has pretrain, finetune"),
         (lambda model: llava_jax.get_config("/nope.py"), "^/nope.py: no such recipe"),
     ],

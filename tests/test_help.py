@@ -118,6 +118,7 @@ def test_a_word_that_is_no_command_is_named(capsys):
 def test_a_command_without_its_benchmark_is_an_error_that_names_it(capsys):
     with pytest.raises(UserError, match="^answers.jsonl: is no such benchmark; choose from llava-bench, mm-vet, sci"):
         evaluate(["judge", "answers.jsonl"])
-    with pytest.raises(UserError, match="^'questions answers.jsonl' is no command"):
+    with pytest.raises(UserError, match="^'questions answers.jsonl' is no command") as error:
         evaluate(["questions", "answers.jsonl"])
+    assert error.value.status == 1
     assert "  questions scienceqa " in capsys.readouterr().err

@@ -7,6 +7,7 @@ command of that name that gives the answer stands first in PATH.
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import yaml
 
+import llava_jax
 from configs import common
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.training import loop
@@ -436,6 +438,21 @@ def test_the_dockerfile_is_well_formed_and_copies_what_exists():
             shellcheck("--shell=sh", "-", text=f"export EXTRA\n{arguments}\n")
         if name == "COPY":
             assert all((ROOT / source).exists() for source in arguments.split()[:-1])
+
+
+def test_the_dockerfile_installs_from_what_it_has_copied(tmp_path):
+    names = [f"{name} {arguments}" for name, arguments in instructions()]
+    (install,) = [number for number, line in enumerate(names) if "pip install" in line]
+    for name, arguments in instructions()[:install]:
+        if name == "COPY":
+            *sources, target = arguments.split()
+            (tmp_path / target).mkdir(exist_ok=True)
+            for source in sources:
+                shutil.copy(ROOT / source, tmp_path / target)
+    version = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert version.stdout.strip() == llava_jax.__version__
 
 
 @pytest.mark.parametrize(("extra", "status"), [("tpu", 0), ("cuda", 0), ("", 2), ("gpu", 2)])

@@ -134,5 +134,11 @@ def needed(workdir: epath.Path, description: Description) -> list[str]:
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """The path, local or remote (`gs://`), as an absolute one: Orbax takes no other."""
-    return epath.Path(path if is_remote(path) else os.path.abspath(path))
+    """The path, local or remote (`gs://`), as an absolute one: Orbax takes no other.
+
+    Raises UserError for an address of another kind, such as https://.
+    """
+    try:
+        return epath.Path(path if is_remote(path) else os.path.abspath(path))
+    except KeyError as error:
+        raise UserError(f"{path}: no checkpoint can be at such an address: give a directory or gs://") from error

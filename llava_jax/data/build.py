@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
@@ -103,9 +103,12 @@ def _begin(
 ) -> dict[str, Any]:
     """Checks that all images exist, and writes the texts and the manifest. From then on a build can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
+    users: dict[str, str] = {}  # the id of the first sample with each image
     text_only = 0
     for sample in track(source, "reading samples"):
         uses.update(sample.images)
+        for name in sample.images:
+            users.setdefault(name, sample.id)
         text_only += not sample.images
     if published:
         problems = [*folder_problems(published, epath.Path(images)), *count_problems(published, len(source), text_only)]
@@ -113,11 +116,11 @@ def _begin(
             raise UserError(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
-    _refuse_names(source, images, uses)
+    _refuse_names(images, users)
     sizes = _sizes(images, list(uses))
-    if missing := {name for name, size in sizes.items() if size is None}:
+    if missing := {name: users[name] for name, size in sizes.items() if size is None}:
         raise UserError(
-            f"{'; '.join(explain_missing(epath.Path(images), _first_users(source, missing)))}. Put them there, or let "
+            f"{'; '.join(explain_missing(epath.Path(images), missing))}. Put them there, or let "
             "llava_jax.data.check --fix write the good samples, and build from these"
         )
     size = sum(sizes[name] * count for name, count in uses.items())
@@ -135,18 +138,17 @@ def _begin(
     return manifest
 
 
-def _refuse_names(source: LlavaJson, images: epath.PathLike, names: Collection[str]) -> None:
-    """Raises `UserError` if image names leave their folder."""
-    faults = {}
-    for name in names:
+def _refuse_names(images: epath.PathLike, users: Mapping[str, str]) -> None:
+    """Raises `UserError` if image names, with the ids of samples that use them, leave their folder."""
+    faults = []
+    for name, user in users.items():
         try:
             image_path(images, name)
         except UserError as error:
-            faults[name] = error
+            faults.append(f"sample {short(user)}: {error}")
     if faults:
-        (name, user), *others = _first_users(source, set(faults)).items()
-        more = f" ({len(others):,} other names have such faults)" if others else ""
-        raise UserError(f"sample {short(user)}: {faults[name]}{more}")
+        more = f" ({len(faults) - 1:,} other names have such faults)" if faults[1:] else ""
+        raise UserError(f"{faults[0]}{more}")
 
 
 def _sizes(images: epath.PathLike, names: Sequence[str]) -> dict[str, int | None]:
@@ -159,15 +161,6 @@ def _sizes(images: epath.PathLike, names: Sequence[str]) -> dict[str, int | None
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         found = track(pool.map(sizes, starts), f"looking for images, {STATS_AT_ONCE} at once", len(starts))
         return dict(zip(names, itertools.chain.from_iterable(found), strict=True))
-
-
-def _first_users(source: LlavaJson, names: set[str]) -> dict[str, str]:
-    """The id of the first sample with each of these images."""
-    users: dict[str, str] = {}
-    for sample in source:
-        for name in names.intersection(sample.images):
-            users.setdefault(name, sample.id)
-    return users
 
 
 def _size(path: epath.Path) -> int | None:

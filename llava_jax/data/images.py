@@ -12,6 +12,7 @@ How files are decoded where libraries differ:
 Nothing changes global state: any number of threads may decode at once.
 """
 
+import base64
 import contextlib
 import functools
 import io
@@ -120,6 +121,13 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
     return open_image(data, name, max_pixels).decode()
 
 
+def load_pixels(image: Image.Image, name: str = "from memory") -> Image.Image:
+    """Decodes an image that Pillow has only opened, and returns it. Raises UserError, also if its file is closed."""
+    with _errors(name):
+        image.load()
+    return image
+
+
 class EncodedImage:
     """An image whose header was read, but not its pixels. See `open_image`."""
 
@@ -198,7 +206,7 @@ class _CountedFile(io.BytesIO):
         self.reads_left -= 1
         self.bytes_left -= len(data)
         if self.reads_left < 0 or self.bytes_left < 0:
-            raise UserError("has too much metadata, or too small pieces: save it again without")
+            raise UserError("has too much metadata, or too small blocks: save it again without")
         return data
 
 
@@ -246,6 +254,14 @@ def _band_to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def thumbnail(image: Image.Image, side: int, quality: int) -> str:
+    """A JPEG of at most `side` x `side` pixels, as a data URI for reports."""
+    image.thumbnail((side, side))
+    data = io.BytesIO()
+    image.save(data, format="JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:

@@ -119,7 +119,7 @@ def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> Non
         images = int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
         text = len(encoded.input_ids) - images
         ident = one_line(short(sample.id))
-        console.rule(Text(f"{ident}: text tokens {text}, learned {targets}; images {images}"), align="left")
+        console.rule(Text(f"{ident}: text tokens {text}, targets {targets}; images {images}"), align="left")
         for name, width, height in sizes or ():
             console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
         console.print(view(encoded, tokenizer))

@@ -129,7 +129,7 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
     """The report as lines of text."""
     count, images = len(lengths.tokens), lengths.images
     yield (
-        f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them learned) and "
+        f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them targets) and "
         f"{images.mean():.2f} images; {np.mean(images == 0):.1%} without"
     )
     yield (

@@ -29,7 +29,7 @@ class Template:
     question: tuple[str, str]  # before and after a question
     reply: str  # opens an answer: a prompt ends with it
     lead: str = ""  # between `reply` and the answer
-    end: str  # the end mark: learned with the answer; generation stops there
+    end: str  # the end mark: a target, as the answer; generation stops there
     tail: str = ""  # after the end mark
     between: str = ""  # before every question but the first
     image: str = IMAGE_TOKEN  # the mark of an image

@@ -18,7 +18,7 @@ _NO_VIDEO = "the model sees images only: give frames as images, or drop the samp
 _NO_SOUND = "the model hears nothing: drop the sample"
 _NO_TOOLS = "describe tools in `system`, or remove the key"
 _NO_PREFERENCES = "it is not trained on preferences: write the answer to learn into `conversations`"
-_NO_WEIGHTS = "all answers are learned alike"
+_NO_WEIGHTS = "all answers have the same weight"
 _NO_OTHER = "the model sees images only: render it as one, or drop the sample"
 MEDIA = (
     dict.fromkeys(("video", "videos", "video_path", "video_url", "frames"), _NO_VIDEO)
@@ -59,7 +59,7 @@ UNREAD_IN_TURNS = (
 _MISSPELLED = {key.title(): f"write it in lower case, `{key}`" for key in READ - {"id"}}
 _CHOICES = ("choices", "options")
 _TEXTS = ("instruction", "input", "prompt", "question", "query", "context", "hint", "preamble", "passage", *_CHOICES)
-# Whether an answer is learned, and with which weight.
+# Whether the tokens of an answer are targets, and with which weight.
 WEIGHTS = ("loss", "weight", "loss_weight", "loss_scale", "loss_mask", "calculate_loss", "train", "trainable",
            "training", "train_on_turn")  # fmt: skip
 

@@ -13,7 +13,7 @@ COMMANDS = {  # name: its function, and what it does
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    return dispatch("python -m llava_jax.datagen", __doc__, COMMANDS, argv)
+    return dispatch("python -m llava_jax.datagen", __doc__, COMMANDS, argv, unknown=2)
 
 
 if __name__ == "__main__":

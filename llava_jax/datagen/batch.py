@@ -1,30 +1,25 @@
 """Asks about contexts with the batch API, in rounds: each sends the next request about every context."""
 
-import asyncio
 from collections.abc import Callable, Iterator
 
 from llava_jax.cli import track
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.recipe import Recipe, Verdict, give_up, next_step
-from llava_jax.llm_api.asking import Work
-from llava_jax.llm_api.batches import TRIES, Batches
+from llava_jax.llm_api.batches import TRIES, run_batches
 from llava_jax.llm_api.errors import REFUSED
 from llava_jax.llm_api.ledger import Answer, Ledger, Request
+from llava_jax.llm_api.settings import Work
 
 
-def run_batches(work: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[], Iterator[Context]]) -> None:
+def run(work: Work, ledger: Ledger, recipe: Recipe, pending: Callable[[], Iterator[Context]]) -> None:
     """Asks about the contexts of `pending`, which is called in each round. It can be interrupted anywhere."""
 
     def request_of(task: str) -> Request:
         step, _ = _next(recipe, ledger, contexts.get(ledger.db, task))
         return step
 
-    async def rounds() -> None:
-        async with Batches(work.settings, ledger, work.budget, request_of, work.poll) as batches:
-            await batches.run(lambda refused: _requests(recipe, ledger, pending(), refused))
-
-    asyncio.run(rounds())
+    run_batches(work, ledger, request_of, lambda refused: _requests(recipe, ledger, pending(), refused))
 
 
 def _requests(recipe: Recipe, ledger: Ledger, pending: Iterator[Context], refused: dict[str, str]) -> Iterator[Request]:

@@ -12,14 +12,12 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from etils import epath
-
 from llava_jax.cli import Parser, UserError, positive, say
 from llava_jax.data.image_folder import add_allow_absolute, folder_of
+from llava_jax.data.options import open_image_folder
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
-from llava_jax.datagen import contexts
-from llava_jax.datagen.batch import run_batches
+from llava_jax.datagen import batch, contexts, workers
 from llava_jax.datagen.estimate import estimate_lines
 from llava_jax.datagen.load import load
 from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
@@ -27,11 +25,9 @@ from llava_jax.datagen.prompts import OURS, load_prompts
 from llava_jax.datagen.recipe import KINDS, Recipe, next_step
 from llava_jax.datagen.report import read_rejects, write_report
 from llava_jax.datagen.rules import check_language
-from llava_jax.datagen.workers import run
-from llava_jax.llm_api.asking import Work
 from llava_jax.llm_api.ledger import ACCEPTED, Ledger
 from llava_jax.llm_api.options import add_api_arguments, work
-from llava_jax.llm_api.settings import Settings
+from llava_jax.llm_api.settings import Settings, Work
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
@@ -51,8 +47,7 @@ def main(kind: str, argv: list[str]) -> int:
     args = _parse(kind, argv)
     for file in filter(None, (args.captions, args.instances)):
         local_data(file)  # before anything is written
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of images")
+    open_image_folder(args)
     if is_remote(args.output):
         raise UserError(f"{args.output}: has to be a local directory: the ledger is a SQLite database")
     recipe = Recipe(
@@ -110,9 +105,9 @@ def generate(recipe: Recipe, ledger: Ledger, job: Work, args: argparse.Namespace
     caught = 0
     try:
         if job.batch:
-            run_batches(job, ledger, recipe, pending)
+            batch.run(job, ledger, recipe, pending)
         else:
-            caught = run(job, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
+            caught = workers.run(job, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
     finally:
         if ledger.verdicts():
             counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)

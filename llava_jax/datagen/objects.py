@@ -21,18 +21,8 @@ IRREGULAR = {
 }  # fmt: skip
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
 _NEGATIONS = {"no", "not", "without", "neither", "nor", "isn't", "aren't", "wasn't", "weren't", "don't", "doesn't"}
-_FILLERS = {
-    "a",
-    "an",
-    "any",
-    "the",
-    "other",
-    "visible",
-    "single",
-    "one",
-    "have",
-    "see",
-}  # between a negation and the object
+# Words between a negation and the object.
+_FILLERS = {"a", "an", "any", "the", "other", "visible", "single", "one", "have", "see"}
 
 
 class Finder:

@@ -15,7 +15,8 @@ from typing import Any
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, positive, say, track
-from llava_jax.data.image_folder import add_allow_absolute, folder_of
+from llava_jax.data.image_folder import add_allow_absolute
+from llava_jax.data.options import open_image_folder
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import Sample, record_value
 from llava_jax.data.sources import LlavaJson
@@ -106,15 +107,14 @@ def read_rejects(path: str) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    if not epath.Path(args.images).is_dir():
-        raise UserError(f"{args.images}: no such folder of images")
+    images = open_image_folder(args)
     ledger = None
     if args.captions:
         ledger = Ledger(new_local() / "ledger.sqlite")
-        load(ledger, args.captions, args.instances, folder_of(args), anywhere=True)  # names may differ by a folder
+        load(ledger, args.captions, args.instances, images, anywhere=True)  # names may differ by a folder
     rejects = read_rejects(args.rejects) if args.rejects else ()
     samples = LlavaJson(args.json)
-    write_report(args.output, samples, folder_of(args), ledger, rejects, shown=args.shown, title=args.json)
+    write_report(args.output, samples, images, ledger, rejects, shown=args.shown, title=args.json)
     say(f"{args.output}: {len(samples)} samples", file=sys.stderr)
 
 

@@ -1,21 +1,18 @@
 """The samples and rejects that a report shows: drawn at random, with small images, captions and boxes."""
 
-import base64
 import collections
 import hashlib
 import heapq
-import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
-from PIL import Image
 
 from llava_jax.cli import UserError, short, track
 from llava_jax.data.image_folder import MAX_LENGTH, image_path
-from llava_jax.data.images import load_image
+from llava_jax.data.images import load_image, thumbnail
 from llava_jax.data.sources import Sample
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.datagen import contexts
@@ -102,7 +99,7 @@ class Shown:
         image = short(image, MAX_LENGTH)
         if image and image not in self.pictures:
             try:
-                self.pictures[image] = thumbnail(load_image(image_path(self.images, image)))
+                self.pictures[image] = thumbnail(load_image(image_path(self.images, image)), THUMBNAIL, QUALITY)
             except UserError:
                 self.pictures[image] = ""  # the page says so
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
@@ -142,11 +139,3 @@ def bounded(texts: Sequence[str]) -> list[str]:
         kept.append(short(text, room + 3))
         room -= max(len(text), 100)  # since empty texts take space, too
     return kept
-
-
-def thumbnail(image: Image.Image) -> str:
-    """A small JPEG as a data URI."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -165,17 +165,15 @@ def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epat
         warn(f"{len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first")
 
 
-PARTIAL = "--partial scores what is there"
-WHOLE = "all have to be answered, and no others"  # advice if there is no `--partial`
-
-
 def join(
-    answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool, advice: str = PARTIAL
+    answers: Mapping[str, Answer], labels: Mapping[str, Any], path: epath.PathLike, partial: bool | None = None
 ) -> Joined:
     """Answers with their labels, in the order of the labels.
 
-    Raises `UserError` for answers without a label and for labels without an answer. `partial` warns of them instead.
+    Raises `UserError` for answers without a label and for labels without an answer. `partial` warns of them instead; it
+    is None for a command without `--partial`.
     """
+    advice = "all have to be answered, and no others" if partial is None else "--partial scores what is there"
     unknown = [ident for ident in answers if ident not in labels]
     missing = [ident for ident in labels if ident not in answers]
     messages = []

@@ -5,6 +5,7 @@ Intervals are of the paired bootstrap: questions are resampled, the same ones fo
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,20 +19,22 @@ MAX_DRAWN = 2_000_000  # questions of resamples that are in memory
 Run = dict[str, dict[str, Outcome]]  # by benchmark and question
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True)
+class Interval:
     value: float
     low: float
     high: float
 
 
-class Row(NamedTuple):
-    """A category of a benchmark, in percent."""
+@dataclass(frozen=True)
+class Row:
+    """A category of a benchmark, in percent, by the names of the runs."""
 
     benchmark: str
     category: str
     questions: int
-    values: list[Interval | None]  # of each run
-    differences: list[Interval | None]  # to the first run
+    values: dict[str, Interval | None]
+    differences: dict[str, Interval | None]  # to the first run
 
 
 class Case(NamedTuple):
@@ -67,7 +70,7 @@ def pair_up(runs: dict[str, Run], partial: bool) -> list[Case]:
     return cases
 
 
-def compare_runs(cases: Sequence[Case], resamples: int, seed: int) -> list[Row]:
+def compare_runs(runs: Sequence[str], cases: Sequence[Case], resamples: int, seed: int) -> list[Row]:
     """A row for each benchmark, followed by one for each of its categories."""
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
@@ -75,15 +78,16 @@ def compare_runs(cases: Sequence[Case], resamples: int, seed: int) -> list[Row]:
             groups.setdefault((case.benchmark, category), []).append(case)
     order = list(dict.fromkeys(benchmark for benchmark, _ in groups))
     names = sorted(groups, key=lambda name: order.index(name[0]))  # a stable sort keeps the order of categories
-    return [_row(name, groups[name], resamples, seed) for name in track(names, "resampling")]
+    return [_row(runs, name, groups[name], resamples, seed) for name in track(names, "resampling")]
 
 
-def _row(name: tuple[str, str], cases: Sequence[Case], resamples: int, seed: int) -> Row:
+def _row(runs: Sequence[str], name: tuple[str, str], cases: Sequence[Case], resamples: int, seed: int) -> Row:
     scores, of, weights = (
         np.array([[getattr(outcome, field) for outcome in case.outcomes] for case in cases], float).T
         for field in ("score", "of", "weight")
     )
-    return Row(*name, len(cases), *bootstrap(weights * scores, weights * of, resamples, seed_of(seed, *name)))
+    of_runs = bootstrap(weights * scores, weights * of, resamples, seed_of(seed, *name))
+    return Row(*name, len(cases), *(dict(zip(runs, intervals, strict=True)) for intervals in of_runs))
 
 
 def bootstrap(

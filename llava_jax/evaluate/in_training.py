@@ -17,15 +17,14 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError
-from llava_jax.data.image_folder import ImageFolder, image_path
-from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.templates import Template
 from llava_jax.evaluate.answers import Answer, by_key, count_absent
 from llava_jax.evaluate.benchmark import Benchmark
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.lines import Line, write_lines
 from llava_jax.evaluate.outcomes import SUFFIX, outcomes_of, write_outcomes
-from llava_jax.evaluate.questions import Question, read_questions, request_turns
+from llava_jax.evaluate.questions import Question, read_images, read_questions, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
@@ -69,7 +68,9 @@ class Evaluation:
             texts = self.generator.answer(self.requests[first::count], sampling)
         except UserError:
             for question in self.questions[first::count]:
-                check_images(question, self.images)  # raises an error with the question's id for a bad image
+                read_images(
+                    question, self.images, self.prompts.read
+                )  # raises an error with the question's id for a bad image
             raise
         self.generator.decoder.drop_weights()
         answers = [""] * len(self.questions)
@@ -116,23 +117,9 @@ def choose(asked: Sequence[Question], benchmark: Benchmark, limit: int, seed: in
 
 
 def request(question: Question, images: epath.PathLike, image_position: str = "first") -> Request:
-    """A request for the generator. Raises `UserError` with the question's id for an image with a bad name."""
-    try:
-        found = [
-            decode_image(image) if isinstance(image, bytes) else image_path(images, image) for image in question.images
-        ]
-    except UserError as error:
-        raise UserError(f"question {question.id}: {error}") from error
+    """A request for the generator, which reads the images that are in files."""
+    found = read_images(question, images, lambda image: image)
     return Request(request_turns(question, image_position=image_position), found)
-
-
-def check_images(question: Question, images: epath.PathLike) -> None:
-    """Raises `UserError` with the question's id if one of its images cannot be read."""
-    try:
-        for image in question.images:
-            decode_image(image) if isinstance(image, bytes) else load_image(image_path(images, image))
-    except UserError as error:
-        raise UserError(f"question {question.id}: {error}") from error
 
 
 def answer_line(number: int, question: Question, text: str, step: int) -> Line:

@@ -1,7 +1,6 @@
 """Asks a language model what a benchmark wants to know of it: to judge answers, or to write reference answers.
 
-Each benchmark says its prompts, how replies are read, and what is written (`model_task.py`). The model's replies are
-kept in a ledger beside the output: the same command resumes where it was interrupted and pays for nothing twice.
+Each benchmark says its prompts, how replies are read, and what is written (`model_task.py`).
 """
 
 import argparse
@@ -23,6 +22,8 @@ from llava_jax.llm_api.options import add_api_arguments, add_output_arguments, l
 
 if TYPE_CHECKING:
     from llava_jax.llm_api.asking import Outcome
+
+RESUMES = "The same command resumes where it was interrupted and pays for no reply twice: a ledger keeps all of them."
 
 
 def main(argv: Sequence[str]) -> None:
@@ -116,7 +117,7 @@ def _slug(name: str) -> str:
 
 def _parse(command: str, name: str, task: ModelTask, argv: Sequence[str]) -> argparse.Namespace:
     prog = f"python -m llava_jax.evaluate {command} {name}"
-    parser = Parser(prog=prog, description=inspect.getdoc(task), epilog=task.epilog)
+    parser = Parser(prog=prog, description=f"{inspect.getdoc(task)}\n\n{RESUMES}", epilog=task.epilog)
     task.add_arguments(parser)
     add = parser.add_argument
     option, count = "--judge" if command == "judge" else "--model", "+" if task.several else 1

@@ -80,12 +80,9 @@ def listed(value: Any, name: str, where: str) -> list[tuple[str, Any]]:
     return [(f"{where}: {name or 'element'} {number}", element) for number, element in enumerate(elements)]
 
 
-def entries_by_id(path: str, hint: str) -> list[tuple[str, str, Any]]:
-    """The entries of a file that is one object of questions by id: place in the file, id and value of each.
-
-    Raises `UserError`, which ends with `hint`, for another file.
-    """
+def entries_by_id(path: str) -> list[tuple[str, str, Any]]:
+    """The entries of a file that is one object of questions by id: place in the file, id and value of each."""
     entries = read_json(path)
     if not isinstance(entries, dict):
-        raise UserError(f"{path}: is no object of questions by id{hint}")
+        raise UserError(f"{path}: is no object of questions by id: is it a file of another kind or version?")
     return [(f"{path}: question {ident}", ident, entry) for ident, entry in entries.items()]

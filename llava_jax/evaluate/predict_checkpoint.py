@@ -20,11 +20,10 @@ from etils import epath
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError, say, track
-from llava_jax.data.image_folder import folder_of, image_path
-from llava_jax.data.images import decode_image, load_image
+from llava_jax.data.image_folder import folder_of
 from llava_jax.data.templates import Template
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import Question, key_of, request_turns
+from llava_jax.evaluate.questions import Question, key_of, read_images, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.options import open_model
 from llava_jax.inference.requests import Request, Sampling
@@ -157,12 +156,8 @@ class Answering:
                     pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, name: str | bytes, asker: Question) -> np.ndarray:
-        try:
-            of_file = not isinstance(name, bytes)
-            image = load_image(image_path(self.asking.images, name)) if of_file else decode_image(name)
-            return self.generators[0].prompts.read(image)
-        except UserError as error:
-            raise UserError(f"question {asker.id}: {error}") from error
+        (image,) = read_images(asker._replace(images=(name,)), self.asking.images, self.generators[0].prompts.read)
+        return image
 
     def _answer(
         self, idle: "queue.SimpleQueue[Generator]", batch: Sequence[Question], images: Mapping[str | bytes, Future]

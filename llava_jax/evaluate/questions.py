@@ -3,11 +3,13 @@
 import collections
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import decode_image
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
 from llava_jax.data.templates import IMAGE_TOKEN as MARK
@@ -16,6 +18,7 @@ from llava_jax.evaluate.answers import is_lines, read_json
 from llava_jax.evaluate.lines import Line, once
 
 Key = tuple[str, str, str, int]
+Read = TypeVar("Read")
 
 
 class Question(NamedTuple):
@@ -156,6 +159,17 @@ def marked(question: Question, image_last: bool = False, image_position: str = "
 def unmarked(text: str) -> str:
     """The text without `<image>`s and the white space around it; a text without `<image>` stays as it is."""
     return text.replace(MARK, "").strip() if MARK in text else text
+
+
+def read_images(question: Question, folder: epath.PathLike, read: Callable[[Any], Read]) -> list[Read]:
+    """`read(image or path)` for each of the question's images. Its errors and those of names get the question's id."""
+    try:
+        return [
+            read(decode_image(image) if isinstance(image, bytes) else image_path(folder, image))
+            for image in question.images
+        ]
+    except UserError as error:
+        raise UserError(f"question {question.id}: {error}") from error
 
 
 def system_turns(question: Question) -> list[tuple[str, str]]:

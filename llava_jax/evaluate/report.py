@@ -5,11 +5,11 @@ of the paired bootstrap: the same questions are drawn for all runs, so that diff
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
@@ -34,13 +34,13 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     names = _names(args.runs)
     cases = pair_up({name: read_run(path) for name, path in zip(names, args.runs, strict=True)}, args.partial)
-    rows, judged = compare_runs(cases, args.resamples, args.seed), judges(cases)
+    rows, judged = compare_runs(names, cases, args.resamples, args.seed), judges(cases)
     report = {
         "runs": names,
         "resamples": args.resamples,
         "seed": args.seed,
         "judges": judged,
-        "rows": [_json_row(row, names) for row in rows],
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
     if args.output:
         chart, output = draw(names, rows[:MAX_ROWS]), epath.Path(args.output)
@@ -64,26 +64,16 @@ def table(names: Sequence[str], rows: Sequence[Row]) -> str:
     head = ["benchmark", "category", "questions", *names, *(f"{name} more" for name in names[1:])]
     lines = [head]
     for row in rows:
-        cells = [_cell(interval, "") for interval in row.values] + [_cell(i, "+") for i in row.differences[1:]]
+        cells = [_cell(row.values[name], "") for name in names]
+        cells += [_cell(row.differences[name], "+") for name in names[1:]]
         lines.append([row.benchmark, row.category, str(row.questions), *cells])
     return aligned(lines, left=2)
 
 
 def _cell(interval: Interval | None, sign: str) -> str:
-    return "-" if interval is None else "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*interval, s=sign)
-
-
-def _json_row(row: Row, names: Sequence[str]) -> dict[str, Any]:
-    def values(intervals: Sequence[Interval | None]) -> dict[str, Any]:
-        return {name: interval and interval._asdict() for name, interval in zip(names, intervals, strict=True)}
-
-    return {
-        "benchmark": row.benchmark,
-        "category": row.category,
-        "questions": row.questions,
-        "values": values(row.values),
-        "differences": values(row.differences),
-    }
+    if interval is None:
+        return "-"
+    return f"{interval.value:{sign}.1f} [{interval.low:{sign}.1f}, {interval.high:{sign}.1f}]"
 
 
 def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> None:
@@ -91,13 +81,13 @@ def write_board(output: epath.Path, paths: Sequence[str], names: Sequence[str], 
     from tensorboardX import SummaryWriter  # imports torch if it is installed, which takes seconds
 
     directory = new_local() if is_remote(output) else output
-    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+    for path, name in zip(paths, names, strict=True):
         digits = re.search(r"\d+$", path.rstrip("/"))
         with SummaryWriter(str(directory / "tensorboard" / re.sub(r"[^\w.-]+", "_", name))) as board:
             for row in rows:
-                if row.values[number]:
+                if interval := row.values[name]:
                     tag = f"{row.benchmark}/{row.category}"
-                    board.add_scalar(tag, row.values[number].value, int(digits[0]) if digits else 0)
+                    board.add_scalar(tag, interval.value, int(digits[0]) if digits else 0)
     if is_remote(output):
         upload(directory, output)
 

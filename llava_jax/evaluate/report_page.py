@@ -12,7 +12,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, short, track
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import load_image
+from llava_jax.data.images import load_image, thumbnail
 from llava_jax.evaluate.comparison import Case, Row
 from llava_jax.evaluate.outcomes import Outcome
 
@@ -52,7 +52,7 @@ def page(
         runs=runs,
         rows=rows[:MAX_ROWS],
         judges=judges,
-        chart=_data(chart, "png"),
+        chart=f"data:image/png;base64,{base64.b64encode(chart).decode()}",
         asked=len(cases),
         groups=list(dict.fromkeys(groups))[:MAX_ROWS],
         articles=articles,
@@ -76,17 +76,9 @@ def _image(outcome: Outcome, images: epath.PathLike | None) -> str:
     if not (images and outcome.image):
         return ""
     try:
-        image = load_image(image_path(images, outcome.image))
+        return thumbnail(load_image(image_path(images, outcome.image)), IMAGE_SIDE, quality=85)
     except UserError as error:
         raise UserError(f"question {outcome.question_id}: {error}") from error
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    data = io.BytesIO()
-    image.save(data, format="JPEG", quality=85)
-    return _data(data.getvalue(), "jpeg")
-
-
-def _data(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
@@ -97,7 +89,7 @@ def draw(runs: Sequence[str], rows: Sequence[Row]) -> bytes:
     axes = figure.subplots()
     width = 0.8 / len(runs)
     for number, run in enumerate(runs):
-        bars = [(place, row.values[number]) for place, row in enumerate(rows) if row.values[number]]
+        bars = [(place, row.values[run]) for place, row in enumerate(rows) if row.values[run]]
         values = [interval.value for _, interval in bars]
         errors = [
             [max(0.0, interval.value - interval.low) for _, interval in bars],

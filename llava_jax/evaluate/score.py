@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from llava_jax.cli import Parser, printable
 from llava_jax.evaluate.answers import answer_lines, count_absent, join, refuse_questions
-from llava_jax.evaluate.benchmark import Scores
+from llava_jax.evaluate.benchmark import ScoreCommand, Scores
 from llava_jax.evaluate.benchmarks import BENCHMARKS, find, listing
 from llava_jax.evaluate.label_formats import LABEL_FORMATS
 from llava_jax.evaluate.lines import Line
@@ -71,31 +71,27 @@ def _judges(lines: Sequence[Line]) -> dict[str, str]:
     return {name: ", ".join(sorted(values)) for name, values in known.items() if values}
 
 
-def main(argv: Sequence[str]) -> None:
-    own = OWN.get(argv[0]) if argv else None
-    prog = "python -m llava_jax.evaluate score"
-    if own:
-        parser = Parser(prog=f"{prog} {own.name}", description=own.what, epilog=own.epilog)
-        own.add_arguments(parser)
-        run, table, to_json, argv = own.score, own.table, own.to_json, argv[1:]
-    else:
-        parser = Parser(prog=prog, description=__doc__, epilog=EPILOG)
-        _add_arguments(parser)
-        run, table, to_json = _score_answers, _table, dict
-    parser.add_argument("--json", action="store_true", help="print one object on one line")
-    args = parser.parse_args(argv)
-    scores, outcomes = run(args)
-    print(json.dumps(to_json(scores)) if args.json else printable(table(scores)), flush=True)
-    if getattr(args, "outcomes", None):
-        write_outcomes(args.outcomes, outcomes)
+class Score(ScoreCommand):
+    name, what, epilog = "", str(__doc__), EPILOG
 
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
+        add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (below); of "
+            "mm-vet, the judge's grades")  # fmt: skip
+        add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
+        add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell "
+            "it)")  # fmt: skip
+        add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
+            "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip
+        add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
+        add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
 
-def _score_answers(args: argparse.Namespace) -> tuple[Scores, Iterable[Outcome]]:
-    return score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
+    def score(self, args: argparse.Namespace) -> tuple[Scores, Iterator[Outcome]]:
+        return score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
 
-
-def _table(scores: Scores) -> str:
-    return "\n".join(_rows(scores))
+    def table(self, scores: Scores) -> str:
+        return "\n".join(_rows(scores))
 
 
 def _rows(scores: Scores, indent: str = "") -> Iterator[str]:
@@ -111,15 +107,14 @@ def _rows(scores: Scores, indent: str = "") -> Iterator[str]:
             yield from _rows(value, indent + "  ")
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
-    add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (below); of mm-vet, the "
-        "judge's grades")  # fmt: skip
-    add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
-    add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell "
-        "it)")  # fmt: skip
-    add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
-        "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip
-    add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
-    add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
+def main(argv: Sequence[str]) -> None:
+    command, argv = (OWN[argv[0]], argv[1:]) if argv and argv[0] in OWN else (Score(), argv)
+    prog = f"python -m llava_jax.evaluate score {command.name}".rstrip()
+    parser = Parser(prog=prog, description=command.what, epilog=command.epilog)
+    command.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one object on one line")
+    args = parser.parse_args(argv)
+    scores, outcomes = command.score(args)
+    print(json.dumps(command.to_json(scores)) if args.json else printable(command.table(scores)), flush=True)
+    if getattr(args, "outcomes", None):
+        write_outcomes(args.outcomes, outcomes)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import check_system, place_prompt_images
-from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.images import load_image, load_pixels, preprocess
 from llava_jax.data.templates import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
 from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
 from llava_jax.inference.detokenization import AnswerStream
@@ -77,7 +77,7 @@ class PromptEncoder:
         """Reads and preprocesses an image -> uint8[H, W, 3]. Raises `UserError` where it is missing or damaged."""
         if isinstance(image, np.ndarray):
             return image
-        opened = image if isinstance(image, Image.Image) else load_image(image)
+        opened = load_pixels(image) if isinstance(image, Image.Image) else load_image(image)
         return preprocess(opened, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
 
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:

@@ -3,20 +3,22 @@
 import asyncio
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llava_jax.cli import UserError, say, track
-from llava_jax.llm_api.batches import TRIES, Batches
+from llava_jax.llm_api.batches import TRIES, run_batches
 from llava_jax.llm_api.budget import Budget
 from llava_jax.llm_api.client import Client
 from llava_jax.llm_api.cost import Message, estimate_tokens
 from llava_jax.llm_api.errors import REFUSED, SERVER_ERROR, Refused
 from llava_jax.llm_api.ledger import CUT_OFF, FILTERED, Answer, Ledger, Request
-from llava_jax.llm_api.settings import Settings
+from llava_jax.llm_api.settings import Work
 from llava_jax.llm_api.stop import Stopped, stopped_by_signals
 from llava_jax.llm_api.thinking import says_nothing
+
+Item = TypeVar("Item")
 
 CUT, EMPTY = "cut off at --max-tokens", "empty"  # reasons why an answer does not count
 LONGER = "give a larger --max-tokens and another --ledger"  # the way out where answers are cut off
@@ -61,23 +63,6 @@ class Outcome(NamedTuple):
         return self.text or f"no answer: {self.reason}"
 
 
-class Work(NamedTuple):
-    """How to ask about tasks.
-
-    Attributes:
-      budget: in dollars, None for no limit.
-      attempts: answers to a task of which one has to be good.
-      batch: whether to use the batch API.
-      poll: seconds between looks at batches.
-    """
-
-    settings: Settings
-    budget: float | None = None
-    attempts: int = 3
-    batch: bool = False
-    poll: float = 60.0
-
-
 def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[str, Any], what: str) -> list[Outcome]:
     """The outcome of each task. Answers that the ledger in `directory` holds are not paid again.
 
@@ -95,7 +80,8 @@ def ask_all(work: Work, tasks: Sequence[Task], directory: Path, identity: dict[s
         ledger.identify({**identity, "model": settings.model, "body": settings.body})
         if ledger.open_batches() and not work.batch:
             raise UserError(f"{ledger.path}: answers of the batch API are awaited: resume with --batch")
-        outcomes = asyncio.run((_ask_in_batches if work.batch else _ask_all)(work, tasks, ledger, what))
+        ask = _ask_in_batches if work.batch else _ask_singly
+        outcomes = ask(work, tasks, ledger, what)
         if any(outcome.cut and task.whole is None for task, outcome in zip(tasks, outcomes, strict=True)):
             whole = ledger.has_thinking()
             tasks = [task._replace(whole=whole) if task.whole is None else task for task in tasks]
@@ -130,21 +116,65 @@ def told(outcomes: Sequence[Outcome]) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
-async def _ask_all(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
-    """Sends single requests, many at a time."""
-    async with Client(work.settings, ledger, Budget(work.budget, ledger.totals().cost)) as client:
-        running = [asyncio.create_task(_ask(client, task, work.attempts)) for task in tasks]
+def ask_each(
+    work: Work,
+    ledger: Ledger,
+    items: Iterable[Item],
+    count: int,
+    what: str,
+    ask: Callable[[Client, Item], Awaitable[None]],
+) -> int:
+    """Calls `ask`, which sends single requests, for each of `count` items, many at a time.
+
+    Returns the number of the signal that stopped it, 0 for none. Raises the first error of `ask`. Either way requests
+    under way, which are paid for, are waited for.
+    """
+    items = iter(items)
+
+    async def work_off(client: Client, done: asyncio.Queue[None]) -> None:
         try:
-            with stopped_by_signals(client.stop):
-                for done in track(asyncio.as_completed(running), what, len(running)):
-                    await done
-        except (UserError, Stopped) as error:
-            client.stop.set()  # answers under way are paid for: wait for them
-            await asyncio.gather(*running, return_exceptions=True)
-            if isinstance(error, Stopped):
-                raise KeyboardInterrupt from error
+            for item in items:
+                if client.stop.is_set():
+                    return
+                await ask(client, item)
+                done.put_nowait(None)
+                await asyncio.sleep(0)
+        except Stopped:
+            pass
+        except BaseException:
+            client.stop.set()
             raise
-    return [task.result() for task in running]
+
+    async def show(done: asyncio.Queue[None]) -> None:
+        for _ in track(range(count), what):
+            await done.get()
+
+    async def run() -> int:
+        done: asyncio.Queue[None] = asyncio.Queue()
+        async with Client(work.settings, ledger, Budget(work.budget, ledger.totals().cost)) as client:
+            with stopped_by_signals(client.stop) as received:
+                progress = asyncio.create_task(show(done))
+                # Twice as many workers as connections: while some wait to try again, others use the connections.
+                workers = [work_off(client, done) for _ in range(2 * work.settings.concurrency)]
+                results = await asyncio.gather(*workers, return_exceptions=True)
+                progress.cancel()
+                await asyncio.wait([progress])
+        for error in filter(None, results):
+            raise error
+        return received[0] if received else 0
+
+    return asyncio.run(run())
+
+
+def _ask_singly(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
+    outcomes: dict[str, Outcome] = {}
+
+    async def ask(client: Client, task: Task) -> None:
+        outcomes[task.name] = await _ask(client, task, work.attempts)
+
+    if ask_each(work, ledger, tasks, len(tasks), what, ask) and len(outcomes) < len(tasks):
+        raise KeyboardInterrupt
+    return [outcomes[task.name] for task in tasks]
 
 
 async def _ask(client: Client, task: Task, attempts: int) -> Outcome:
@@ -157,7 +187,7 @@ async def _ask(client: Client, task: Task, attempts: int) -> Outcome:
     return step
 
 
-async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
+def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str) -> list[Outcome]:
     by_name = {task.name: task for task in tasks}
     given_up: dict[str, str] = {}
 
@@ -177,8 +207,7 @@ async def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, wha
         given_up.update(refused)
         return (step for name in by_name if isinstance(step := next_of(name), Request))
 
-    async with Batches(work.settings, ledger, work.budget, next_of, work.poll) as batches:
-        await batches.run(requests, f"{what}: ")
+    run_batches(work, ledger, next_of, requests, f"{what}: ")
     return [next_of(name) for name in by_name]
 
 

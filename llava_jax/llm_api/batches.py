@@ -24,7 +24,7 @@ from llava_jax.llm_api.errors import PERMANENT, ServerError, TransientError, ser
 from llava_jax.llm_api.ledger import Batch, Ledger, Request
 from llava_jax.llm_api.replies import read_completion
 from llava_jax.llm_api.retry import backoff
-from llava_jax.llm_api.settings import Settings, connect
+from llava_jax.llm_api.settings import Work, connect
 from llava_jax.llm_api.transport import first_cause
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 190 * 10**6  # of a batch; OpenAI accepts 50,000 and 200 MB
@@ -35,42 +35,42 @@ TRIES = 5  # of an upload, and of a request in batches
 ERRORS = (openai.APIError, httpx2.HTTPError)  # the latter where a response is cut off
 
 
-class Batches:
-    """Sends requests in batches and notes their answers in the ledger.
+def run_batches(
+    work: Work,
+    ledger: Ledger,
+    request_of: Callable[[str], Request],
+    requests: Callable[[dict[str, str]], Iterable[Request]],
+    prefix: str = "",
+) -> None:
+    """Sends rounds of batches until no request is left, and notes the answers in the ledger.
 
-    `request_of` returns the next request of a task: the one in a batch, as long as it has no answer.
+    Args:
+      request_of: returns the next request of a task: the one in a batch, as long as it has no answer.
+      requests: returns the requests of the next round. Its argument has the tasks whose requests the server refused
+        in the last one, and the reasons.
+      prefix: of the lines that report the rounds.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        ledger: Ledger,
-        budget: float | None,
-        request_of: Callable[[str], Request],
-        poll: float = 60.0,
-    ):
-        self.settings, self.ledger, self.budget, self.poll = settings, ledger, budget, poll
-        self.request_of = request_of
-        self.api = connect(settings)
+    async def rounds() -> None:
+        batches = Batches(work, ledger, request_of)
+        async with batches.api:
+            refused = await batches.collect()  # of an earlier run
+            while held := batches.make(requests(refused)):
+                say(
+                    f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr
+                )
+                refused = await batches.collect()
 
-    async def __aenter__(self) -> "Batches":
-        return self
+    asyncio.run(rounds())
 
-    async def __aexit__(self, *_: Any) -> None:
-        await self.api.close()
 
-    async def run(self, requests: Callable[[dict[str, str]], Iterable[Request]], prefix: str = "") -> None:
-        """Sends rounds of batches until no request is left.
+class Batches:
+    """Makes, sends and collects batches of one server; see `run_batches`."""
 
-        Args:
-          requests: returns the requests of the next round. Its argument has the tasks whose requests the server refused
-            in the last one, and the reasons.
-          prefix: of the lines that report the rounds.
-        """
-        refused = await self.collect()  # of an earlier run
-        while held := self.make(requests(refused)):
-            say(f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr)
-            refused = await self.collect()
+    def __init__(self, work: Work, ledger: Ledger, request_of: Callable[[str], Request]):
+        self.settings, self.budget, self.poll = work.settings, work.budget, work.poll
+        self.ledger, self.request_of = ledger, request_of
+        self.api = connect(work.settings)
 
     def make(self, requests: Iterable[Request]) -> int:
         """Notes the batches that hold the requests, as far as the budget allows. Returns the number of these requests.

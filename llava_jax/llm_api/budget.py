@@ -1,6 +1,9 @@
 """The budget, which is never exceeded: what a request can cost at most is reserved before the request is sent."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from llava_jax.cli import UserError
 from llava_jax.llm_api.cost import Prices
@@ -26,57 +29,39 @@ def check_budget(limit: float | None, prices: Prices) -> None:
         )
 
 
+@dataclass
+class Reservation:
+    """Dollars that are set aside for a request. Its owner sets `cost` to what the request did cost."""
+
+    dollars: float
+    cost: float = 0.0
+
+
 class Budget:
     """Dollars that may be spent; no limit for None."""
 
     def __init__(self, limit: float | None, spent: float = 0.0):
         self.limit, self.spent, self.reserved = limit, spent, 0.0
-        self._waiting: list[asyncio.Future[None]] = []
+        self._settled = asyncio.Event()  # set, and replaced, when a reservation ends
 
-    def reserve(self, dollars: float, stop: Stop) -> "Reservation":
-        """Sets dollars aside within `async with`. At its end the reservation's cost counts as spent.
+    @contextlib.asynccontextmanager
+    async def reserve(self, dollars: float, stop: Stop) -> AsyncIterator[Reservation]:
+        """Sets dollars aside. At the end the reservation's cost counts as spent.
 
         Waits while requests under way may leave enough. Raises `BudgetSpent` when they do not, and `Stopped`.
         """
-        return Reservation(self, dollars, stop)
-
-    def has_room(self, dollars: float) -> bool:
-        """Whether so much can be reserved now. Raises `BudgetSpent` if it never can."""
-        if self.limit is None or self.spent + self.reserved + dollars <= self.limit:
-            return True
-        if not self.reserved:
-            raise BudgetSpent(self.spent, self.limit, dollars)
-        return False
-
-    def settle(self, reservation: "Reservation") -> None:
-        """Replaces a reservation by its cost."""
-        self.reserved = max(0.0, self.reserved - reservation.dollars)
-        if self.reserved < 1e-12:  # rounding
-            self.reserved = 0.0
-        self.spent += reservation.cost
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_result(None)
-        self._waiting.clear()
-
-    def settled(self) -> "asyncio.Future[None]":
-        """Done when the next reservation is settled."""
-        self._waiting.append(asyncio.get_running_loop().create_future())
-        return self._waiting[-1]
-
-
-class Reservation:
-    """Dollars that are set aside for a request. Its owner sets `cost` to what the request did cost."""
-
-    def __init__(self, budget: Budget, dollars: float, stop: Stop):
-        self.dollars, self.cost = dollars, 0.0
-        self._budget, self._stop = budget, stop
-
-    async def __aenter__(self) -> "Reservation":
-        while not self._budget.has_room(self.dollars):
-            await self._stop.interrupts(self._budget.settled())
-        self._budget.reserved += self.dollars
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._budget.settle(self)
+        while self.limit is not None and self.spent + self.reserved + dollars > self.limit:
+            if not self.reserved:
+                raise BudgetSpent(self.spent, self.limit, dollars)
+            await stop.interrupts(self._settled.wait())
+        self.reserved += dollars
+        reservation = Reservation(dollars)
+        try:
+            yield reservation
+        finally:
+            self.reserved = max(0.0, self.reserved - dollars)
+            if self.reserved < 1e-12:  # rounding
+                self.reserved = 0.0
+            self.spent += reservation.cost
+            self._settled.set()
+            self._settled = asyncio.Event()

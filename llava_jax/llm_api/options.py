@@ -13,7 +13,7 @@ from llava_jax.llm_api.cost import Prices
 from llava_jax.remote import is_remote
 
 if TYPE_CHECKING:
-    from llava_jax.llm_api.asking import Work
+    from llava_jax.llm_api.settings import Work
 
 OPENAI = "https://api.openai.com/v1"
 NO_KEY = "none"  # the client needs a key, even if the server does not
@@ -74,8 +74,7 @@ def ledger_directory(args: argparse.Namespace) -> Path:
 
 def work(args: argparse.Namespace, model: str, asks: bool = True) -> "Work":
     """The options as settings. `asks`: whether requests are sent; then a missing server raises `UserError`."""
-    from llava_jax.llm_api.asking import Work  # only here: openai takes a second to load
-    from llava_jax.llm_api.settings import Settings
+    from llava_jax.llm_api.settings import Settings, Work  # only here: openai takes a second to load
 
     prices, body = Prices(*args.prices), request_body(args)
     check_budget(args.budget, prices)

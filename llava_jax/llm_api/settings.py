@@ -35,6 +35,23 @@ class Settings(NamedTuple):
         return self.prices.cost(max_prompt_tokens(request.messages), self.max_completion_tokens)
 
 
+class Work(NamedTuple):
+    """How to ask about tasks.
+
+    Attributes:
+      budget: in dollars, None for no limit.
+      attempts: answers to a task of which one has to be good.
+      batch: whether to use the batch API.
+      poll: seconds between looks at batches.
+    """
+
+    settings: Settings
+    budget: float | None = None
+    attempts: int = 3
+    batch: bool = False
+    poll: float = 60.0
+
+
 def connect(settings: Settings) -> openai.AsyncOpenAI:
     """The official client, without its retries: the ledger and the rate limit have to see every try."""
     try:

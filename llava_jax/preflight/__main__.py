@@ -18,7 +18,8 @@ import sys
 
 from absl import flags
 
-from llava_jax import cli, main
+from llava_jax import cli
+from llava_jax.config_flag import CONFIG, parse_flags
 from llava_jax.preflight import targets
 
 TARGET = flags.DEFINE_list("target", None, "What to compile for, for example v5e:4x4,h100:8; --search=slice takes v5e.")
@@ -48,14 +49,14 @@ def preflight(argv: list[str] | None = None) -> int:
         own = flags.FLAGS.module_help(flags.FLAGS.find_module_defining_flag("target"))
         cli.say(cli.as_typed(__doc__) + own)
         return 0
-    main.parse_flags(argv, (main.CONFIG, TARGET))
+    parse_flags(argv, (CONFIG, TARGET))
     targets.prepare_environment()
     from llava_jax.preflight import report, search, text  # only now: libtpu and JAX read the environment at import
 
     find = {None: report.report, "batch": search.largest_batch, "slice": search.smallest_slice}[SEARCH.value]
     reports = []
     for name in TARGET.value:
-        reports.append(find(main.CONFIG.value, name, MEMORY_FRACTION.value))
+        reports.append(find(CONFIG.value, name, MEMORY_FRACTION.value))
         if JSON.value:
             print(json.dumps(reports[-1].to_json()), flush=True)
         elif len(TARGET.value) == 1:

@@ -40,8 +40,6 @@ class Collective:
     payload: float  # bytes of the array on one device: the result of an all-gather, the operand of the others
     group: tuple[int, ...]  # the devices (partition numbers) of the first group that exchanges data
     times: int  # how often a step runs it, loops unrolled
-    name: str = ""
-    op_name: str = ""  # its operation in JAX
 
     @property
     def wire(self) -> float:
@@ -66,14 +64,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """One matrix product, with the fields of `Collective`."""
+    """One matrix product."""
 
     flops: float  # each time, 2 a multiply-add
     dtype: str
     times: int
-    name: str = ""
-    op_name: str = ""
-    recomputed: bool = False  # whether the compiler added it, to save memory
+    op_name: str  # its operation in JAX
+    recomputed: bool  # whether the compiler added it, to save memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +219,7 @@ class _Costs:
         if one.opcode in ("dot", "convolution") or one.is_gemm:
             lhs, rhs = (computation.instructions[operand].shapes[0] for operand in one.operands[:2])
             flops = _convolution_flops(one, lhs, rhs) if one.opcode == "convolution" else _dot_flops(one, lhs)
-            return Cost(matmuls=(Matmul(flops, lhs.dtype, 1, one.name, one.op_name, again),))
+            return Cost(matmuls=(Matmul(flops, lhs.dtype, 1, one.op_name, again),))
         if one.opcode == "custom-call" and not one.target.startswith(BOOKKEEPING):
             return Cost(kernels={one.target: 1})
         return Cost()
@@ -236,11 +233,7 @@ class _Costs:
         for operand in one.operands:
             for shape in computation.instructions[operand].shapes:
                 payloads[shape.dtype] += shape.bytes * (len(group) if kind == "all-gather" else 1)
-        return Cost(
-            collectives=tuple(
-                Collective(kind, dtype, payload, group, 1, one.name, one.op_name) for dtype, payload in payloads.items()
-            )
-        )
+        return Cost(collectives=tuple(Collective(kind, *payload, group, 1) for payload in payloads.items()))
 
 
 def _is_chained(fused: Computation, one: Instruction) -> bool:

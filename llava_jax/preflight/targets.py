@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,31 +208,8 @@ def _described(target: Target, options: dict[str, Any], compiler: str, advice: s
 
 def target_config(gpu: Gpu) -> str:
     """The description of a GPU for XLA's compiler, a GpuTargetConfigProto as text."""
-    return f"""
-    gpu_device_info {{
-      threads_per_block_limit: 1024
-      threads_per_warp: 32
-      shared_memory_per_block: 49152
-      shared_memory_per_core: {gpu.shared_memory}
-      shared_memory_per_block_optin: {gpu.shared_memory - 1024}
-      threads_per_core_limit: 2048
-      core_count: {gpu.cores}
-      fpus_per_core: {gpu.fpus}
-      block_dim_limit_x: 2147483647
-      block_dim_limit_y: 65535
-      block_dim_limit_z: 65535
-      memory_bandwidth: {int(gpu.bandwidth)}
-      l2_cache_size: {gpu.l2_cache}
-      clock_rate_ghz: {gpu.clock}
-      device_memory_size: {gpu.memory}
-      cuda_compute_capability {{ major: {gpu.capability} }}
-      registers_per_core_limit: 65536
-      registers_per_block_limit: 65536
-    }}
-    platform_name: "CUDA"
-    dnn_version_info {{ major: 9 minor: 10 }}
-    device_description_str: "{gpu.kind}"
-    """
+    fields = dataclasses.asdict(gpu) | {"optin": gpu.shared_memory - 1024, "bandwidth": int(gpu.bandwidth)}
+    return string.Template(Path(__file__).with_name("gpu_target.txt").read_text()).substitute(fields)
 
 
 @contextlib.contextmanager

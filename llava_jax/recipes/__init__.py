@@ -56,7 +56,12 @@ def get_config(recipe: str) -> ConfigDict:
     function = runpy.run_path(file).get("get_config")
     if function is None:
         raise UserError(f"{file}: is no recipe: it has no function get_config")
-    config = function(argument) if colon else function()
+    try:
+        config = function(argument) if colon else function()
+    except ValueError as error:
+        if recipe.partition(":")[0] in NAMES:
+            raise UserError(f"--config={recipe}: {error}") from error
+        raise
     expand_paths(config)
     return config
 

@@ -5,7 +5,7 @@ A recipe, or `--config.KEY=VALUE` on the command line, sets an option to another
 
 from ml_collections import ConfigDict
 
-from llava_jax.recipes.options import Option, Section
+from llava_jax.recipes.options import Option, Section, flatten
 
 DTYPES = ("", "float32", "bfloat16")
 
@@ -146,7 +146,9 @@ def _declare() -> Section:
     return config
 
 
-OPTIONS: dict[str, Option] = dict(_declare().options())  # by dotted key, such as "data.json"
+OPTIONS = {  # by dotted key, such as "data.json"
+    key: value if isinstance(value, Option) else Option(value) for key, value in flatten(_declare())
+}
 
 
 def get_config() -> ConfigDict:

@@ -35,19 +35,11 @@ class Option:
 class Section(types.SimpleNamespace):
     """Options and sections by name, in the order of their declaration."""
 
-    def options(self, prefix: str = "") -> Iterator[tuple[str, Option]]:
-        """(dotted key, option) of all options, those of sections included."""
-        for name, value in vars(self).items():
-            if isinstance(value, Section):
-                yield from value.options(f"{prefix}{name}.")
-            else:
-                yield prefix + name, value if isinstance(value, Option) else Option(value)
 
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every option of a configuration."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
+def flatten(values: Mapping[str, Any] | Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every option of a configuration or of a section."""
+    for key, value in (vars(values) if isinstance(values, Section) else values).items():
+        if isinstance(value, Mapping | Section):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llava_jax.cli import Parser, UserError, run
 from llava_jax.inference import options
@@ -57,13 +58,15 @@ def _api_key(file: str | None) -> str | None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.serve", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
+    hosts = _parsed_by("allowed_names", "host name, such as llava.example.org")
+    origin = _parsed_by("allowed_origin", "origin, such as https://app.example.org, without a path")
     options.add_checkpoint(parser)
     add("--host", default="127.0.0.1", help="127.0.0.1 (default): only this machine; 0.0.0.0: all")
     add("--port", type=_integer(0, 65535), default=8000, metavar="N", help="default: 8000")
-    add("--allowed-hosts", type=_allowed_names, default=[], metavar="NAME,...", help="more names of this server: "
+    add("--allowed-hosts", type=hosts, default=[], metavar="NAME,...", help="more names of this server: "
         "llava.example.org or *.example.org; * for any. Always accepted: localhost, loopback addresses and "
         "--host")  # fmt: skip
-    add("--allow-origin", type=_allowed_origin, action="append", default=[], metavar="URL", help="a site whose pages "
+    add("--allow-origin", type=origin, action="append", default=[], metavar="URL", help="a site whose pages "
         "may use the API in browsers, such as https://app.example.org; repeatable")  # fmt: skip
     add("--model-name", type=_name, metavar="NAME", help="for clients (default: the checkpoint's folder)")
     add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
@@ -88,24 +91,18 @@ def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def _allowed_names(text: str) -> list[str]:
-    from llava_jax.serve.hosts import allowed_names
+def _parsed_by(function: str, what: str) -> Callable[[str], Any]:
+    """The type of an argument that a function of `hosts` parses. --help works without that module's dependencies."""
 
-    try:
-        return allowed_names(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{str(error)!r} is no host name, such as llava.example.org") from error
+    def parse(text: str) -> Any:
+        from llava_jax.serve import hosts
 
+        try:
+            return getattr(hosts, function)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{str(error)!r} is no {what}") from error
 
-def _allowed_origin(text: str) -> str:
-    from llava_jax.serve.hosts import allowed_origin
-
-    try:
-        return allowed_origin(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no origin, such as https://app.example.org, without a path"
-        ) from error
+    return parse
 
 
 def _name(text: str) -> str:

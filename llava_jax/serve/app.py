@@ -19,7 +19,7 @@ from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
 from llava_jax.serve.images import ImageReader
 from llava_jax.serve.log import HEADER, Log
-from llava_jax.serve.metrics import CountResponses, Metrics
+from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.page import mount as mount_page
 from llava_jax.serve.schema import ChatRequest
 
@@ -84,8 +84,7 @@ def create_app(
             expose_headers=[HEADER, "Retry-After"],
         )
     app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
-    app.add_middleware(CountResponses, metrics=metrics)
-    app.add_middleware(Log)
+    app.add_middleware(Log, responded=metrics.responded)
     reader = ImageReader(engine.preprocess, allow_remote_images)
     chat = Chat(engine, model, metrics, reader)
     card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")

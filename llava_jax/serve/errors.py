@@ -128,15 +128,8 @@ def _bug(request: Request, error: Exception) -> JSONResponse:
 
 
 def _type(status: int) -> str:
-    match status:
-        case 401:
-            return "authentication_error"
-        case 429:
-            return "rate_limit_error"
-        case _ if status >= 500:
-            return "server_error"
-        case _:
-            return "invalid_request_error"
+    named = {401: "authentication_error", 429: "rate_limit_error"}
+    return named.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
 def _printable(text: str) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 import httpcore2 as httpcore
 import httpx2 as httpx
@@ -21,15 +22,7 @@ MAX_URL = 8192  # characters
 _UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses of hosts on the internet
 # Ranges that some versions of Python's `is_global` accept: internal services of clouds and providers, relays, and IPv6
 # ranges that embed IPv4 addresses, possibly private ones, or are for documentation.
-_REFUSED = [
-    ipaddress.ip_network(network)
-    for network in """
-    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
-    192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15
-    198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4 64:ff9b::/96 64:ff9b:1::/48 100::/64 2001::/23
-    2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10 fec0::/10 ff00::/8
-    """.split()  # noqa: SIM905  # as a list, these would be 30 lines
-]
+_REFUSED = [ipaddress.ip_network(line) for line in Path(__file__).with_name("refused_networks.txt").read_text().split()]
 
 
 async def fetch(url: str, max_bytes: int) -> bytes:

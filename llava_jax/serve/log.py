@@ -1,8 +1,9 @@
-"""Logs one line for each response, with the request id that the response has, too."""
+"""Logs a line for each response, with the request id that the response has, too, and counts it."""
 
 import logging
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,10 +14,10 @@ _logger = logging.getLogger("uvicorn.error")
 
 
 class Log:
-    """The outermost ASGI middleware. Answers HEAD like GET, without the body."""
+    """The outermost ASGI middleware. Answers HEAD like GET, without the body. Passes path and status to `responded`."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, responded: Callable[[str, int], None]):
+        self.app, self.responded = app, responded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -26,6 +27,7 @@ class Log:
         async def logged(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[HEADER] = request_id
+                self.responded(scope["path"], message["status"])
                 client = (scope.get("client") or ["-"])[0]
                 path = ascii(scope["path"][:_PATH])[1:-1]
                 _logger.info("%s %s %s %d %s", ascii(client)[1:-1], method, path, message["status"], request_id)

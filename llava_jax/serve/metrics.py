@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_jax.inference.answer import Answer
 from llava_jax.inference.engine import Engine
@@ -19,7 +18,7 @@ class Metrics:
     def __init__(self, engine: Engine):
         self.registry = prometheus_client.CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
-        self.requests = prometheus_client.Counter(
+        self._requests = prometheus_client.Counter(
             "llava_http_requests", "Responses under /v1 by status", ["status"], registry=self.registry
         )
         self._first_token = prometheus_client.Histogram(
@@ -34,6 +33,11 @@ class Metrics:
             buckets=TOKENS_PER_SECOND,
             registry=self.registry,
         )
+
+    def responded(self, path: str, status: int) -> None:
+        """Counts a response."""
+        if path.startswith("/v1/"):
+            self._requests.labels(status).inc()
 
     def text(self) -> bytes:
         return prometheus_client.generate_latest(self.registry)
@@ -75,21 +79,3 @@ class _EngineCollector:
             yield GaugeMetricFamily(name, text, getattr(stats, field))
         for field, (name, text) in self.COUNTERS.items():
             yield CounterMetricFamily(name, text, getattr(stats, field))
-
-
-class CountResponses:
-    """ASGI middleware: counts the responses under /v1."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            return await self.app(scope, receive, send)
-
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.metrics.requests.labels(message["status"]).inc()
-            await send(message)
-
-        await self.app(scope, receive, counting)

@@ -13,28 +13,8 @@ TYPES = {  # `mimetypes` has different tables on different machines
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-POLICY = {
-    "default-src": "'none'",
-    "script-src": "'self'",
-    "style-src": "'self'",
-    "img-src": "'self' data: blob:",
-    "media-src": "blob:",
-    "connect-src": "'self'",
-    "form-action": "'none'",
-    "base-uri": "'none'",
-    "frame-ancestors": "'none'",
-    "require-trusted-types-for": "'script'",  # and no policy creates them: text cannot become markup
-    "trusted-types": "'none'",
-}
-HEADERS = {
-    "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
-    "Cache-Control": "no-cache",  # revalidated each time, mostly with 304
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(self), microphone=(), geolocation=(), display-capture=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+# No policy creates trusted types: text cannot become markup. Files are revalidated each time, mostly with 304.
+HEADERS = dict(line.split(": ", 1) for line in FOLDER.with_name("page_headers.txt").read_text().splitlines())
 
 
 def mount(app: FastAPI, max_body_bytes: int) -> None:

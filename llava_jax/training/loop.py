@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -24,49 +24,26 @@ from llava_jax.training.summary import print_summary
 def train(
     config: ConfigDict, workdir: str, resume_from: int | None = None, *, callbacks: Sequence[Callback] = ()
 ) -> None:
-    """Trains one stage; called again with the same configuration and workdir it resumes.
-
-    Args:
-      config: a recipe's configuration, see `recipes.common`.
-      workdir: a directory, local or remote, for checkpoints, metrics and logs.
-      resume_from: the step to resume from; by default the newest one.
-      callbacks: each is called on process 0 with a step and its metrics: for every logged step, once its loss is known
-        to be finite, and for every validation loss and benchmark score.
-
-    Raises UserError for what the user can mend, before the first step wherever possible, and if another process trains
-    in that workdir.
-    """
+    """Trains one stage, with the arguments and errors of `run.train`. Process 0 calls the callbacks."""
     goodput = Goodput()
     config_check.check(config)
     directory = epath.Path(workdir)
-    with hold(directory) if distributed.is_first() else contextlib.nullcontext(lambda: None) as check_lock:
+    lock = hold(directory) if distributed.is_first() else contextlib.nullcontext(lambda: None)
+    with lock as check_lock, contextlib.ExitStack() as closing:  # `check_lock` raises UserError if the lock is lost
         distributed.barrier("lock")
-        _train(config, directory, resume_from, callbacks, goodput, check_lock)
+        # ---- Set-up: all errors in the configuration and in the texts are raised here
+        compilation_cache.use(config.compilation_cache)
+        run = set_up(config, directory, resume_from)
+        checkpoints = TrainingCheckpoints(directory, run.description, config.keep)
+        state, frozen = load(run, checkpoints, goodput)
+        print_summary(run, state, frozen)
 
-
-def _train(
-    config: ConfigDict,
-    workdir: epath.Path,
-    resume_from: int | None,
-    callbacks: Sequence[Callback],
-    goodput: Goodput,
-    check_lock: Callable[[], None],
-) -> None:
-    """Trains while this process holds the lock of the workdir; `check_lock` raises UserError if it is lost."""
-    # ---- Set-up: all errors in the configuration and in the texts are raised here
-    compilation_cache.use(config.compilation_cache)
-    run = set_up(config, workdir, resume_from)
-    checkpoints = TrainingCheckpoints(workdir, run.description, config.keep)
-    state, frozen = load(run, checkpoints, goodput)
-    print_summary(run, state, frozen)
-
-    # ---- What reports, evaluates and stops the run
-    start, steps, data = run.start.step, run.steps, run.data
-    goodput.open(workdir, start)
-    reporter = Reporter(run, checkpoints, goodput, callbacks, check_lock)
-    evaluations = make_evaluations(run, reporter, goodput)
-    signals = distributed.SignalSync(run.mesh)
-    with contextlib.ExitStack() as closing:
+        # ---- What reports, evaluates and stops the run
+        start, steps, data = run.start.step, run.steps, run.data
+        goodput.open(directory, start)
+        reporter = Reporter(run, checkpoints, goodput, callbacks, check_lock)
+        evaluations = make_evaluations(run, reporter, goodput)
+        signals = distributed.SignalSync(run.mesh)
         closing.callback(reporter.write_goodput)
         closing.callback(checkpoints.close)
         closing.push(distributed.exit_on_error)  # closing the checkpoints waits for all processes

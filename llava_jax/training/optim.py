@@ -4,6 +4,7 @@
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -60,17 +61,10 @@ def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:
             if matches:
                 reason = f"all {matches} parameters that it matches are those of earlier patterns"
             else:
-                reason = f"it matches no parameter; their names are like {', '.join(_examples(names))}"
+                examples = [next(part) for _, part in itertools.groupby(names, key=lambda name: name.partition(".")[0])]
+                reason = f"it matches no parameter; their names are like {', '.join(examples)}"
             raise UserError(f"config.trainable: the pattern {group.pattern} trains nothing: {reason}")
     return {name: group for name, group in found.items() if group}
-
-
-def _examples(names: Iterable[str]) -> list[str]:
-    """The first parameter of each part of the model."""
-    first: dict[str, str] = {}
-    for name in names:
-        first.setdefault(name.partition(".")[0], name)
-    return list(first.values())
 
 
 def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:

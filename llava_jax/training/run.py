@@ -1,4 +1,4 @@
-"""A whole run: `llava_jax.train`, and what the command does on each host."""
+"""A whole run: `llava_jax.train`, and what it shares with the command."""
 
 import os
 from collections.abc import Sequence
@@ -53,20 +53,6 @@ def train(
         if exit_.code > 128:
             raise KeyboardInterrupt(f"{workdir}: interrupted; called again, training resumes") from None
         raise exit_.__cause__ or UserError(f"{workdir}: training stopped") from None
-
-
-def train_on_hosts(
-    config: ConfigDict,
-    workdir: str,
-    resume_from: int | None,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    start_timeout: int,
-) -> None:
-    """Trains as one of several processes, see `distributed.joined`, and ends this process together with the others."""
-    with distributed.joined(coordinator, num_processes, process_id, start_timeout):
-        train_and_plot(config, workdir, resume_from)
 
 
 def train_and_plot(

@@ -117,5 +117,5 @@ def show_first_sample(sample: Sample, encode: TextEncoder) -> None:
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""
     ident = one_line(short(sample.id))
-    console.print(f"the first sample, {ident}{cut}; what is learned stands between ⟦ and ⟧:", markup=False)
+    console.print(f"the first sample, {ident}{cut}; target tokens are between ⟦ and ⟧:", markup=False)
     console.print(view(kept, encode.tokenizer))

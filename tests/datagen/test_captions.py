@@ -145,8 +145,9 @@ def test_nothing_but_bad_lines_is_no_data_set(tmp_path):
 def test_commands(capsys):
     assert main([]) == 2 and main(["--help"]) == 0
     assert "captions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="'caption' is no command"):
+    with pytest.raises(UserError, match="'caption' is no command") as error:
         main(["caption"])
+    assert error.value.status == 2
     assert "captions" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
         main(["captions", "--help"])

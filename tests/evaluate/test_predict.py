@@ -14,11 +14,12 @@ import tiny
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.data.images import load_image
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate import in_training
 from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.predict_checkpoint import ANSWER_IS, batches
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, read_images
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
 from tests.parallel.test_distributed import free_port
@@ -219,7 +220,7 @@ def test_images_outside_the_folder_and_what_is_no_file(made, tmp_path, name):
     with pytest.raises(UserError, match="question 7: image "):
         question = Question(7, "What?", (name,))
         in_training.request(question, f"{tmp_path}/images")
-        in_training.check_images(question, f"{tmp_path}/images")
+        read_images(question, f"{tmp_path}/images", load_image)
 
 
 def test_absolute_names_are_read_by_an_option(made, answers, tmp_path):

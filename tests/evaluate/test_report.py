@@ -1,6 +1,7 @@
 """Comparisons of runs: intervals against theory, the page against hostile texts, the whole command."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate import report_page
-from llava_jax.evaluate.comparison import bootstrap, seed_of
+from llava_jax.evaluate.comparison import Interval, bootstrap, seed_of
 from llava_jax.evaluate.outcomes import Outcome, write_outcomes
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://x onerror=alert(1)>\"'&"
@@ -49,13 +50,13 @@ def test_intervals_are_those_of_theory():
     first = rng.random(400) < 0.6
     second = first | (rng.random(400) < 0.1)
     values, differences = bootstrap(np.array([first, second], float), np.ones((2, 400)), 4000, [0])
-    value, low, high = values[0]
+    value, low, high = dataclasses.astuple(values[0])
     assert value == 100 * first.mean()
     error = 100 * np.sqrt(first.mean() * (1 - first.mean()) / 400)
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.06)
     assert low < value < high and differences[1].low > 0
     assert differences[1].high - differences[1].low < (high - low) / 1.5
-    assert differences[0] == (0, 0, 0)
+    assert differences[0] == Interval(0, 0, 0)
     assert bootstrap(np.array([first], float), np.ones((1, 400)), 4000, [0])[0][0] == values[0]
 
 

@@ -677,7 +677,7 @@ def test_mme_submission(tmp_path: Path, mme_labels):
     ("mmbench", table(BASE).replace("she", "sh\u00e9").encode("latin-1"), "line 3: is not UTF-8 .byte 0xe9"),
     ("pope", jsonl([pope(1, "cat", "yes")]).encode("utf-16")[:-1], "is no UTF-16: truncated data"),
     ("textvqa", {"data": [{"image_id": "a", "question": "?", "answers": [1]}]}, "data 0: its answers are no texts"),
-    ("easy-vqa", [{"id": "1", "conversations": [{"from": "human", "value": "?"}]}], "sample 1 has no answer to its"),
+    ("easy-vqa", [{"id": "1", "conversations": [{"from": "human", "value": "?"}]}], ".id 1.: has no answer to its"),
     ("easy-vqa", [{"id": "1", "conversations": [{"value": "?"}]}], "sample 0 .id 1.: turn 1 is from null"),
     ("gqa", {"q": {"answer": 1, "types": {"structural": "query"}}}, "question q: its answer is no text but 1"),
     ("sciencequa", {}, "sciencequa: is no such benchmark; choose from easy-vqa"),

@@ -28,7 +28,7 @@ class App:
         self.app = FastAPI()
         self.traffic = Traffic(limit=10, bytes_limit=1 << 20)
         self.app.add_middleware(Gate, traffic=self.traffic, closed=lambda: None, api_key=None, max_body_bytes=1 << 20)
-        self.app.add_middleware(Log)
+        self.app.add_middleware(Log, responded=lambda path, status: None)
         self.app.get("/health")(self.health)
         self.app.get("/stream")(self.stream)
         self.app.get("/large")(self.large)

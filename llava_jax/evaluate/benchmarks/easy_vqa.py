@@ -6,12 +6,9 @@ Labels are the answers in the LLaVA JSON that `examples.easy_vqa.data` makes fro
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError
-from llava_jax.data.sources import LlavaJson
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmark import Benchmark, by_kind, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat
-from llava_jax.evaluate.questions import unmarked
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -29,12 +26,9 @@ def kind(question: str, answer: str) -> str:
 
 
 def read(path: str) -> Iterator[Entry]:
-    for sample in LlavaJson(path):
-        turns = [text for role, text in sample.turns if role != "system"]
-        if len(turns) < 2:
-            raise UserError(f"{path}: sample {sample.id} has no answer to its question")
-        question, answer = turns[:2]
-        yield Entry(sample.id, Label(answer, kind(unmarked(question), answer)), f"{path}: sample {sample.id}")
+    for entry in LABEL_FORMATS["records"].read(path):
+        right = entry.label.right
+        yield entry._replace(label=Label(right, kind(entry.question, right)))
 
 
 LABEL_FORMATS.add(LabelFormat("easy-vqa", "the LLaVA JSON of `examples.easy_vqa.data`", ("easy-vqa",), read))

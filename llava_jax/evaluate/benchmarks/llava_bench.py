@@ -115,12 +115,6 @@ def _cell(value: float | int | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def _outcomes(
-    args: argparse.Namespace, files: Sequence[Sequence[Review]], questions: Mapping[str, Line]
-) -> Iterable[Outcome]:
-    yield from outcomes(files, questions, read_by_id(args.answers), read_by_id(args.reference))
-
-
 class Score(ScoreCommand):
     name, what = "llava-bench", "LLaVA-Bench: relative scores by a judge"
     epilog = """examples:
@@ -163,7 +157,7 @@ the first three are then means over the files, and `std` is the (sample) standar
         for name in ("judge", "prompt_hash"):
             if known := sorted({getattr(reviews[0], name) or "" for reviews in files.values()} - {""}):
                 scores[ALL][name] = ", ".join(known)
-        return scores, _outcomes(args, list(files.values()), questions)
+        return scores, outcomes(list(files.values()), questions, args.answers, args.reference)
 
     def table(self, scores: dict[str, dict[str, Any]]) -> str:
         """The scores as text."""

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate import answers
-from llava_jax.evaluate.answers import WHOLE, by_key, join, refuse_questions
+from llava_jax.evaluate.answers import by_key, join, refuse_questions
 from llava_jax.evaluate.lines import Line, once, read_lines
 
 WILD_PREFIX = "llava_bench_"  # of the categories of In-the-Wild in reviews
@@ -85,12 +84,12 @@ def read_answers(path: str, questions: dict[str, Any]) -> dict[str, Answer]:
     lines = {line.where: line for line in read_lines(path)}
     refuse_questions(list(lines.values()))
     found = by_key(list(lines.values()), lambda line: line.text("question_id"), ("text",))
-    join(found, questions, path, partial=False, advice=WHOLE)
-    return {ident: _answer(ident, found[ident], lines[found[ident].where].value) for ident in questions}
-
-
-def _answer(ident: str, answer: answers.Answer, line: dict[str, Any]) -> Answer:
-    return Answer(line.get("answer_id", ident), line.get("model_id"), answer.text, answer.absent)
+    join(found, questions, path)
+    own = {ident: (found[ident], lines[found[ident].where].value) for ident in questions}
+    return {
+        ident: Answer(line.get("answer_id", ident), line.get("model_id"), answer.text, answer.absent)
+        for ident, (answer, line) in own.items()
+    }
 
 
 def read_by_id(path: str | None) -> dict[str, Line]:

@@ -23,10 +23,7 @@ BOXES = (
     " and gives the place of each object as [x1, y1, x2, y2], the left, upper, right and lower edge as fractions of "
     "the width and height of the picture"
 )
-PROMPT = """Two assistants have answered a question about a picture. You cannot see it; the context describes it{boxes}.
-Judge how helpful, relevant, correct and detailed each answer is, and give each a score from 1 to 10, where 10 is best.
-Your first line has to hold nothing but the two scores, that of {role} 1 and that of {role} 2, with a space between.
-From the next line on, give your reasons. Which answer stands first must not count, nor which is longer."""
+PROMPT = read_prompt("llava_bench_judge.txt")
 COCO, WILD = ("conv", "detail", "complex"), ("llava_bench_conv", "llava_bench_detail", "llava_bench_complex")
 REFERENCE_SYSTEM = read_prompt("reference_system.txt")
 
@@ -43,23 +40,13 @@ RULES = {name: Rule("Assistant", PROMPT.format(boxes=BOXES, role="Assistant")) f
 }
 
 
-class Answered(NamedTuple):
-    """A question with two answers."""
-
-    context: str
-    question: str
-    reference: str
-    model: str
-
-
 # -------------------------------------------------------------------------------------------------------------- judge
 
 
-def messages(item: Answered, rule: Rule, swapped: bool, system: str = SYSTEM) -> list[Message]:
-    """The prompt in the original's layout. `swapped` shows the model's answer first."""
-    first, second = (item.model, item.reference) if swapped else (item.reference, item.model)
+def messages(rule: Rule, system: str, question: Question, first: str, second: str) -> list[Message]:
+    """The prompt in the original's layout, with the two answers in this order."""
     content = (
-        f"[Context]\n{item.context}\n\n[Question]\n{item.question}\n\n"
+        f"[Context]\n{question.context}\n\n[Question]\n{question.text}\n\n"
         f"[{rule.role} 1]\n{first}\n\n[End of {rule.role} 1]\n\n"
         f"[{rule.role} 2]\n{second}\n\n[End of {rule.role} 2]\n\n"
         f"[System]\n{rule.prompt}\n\n"
@@ -80,8 +67,8 @@ def instructions(rules: Mapping[str, Rule], categories: Sequence[str], system: s
     """The prompts without questions and answers. Raises `UserError` for a category that has no rule."""
     if missing := sorted(set(categories) - set(rules)):
         raise UserError(f"there is no rule for category {missing[0]}; there are {', '.join(sorted(rules))}")
-    empty = Answered("", "", "", "")
-    return {name: messages(empty, rules[name], False, system) for name in sorted(set(categories))}
+    empty = Question("", "", "", "")
+    return {name: messages(rules[name], system, empty, "", "") for name in sorted(set(categories))}
 
 
 class Judged(NamedTuple):
@@ -91,13 +78,15 @@ class Judged(NamedTuple):
     model: Answer
     swapped: bool
 
+    @property
+    def shown(self) -> tuple[Answer, Answer]:
+        """The answers in the order in which the judge sees them."""
+        return (self.model, self.reference) if self.swapped else (self.reference, self.model)
+
 
 class Judge(ModelTask):
     """Has a language model compare a model's answers to LLaVA-Bench with reference answers: a review of each question.
-
-    The judge gets a description of each image. All its replies are kept in a ledger beside the output: the same command
-    resumes where it was interrupted and pays for no review twice.
-    """
+    The judge gets a description of each image."""
 
     epilog = """examples:
   python -m llava_jax.evaluate judge llava-bench --questions questions.jsonl --context context.jsonl \\
@@ -133,9 +122,9 @@ Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `s
 
         def case(number: int, ident: str, swapped: bool, repeat: int) -> Case:
             about = Judged(number, questions[ident], reference[ident], model[ident], swapped)
-            item = Answered(about.question.context, about.question.text, about.reference.text, about.model.text or "")
+            texts = [answer.text or "" for answer in about.shown]
             name = f"{ident}, {'swapped' if swapped else 'in order'}, repeat {repeat}"
-            return Case(name, messages(item, rules[about.question.category], swapped, args.system), about)
+            return Case(name, messages(rules[about.question.category], args.system, about.question, *texts), about)
 
         repeats = range(args.repeats)
         return [[case(number, *one, repeat) for number, one in enumerate(asked, 1)] for repeat in repeats], shared
@@ -145,8 +134,7 @@ Each judge and each repeat writes a file of its own (reviews.gpt-4o.2.jsonl). `s
 
     def line(self, about: Judged, outcome: "Outcome", by: Mapping[str, str]) -> dict[str, Any]:
         """A line in the original's form. The tuple always has the reference's score first."""
-        answers, scores = (about.reference, about.model), outcome.value or FAILED
-        first, second = answers[::-1] if about.swapped else answers
+        (first, second), scores = about.shown, outcome.value or FAILED
         review = {
             "id": about.number,
             "question_id": about.question.question_id,
@@ -171,10 +159,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
 
 
 class Reference(ModelTask):
-    """Has a text-only language model answer LLaVA-Bench from descriptions of the images: these answers count as 100.
-
-    The same command resumes where it was interrupted and pays for no answer twice.
-    """
+    """Has a text-only language model answer LLaVA-Bench from descriptions of the images: these answers count as 100."""
 
     epilog = """example:
   python -m llava_jax.evaluate reference llava-bench --questions questions.jsonl --context context.jsonl \\

@@ -5,13 +5,14 @@ of the model). `judge llava-bench` adds `judge`, `prompt_hash` and, if the model
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import answer_of
+from llava_jax.evaluate.benchmarks.llava_bench_files import read_by_id
 from llava_jax.evaluate.lines import Line, once, read_lines
 from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.llm_api.thinking import after_thinking
@@ -112,31 +113,31 @@ def _review(line: Line, reparse: bool, exactly: bool) -> Review:
 Texts = Mapping[str, Line]  # lines of a file by question id
 
 
-def outcomes(files: Sequence[Sequence[Review]], questions: Texts, answers: Texts, reference: Texts) -> list[Outcome]:
-    """The outcome of each question: the sums over all its reviews. Texts are added if they are given."""
+def outcomes(
+    files: Sequence[Sequence[Review]], questions: Texts, answers: str | None, references: str | None
+) -> Iterator[Outcome]:
+    """The outcome of each question: the sums over all its reviews. Texts of the files `answers` and `references` are
+    added if they are given."""
+    said, right = read_by_id(answers), read_by_id(references)
     reviews: dict[str, list[Review]] = {}
     for review in (review for file in files for review in file):
         reviews.setdefault(review.question_id, []).append(review)
-    return [_outcome(ident, of_it, questions, answers, reference) for ident, of_it in reviews.items()]
-
-
-def _outcome(ident: str, reviews: Sequence[Review], questions: Texts, answers: Texts, reference: Texts) -> Outcome:
-    scored = [review.scores for review in reviews if review.scores]
-    first = reviews[0]
-    asked = questions[ident].value if ident in questions else {}
-    return Outcome(
-        ident,
-        () if first.category is None else (first.category,),
-        score=sum(model for _, model in scored),
-        of=sum(reference for reference, _ in scored),
-        question=str(asked.get("text", "")),
-        image=str(asked.get("image", "")),
-        answer=_said(answers, ident),
-        reference=_said(reference, ident),
-        judgement="\n\n".join(review.content for review in reviews),
-        judge=first.judge or "",
-        prompt_hash=first.prompt_hash or "",
-    )
+    for ident, own in reviews.items():
+        scored = [review.scores for review in own if review.scores]
+        asked = questions[ident].value if ident in questions else {}
+        yield Outcome(
+            ident,
+            () if own[0].category is None else (own[0].category,),
+            score=sum(model for _, model in scored),
+            of=sum(reference for reference, _ in scored),
+            question=str(asked.get("text", "")),
+            image=str(asked.get("image", "")),
+            answer=_said(said, ident),
+            reference=_said(right, ident),
+            judgement="\n\n".join(review.content for review in own),
+            judge=own[0].judge or "",
+            prompt_hash=own[0].prompt_hash or "",
+        )
 
 
 def _said(lines: Texts, ident: str) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import (
-    WHOLE,
     Answer,
     answer_lines,
     answer_of,
@@ -65,7 +64,7 @@ def key(line: Line) -> str:
 
 def read(path: str) -> Iterator[Entry]:
     """The entries of mm-vet.json; ids lose their prefix."""
-    for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):
+    for where, ident, entry in entries_by_id(path):
         yield Entry(ident.removeprefix(PREFIX), entry, where)
 
 
@@ -78,8 +77,7 @@ PROMPT = read_prompt("mm_vet_judge.txt")
 class Judge(ModelTask):
     """Has a language model grade answers to MM-Vet from 0 to 1, given the right answer. `score mm-vet` takes grades.
 
-    The same command resumes where it was interrupted and pays for no grade twice. Grades by another judge or other
-    instructions than the benchmark's own are not comparable with published ones.
+    Grades by another judge or other instructions than the benchmark's own are not comparable with published ones.
     """
 
     epilog = """example:
@@ -97,12 +95,9 @@ class Judge(ModelTask):
     def prompts(self, args: argparse.Namespace) -> tuple[list[list[Case]], Any]:
         """A prompt for each answer that is not absent."""
         entries = {entry.id: entry for entry in read(args.labels)}
-        for entry in entries.values():
-            for name in ("question", "answer"):
-                field(entry.label, name, entry.where)
         lines = answer_lines(args.answers)
         refuse_questions(lines)
-        joined = join(by_key(lines, key), entries, args.answers, partial=False, advice=WHOLE)
+        joined = join(by_key(lines, key), entries, args.answers)
         cases = [Case(entry.id, _messages(entry, answer), (entry, answer)) for answer, entry in joined.pairs]
         return [cases], [SYSTEM, PROMPT]
 
@@ -124,8 +119,9 @@ class Judge(ModelTask):
 
 
 def _messages(entry: Entry, answer: Answer) -> list[Message] | None:
-    asked = {"question": entry.label["question"], "right": entry.label["answer"], "answer": answer.text}
-    return None if answer.absent else chat(SYSTEM, PROMPT.format(**asked))
+    question, right = (field(entry.label, name, entry.where) for name in ("question", "answer"))
+    filled = PROMPT.format(question=question, right=right, answer=answer.text)
+    return None if answer.absent else chat(SYSTEM, filled)
 
 
 LABEL_FORMATS.add(LabelFormat("mm-vet", "`mm-vet.json`", ("mm-vet",), read))
@@ -140,7 +136,7 @@ class MmVet(Benchmark):
     judge = Judge()
 
     def questions(self, path: str) -> Iterator[Question]:
-        for where, ident, entry in entries_by_id(path, ", as mm-vet.json is"):
+        for where, ident, entry in entries_by_id(path):
             yield Question(ident, field(entry, "question", where), (field(entry, "imagename", where),))
 
     def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:

@@ -145,15 +145,11 @@ class MMBench(Benchmark):
         answers choose no option."""
         chosen = [_chosen(answer, label) for answer, label in pairs]
         right = [option == label.right for option, (_, label) in zip(chosen, pairs, strict=True)]
-        rounds: dict[str, list[bool]] = defaultdict(list)
-        for one, (_, label) in zip(right, pairs, strict=True):
-            rounds[label.question].append(one)
-        whole = {question: all(of_question) for question, of_question in rounds.items()}
-        asked = sorted({(label.category, label.question) for _, label in pairs})
+        whole = [(group.categories[0], group.score) for group in self.groups(pairs)]
         return {
-            "circular": percent(sum(whole.values()), len(whole)),
+            "circular": percent(sum(score for _, score in whole), len(whole)),
             "single": percent(sum(right), len(right)),
-            "by_category": percent_by((category, whole[question]) for category, question in asked),
+            "by_category": percent_by(sorted(whole)),
             "questions": len(whole),
             "total": len(pairs),
             "failed": chosen.count(""),

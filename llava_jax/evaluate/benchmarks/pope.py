@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, percent, question_id
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 
@@ -31,14 +31,10 @@ class Label(NamedTuple):
         return "yes" if self.present else "no"
 
 
-def says_no(text: str) -> bool:
-    """Whether `no` or `not` is a word of the first sentence. The original counts everything else as yes."""
-    words = text.partition(".")[0].replace(",", "").split(" ")
-    return not {"No", "not", "no"}.isdisjoint(words)
-
-
 def says_yes(text: str) -> bool:
-    return not says_no(text)
+    """As in the original, everything is a yes unless `no` or `not` is a word of the first sentence."""
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return {"No", "not", "no"}.isdisjoint(words)
 
 
 def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
@@ -62,23 +58,15 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else percent(share, 1)
 
 
-class Entry(NamedTuple):
-    """A line of a label file."""
-
-    question_id: str
-    key: str
-    label: Label
-    where: str
-
-
 def read(path: str) -> Iterator[Entry]:
+    """The entries of a label file, each with its `_key` as the question."""
     category = _category(path)
     for line in read_lines(path):
         label = line.get("label")
         if label not in ("yes", "no"):
             raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
         key = _key(category, (line.text("image"),), line.text("text"))
-        yield Entry(question_id(line), key, Label(category, label == "yes"), line.where)
+        yield Entry(question_id(line), Label(category, label == "yes"), line.where, key)
 
 
 def _key(category: str, images: Sequence[Any], text: str) -> str:
@@ -109,7 +97,7 @@ class Pope(Benchmark):
             placed = [(_category(str(question.extra.get("category", only))), question) for question in asked]
             index = {(category, str(q.id)): _key(category, q.images, q.text) for category, q in placed}
         else:
-            index = {(entry.label.category, entry.question_id): entry.key for entry in entries}
+            index = {(entry.label.category, entry.id): entry.question for entry in entries}
         categories: dict[str, list[str]] = {}
         for category, ident in index:
             categories.setdefault(ident, []).append(category)
@@ -122,7 +110,7 @@ class Pope(Benchmark):
             category = _category(str(line.value.get("category", known[0] if known else only)))
             return index.get((category, ident), f"{ident} {category}".strip())
 
-        return Labels(unique((entry.key, entry.label, entry.where) for entry in entries), key)
+        return Labels(unique((entry.question, entry.label, entry.where) for entry in entries), key)
 
     def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:
         """In percent, by sampling and averaged over the samplings. The published number is the average F1."""

@@ -1,8 +1,4 @@
-"""ScienceQA with a model and a second one, such as GPT-4, together, as in the paper.
-
-As complement, the second model answers, and the first one only if the second gives no option. With a judge, the option
-of both stands. If they differ, it is the judge's (`judge scienceqa`), or the first model's if the judge gives none.
-"""
+"""ScienceQA with a model and a second one, such as GPT-4, together, as in the paper: scores and a judge."""
 
 import argparse
 from collections import Counter
@@ -10,15 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import WHOLE, join
+from llava_jax.evaluate.answers import join
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks.scienceqa_scores import (
     FAILED,
-    OPTIONS,
     STORED,
     Problem,
+    add_problems,
     choice,
     extract,
+    labelled,
     read_problems,
     read_results,
     score,
@@ -50,10 +47,7 @@ def read_pairs(args: argparse.Namespace) -> dict[str, Pair]:
     """The options of both models by problem. They are read from texts if there are any, since older result JSONs store
     a guess as the index of a text without an option. Raises `UserError` if either model lacks an answer."""
     problems = read_problems(args.problems, args.splits, args.split)
-    joined = [
-        join(read_results(path, stored=STORED[::-1]), problems, path, partial=False, advice=WHOLE).pairs
-        for path in (args.ours, args.other)
-    ]
+    joined = [join(read_results(path, stored=STORED[::-1]), problems, path).pairs for path in (args.ours, args.other)]
     return {
         ident: Pair(problem, choice(ours, problem), choice(other, problem), (ours.absent, other.absent))
         for (ident, problem), (ours, _), (other, _) in zip(problems.items(), *joined, strict=True)
@@ -64,9 +58,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ours", required=True, metavar="F", help="the model's answers, in a form that `score scienceqa` takes")
     add("--other", required=True, metavar="F", help="those of the second model, such as GPT-4")
-    add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
-    add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
-    add("--split", default="test", metavar="NAME", help="test by default")
+    add_problems(parser)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
@@ -99,7 +91,7 @@ def _verdicts(path: str, differing: Mapping[str, Problem]) -> dict[str, int]:
             )
     if not differing:
         return {}
-    joined = join(answers, differing, path, partial=False, advice=WHOLE)
+    joined = join(answers, differing, path)
     return {ident: choice(answer, problem) for ident, (answer, problem) in zip(differing, joined.pairs, strict=True)}
 
 
@@ -163,10 +155,7 @@ PROMPT = read_prompt("scienceqa_judge.txt")
 
 class Judge(ModelTask):
     """Has a language model decide the problems of ScienceQA on which a model and a second one differ. `score
-    scienceqa-ensemble` takes the verdicts. In the paper the judge is the second model itself.
-
-    The same command resumes where it was interrupted and pays for no verdict twice.
-    """
+    scienceqa-ensemble` takes the verdicts. In the paper the judge is the second model itself."""
 
     epilog = """example:
   python -m llava_jax.evaluate judge scienceqa --ours answers.jsonl --other gpt4.json --problems problems.json \\
@@ -197,6 +186,6 @@ class Judge(ModelTask):
 
 
 def messages(problem: Problem, ours: str, other: str) -> list[Message]:
-    options = " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False))
-    question = f"Question: {problem['question']}\nContext: {problem['hint'] or 'none'}\nOptions: {options}\n"
+    options, context = " ".join(labelled(problem)), problem["hint"] or "none"
+    question = f"Question: {problem['question']}\nContext: {context}\nOptions: {options}\n"
     return chat(SYSTEM, PROMPT.format(question=question, ours=ours, other=other))

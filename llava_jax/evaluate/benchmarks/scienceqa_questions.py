@@ -12,7 +12,14 @@ import re
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, say
-from llava_jax.evaluate.benchmarks.scienceqa_scores import OPTIONS, SCORED, Problem, read_problems
+from llava_jax.evaluate.benchmarks.scienceqa_scores import (
+    OPTIONS,
+    SCORED,
+    Problem,
+    add_problems,
+    labelled,
+    read_problems,
+)
 from llava_jax.files.writing import atomic_list
 
 EPILOG = """examples (the paper's training data and its questions):
@@ -67,7 +74,7 @@ def _question(problem: Problem, form: str) -> str:
     texts = {
         "question": problem["question"],
         "context": str(problem["hint"] or "").strip() or "N/A",
-        "choices": " ".join(f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)),
+        "choices": " ".join(labelled(problem)),
     }
     lines = []
     for part in re.findall(r"[QCM]|[LE]+", form):
@@ -115,9 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate questions scienceqa", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
-    add("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
-    add("--split", required=True, metavar="NAME", help="train, val, test, minitrain, ...")
+    add_problems(parser, required=True, help="train, val, test, minitrain, ...")
     add("--format", default="QCM-LEPA", metavar="Q-A", help=f"QCM-LEPA, the paper's, by default; {V1_5}, the release's")
     add("--output", required=True, metavar="F", help="LLaVA JSON")
     return parser.parse_args(argv)

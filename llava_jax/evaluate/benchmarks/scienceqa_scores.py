@@ -1,12 +1,15 @@
 """ScienceQA's problems, the options that answers choose, and accuracy in the nine columns of the paper's table."""
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import Answer, is_lines, percent, read_answers, read_json
+from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, percent, read_answers, read_json
+from llava_jax.evaluate.benchmark import ScoreCommand
+from llava_jax.evaluate.label_formats import field
 from llava_jax.evaluate.outcomes import Outcome
 from llava_jax.evaluate.sheets import is_sheet
 
@@ -65,15 +68,16 @@ def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> 
             ident,
             tuple(name for name, belongs in COLUMNS.items() if name != "Avg" and belongs(problem)),
             score=float(option == right),
-            question="\n".join([problem.get("question", ""), *map(_labelled, OPTIONS, problem["choices"])]),
+            question="\n".join([problem.get("question", ""), *labelled(problem)]),
             image=f"{ident}/{problem['image']}" if problem["image"] else "",
             answer="" if answers[ident].absent else str(answers[ident].value),
-            reference=_labelled(OPTIONS[right], problem["choices"][right]),
+            reference=labelled(problem)[right],
         )
 
 
-def _labelled(letter: str, text: str) -> str:
-    return f"({letter}) {text}"
+def labelled(problem: Problem) -> list[str]:
+    """The options with their letters: `(A) ...`."""
+    return [f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)]
 
 
 def choice(answer: Answer, problem: Problem) -> int:
@@ -82,6 +86,13 @@ def choice(answer: Answer, problem: Problem) -> int:
     if isinstance(answer.value, bool) or not isinstance(answer.value, int):
         return answer.read(lambda text: extract(text, choices), FAILED)
     return answer.value if 0 <= answer.value < choices else FAILED
+
+
+def add_problems(parser: argparse.ArgumentParser, **split: Any) -> None:
+    """Adds the options of `read_problems`; `split` are further settings of `--split`."""
+    parser.add_argument("--problems", required=True, metavar="F", help="ScienceQA's problems.json")
+    parser.add_argument("--splits", required=True, metavar="F", help="ScienceQA's pid_splits.json")
+    parser.add_argument("--split", metavar="NAME", **split or {"default": "test", "help": "test by default"})
 
 
 def read_problems(problems: str, splits: str, split: str, fields: Sequence[str] = SCORED) -> dict[str, Problem]:
@@ -103,12 +114,8 @@ def read_problems(problems: str, splits: str, split: str, fields: Sequence[str] 
 
 
 def _checked(problem: Any, fields: Sequence[str], where: str) -> Problem:
-    if not isinstance(problem, dict):
-        raise UserError(f"{where}: is no object")
-    if absent := [name for name in fields if name not in problem]:
-        raise UserError(f"{where}: has no {absent[0]}")
-    if wrong := [name for name in TEXTS if name in fields and not isinstance(problem[name], str)]:
-        raise UserError(f"{where}: its {wrong[0]} is no text")
+    for name in fields:
+        field(problem, name, where, str if name in TEXTS else object)
     answer, choices = problem["answer"], problem["choices"]
     if not isinstance(choices, list) or not 0 < len(choices) <= len(OPTIONS):
         raise UserError(f"{where}: `choices` is no list of 1 to {len(OPTIONS)} options")
@@ -144,3 +151,34 @@ def table(scores: Mapping[str, Any], separator: str = ", ", count: str = "{value
     shares = ("    -" if scores[name] is None else f"{scores[name]:5.2f}" for name in COLUMNS)
     counts = (count.format(name=name, value=value) for name, value in scores.items() if name not in COLUMNS)
     return "\n".join(["  ".join(f"{name:>5}" for name in COLUMNS), "  ".join(shares), separator.join(counts)])
+
+
+class Score(ScoreCommand):
+    name, what = "scienceqa", "ScienceQA: accuracy by subject, context and grade"
+    epilog = """example:
+  python -m llava_jax.evaluate score scienceqa --results answers.jsonl --problems problems.json --splits pid_splits.json
+
+Columns: subjects (natural, social, language science); TXT has a hint, IMG has an image, NO has neither; grades; all.
+An answer counts as `failed`, and as wrong, if no option can be read from it or if the question has no such option.
+Options are read as in the original: the text is a letter, begins with `X. `, or says `The answer is X.` once.
+"""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        kinds = "a result JSON of the original ({results, outputs}), answers as JSONL, or one object {id: answer}"
+        add("--results", "--answers", required=True, metavar="F", help=kinds)
+        add_problems(parser)
+        add("--reextract", action="store_true", help="for a result JSON, read the texts again instead of the indices")
+        add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
+        add("--outcomes", metavar="F", help="write the outcome of each problem, for `report`: DIR/NAME.outcomes.jsonl")
+
+    def score(self, args: argparse.Namespace) -> tuple[dict[str, Any], Iterable[Outcome]]:
+        problems = read_problems(args.problems, args.splits, args.split)
+        answers = read_results(args.results, args.partial, ("outputs",) if args.reextract else STORED)
+        joined = join(answers, problems, args.results, args.partial)
+        scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
+        scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
+        return scores, outcomes(answers, problems)
+
+    def table(self, scores: Mapping[str, Any]) -> str:
+        return table(scores)

@@ -13,7 +13,6 @@ from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, 
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 
-OTHER_KIND = ": is it a file of another kind?"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -61,7 +60,7 @@ def _people(value: Any, where: str) -> Label:
 
 
 def read_gqa(path: str) -> Iterator[Entry]:
-    for where, ident, value in entries_by_id(path, OTHER_KIND):
+    for where, ident, value in entries_by_id(path):
         structure = field(field(value, "types", where), "structural", where)
         kind = "open" if structure == "query" else "binary"
         yield Entry(ident, Label((field(value, "answer", where, str),), kind), where)
@@ -155,7 +154,7 @@ class Gqa(Benchmark):
     ids = r"[^\W_]{1,10}"
 
     def questions(self, path: str) -> Iterator[Question]:
-        for where, ident, question in entries_by_id(path, OTHER_KIND):
+        for where, ident, question in entries_by_id(path):
             yield Question(ident, field(question, "question", where), (f"{field(question, 'imageId', where)}.jpg",))
 
     def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Errors of a recipe, or of flags that override its options, as one line."""
+"""The flag --config, a recipe, and the flags that override its options: parsed, with every error as one line."""
 
 import difflib
+import itertools
 import re
 import runpy
 import sysconfig
@@ -8,30 +9,69 @@ import traceback
 from collections.abc import Sequence
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from llava_jax.cli import UserError
+from llava_jax import recipes
+from llava_jax.cli import UserError, expand_home
 from llava_jax.recipes.options import flatten
 
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe, by name or path, with its argument after a colon: finetune:13b, my/recipe.py."
+)
 # Errors whose message is clear without their type.
 _PLAIN = (flags.Error, UserError, ValueError, ImportError, OSError, KeyError)
 _LOCKED = re.compile(r'Key "(.*?)" does not exist(?:.*Did you mean "(.*?)")?', re.DOTALL)
 
 
-def explain(error: Exception, argv: Sequence[str]) -> str:
-    """One line for an error in parsing the flags `argv`, with the file and the line of the recipe that raised it."""
-    return _unknown_key(argv) or _message(error, argv)
+def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
+    """Parses the flags, with `~` expanded in paths. Raises UserError, one line, for every mistake."""
+    argv = _find_recipe([_expand_home(argument) for argument in argv])
+    file = _recipe_file(argv)
+    try:
+        remaining = flags.FLAGS(argv)
+        missing = [f"--{flag.name}" for flag in required if flag.value is None]
+        if file:
+            if CONFIG.value is not None:
+                CONFIG.value.keys()  # raises the error of a file that cannot be read
+            if not isinstance(CONFIG.value, ConfigDict):
+                raise UserError(f"{file}: get_config() returns no ConfigDict")
+            recipes.expand_paths(CONFIG.value)
+    except Exception as error:  # a recipe may raise any
+        raise UserError(_unknown_key(argv, file) or _message(error, file)) from None
+    if len(remaining) > 1:
+        raise UserError(f"unexpected argument {remaining[1]!r}: every option begins with --")
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given; see --help")
 
 
-def recipe_file(argv: Sequence[str]) -> str:
+def _find_recipe(argv: list[str]) -> list[str]:
+    """`--config=NAME` and `--config NAME` as `--config=PATH` of the recipe's file."""
+    found, arguments = [], iter(argv)
+    for argument in arguments:
+        if argument in ("--config", "-config"):
+            argument = "=".join((argument, *itertools.islice(arguments, 1)))
+        if match := re.match(r"--?config=(?=.)", argument):
+            argument = f"--config={recipes.find(argument[match.end() :])}"
+        found.append(argument)
+    return found
+
+
+def _recipe_file(argv: Sequence[str]) -> str:
     """The value of --config without the argument after the colon; "" if it is not given."""
-    following = [*argv[1:], ""]
     files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    files += [value for argument, value in zip(argv, following, strict=True) if argument == "--config"]
     return files[-1].partition(":")[0] if files else ""
 
 
-def _message(error: Exception, argv: Sequence[str]) -> str:
-    file, chain = recipe_file(argv), [error]
+def _expand_home(argument: str) -> str:
+    """`~/D`, `--workdir=~/D` and `-workdir=~/D` with the home directory. No flag is a text that begins with `~` but is
+    no path."""
+    flag, path = re.fullmatch(r"(--?[\w.]+=)?(.*)", argument, re.DOTALL).groups()
+    return (flag or "") + expand_home(path)
+
+
+def _message(error: Exception, file: str) -> str:
+    """One line for an error in parsing the flags, with the file and the line of the recipe that raised it."""
+    chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for raised in chain:  # Abseil raises its own error for one of the recipe
@@ -70,10 +110,9 @@ def _place(error: BaseException) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else ""
 
 
-def _unknown_key(argv: Sequence[str]) -> str | None:
+def _unknown_key(argv: Sequence[str], file: str) -> str | None:
     """If an override sets an unknown key, a message with the most similar one."""
     keys = [argument[len("--config.") :].split("=")[0] for argument in argv if argument.startswith("--config.")]
-    file = recipe_file(argv)
     if not file or not keys:
         return None
     try:
