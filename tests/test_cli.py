@@ -23,7 +23,8 @@ import llava_jax
 from llava_jax import cli
 from llava_jax.data import check
 from llava_jax.datagen.generate import conversation
-from llava_jax.evaluate import report
+from llava_jax.evaluate import judge, report, score
+from llava_jax.evaluate.benchmarks import BENCHMARKS
 
 
 def start(body: str, *args: str) -> subprocess.Popen:
@@ -94,6 +95,12 @@ def parsers(monkeypatch) -> dict[str, cli.Parser]:
         main = conversation if name == "llava_jax.datagen.generate" else importlib.import_module(name).main
         with pytest.raises(Captured):
             main([])
+    commands = [(score.main, name) for name in score.OWN]
+    commands += [(judge.main, name) for name, benchmark in BENCHMARKS.items() if benchmark.judge]
+    commands += [(judge.reference, name) for name, benchmark in BENCHMARKS.items() if benchmark.reference]
+    for command, name in commands:
+        with pytest.raises(Captured):
+            command([name])
     return found
 
 
