@@ -8,9 +8,9 @@ from llava_jax.training.report import Reporter
 from llava_jax.training.setup import Run
 
 
-def make_evaluations(run: Run, reporter: Reporter, goodput: Goodput) -> list["ValidationLoss | Benchmark"]:
+def make_evaluations(run: Run, reporter: Reporter, goodput: Goodput) -> list["ValidationLoss | BenchmarkScores"]:
     """The evaluations of a run, in the order in which they run after a step."""
-    kinds = [ValidationLoss] * (len(run.data.validation.samples) > 0) + [Benchmark] * (run.benchmark is not None)
+    kinds = [ValidationLoss] * (len(run.data.validation.samples) > 0) + [BenchmarkScores] * (run.benchmark is not None)
     return [kind(run, reporter, goodput) for kind in kinds]
 
 
@@ -45,7 +45,7 @@ class ValidationLoss:
             self._reporter.write_scores(step, {"validation_loss": loss}, f"validation loss {loss:.4f}")
 
 
-class Benchmark:
+class BenchmarkScores:
     """The scores of `config.evaluate.benchmark`. Step 0 is scored, too, so that errors in its files show at once."""
 
     def __init__(self, run: Run, reporter: Reporter, goodput: Goodput):
