@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 from llava_jax.cli import UserError
 from llava_jax.files.reading import refuse_irregular, refuse_pointer
@@ -122,10 +122,13 @@ def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_P
 
 
 def load_pixels(image: Image.Image, name: str = "from memory") -> Image.Image:
-    """Decodes an image that Pillow has only opened, and returns it. Raises UserError, also if its file is closed."""
+    """Decodes an image that Pillow has only opened, upright as `load_image` has it; other images stay as they are.
+
+    Raises UserError, also if its file is closed.
+    """
     with _errors(name):
         image.load()
-    return image
+        return _upright(image) if isinstance(image, ImageFile.ImageFile) else image
 
 
 class EncodedImage:

@@ -18,7 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_jax.cli import UserError
 from llava_jax.data import images
-from llava_jax.data.images import decode_image, load_image, open_image, preprocess, to_rgb
+from llava_jax.data.images import decode_image, load_image, load_pixels, open_image, preprocess, to_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 PHOTOGRAPHS = os.path.join(os.path.dirname(skimage.__file__), "data")
@@ -173,6 +173,18 @@ def test_exif_rotation_is_applied(orientation, format):
     result = decode_image(data)
     assert result.size == ((12, 8) if orientation < 5 else (8, 12))
     np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+
+
+def test_an_image_that_pillow_opened_is_turned_as_its_file_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(noise(12, 8), "PNG", exif=exif))
+    expected = np.asarray(load_image(path))
+    upright = load_pixels(Image.open(path))
+    np.testing.assert_array_equal(np.asarray(upright), expected)
+    np.testing.assert_array_equal(np.asarray(load_pixels(upright)), expected)
+    np.testing.assert_array_equal(np.asarray(load_pixels(load_image(path))), expected)
 
 
 def test_corrupt_exif_is_ignored():
