@@ -800,10 +800,10 @@ def test_a_download_is_a_clean_data_set_that_the_chat_loads(page, png, tmp_path)
     loaded = transcript.load(epath.Path(conversation))
     assert [text for _, text in loaded.turns][0::2] == ["<image>\nWhat is it? ä 中 < image>", "<image>\n"]
     assert (loaded.turns[3][1], loaded.system) == (second, "Be brief.")
-    assert [Path(file).read_bytes() for file in loaded.pictures] == [png.read_bytes()] * 2
+    assert [Path(file).read_bytes() for file in loaded.images] == [png.read_bytes()] * 2
     talk = chat.Conversation(None)
     talk.load(str(conversation))
-    assert (talk.turns, talk.system, len(talk.pictures)) == (list(loaded.turns), "Be brief.", 2)
+    assert (talk.turns, talk.system, len(talk.images)) == (list(loaded.turns), "Be brief.", 2)
 
 
 @pytest.mark.parametrize("way", ["zip", "drop", "deflated", "folder", "files"])
@@ -859,7 +859,7 @@ def test_what_the_chat_saved_is_loaded(scripted, script, png, tmp_path):
     conversation = download(scripted, tmp_path)
     loaded = transcript.load(epath.Path(conversation))
     assert (list(loaded.turns[:4]), loaded.system) == (turns, "")
-    assert [Path(name).name for name in loaded.pictures] == ["1.png", "1.png"]
+    assert [Path(name).name for name in loaded.images] == ["1.png", "1.png"]
 
 
 def llava(*texts: str, **more: Any) -> str:
