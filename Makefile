@@ -14,9 +14,10 @@ quickstart: $(VENV)/.base
 
 install: $(VENV)/.dev
 
-# In the order of the folders: by default the longest file, which is one test in a process of its own, would come last.
+# Three processes, since tests also wait (for servers, other processes, timers), in the order of the folders: by default the
+# longest file, one test in a process of its own, would come last.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # Apache Beam needs older libraries, so it has its own environment.
 test-beam: $(VENV)-beam/.ready
