@@ -639,8 +639,8 @@ def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     assert resumed["live"] == fresh["live"] and len(fresh["live"]) == 1
     assert fresh["live"][0] == pytest.approx(3 * trainable + frozen, rel=1e-3)
     assert resumed["donated"] == fresh["donated"] == [1.0]
-    # As the system counts it, which differs by a little from run to run; a copy of the weights would be twice as much.
-    assert resumed["peak"] < fresh["peak"] + trainable / 2
+    # As the system counts it, which differed by up to 0.6 of the weights from run to run; a copy would be all of them.
+    assert resumed["peak"] < fresh["peak"] + 0.75 * trainable
 
 
 def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted, tmp_path):
