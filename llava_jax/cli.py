@@ -80,7 +80,7 @@ def has_accelerator() -> bool:
 
 def prepare() -> None:
     """Sets up the process of a command: the platform of JAX, and libraries that log less. Call it before JAX is
-    imported. The library itself never does this: environment and import hooks belong to whoever runs the process.
+    imported. The library itself never does this: environment and import hooks are up to the program that imports it.
     """
     if not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -29,7 +29,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
     Args:
       facts: names and values of the first table.
       rejects: the number of rejects for each reason.
-      browser: the data of `browser.js`: `entries`, `pictures` (data URIs by name), and `groups`, their names and sizes.
+      browser: the data of `browser.js`: `entries`, `thumbnails` (data URIs by name), `groups` (names and sizes).
     """
     assets = jinja2.PackageLoader("llava_jax.datagen", "report_assets")
     templates = jinja2.Environment(loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -102,7 +102,7 @@ def _histogram(numbers: Sequence[int]) -> tuple[int, list[Row]]:
 def _object_rows(objects: Objects) -> Iterator[Row]:
     boxed, covered = objects.boxed.total(), objects.covered.total()
     unsupported, supported = objects.unsupported.total(), objects.supported.total()
-    yield "samples of pictures with captions or boxes", objects.samples, ""
+    yield "samples with images that have captions or boxes", objects.samples, ""
     yield "categories in boxes that the sample names", covered, _share(covered, boxed)
     yield "objects in answers that no box or caption has", unsupported, _share(unsupported, unsupported + supported)
     yield "samples with such an object", objects.with_unsupported, _share(objects.with_unsupported, objects.samples)

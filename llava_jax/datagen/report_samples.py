@@ -64,7 +64,7 @@ class Shown:
     def __init__(self, images: epath.PathLike, ledger: Ledger | None, facts: Facts | None, kind: str | None):
         self.images, self.ledger, self.facts, self.kind = images, ledger, facts, kind
         self.entries: list[dict[str, Any]] = []
-        self.pictures: dict[str, str] = {}  # data URIs
+        self.thumbnails: dict[str, str] = {}  # data URIs
         self.characters = 0
 
     def add_sample(self, sample: Sample) -> None:
@@ -97,17 +97,17 @@ class Shown:
 
     def _add(self, context: Context | None, image: str, **fields: Any) -> None:
         image = short(image, MAX_LENGTH)
-        if image and image not in self.pictures:
+        if image and image not in self.thumbnails:
             try:
-                self.pictures[image] = thumbnail(load_image(image_path(self.images, image)), THUMBNAIL, QUALITY)
+                self.thumbnails[image] = thumbnail(load_image(image_path(self.images, image)), THUMBNAIL, QUALITY)
             except UserError:
-                self.pictures[image] = ""  # the page says so
+                self.thumbnails[image] = ""  # the page says so
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
         captions, boxes = (context.captions, context.boxes) if context else ((), ())
         boxes = [box._replace(category=short(box.category)) for box in boxes[:MAX_BOXES]]
         fields |= {"id": short(fields["id"]), "captions": bounded(captions), "boxes": boxes}
         self.entries.append({**empty, **fields, "image": image})
-        self.characters += len(json.dumps(self.entries[-1])) + len(self.pictures.get(image, ""))
+        self.characters += len(json.dumps(self.entries[-1])) + len(self.thumbnails.get(image, ""))
 
 
 def select(draw: Draw, count: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def select(draw: Draw, count: int, samples: Sequence[Sample], shown: Shown) -> d
     groups = {name: (counts[name], size) for name, size in draw.sizes.items() if not name.endswith(UNSUPPORTED)}
     if rejected := [sizes for group, sizes in groups.items() if group.startswith(REJECTED)]:
         groups[REJECTED] = tuple(map(sum, zip(*rejected, strict=True)))
-    return {"entries": shown.entries, "pictures": shown.pictures, "groups": groups}
+    return {"entries": shown.entries, "thumbnails": shown.thumbnails, "groups": groups}
 
 
 def bounded(texts: Sequence[str]) -> list[str]:

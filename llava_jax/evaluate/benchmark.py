@@ -3,6 +3,7 @@
 A benchmark is a module that registers one `Benchmark`. All commands ask that object; none knows a benchmark by name.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +57,7 @@ class Group(NamedTuple):
     weight: float = 1.0  # in sums over groups
 
 
-class ScoreCommand:
+class ScoreCommand(ABC):
     """`score NAME` of a benchmark that scores other files than answers and labels, and has options of its own.
 
     Attributes:
@@ -68,16 +69,17 @@ class ScoreCommand:
     what: str
     epilog = ""
 
+    @abstractmethod
     def add_arguments(self, parser: "argparse.ArgumentParser") -> None:
         """Adds the options except `--json`."""
 
+    @abstractmethod
     def score(self, args: "argparse.Namespace") -> "tuple[Scores, Iterable[Outcome]]":
         """The scores, and the outcome of each question for `--outcomes`, if there is this option."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, scores: Scores) -> str:
         """The scores as text."""
-        raise NotImplementedError
 
     def to_json(self, scores: Scores) -> Scores:
         return scores

@@ -1,6 +1,7 @@
 """What a language model does for a benchmark, besides answering it: judge answers, or write reference answers."""
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,7 @@ class Case(NamedTuple):
     about: Any
 
 
-class ModelTask:
+class ModelTask(ABC):
     """A subclass says the prompts of a task, how replies are read, and what is written; its docstring is for `--help`.
 
     Attributes:
@@ -39,20 +40,21 @@ class ModelTask:
     temperature = 0.0
     max_tokens = 1024
 
+    @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the options that name the files."""
 
+    @abstractmethod
     def prompts(self, args: argparse.Namespace) -> tuple[Sequence[Sequence[Case]], Any]:
         """The cases of each output file, and the instructions in all prompts, whose hash is stored with each line."""
-        raise NotImplementedError
 
     def read(self, about: Any, text: str) -> Any:
         """The value of a reply. None if it has another form: the model is then asked again."""
         return text.strip()
 
+    @abstractmethod
     def line(self, about: Any, outcome: "Outcome | None", by: Mapping[str, str]) -> dict[str, Any]:
         """A line of output. `outcome` is None if nothing was asked; `by` has `judge`, the model, and `prompt_hash`."""
-        raise NotImplementedError
 
 
 def chat(system: str, content: str) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Scores answers to a benchmark by its labels. It reads only files, whoever wrote them, and needs no model."""
+"""Scores answers to a benchmark by its labels. It only reads files, of any origin, and needs no model."""
 
 import argparse
 import json

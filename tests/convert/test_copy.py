@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from training_runs import final, make_config, stop_at
 
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
@@ -16,7 +17,6 @@ from llava_jax.convert import __main__ as convert
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files.lock import hold
 from llava_jax.training import loop
-from tests.training.test_loop import final, make_config, stop_at
 
 
 @pytest.fixture

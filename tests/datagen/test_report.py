@@ -179,7 +179,7 @@ def test_the_page(made):
     rows = {row[0]: row[1:] for row in page.rows if row}
     assert rows["samples"] == ["3"] and rows["rejected"] == ["2"] and rows["refusal"] == ["1", "50.0 %"]
     assert rows["yes or no"] == ["1", "25.0 %"] and rows["why"][0] == "1"
-    assert rows["samples of pictures with captions or boxes"] == ["2"]
+    assert rows["samples with images that have captions or boxes"] == ["2"]
     assert rows["categories in boxes that the sample names"] == ["1", "100.0 %"]
     assert rows["objects in answers that no box or caption has"] == ["1", "33.3 %"]
     assert rows["samples with such an object"] == ["1", "50.0 %"]
@@ -189,8 +189,8 @@ def test_the_page(made):
     assert entries["good"]["boxes"] == [["cat", 0.0, 0.0, 1.0, 0.5]] and entries["good"]["group"] == "conversation"
     assert entries["bad"]["unsupported"] == ["puppy"] and entries["bad"]["captions"] == ["A cup of coffee.", EVIL]
     assert entries["r"]["rejected"] and entries["r"]["detail"] == EVIL and entries["lost"]["captions"] == []
-    pictures = data_of(text)["pictures"]
-    assert pictures["chelsea.jpg"].startswith("data:image/jpeg;base64,") and pictures["lost.jpg"] == ""
+    thumbnails = data_of(text)["thumbnails"]
+    assert thumbnails["chelsea.jpg"].startswith("data:image/jpeg;base64,") and thumbnails["lost.jpg"] == ""
 
 
 def test_nothing_of_the_texts_is_html(made):
@@ -213,7 +213,7 @@ def test_a_bounded_sample_is_shown(made):
     text = report(made, "--shown", 20)
     shown = data_of(text)
     assert len(shown["entries"]) == 20 and shown["groups"]["conversation"][1] == 500
-    assert len(shown["pictures"]) <= 3 and len(text) < 100_000
+    assert len(shown["thumbnails"]) <= 3 and len(text) < 100_000
     assert len({entry["id"] for entry in shown["entries"]}) == 20
 
 
@@ -238,7 +238,7 @@ def test_pictures_in_a_folder_of_cocos(made):
     shown = data_of(report(made, "--captions", made / "captions.json", "--instances", made / "instances.json"))
     entry = next(entry for entry in shown["entries"] if entry["id"] == "good")
     assert entry["captions"] == ["A cat."] and entry["boxes"] == [["cat", 0.0, 0.0, 1.0, 0.5]]
-    assert shown["pictures"]["coco/chelsea.jpg"]
+    assert shown["thumbnails"]["coco/chelsea.jpg"]
 
 
 def test_bad_input(made):
@@ -299,7 +299,7 @@ def test_the_page_is_bounded(tmp_path, monkeypatch):
     text = report(tmp_path, "--captions", tmp_path / "contexts.jsonl")
     assert len(text) < 3_000_000
     data = json.loads(re.search('id="data">(.*)</script>', text)[1])
-    assert len(data["entries"]) == 53 and data["pictures"]["../secret.jpg"] == data["pictures"]["/dev/zero"] == ""
+    assert len(data["entries"]) == 53 and data["thumbnails"]["../secret.jpg"] == data["thumbnails"]["/dev/zero"] == ""
     many = next(entry for entry in data["entries"] if entry["id"] == "many")
     assert many["turns"][-1].endswith(" more)") and len(many["turns"]) < 300
     monkeypatch.setattr(report_samples, "MAX_CHARACTERS", 50_000)

@@ -11,7 +11,8 @@ import torch_reference as reference
 from llava_jax.models import families, projectors, towers
 from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.families import family_of
-from llava_jax.models.registry import FAMILIES, TOWERS, registers
+from llava_jax.models.projectors.mlp import MlpKind
+from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS, registers
 from llava_jax.parallel import sharding
 from llava_jax.registry import Registry
 
@@ -57,12 +58,18 @@ def test_what_is_not_registered_is_refused_by_name():
     [
         (towers.register, towers.Tower, {"name": "clip"}),
         (families.register, families.Family, {"name": "llama"}),
-        (projectors.register, projectors.ProjectorKind, {"pattern": r"linear|mlp([1-9]\d?)x_gelu"}),
+        (projectors.register, MlpKind, {}),
     ],
 )
 def test_a_name_is_registered_once(register, base, fields):
     with pytest.raises(ValueError, match="is registered already"):
         register(type("Another", (base,), fields))
+
+
+def test_what_lacks_a_method_is_not_registered():
+    with pytest.raises(TypeError, match="abstract methods build, entries, matrices"):
+        projectors.register(type("Half", (projectors.ProjectorKind,), {"pattern": "half"}))
+    assert "half" not in PROJECTORS
 
 
 def test_what_is_registered_says_how_its_parameters_are_sharded(monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from training_runs import make_config, random_batches, settings_for
 
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
@@ -21,7 +22,6 @@ from llava_jax.models.llava import module_params
 from llava_jax.parallel import sharding
 from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
-from tests.training.test_loop import make_config, random_batches, settings_for
 
 STEPS = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]

@@ -3,14 +3,14 @@
 import jax
 import pytest
 import tiny
+from training_runs import run_config, stop_at
 
 from llava_jax.preflight import compile, targets
 from llava_jax.training import builder, loop
-from tests.training.test_loop import run_config, stop_at, world  # noqa: F401
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_training_its_resume_and_preflight_compile_the_same_program(stage, world, tmp_path, monkeypatch):  # noqa: F811
+def test_training_its_resume_and_preflight_compile_the_same_program(stage, world, tmp_path, monkeypatch):
     """The text has shapes, types, shardings, donated arguments and constants. Slots are given, as data would decide."""
     config = run_config(world, stage, steps=3, rows_per_group=2, max_rows_per_device=2, image_slots=4, label_slots=100)
     lowered, lower = [], builder.TrainingProgram.lower

@@ -1,8 +1,7 @@
-"""The train step against torch, and the loop from start to resume."""
+"""The loop from start to resume."""
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -18,326 +17,32 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
-import torch
-import torch_reference as reference
-import transformers
 from etils import epath
+from training_runs import (
+    assert_same_run,
+    copied,
+    final,
+    metrics,
+    run_config,
+    stop_at,
+)
 
-from configs import common
 from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.lengths import measure
-from llava_jax.data.packing import PackedOrder, Room
-from llava_jax.data.pipeline import Batches, ImageDecoder
-from llava_jax.data.plan import Layout, Order, plan_layout
+from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
 from llava_jax.files import lock
 from llava_jax.files.lock import hold
-from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import abstract_params
-from llava_jax.parallel.sharding import make_mesh
-from llava_jax.training import builder, goodput, loop, optim, summary
+from llava_jax.training import builder, goodput, loop, summary
 from llava_jax.training import step as training_step
 from llava_jax.training.profiling import Profile
-
-# ------------------------------------------------------------------------------------------------- the step
-
-
-def make_config(stage: str = "finetune", **changes):
-    config = common.get_config()
-    config.stage = stage
-    config.remat = "none"
-    config.update(changes)
-    return config
-
-
-def random_batches(model, count: int, rows: int = 4, length: int = 40, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Rows of different lengths, each with a picture at a different place and a few learned tokens."""
-    rng = np.random.default_rng(seed)
-    size, P = model.vision.image_size, model.image_tokens
-    batches = []
-    for _ in range(count):
-        batch = {
-            "tokens": np.zeros((rows, length), np.int32),
-            "labels": np.full((rows, length), -100, np.int32),
-            "positions": np.zeros((rows, length), np.int32),
-            "segment_ids": np.zeros((rows, length), np.int32),
-            "images": rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8),
-            "image_feature_index": np.full((rows, length), -1, np.int32),
-        }
-        for row in range(rows):
-            used, start = rng.integers(length - 10, length + 1), rng.integers(1, 5)
-            batch["tokens"][row, :used] = rng.integers(1, model.text.vocab_size - 1, used)
-            batch["tokens"][row, start : start + P] = 0
-            batch["image_feature_index"][row, start : start + P] = np.arange(P)
-            batch["positions"][row, :used] = np.arange(used)
-            batch["segment_ids"][row, :used] = 1
-            learned = rng.integers(start + P + 1, used, 6)
-            batch["labels"][row, learned] = batch["tokens"][row, learned]
-        batches.append(batch)
-    return batches
-
-
-def settings_for(model, batch, mesh=None, **changes) -> training_step.StepSettings:
-    rows, length = batch["tokens"].shape
-    slots = batch["images"].shape[1]
-    groups = batch["images"].shape[0]
-    layout = Layout(
-        rows, rows // groups, length, slots, 6 * rows // groups, model.image_tokens, model.vision.image_size
-    )
-    return training_step.StepSettings(model, layout, mesh or make_mesh({"fsdp": -1}), **changes)
-
-
-def split_params(params, stage):
-    names = optim.trained(params, make_config(stage))
-    trainable = {name: jnp.array(params[name]) for name in names}  # copies, since a step donates them
-    return trainable, {name: jnp.asarray(value) for name, value in params.items() if name not in trainable}
-
-
-def torch_losses(module, batches, model, config, steps: int) -> list[float]:
-    """Hugging Face's model, torch's AdamW, transformers' cosine schedule, token-weighted loss."""
-    module.requires_grad_(False)
-    module.model.multi_modal_projector.requires_grad_(True)
-    if config.stage == "finetune":
-        module.model.language_model.requires_grad_(True)
-        module.lm_head.requires_grad_(True)
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = []
-    for projector in (True, False):
-        for decayed in (True, False):
-            groups.append(
-                {
-                    "params": [
-                        p
-                        for name, p in named
-                        if ("multi_modal_projector" in name) == projector and (p.ndim > 1) == decayed
-                    ],
-                    "lr": config.projector_learning_rate if projector else config.learning_rate,
-                    "weight_decay": config.weight_decay if decayed else 0.0,
-                }
-            )
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(config.beta1, config.beta2), eps=1e-8)
-    warmup = int(np.ceil(steps * config.warmup_ratio))
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
-    losses = []
-    for batch in batches:
-        input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
-        input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
-        pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
-        mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
-        logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
-        labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_([p for _, p in named], config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("stage,clip", [("pretrain", 0.0), ("finetune", 1.0)])
-def test_fifty_steps_have_the_losses_of_torch(stage, clip):
-    model, steps = reference.LLAVA, 50
-    config = make_config(
-        stage,
-        learning_rate=1e-3,
-        projector_learning_rate=2e-3,
-        weight_decay=0.1,
-        clip_norm=clip,
-        warmup_ratio=0.1,
-    )
-    module = reference.llava(model)
-    params = reference.llava_params(module, model)
-    batches = random_batches(model, steps)
-    settings = settings_for(model, batches[0])
-    trainable, frozen = split_params(params, stage)
-    optimizer = optim.make_optimizer(config, trainable, steps)
-    state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
-    step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
-    ours = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        ours.append(float(metrics["loss"]))
-    theirs = torch_losses(module, batches, model, config, steps)
-    assert theirs[-1] < theirs[0] - 0.05, "the reference did not learn: equal losses would say little"
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_accumulated_gradients_are_those_of_the_large_batch(stage):
-    model = tiny.config()
-    (batch,) = random_batches(model, 1, rows=8)
-    batch["labels"][0] = -100  # microbatches weigh by their tokens, not equally
-    trainable, frozen = split_params(tiny.params(model), stage)
-    results = [
-        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
-            settings_for(model, batch, accumulation=accumulation), trainable, frozen, batch
-        )
-        for accumulation in (1, 2, 4)
-    ]
-    for loss, gradients in results[1:]:
-        np.testing.assert_allclose(loss, results[0][0], rtol=1e-6)
-        for name, gradient in gradients.items():
-            np.testing.assert_allclose(gradient, results[0][1][name], atol=1e-6, err_msg=name)
-
-
-def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimizer_state_for_them():
-    model = tiny.config(
-        text=tiny.TextConfig(tiny.VOCAB, 64, 256, 4, 4, 4, 16), vision=tiny.VisionConfig(64, 256, 4, 4, 16, 8)
-    )
-    (batch,) = random_batches(model, 1, length=128)
-    settings = settings_for(model, batch)
-    flops, optimizer_bytes, names = {}, {}, {}
-    for stage in ("pretrain", "finetune"):
-        trainable, frozen = split_params(tiny.params(model), stage)
-        optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
-        state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
-
-        def step(state, frozen, batch, optimizer=optimizer):
-            return training_step.train_step(settings, optimizer, state, frozen, batch)
-
-        compiled = jax.jit(step).lower(state, frozen, batch).compile()
-        flops[stage] = compiled.cost_analysis()["flops"]
-        optimizer_bytes[stage] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-        names[stage] = set(trainable)
-    # XLA counts the body of a scan once. Per token of a layer: forward 2N, activations 2N, weights 2N.
-    D, F = model.text.hidden_size, model.text.intermediate_size
-    weight_gradients = 2 * batch["tokens"].size * (4 * D * D + 3 * D * F)
-    assert flops["finetune"] - flops["pretrain"] >= weight_gradients
-    projector = sum(leaf.size for name, leaf in abstract_params(model).items() if name.startswith("projector."))
-    assert all(name.startswith("projector.") for name in names["pretrain"])
-    assert optimizer_bytes["pretrain"] <= 2 * 4 * projector + 64  # two moments, and counters
-
-
-def test_the_vision_tower_gets_no_gradient_in_either_stage():
-    assert {name.split(".")[0] for name in optim.trained(abstract_params(tiny.config()), make_config("finetune"))} == {
-        "projector",
-        "llm",
-    }
-
-
-def test_a_text_only_batch_leaves_the_projector_alone():
-    model = tiny.config()
-    (batch,) = random_batches(model, 1)
-    batch["image_feature_index"][:] = -1
-    trainable, frozen = split_params(tiny.params(model), "finetune")
-    _, gradients = jax.jit(training_step.loss_and_gradients, static_argnums=0)(
-        settings_for(model, batch), trainable, frozen, batch
-    )
-    for name, gradient in gradients.items():
-        if name.startswith("projector."):
-            np.testing.assert_array_equal(gradient, 0, err_msg=name)
-    assert float(optax.global_norm(gradients)) > 0
-
-
-def test_remat_changes_nothing():
-    model = tiny.config()
-    (batch,) = random_batches(model, 1)
-    trainable, frozen = split_params(tiny.params(model), "finetune")
-    results = [
-        jax.jit(training_step.loss_and_gradients, static_argnums=0)(
-            settings_for(model, batch, remat=remat), trainable, frozen, batch
-        )
-        for remat in REMAT_POLICIES
-    ]
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
-    for name, gradient in results[0][1].items():
-        np.testing.assert_allclose(gradient, results[1][1][name], atol=1e-6, err_msg=name)
-
-
-def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path):
-    """Of each sample, and of all: pictures in several samples of a row, and several rows in a group."""
-    model, params = tiny.config(), tiny.params(tiny.config())
-    source = LlavaJson(*tiny.data(tmp_path))
-    encode = TextEncoder(get_template("v1"), tiny.tokenizer(), model.image_tokens, 96)
-    encoded = EncodedSource(source, encode)
-    lengths = measure(encoded)
-    length, rows = int(3.3 * lengths.tokens.max()), len(source)
-    unpacked = Order(np.arange(rows), rows, 0)
-    packed = PackedOrder(np.arange(rows), 4, 0, lengths=lengths, room=Room(length, 2, 5))
-    trainable, frozen = split_params(params, "finetune")
-    found = []
-    for order, group, row_length in ((unpacked, 3, 96), (packed, 2, length)):
-        assert order.epoch_steps(0) == 1
-        shapes = {"max_length": row_length, "image_tokens": model.image_tokens, "image_size": 16}
-        layout = plan_layout([(order, 1)], lengths, rows_per_group=group, **shapes)
-        batch = Batches(encoded, ImageDecoder(16, "pad", (0.5, 0.5, 0.5)), order, layout)[0]
-        settings = training_step.StepSettings(model, layout, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
-        loss, gradients = jax.jit(functools.partial(training_step.loss_and_gradients, settings))(
-            trainable, frozen, batch
-        )
-        eval_fn = jax.jit(functools.partial(training_step.eval_step, settings))
-        losses = {}
-        for row, samples in enumerate(order.rows(0)):
-            for segment, index in enumerate(samples, 1):
-                here = (batch["segment_ids"] == segment) & (np.arange(len(batch["tokens"])) == row)[:, None]
-                alone = batch | {"labels": np.where(here, batch["labels"], -100)}
-                losses[index] = [float(value) for value in eval_fn(trainable, frozen, alone)]
-        found.append((loss, gradients, losses))
-    assert max(map(len, packed.rows(0))) >= 3 and packed.epoch_rows(0).sums(lengths.images).max() >= 2
-    (loss, gradients, losses), (packed_loss, packed_gradients, packed_losses) = found
-    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
-    for index in range(rows):
-        np.testing.assert_allclose(packed_losses[index], losses[index], rtol=1e-5, err_msg=str(index))
-    for name, gradient in gradients.items():
-        largest = np.abs(gradient).max()
-        np.testing.assert_allclose(packed_gradients[name], gradient, rtol=1e-5, atol=1e-5 * largest, err_msg=name)
-
-
-# ------------------------------------------------------------------------------------------------- the loop
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
-    """A checkpoint and a data set: config.init, config.data.json, config.data.images."""
-    directory = tmp_path_factory.mktemp("world")
-    model = tiny.checkpoint(directory)
-    file, images = tiny.data(directory)
-    return {"init": str(model), "json": str(file), "images": str(images)}
-
-
-def run_config(world, stage: str = "finetune", **changes):
-    config = make_config(stage, init=world["init"], max_length=64, batch_rows=4, steps=6, learning_rate=1e-3)
-    config.data.json, config.data.images = world["json"], world["images"]
-    config.update(changes)
-    return config.lock()
-
-
-def final(workdir) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in open_checkpoint(workdir).load().items()}
-
-
-def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(world, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    loop.train(run_config(world), str(workdir))
-    return workdir
-
-
-def assert_same_run(workdir: Path, other: Path) -> None:
-    expected = final(other)
-    for name, value in final(workdir).items():
-        np.testing.assert_array_equal(value, expected[name], err_msg=name)
-    losses, others = (
-        [(m["step"], m.get("loss", m.get("validation_loss"))) for m in metrics(d)] for d in (workdir, other)
-    )
-    assert losses == others
 
 
 def test_two_stages_learn_and_describe_themselves(world, tmp_path, capsys):
@@ -518,26 +223,6 @@ def test_a_signal_to_the_whole_group_leaves_the_readers_to_the_run(world, tmp_pa
     assert open_checkpoint(workdir).step >= 1
 
 
-def stop_at(step: int, config, workdir: Path) -> None:
-    """Runs until `step` is done, as if a signal came then."""
-    count_tokens = loop.count_tokens
-    started = open_checkpoint(workdir).step if (workdir / "checkpoints").exists() else 0
-    calls = []
-
-    def interrupt(*args):
-        calls.append(1)
-        if started + len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return count_tokens(*args)
-
-    loop.count_tokens = interrupt
-    try:
-        with pytest.raises(SystemExit):
-            loop.train(config, str(workdir))
-    finally:
-        loop.count_tokens = count_tokens
-
-
 def test_an_evaluation_that_was_cut_off_is_made_up_for(world, tmp_path):
     """By a signal at step 2, which is saved first, and by a crash after the last step was saved."""
     config = run_config(world, steps=4, eval_every=2)
@@ -622,25 +307,23 @@ def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     frozen = sum(4 * leaf.size for name, leaf in shapes.items() if name.startswith("vision."))
     trainable = sum(4 * leaf.size for leaf in shapes.values()) - frozen
     assert trainable > 4e8
-    runs = []
-    for stop in ("1", "0"):
-        command = [
-            sys.executable,
-            "-m",
-            "tests.support.run_memory",
-            str(tmp_path / "config.json"),
-            str(tmp_path / "run"),
-            stop,
-        ]
+
+    def peak(workdir: str, stop: str) -> int:
+        """Of the process of one start, in bytes. What is alive after each step is checked."""
+        command = [sys.executable, "-m", "tests.support.run_memory", str(tmp_path / "config.json"), workdir, stop]
         run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert run.returncode == 0, run.stderr
-        runs.append(json.loads(run.stdout.splitlines()[-1]))
-    fresh, resumed = runs
-    assert resumed["live"] == fresh["live"] and len(fresh["live"]) == 1
-    assert fresh["live"][0] == pytest.approx(3 * trainable + frozen, rel=1e-3)
-    assert resumed["donated"] == fresh["donated"] == [1.0]
-    # As the system counts it, which differed by up to 0.6 of the weights from run to run; a copy would be all of them.
-    assert resumed["peak"] < fresh["peak"] + 0.75 * trainable
+        found = json.loads(run.stdout.splitlines()[-1])
+        assert found["live"] == [pytest.approx(3 * trainable + frozen, rel=1e-3)] and found["donated"] == [1.0]
+        return found["peak"]
+
+    def more_in_a_resume(number: int) -> int:
+        workdir = str(tmp_path / f"run{number}")
+        fresh = peak(workdir, stop="1")
+        return peak(workdir, stop="0") - fresh
+
+    # As the system counts it, a peak differs by a few hundred MB from run to run. A copy of the weights would be in all.
+    assert any(more_in_a_resume(number) < trainable / 2 for number in range(3))
 
 
 def test_another_config_is_refused_with_the_differing_keys(world, uninterrupted, tmp_path):
@@ -824,150 +507,6 @@ def test_where_images_stood_is_stored_and_told_where_it_changes(world, uninterru
 def test_a_preset_of_other_sizes_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"is not a llava-v1.5-7b .*hidden_size 48, not 4096.*give --config.model= to"):
         loop.train(run_config(world, model="llava-v1.5-7b"), str(tmp_path / "run"))
-
-
-def test_rows_that_do_not_split_are_refused():
-    config = make_config(batch_rows=6, max_rows_per_device=2)
-    layout = Layout(6, 3, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
-    with pytest.raises(UserError, match="2 groups, not a multiple of 1 devices x 3 accumulated"):
-        builder.accumulation_steps(config, layout, make_mesh({"fsdp": -1}))
-
-
-def test_packed_rows_have_an_attention_that_knows_segments():
-    layout = Layout(4, 1, 8, image_slots=1, label_slots=1, image_tokens=1, image_size=1)
-    mesh = make_mesh({"fsdp": 1, "data": 1, "tensor": 1})
-    assert builder.step_settings(make_config(pack=True), tiny.config(), layout, mesh).packed
-    assert not builder.step_settings(make_config(), tiny.config(), layout, mesh).packed
-    with pytest.raises(UserError, match="cudnn attends across the samples of packed rows"):
-        builder.step_settings(make_config(pack=True, attention="cudnn"), tiny.config(), layout, mesh)
-
-
-# -------------------------------------------------------------------------------------------- damage and going back
-
-
-@pytest.fixture(scope="module")
-def six_steps(world, tmp_path_factory) -> Path:
-    """A run that kept every step."""
-    workdir = tmp_path_factory.mktemp("six") / "run"
-    loop.train(run_config(world, save_every=1, keep=9), str(workdir))
-    return workdir
-
-
-def copied(workdir: Path, target: Path) -> Path:
-    return Path(shutil.copytree(workdir, target))
-
-
-def flip_bits(file: Path, seed: int = 0) -> None:
-    """Eight bits, anywhere."""
-    data = bytearray(file.read_bytes())
-    for place in np.random.default_rng(seed).choice(8 * len(data), 8, replace=False):
-        data[place // 8] ^= 1 << place % 8
-    file.write_bytes(data)
-
-
-def data_file(step: Path, part: str) -> Path:
-    """The file with the arrays of a step's `params` or `optimizer`."""
-    return max((step / part).glob("ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
-
-
-DAMAGES = {
-    "metadata cut": (lambda step: os.truncate(step / "_CHECKPOINT_METADATA", 200), "_CHECKPOINT_METADATA is cut off"),
-    "metadata gone": (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "_CHECKPOINT_METADATA is cut off"),
-    "metadata of zeros": (lambda step: (step / "_CHECKPOINT_METADATA").write_bytes(bytes(99)), "is cut off"),
-    "a list for metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text("[1]"), "must be a dictionary"),
-    "another model": (
-        lambda step: (step / "_CHECKPOINT_METADATA").write_text(
-            (step / "_CHECKPOINT_METADATA").read_text().replace('"rms_norm_eps": 1e-0', '"rms_norm_eps": 2e-0')
-        ),
-        "altered",
-    ),
-    "empty": (lambda step: [shutil.rmtree(step), step.mkdir()], "_CHECKPOINT_METADATA is cut off"),
-    "no params": (lambda step: shutil.rmtree(step / "params"), "params"),
-    "no optimizer": (lambda step: shutil.rmtree(step / "optimizer"), "optimizer"),
-    "manifest cut": (lambda step: os.truncate(step / "optimizer" / "manifest.ocdbt", 20), "does not match actual"),
-    "no manifest": (lambda step: (step / "optimizer" / "manifest.ocdbt").unlink(), "does not exist"),
-    "no tree": (lambda step: (step / "optimizer" / "_METADATA").unlink(), "_METADATA"),
-    "half a tree": (lambda step: os.truncate(step / "optimizer" / "_METADATA", 99), "JSONDecodeError"),
-    "no data": (lambda step: os.truncate(data_file(step, "params"), 0), "is not valid for value of size 0"),
-    "half the data": (
-        lambda step: os.truncate(data_file(step, "optimizer"), 5000),
-        "for value of size 5000",
-    ),
-    "data gone": (lambda step: data_file(step, "optimizer").unlink(), "projector|llm"),
-    "bits of params": (lambda step: flip_bits(data_file(step, "params")), "(projector|llm)[.a-z_0-9]+: "),
-    "bits of the optimizer": (lambda step: flip_bits(data_file(step, "optimizer")), "(projector|llm)[.a-z_0-9]+: "),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_step_is_named_with_the_one_before_it(damage, world, six_steps, tmp_path):
-    workdir = copied(six_steps, tmp_path / "run")
-    spoil, why = DAMAGES[damage]
-    spoil(workdir / "checkpoints" / "6")
-    before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
-    with pytest.raises(UserError) as raised:
-        loop.train(run_config(world, save_every=1, keep=9), str(workdir))
-    said = str(raised.value)
-    assert said.startswith(f"{workdir}/checkpoints/6: this step is damaged (") and re.search(why, said)
-    assert said.endswith(f"with --resume-from 5, or give other commands {workdir}/checkpoints/5") and "\n" not in said
-    assert {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()} == before
-
-
-def test_a_run_goes_back_to_a_step_that_is_asked_for_once(world, six_steps, tmp_path, capsys):
-    """Bit-equal, with every line once; what was newer is kept. Repeated, as launchers do, it does not go back again."""
-    workdir = copied(six_steps, tmp_path / "run")
-    os.truncate(workdir / "checkpoints" / "6" / "_CHECKPOINT_METADATA", 200)
-    flip_bits(data_file(workdir / "checkpoints" / "5", "optimizer"))
-    log = (workdir / "metrics.jsonl").read_bytes()
-    config = run_config(world, save_every=1, keep=9)
-    with pytest.raises(UserError, match="checkpoints/5: this step is damaged .* with --resume-from 4"):
-        loop.train(config, str(workdir), 5)
-    assert (workdir / "checkpoints" / "6").exists() and (workdir / "metrics.jsonl").read_bytes() == log
-    loop.train(config, str(workdir), 4)
-    told = capsys.readouterr().err
-    assert f"resumes from step 4: moved steps 5, 6 to {workdir}/set_aside/after_4" in told
-    assert "resuming after step 4" in told
-    assert_same_run(workdir, six_steps)
-    aside = workdir / "set_aside" / "after_4"
-    assert (aside / "metrics.jsonl").read_bytes() == log and (aside / "6" / "params").exists()
-    longer = run_config(world, save_every=1, keep=9)
-    loop.train(longer, str(workdir), 4)
-    assert "was followed by an earlier start: resumes from the newest step, 6" in capsys.readouterr().err
-    assert_same_run(workdir, six_steps)
-
-
-def test_a_run_goes_back_from_whole_steps_too(world, six_steps, tmp_path):
-    workdir = copied(six_steps, tmp_path / "run")
-    loop.train(run_config(world, save_every=1, keep=2), str(workdir), 2)
-    assert_same_run(workdir, six_steps)
-    assert sorted(step.name for step in (workdir / "checkpoints").iterdir()) == ["5", "6"]
-
-
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(world, six_steps, tmp_path):
-    config = run_config(world, save_every=1, keep=9)
-    with pytest.raises(UserError, match="has no step 7: the steps there are 0, 1, 2, 3, 4, 5, 6$"):
-        loop.train(config, str(six_steps), 7)
-    with pytest.raises(UserError, match="has no step to resume from: leave --resume-from out"):
-        loop.train(config, str(tmp_path / "new"), 1)
-    with pytest.raises(UserError, match="no such checkpoint: the steps there are 0, 1"):
-        open_checkpoint(six_steps / "checkpoints" / "7")
-
-
-def test_any_eight_bits_of_a_data_file_are_an_error_or_change_nothing(six_steps, tmp_path):
-    """Nothing else: bytes that no array needs are left where a step was written."""
-    workdir = copied(six_steps, tmp_path / "run")
-    expected, errors = final(six_steps), 0
-    file = data_file(workdir / "checkpoints" / "6", "params")
-    whole = file.read_bytes()
-    for seed in range(30):
-        flip_bits(file, seed)
-        try:
-            for name, value in final(workdir).items():
-                np.testing.assert_array_equal(value, expected[name], err_msg=name)
-        except UserError:
-            errors += 1
-        file.write_bytes(whole)
-    assert errors >= 29
 
 
 def test_a_second_start_in_a_workdir_is_refused_and_leaves_all_as_it_is(world, six_steps, tmp_path):

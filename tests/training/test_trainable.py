@@ -4,15 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch_reference as reference
-import transformers
-
-from llava_jax.cli import UserError
-from llava_jax.parallel.sharding import make_mesh
-from llava_jax.training import builder, loop, optim
-from llava_jax.training import step as training_step
-from tests.training.test_loop import (  # noqa: F401
+from training_runs import (
     assert_same_run,
     final,
     make_config,
@@ -21,8 +14,12 @@ from tests.training.test_loop import (  # noqa: F401
     run_config,
     settings_for,
     stop_at,
-    world,
 )
+
+from llava_jax.cli import UserError
+from llava_jax.parallel.sharding import make_mesh
+from llava_jax.training import builder, loop, optim
+from llava_jax.training import step as training_step
 
 NORMS_AND_TOWER = (
     {"parameters": r"llm\..*norm"},
@@ -49,38 +46,21 @@ def test_a_trained_tower_has_the_losses_of_torch(remat):
         state, values = step(state, batch)
         ours.append(float(values["loss"]))
 
-    module.requires_grad_(False)
-    groups = []
-    for rate, belongs in (
-        (1e-3, lambda name: "language_model" in name and "norm" in name),
-        (2e-4, lambda name: "vision_tower" in name),
-    ):
-        group = [parameter.requires_grad_(True) for name, parameter in module.named_parameters() if belongs(name)]
-        groups.append({"params": group, "lr": rate})
-    torch_optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(torch_optimizer, int(np.ceil(steps * 0.1)), steps)
-    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
-    theirs = []
-    for batch in batches:
-        input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
-        input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
-        pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
-        mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
-        logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
-        labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        torch_optimizer.step()
-        schedule.step()
-        torch_optimizer.zero_grad()
-        theirs.append(loss.item())
+    groups = [
+        {"params": [parameter for name, parameter in module.named_parameters() if belongs(name)], "lr": rate}
+        for rate, belongs in (
+            (1e-3, lambda name: "language_model" in name and "norm" in name),
+            (2e-4, lambda name: "vision_tower" in name),
+        )
+    ]
+    theirs = reference.train(module, groups, batches, model, config)
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     moved = {name for name in chosen if not np.array_equal(state.trainable[name], params[name])}
     unused = {name for name in chosen if name.startswith("vision.post_layernorm")}  # of CLIP's own head
     assert moved == set(chosen) - unused and any(name.startswith("vision.layers") for name in moved)
 
 
-def test_a_run_trains_its_table_and_resumes(world, tmp_path, capsys):  # noqa: F811
+def test_a_run_trains_its_table_and_resumes(world, tmp_path, capsys):
     config = run_config(world, steps=4, trainable=NORMS_AND_TOWER, weight_decay=0.0)
     loop.train(config, str(tmp_path / "run"))
     assert "vision\\.: " in (said := capsys.readouterr().err) and "rate 0.0002, weight decay 0" in said
@@ -97,7 +77,7 @@ def test_a_run_trains_its_table_and_resumes(world, tmp_path, capsys):  # noqa: F
         loop.train(run_config(world, steps=4), str(tmp_path / "run"))
 
 
-def test_a_pattern_of_no_parameter_ends_a_run_before_its_workdir(world, tmp_path):  # noqa: F811
+def test_a_pattern_of_no_parameter_ends_a_run_before_its_workdir(world, tmp_path):
     config = run_config(world, trainable=({"parameters": "lm_head"},))
     with pytest.raises(UserError, match="the pattern lm_head trains nothing: it matches no parameter"):
         loop.train(config, str(tmp_path / "run"))

@@ -53,18 +53,18 @@ function show() {
   byId("sample").replaceChildren();
   if (!shown.length) return;
   const entry = shown[at];
-  byId("sample").append(picture(entry), texts(entry));
+  byId("sample").append(figure(entry), texts(entry));
 }
 
-function picture(entry) {
-  const uri = data.pictures[entry.image];
+function figure(entry) {
+  const uri = data.thumbnails[entry.image];
   if (!uri) {
-    const made = element("div", "without", `no picture: ${entry.image}`);
-    made.id = "picture";
+    const made = element("div", "without", `no image: ${entry.image}`);
+    made.id = "image";
     return made;
   }
   const made = element("div", "");
-  made.id = "picture";
+  made.id = "image";
   const image = element("img", "");
   image.src = uri;
   image.alt = entry.image;

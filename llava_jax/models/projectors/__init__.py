@@ -1,6 +1,7 @@
 """Projectors: the W of the paper (section 4.1). A kind of projector is a module that registers one `ProjectorKind`."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from flax import nnx
@@ -9,7 +10,7 @@ from llava_jax.models.hf_names import Entry
 from llava_jax.models.registry import PROJECTORS, registers
 
 
-class ProjectorKind:
+class ProjectorKind(ABC):
     """Projectors of some `projector_type`s. mlp.py has those of the published models.
 
     Attributes:
@@ -23,17 +24,17 @@ class ProjectorKind:
     hf_types: Mapping[str, str] = {}
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
+    @abstractmethod
     def build(self, projector_type: str, in_features: int, features: int, rngs: nnx.Rngs) -> nnx.Module:
         """The Flax module, which maps [..., in_features] to [..., features]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, projector_type: str) -> list[Entry]:
         """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
         """[in, out] of each product with weights, in their order; for counting FLOPs."""
-        raise NotImplementedError
 
 
 register = registers(PROJECTORS)
