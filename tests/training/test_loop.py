@@ -322,7 +322,7 @@ def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
         fresh = peak(workdir, stop="1")
         return peak(workdir, stop="0") - fresh
 
-    # The peak that the system counts differs by a few hundred MB from run to run. A copy of the weights would be in all.
+    # The peak that the system counts differs by a few hundred MB between runs. A copy of the weights would show in all.
     assert any(more_in_a_resume(number) < trainable / 2 for number in range(3))
 
 
