@@ -64,6 +64,8 @@ EXTRAS = {
         "torch==2.13.0",
         "gguf>=0.10",
         "accelerate>=1",
+        "peft==0.21.2",
+        "bitsandbytes==0.50.2",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

@@ -34,6 +34,9 @@ LIMITS = {
     "factor": (1e-6, 1e6),
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
+    "rank": (1, 2**17),
+    "alpha": (-1e9, 1e9),
+    "dropout": (0.0, 0.999),
 }
 
 
@@ -189,6 +192,30 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The adapters of a model, see `models.lora`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # patterns of names of linear layers, see `models.lora.is_target`
+    rslora: bool = False  # s = alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False
+    dropout: float = 0.0  # of an adapter's input, in training
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def scale(self) -> float:
+        """s, by which A B is multiplied."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
+        return cls(**values | {"targets": tuple(values["targets"])})
+
+
+@dataclasses.dataclass(frozen=True)
 class LlavaConfig:
     """The model, the preprocessing of its images, and their position in a turn."""
 
@@ -202,6 +229,7 @@ class LlavaConfig:
     im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    lora: LoraConfig | None = None  # adapters that are not merged into the weights
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -232,10 +260,13 @@ class LlavaConfig:
         return self.vision.num_patches + (self.select_feature == "cls_patch")
 
     def to_dict(self) -> dict[str, Any]:
-        """As llava.json has it. A family that the fields tell is not named, so that earlier versions read it."""
+        """As llava.json has it. A family that the fields tell, and what a model has not, is not named, so that earlier
+        versions read it."""
         values = dataclasses.asdict(self)
         if self.text.family is None:
             del values["text"]["family"]
+        if self.lora is None:
+            del values["lora"]
         return values
 
     @classmethod
@@ -245,6 +276,8 @@ class LlavaConfig:
             if key in values:
                 values[key] = tuple(values[key])
         parts = {"vision": VisionConfig.from_dict(values["vision"]), "text": TextConfig.from_dict(values["text"])}
+        if values.get("lora"):
+            parts["lora"] = LoraConfig.from_dict(values["lora"])
         return cls(**values | parts)
 
 

@@ -15,7 +15,9 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]."""
+    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]. An adapter may be added, see `models.lora`."""
+
+    lora: nnx.Module | None = None
 
     def __init__(
         self,
@@ -30,8 +32,20 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,))) if bias else None
 
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """[in, out], after the axis of the layers in a stack."""
+        return self.kernel.shape
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel [in, out] in the type of the computation."""
+        return self.kernel[...].astype(dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return add_bias(project(x, self.kernel[...].astype(x.dtype)), self.bias)
+        y = project(x, self.weight(x.dtype))
+        if self.lora is not None:
+            y = self.lora(x, y, self)
+        return add_bias(y, self.bias)
 
 
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.models import lora
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.layers import broadcast_last, unstack_layers
@@ -30,6 +31,8 @@ class Llava(nnx.Module):
         self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
         self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
+        if config.lora:
+            lora.attach(self, config.lora, rngs)
 
     def unstack_layers(self, transposed: bool = False) -> None:
         """Arranges the layers for inference: as lists, without unused layers of the tower.

@@ -164,16 +164,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
+def logical_axes(name: str) -> tuple[str | None, ...]:
+    """The last logical axes of a parameter. The matrices of an adapter are sharded as the kernel that they adapt."""
+    kernel = re.sub(r"\.lora\.[ab]$", ".kernel", name)
+    axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), ())
+    if name != kernel and axes:
+        return (axes[0], None) if name.endswith("a") else (None, axes[1])
+    return axes
+
+
 def fsdp_axis(name: str, ndim: int) -> int | None:
     """The axis of a parameter that `fsdp` shards if `tensor` is 1; None for vectors."""
-    logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
+    logical = logical_axes(name)
     axes = (ndim - len(logical) + i for i, axis in enumerate(logical) if "fsdp" in RULES[axis])
     return next(axes, None)
 
 
 def param_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     """The mesh axes that shard each axis of a parameter."""
-    logical = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name)), ())
+    logical = logical_axes(name)
     free = {axis: size for axis, size in axis_sizes(mesh).items() if size > 1}
     spec = [None] * (len(shape) - len(logical))
     for axis, size in zip(logical, shape[len(shape) - len(logical) :], strict=True):
@@ -256,7 +265,7 @@ class Fsdp:
 
     def _sharded_axis(self, name: str, ndim: int) -> int | None:
         """Which of a parameter's last `ndim` axes is sharded over `fsdp`."""
-        spec = tuple(self.specs[name])[-ndim:]
+        spec = tuple(self.specs.get(name, ()))[-ndim:]  # what is no parameter, such as keys of dropout, has no spec
         return spec.index(FSDP_RINGS) if FSDP_RINGS in spec else None
 
 

@@ -23,6 +23,7 @@ from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_cost, targets
 from llava_jax.preflight.targets import Target
 from llava_jax.training import builder, config_check
+from llava_jax.training.adapters import adapted
 from llava_jax.training.builder import TrainingProgram
 from llava_jax.training.step import StepSettings
 
@@ -98,6 +99,7 @@ def build(config: ConfigDict, target: Target) -> Program:
     config_check.check(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(target))
     model, stored = _model(config)
+    model = adapted(model, config)
     layout = worst_layout(config, model)
     return Program(target, config, builder.build(config, model, layout, mesh, config.steps or STEPS, stored))
 

@@ -102,6 +102,18 @@ def _declare() -> Section:
     # vision tower: ({"parameters": r"llm\..*norm"}, {"parameters": r"vision\.", "learning_rate": 2e-6}).
     config.trainable = ()
 
+    # Low-rank adapters (LoRA) of linear layers, which are trained instead of these layers' weights (docs/tuning.md).
+    config.lora = Section()
+    config.lora.rank = Option(0, minimum=0)  # 0 is off
+    # The adapter's product is multiplied by alpha / rank; 0 is twice the rank, as published.
+    config.lora.alpha = Option(0.0, minimum=0)
+    config.lora.dropout = Option(0.0, minimum=0, maximum=0.999)  # of the adapters' inputs
+    # Layers with an adapter, by patterns (regular expressions) of the end of their names in the language model, as
+    # ("q_proj", "v_proj"), or of whole names anywhere, as (r"vision\.layers\..*_proj",).
+    config.lora.targets = (r"llm\.layers\..*_proj",)
+    config.lora.rslora = False  # multiply by alpha / sqrt(rank) instead
+    config.lora.dora = False  # train the length of each column of the adapted weights, too
+
     # ---- The computation
 
     # Types of the computation and of frozen parameters; "" is bfloat16 on accelerators and, on CPUs, float32 and the

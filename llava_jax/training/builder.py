@@ -79,7 +79,7 @@ def build(
 
     Raises UserError if the configuration doesn't fit the mesh or the batches.
     """
-    stored = abstract_params(model) if stored is None else stored
+    stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
     names = list(optim.trained(stored, config))
@@ -124,6 +124,7 @@ def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: 
         packed=packed,
         remat=config.remat,
         accumulation=accumulation_steps(config, layout, mesh),
+        seed=config.seed,
     )
 
 

@@ -17,8 +17,11 @@ from llava_jax.cli import UserError
 
 # Stage -> the parts of the model that it trains.
 STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
+# The same with LoRA.
+LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
+PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\."}
 # Never decayed.
-NO_DECAY = re.compile(r"(bias|scale)$")
+NO_DECAY = re.compile(r"(bias|scale|magnitude)$")
 
 
 class Group(NamedTuple):
@@ -42,10 +45,14 @@ def groups(config: ConfigDict) -> tuple[Group, ...]:
             )
             for number, entry in enumerate(config.trainable, 1)
         )
-    if config.stage not in STAGES:
-        raise UserError(f"config.stage is {config.stage!r}, not one of {', '.join(STAGES)}")
-    peaks = {"llm": config.learning_rate, "projector": config.projector_learning_rate or config.learning_rate}
-    return tuple(Group(part, rf"{part}\.", peaks[part], config.weight_decay) for part in STAGES[config.stage])
+    stages = LORA_STAGES if config.lora.rank else STAGES
+    if config.stage not in stages:
+        raise UserError(f"config.stage is {config.stage!r}, not one of {', '.join(stages)}")
+    peaks = {"projector": config.projector_learning_rate or config.learning_rate}
+    return tuple(
+        Group(part, PATTERNS[part], peaks.get(part, config.learning_rate), config.weight_decay)
+        for part in stages[config.stage]
+    )
 
 
 def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:

@@ -20,7 +20,7 @@ from llava_jax.data.plan import Order
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.models.llava import Params
 from llava_jax.parallel import distributed, sharding
-from llava_jax.training import builder
+from llava_jax.training import adapters, builder
 from llava_jax.training.builder import TrainingProgram
 from llava_jax.training.data import RunData, prepare_data
 from llava_jax.training.goodput import Goodput
@@ -123,7 +123,7 @@ def load(run: Run, checkpoints: TrainingCheckpoints, goodput: Goodput) -> tuple[
     _require_same_step(run.workdir, start)
     frozen = _load_parameters(start.source, program.frozen)
     if not start.resumed:
-        trainable = _load_parameters(start.source, program.state.trainable)
+        trainable = _first_parameters(run, frozen)
         state = builder.init_state(program.optimizer, trainable, run.mesh)
         with goodput.measure("checkpoint"):
             checkpoints.save(0, state.trainable, state.optimizer, wait=True)
@@ -135,6 +135,17 @@ def load(run: Run, checkpoints: TrainingCheckpoints, goodput: Goodput) -> tuple[
     distributed.barrier("set aside")
     checkpoints.reload()
     return TrainState(step, trainable, optimizer), frozen
+
+
+def _first_parameters(run: Run, frozen: Params) -> Params:
+    """The trained parameters of step 0: those of the checkpoint, and adapters that it does not have."""
+    source, like = run.start.source, run.program.state.trainable
+    held = source.abstract()
+    loaded = _load_parameters(source, {name: leaf for name, leaf in like.items() if name in held})
+    new = {name: leaf for name, leaf in like.items() if name not in held}
+    if new:
+        loaded |= adapters.fresh(run.start.model, new, jax.random.key(run.config.seed), frozen | loaded)
+    return {name: loaded[name] for name in like}
 
 
 def _load_parameters(source: Checkpoint, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

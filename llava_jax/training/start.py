@@ -11,6 +11,7 @@ from llava_jax.cli import UserError, warn
 from llava_jax.data.templates import Template, choose_template, get_template
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.parallel import distributed
+from llava_jax.training.adapters import adapted
 from llava_jax.training.workdir import resumes, start_step
 
 
@@ -51,6 +52,7 @@ def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None)
         image_aspect=config.image_aspect or source.config.image_aspect,
         image_position=config.image_position,
     )
+    model = adapted(model, config)
     if model.im_start_end and config.stage == "pretrain":
         raise UserError(
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "

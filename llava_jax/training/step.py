@@ -20,8 +20,11 @@ from llava_jax.data.tokenization import IGNORE_INDEX
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import Execution
 from llava_jax.models.llava import Params, abstract_params, build_from_shards
+from llava_jax.models.lora import use_dropout
 from llava_jax.parallel import sharding
 from llava_jax.training.loss import loss_sum, next_token_targets
+
+DROPOUT = "dropout_keys"  # in a batch: a key for each row
 
 
 class TrainState(NamedTuple):
@@ -44,6 +47,7 @@ class StepSettings:
     packed: bool = True
     remat: str = "none"
     accumulation: int = 1
+    seed: int = 0  # of dropout
 
     @functools.cached_property
     def param_specs(self) -> dict[str, P]:
@@ -68,6 +72,8 @@ def batch_loss(
     This is what each device computes, from its rows of a (micro)batch and its shards of the parameters.
     """
     model, execution = build_from_shards(settings.model, trainable | frozen, settings.dtype), settings.execution
+    if DROPOUT in batch:
+        use_dropout(model, batch[DROPOUT])
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
@@ -81,12 +87,17 @@ def count_targets(batch: Batch) -> jax.Array:
 
 
 def loss_and_gradients(
-    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch
+    settings: StepSettings, trainable: Params, frozen: Params, batch: Batch, step: jax.Array | int = 0
 ) -> tuple[jax.Array, Params]:
     """The mean loss over the target tokens of the batch and its gradients, for any mesh and accumulation.
 
-    Returns float32[] and the gradients by name, float32, sharded like the parameters.
+    Seed and number of the `step` decide which inputs adapters drop. Returns float32[] and the gradients by name,
+    float32, sharded like the parameters.
     """
+    if settings.model.lora and settings.model.lora.dropout:
+        key = jax.random.fold_in(jax.random.key(settings.seed), step)
+        rows_B = jnp.arange(settings.layout.batch_rows)
+        batch = batch | {DROPOUT: jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)}
     out_specs = (P(), settings.manual_specs(trainable))
     on_devices = on_each_device(_loss_and_gradients, settings, trainable, frozen, out_specs)
     loss, gradients = on_devices(trainable, frozen, batch)
@@ -149,7 +160,7 @@ def train_step(
     settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Loss, gradients, update. Frozen parameters have no gradients and no part in the gradient norm."""
-    loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch)
+    loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch, state.step)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
