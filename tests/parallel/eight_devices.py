@@ -5,6 +5,7 @@ import gc
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +23,7 @@ from llava_jax.models.llava import module_params
 from llava_jax.parallel import sharding
 from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
+from llava_jax.training.adapters import adapted
 
 STEPS = 10
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
@@ -29,6 +31,10 @@ MODEL = tiny.config(
     vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8),
     text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8, qkv_bias=True),
 )
+
+# Adapters of the decoder and of the tower, beside the whole projector.
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.2, "targets": (r".*_proj", r"vision\.layers\..*")}
+LORAS = {"lora": LORA, "dora": LORA | {"dora": True, "rslora": True}}
 
 LAYER = re.compile(r"(vision|llm)\.layers\..+\.kernel")
 
@@ -53,9 +59,13 @@ def start(stage: str, mesh, model, config):
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     """(gradients of the first step, losses, weights) as numpy."""
-    config = make_config("finetune" if stage == "all" else stage, learning_rate=1e-2, weight_decay=0.1)
+    config = make_config("pretrain" if stage == "pretrain" else "finetune", learning_rate=1e-2, weight_decay=0.1)
     if stage == "all":
         config.trainable = ({"parameters": ""},)
+    if stage in LORAS:
+        config.lora.update(LORAS[stage])
+        config.learning_rate = 3e-2
+        model = adapted(model, config)
     optimizer, state, frozen = start(stage, mesh, model, config)
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
@@ -109,6 +119,36 @@ def test_a_trained_tower_is_sharded_like_the_decoder(sizes):
 def test_rematerialised_accumulated_and_chunked(sizes, remat):
     changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
     assert_agrees(train_ten_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
+
+
+@pytest.mark.parametrize(
+    "stage,sizes,remat,accumulation",
+    [("dora", (1, 8, 1), "none", 1), ("dora", (1, 2, 4), "full", 4), ("dora", (2, 4, 1), "full", 2)]
+    + [("lora", (1, 4, 2), "save_qkv", 2)],
+)
+def test_adapters_train_on_every_mesh_as_on_one_device(stage, sizes, remat, accumulation):
+    """With the same inputs dropped."""
+    changes = {"remat": remat, "accumulation": accumulation}
+    assert_agrees(train_ten_steps(stage, mesh_of(sizes), **changes), one_device(stage))
+
+
+def test_adapters_are_sent_in_the_type_of_the_computation():
+    """Gathered in bfloat16 like the kernels, their gradients scattered likewise; the masters are float32."""
+    mesh, config = mesh_of((1, 8, 1)), make_config("finetune")
+    config.lora.update(LORAS["dora"])
+    model = adapted(MODEL, config)
+    _, state, frozen = start("dora", mesh, model, config)
+    (batch,) = random_batches(model, 1, rows=16)
+    settings = settings_for(model, batch, mesh=mesh, dtype=jnp.bfloat16)
+    step = jax.jit(functools.partial(training_step.loss_and_gradients, settings))
+    text = step.lower(state.trainable, frozen, batch).as_text()
+    for operation in ("all_gather", "reduce_scatter"):
+        sent = re.findall(rf'"stablehlo\.{operation}".*?: \(tensor<([\dx]+)x(\w+)>\)', text, re.DOTALL)
+        adapters = [kind for shape, kind in sent if "4" in shape.split("x")[-2:]]
+        assert len(adapters) >= 7 * 2 and set(adapters) == {"bf16"}, sent
+        assert {kind for _, kind in sent} <= {"bf16", "i32"}, sent
+    assert {leaf.dtype.name for leaf in jax.eval_shape(step, state.trainable, frozen, batch)[1].values()} == {"float32"}
+    assert {leaf.dtype.name for leaf in state.trainable.values()} == {"float32"}
 
 
 def test_rows_without_pictures_are_accumulated_too():

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -73,7 +74,15 @@ def config(**changes) -> LlavaConfig:
 
 
 def params(model: LlavaConfig, seed: int = 0) -> Params:
-    return init_params(model, jax.random.key(seed))
+    """Fresh parameters, with adapters that change what the model computes."""
+    made = init_params(model, jax.random.key(seed))
+    for name, value in made.items():
+        noise = jax.random.normal(jax.random.key(seed), value.shape)
+        if name.endswith(".lora.b"):
+            made[name] = 0.1 * noise
+        elif name.endswith(".lora.magnitude"):  # the columns of kernels are about as long
+            made[name] = 0.15 * jnp.exp(0.3 * noise)
+    return made
 
 
 def save_model(directory: Path | str, params: Params, description: Description, tokenizer_dir: Path | str) -> None:

@@ -1,5 +1,6 @@
 """The train step against torch: losses, gradients, accumulation, rematerialization, packing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,11 +19,16 @@ from llava_jax.data.pipeline import Batches, ImageDecoder
 from llava_jax.data.plan import Layout, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.templates import get_template
+from llava_jax.models.config import LoraConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
+
+# Adapters, which are trained together with the weights that they adapt.
+ADAPTED = tiny.config(lora=LoraConfig(4, 8.0, (r".*_proj", r"vision\.layers\..*"), dora=True))
+DROPPING = dataclasses.replace(ADAPTED, lora=dataclasses.replace(ADAPTED.lora, dropout=0.25))
 
 
 def torch_losses(module, batches, model, config) -> list[float]:
@@ -65,9 +71,8 @@ def test_fifty_steps_have_the_losses_of_torch(stage, clip):
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_accumulated_gradients_are_those_of_the_large_batch(stage):
-    model = tiny.config()
+@pytest.mark.parametrize("stage,model", [("pretrain", tiny.config()), ("finetune", DROPPING)])
+def test_accumulated_gradients_are_those_of_the_large_batch(stage, model):
     (batch,) = random_batches(model, 1, rows=8)
     batch["labels"][0] = -100  # microbatches weigh by their tokens, not equally
     trainable, frozen = split_params(tiny.params(model), stage)
@@ -132,8 +137,8 @@ def test_a_text_only_batch_leaves_the_projector_alone():
     assert float(optax.global_norm(gradients)) > 0
 
 
-def test_remat_changes_nothing():
-    model = tiny.config()
+@pytest.mark.parametrize("model", [tiny.config(), DROPPING], ids=["plain", "adapted"])
+def test_remat_changes_nothing(model):
     (batch,) = random_batches(model, 1)
     trainable, frozen = split_params(tiny.params(model), "finetune")
     results = [
@@ -149,7 +154,7 @@ def test_remat_changes_nothing():
 
 def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path):
     """Of each sample, and of all: pictures in several samples of a row, and several rows in a group."""
-    model, params = tiny.config(), tiny.params(tiny.config())
+    model, params = ADAPTED, tiny.params(ADAPTED)
     source = LlavaJson(*tiny.data(tmp_path))
     encode = TextEncoder(get_template("v1"), tiny.tokenizer(), model.image_tokens, 96)
     encoded = EncodedSource(source, encode)
