@@ -111,7 +111,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raises UserError unless names and shapes are those of the model, and the files are large enough for them."""
         for holder, _ in self.holders:
-            _refuse_inflated(holder.weights, holder.stored)
+            refuse_inflated(holder.weights, holder.stored)
         try:
             check_names(self.abstract(), abstract_params(self.config))
         except ValueError as error:
@@ -184,7 +184,7 @@ class Checkpoint:
         return tuple(sources)
 
 
-def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
     """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
     any size could be claimed."""
     if is_remote(directory):
