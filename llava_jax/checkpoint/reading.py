@@ -15,6 +15,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax import remote
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
 from llava_jax.checkpoint.format import (
@@ -193,6 +194,12 @@ def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruc
     held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     if claimed > MAX_COMPRESSION * held + 2**26:
         raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path that the user named leads to a checkpoint. Nothing else is read from object stores."""
+    remote.name(path)
+    return is_remote(path) or any((Path(path) / entry).exists() for entry in (DESCRIPTION, STEPS))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:

@@ -32,9 +32,7 @@ def read_for(directory: str, base: Checkpoint | ImportedModel, template: str | N
     model and the projector.
     """
     if base.config.lora is not None:
-        raise UserError(
-            "the checkpoint has an adapter already: serve the one that it was trained on, or merge it first"
-        )
+        raise UserError("the checkpoint has an adapter already: give the one that it was trained on, or merge it first")
     prompts = None
     if is_adapter(Path(directory)):
         lora, params = read_adapter(Path(directory), base.config)

@@ -32,7 +32,7 @@ _KEY_END = re.compile(rb"\s*+:")
 
 
 class BoundedRoute(APIRoute):
-    """A route whose endpoint takes a `body`, which is parsed in a thread instead of on the event loop, and the request."""
+    """A route whose endpoint takes a request and its `body`, which is parsed in a thread."""
 
     parsing = anyio.CapacityLimiter(2)  # parsing holds the interpreter's lock most of the time
 
