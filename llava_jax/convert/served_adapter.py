@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_jax.checkpoint.format import STEPS, Description, Source
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, refuse_inflated
-from llava_jax.cli import UserError, short
+from llava_jax.cli import UserError
 from llava_jax.convert.adapter import is_adapter, read_adapter
 from llava_jax.convert.import_weights import ImportedModel
 from llava_jax.data.templates import choose_template
@@ -81,7 +81,7 @@ def _require_base(directory: str, checkpoint: Checkpoint, base: Checkpoint | Imp
     for origin, source in _origins(checkpoint.description):
         if any(expected.get(name, own) != origin for name in source.names if name not in checkpoint.stored):
             raise UserError(
-                f"{directory}: was trained on {short(source.path)}, which is not the checkpoint: give that one as "
+                f"{directory}: was trained on {source.path}, which is not the checkpoint: give that one as "
                 "--checkpoint, or export the adapter (python -m llava_jax.convert export --layout peft)"
             )
 

@@ -78,7 +78,7 @@ class AdapterDirectory:
         found = self._below(path)
         try:
             await anyio.to_thread.run_sync(self._load, name, found, path, limiter=self._one)
-        except UserError as error:
+        except (UserError, OSError) as error:
             message = str(error).replace(f"{self._root}{os.sep}", "")  # clients do not see where it lies
             raise ApiError(400, message, "invalid_value", "lora_path") from error
 
@@ -96,9 +96,10 @@ class AdapterDirectory:
         """The directory that a client means. Raises `ApiError` for all others, whether they exist or not."""
         try:
             found = (self._root / path).resolve()
+            below = self._root in found.parents and found.is_dir()
         except (OSError, ValueError, RuntimeError):  # too long, a NUL, a loop of links
-            found = self._root
-        if self._root not in found.parents or not found.is_dir():
+            below = False
+        if not below:
             what = "lora_path: there is no such directory below the server's --adapter-directory"
             raise ApiError(400, what, "invalid_value", "lora_path")
         return found

@@ -1,12 +1,18 @@
-"""Random adapters of a model, and the model that one of them merged into it is."""
+"""Random adapters of a model, as parameters, merged into it, and as the workdir of a run."""
 
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import tiny
+from etils import epath
 
+from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.llava import Params
 from llava_jax.models.lora import PARAMETER, merged
@@ -48,3 +54,19 @@ def with_merged(base: Params, lora: LoraConfig, adapter: Params) -> Params:
             merge = jax.vmap(merge) if value.ndim == 3 else merge
             whole[f"{layer}.kernel"] = merge(base[f"{layer}.kernel"], own)
     return whole
+
+
+def workdir(directory: Path, base: Path, lora: LoraConfig, trained: Params, template="v1", step: int = 3) -> Path:
+    """Writes a step of a run from a checkpoint with these trained parameters."""
+    source = open_checkpoint(base)
+    model = dataclasses.replace(source.config, lora=lora)
+    frozen = [name for name in source.abstract() if name not in trained]
+    sources = source.sources_of(frozen, epath.Path(directory))
+    checkpoints = TrainingCheckpoints(
+        epath.Path(directory), Description(model, template, sources=sources, stage="finetune"), 1
+    )
+    state = {"count": jax.numpy.zeros(())}  # of an optimizer
+    checkpoints.save(step, {name: jax.numpy.asarray(value) for name, value in trained.items()}, state, wait=True)
+    checkpoints.close()
+    shutil.copytree(source.tokenizer_dir, directory / "tokenizer")
+    return directory
