@@ -41,8 +41,12 @@ class Linear(nnx.Module):
         """The kernel [in, out] in the type of the computation."""
         return self.kernel[...].astype(dtype)
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W [..., out], without bias and adapter."""
+        return project(x, self.weight(x.dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.weight(x.dtype))
+        y = self.product(x)
         if self.lora is not None:
             y = self.lora(x, y, self)
         return add_bias(y, self.bias)

@@ -47,7 +47,7 @@ class Lora(nnx.Module):
         if self.magnitude is None:
             return y_BTO + update_BTO
         kernel_IO = linear.weight(x_BTI.dtype)
-        base_BTO = y_BTO if self.dropout_keys is None else project(dropped_BTI, kernel_IO)
+        base_BTO = y_BTO if self.dropout_keys is None else linear.product(dropped_BTI)
         ratio_O = self.magnitude[...] / column_norms(kernel_IO, self.scale, a_IR, b_RO)
         ratio = broadcast_last(ratio_O, y_BTO).astype(y_BTO.dtype)
         return y_BTO + (ratio - 1) * base_BTO + ratio * update_BTO
