@@ -45,7 +45,7 @@ def start(stage: str, mesh, model, config):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(model)
     names = optim.trained(params, config)
-    optimizer = optim.make_optimizer(config, names, STEPS)
+    optimizer = optim.make_optimizer(config, names, STEPS, mesh)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
     return optimizer, builder.init_state(optimizer, trainable, mesh), frozen
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
     optimizer, saved, _ = start("finetune", mesh_of((1, 8, 1)), MODEL, config)
     saved = saved._replace(trainable=jax.tree.map(lambda x: x + 1, saved.trainable))
     checkpoints = TrainingCheckpoints(tmp_path, description, keep=1)
-    checkpoints.save(3, saved.trainable, saved.optimizer, wait=True)
+    checkpoints.save(3, *saved[1:], wait=True)
     values = jax.device_get(saved)
     del saved
     for sizes in ((2, 2, 2), (2, 4, 1)):
@@ -149,8 +149,8 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         like = builder.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, like) == jax.tree.map(lambda leaf: leaf.sharding, fresh)
         del fresh
-        trainable, optimizer_state = checkpoints.restore(3, like.trainable, like.optimizer)
-        state = training_step.TrainState(jax.device_put(3, like.step.sharding), trainable, optimizer_state)
+        restored = checkpoints.restore(3, *like[1:])
+        state = training_step.TrainState(jax.device_put(3, like.step.sharding), *restored)
         assert live_bytes() == sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
         leaves = (jax.tree.leaves(tree) for tree in (state, like, values._replace(step=3)))
         for restored, shape, value in zip(*leaves, strict=True):
