@@ -281,7 +281,7 @@ class Fsdp:
 
     def _sharded_axis(self, name: str, ndim: int) -> int | None:
         """Which of a parameter's last `ndim` axes is sharded over `fsdp`."""
-        spec = tuple(self.specs.get(name, ()))[-ndim:]  # what is no parameter, such as keys of dropout, has no spec
+        spec = tuple(self.specs.get(name, ()))[-ndim:]  # what is no parameter, such as seeds of dropout, has no spec
         return spec.index(FSDP_RINGS) if FSDP_RINGS in spec else None
 
 

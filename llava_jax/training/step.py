@@ -80,7 +80,7 @@ def batch_loss(
     """
     model, execution = build_from_shards(settings.model, trainable | frozen, settings.dtype), settings.execution
     if DROPOUT in batch:
-        use_dropout(model, batch[DROPOUT])
+        use_dropout(model, batch[DROPOUT], batch["images"].shape[:2])
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
