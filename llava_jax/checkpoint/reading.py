@@ -20,6 +20,8 @@ from llava_jax.checkpoint.errors import damaged, readable
 from llava_jax.checkpoint.format import (
     DESCRIPTION,
     DIGEST,
+    EMA,
+    PARAMS,
     STEPS,
     Description,
     Source,
@@ -46,7 +48,7 @@ class Checkpoint:
 
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`params`), None if it holds nothing else
+    name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
     description: Description
     tokenizer_dir: epath.Path
     step: int | None = None
@@ -347,14 +349,16 @@ def _other_steps(path: epath.Path) -> str:
 
 def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
-        metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+        found = ocp.checkpointables_metadata(path)
+        metadata = dict(found.custom_metadata or {})
     stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
     if "format" not in metadata or stored not in (None, digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):
         description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
-    return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+    weights = EMA if EMA in found.metadata else PARAMS
+    return Checkpoint(root, path, weights, description, root / "tokenizer", step=int(path.name))
 
 
 def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
