@@ -41,8 +41,12 @@ class Linear(nnx.Module):
         """The kernel [in, out] in the type of the computation."""
         return self.kernel[...].astype(dtype)
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W [..., out], without bias and adapter."""
+        return project(x, self.weight(x.dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return finish(self, x, project(x, self.weight(x.dtype)))
+        return finish(self, x, self.product(x))
 
 
 def finish(linear: nnx.Module, x: jax.Array, y: jax.Array) -> jax.Array:
