@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_jax.checkpoint.format import STEPS, Description, Source
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, refuse_inflated
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, warn
 from llava_jax.convert.adapter import is_adapter, read_adapter
 from llava_jax.convert.import_weights import ImportedModel
 from llava_jax.data.templates import choose_template
@@ -76,6 +76,8 @@ def _require_base(directory: str, checkpoint: Checkpoint, base: Checkpoint | Imp
             raise UserError(
                 f"{directory}: is for another base: its {name} is {value}, and that of the checkpoint {other}"
             )
+    if (rounded := checkpoint.config.base_dtype) != base.config.base_dtype:
+        warn(f"{directory}: was trained on weights in {rounded}, and the checkpoint's are not rounded to it")
     own = base.description.id, base.step if isinstance(base, Checkpoint) else None
     expected = {name: origin for origin, source in _origins(base.description) for name in source.names}
     for origin, source in _origins(checkpoint.description):
@@ -90,7 +92,7 @@ def _fields(config: LlavaConfig) -> dict[str, object]:
     """The fields in which an adapter has to agree with its base, by dotted name."""
     values = dataclasses.asdict(config)
     parts = {f"{part}.{name}": value for part in ("text", "vision") for name, value in values.pop(part).items()}
-    free = {"lora", "image_aspect", "image_position"}
+    free = {"lora", "base_dtype", "image_aspect", "image_position"}
     return parts | {name: value for name, value in values.items() if name not in free}
 
 

@@ -113,6 +113,14 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, base, changes, message)
         read_for(str(workdir), open_checkpoint(base))
 
 
+def test_an_adapter_of_rounded_weights_is_served_with_a_warning(tmp_path, base, capsys):
+    trained = support.adapter(open_checkpoint(base).config, LORA)
+    workdir = support.workdir(tmp_path / "run", base, LORA, trained, base_dtype="nf4")
+    assert read_for(str(workdir), open_checkpoint(base)).lora == LORA
+    assert capsys.readouterr().err.endswith("run: was trained on weights in nf4, and the checkpoint's are not rounded "
+                                            "to it\n")  # fmt: skip
+
+
 def test_what_only_a_merged_model_can_have_is_refused(tmp_path, base):
     config = open_checkpoint(base).config
     for lora, more, name in (

@@ -56,10 +56,12 @@ def with_merged(base: Params, lora: LoraConfig, adapter: Params) -> Params:
     return whole
 
 
-def workdir(directory: Path, base: Path, lora: LoraConfig, trained: Params, template="v1", step: int = 3) -> Path:
+def workdir(
+    directory: Path, base: Path, lora: LoraConfig, trained: Params, template="v1", step: int = 3, **model
+) -> Path:
     """Writes a step of a run from a checkpoint with these trained parameters."""
     source = open_checkpoint(base)
-    model = dataclasses.replace(source.config, lora=lora)
+    model = dataclasses.replace(source.config, lora=lora, **model)
     frozen = [name for name in source.abstract() if name not in trained]
     sources = source.sources_of(frozen, epath.Path(directory))
     checkpoints = TrainingCheckpoints(
