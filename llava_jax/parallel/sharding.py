@@ -51,6 +51,7 @@ PARAMETER_AXES: list[tuple[str, tuple[str | None, ...]]] = [
     (r"position_embedding$", (None, "embed")),
     (r"linear_\d+\.kernel$", ("embed", None)),
 ]
+CODE_ROWS = 32  # rows of codes of a block, see `models.quantized`
 # A larger share of replicated parameters is a mistake: 7B has 0.01 %.
 MAX_REPLICATED = 0.02
 
@@ -165,10 +166,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def logical_axes(name: str) -> tuple[str | None, ...]:
-    """The last logical axes of a parameter. The matrices of an adapter are sharded as the kernel that they adapt."""
-    kernel = re.sub(r"\.lora\.[ab]$", ".kernel", name)
+    """The last logical axes of a parameter. An adapter and a quantized weight are sharded as their kernel would be."""
+    kernel = re.sub(r"\.(lora\.[ab]|codes|absmax)$", ".kernel", name)
     axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), ())
-    if name != kernel and axes:
+    if axes and name.endswith((".lora.a", ".lora.b")):
         return (axes[0], None) if name.endswith("a") else (None, axes[1])
     return axes
 
@@ -183,6 +184,8 @@ def fsdp_axis(name: str, ndim: int) -> int | None:
 def param_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     """The mesh axes that shard each axis of a parameter."""
     logical = logical_axes(name)
+    if name.endswith(".codes") and shape[-2] % CODE_ROWS == 0:  # shards have whole blocks, as those of their scales
+        shape = (*shape[:-2], shape[-2] // CODE_ROWS, shape[-1])
     free = {axis: size for axis, size in axis_sizes(mesh).items() if size > 1}
     spec = [None] * (len(shape) - len(logical))
     for axis, size in zip(logical, shape[len(shape) - len(logical) :], strict=True):
@@ -263,7 +266,11 @@ class Fsdp:
         def gather(path: tuple, leaf: jax.Array | ShardedWeight) -> jax.Array:
             shard, accumulator = leaf if isinstance(leaf, ShardedWeight) else (leaf, None)
             axis = self._sharded_axis(".".join((prefix, *_names(path))), shard.ndim)
-            return shard if axis is None else gather_weight(shard.astype(self.dtype), accumulator, axis)
+            if axis is None:
+                return shard
+            if jnp.issubdtype(shard.dtype, jnp.integer):  # quantized: gathered as it is, and without a gradient
+                return all_gather(shard, axis)
+            return gather_weight(shard.astype(self.dtype), accumulator, axis)
 
         return jax.tree_util.tree_map_with_path(gather, module, is_leaf=lambda node: isinstance(node, ShardedWeight))
 
@@ -323,6 +330,10 @@ def gather_weight(shard: jax.Array, accumulator: jax.Array | None, axis: int) ->
 
     The backward pass reduce-scatters the gradient and returns it for the accumulator or, without one, for the shard.
     """
+    return all_gather(shard, axis)
+
+
+def all_gather(shard: jax.Array, axis: int) -> jax.Array:
     for ring in reversed(FSDP_RINGS):
         if jax.lax.axis_size(ring) > 1:
             shard = jax.lax.all_gather(shard, ring, axis=axis, tiled=True)

@@ -22,6 +22,7 @@ from llava_jax.data.plan import Layout
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.quantized import kept_dtype, refuse_trained
 from llava_jax.parallel import sharding
 from llava_jax.training import flops, optim
 from llava_jax.training.step import StepSettings, TrainState, eval_step, train_step
@@ -83,11 +84,17 @@ def build(
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
     names = list(optim.trained(stored, config))
+    refuse_trained(names)
     optimizer = optim.make_optimizer(config, names, steps, mesh)
     state = abstract_state(optimizer, stored, names, mesh, ema=bool(config.ema))
     frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored
+    llm_dtype = "bfloat16" if config.base_dtype == "bfloat16" else frozen_dtype
     dtypes = {
-        name: jnp.dtype(frozen_dtype or leaf.dtype) for name, leaf in stored.items() if name not in state.trainable
+        name: jnp.dtype(
+            kept_dtype(name, leaf.dtype, (llm_dtype if name.startswith("llm.") else frozen_dtype) or leaf.dtype)
+        )
+        for name, leaf in stored.items()
+        if name not in state.trainable
     }
     return TrainingProgram(settings, optimizer, state, abstract_placed(dtypes, stored, mesh), abstract_batch(settings))
 

@@ -175,7 +175,7 @@ def test_a_mark_typed_by_hand_is_the_place_of_a_picture(session, engine, generat
     lines = (f"/image {picture}", f"/image {picture}", "Compare it with <image>, please.")
     first = answer(generator, "<image>\n<image>\nCompare it with , please.", images=[picture] * 2)
     assert session(*lines)[0] == f"{first}\n"
-    for prompts in (engine._prompts, generator.prompts):
+    for prompts in (engine.base.prompts, generator.prompts):
         monkeypatch.setattr(prompts, "config", dataclasses.replace(prompts.config, image_position="as_is"))
     as_is = answer(generator, "<image>\nCompare it with <image>, please.", images=[picture] * 2)
     assert session(*lines)[0] == f"{as_is}\n"
