@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# What computes the input of a stack of layers.
+BEFORE_LAYERS = re.compile(r"vision\.(?!layers\.|post_layernorm)|llm\.embed_tokens")
 _STACKED = re.compile(r"(?P<stack>\w+\.layers)\.(?:(?P<start>\d+):(?P<stop>\d+)\.)?(?P<leaf>.+)")
 
 
@@ -68,9 +70,9 @@ def split(shapes: Mapping[str, Any], where: Mapping[str, Collection[int]]) -> di
     """Shapes and types by name, with each stack split before the layers `where[stack]`."""
     parts: dict[str, Any] = {}
     for name, leaf in shapes.items():
-        stack = stack_of(name)
-        first, last = rows(name, leaf) if stack else (0, 0)
-        inner = sorted(cut for cut in where.get(stack, ()) if first < cut < last)
+        cuts = where.get(stack_of(name), ())
+        first, last = rows(name, leaf) if cuts else (0, 0)
+        inner = sorted(cut for cut in cuts if first < cut < last)
         if not inner:
             parts[name] = leaf
             continue

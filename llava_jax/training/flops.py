@@ -13,8 +13,10 @@ Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from llava_jax.data.plan import Layout
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, TextConfig
 from llava_jax.models.families import family_of
 from llava_jax.models.llava import abstract_params
@@ -53,30 +55,38 @@ class Part:
         return Part(*(factor * value for value in dataclasses.astuple(self)))
 
 
-def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], remat: str) -> dict[str, Part]:
+def step_flops(model: LlavaConfig, layout: Layout, trainable: Mapping[str, Any], remat: str) -> dict[str, Part]:
     """FLOPs of a step over all devices, by part, attention "full".
 
     Args:
-      trainable: names of the trained parameters, see `optim.trained`.
+      trainable: shapes of the trained parameters by name, see `optim.trained`.
       remat: the policy of the layers, a key of `RECOMPUTED`.
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
     sizes = {name: math.prod(value.shape) for name, value in abstract_params(model).items()}
-    weights = {name: sizes[name] for name in trainable if name.endswith(".kernel")}
+    weights = {name: math.prod(leaf.shape) for name, leaf in trainable.items() if name.endswith(".kernel")}
 
     def trains(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in trainable)
 
-    # Gradients of activations pass through all of the stacked layers or through none.
-    vision, decoder = trains("vision."), trains("vision.", "projector.", "llm.embed_tokens.", "llm.layers.")
-    hidden = decoder or trains("llm.norm.")
+    def through(stack: str, depth: int, before: bool) -> float:
+        """The share of a stack's layers that gradients of activations pass through: from the first trained one on."""
+        if before:
+            return 1.0
+        first = (pieces.rows(name, trainable[name])[0] for name in trainable if pieces.stack_of(name) == stack)
+        return 1.0 - min(first, default=depth) / depth
+
+    embeds = any(pieces.BEFORE_LAYERS.match(name) for name in trainable if name.startswith("vision."))
+    vision = through("vision.layers", model.vision_layers_used, embeds)
+    decoder = through("llm.layers", text.num_layers, trains("vision.", "projector.", "llm.embed_tokens."))
+    hidden = trains("vision.", "projector.", "llm.embed_tokens.", "llm.layers.", "llm.norm.")
     attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
     tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
         "vision": tower * images,
         "vision attention": tower_attention * images,
-        "projector": _projector(model, vision, weights, trainable) * (images * layout.image_tokens),
+        "projector": _projector(model, trains("vision."), weights, trainable) * (images * layout.image_tokens),
         "llm": _decoder(text, decoder, weights, remat) * (rows * layout.max_length),
         "llm attention": _attention(attention, decoder, RECOMPUTED[remat]) * rows,
     }
@@ -105,24 +115,24 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
 
 
 # ------------------------------------------------------------------------------------------- one image, token or row
-# `weights`: the sizes of the trained kernels. `backward`: whether gradients of activations pass through.
+# `weights`: the sizes of the trained kernels. `backward`: the share that gradients of activations pass through.
 
 
 def _vision(
-    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, int], backward: bool, remat: str
+    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, int], backward: float, remat: str
 ) -> tuple[Part, Part]:
     """One image: (products with weights, attention). The patch embedding needs no gradient of the pixels."""
     vision, layers = model.vision, model.vision_layers_used
     products, attention = TOWERS[vision.kind].flops(vision, layers)
 
     def product(name: str, size: int) -> float:
-        if name.startswith("vision.layers."):
-            return 2.0 * vision.num_tokens * size * layers / vision.num_layers
-        return 2.0 * vision.num_patches * size
+        return 2.0 * (vision.num_tokens if name.startswith("vision.layers.") else vision.num_patches) * size
+
+    last = sizes.get(LAST_OF_TOWER, 0) * layers / vision.num_layers
 
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
     later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
-    again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
+    again = later - product(LAST_OF_TOWER, last) if recomputed else 0.0
     gradients = sum((product(name, size) for name, size in weights.items() if name.startswith("vision.")), 0.0)
     return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
@@ -140,7 +150,7 @@ def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], t
     return Part(sum(products), sum(products[first:]), gradients)
 
 
-def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:
+def _decoder(text: TextConfig, backward: float, weights: Mapping[str, int], remat: str) -> Part:
     """One token through all layers, without attention."""
     products = family_of(text).products(text)
     layers = sum(products.values()) * text.num_layers
@@ -149,6 +159,6 @@ def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat
     return Part(layers, layers * backward, gradients, again * backward)
 
 
-def _attention(forward: float, backward: bool, recomputed: Collection[str]) -> Part:
+def _attention(forward: float, backward: float, recomputed: Collection[str]) -> Part:
     """Scores and weighted values, 2 T T N H each a layer; each has two gradients."""
     return Part(forward, 2 * forward * backward, 0.0, forward * backward * ("attention" in recomputed))

@@ -1,11 +1,10 @@
-"""What a run trains, as a table of parameter names, and how: AdamW with the published schedule.
+"""What a run trains, as a table of parameter names, and how: an optimizer and a schedule for each group of them.
 
 `config.trainable` is that table or, if it is empty, the stage's own. Everything else follows from the names it matches:
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import abstract_params
+from llava_jax.training.optimizers import OPTIMIZERS
+from llava_jax.training.schedules import learning_rate
 
 # Stage -> the parts of the model that it trains.
 STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
@@ -28,10 +30,6 @@ LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
 PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\.", "vision": r"vision\."}
 # Group -> the option that, unless it is 0, is its learning rate instead of `learning_rate`.
 RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": ""}
-# Never decayed.
-NO_DECAY = re.compile(r"(bias|scale|magnitude)$")
-# What computes the input of a stack of layers, for `layer_scales`.
-_BEFORE_LAYERS = re.compile(r"vision\.(?!layers\.|post_layernorm)|llm\.embed_tokens")
 
 
 class Group(NamedTuple):
@@ -150,7 +148,7 @@ def layer_scales(chosen: Mapping[str, Group], model: LlavaConfig) -> dict[str, n
         if stack := pieces.stack_of(name):
             start, stop = pieces.rows(name, shapes[pieces.whole(name)])
             return np.float32(decay) ** np.maximum(depths[stack] - 1 - np.arange(start, stop, dtype=np.float32), 0)
-        before = _BEFORE_LAYERS.match(name)
+        before = pieces.BEFORE_LAYERS.match(name)
         return np.float32(decay) ** np.float32(depths[f"{name.partition('.')[0]}.layers"] if before else 0)
 
     shapes = abstract_params(model)
@@ -169,13 +167,6 @@ def scale_layers(scales: Mapping[str, np.ndarray]) -> optax.GradientTransformati
     )
 
 
-def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 over ceil(ratio * steps), then half a cosine to 0: the schedule of the published recipes."""
-    warmup = math.ceil(steps * warmup_ratio)
-    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup]) if warmup else cosine
-
-
 def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
     """The learning rates that are metrics, by name: of the stage's main part and, if it differs, of the projector; of
     `config.trainable` that of the first pattern as `learning_rate`, of the second as `learning_rate_2` and so on."""
@@ -185,7 +176,7 @@ def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
     else:
         chosen = {"learning_rate": table[-1]}
         chosen |= {"projector_learning_rate": table[0]} if config.projector_learning_rate else {}
-    return {name: learning_rate(group.learning_rate, steps, config.warmup_ratio) for name, group in chosen.items()}
+    return {name: learning_rate(config, group.learning_rate, steps) for name, group in chosen.items()}
 
 
 def make_optimizer(
@@ -193,24 +184,20 @@ def make_optimizer(
     chosen: Mapping[str, Group],
     steps: int,
     scales: Mapping[str, np.ndarray] | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW by group, for a flat dict of exactly the trained parameters, clipped by their common norm.
+    """The optimizer of a run by group, for a flat dict of exactly the trained parameters, clipped by their common norm.
 
     Args:
       chosen: the group of each, see `trained`.
       scales: factors of their learning rates, see `layer_scales`.
+      mesh: shards the parameters; None is for those of one device.
     """
-    adamw = {
-        group.label: optax.adamw(
-            learning_rate(group.learning_rate, steps, config.warmup_ratio),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=group.weight_decay,
-            mask=lambda params: {name: not NO_DECAY.search(name) for name in params},
-        )
+    optimizer = OPTIMIZERS.find(config.optimizer)
+    by_group = {
+        group.label: optimizer.make(config, learning_rate(config, group.learning_rate, steps), group.weight_decay, mesh)
         for group in groups(config)
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    updates = optax.partition(adamw, {name: group.label for name, group in chosen.items()})
+    updates = optax.partition(by_group, {name: group.label for name, group in chosen.items()})
     return optax.chain(clip, updates, *([scale_layers(scales)] if scales else []))

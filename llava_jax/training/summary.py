@@ -1,7 +1,7 @@
 """The run summary: what is trained from what, on which devices and data, and the first sample as the model sees it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,9 +26,8 @@ from llava_jax.training.setup import Run
 from llava_jax.training.step import TrainState
 
 
-def _groups(trainable: Params, config: ConfigDict) -> Iterator[str]:
+def _groups(trainable: Params, config: ConfigDict, chosen: Mapping[str, optim.Group]) -> Iterator[str]:
     """Yields a line for each pattern of `config.trainable`."""
-    chosen = optim.trained(trainable, config)
     for group in optim.groups(config):
         sizes = [trainable[name].size for name, other in chosen.items() if other == group]
         yield (
@@ -54,10 +53,10 @@ def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
     config, data, settings = run.config, run.data, run.program.settings
     order, layout = data.order, data.layout
     yield f"stage      {config.stage} in {run.workdir}, from {config.init}"
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.optimizer, state.ema)))
     yield f"trainable  {_size(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB"
     if config.trainable:
-        yield from _groups(state.trainable, config)
+        yield from _groups(state.trainable, config, run.program.groups)
     yield f"frozen     {_size(frozen)}"
     if sources := needed(run.workdir, run.description):
         yield (

@@ -15,8 +15,8 @@ from llava_jax.training import flops
 
 MODEL = PRESETS["llava-v1.5-7b"]
 ROW = Layout(1, 1, 2048, 1, 2048, MODEL.image_tokens, MODEL.vision.image_size)
-PROJECTOR = frozenset(name for name in abstract_params(MODEL) if name.startswith("projector."))
-BOTH = frozenset(name for name in abstract_params(MODEL) if name.startswith(("projector.", "llm.")))
+PROJECTOR = {name: leaf for name, leaf in abstract_params(MODEL).items() if name.startswith("projector.")}
+BOTH = {name: leaf for name, leaf in abstract_params(MODEL).items() if name.startswith(("projector.", "llm."))}
 
 
 SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
