@@ -1,5 +1,6 @@
 """Every mesh trains the same model, and answers alike. Run by tests/parallel/test_meshes.py with eight fake devices."""
 
+import dataclasses
 import functools
 import gc
 import re
@@ -16,9 +17,10 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.models.config import LoraConfig, TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
-from llava_jax.models.llava import module_params
+from llava_jax.models.llava import abstract_params, module_params
+from llava_jax.models.quantized import quantized_params
 from llava_jax.parallel import sharding
 from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
@@ -43,7 +45,9 @@ def on(mesh, params):
 
 def start(stage: str, mesh, model, config):
     """Optimizer, state and frozen parameters on a mesh."""
-    params = tiny.params(model)
+    params = tiny.params(dataclasses.replace(model, base_dtype=""))
+    if model.base_dtype:
+        params = quantized_params(params, abstract_params(model), model.base_dtype)
     names = optim.trained(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS)
     trainable = on(mesh, {name: params[name] for name in names})
@@ -56,6 +60,7 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     config = make_config("finetune" if stage == "all" else stage, learning_rate=1e-2, weight_decay=0.1)
     if stage == "all":
         config.trainable = ({"parameters": ""},)
+    config.lora.rank = model.lora.rank if model.lora else 0
     optimizer, state, frozen = start(stage, mesh, model, config)
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
@@ -81,14 +86,19 @@ def one_device(stage: str):
     return train_ten_steps(stage, mesh_of((1, 1, 1)))
 
 
-def assert_agrees(run, reference) -> None:
-    (gradients, losses, weights), (expected_gradients, expected_losses, expected_weights) = run, reference
+def assert_gradients_agree(run, reference) -> None:
+    (gradients, losses, _), (expected_gradients, expected_losses, _) = run, reference
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert expected_losses[-1] < 0.99 * expected_losses[0], "nothing was learned: equal losses would say little"
     assert gradients.keys() == expected_gradients.keys()
     largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
     for name, expected in expected_gradients.items():
         np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-5 * largest, err_msg=name)
+
+
+def assert_agrees(run, reference) -> None:
+    assert_gradients_agree(run, reference)
+    weights, expected_weights = run[2], reference[2]
     off = sum(np.sum((weights[name] - expected) ** 2) for name, expected in expected_weights.items())
     norm = sum(np.sum(expected**2) for expected in expected_weights.values())
     assert (off / norm) ** 0.5 < 1e-5
@@ -162,6 +172,62 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
         assert all(leaf.is_deleted() for leaf in given)
     checkpoints.close()
+
+
+QUANTIZED = tiny.config(
+    text=TextConfig(tiny.VOCAB, 256, 512, 2, 8, 4, 32), lora=LoraConfig(4, 8.0, (r"llm\.layers\..*_proj",))
+)
+
+
+@functools.cache
+def quantized_on_one_device(base_dtype: str):
+    return train_ten_steps("finetune", mesh_of((1, 1, 1)), dataclasses.replace(QUANTIZED, base_dtype=base_dtype))
+
+
+@pytest.mark.parametrize("base_dtype,sizes", [("nf4", (2, 4, 1)), ("nf4", (1, 2, 4)), ("int8", (1, 4, 2))], ids=str)
+def test_adapters_of_a_quantized_base(base_dtype, sizes):
+    """The codes are sharded in whole blocks, and gathered as codes."""
+    model, mesh = dataclasses.replace(QUANTIZED, base_dtype=base_dtype), mesh_of(sizes)
+    run, reference = train_ten_steps("finetune", mesh, model, remat="full"), quantized_on_one_device(base_dtype)
+    assert_gradients_agree(run, reference)
+
+    config = make_config("finetune")
+    config.lora.rank = 4
+    _, state, frozen = start("finetune", mesh, model, config)
+    for name, leaf in frozen.items():
+        if name.endswith((".codes", ".absmax")):
+            shard = leaf.addressable_shards[0].data.shape
+            assert np.prod(shard) * sizes[1] * sizes[2] == leaf.size, name
+            assert base_dtype == "int8" or name.endswith("absmax") or shard[-2] % 32 == 0
+    (batch,) = random_batches(model, 1, rows=16)
+    jaxpr = jax.make_jaxpr(training_step.loss_and_gradients, static_argnums=0)(
+        settings_for(model, batch, mesh=mesh, remat="full"), state.trainable, frozen, batch
+    )
+    gathered = re.findall(r"(\w+)\[([\d,]+)\] = all_gather\[", str(jaxpr))
+    kernels = {tuple(map(int, dims.split(","))) for dtype, dims in gathered if dtype in ("u8", "i8")}
+    assert (256 if base_dtype == "int8" else 128, 512) in kernels
+    in_floats = {tuple(map(int, dims.split(","))) for dtype, dims in gathered if dtype.startswith(("f", "bf"))}
+    assert not any(shape[-2:] in ((256, 512), (512, 256), (256, 128), (256, 256)) for shape in in_floats), in_floats
+
+
+def test_kernels_are_quantized_alike_on_every_mesh(tmp_path):
+    """From a plain checkpoint, whose kernels are quantized as they are read, and the other way round."""
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path, dataclasses.replace(QUANTIZED, lora=None))).quantized("nf4")
+    expected = jax.device_get(checkpoint.load())
+    back = jax.device_get(checkpoint.dequantized().load())
+    shapes = abstract_params(checkpoint.config) | checkpoint.dequantized().abstract()
+    mesh = mesh_of((1, 4, 2))
+
+    def place(name):
+        return sharding.param_sharding(mesh, name, shapes[name].shape)
+
+    found = checkpoint.load(sharding=place)
+    for name, value in expected.items():
+        assert found[name].sharding == place(name), name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    for name, value in checkpoint.dequantized().load(sharding=place).items():
+        assert value.sharding == place(name), name
+        np.testing.assert_allclose(value, back[name], rtol=2.0**-22, atol=1e-8, err_msg=name)
 
 
 def live_bytes() -> int:
