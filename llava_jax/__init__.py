@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_jax.api import Model, UserError, load
     from llava_jax.preflight import preflight
-    from llava_jax.recipes import get_config
-    from llava_jax.training.run import train
+    from llava_jax.training.run import get_config, train
 
 __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "__version__", "get_config", "load", "preflight", "train"]

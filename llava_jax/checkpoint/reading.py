@@ -15,11 +15,14 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax import remote
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
 from llava_jax.checkpoint.format import (
     DESCRIPTION,
     DIGEST,
+    EMA,
+    PARAMS,
     STEPS,
     Description,
     Source,
@@ -46,7 +49,7 @@ class Checkpoint:
 
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`params`), None if it holds nothing else
+    name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
     description: Description
     tokenizer_dir: epath.Path
     step: int | None = None
@@ -154,7 +157,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raises UserError unless names and shapes are those of the model, and the files are large enough for them."""
         for holder, _ in self.holders:
-            _refuse_inflated(holder.weights, holder.stored)
+            refuse_inflated(holder.weights, holder.stored)
         try:
             check_names(self.abstract(), abstract_params(self.config))
         except ValueError as error:
@@ -298,7 +301,7 @@ def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
     """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
     any size could be claimed."""
     if is_remote(directory):
@@ -307,6 +310,12 @@ def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStru
     held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     if claimed > MAX_COMPRESSION * held + 2**26:
         raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path that the user named leads to a checkpoint. Nothing else is read from object stores."""
+    remote.name(path)
+    return is_remote(path) or any((Path(path) / entry).exists() for entry in (DESCRIPTION, STEPS))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -347,14 +356,16 @@ def _other_steps(path: epath.Path) -> str:
 
 def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
-        metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+        found = ocp.checkpointables_metadata(path)
+        metadata = dict(found.custom_metadata or {})
     stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
     if "format" not in metadata or stored not in (None, digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):
         description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
-    return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+    weights = EMA if EMA in found.metadata else PARAMS
+    return Checkpoint(root, path, weights, description, root / "tokenizer", step=int(path.name))
 
 
 def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:

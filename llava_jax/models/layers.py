@@ -46,10 +46,14 @@ class Linear(nnx.Module):
         return project(x, self.weight(x.dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x)
-        if self.lora is not None:
-            y = self.lora(x, y, self)
-        return add_bias(y, self.bias)
+        return finish(self, x, self.product(x))
+
+
+def finish(linear: nnx.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    """y = x W of a linear layer -> the same with its adapter and its bias."""
+    if linear.lora is not None:
+        y = linear.lora(x, y, linear)
+    return add_bias(y, linear.bias)
 
 
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -199,14 +199,30 @@ def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedShardi
     return NamedSharding(mesh, param_spec(mesh, name, shape))
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of a tree whose dicts have parameter names as keys, such as an Optax state; the rest is replicated."""
+def tree_shardings(mesh: Mesh, tree: Any, params: Mapping[str, Any]) -> Any:
+    """Shardings of a tree such as an Optax state, whose dicts have the names of `params` (arrays or shapes) as keys.
+
+    A leaf under such a name is sharded like the parameter, along the axes that it has of it: a mean over one axis along
+    the others. The rest is replicated.
+    """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-        return param_sharding(mesh, name, leaf.shape)
+        keys = (key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+        name = next((key for key in keys if key in params), None)
+        if name is None:
+            return replicated(mesh)
+        shape = params[name].shape
+        return NamedSharding(mesh, _spec_of_part(param_spec(mesh, name, shape), shape, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _spec_of_part(spec: P, shape: tuple[int, ...], part: tuple[int, ...]) -> P:
+    """The spec of an array whose axes are, in order, some of those of a parameter, known by their sizes."""
+    axes, left = [], iter(range(len(shape)))
+    for size in part:
+        axes.append(next((axis for axis in left if shape[axis] == size), None))
+    return P() if None in axes else P(*(spec[axis] for axis in axes))
 
 
 def check_replicated(mesh: Mesh, shapes: Mapping[str, Any]) -> None:
@@ -274,6 +290,32 @@ class Fsdp:
         """Which of a parameter's last `ndim` axes is sharded over `fsdp`."""
         spec = tuple(self.specs.get(name, ()))[-ndim:]  # what is no parameter, such as seeds of dropout, has no spec
         return spec.index(FSDP_RINGS) if FSDP_RINGS in spec else None
+
+
+def on_whole_matrices(
+    function: Callable[[jax.Array], jax.Array], mesh: Mesh | None, spec: P, x_LIO: jax.Array
+) -> jax.Array:
+    """`function`, which maps each of the matrices that it is given to one of the same shape, of a sharded stack.
+
+    The devices that share matrices exchange their shards so that each has some matrices whole, and then back: two
+    all-to-alls for each sharded axis. `spec` shards the stack; no mesh is one device.
+    """
+    sharded = [(axis, names) for axis, names in enumerate(spec) if names]
+    if not sharded:
+        return function(x_LIO)
+
+    def on_device(shard: jax.Array) -> jax.Array:
+        matrices = len(shard)
+        missing = -matrices % math.prod(jax.lax.axis_size(names) for _, names in sharded)
+        shard = jnp.pad(shard, ((0, missing), (0, 0), (0, 0)))
+        for axis, names in sharded:
+            shard = jax.lax.all_to_all(shard, names, split_axis=0, concat_axis=axis, tiled=True)
+        shard = function(shard)
+        for axis, names in reversed(sharded):
+            shard = jax.lax.all_to_all(shard, names, split_axis=axis, concat_axis=0, tiled=True)
+        return shard[:matrices]
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x_LIO)
 
 
 def sum_over(axes: Iterable[str], x: jax.Array) -> jax.Array:

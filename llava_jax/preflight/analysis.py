@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from llava_jax.models.quantized import kept_dtype

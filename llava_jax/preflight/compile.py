@@ -189,7 +189,7 @@ def _margin(program: Program, cost: hlo_cost.Cost) -> float:
 
 def _memory(program: Program, needed: float | None, margin: float, available: float) -> Memory:
     state, frozen, batch = program.training.arguments
-    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes(state.optimizer)
+    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes((state.optimizer, state.ema))
     rows = local_bytes(batch)
     activations = None if needed is None else needed - margin - parameters - optimizer - rows
     return Memory(parameters, optimizer, rows, activations, margin, needed, available)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from llava_jax import plot, remote
 from llava_jax.cli import UserError
 from llava_jax.parallel import distributed
+from llava_jax.recipes import get_config as get_config  # public, see llava_jax/__init__.py
 from llava_jax.recipes import own_copy
 from llava_jax.training import loop
 from llava_jax.training.report import Callback
