@@ -92,12 +92,12 @@ def _declare() -> Section:
     config.projector_learning_rate = Option(0.0, minimum=0)  # 0 means learning_rate
     config.warmup_ratio = Option(0.03, minimum=0, maximum=1)  # of all steps, linear; then the schedule
     # After the warmup: "cosine" or "linear" to the minimum, "constant", or "wsd": constant, then a decay
-    # (docs/tuning.md).
+    # (docs/optimizers.md).
     config.schedule = "cosine"
     config.min_learning_rate_ratio = Option(0.0, minimum=0, maximum=1)  # the minimum, of the peak
     config.decay_ratio = Option(0.1, minimum=0, maximum=1)  # of all steps, the last, in which "wsd" decays
     config.decay_shape = Option("cosine", choices=("cosine", "linear", "1-sqrt"))  # of "wsd"
-    # "adamw", "adafactor", "lion" or "muon" (docs/tuning.md).
+    # "adamw", "adafactor", "lion" or "muon" (docs/optimizers.md).
     config.optimizer = "adamw"
     config.weight_decay = Option(0.0, minimum=0)  # of matrices; never of biases and norms
     config.beta1 = Option(0.9, minimum=0, below=1)  # of AdamW, and the next two

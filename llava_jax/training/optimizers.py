@@ -154,11 +154,11 @@ def _orthogonalized(name: str, momentum: jax.Array, config: ConfigDict, mesh: Me
 
 def _newton_schulz(momentum_LIO: jax.Array) -> jax.Array:
     """U V^T of the singular value decomposition U S V^T of each matrix, nearly: five steps of Newton and Schulz."""
-    optimizer = optax.contrib.scale_by_muon(
+    iteration = optax.contrib.scale_by_muon(  # without momentum it is the iteration alone
         beta=0.0, nesterov=False, eps=1e-7, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
     )
     at_once = max(1, MAX_AT_ONCE // math.prod(momentum_LIO.shape[1:]))
-    return jax.lax.map(lambda x_IO: optimizer.update(x_IO, optimizer.init(x_IO))[0], momentum_LIO, batch_size=at_once)
+    return jax.lax.map(lambda x_IO: iteration.update(x_IO, iteration.init(x_IO))[0], momentum_LIO, batch_size=at_once)
 
 
 _OF_ADAMW = ("beta1", "beta2", "epsilon", "moment_dtype")

@@ -49,7 +49,9 @@ def with_lora(config, **options):
 def test_fifty_steps_have_the_losses_of_peft(options):
     """Adapters of the language model, and the whole projector (`modules_to_save`) with a rate of its own."""
     config = with_lora(
-        make_config(learning_rate=3e-3, projector_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0, warmup_ratio=0.1),
+        make_config(
+            learning_rate=3e-3, projector_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0, warmup_ratio=0.1
+        ),
         **options,
     )
     lora = LoraConfig(**{"targets": tuple(config.lora.targets)} | options)

@@ -17,6 +17,7 @@ from configs import common
 from llava_jax.cli import UserError
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llava import abstract_params
+from llava_jax.preflight import compile, targets
 from llava_jax.training import config_check, loop, optim
 from llava_jax.training.optimizers import OPTIMIZERS
 
@@ -212,6 +213,29 @@ def test_a_misspelt_optimizer_ends_a_run_before_its_workdir(world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_preflight_counts_the_state_of_an_optimizer_and_the_average(world):
+    """Bytes of the state a trained parameter; of AdamW without an average 8."""
+
+    def program(**changes):
+        config = run_config(world, image_slots=1, label_slots=64, **changes)
+        return compile.build(config, targets.parse("cpu"))
+
+    adamw = program()
+    trained = sum(leaf.size for leaf in adamw.training.state.trainable.values())
+
+    def added(**changes):
+        return 8 + (compile.state_bytes(program(**changes)) - compile.state_bytes(adamw)) / trained
+
+    assert added(ema=0.9) == pytest.approx(12, abs=0.01)
+    assert added(optimizer="lion") == pytest.approx(4, abs=0.01)
+    assert added(optimizer="lion", moment_dtype="bfloat16", ema=0.9) == pytest.approx(6, abs=0.01)
+    assert 4 < added(optimizer="muon") < 7  # the tables of this small model are large
+    config = run_config(world, optimizer="adafactor")
+    config.adafactor.min_factored = 2
+    assert added(optimizer="adafactor") == pytest.approx(4, abs=0.05)  # no matrix is as wide as 128
+    assert added(optimizer="adafactor", adafactor=config.adafactor) < 0.4
 
 
 def held(workdir, step):
