@@ -82,6 +82,10 @@ class ImportedModel:
     def template(self) -> str:
         return self.description.template
 
+    def dequantized(self) -> "ImportedModel":
+        """As that of a checkpoint: this is a plain model."""
+        return self
+
     def load(
         self,
         dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,

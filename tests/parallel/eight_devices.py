@@ -5,6 +5,7 @@ import functools
 import gc
 import re
 
+import adapters
 import jax
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from training_runs import make_config, random_batches, settings_for
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
+from llava_jax.inference.adapters import AdapterWeights
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LoraConfig, TextConfig, VisionConfig
@@ -313,10 +315,15 @@ def test_no_policy_keeps_gathered_weights():
 
 def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[int]]:
     """Texts and log probabilities of a few answers given at the same time, and in how many parts layers lie."""
-    engine = Engine.from_checkpoint(checkpoint, slots=2, kept=0, context=256, mesh=mesh, quantize=quantize)
+    options = {"slots": 2, "kept": 0, "context": 256, "adapters": 2, "adapter_rank": 4}
+    engine = Engine.from_checkpoint(checkpoint, mesh=mesh, quantize=quantize, **options)
+    lora = adapters.lora(3, dora=True)
+    weights = AdapterWeights(lora, adapters.adapter(MODEL, lora, projector=True))
+    chosen = [engine.base, engine.adapters.load("dora", weights)]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
-    answers = [engine.submit(request, Sampling(max_new_tokens=10, logprobs=0)) for request in requests]
+    prompts = [engine.prepare(request, adapter) for adapter in chosen for request in requests]
+    answers = [engine.submit(prompt, Sampling(max_new_tokens=10, logprobs=0)) for prompt in prompts]
     pieces = [piece for answer in answers for piece in answer]
     engine.close()
     params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))
