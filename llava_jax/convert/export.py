@@ -34,7 +34,7 @@ def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
     With `dtype` None, tensors have the types and bits of the checkpoint, with rows added if `<image>` or `<pad>` have
     none. Raises UserError if transformers has no such model.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = open_checkpoint(checkpoint_path).dequantized()
     checkpoint.check()
     supported = sorted(hf_config.hf_projectors().values())
     if checkpoint.config.projector_type not in supported:

@@ -46,7 +46,7 @@ def export_original(
 
     Raises UserError if the original has no such model.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = open_checkpoint(checkpoint_path).dequantized()
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
@@ -63,7 +63,7 @@ def export_original(
 
 def export_projector(checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None) -> None:
     """Writes `mm_projector.bin` and its config.json. Raises UserError as `export_original` does."""
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = open_checkpoint(checkpoint_path).dequantized()
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"tune_mm_mlp_adapter": True}
     with new_export(output) as directory:

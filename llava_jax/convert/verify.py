@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
     """Yields one finding after the other. Raises UserError if one of the two models is not complete."""
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = open_checkpoint(checkpoint_path).dequantized()
     checkpoint.check()
     hf = Path(directory)
     if is_original(read_object(hf / "config.json")):
