@@ -1,4 +1,4 @@
-"""Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
+"""Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|merge|...`."""
 
 import argparse
 import dataclasses
@@ -20,12 +20,13 @@ EXAMPLE = """examples:
   python -m llava_jax.convert export --checkpoint runs/pretrain --layout projector --output my-projector
   python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf
   python -m llava_jax.convert copy --checkpoint runs/finetune --output checkpoints/finetuned
+  python -m llava_jax.convert merge --checkpoint runs/finetune-lora --output checkpoints/merged
   python -m llava_jax.convert copy-frozen --checkpoint runs/finetune"""
 
 
 def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(prog="python -m llava_jax.convert", description=__doc__, epilog=EXAMPLE)
-    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|merge|copy-frozen")
     for add in (_add_import, _add_export, _add_verify, _add_copies):
         add(commands)
     args = parser.parse_args(argv)
@@ -149,6 +150,8 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
     for name, copies, description in (
         ("copy", _copy, "Writes a checkpoint with all parameters, which needs no other one, without the optimizer's "
          "state."),
+        ("merge", _merge, "Writes a checkpoint with the adapters (LoRA) added to the weights: sums in float32, rounded "
+         "once to the type of the weights."),
         ("copy-frozen", _copy_frozen, "Copies the frozen parameters of a training workdir from the checkpoint that the "
          "run started from into the workdir. Afterwards that checkpoint can be moved or deleted."),
     ):  # fmt: skip
@@ -156,7 +159,7 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
         parser.add_argument("--source", metavar="DIR", help="an address on an object store that the checkpoint names "
                             "and that may be read")  # fmt: skip
-        if name == "copy":
+        if name != "copy-frozen":
             parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
         parser.set_defaults(function=copies)
 
@@ -167,6 +170,14 @@ def _copy(args: argparse.Namespace) -> None:
 
     copy(args.checkpoint, args.output)
     say(f"{args.output}: all parameters, without the optimizer's state")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    """a checkpoint with adapters to one without"""
+    from llava_jax.convert.copy import merge
+
+    lost = merge(args.checkpoint, args.output)
+    say(f"{args.output}: adapters merged; rounding changed what they add by {lost:.2%} (rms)")
 
 
 def _copy_frozen(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, warn
 from llava_jax.convert import hf_config, hf_processor
@@ -34,7 +35,7 @@ def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
     With `dtype` None, tensors have the types and bits of the checkpoint, with rows added if `<image>` or `<pad>` have
     none. Raises UserError if transformers has no such model.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = merged(open_checkpoint(checkpoint_path))
     checkpoint.check()
     supported = sorted(hf_config.hf_projectors().values())
     if checkpoint.config.projector_type not in supported:
