@@ -18,10 +18,12 @@ from llava_jax.models.llava import Params, abstract_params
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as a model without adapters, which may be the checkpoint itself."""
+    """The checkpoint as a model without adapters, which may be the checkpoint itself. Those that were trained beside
+    quantized weights are added to the dequantized ones."""
     if checkpoint.config.lora is None:
         return checkpoint
     checkpoint.check()
+    checkpoint = checkpoint.dequantized()
     model = dataclasses.replace(checkpoint.config, lora=None)
     fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     description = dataclasses.replace(checkpoint.description, model=model)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from llava_jax import remote
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
 from llava_jax.checkpoint.format import (
     DESCRIPTION,
     DIGEST,
+    EMA,
+    PARAMS,
     STEPS,
     Description,
     Source,
@@ -32,8 +35,9 @@ from llava_jax.checkpoint.format import (
 )
 from llava_jax.cli import UserError, short
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import LlavaConfig
+from llava_jax.models.config import LlavaConfig, quantized
 from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.models.quantized import PART, PARTS, dequantize_stack, linear_of, quantize, unsharded
 from llava_jax.remote import is_remote, may_read
 
 MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
@@ -45,10 +49,11 @@ class Checkpoint:
 
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`params`), None if it holds nothing else
+    name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
     description: Description
     tokenizer_dir: epath.Path
     step: int | None = None
+    rounded: str = ""  # see `dequantized`
 
     @property
     def config(self) -> LlavaConfig:
@@ -60,7 +65,28 @@ class Checkpoint:
 
     def with_image_position(self, position: str) -> "Checkpoint":
         """The same, for prompts with images at this position of a turn instead of that of training."""
-        model = dataclasses.replace(self.config, image_position=position)
+        return self._with_model(image_position=position)
+
+    def quantized(self, base_dtype: str) -> "Checkpoint":
+        """The same with quantized weights, see `models.quantized`: if it has plain ones, these are quantized when they
+        are read. "" is the type that the checkpoint has.
+
+        Raises UserError if the checkpoint's weights are quantized to another type.
+        """
+        stored, wanted = self.config.base_dtype, quantized(base_dtype)
+        if base_dtype and stored not in ("", wanted):
+            raise UserError(
+                f"{self.root}: its language model is {stored}, and config.base_dtype is {base_dtype}: give "
+                f"--config.base_dtype={stored}, or start from a checkpoint that is not quantized"
+            )
+        return self._with_model(base_dtype=wanted or stored)
+
+    def dequantized(self) -> "Checkpoint":
+        """The same as a plain model, whose weights are the dequantized ones."""
+        return dataclasses.replace(self._with_model(base_dtype=""), rounded=self.config.base_dtype or self.rounded)
+
+    def _with_model(self, **fields: Any) -> "Checkpoint":
+        model = dataclasses.replace(self.config, **fields)
         return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
     @functools.cached_property
@@ -106,12 +132,32 @@ class Checkpoint:
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and stored types of all parameters, those of the sources included."""
-        return {name: holder.stored[name] for holder, names in self.holders for name in names}
+        held = {name: holder.stored[name] for holder, names in self.holders for name in names}
+        wanted = {name: leaf for name, leaf in abstract_params(self.config).items() if name not in held}
+        new = {linear_of(name) for name in wanted} & {linear_of(name) for name in held} - {None}
+        if not new:
+            return held
+        kernels = held["llm.embed_tokens.embedding"].dtype  # of what is only there quantized
+        return {name: leaf for name, leaf in held.items() if linear_of(name) not in new} | {
+            name: leaf.update(dtype=kernels) if name.endswith(".kernel") else leaf
+            for name, leaf in wanted.items()
+            if linear_of(name) in new
+        }
+
+    @functools.cached_property
+    def _converted(self) -> dict[str, str]:
+        """The linear layers that are quantized or dequantized when they are read, by the name of each parameter."""
+        held, shapes = {name for _, names in self.holders for name in names}, abstract_params(self.config)
+        as_stored = dataclasses.replace(self.config, base_dtype=self.rounded)
+        rounded = {linear_of(name) for name in abstract_params(as_stored) if PART.fullmatch(name)}
+        return {
+            name: linear for name in shapes if (linear := linear_of(name)) and (linear in rounded or name not in held)
+        }
 
     def check(self) -> None:
         """Raises UserError unless names and shapes are those of the model, and the files are large enough for them."""
         for holder, _ in self.holders:
-            _refuse_inflated(holder.weights, holder.stored)
+            refuse_inflated(holder.weights, holder.stored)
         try:
             check_names(self.abstract(), abstract_params(self.config))
         except ValueError as error:
@@ -119,18 +165,47 @@ class Checkpoint:
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """One parameter in its stored type, or one layer of a stacked one."""
+        if name in self._converted:
+            layers = range(self.config.text.num_layers) if layer is None else (layer,)
+            found = [self._read_converted(name, layer) for layer in layers]
+            return np.stack(found) if layer is None else found[0]
+        return self._read_held(name, layer)
+
+    def _read_held(self, name: str, layer: int | None) -> np.ndarray:
         holder = self._holder_of(name)
         with readable(holder.weights):
             return holder._array(name, layer).read().result()
 
+    def _read_converted(self, name: str, layer: int) -> np.ndarray:
+        """A parameter of one layer of a linear layer that is quantized or dequantized."""
+        linear, base_dtype = self._converted[name], self.rounded or self.config.base_dtype
+        if self._holds(f"{linear}.codes"):
+            parts = {part: self._read_held(f"{linear}.{part}", layer) for part in PARTS[base_dtype]}
+        else:
+            parts = quantize(self._read_held(f"{linear}.kernel", layer), base_dtype)
+        if part := PART.fullmatch(name):
+            return np.asarray(parts[part["part"]])
+        leaf = self.abstract()[name]
+        one = dequantize_stack(
+            {part: value[None] for part, value in parts.items()}, leaf.update(shape=(1, *leaf.shape[1:]))
+        )
+        return np.asarray(one[0])
+
     def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The same in chunks, as (index, values)."""
+        if name in self._converted:
+            values = self.read(name, layer)
+            yield (slice(None),) * values.ndim, values
+            return
         holder = self._holder_of(name)
         with readable(holder.weights):
             yield from read_chunks(holder._array(name, layer))
 
     def _holder_of(self, name: str) -> "Checkpoint":
         return next(holder for holder, names in self.holders if name in names)
+
+    def _holds(self, name: str) -> bool:
+        return any(name in names for _, names in self.holders)
 
     def _array(self, name: str, layer: int | None) -> ts.TensorStore:
         array = open_array(self.weights / (self.name or TREE), name)
@@ -150,16 +225,48 @@ class Checkpoint:
         self.check()
         shapes = abstract_params(self.config)
         wanted = set(shapes if names is None else names)
+        place = sharding or (lambda name: single)
+        stored, plain = self.abstract(), wanted - set(self._converted)
+        params = self._load_held({name: (dtype(name, stored[name].dtype), place(name)) for name in plain})
+        for linear in sorted({self._converted[name] for name in wanted - plain}):
+            params |= self._load_converted(linear, dtype, place)
+        return {name: params[name] for name in shapes if name in wanted}
+
+    def _load_held(self, targets: Mapping[str, tuple[jnp.dtype, jax.sharding.Sharding]]) -> Params:
+        """Reads parameters that are stored under these names in a type and with a sharding."""
         params: Params = {}
         for holder, held in self.holders:
-            here = wanted.intersection(held)
             tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
-            for name in here:
-                leaf, target = holder.stored[name], sharding(name) if sharding else single
-                tree[name] = jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=target)
+            here = {
+                name: jax.ShapeDtypeStruct(holder.stored[name].shape, targets[name][0], sharding=targets[name][1])
+                for name in targets.keys() & set(held)
+            }
             if here:
-                params |= {name: value for name, value in holder._read(tree).items() if name in here}
-        return {name: params[name] for name in shapes if name in wanted}
+                params |= {name: value for name, value in holder._read(tree | here).items() if name in here}
+        return params
+
+    def _load_converted(self, linear: str, dtype: Callable, place: Callable) -> Params:
+        """The parameters of one stack of linear layers, quantized or dequantized."""
+        base_dtype, kernel = self.rounded or self.config.base_dtype, f"{linear}.kernel"
+        names = [f"{linear}.{part}" for part in PARTS[base_dtype]]
+        everywhere = unsharded(place(kernel if self.rounded else names[0]))
+        if self._holds(names[0]):
+            held = self._load_held({name: (self._stored(name).dtype, everywhere) for name in names})
+            parts = {part: held[f"{linear}.{part}"] for part in PARTS[base_dtype]}
+        else:
+            stored = self._stored(kernel)
+            like = {part: everywhere if self.rounded else place(f"{linear}.{part}") for part in PARTS[base_dtype]}
+            target = place(kernel) if self.rounded else like["codes"]
+            if not _divides(target, stored.shape):
+                target = everywhere
+            parts = quantize(self._load_held({kernel: (stored.dtype, target)})[kernel], base_dtype, like)
+        if not self.rounded:
+            return {f"{linear}.{part}": value for part, value in parts.items()}
+        leaf = self.abstract()[kernel]
+        return {kernel: dequantize_stack(parts, leaf.update(dtype=dtype(kernel, leaf.dtype), sharding=place(kernel)))}
+
+    def _stored(self, name: str) -> jax.ShapeDtypeStruct:
+        return self._holder_of(name).stored[name]
 
     def _read(self, tree: dict[str, Any]) -> Params:
         with readable(self.weights):
@@ -170,9 +277,10 @@ class Checkpoint:
     def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
         """The sources with which a checkpoint in `directory` refers to these parameters: those that hold them."""
         wanted = set(names)
+        linears = {self._converted.get(name) for name in wanted} - {None}
         sources = []
         for holder, held in self.holders:
-            here = tuple(sorted(wanted.intersection(held)))
+            here = tuple(sorted(name for name in held if name in wanted or linear_of(name) in linears))
             if not here:
                 continue
             path = holder.root if holder.step is None else holder.weights
@@ -184,7 +292,16 @@ class Checkpoint:
         return tuple(sources)
 
 
-def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
+    """Whether a sharding cuts an array of this shape into equal shards."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
     """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
     any size could be claimed."""
     if is_remote(directory):
@@ -193,6 +310,12 @@ def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStru
     held = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
     if claimed > MAX_COMPRESSION * held + 2**26:
         raise UserError(f"{directory}: claims {claimed / 1e9:.1f} GB of parameters, but holds {held / 1e9:.1g} GB")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path that the user named leads to a checkpoint. Nothing else is read from object stores."""
+    remote.name(path)
+    return is_remote(path) or any((Path(path) / entry).exists() for entry in (DESCRIPTION, STEPS))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -233,14 +356,16 @@ def _other_steps(path: epath.Path) -> str:
 
 def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
-        metadata = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+        found = ocp.checkpointables_metadata(path)
+        metadata = dict(found.custom_metadata or {})
     stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
     if "format" not in metadata or stored not in (None, digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):
         description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
-    return Checkpoint(root, path, "params", description, root / "tokenizer", step=int(path.name))
+    weights = EMA if EMA in found.metadata else PARAMS
+    return Checkpoint(root, path, weights, description, root / "tokenizer", step=int(path.name))
 
 
 def _earlier(metadata: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ across tokens, so they are searched here, in the text.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -53,14 +54,14 @@ def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sha
 
     Adapters are added to them, so that they cost nothing afterwards.
     """
-    checkpoint, dtype = merged(checkpoint), jnp.dtype(dtype or default_dtype())
+    checkpoint, dtype = merged(checkpoint.dequantized()), jnp.dtype(dtype or default_dtype())
     params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=sharding)
     return build(checkpoint.config, params, dtype)
 
 
 def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     """Shards the parameters over a mesh as training does."""
-    shapes = abstract_params(config)
+    shapes = abstract_params(dataclasses.replace(config, base_dtype=""))
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 

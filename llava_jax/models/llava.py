@@ -17,6 +17,7 @@ from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.layers import broadcast_last, unstack_layers
 from llava_jax.models.llama import Llama
 from llava_jax.models.projectors import projector_kind
+from llava_jax.models.quantized import kept_dtype, quantize_linears
 from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
@@ -31,6 +32,8 @@ class Llava(nnx.Module):
         self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
         self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
+        if config.base_dtype:
+            quantize_linears(self.llm.layers, config.base_dtype)
         if config.lora:
             lora.attach(self, config.lora, rngs)
 
@@ -119,9 +122,9 @@ def _dotted(path: tuple) -> str:
 
 
 def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names and shapes of a model's parameters, all of type `dtype`, without allocating them."""
+    """Names and shapes of a model's parameters, without allocating them: of type `dtype`, unless they are quantized."""
     shapes = _abstract(config, "float32")[1]
-    return {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(v.shape, kept_dtype(name, v.dtype, dtype)) for name, v in shapes.items()}
 
 
 def init_params(config: LlavaConfig, key: jax.Array) -> Params:

@@ -37,7 +37,7 @@ def adapted(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
 
 def check_targets(model: LlavaConfig, lora: LoraConfig) -> None:
     """Raises UserError for a pattern without a layer, or a rank above the width of a layer that it would adapt."""
-    shapes = abstract_params(dataclasses.replace(model, lora=None))
+    shapes = abstract_params(dataclasses.replace(model, lora=None, base_dtype=""))
     names = {name.removesuffix(".kernel"): leaf for name, leaf in shapes.items() if name.endswith(".kernel")}
     widths = {name: min(leaf.shape[-2:]) for name, leaf in names.items() if name not in NOT_ADAPTED}
     for target in lora.targets:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.recipes.options import flatten
+from llava_jax.training.optimizers import OPTIMIZERS
+from llava_jax.training.schedules import SCHEDULES
 
 
 def check(config: ConfigDict) -> None:
@@ -76,6 +78,22 @@ def _pattern_problems(entry: Any) -> Iterator[str]:
             yield f"has {key!r}, which is none of 'parameters', 'learning_rate', 'weight_decay'"
 
 
+def _update_rules(config: ConfigDict) -> Iterator[str]:
+    """The optimizer and the schedule have such names, and no option is set that they do not use."""
+    values = dict(flatten(config.to_dict()))
+    for key, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        chosen = registry.get(config[key])
+        if chosen is None:
+            yield f"{key}={registry.unknown(config[key])}"
+            continue
+        for name, option in OPTIONS.items():
+            users = [other.name for other in registry.values() if name.startswith(other.options)]
+            if users and chosen.name not in users and values[name] != option.default:
+                yield f"{name} is {values[name]!r}, which is for {key} {' or '.join(users)}, not {chosen.name}"
+    if config.schedule == "wsd" and config.warmup_ratio + config.decay_ratio > 1:
+        yield f"decay_ratio is {config.decay_ratio}, and warmup_ratio {config.warmup_ratio}: together more than 1"
+
+
 def _benchmark(config: ConfigDict) -> Iterator[str]:
     if config.evaluate.benchmark:
         for key in ("questions", "labels", "images"):
@@ -88,4 +106,4 @@ def _tracking(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-RULES = (_steps, _packing, _trainable, _benchmark, _tracking)
+RULES = (_steps, _packing, _trainable, _update_rules, _benchmark, _tracking)

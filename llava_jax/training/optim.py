@@ -1,27 +1,27 @@
-"""What a run trains, as a table of parameter names, and how: AdamW with the published schedule.
+"""What a run trains, as a table of parameter names, and how: an optimizer and a schedule for each group of them.
 
 `config.trainable` is that table or, if it is empty, the stage's own. Everything else follows from the names it matches:
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
+from llava_jax.training.optimizers import OPTIMIZERS
+from llava_jax.training.schedules import learning_rate
 
 # Stage -> the parts of the model that it trains.
 STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
 # The same with LoRA.
 LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
 PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\."}
-# Never decayed.
-NO_DECAY = re.compile(r"(bias|scale|magnitude)$")
 
 
 class Group(NamedTuple):
@@ -74,13 +74,6 @@ def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:
     return {name: group for name, group in found.items() if group}
 
 
-def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 over ceil(ratio * steps), then half a cosine to 0: the schedule of the published recipes."""
-    warmup = math.ceil(steps * warmup_ratio)
-    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup]) if warmup else cosine
-
-
 def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
     """The learning rates that are metrics, by name: of the stage's main part and, if it differs, of the projector; of
     `config.trainable` that of the first pattern as `learning_rate`, of the second as `learning_rate_2` and so on."""
@@ -90,22 +83,20 @@ def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
     else:
         chosen = {"learning_rate": table[-1]}
         chosen |= {"projector_learning_rate": table[0]} if config.projector_learning_rate else {}
-    return {name: learning_rate(group.learning_rate, steps, config.warmup_ratio) for name, group in chosen.items()}
+    return {name: learning_rate(config, group.learning_rate, steps) for name, group in chosen.items()}
 
 
-def make_optimizer(config: ConfigDict, names: Iterable[str], steps: int) -> optax.GradientTransformation:
-    """AdamW by group, for a flat dict of exactly the trained parameters, clipped by their common norm."""
-    chosen = trained(names, config)
-    adamw = {
-        group.label: optax.adamw(
-            learning_rate(group.learning_rate, steps, config.warmup_ratio),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=group.weight_decay,
-            mask=lambda params: {name: not NO_DECAY.search(name) for name in params},
-        )
+def make_optimizer(
+    config: ConfigDict, names: Iterable[str], steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run by group, for a flat dict of exactly the trained parameters, clipped by their common norm.
+
+    `mesh` shards the parameters; None is for those of one device.
+    """
+    chosen, optimizer = trained(names, config), OPTIMIZERS.find(config.optimizer)
+    by_group = {
+        group.label: optimizer.make(config, learning_rate(config, group.learning_rate, steps), group.weight_decay, mesh)
         for group in groups(config)
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.partition(adamw, {name: group.label for name, group in chosen.items()}))
+    return optax.chain(clip, optax.partition(by_group, {name: group.label for name, group in chosen.items()}))

@@ -124,17 +124,17 @@ def load(run: Run, checkpoints: TrainingCheckpoints, goodput: Goodput) -> tuple[
     frozen = _load_parameters(start.source, program.frozen)
     if not start.resumed:
         trainable = _first_parameters(run, frozen)
-        state = builder.init_state(program.optimizer, trainable, run.mesh)
+        state = builder.init_state(program.optimizer, trainable, run.mesh, ema=bool(run.config.ema))
         with goodput.measure("checkpoint"):
-            checkpoints.save(0, state.trainable, state.optimizer, wait=True)
+            checkpoints.save(0, *state[1:], wait=True)
         return state, frozen
-    trainable, optimizer = checkpoints.restore(start.step, program.state.trainable, program.state.optimizer)
+    restored = checkpoints.restore(start.step, *program.state[1:])
     step = jax.device_put(jnp.int32(start.step), program.state.step.sharding)
     if distributed.is_first() and start.goes_back:
         set_aside(run.workdir, start.step)  # only now that the step could be read
     distributed.barrier("set aside")
     checkpoints.reload()
-    return TrainState(step, trainable, optimizer), frozen
+    return TrainState(step, *restored), frozen
 
 
 def _first_parameters(run: Run, frozen: Params) -> Params:

@@ -33,6 +33,12 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     trainable: Params  # float32
     optimizer: optax.OptState
+    ema: Params | None = None  # the moving average of `trainable`, float32, if there is one
+
+    @property
+    def weights(self) -> Params:
+        """The trained parameters to evaluate: their moving average, if there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class StepSettings:
     remat: str = "none"
     accumulation: int = 1
     seed: int = 0  # of dropout
+    ema: float = 0.0  # the decay of the moving average; 0 is off
 
     @functools.cached_property
     def param_specs(self) -> dict[str, P]:
@@ -73,7 +80,7 @@ def batch_loss(
     """
     model, execution = build_from_shards(settings.model, trainable | frozen, settings.dtype), settings.execution
     if DROPOUT in batch:
-        use_dropout(model, batch[DROPOUT])
+        use_dropout(model, batch[DROPOUT], batch["images"].shape[:2])
     hidden_BTD = model(batch, execution)
     targets_BT = next_token_targets(batch["labels"], batch["segment_ids"])
     head_DV, hidden_BTD = model.llm.head(hidden_BTD, execution)
@@ -163,8 +170,9 @@ def train_step(
     loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch, state.step)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
+    ema = optax.incremental_update(trainable, state.ema, 1 - settings.ema) if settings.ema else None
     metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
-    return TrainState(state.step + 1, trainable, optimizer_state), metrics
+    return TrainState(state.step + 1, trainable, optimizer_state, ema), metrics
 
 
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

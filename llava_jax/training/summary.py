@@ -54,7 +54,7 @@ def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
     config, data, settings = run.config, run.data, run.program.settings
     order, layout = data.order, data.layout
     yield f"stage      {config.stage} in {run.workdir}, from {config.init}"
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.optimizer, state.ema)))
     yield f"trainable  {_size(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB"
     if config.trainable:
         yield from _groups(state.trainable, config)

@@ -20,6 +20,7 @@ from llava_jax.models.config import TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.llava import module_params
 from llava_jax.parallel import sharding
+from llava_jax.preflight import hlo_cost
 from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
 
@@ -41,14 +42,14 @@ def on(mesh, params):
     return {name: jax.device_put(v, sharding.param_sharding(mesh, name, v.shape)) for name, v in params.items()}
 
 
-def start(stage: str, mesh, model, config):
+def start(stage: str, mesh, model, config, ema: bool = False):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(model)
     names = optim.trained(params, config)
-    optimizer = optim.make_optimizer(config, names, STEPS)
+    optimizer = optim.make_optimizer(config, names, STEPS, mesh)
     trainable = on(mesh, {name: params[name] for name in names})
     frozen = on(mesh, {name: value for name, value in params.items() if name not in trainable})
-    return optimizer, builder.init_state(optimizer, trainable, mesh), frozen
+    return optimizer, builder.init_state(optimizer, trainable, mesh, ema), frozen
 
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
     optimizer, saved, _ = start("finetune", mesh_of((1, 8, 1)), MODEL, config)
     saved = saved._replace(trainable=jax.tree.map(lambda x: x + 1, saved.trainable))
     checkpoints = TrainingCheckpoints(tmp_path, description, keep=1)
-    checkpoints.save(3, saved.trainable, saved.optimizer, wait=True)
+    checkpoints.save(3, *saved[1:], wait=True)
     values = jax.device_get(saved)
     del saved
     for sizes in ((2, 2, 2), (2, 4, 1)):
@@ -149,8 +150,8 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         like = builder.abstract_state(optimizer, tiny.params(MODEL), fresh.trainable, mesh)
         assert jax.tree.map(lambda leaf: leaf.sharding, like) == jax.tree.map(lambda leaf: leaf.sharding, fresh)
         del fresh
-        trainable, optimizer_state = checkpoints.restore(3, like.trainable, like.optimizer)
-        state = training_step.TrainState(jax.device_put(3, like.step.sharding), trainable, optimizer_state)
+        restored = checkpoints.restore(3, *like[1:])
+        state = training_step.TrainState(jax.device_put(3, like.step.sharding), *restored)
         assert live_bytes() == sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
         leaves = (jax.tree.leaves(tree) for tree in (state, like, values._replace(step=3)))
         for restored, shape, value in zip(*leaves, strict=True):
@@ -162,6 +163,56 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
         assert all(leaf.is_deleted() for leaf in given)
     checkpoints.close()
+
+
+@functools.cache
+def optimized(name: str, sizes: tuple[int, int, int]):
+    """The losses and the state of a run with an optimizer of this name, and its compiled step."""
+    config = make_config("finetune", optimizer=name, learning_rate=1e-3 if name == "lion" else 1e-2, weight_decay=0.1)
+    if name == "adafactor":
+        config.adafactor.min_factored = 2
+    mesh = mesh_of(sizes)
+    optimizer, state, frozen = start("finetune", mesh, MODEL, config, ema=True)
+    (batch,) = random_batches(MODEL, 1, rows=16)
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step = builder.jit_step(settings_for(MODEL, batch, mesh=mesh, ema=0.5), optimizer, state)
+    compiled = step.lower(state, frozen, batch).compile()
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = compiled(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, state, compiled
+
+
+@pytest.mark.parametrize(
+    "name,sizes",
+    [("adafactor", (2, 2, 2)), ("lion", (2, 2, 2)), ("muon", (2, 2, 2)), ("muon", (1, 8, 1))],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
+def test_every_optimizer_and_the_average_train_as_on_one_device_sharded_like_the_parameters(name, sizes):
+    losses, state, _ = optimized(name, sizes)
+    expected_losses, expected, _ = optimized(name, (1, 1, 1))
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    assert expected_losses[-1] < 0.99 * expected_losses[0]
+    for ours, theirs in ((state.trainable, expected.trainable), (state.ema, expected.ema)):
+        off = sum(np.sum((np.asarray(ours[n]) - np.asarray(theirs[n])) ** 2) for n in theirs)
+        assert (off / sum(np.sum(np.asarray(value) ** 2) for value in theirs.values())) ** 0.5 < 1e-3
+    moments = jax.tree.leaves_with_path((state.ema, state.optimizer))
+    like = [(leaf, state.trainable[key.key]) for path, leaf in moments for key in path if str(key)[2:-2] in state.ema]
+    of_same_shape = [(leaf, value) for leaf, value in like if leaf.shape == value.shape]
+    assert len(of_same_shape) > len(state.ema)
+    assert all(leaf.sharding == value.sharding for leaf, value in of_same_shape)
+
+
+def test_matrices_are_orthogonalized_without_gathering_them():
+    """Two all-to-alls for each of nine stacks and matrices, more than the model has itself; nothing else is sent."""
+
+    def sent(name: str) -> dict[str, int]:
+        rows = hlo_cost.cost(optimized(name, (1, 8, 1))[2].as_text()).by_kind()
+        return {f"{row['kind']} {row['dtype']}": row["count"] for row in rows}
+
+    lion, muon = sent("lion"), sent("muon")
+    assert muon == lion | {"all-to-all f32": lion["all-to-all f32"] + 2 * 9}
 
 
 def live_bytes() -> int:

@@ -203,21 +203,26 @@ def train(module, groups: list[dict], batches: list[dict[str, np.ndarray]], mode
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, weight_decay=0.0)
     warmup = int(np.ceil(len(batches) * config.warmup_ratio))
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
-    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
     losses = []
     for batch in batches:
-        input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
-        input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
-        pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
-        mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
-        logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
-        labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
+        value = loss(module, batch, model)
+        value.backward()
         if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(value.item())
     return losses
+
+
+def loss(module, batch: dict[str, np.ndarray], model: LlavaConfig) -> torch.Tensor:
+    """The mean loss over the target tokens of a batch with one image a row."""
+    mean, std = torch.tensor(model.image_mean), torch.tensor(model.image_std)
+    input_ids = torch.tensor(batch["tokens"], dtype=torch.long)
+    input_ids[torch.tensor(batch["image_feature_index"]) >= 0] = module.config.image_token_id
+    pixels = ((torch.tensor(batch["images"][:, 0]) / 255 - mean) / std).permute(0, 3, 1, 2)
+    mask = torch.tensor(batch["segment_ids"], dtype=torch.long)
+    logits = module(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits
+    labels = torch.tensor(batch["labels"], dtype=torch.long)[:, 1:]
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)

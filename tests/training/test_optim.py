@@ -1,29 +1,15 @@
-"""Stages, groups and the schedule."""
+"""Stages and groups."""
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
-import torch
-import transformers
 
 from configs import common
 from llava_jax.cli import UserError
 from llava_jax.models.llava import abstract_params
 from llava_jax.training import optim
-
-
-@pytest.mark.parametrize("steps,ratio", [(50, 0.1), (5198, 0.03), (7, 0.0), (1, 0.03)])
-def test_the_schedule_is_that_of_transformers(steps, ratio):
-    ours = optim.learning_rate(2e-5, steps, ratio)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=2e-5)
-    theirs = transformers.get_cosine_schedule_with_warmup(optimizer, int(np.ceil(steps * ratio)), steps)
-    for step in range(steps):
-        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], rtol=1e-4, atol=1e-11)
-        optimizer.step()
-        theirs.step()
 
 
 def test_each_stage_trains_its_parts():
