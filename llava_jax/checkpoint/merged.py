@@ -20,25 +20,34 @@ from llava_jax.models.llava import Params, abstract_params
 def merged(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as a model without adapters, which may be the checkpoint itself. Those that were trained beside
     quantized weights are added to the dequantized ones."""
-    if checkpoint.config.lora is None:
-        return checkpoint
-    checkpoint.check()
-    checkpoint = checkpoint.dequantized()
-    model = dataclasses.replace(checkpoint.config, lora=None)
-    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
-    description = dataclasses.replace(checkpoint.description, model=model)
-    return Merged(**fields | {"description": description}, adapted=checkpoint)
+    plain = checkpoint.dequantized() if checkpoint.config.base_dtype else checkpoint
+    return plain if plain.config.lora is None else _plain(plain, added=True)
+
+
+def without_adapters(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as the plain model to which its adapters would be added."""
+    return _plain(checkpoint.dequantized(), added=False)
+
+
+def _plain(adapted: Checkpoint, added: bool) -> "Merged":
+    adapted.check()
+    fields = {field.name: getattr(adapted, field.name) for field in dataclasses.fields(adapted)}
+    model = dataclasses.replace(adapted.config, lora=None)
+    fields["description"] = dataclasses.replace(adapted.description, model=model)
+    return Merged(**fields, adapted=adapted, added=added)
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged(Checkpoint):
     """Attributes:
     adapted: the checkpoint with its adapters.
+    added: whether these are added to the weights, or left out.
     changes: of each kernel or layer that was read, the sum of squares of what its adapter added, and of what rounding
       to the stored type changed.
     """
 
     adapted: Checkpoint = None
+    added: bool = True
     changes: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -46,7 +55,7 @@ class Merged(Checkpoint):
         """Names of adapted kernels -> names of their adapters' parameters, by part."""
         found: dict[str, dict[str, str]] = {}
         for name in self.adapted.abstract():
-            if match := lora.PARAMETER.fullmatch(name):
+            if self.added and (match := lora.PARAMETER.fullmatch(name)):
                 found.setdefault(f"{match['layer']}.kernel", {})[match["part"]] = name
         return found
 

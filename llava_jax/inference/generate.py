@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sha
 
     Adapters are added to them, so that they cost nothing afterwards.
     """
-    checkpoint, dtype = merged(checkpoint.dequantized()), jnp.dtype(dtype or default_dtype())
+    checkpoint, dtype = merged(checkpoint), jnp.dtype(dtype or default_dtype())
     params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=sharding)
     return build(checkpoint.config, params, dtype)
 
