@@ -50,6 +50,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a complete model, an adapter, a "
         "difference from a base, or a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: the model it was trained from, if it is not complete")
+    add("--unmerged", action="store_true", help="with --llava and --base: keep an adapter beside the weights, to train "
+        "it further, instead of adding it to them")  # fmt: skip
     add("--output", metavar="DIR", required=True, help="the checkpoint to write; must not exist")
     add("--template", metavar="NAME", help="conversation template (default: the one that equals the tokenizer's chat "
         "template, or v1)")  # fmt: skip
