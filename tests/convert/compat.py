@@ -5,6 +5,7 @@ answer, ids and pixels of the processor.
 """
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -102,11 +103,17 @@ def continued(config, params, batch, steps: int) -> list[int]:
     return ids
 
 
+def run_alone(command: list) -> subprocess.CompletedProcess:
+    """Runs a command of another environment, without the modules that tests hide from their children."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=own)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_transformers_computes_the_same(version, exported):
     python = Path(".venv-compat") / version / "bin/python"
     command = [python, Path(__file__).parents[1] / "support" / "compat_load.py", *exported.values()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_alone(command)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, line in zip(exported, done.stdout.splitlines(), strict=True):
         found = json.loads(line)
@@ -139,7 +146,7 @@ def test_peft_computes_the_same(version, adapter_exported):
     pairs = [("hf", "old"), ("base-old", "b-old")] if old else [("hf", "a"), ("base", "b")]
     files = [adapter_exported / name for pair in pairs for name in pair]
     command = [Path(".venv-compat") / version / "bin/python", Path(__file__).parents[1] / "support/compat_adapter.py"]
-    done = subprocess.run([*command, adapter_exported / "question.npz", *files], capture_output=True, text=True)
+    done = run_alone([*command, adapter_exported / "question.npz", *files])
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search("missing|unexpected|were not", done.stderr, re.IGNORECASE), done.stderr[-3000:]
     for line in done.stdout.splitlines():
