@@ -64,6 +64,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
     add("--rows", choices=("source", "tokenizer"), default="source", help="rows of embeddings and head: those of the "
         "source, or one an id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
+    add("--base-dtype", choices=("int8", "nf4"), default="", help="quantize the linear layers of the language "
+        "model, to train adapters on them (docs/quantization.md); by default they are stored as they are")  # fmt: skip
     add("--seed", type=int, default=0, help="of a fresh projector (default: 0)")
     parser.set_defaults(function=lambda args: _import(parser, args))
 

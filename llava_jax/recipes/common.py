@@ -146,7 +146,7 @@ def _declare() -> Section:
     config.compute_dtype = Option("", choices=DTYPES)
     config.frozen_dtype = Option("", choices=DTYPES)
     # The type of frozen weights of the language model: "bfloat16", or "int8" or "nf4" to train adapters on quantized
-    # linear layers (QLoRA, docs/tuning.md); "" is that of a checkpoint that is quantized, or else frozen_dtype.
+    # linear layers (docs/quantization.md); "" is that of a checkpoint that is quantized, or else frozen_dtype.
     config.base_dtype = Option("", choices=("", "bfloat16", "int8", "nf4"))
     # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer, "save_qkv" all but queries,
     # keys and values; "offload" is "full" with what it keeps in the memory of the host.

@@ -1,9 +1,11 @@
 """Every mesh trains the same model, and answers alike. Run by tests/parallel/test_meshes.py with eight fake devices."""
 
+import dataclasses
 import functools
 import gc
 import re
 
+import adapters
 import jax
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from training_runs import make_config, random_batches, settings_for
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
+from llava_jax.inference.adapters import AdapterWeights
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.models.config import TextConfig, VisionConfig
+from llava_jax.models.config import LoraConfig, TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
-from llava_jax.models.llava import module_params
+from llava_jax.models.llava import abstract_params, module_params
+from llava_jax.models.quantized import quantized_params
 from llava_jax.parallel import sharding
 from llava_jax.preflight import hlo_cost
 from llava_jax.training import builder, optim
@@ -44,7 +48,9 @@ def on(mesh, params):
 
 def start(stage: str, mesh, model, config, ema: bool = False):
     """Optimizer, state and frozen parameters on a mesh."""
-    params = tiny.params(model)
+    params = tiny.params(dataclasses.replace(model, base_dtype=""))
+    if model.base_dtype:
+        params = quantized_params(params, abstract_params(model), model.base_dtype)
     names = optim.trained(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS, mesh)
     trainable = on(mesh, {name: params[name] for name in names})
@@ -57,6 +63,7 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
     config = make_config("finetune" if stage == "all" else stage, learning_rate=1e-2, weight_decay=0.1)
     if stage == "all":
         config.trainable = ({"parameters": ""},)
+    config.lora.rank = model.lora.rank if model.lora else 0
     optimizer, state, frozen = start(stage, mesh, model, config)
     (batch,) = random_batches(model, 1, rows=16)
     settings = settings_for(model, batch, mesh=mesh, **changes)
@@ -82,14 +89,19 @@ def one_device(stage: str):
     return train_ten_steps(stage, mesh_of((1, 1, 1)))
 
 
-def assert_agrees(run, reference) -> None:
-    (gradients, losses, weights), (expected_gradients, expected_losses, expected_weights) = run, reference
+def assert_gradients_agree(run, reference) -> None:
+    (gradients, losses, _), (expected_gradients, expected_losses, _) = run, reference
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert expected_losses[-1] < 0.99 * expected_losses[0], "nothing was learned: equal losses would say little"
     assert gradients.keys() == expected_gradients.keys()
     largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
     for name, expected in expected_gradients.items():
         np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-5 * largest, err_msg=name)
+
+
+def assert_agrees(run, reference) -> None:
+    assert_gradients_agree(run, reference)
+    weights, expected_weights = run[2], reference[2]
     off = sum(np.sum((weights[name] - expected) ** 2) for name, expected in expected_weights.items())
     norm = sum(np.sum(expected**2) for expected in expected_weights.values())
     assert (off / norm) ** 0.5 < 1e-5
@@ -163,6 +175,62 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
         state, _ = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
         assert all(leaf.is_deleted() for leaf in given)
     checkpoints.close()
+
+
+QUANTIZED = tiny.config(
+    text=TextConfig(tiny.VOCAB, 256, 512, 2, 8, 4, 32), lora=LoraConfig(4, 8.0, (r"llm\.layers\..*_proj",))
+)
+
+
+@functools.cache
+def quantized_on_one_device(base_dtype: str):
+    return train_ten_steps("finetune", mesh_of((1, 1, 1)), dataclasses.replace(QUANTIZED, base_dtype=base_dtype))
+
+
+@pytest.mark.parametrize("base_dtype,sizes", [("nf4", (2, 4, 1)), ("nf4", (1, 2, 4)), ("int8", (1, 4, 2))], ids=str)
+def test_adapters_of_a_quantized_base(base_dtype, sizes):
+    """The codes are sharded in whole blocks, and gathered as codes."""
+    model, mesh = dataclasses.replace(QUANTIZED, base_dtype=base_dtype), mesh_of(sizes)
+    run, reference = train_ten_steps("finetune", mesh, model, remat="full"), quantized_on_one_device(base_dtype)
+    assert_gradients_agree(run, reference)
+
+    config = make_config("finetune")
+    config.lora.rank = 4
+    _, state, frozen = start("finetune", mesh, model, config)
+    for name, leaf in frozen.items():
+        if name.endswith((".codes", ".absmax")):
+            shard = leaf.addressable_shards[0].data.shape
+            assert np.prod(shard) * sizes[1] * sizes[2] == leaf.size, name
+            assert base_dtype == "int8" or name.endswith("absmax") or shard[-2] % 32 == 0
+    (batch,) = random_batches(model, 1, rows=16)
+    jaxpr = jax.make_jaxpr(training_step.loss_and_gradients, static_argnums=0)(
+        settings_for(model, batch, mesh=mesh, remat="full"), state.trainable, frozen, batch
+    )
+    gathered = re.findall(r"(\w+)\[([\d,]+)\] = all_gather\[", str(jaxpr))
+    kernels = {tuple(map(int, dims.split(","))) for dtype, dims in gathered if dtype in ("u8", "i8")}
+    assert (256 if base_dtype == "int8" else 128, 512) in kernels
+    in_floats = {tuple(map(int, dims.split(","))) for dtype, dims in gathered if dtype.startswith(("f", "bf"))}
+    assert not any(shape[-2:] in ((256, 512), (512, 256), (256, 128)) for shape in in_floats), in_floats
+
+
+def test_kernels_are_quantized_alike_on_every_mesh(tmp_path):
+    """From a plain checkpoint, whose kernels are quantized as they are read, and the other way round."""
+    checkpoint = open_checkpoint(tiny.checkpoint(tmp_path, dataclasses.replace(QUANTIZED, lora=None))).quantized("nf4")
+    expected = jax.device_get(checkpoint.load())
+    back = jax.device_get(checkpoint.dequantized().load())
+    shapes = abstract_params(checkpoint.config) | checkpoint.dequantized().abstract()
+    mesh = mesh_of((1, 4, 2))
+
+    def place(name):
+        return sharding.param_sharding(mesh, name, shapes[name].shape)
+
+    found = checkpoint.load(sharding=place)
+    for name, value in expected.items():
+        assert found[name].sharding == place(name), name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    for name, value in checkpoint.dequantized().load(sharding=place).items():
+        assert value.sharding == place(name), name
+        np.testing.assert_allclose(value, back[name], rtol=2.0**-22, atol=1e-8, err_msg=name)
 
 
 @functools.cache
@@ -247,10 +315,15 @@ def test_no_policy_keeps_gathered_weights():
 
 def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[int]]:
     """Texts and log probabilities of a few answers given at the same time, and in how many parts layers lie."""
-    engine = Engine.from_checkpoint(checkpoint, slots=2, kept=0, context=256, mesh=mesh, quantize=quantize)
+    options = {"slots": 2, "kept": 0, "context": 256, "adapters": 2, "adapter_rank": 4}
+    engine = Engine.from_checkpoint(checkpoint, mesh=mesh, quantize=quantize, **options)
+    lora = adapters.lora(3, dora=True)
+    weights = AdapterWeights(lora, adapters.adapter(MODEL, lora, projector=True))
+    chosen = [engine.base, engine.adapters.load("dora", weights)]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
-    answers = [engine.submit(request, Sampling(max_new_tokens=10, logprobs=0)) for request in requests]
+    prompts = [engine.prepare(request, adapter) for adapter in chosen for request in requests]
+    answers = [engine.submit(prompt, Sampling(max_new_tokens=10, logprobs=0)) for prompt in prompts]
     pieces = [piece for answer in answers for piece in answer]
     engine.close()
     params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))

@@ -18,6 +18,7 @@ from training_runs import (
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.convert.copy import copy
 from llava_jax.models.config import LoraConfig, TextConfig
 from llava_jax.models.llava import abstract_params
 from llava_jax.training import loop
@@ -48,6 +49,10 @@ def test_a_run_learns_and_resumes_bit_exactly(base_dtype, world, tmp_path):
     assert checkpoint.config.base_dtype == base_dtype
     trained = set(checkpoint.stored)
     assert trained and all(".lora." in name or name.startswith("projector.") for name in trained)
+    copy(tmp_path / "whole", tmp_path / "copy")
+    copied = open_checkpoint(tmp_path / "copy")
+    for name, value in final(tmp_path / "whole").items():
+        np.testing.assert_array_equal(copied.load((name,))[name], value, err_msg=name)
     # Dequantized, as a whole or layer by layer, the base is the one that the adapters were trained on.
     params, plain = final(tmp_path / "whole"), checkpoint.dequantized()
     source = open_checkpoint(world["init"])
