@@ -78,8 +78,11 @@ def without_peft(tensors: Tensors) -> Tensors:
     }
 
 
-def open_adapter(directory: Path) -> Adapter:
-    """Raises UserError for an adapter of another kind, and for one that is damaged."""
+def open_adapter(directory: Path, without_layers: bool = False) -> Adapter:
+    """Raises UserError for an adapter of another kind, and for one that is damaged.
+
+    With `without_layers` it has only what replaces tensors of the base.
+    """
     where, settings = str(directory / SETTINGS), read_object(directory / SETTINGS)
     _require_supported(settings, where)
     layers: dict[str, Tensors] = {}
@@ -103,7 +106,7 @@ def open_adapter(directory: Path) -> Adapter:
                 "copy the adapter again"
             )
     besides = without_peft(open_files([directory / BESIDES])) if (directory / BESIDES).exists() else {}
-    return Adapter(directory, settings, layers, others, besides)
+    return Adapter(directory, settings, {} if without_layers else layers, others, besides)
 
 
 # ------------------------------------------------------------------------------------------------ merged into the base
@@ -175,6 +178,8 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     held: dict[Place, StoredTensor] = {}
     for name, tensor in (adapter.others | adapter.besides).items():
         place = place_of(name, ADAPTED)
+        if config.projector_type == "linear" and _is_identity(place, tensor):
+            continue
         if place not in places:
             raise UserError(f"{adapter.where}: {name} is neither a LoRA matrix of a linear layer, nor in the model")
         if place in held:
@@ -207,6 +212,14 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
 
 def _zeros(like: StoredTensor) -> StoredTensor:
     return like._replace(read=lambda: np.zeros(like.shape, NUMBERS[like.dtype]))
+
+
+def _is_identity(place: Place | None, tensor: StoredTensor) -> bool:
+    """Whether this is of the second layer that transformers has in a linear projector."""
+    if place not in (("projector", "linear_2.weight"), ("projector", "linear_2.bias")):
+        return False
+    values = tensor.read()
+    return np.array_equal(values, np.eye(len(values)) if values.ndim == 2 else np.zeros(len(values)))
 
 
 def _is_linear(entry: Entry) -> bool:

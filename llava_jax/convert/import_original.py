@@ -64,7 +64,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     settings = read_object(directory / "config.json")
     one_of(settings, "model_type", _model_types(), where)
     require(settings, _FIXED, where)
-    model, trained = _decoder(directory, settings, base)
+    model, trained = _decoder(directory, settings, base, options.unmerged)
     text_json = _text_json(model.config)
     text = read_text(text_json, model.where)
     tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
@@ -105,11 +105,11 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     return Found(config, sources, hf, model.write_tokenizer, trained)
 
 
-def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[LanguageModel, bool]:
+def _decoder(directory: Path, settings: Json, base: Path | None, unmerged: bool) -> tuple[LanguageModel, bool]:
     """The decoder with the projector and, if its files have one, the tower; and whether it was trained as a LLaVA."""
     if is_adapter(directory):
         model = _base(base, directory, "an adapter", base_name(directory))
-        tensors = with_adapter(model.tensors, open_adapter(directory))
+        tensors = with_adapter(model.tensors, open_adapter(directory, unmerged))
         return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
     if has_weights(directory):
         return _complete(directory, settings, base), True

@@ -22,7 +22,7 @@ from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
-from llava_jax.convert.adapter import is_adapter
+from llava_jax.convert.adapter import is_adapter, open_adapter, unmerged
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.hf_tokenizer import choose_special_tokens
 from llava_jax.convert.hub import Located, locate
@@ -119,6 +119,20 @@ def open_llava(source: str) -> ImportedModel:
 
 
 def _find(places: dict[str, Located], options: Options) -> Found:
+    found, path = _find_merged(places, options), places["llava"].path
+    if not options.unmerged:
+        return found
+    if not is_adapter(path):
+        raise UserError(f"{path}: no adapter of PEFT: leave --unmerged out")
+    lora, tensors = unmerged(open_adapter(path), found.config)
+    sources = {
+        part: source.replaced({place: tensor for place, tensor in tensors.items() if place[0] == part})
+        for part, source in found.sources.items()
+    }
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, lora=lora), sources=sources)
+
+
+def _find_merged(places: dict[str, Located], options: Options) -> Found:
     path, base, vision = places["llava"].path, _path(places, "base"), _path(places, "vision")
     adapter = is_adapter(path)
     # An adapter of a LLaVA of transformers usually comes without the model's config.json.

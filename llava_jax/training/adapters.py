@@ -28,12 +28,26 @@ def adapted(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
         values = config.lora.to_dict() | {"targets": tuple(config.lora.targets)}
         wanted = LoraConfig(**values | {"alpha": config.lora.alpha or 2.0 * config.lora.rank})
         check_targets(model, wanted)
-    if model.lora is not None and dataclasses.replace(model.lora, dropout=config.lora.dropout) != wanted:
+    adapted = dataclasses.replace(model, lora=wanted)
+    if model.lora is not None and not (wanted and _alike(model, adapted)):
         raise UserError(
-            f"config.init has adapters, {model.lora}, and config.lora says {wanted}: give config.lora the same values "
-            "to train these on, or merge them first: python -m llava_jax.convert merge"
+            f"config.init has adapters: to train these on, give {_flags(model.lora)}; or merge them first: "
+            "python -m llava_jax.convert merge"
         )
-    return dataclasses.replace(model, lora=wanted)
+    return adapted
+
+
+def _alike(one: LlavaConfig, other: LlavaConfig) -> bool:
+    """Whether the same layers have the same adapters, whatever the patterns and the dropout."""
+    free = {"targets": (), "dropout": 0.0}
+    same = dataclasses.replace(one.lora, **free) == dataclasses.replace(other.lora, **free)
+    return same and abstract_params(one).keys() == abstract_params(other).keys()
+
+
+def _flags(lora: LoraConfig) -> str:
+    given = {"rank": lora.rank, "alpha": lora.alpha, "targets": f'"{lora.targets}"'}
+    given |= {name: True for name in ("rslora", "dora") if getattr(lora, name)}
+    return " ".join(f"--config.lora.{name}={value}" for name, value in given.items())
 
 
 def check_targets(model: LlavaConfig, lora: LoraConfig) -> None:
