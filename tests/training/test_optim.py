@@ -59,8 +59,9 @@ def test_a_table_sets_rates_and_decay_of_its_groups_and_reports_them():
     )
     config = table(*entries, warmup_ratio=0.0)
     params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
-    params = {name: params[name] for name in optim.trained(params, config)}
-    optimizer = optim.make_optimizer(config, optim.trained(params, config), 10)
+    chosen = optim.trained(params, config)
+    params = {name: params[name] for name in chosen}
+    optimizer = optim.make_optimizer(config, chosen, 10)
     gradients = {name: jnp.zeros_like(value) for name, value in params.items()}
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     for name, update in updates.items():
@@ -88,8 +89,8 @@ def make(stage="finetune", **changes):
     config.warmup_ratio = 0.0
     config.update(changes)
     params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
-    params = {name: params[name] for name in optim.trained(params, config)}
-    return optim.make_optimizer(config, optim.trained(params, config), 10), params
+    chosen = optim.trained(params, config)
+    return optim.make_optimizer(config, chosen, 10), {name: params[name] for name in chosen}
 
 
 def test_groups_have_their_learning_rates_and_only_matrices_decay():
