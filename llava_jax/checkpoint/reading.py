@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,37 @@ from llava_jax.checkpoint.format import (
 )
 from llava_jax.cli import UserError, short
 from llava_jax.files.reading import read_object
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, check_names
 from llava_jax.remote import is_remote, may_read
 
 MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
+
+
+class Held(NamedTuple):
+    """Rows of a parameter in one of the checkpoints that hold it: all, or some layers of a stack (`models.pieces`)."""
+
+    start: int
+    stop: int
+    holder: "Checkpoint"
+    stored: str  # the name there
+    offset: int  # the row `start` of the parameter is this row of the stored array
+
+    @property
+    def leaf(self) -> jax.ShapeDtypeStruct:
+        """Their shape and stored type."""
+        stored = self.holder.stored[self.stored]
+        return jax.ShapeDtypeStruct((self.stop - self.start, *stored.shape[1:]), stored.dtype)
+
+    def within(self, start: int, stop: int) -> "Held":
+        """Those of them that are rows `start` to `stop`, maybe none, of the parameter."""
+        first, last = max(start, self.start), min(stop, self.stop)
+        return self._replace(start=first, stop=max(first, last), offset=self.offset + first - self.start)
+
+    def open(self) -> ts.TensorStore:
+        array = open_array(self.holder.weights / (self.holder.name or TREE), self.stored)
+        return array[self.offset : self.offset + self.stop - self.start][ts.d[0].translate_to[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +130,43 @@ class Checkpoint:
             f"--source {source.path}"
         )
 
+    @functools.cached_property
+    def held(self) -> dict[str, list[Held]]:
+        """Where the rows of each parameter are, in order."""
+        found: dict[str, list[Held]] = {}
+        for holder, names in self.holders:
+            for name in names:
+                found.setdefault(pieces.whole(name), []).append(holder.own(name))
+        for name, parts in found.items():
+            parts.sort(key=lambda part: part.start)
+            if [part.start for part in parts] != [0, *(part.stop for part in parts[:-1])]:
+                raise damaged(self.weights, f"it has not every layer of {name} once")
+        return found
+
+    def own(self, name: str) -> Held:
+        """A parameter or a piece, in the array of this checkpoint, without its sources, that has it."""
+        for stored, leaf in {name: self.stored[name]}.items() if name in self.stored else self.stored.items():
+            if pieces.whole(stored) == pieces.whole(name):
+                first, last = pieces.rows(stored, leaf)
+                start, stop = pieces.rows(name, leaf)
+                if first <= start < stop <= last:
+                    return Held(start, stop, self, stored, start - first)
+        raise damaged(self.weights, f"it lacks {name}")
+
+    @functools.cached_property
+    def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = {}
+        for name, parts in self.held.items():
+            dtype = jnp.result_type(*(part.leaf.dtype for part in parts))
+            shapes[name] = jax.ShapeDtypeStruct((parts[-1].stop, *parts[0].leaf.shape[1:]), dtype)
+        return shapes
+
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and stored types of all parameters, those of the sources included."""
-        return {name: holder.stored[name] for holder, names in self.holders for name in names}
+        """Names, shapes and stored types of all parameters, those of the sources included.
+
+        The type of a stack whose layers are in several checkpoints is one that holds the types of all.
+        """
+        return dict(self._abstract)
 
     def check(self) -> None:
         """Raises UserError unless names and shapes are those of the model, and the files are large enough for them."""
@@ -117,24 +177,37 @@ class Checkpoint:
         except ValueError as error:
             raise UserError(f"{self.weights}: does not hold this model: {error}") from None
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter in its stored type, or one layer of a stacked one."""
-        holder = self._holder_of(name)
-        with readable(holder.weights):
-            return holder._array(name, layer).read().result()
+    def rows(self, name: str, layer: int | None = None) -> list[Held]:
+        """Where a parameter, a piece, or one layer of either is stored."""
+        start, stop = pieces.rows(name, self._abstract[pieces.whole(name)])
+        if layer is not None:
+            start, stop = start + layer, start + layer + 1
+        parts = (part.within(start, stop) for part in self.held[pieces.whole(name)])
+        return [part for part in parts if part.start < part.stop]
+
+    def read(self, name: str, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A parameter or a piece in its stored type, or one layer of it; only `index` of the axes after the first."""
+        values = []
+        for part in self.rows(name, layer):
+            with readable(part.holder.weights):
+                values.append(part.open()[(slice(None), *index)].read().result())
+        value = values[0] if len(values) == 1 else np.concatenate(values)
+        value = value.astype(self._abstract[pieces.whole(name)].dtype, copy=False)
+        return value if layer is None else value[0]
 
     def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The same in chunks, as (index, values)."""
-        holder = self._holder_of(name)
-        with readable(holder.weights):
-            yield from read_chunks(holder._array(name, layer))
-
-    def _holder_of(self, name: str) -> "Checkpoint":
-        return next(holder for holder, names in self.holders if name in names)
-
-    def _array(self, name: str, layer: int | None) -> ts.TensorStore:
-        array = open_array(self.weights / (self.name or TREE), name)
-        return array if layer is None else array[layer]
+        parts, dtype = self.rows(name, layer), self._abstract[pieces.whole(name)].dtype
+        for part in parts:
+            with readable(part.holder.weights):
+                for (rows, *rest), values in read_chunks(part.open()):
+                    values = values.astype(dtype, copy=False)
+                    if layer is not None:
+                        yield tuple(rest), values[0]
+                        continue
+                    first, last, _ = rows.indices(part.stop - part.start)
+                    offset = part.start - parts[0].start
+                    yield (slice(first + offset, last + offset), *rest), values
 
     def load(
         self,
@@ -142,24 +215,26 @@ class Checkpoint:
         dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
         sharding: Callable[[str], jax.sharding.Sharding] | None = None,
     ) -> Params:
-        """Reads the named parameters (all by default), each in `dtype(name, stored type)`.
+        """Reads the named parameters or pieces (all by default), each in `dtype(name, stored type)`.
 
         Each is sharded by `sharding(name)` while it is read, or put on the first device.
         """
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self.check()
-        shapes = abstract_params(self.config)
-        wanted = set(shapes if names is None else names)
+        wanted: dict[str, jax.ShapeDtypeStruct] = {}
+        for name in abstract_params(self.config) if names is None else names:
+            leaf, target = self._abstract[pieces.whole(name)], sharding(name) if sharding else single
+            start, stop = pieces.rows(name, leaf)
+            shape = (stop - start, *leaf.shape[1:])
+            wanted[name] = jax.ShapeDtypeStruct(shape, dtype(name, leaf.dtype), sharding=target)
         params: Params = {}
-        for holder, held in self.holders:
-            here = wanted.intersection(held)
+        for holder, _ in self.holders:
             tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
-            for name in here:
-                leaf, target = holder.stored[name], sharding(name) if sharding else single
-                tree[name] = jax.ShapeDtypeStruct(leaf.shape, dtype(name, leaf.dtype), sharding=target)
+            here = {name for name in wanted.keys() & tree if self.rows(name) == [holder.own(name)]}
             if here:
-                params |= {name: value for name, value in holder._read(tree).items() if name in here}
-        return {name: params[name] for name in shapes if name in wanted}
+                loaded = holder._read(tree | {name: wanted[name] for name in here})
+                params |= {name: loaded[name] for name in here}
+        return {name: params[name] if name in params else self._read_rows(name, leaf) for name, leaf in wanted.items()}
 
     def _read(self, tree: dict[str, Any]) -> Params:
         with readable(self.weights):
@@ -167,12 +242,20 @@ class Checkpoint:
                 return ocp.load(self.weights, tree)
             return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
 
+    def _read_rows(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """A parameter that no checkpoint stores as it is: some layers of a stack, or layers of several checkpoints."""
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            return self.read(name, index=index[1:])[index[0]].astype(like.dtype)
+
+        return jax.make_array_from_callback(like.shape, like.sharding, shard)
+
     def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
         """The sources with which a checkpoint in `directory` refers to these parameters: those that hold them."""
-        wanted = set(names)
+        held = [(part, self._name_of(name, part)) for name in names for part in self.rows(name)]
         sources = []
-        for holder, held in self.holders:
-            here = tuple(sorted(wanted.intersection(held)))
+        for holder, _ in self.holders:
+            here = tuple(sorted(name for part, name in held if part.holder is holder))
             if not here:
                 continue
             path = holder.root if holder.step is None else holder.weights
@@ -182,6 +265,12 @@ class Checkpoint:
             relative = os.path.relpath(address, os.path.abspath(directory)) if local else address
             sources.append(Source(address, relative, holder.description.id, here))
         return tuple(sources)
+
+    def _name_of(self, name: str, part: Held) -> str:
+        """The name of the rows `part` of a parameter."""
+        whole = pieces.whole(name)
+        everything = (part.start, part.stop) == (0, *self._abstract[whole].shape[:1])
+        return whole if everything else pieces.piece(whole, part.start, part.stop)
 
 
 def _refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:

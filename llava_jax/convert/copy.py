@@ -8,7 +8,9 @@ resumes without the other checkpoint.
 import dataclasses
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+
+import jax
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
@@ -38,19 +40,18 @@ def copy_frozen(path: str | os.PathLike) -> list[str]:
     with hold(checkpoint.root / FROZEN):
         for (holder, names), source in zip(checkpoint.holders[1:], checkpoint.description.sources, strict=True):
             if not has_copy(checkpoint.root, source):
-                shapes = {name: holder.stored[name] for name in names}
+                shapes = {name: holder.own(name).leaf for name in names}
                 description = dataclasses.replace(holder.description, sources=())
-                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, names), description)
+                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, shapes), description)
                 copied.append(source.path)
     return copied
 
 
-def _slices(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Slice]:
-    shapes = checkpoint.abstract()
+def _slices(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Slice]:
     places = [
         (name, layer)
-        for name in names
-        for layer in (range(shapes[name].shape[0]) if is_layered(name, len(shapes[name].shape)) else (None,))
+        for name, leaf in shapes.items()
+        for layer in (range(leaf.shape[0]) if is_layered(name, len(leaf.shape)) else (None,))
     ]
     for name, layer in track(places, "copying"):
         yield name, layer, checkpoint.read(name, layer)

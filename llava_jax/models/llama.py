@@ -56,7 +56,7 @@ class Llama(nnx.Module):
             return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)
 
         with jax.named_scope("llama_layers"):
-            return self.norm(execution.scan_layers(step, x_BTD, self.layers))
+            return self.norm(execution.scan_layers(step, x_BTD, self.layers, self.config.num_layers))
 
     def extend(
         self,

@@ -6,12 +6,15 @@ also inside `jax.jit`.
 """
 
 import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models import lora
+from llava_jax.models import lora, pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.layers import broadcast_last, unstack_layers
@@ -137,17 +140,52 @@ def module_params(module: nnx.Module) -> Params:
 def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
     """The model with these parameters, computing in `dtype`.
 
+    Args:
+      params: by name; stacks may be split, see `models.pieces`.
+
     Raises ValueError that lists all missing, unexpected and misshapen parameters.
     """
+    params = pieces.joined(params)
     check_names(params, _abstract(config, jnp.dtype(dtype).name)[1])
     return build_from_shards(config, params, dtype)
 
 
 def build_from_shards(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
-    """The same from the shards of parameters that a device has, without a check of their shapes."""
+    """The same from the shards of parameters that a device has, without a check of their shapes.
+
+    Of a stack that is split, `layers` is a `Pieces`.
+    """
     graphdef, shapes = _abstract(config, jnp.dtype(dtype).name)
-    state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
-    return nnx.merge(graphdef, state)
+
+    def merge(params: Params) -> Llava:
+        state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
+        return nnx.merge(graphdef, state)
+
+    split = pieces.by_stack(params)
+    whole = functools.reduce(operator.or_, (parts[0] for parts in split.values()), params)
+    model = merge(whole)
+    for stack, parts in split.items():
+        owner, layers = stack.split(".")
+        of_parts = [getattr(getattr(merge(whole | part), owner), layers) for part in parts]
+        setattr(getattr(model, owner), layers, pieces.Pieces(of_parts))
+    return model
+
+
+def used_params(config: LlavaConfig, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the parameters of these shapes the model's output depends on, and what may therefore be trained.
+
+    Layers of the tower after the one whose features are used, and its last norm, are stored for exports only. An
+    adapter's are trained with the rest of it, since nothing else stores them.
+    """
+    unused, layers = TOWERS[config.vision.kind].unused, config.vision_layers_used
+    parts = pieces.split(shapes, {"vision.layers": [layers]})
+
+    def is_used(name: str) -> bool:
+        if pieces.stack_of(name) == "vision.layers" and ".lora." not in name:
+            return pieces.rows(name, parts[name])[0] < layers
+        return not name.startswith(unused)
+
+    return {name: leaf for name, leaf in parts.items() if is_used(name)}
 
 
 def check_names(params: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -165,7 +165,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def logical_axes(name: str) -> tuple[str | None, ...]:
-    """The last logical axes of a parameter. The matrices of an adapter are sharded as the kernel that they adapt."""
+    """The last logical axes of a parameter. The matrices of an adapter are sharded as the kernel that they adapt, some
+    layers of a stack (`models.pieces`) as all of them."""
+    name = re.sub(r"\.\d+:\d+\.", ".", name)
     kernel = re.sub(r"\.lora\.[ab]$", ".kernel", name)
     axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), ())
     if name != kernel and axes:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from llava_jax.models import pieces
 from llava_jax.parallel import sharding
 from llava_jax.preflight import hlo_cost
 from llava_jax.preflight.compile import Compiled, Program
+from llava_jax.training.flops import first_trained_layers
 
 # Custom calls that compute attention: their FLOPs are not in the HLO.
 ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
@@ -33,11 +35,7 @@ def ideal_wire(program: Program) -> float | None:
         return None
     state, frozen, _ = program.training.arguments
     looked_up = program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
-    backward = tuple(
-        prefix
-        for part, prefix in (("vision", "vision.layers."), ("llm", "llm.layers."))
-        if program.training.flops[part].activations
-    )
+    first = first_trained_layers(program.settings.model, state.trainable)
     total = 0.0
     for name, leaf in (state.trainable | frozen).items():
         trains, size = name in state.trainable, math.prod(leaf.shape)
@@ -45,7 +43,8 @@ def ideal_wire(program: Program) -> float | None:
             total += trains * 2 * (n * copies - 1) / (n * copies) * size
             continue
         table = name.endswith("embed_tokens.embedding")
-        passes = (2 if name.startswith(backward) else 1) + trains
+        stack = pieces.stack_of(name)
+        passes = (2 if stack and pieces.rows(name, leaf)[0] >= first[stack] else 1) + trains
         total += passes * accumulation * (min(size, looked_up) if table else size) * (n - 1) / n
         total += trains * 2 * (copies - 1) / copies * size / n
     return total * program.settings.dtype.itemsize

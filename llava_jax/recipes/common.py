@@ -89,17 +89,22 @@ def _declare() -> Section:
     config.epochs = Option(1.0, minimum=0)  # fractions are rounded up to whole steps
     config.steps = Option(0, minimum=0)  # overrides epochs unless 0
     config.learning_rate = Option(2e-5, minimum=0)
-    config.projector_learning_rate = Option(0.0, minimum=0)  # 0 means learning_rate
+    # Of the groups "projector" and "vision"; 0 means learning_rate.
+    config.projector_learning_rate = Option(0.0, minimum=0)
+    config.vision_learning_rate = Option(0.0, minimum=0)
     config.warmup_ratio = Option(0.03, minimum=0, maximum=1)  # of all steps, linear; then a cosine to 0
     config.weight_decay = Option(0.0, minimum=0)  # of matrices; never of biases and norms
     config.beta1 = Option(0.9, minimum=0, below=1)
     config.beta2 = Option(0.999, minimum=0, below=1)
     config.epsilon = Option(1e-8, minimum=0)
     config.clip_norm = Option(0.0, minimum=0)  # of the gradient of all trained parameters; 0 is off
-    # What is trained, instead of what `stage` trains: patterns of parameter names (regular expressions that match the
-    # beginning of a name), each with a learning rate and a weight decay; by default those above. If several patterns
-    # match a name, the first one counts; a parameter that no pattern matches is frozen. For example, norms and the
-    # vision tower: ({"parameters": r"llm\..*norm"}, {"parameters": r"vision\.", "learning_rate": 2e-6}).
+    # What is trained, instead of what `stage` trains: pairs of a pattern (a regular expression that matches the
+    # beginning of a parameter's name) and either options or the name of a group, which has the learning rate that the
+    # stages give it: "projector", "vision", "llm" or "lora". Options are `learning_rate` and `weight_decay`, by default
+    # those above; `layers`, those of a stack that are trained ("16:", ":8", "-4:"); `layer_decay`, by which the rate of
+    # each layer is smaller than that of the next. The first pattern that matches counts; a parameter that none matches
+    # is frozen. For example, norms, and the tower from layer 12 on (docs/tuning.md):
+    # ((r"llm\..*norm", "llm"), (r"vision\.", {"learning_rate": 2e-6, "layers": "12:"})).
     config.trainable = ()
 
     # Low-rank adapters (LoRA) of linear layers, which are trained instead of these layers' weights (docs/tuning.md).

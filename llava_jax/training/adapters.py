@@ -11,6 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.layers import Linear
 from llava_jax.models.llava import Llava, Params, abstract_params, build_from_shards, module_params
@@ -68,11 +69,13 @@ def fresh(model: LlavaConfig, like: Mapping[str, jax.ShapeDtypeStruct], key: jax
 
     def draw(key: jax.Array) -> Params:
         new = module_params(Llava(model, rngs=nnx.Rngs(params=key)))
-        return {name: new[name] for name in drawn}
+        return {name: pieces.take(new, name) for name in drawn}
 
     def measure(params: Params) -> Params:
-        layers = dict(linears(build_from_shards(model, params)))
-        return {name: _column_norms(layers[PARAMETER.fullmatch(name)["layer"]]) for name in measured}
+        layers = dict(linears(build_from_shards(model, pieces.joined(params))))
+        wholes = {pieces.whole(name) for name in measured}
+        norms = {name: _column_norms(layers[PARAMETER.fullmatch(name)["layer"]]) for name in wholes}
+        return {name: pieces.take(norms, name) for name in measured}
 
     adapters = jax.jit(draw, out_shardings=drawn)(key)
     if not measured:

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.data.pipeline import PADDING
 from llava_jax.data.plan import Layout
+from llava_jax.models import pieces
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.llava import Params, abstract_params, used_params
 from llava_jax.parallel import sharding
 from llava_jax.training import flops, optim
 from llava_jax.training.step import StepSettings, TrainState, eval_step, train_step
@@ -38,6 +39,7 @@ class TrainingProgram:
     state: TrainState
     frozen: Shapes
     batch: Shapes
+    groups: dict[str, optim.Group]  # of the trained parameters, see `optim.trained`
 
     @property
     def arguments(self) -> tuple[TrainState, Shapes, Shapes]:
@@ -66,6 +68,7 @@ def build(
     mesh: Mesh,
     steps: int,
     stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    trains_unused: bool = False,
 ) -> TrainingProgram:
     """The program of a run.
 
@@ -76,20 +79,23 @@ def build(
       mesh: the devices to run on or, for ahead-of-time compilation, those of a topology.
       steps: the length of the learning rate schedule.
       stored: shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
+      trains_unused: whether parameters that no feature depends on may be trained, as earlier versions did.
 
     Raises UserError if the configuration doesn't fit the mesh or the batches.
     """
     stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = list(optim.trained(stored, config))
-    optimizer = optim.make_optimizer(config, names, steps)
-    state = abstract_state(optimizer, stored, names, mesh)
+    groups = optim.trained(stored if trains_unused else used_params(model, stored), config)
+    stored = pieces.split(stored, pieces.cuts(groups))
+    optimizer = optim.make_optimizer(config, groups, steps, optim.layer_scales(groups, model))
+    state = abstract_state(optimizer, stored, groups, mesh)
     frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored
     dtypes = {
         name: jnp.dtype(frozen_dtype or leaf.dtype) for name, leaf in stored.items() if name not in state.trainable
     }
-    return TrainingProgram(settings, optimizer, state, abstract_placed(dtypes, stored, mesh), abstract_batch(settings))
+    frozen, batch = abstract_placed(dtypes, stored, mesh), abstract_batch(settings)
+    return TrainingProgram(settings, optimizer, state, frozen, batch, groups)
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -129,7 +135,8 @@ def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: 
 
 
 def _trains_tower(config: ConfigDict, model: LlavaConfig) -> bool:
-    return any(name.startswith("vision.") for name in optim.trained(abstract_params(model), config))
+    groups = optim.trained(used_params(model, abstract_params(model)), config)
+    return any(name.startswith("vision.") for name in groups)
 
 
 def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:

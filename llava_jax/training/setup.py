@@ -18,7 +18,8 @@ from llava_jax.cli import UserError
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Order
 from llava_jax.evaluate.in_training import Evaluation
-from llava_jax.models.llava import Params
+from llava_jax.models import pieces
+from llava_jax.models.llava import Params, used_params
 from llava_jax.parallel import distributed, sharding
 from llava_jax.training import adapters, builder
 from llava_jax.training.builder import TrainingProgram
@@ -76,7 +77,9 @@ def set_up(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> 
     benchmark = None
     if config.evaluate.benchmark:
         benchmark = Evaluation(config, start.model, data.encoded.encode.tokenizer, start.template)
-    program = builder.build(config, start.model, data.layout, mesh, data.steps, start.source.abstract())
+    stored = start.source.abstract()
+    old = start.resumed and not start.source.stored.keys() <= used_params(start.model, stored).keys()
+    program = builder.build(config, start.model, data.layout, mesh, data.steps, stored, trains_unused=old)
     description = _claim_workdir(config, workdir, start, data, program.frozen)
     return Run(config, workdir, start, data, benchmark, program, description)
 
@@ -141,8 +144,8 @@ def _first_parameters(run: Run, frozen: Params) -> Params:
     """The trained parameters of step 0: those of the checkpoint, and adapters that it does not have."""
     source, like = run.start.source, run.program.state.trainable
     held = source.abstract()
-    loaded = _load_parameters(source, {name: leaf for name, leaf in like.items() if name in held})
-    new = {name: leaf for name, leaf in like.items() if name not in held}
+    new = {name: leaf for name, leaf in like.items() if pieces.whole(name) not in held}
+    loaded = _load_parameters(source, {name: leaf for name, leaf in like.items() if name not in new})
     if new:
         loaded |= adapters.fresh(run.start.model, new, jax.random.key(run.config.seed), frozen | loaded)
     return {name: loaded[name] for name in like}

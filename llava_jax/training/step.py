@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.data.pipeline import Batch
 from llava_jax.data.plan import Layout
 from llava_jax.data.tokenization import IGNORE_INDEX
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import Execution
 from llava_jax.models.llava import Params, abstract_params, build_from_shards
@@ -56,7 +57,11 @@ class StepSettings:
 
     def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
         """The same for `jax.shard_map`, without `tensor`, over which the compiler shards."""
-        return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
+        return {name: P(*(axis if axis != "tensor" else None for axis in self.spec(name))) for name in names}
+
+    def spec(self, name: str) -> P:
+        """The mesh axes that shard a parameter or a piece of it."""
+        return self.param_specs[pieces.whole(name)]
 
     @property
     def execution(self) -> Execution:
@@ -115,7 +120,7 @@ def _loss_and_gradients(
     # the accumulator, to which the backward pass of `gather_weight` gives the gradient of the weight. So the gradients
     # of all layers take half the memory and lose no bit; the zeros are never read, and the compiler drops them.
     fsdp = settings.execution.fsdp
-    gathered = {name for name in trainable if fsdp and fsdp.gathers(name)}
+    gathered = {name for name in trainable if fsdp and fsdp.gathers(pieces.whole(name))}
     variables = {n: jnp.zeros_like(w, settings.dtype) if n in gathered else w for n, w in trainable.items()}
 
     def mean_loss(variables: Params, batch: Batch) -> jax.Array:
@@ -136,7 +141,7 @@ def _loss_and_gradients(
 
     # So far a gradient is summed over the rows of one device or, if the weight was gathered, over those along `fsdp`.
     def unsummed_axes(name: str) -> Iterable[str]:
-        return ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES
+        return ["data"] if sharding.FSDP_RINGS in settings.spec(name) else sharding.BATCH_AXES
 
     summed = {name: sharding.sum_over(unsummed_axes(name), gradient) for name, gradient in gradients.items()}
     return sharding.sum_over(sharding.BATCH_AXES, loss), summed

@@ -109,7 +109,7 @@ def test_every_default_is_allowed():
             "config.trainable[0] has learning_rate -0.001: it has to be 0 or",
         ),
         ({"parameters": "llm", "weight_decay": "x"}, "has weight_decay 'x'"),
-        ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'parameters', 'learning_rate', 'weight_decay'"),
+        ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'learning_rate', 'weight_decay', 'layers'"),
     ],
 )
 def test_a_table_of_what_is_trained_is_checked(entry, message):

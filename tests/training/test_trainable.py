@@ -37,7 +37,7 @@ def test_a_trained_tower_has_the_losses_of_torch(remat):
     chosen = optim.trained(params, config)
     trainable = {name: jnp.array(params[name]) for name in chosen}
     frozen = {name: jnp.asarray(value) for name, value in params.items() if name not in chosen}
-    optimizer = optim.make_optimizer(config, trainable, steps)
+    optimizer = optim.make_optimizer(config, chosen, steps)
     state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
     settings = settings_for(model, batches[0], remat=remat)
     step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
