@@ -78,7 +78,8 @@ def set_up(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> 
     if config.evaluate.benchmark:
         benchmark = Evaluation(config, start.model, data.encoded.encode.tokenizer, start.template)
     stored = start.source.abstract()
-    old = start.resumed and not start.source.stored.keys() <= used_params(start.model, stored).keys()
+    partly_used = stored.keys() - used_params(start.model, stored).keys()  # earlier versions trained them whole
+    old = start.resumed and not partly_used.isdisjoint(start.source.stored)
     program = builder.build(config, start.model, data.layout, mesh, data.steps, stored, trains_unused=old)
     description = _claim_workdir(config, workdir, start, data, program.frozen)
     return Run(config, workdir, start, data, benchmark, program, description)

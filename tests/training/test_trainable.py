@@ -16,7 +16,9 @@ from training_runs import (
     stop_at,
 )
 
+from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.convert.copy import copy, copy_frozen
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, loop, optim
 from llava_jax.training import step as training_step
@@ -82,3 +84,25 @@ def test_a_pattern_of_no_parameter_ends_a_run_before_its_workdir(world, tmp_path
     with pytest.raises(UserError, match="the pattern lm_head trains nothing: it matches no parameter"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_that_trains_some_layers_resumes_and_opens_whole(world, tmp_path):
+    """Its steps hold the trained layers; the others come from the checkpoint that it started from."""
+    table = ((r"vision\.", {"learning_rate": 2e-4, "layers": "1:"}), (r"llm\.", {"layers": "-1:", "layer_decay": 0.5}))
+    config = run_config(world, steps=4, trainable=table)
+    loop.train(config, str(tmp_path / "run"))
+    kernel = "llm.layers.1:2.mlp.up_proj.kernel"
+    assert open_checkpoint(tmp_path / "run").stored[kernel].shape == (1, 48, 96)
+    before, after = final(world["init"]), final(tmp_path / "run")
+    assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
+    moved = {name: [i for i in range(len(v)) if (v[i] != before[name][i]).any()] for name, v in after.items()}
+    assert moved["llm.layers.mlp.up_proj.kernel"] == [1]
+    assert moved["vision.layers.mlp.fc1.kernel"] == [1]  # of three, whose last one no feature depends on
+    assert {name for name, rows in moved.items() if rows} == {name for name in after if ".layers." in name}
+    stop_at(2, config, tmp_path / "stopped")
+    copy_frozen(tmp_path / "stopped")
+    loop.train(config, str(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+    copy(tmp_path / "run", tmp_path / "copy")
+    for name, value in final(tmp_path / "copy").items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)
