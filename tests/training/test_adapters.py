@@ -1,32 +1,20 @@
 """Training with adapters: PEFT's losses, what is trained, runs that are stopped, mistakes that are refused."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_reference
 import pytest
-import tiny
 import torch_reference as reference
 from training_runs import (
-    assert_same_run,
-    final,
     make_config,
     random_batches,
-    run_config,
     settings_for,
-    split_params,
-    stop_at,
 )
 
-from llava_jax.checkpoint.reading import open_checkpoint
-from llava_jax.cli import UserError
 from llava_jax.models.config import LoraConfig
-from llava_jax.models.execution import REMAT_POLICIES
-from llava_jax.models.llava import abstract_params
 from llava_jax.parallel.sharding import make_mesh
-from llava_jax.training import adapters, builder, loop, optim
+from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
 
 TARGETS = (r"llm\.layers\..*_proj",)
