@@ -23,6 +23,7 @@ from llava_jax.models import pieces
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, used_params
+from llava_jax.models.lora import PARAMETER
 from llava_jax.models.quantized import kept_dtype, refuse_trained
 from llava_jax.parallel import sharding
 from llava_jax.training import flops, optim
@@ -89,6 +90,7 @@ def build(
     sharding.check_replicated(mesh, stored)
     groups = optim.trained(stored if trains_unused else used_params(model, stored), config)
     refuse_trained(groups)
+    _require_trained_adapters(stored, groups)
     cuts = pieces.cuts(groups)
     if model.base_dtype and "llm.layers" in cuts:
         raise UserError(f"config.trainable: only all layers of a language model in {model.base_dtype} can be trained")
@@ -106,6 +108,14 @@ def build(
     }
     frozen, batch = abstract_placed(dtypes, stored, mesh), abstract_batch(settings)
     return TrainingProgram(settings, optimizer, state, frozen, batch, groups)
+
+
+def _require_trained_adapters(stored: Iterable[str], trained: Iterable[str]) -> None:
+    whole = {pieces.whole(name) for name in trained}
+    if idle := next((name for name in stored if PARAMETER.fullmatch(name) and name not in whole), None):
+        raise UserError(
+            f"config.trainable: no pattern trains the adapter {idle}: add ({optim.PATTERNS['lora']!r}, 'lora')"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- the settings

@@ -126,6 +126,23 @@ def _update_rules(config: ConfigDict) -> Iterator[str]:
         yield f"decay_ratio is {config.decay_ratio}, and warmup_ratio {config.warmup_ratio}: together more than 1"
 
 
+def _lora(config: ConfigDict) -> Iterator[str]:
+    targets = config.lora.targets
+    if isinstance(targets, str) or not targets or not all(isinstance(target, str) for target in targets):
+        yield f"lora.targets is {targets!r}: it has to be a tuple of patterns, such as ('q_proj', 'v_proj')"
+    if not config.lora.rank:
+        values = dict(flatten(config.lora.to_dict()))
+        changed = [name for name, value in values.items() if _as_tuple(value) != OPTIONS[f"lora.{name}"].default]
+        if changed:
+            yield f"lora.{changed[0]} is {values[changed[0]]!r}, and lora.rank is 0, which is no LoRA: set lora.rank"
+    elif config.stage == "pretrain" and not config.trainable:
+        yield f"lora.rank is {config.lora.rank}, and stage pretrain trains the projector alone: set stage to finetune"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _benchmark(config: ConfigDict) -> Iterator[str]:
     if config.evaluate.benchmark:
         for key in ("questions", "labels", "images"):
@@ -138,4 +155,4 @@ def _tracking(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-RULES = (_steps, _packing, _trainable, _update_rules, _benchmark, _tracking)
+RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking)

@@ -124,3 +124,21 @@ def test_a_learning_rate_that_a_table_replaces_is_refused():
     config.trainable, config.projector_learning_rate = ({"parameters": "projector"},), 1e-3
     with pytest.raises(UserError, match="projector_learning_rate is 0.001, and trainable is set"):
         config_check.check(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 8, "targets": "q_proj"}, "config.lora.targets is 'q_proj': it has to be a tuple"),
+        ({"rank": 8, "targets": ()}, r"config.lora.targets is \(\): it has to be a tuple"),
+        ({"dora": True}, "config.lora.dora is True, and lora.rank is 0, which is no LoRA: set lora.rank"),
+        ({"rank": 8, "stage": "pretrain"}, "config.lora.rank is 8, and stage pretrain trains the projector alone"),
+    ],
+)
+def test_adapters_that_would_not_be_trained_are_refused(options, message):
+    config = finetune.get_config()
+    config.stage = options.pop("stage", "finetune")
+    with config.unlocked():
+        config.lora = dict(config.lora.to_dict()) | options
+    with pytest.raises(UserError, match=message):
+        config_check.check(config)
