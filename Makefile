@@ -71,5 +71,5 @@ $(VENV)/.browser: setup.py $(VENV)/.dev
 $(VENV)-compat/%/.ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
-	$(@D)/bin/pip install --quiet 'transformers==$*' torch==2.13.0 pillow jinja2 sentencepiece protobuf
+	$(@D)/bin/pip install --quiet 'transformers==$*' torch==2.13.0 peft==0.21.2 pillow jinja2 sentencepiece protobuf
 	touch $@

@@ -9,9 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from llava_jax import remote
-from llava_jax.checkpoint.format import DESCRIPTION, STEPS
-from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, is_checkpoint, open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert import hub
 from llava_jax.convert.import_weights import ImportedModel, open_llava
@@ -307,10 +305,9 @@ def load(
 
 def _open(source: str) -> Checkpoint | ImportedModel:
     """A checkpoint of ours, or a LLaVA of Hugging Face."""
-    remote.name(source)
-    path = Path(source)
-    if remote.is_remote(source) or (path / DESCRIPTION).exists() or (path / STEPS).exists():
+    if is_checkpoint(source):
         return open_checkpoint(source)
+    path = Path(source)
     if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         return open_llava(source)
     return open_llava(source) if not path.exists() and hub.is_name(source) else open_checkpoint(source)

@@ -256,6 +256,8 @@ def test_options_of_loading(checkpoint, model):
         (lambda model: llava_jax.get_config("finetune:14b"), "^--config=finetune:14b: '14b' in '14b' is none of"),
         (lambda model: llava_jax.get_config("fine"), "no recipe 'fine'; the package has pretrain, finetune"),
         (lambda model: llava_jax.get_config("/nope.py"), "^/nope.py: no such recipe"),
+        (lambda model: llava_jax.train({"stage": "finetune"}, "/nope"), "^config is a dict: give a recipe"),
+        (lambda model: llava_jax.preflight(None, "cpu"), "^config is a NoneType: give a recipe"),
     ],
 )  # fmt: skip
 def test_mistakes_raise_one_line(model, call, message):
@@ -333,6 +335,7 @@ def test_a_recipe_is_a_name_or_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = llava_jax.get_config(f"{tmp_path}/mine.py:2")
     assert (config.batch_rows, config.init) == (2, "/home/me/runs/start")
+    assert llava_jax.get_config(tmp_path / "mine.py").batch_rows == 8
 
 
 def test_what_another_host_writes_to_an_object_store_is_seen():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import finetune, pretrain, scienceqa
+from configs import finetune, finetune_lora, pretrain, scienceqa
 from llava_jax import main, recipes
 from llava_jax.cli import UserError
 from llava_jax.data.templates import TEMPLATES
@@ -22,6 +22,7 @@ PUBLISHED = {
     (scienceqa, ""): (2e-5, 32, 12, 1.0, "llava_v0", "square", "as_is"),
     (pretrain, ""): (1e-3, 256, 1, 0.0, "plain", "square", "first"),
     (finetune, ""): (2e-5, 128, 1, 0.0, "v1", "pad", "first"),
+    (finetune_lora, ""): (2e-4, 128, 1, 0.0, "v1", "pad", "first"),
 }
 
 
@@ -55,6 +56,23 @@ def test_a_bare_recipe_is_7b_v1_5_for_a_checkpoint_of_any_size():
         scienceqa.get_config("v1.5")
 
 
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_recipe_with_lora_is_finetune_with_the_published_adapters(size):
+    config = finetune_lora.get_config(size)
+    lora = config.lora.to_dict()
+    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["rslora"], lora["dora"]) == (
+        128,
+        256.0,
+        0.05,
+        False,
+        False,
+    )
+    published = {"learning_rate": 2e-4, "projector_learning_rate": 2e-5, "lora": lora}
+    assert config.to_dict() == finetune.get_config(size).to_dict() | published
+    with pytest.raises(ValueError, match="'v0' in '7b,v0': LoRA has a published recipe for v1.5 only"):
+        finetune_lora.get_config("7b,v0")
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -68,7 +86,7 @@ def test_a_bare_recipe_is_7b_v1_5_for_a_checkpoint_of_any_size():
         (["--config=configs/no_such_file.py", "--workdir=w"], "no_such_file.py"),
         (
             ["--config=finetuen:7b", "--workdir=w"],
-            "no recipe 'finetuen'; the package has pretrain, finetune, scienceqa",
+            "no recipe 'finetuen'; the package has pretrain, finetune, finetune_lora, scienceqa",
         ),
         (["--config=configs/finetune", "--workdir=w"], "the path of a recipe of your own ends with .py"),
         (["--config=finetune:14b"], "'14b' in '14b' is none of"),

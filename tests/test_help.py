@@ -44,7 +44,7 @@ COMMANDS = {
     "llava_jax.chat": [""],
     "llava_jax.serve": [""],
     "llava_jax.xla_flags": [""],
-    "llava_jax.convert": ["", "import", "export", "verify", "copy", "copy-frozen"],
+    "llava_jax.convert": ["", "import", "export", "verify", "copy", "merge", "copy-frozen"],
     "llava_jax.data.check": [""],
     "llava_jax.data.inspect": [""],
     "llava_jax.data.build": [""],

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.convert.adapter import with_adapter
+from llava_jax.convert.adapter import open_adapter, with_adapter
 from llava_jax.convert.export import export
 from llava_jax.convert.export_original import export_original
 from llava_jax.convert.found import Options
@@ -92,7 +92,9 @@ READERS = {
     "safetensors": Reader(read_weights, "model.safetensors", "weights"),
     "index": Reader(read_weights, "*.index.json", "shards"),
     ".bin": Reader(read_weights, "pytorch_model.bin", "torch"),
-    "adapter": Reader(lambda d: with_adapter(open_directory(d.parent / "weights"), d), "adapter_*", "adapter"),
+    "adapter": Reader(
+        lambda d: with_adapter(open_directory(d.parent / "weights"), open_adapter(d)), "adapter_*", "adapter"
+    ),
     "llava.json": Reader(lambda d: open_checkpoint(d).load(), "llava.json", "checkpoint", 15),
     "arrays": Reader(lambda d: open_checkpoint(d).load(), "params/**/*.json", "checkpoint", 8),
     "tokenizer": Reader(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ HELP = """/image FILE   adds an image to your next message: before its text, or 
 /system TEXT  sets the system prompt; without TEXT, the template's own
 /save FILE    saves the conversation as LLaVA JSON; images below the folder of FILE are named relative to it
 /load FILE    continues a saved conversation; with --allow-absolute-images its images may be anywhere
+/adapter NAME answers with this adapter of --adapter; without NAME, with the checkpoint alone
 /reset        forgets the conversation, but not the system prompt
 /help         shows this
 /quit         quits, like Ctrl-D; Ctrl-C stops an answer
@@ -39,17 +41,18 @@ Three quotes (\"\"\") begin and end a message of several lines."""
 MAX_ANSWER = 512  # tokens, unless the context has less room or --max-new-tokens says otherwise
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Answerer:
-    """An engine, and the sampling of its answers."""
+    """An engine, the sampling of its answers, and the adapter that gives them; "" for none."""
 
     engine: "Engine"
     sampling: Sampling
     max_new_tokens: int | None
+    adapter: str = ""
 
     def stream(self, request: Request) -> Iterator[str]:
         """The text of the answer as it is generated. Raises `UserError` where the context has no room for it."""
-        prompt = self.engine.prepare(request)
+        prompt = self.engine.prepare(request, self.engine.adapters.get(self.adapter) if self.adapter else None)
         longest = self.max_new_tokens or max(1, min(MAX_ANSWER, self.engine.room(prompt)))
         answer = self.engine.submit(prompt, dataclasses.replace(self.sampling, max_new_tokens=longest))
         try:
@@ -67,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     conversation = Conversation(args.system, args.allow_absolute_images)
     for file in args.image:
         conversation.attach(file)
-    with contextlib.closing(options.open_engine(args, slots=1)) as engine:
-        answerer = Answerer(engine, sampling, args.max_new_tokens)
+    from llava_jax.convert.served_adapter import read_for  # imports JAX
+
+    read = functools.partial(read_for, template=args.template)
+    with contextlib.closing(options.open_engine(args, read, slots=1)) as engine:
+        answerer = Answerer(engine, sampling, args.max_new_tokens, args.adapter[0][0] if args.adapter else "")
         if args.prompt is None:
             return talk(answerer, conversation)
         say("".join(answerer.stream(conversation.request(args.prompt))))
@@ -91,7 +97,7 @@ def talk(answerer: Answerer, conversation: Conversation) -> int:
                 if message == "/quit":
                     break
                 if message.startswith("/"):
-                    _run_command(message, conversation)
+                    _run_command(message, conversation, answerer)
                 elif message:
                     _reply(answerer, conversation, message)
             except UserError as error:
@@ -100,7 +106,7 @@ def talk(answerer: Answerer, conversation: Conversation) -> int:
     return 1 if mistakes and not sys.stdin.isatty() else 0
 
 
-def _run_command(message: str, conversation: Conversation) -> None:
+def _run_command(message: str, conversation: Conversation, answerer: Answerer) -> None:
     command, _, argument = message.partition(" ")
     argument = argument.strip()
     match command:
@@ -108,6 +114,10 @@ def _run_command(message: str, conversation: Conversation) -> None:
             print(HELP, file=sys.stderr)
         case "/reset":
             conversation.reset()
+        case "/adapter":
+            if argument:
+                answerer.engine.adapters.get(argument)  # raises `UserError` for an unknown one
+            answerer.adapter = argument
         case "/system":
             conversation.system = argument or None
         case "/image" | "/save" | "/load" if not argument:
@@ -163,6 +173,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.chat", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     options.add_checkpoint(parser)
+    options.add_adapters(parser)
     add("--image", action="append", default=[], metavar="F", help="for the first message; repeatable")
     add_allow_absolute(parser)
     add("--prompt", metavar="TEXT", help="answer only this, on standard output")

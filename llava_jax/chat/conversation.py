@@ -1,16 +1,13 @@
 """The conversation of a chat: its turns and images, and the file that it is saved to."""
 
-import os
 from typing import NamedTuple
 
-from etils import epath
 from PIL import Image
 
 from llava_jax.data import transcript
 from llava_jax.data.images import load_image
-from llava_jax.data.transcript import marked, unmarked
+from llava_jax.data.transcript import absolute_path, marked, unmarked
 from llava_jax.inference.requests import Request
-from llava_jax.remote import is_remote
 
 
 class Attached(NamedTuple):
@@ -51,22 +48,16 @@ class Conversation:
         self.waiting = []
 
     def save(self, file: str) -> None:
-        folder = f"{_path(file).parent}/"
+        folder = f"{absolute_path(file).parent}/"
         names = [attached.file.removeprefix(folder) for attached in self.images]
-        transcript.save(_path(file), transcript.Transcript(self.turns, names, self.system))
+        transcript.save(absolute_path(file), transcript.Transcript(self.turns, names, self.system))
 
     def load(self, file: str) -> None:
-        turns, names, system = transcript.load(_path(file), self.allow_absolute)
+        turns, names, system = transcript.load(absolute_path(file), self.allow_absolute)
         images = [_attached(name) for name in names]
         self.turns, self.images, self.waiting, self.system = list(turns), images, [], system
 
 
 def _attached(file: str) -> Attached:
-    path = _path(file)
+    path = absolute_path(file)
     return Attached(str(path), load_image(path))
-
-
-def _path(file: str) -> epath.Path:
-    """The absolute path of a file that the user named."""
-    path = epath.Path(file).expanduser()
-    return path if is_remote(path) else epath.Path(os.path.abspath(path))

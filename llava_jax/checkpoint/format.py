@@ -6,11 +6,13 @@
       params/              Orbax
     W/                   a training workdir
       llava.json tokenizer/
-      checkpoints/STEP/    Orbax: `params` (the trained ones, float32), `optimizer`, and the description
+      checkpoints/STEP/    Orbax: `params` (the trained ones, float32), their moving average `ema`, if there is one,
+                           `optimizer`, and the description
       frozen/ID/           what `convert copy-frozen` writes: parameters of the checkpoint with this `id`
 
 A step holds the trained parameters; the description says which directory holds each frozen one, so that it is stored
-once and stays bit-equal. Nothing is decided by the name of a path.
+once and stays bit-equal. If it holds their average, that is what is read; only a run that resumes reads `params`, too.
+Nothing is decided by the name of a path.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ DESCRIPTION = "llava.json"
 FROZEN = "frozen"  # in a workdir: copies of frozen parameters, by the `id` of the checkpoint that they come from
 FORMAT = 1
 STEPS = "checkpoints"  # in a workdir
+PARAMS, EMA = "params", "ema"  # in a step
 DIGEST = "digest"  # of the description, in a step
 _ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 

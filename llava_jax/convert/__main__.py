@@ -1,4 +1,4 @@
-"""Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|copy-frozen`."""
+"""Converts weights from and to Hugging Face: `python -m llava_jax.convert import|export|verify|copy|merge|...`."""
 
 import argparse
 import dataclasses
@@ -18,14 +18,16 @@ EXAMPLE = """examples:
     --output checkpoints/llava
   python -m llava_jax.convert export --checkpoint runs/finetune --output my-llava-hf
   python -m llava_jax.convert export --checkpoint runs/pretrain --layout projector --output my-projector
+  python -m llava_jax.convert export --checkpoint runs/finetune-lora --layout peft --output my-adapter --base my-base
   python -m llava_jax.convert verify --checkpoint runs/finetune --hf my-llava-hf
   python -m llava_jax.convert copy --checkpoint runs/finetune --output checkpoints/finetuned
+  python -m llava_jax.convert merge --checkpoint runs/finetune-lora --output checkpoints/merged
   python -m llava_jax.convert copy-frozen --checkpoint runs/finetune"""
 
 
 def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(prog="python -m llava_jax.convert", description=__doc__, epilog=EXAMPLE)
-    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|copy-frozen")
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify|copy|merge|copy-frozen")
     for add in (_add_import, _add_export, _add_verify, _add_copies):
         add(commands)
     args = parser.parse_args(argv)
@@ -48,6 +50,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a complete model, an adapter, a "
         "difference from a base, or a projector of stage 1")  # fmt: skip
     add("--base", metavar="DIR", help="with --llava: the model it was trained from, if it is not complete")
+    add("--unmerged", action="store_true", help="with --llava and --base: keep an adapter beside the weights, to train "
+        "it further, instead of adding it to them")  # fmt: skip
     add("--output", metavar="DIR", required=True, help="the checkpoint to write; must not exist")
     add("--template", metavar="NAME", help="conversation template (default: the one that equals the tokenizer's chat "
         "template, or v1)")  # fmt: skip
@@ -60,6 +64,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
     add("--rows", choices=("source", "tokenizer"), default="source", help="rows of embeddings and head: those of the "
         "source, or one an id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
+    add("--base-dtype", choices=("int8", "nf4"), default="", help="quantize the linear layers of the language "
+        "model, to train adapters on them (docs/quantization.md); by default they are stored as they are")  # fmt: skip
     add("--seed", type=int, default=0, help="of a fresh projector (default: 0)")
     parser.set_defaults(function=lambda args: _import(parser, args))
 
@@ -86,28 +92,38 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         help="a checkpoint to a Hugging Face directory, or to the original's layout",
         description="Writes a directory that LlavaForConditionalGeneration and AutoProcessor load; with --layout "
-        "original one that the original LLaVA loads, with --layout projector the files of its stage 1.",
+        "original one that the original LLaVA loads, with --layout projector the files of its stage 1. Adapters (LoRA) "
+        "are added to the weights; with --layout peft they are written alone, as PEFT loads them.",
         epilog=EXAMPLE,
     )
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help=ANY_CHECKPOINT)
     add("--output", metavar="DIR", required=True, help="the model to write; must not exist")
     add("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
-    add("--layout", choices=("hf", "original", "projector"), default="hf", help="(default: %(default)s)")
+    add("--layout", choices=("hf", "original", "projector", "peft"), default="hf", help="(default: %(default)s)")
     add("--tower", metavar="NAME", help="the vision tower that the original loads, a directory or a name on the Hub "
         "(default: OpenAI's with the same shapes)")  # fmt: skip
     add("--without-tower", action="store_true", help="with --layout original: only name the vision tower, as v0 and v1 "
         "do, without its weights")  # fmt: skip
+    add("--base", metavar="DIR", help="with --layout peft: also write the model that the adapter is for, in layout hf, "
+        "with the trained projector: the adapter has low-rank matrices alone then, as servers need it")  # fmt: skip
+    add("--transformers", choices=("4.51", "4.52"), help="with --layout peft: the oldest version that loads it "
+        "(default: 4.52; 4.51 has other names)")  # fmt: skip
     parser.set_defaults(function=lambda args: _export(parser, args))
 
 
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.layout == "hf" and args.tower:
+    if args.layout != "peft" and (args.base or args.transformers):
+        parser.error("--base and --transformers go with --layout peft")
+    if args.layout == "peft" and args.dtype:
+        parser.error("adapters are float32: leave --dtype out")
+    if args.layout in ("hf", "peft") and args.tower:
         parser.error("--tower goes with --layout original or projector")
     if args.layout != "original" and args.without_tower:
         parser.error("--without-tower goes with --layout original")
     from llava_jax.convert.export import export
     from llava_jax.convert.export_original import export_original, export_projector
+    from llava_jax.convert.export_peft import export_peft
 
     match args.layout:
         case "hf":
@@ -119,6 +135,10 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         case "projector":
             export_projector(args.checkpoint, args.output, args.dtype, args.tower)
             use = "give its mm_projector.bin to --pretrain_mm_mlp_adapter of the original"
+        case "peft":
+            export_peft(args.checkpoint, args.output, args.base, args.transformers or "4.52")
+            base = f"the model in {args.base}" if args.base else "the model that it was trained from"
+            use = f"load it with PeftModel.from_pretrained of PEFT, on {base}"
     say(f"{args.output}: {use}")
 
 
@@ -149,6 +169,8 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
     for name, copies, description in (
         ("copy", _copy, "Writes a checkpoint with all parameters, which needs no other one, without the optimizer's "
          "state."),
+        ("merge", _merge, "Writes a checkpoint with the adapters (LoRA) added to the weights: sums in float32, rounded "
+         "once to the type of the weights."),
         ("copy-frozen", _copy_frozen, "Copies the frozen parameters of a training workdir from the checkpoint that the "
          "run started from into the workdir. Afterwards that checkpoint can be moved or deleted."),
     ):  # fmt: skip
@@ -156,7 +178,7 @@ def _add_copies(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--checkpoint", metavar="DIR", required=True, help="a training workdir, or one step of it")
         parser.add_argument("--source", metavar="DIR", help="an address on an object store that the checkpoint names "
                             "and that may be read")  # fmt: skip
-        if name == "copy":
+        if name != "copy-frozen":
             parser.add_argument("--output", metavar="DIR", required=True, help="must not exist")
         parser.set_defaults(function=copies)
 
@@ -167,6 +189,14 @@ def _copy(args: argparse.Namespace) -> None:
 
     copy(args.checkpoint, args.output)
     say(f"{args.output}: all parameters, without the optimizer's state")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    """a checkpoint with adapters to one without"""
+    from llava_jax.convert.copy import merge
+
+    lost = merge(args.checkpoint, args.output)
+    say(f"{args.output}: adapters merged; rounding changed what they add by {lost:.2%} (rms)")
 
 
 def _copy_frozen(args: argparse.Namespace) -> None:

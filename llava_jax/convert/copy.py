@@ -1,17 +1,20 @@
 """Makes checkpoints independent of others, one layer at a time.
 
 A training workdir holds the trained parameters; the frozen ones stay in the checkpoint that the run started from.
-`copy` writes a checkpoint with all parameters, `copy_frozen` copies the missing ones into the workdir, which then
-resumes without the other checkpoint.
+`copy` writes a checkpoint with all parameters, `merge` one with adapters added to the weights; `copy_frozen` copies the
+missing ones into the workdir, which then resumes without the other checkpoint.
 """
 
 import dataclasses
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+
+import jax
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
+from llava_jax.checkpoint.merged import Merged, merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import Slice, write_model, write_parameters
 from llava_jax.cli import UserError, track
@@ -22,6 +25,19 @@ def copy(path: str | os.PathLike, output: str | os.PathLike) -> None:
     """Writes all parameters of a checkpoint in their stored types, without the optimizer's state."""
     checkpoint = open_checkpoint(path)
     checkpoint.check()
+    _write(checkpoint, output)
+
+
+def merge(path: str | os.PathLike, output: str | os.PathLike) -> float:
+    """Writes a checkpoint as a model without adapters. -> `Merged.rounding`."""
+    checkpoint = merged(open_checkpoint(path))
+    if not isinstance(checkpoint, Merged):
+        raise UserError(f"{path}: has no adapters to merge; to copy it: python -m llava_jax.convert copy")
+    _write(checkpoint, output)
+    return checkpoint.rounding()
+
+
+def _write(checkpoint: Checkpoint, output: str | os.PathLike) -> None:
     description = dataclasses.replace(checkpoint.description, sources=(), id=uuid.uuid4().hex)
     shapes = checkpoint.abstract()
     write_model(output, shapes, _slices(checkpoint, shapes), description, os.fspath(checkpoint.tokenizer_dir))
@@ -38,19 +54,18 @@ def copy_frozen(path: str | os.PathLike) -> list[str]:
     with hold(checkpoint.root / FROZEN):
         for (holder, names), source in zip(checkpoint.holders[1:], checkpoint.description.sources, strict=True):
             if not has_copy(checkpoint.root, source):
-                shapes = {name: holder.stored[name] for name in names}
+                shapes = {name: holder.own(name).leaf for name in names}
                 description = dataclasses.replace(holder.description, sources=())
-                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, names), description)
+                write_parameters(frozen_copy(checkpoint.root, source), shapes, _slices(holder, shapes), description)
                 copied.append(source.path)
     return copied
 
 
-def _slices(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[Slice]:
-    shapes = checkpoint.abstract()
+def _slices(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Slice]:
     places = [
         (name, layer)
-        for name in names
-        for layer in (range(shapes[name].shape[0]) if is_layered(name, len(shapes[name].shape)) else (None,))
+        for name, leaf in shapes.items()
+        for layer in (range(leaf.shape[0]) if is_layered(name, len(leaf.shape)) else (None,))
     ]
     for name, layer in track(places, "copying"):
         yield name, layer, checkpoint.read(name, layer)

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, warn
 from llava_jax.convert import hf_config, hf_processor
@@ -29,17 +30,20 @@ from llava_jax.models.registry import TOWERS
 
 
 def export(checkpoint_path: str, output: str, dtype: str | None = None) -> None:
-    """Writes weights, configuration, tokenizer, processor and chat template.
+    """Writes weights, with adapters added to them, configuration, tokenizer, processor and chat template.
 
     With `dtype` None, tensors have the types and bits of the checkpoint, with rows added if `<image>` or `<pad>` have
     none. Raises UserError if transformers has no such model.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    export_model(merged(open_checkpoint(checkpoint_path)), output, dtype)
+
+
+def export_model(checkpoint: Checkpoint, output: str, dtype: str | None = None) -> None:
     checkpoint.check()
     supported = sorted(hf_config.hf_projectors().values())
     if checkpoint.config.projector_type not in supported:
         raise UserError(
-            f"{checkpoint_path}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
+            f"{checkpoint.root}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
             f"{' and '.join(supported)}: it cannot be exported"
         )
     with new_export(output) as directory:
@@ -78,11 +82,11 @@ def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator
     yield from tensors_of(checkpoint, dtype, lambda part, leaf: prefixes[part] + leaf, rows=rows)
     if checkpoint.config.projector_type == "linear":
         stored = checkpoint.abstract()["projector.linear_1.kernel"].dtype
-        yield from _identity(jnp.dtype(dtype or stored), checkpoint.config)
+        yield from identity(dtype or stored, checkpoint.config, EXPORT_PREFIXES["projector"])
 
 
-def _identity(dtype: np.dtype, config: LlavaConfig) -> Iterator[Tensor]:
+def identity(dtype: str | np.dtype, config: LlavaConfig, prefix: str) -> Iterator[Tensor]:
     """The second layer of a linear projector, since transformers' has two: the identity."""
-    width, prefix = config.text.hidden_size, EXPORT_PREFIXES["projector"]
+    width, dtype = config.text.hidden_size, jnp.dtype(dtype)
     yield Tensor(f"{prefix}linear_2.weight", (width, width), dtype, lambda: np.eye(width, dtype=dtype))
     yield Tensor(f"{prefix}linear_2.bias", (width,), dtype, lambda: np.zeros(width, dtype))

@@ -8,6 +8,7 @@ tokenizer stay the same.
 import dataclasses
 from collections.abc import Callable
 
+from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import copy_tokenizer
 from llava_jax.cli import UserError
@@ -46,7 +47,7 @@ def export_original(
 
     Raises UserError if the original has no such model.
     """
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = merged(open_checkpoint(checkpoint_path))
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"unfreeze_mm_vision_tower": with_tower}
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
@@ -63,7 +64,7 @@ def export_original(
 
 def export_projector(checkpoint_path: str, output: str, dtype: str | None = None, tower: str | None = None) -> None:
     """Writes `mm_projector.bin` and its config.json. Raises UserError as `export_original` does."""
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = merged(open_checkpoint(checkpoint_path))
     checkpoint.check()
     settings = _settings(checkpoint, tower, dtype) | {"tune_mm_mlp_adapter": True}
     with new_export(output) as directory:

@@ -26,6 +26,8 @@ class Options:
     select_layer: int | None = None  # default: -2
     select_feature: str | None = None  # default: patch
     seed: int = 0  # of a fresh projector
+    unmerged: bool = False  # an adapter stays beside the weights
+    base_dtype: str = ""  # of the language model's linear layers, see `models.quantized`
     rows: str = "source"  # of embeddings and head; "tokenizer": one for each of its ids
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_jax.cli import UserError, say
 from llava_jax.convert import hf_config
-from llava_jax.convert.adapter import base_name, with_adapter
+from llava_jax.convert.adapter import base_name, open_adapter, with_adapter
 from llava_jax.convert.found import (
     Found,
     Options,
@@ -99,7 +99,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     config = hf_config.read_llava(source_json, where)
     tensors = open_directory(directory)
     if adapter:
-        tensors = with_adapter(tensors, adapter, finder(tensors, LLAVA))
+        tensors = with_adapter(tensors, open_adapter(adapter, options.unmerged), finder(tensors, LLAVA))
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)
     images = read_image_settings(directory, config.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, config.select_layer)

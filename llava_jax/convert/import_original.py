@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert import adapter, hf_config
-from llava_jax.convert.adapter import base_name, is_adapter, with_adapter, without_peft
+from llava_jax.convert.adapter import base_name, is_adapter, open_adapter, with_adapter
 from llava_jax.convert.found import (
     Found,
     Options,
@@ -38,7 +38,7 @@ from llava_jax.convert.language_model import (
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.sums import is_difference, with_base
-from llava_jax.convert.tensors import has_weights, open_directory, open_files
+from llava_jax.convert.tensors import has_weights, open_directory
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, one_of, require
@@ -51,7 +51,7 @@ _FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False,
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 _TRAINING += (IMAGE_POSITION,)
 
-_BESIDES, _PROJECTOR = "non_lora_trainables.bin", "mm_projector.bin"
+_PROJECTOR = "mm_projector.bin"
 
 
 def is_original(config: Json) -> bool:
@@ -64,7 +64,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     settings = read_object(directory / "config.json")
     one_of(settings, "model_type", _model_types(), where)
     require(settings, _FIXED, where)
-    model, trained = _decoder(directory, settings, base)
+    model, trained = _decoder(directory, settings, base, options.unmerged)
     text_json = _text_json(model.config)
     text = read_text(text_json, model.where)
     tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
@@ -105,13 +105,11 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     return Found(config, sources, hf, model.write_tokenizer, trained)
 
 
-def _decoder(directory: Path, settings: Json, base: Path | None) -> tuple[LanguageModel, bool]:
+def _decoder(directory: Path, settings: Json, base: Path | None, unmerged: bool) -> tuple[LanguageModel, bool]:
     """The decoder with the projector and, if its files have one, the tower; and whether it was trained as a LLaVA."""
     if is_adapter(directory):
         model = _base(base, directory, "an adapter", base_name(directory))
-        tensors = with_adapter(model.tensors, directory)
-        if (directory / _BESIDES).exists():
-            tensors |= without_peft(open_files([directory / _BESIDES]))
+        tensors = with_adapter(model.tensors, open_adapter(directory, unmerged))
         return model._replace(tensors=tensors, write_tokenizer=_tokenizer(directory, model)), True
     if has_weights(directory):
         return _complete(directory, settings, base), True

@@ -18,10 +18,11 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
+from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, track, warn
-from llava_jax.convert.adapter import is_adapter
+from llava_jax.convert.adapter import is_adapter, open_adapter, unmerged
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.hf_tokenizer import choose_special_tokens
 from llava_jax.convert.hub import Located, locate
@@ -36,6 +37,7 @@ from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llava import Params, abstract_params, build_projector, module_params
+from llava_jax.models.quantized import PART, linear_of, quantize
 from llava_jax.remote import new_local
 
 
@@ -80,6 +82,10 @@ class ImportedModel:
     def template(self) -> str:
         return self.description.template
 
+    def dequantized(self) -> "ImportedModel":
+        """As that of a checkpoint: this is a plain model."""
+        return self
+
     def load(
         self,
         dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
@@ -113,6 +119,20 @@ def open_llava(source: str) -> ImportedModel:
 
 
 def _find(places: dict[str, Located], options: Options) -> Found:
+    found, path = _find_merged(places, options), places["llava"].path
+    if not options.unmerged:
+        return found
+    if not is_adapter(path):
+        raise UserError(f"{path}: no adapter of PEFT: leave --unmerged out")
+    lora, tensors = unmerged(open_adapter(path), found.config)
+    sources = {
+        part: source.replaced({place: tensor for place, tensor in tensors.items() if place[0] == part})
+        for part, source in found.sources.items()
+    }
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, lora=lora), sources=sources)
+
+
+def _find_merged(places: dict[str, Located], options: Options) -> Found:
     path, base, vision = places["llava"].path, _path(places, "base"), _path(places, "vision")
     adapter = is_adapter(path)
     # An adapter of a LLaVA of transformers usually comes without the model's config.json.
@@ -138,8 +158,39 @@ def _path(places: dict[str, Located], name: str) -> Path | None:
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
     with tempfile.TemporaryDirectory() as scratch:
         found, description = _described(found, Path(scratch), options, places)
-        write_model(output, *_parameters(found, options.seed), description, scratch)
+        shapes, values = _parameters(found, options.seed)
+        if options.base_dtype:
+            model = dataclasses.replace(found.config, base_dtype=options.base_dtype)
+            description = dataclasses.replace(description, model=model)
+            shapes, values = _quantized(model, shapes, values)
+        write_model(output, shapes, values, description, scratch)
     return found.config
+
+
+def _quantized(
+    model: LlavaConfig, shapes: dict[str, jax.ShapeDtypeStruct], slices_of_all: Iterator[Slice]
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+    """The same parameters, with the kernels quantized that a quantized model has in parts, one layer at a time."""
+    wanted = abstract_params(model)
+    parts = {name: leaf for name, leaf in wanted.items() if PART.fullmatch(name)}
+    kept = {name: leaf for name, leaf in shapes.items() if name in wanted}
+
+    def quantized() -> Iterator[Slice]:
+        vectors: dict[str, list[np.ndarray]] = {}  # of a layer; these are stored as a whole
+        for name, layer, values in slices_of_all:
+            if name in wanted:
+                yield name, layer, values
+                continue
+            for part, value in quantize(values, model.base_dtype).items():
+                target, value = f"{linear_of(name)}.{part}", np.asarray(value)
+                if is_layered(target, value.ndim + 1):
+                    yield target, layer, value
+                else:
+                    vectors.setdefault(target, []).append(value)
+                    if len(vectors[target]) == model.text.num_layers:
+                        yield target, None, np.stack(vectors.pop(target))
+
+    return kept | parts, quantized()
 
 
 def _described(found: Found, scratch: Path, options: Options, places: dict[str, Located]) -> tuple[Found, Description]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from llava_jax.cli import UserError
 from llava_jax.convert.names import entries_of
-from llava_jax.convert.stored_tensor import NUMBERS, Tensors
+from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors
 from llava_jax.convert.sums import with_rows
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_names import Entry
@@ -30,6 +30,7 @@ from llava_jax.models.llava import abstract_params
 
 # Pattern of a full name -> the part of the model; the group is the leaf name. The first pattern that matches counts.
 Layout = dict[str, str]
+Place = tuple[str, str]  # a part of the model, and a leaf name
 LLAVA: Layout = {
     r"(?:language_model\.model|model\.language_model)\.(.+)": "llm",
     r"(?:language_model\.)?(lm_head\.weight)": "head",
@@ -44,6 +45,8 @@ ORIGINAL: Layout = {
     r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)": "vision",
     r"model\.(.+)": "llm",
 }
+# An adapter has the names of the model that it was trained with: any of the above.
+ADAPTED: Layout = {name: part for name, part in ORIGINAL.items() if part in ("projector", "vision")} | LLAVA | ORIGINAL
 PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
 
 # Prefixes of the leaf names in an export; some towers have another one, see `Tower.hf_prefix`.
@@ -59,7 +62,6 @@ EXPORT_PREFIXES = {
 CONSTANTS = (r".*\brotary_emb\.inv_freq", r".*\bembeddings\.position_ids")
 CLIP_REST = (r"text_model\..+", r"text_projection\.weight", r"visual_projection\.weight", r"logit_(?:scale|bias)")
 
-_DTYPES = ("F32", "BF16", "F16")  # of weights
 _ORIGINAL_LINEAR = re.compile(r"(?:(\d+)\.)?(weight|bias)")  # of the original LLaVA's projector, an nn.Sequential
 
 
@@ -72,12 +74,12 @@ class Source:
 
     def __init__(self, tensors: Tensors, layout: Layout, dropped: Iterable[str] = CONSTANTS):
         self._tensors = tensors
-        self._names: dict[tuple[str, str], str] = {}  # (part, leaf) -> name in the files
+        self._names: dict[Place, str] = {}  # (part, leaf) -> name in the files
         self._problems = []
         for name in tensors:
             if any(re.fullmatch(pattern, name) for pattern in dropped):
                 continue
-            place = _place(name, layout)
+            place = place_of(name, layout)
             if place is None:
                 self._problems.append(f"unexpected {name}")
             elif place in self._names:
@@ -85,7 +87,7 @@ class Source:
             else:
                 self._names[place] = name
 
-    def __contains__(self, place: tuple[str, str]) -> bool:
+    def __contains__(self, place: Place) -> bool:
         return place in self._names
 
     def leaves(self, part: str) -> list[str]:
@@ -115,6 +117,14 @@ class Source:
         resized._tensors = self._tensors | {name: with_rows(self._tensors[name], rows) for name in names}
         return resized
 
+    def replaced(self, tensors: dict[Place, StoredTensor]) -> "Source":
+        """The same with these tensors, besides its own or instead of them."""
+        replaced = copy.copy(self)
+        names = {place: self._names.get(place, ".".join(place)) for place in tensors}
+        replaced._names = self._names | names
+        replaced._tensors = self._tensors | {names[place]: tensor for place, tensor in tensors.items()}
+        return replaced
+
     def problems(self, config: LlavaConfig, parts: Iterable[str]) -> list[str]:
         """The missing, unexpected and misshapen tensors of these parts, and those of types that weights do not have."""
         shapes = abstract_params(config)
@@ -137,7 +147,7 @@ class Source:
     def _tensor_problems(self, name: str, expected: tuple[int, ...]) -> list[str]:
         shape, dtype, _ = self._tensors[name]
         misshapen = [f"{name} is {shape}, not {expected}"] if shape != expected else []
-        return misshapen + ([f"{name} is {dtype}, not {', '.join(_DTYPES)}"] if dtype not in _DTYPES else [])
+        return misshapen + ([f"{name} is {dtype}, not {', '.join(WEIGHTS)}"] if dtype not in WEIGHTS else [])
 
     def _prefix(self, part: str) -> str:
         """The prefix of most leaf names of a part in this source, for messages; the part's name if there is none."""
@@ -148,11 +158,11 @@ class Source:
 
 def finder(tensors: Tensors, layout: Layout) -> Callable[[str], str]:
     """A function from a name in any version of the layout to that in `tensors`; names they lack stay as they are."""
-    names = {place: name for name in tensors if (place := _place(name, layout))}
-    return lambda name: names.get(_place(name, layout), name)
+    names = {place: name for name in tensors if (place := place_of(name, layout))}
+    return lambda name: names.get(place_of(name, layout), name)
 
 
-def _place(name: str, layout: Layout) -> tuple[str, str] | None:
+def place_of(name: str, layout: Layout) -> Place | None:
     for pattern, part in layout.items():
         match = re.fullmatch(pattern, name)
         if match:

@@ -6,19 +6,37 @@ import numpy as np
 
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.families import family_of, head_entries
-from llava_jax.models.hf_names import TRANSPOSE, Entry
+from llava_jax.models.hf_names import SAME, TRANSPOSE, Entry
+from llava_jax.models.llava import abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 
+# What an adapter's parameters are called by PEFT.
+LORA = {
+    "a": ("lora_A.weight", TRANSPOSE),
+    "b": ("lora_B.weight", TRANSPOSE),
+    "magnitude": ("lora_magnitude_vector", SAME),
+}
+
 
 def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
-    """The entries of each part of a model."""
-    return {
+    """The entries of each part of a model; those of adapters have PEFT's names, without that of the adapter."""
+    parts = {
         "vision": TOWERS[config.vision.kind].entries(config.vision),
         "projector": projector_kind(config.projector_type).entries(config.projector_type),
         "llm": family_of(config.text).entries(config.text),
         "head": head_entries(config.text),
     }
+    return {part: [*entries, *_adapters(config, entries)] for part, entries in parts.items()}
+
+
+def _adapters(config: LlavaConfig, entries: list[Entry]) -> Iterator[Entry]:
+    shapes = abstract_params(config) if config.lora else {}
+    for entry in entries:
+        layer, leaf = entry.name.removesuffix(".kernel"), entry.hf.removesuffix(".weight")
+        for ours, (theirs, transform) in LORA.items():
+            if f"{layer}.lora.{ours}" in shapes:
+                yield Entry(f"{layer}.lora.{ours}", f"{leaf}.{theirs}", transform, entry.layers)
 
 
 def to_ours(entry: Entry, get: Callable[[str], np.ndarray]) -> np.ndarray:

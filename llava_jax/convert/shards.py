@@ -49,11 +49,15 @@ def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MA
         weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
         write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     for file, shard in zip(files, shards, strict=True):
-        with open(directory / file, "wb") as stream:
-            stream.write(_header(shard))
-            reads = (functools.partial(tensor_bytes, tensor) for tensor in shard)
-            for data in track(read_ahead(reads), f"writing {file}", len(shard)):
-                stream.write(data)
+        write_file(directory / file, shard)
+
+
+def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+    with open(path, "wb") as stream:
+        stream.write(_header(tensors))
+        reads = (functools.partial(tensor_bytes, tensor) for tensor in tensors)
+        for data in track(read_ahead(reads), f"writing {path.name}", len(tensors)):
+            stream.write(data)
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ NUMBERS = {
         ("BOOL", np.bool_),
     )
 }
-
+WEIGHTS = ("F32", "BF16", "F16")  # types that weights have
 
 NAMES = {numbers.name: name for name, numbers in NUMBERS.items()}  # "float32" -> "F32"
 

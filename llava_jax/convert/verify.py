@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.convert.found import Found, Options
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
 
 def verify(checkpoint_path: str, directory: str) -> Iterator[Finding]:
     """Yields one finding after the other. Raises UserError if one of the two models is not complete."""
-    checkpoint = open_checkpoint(checkpoint_path)
+    checkpoint = merged(open_checkpoint(checkpoint_path))
     checkpoint.check()
     hf = Path(directory)
     if is_original(read_object(hf / "config.json")):

@@ -5,6 +5,7 @@ empty one, for no system prompt, only has a meaning for the chat.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import conversation, parse_sample, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.files.writing import atomic_file
+from llava_jax.remote import is_remote
 
 
 class Transcript(NamedTuple):
@@ -44,6 +46,12 @@ def marked(text: str, images: int) -> str:
             "something else for the mark"
         )
     return f"{IMAGE_TOKEN}\n" * (images - placed) + text
+
+
+def absolute_path(file: str) -> epath.Path:
+    """Of a file that the user named, local or remote."""
+    path = epath.Path(file).expanduser()
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def dump(transcript: Transcript, ident: str) -> str:

@@ -4,6 +4,7 @@ Each process answers its share on its own devices, over which the parameters are
 answers are the only collective operations: no process waits for another's tokens.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, build
+from llava_jax.models.llava import Params, abstract_params, build
+from llava_jax.models.quantized import dequantized
 from llava_jax.parallel import distributed
 
 FOLDER = "evaluations"  # in the workdir: STEP/BENCHMARK.jsonl, the answers, and STEP/BENCHMARK.outcomes.jsonl
@@ -58,7 +60,9 @@ class Evaluation:
     def run(self, step: int, params: Params, dtype: jnp.dtype, workdir: epath.Path) -> dict[str, float]:
         """The scores of a step's parameters, in all processes. The first process writes the answers."""
         count, first = jax.process_count(), jax.process_index()
-        model = build(self.prompts.config, on_own_devices(params, dtype), dtype)
+        plain = dataclasses.replace(self.prompts.config, base_dtype="")
+        params = dequantized(params, abstract_params(plain, dtype))
+        model = build(plain, on_own_devices(params, dtype), dtype)
         sampling = Sampling(max_new_tokens=self.benchmark.max_new_tokens)
         if self.generator is None:
             self.generator = Generator(model, self.prompts)

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from llava_jax.inference.answer import Alternative, Answer, Piece, TokenLogprob
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
 from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
-from llava_jax.inference.prompts import PromptEncoder
 
 STEPS = 4  # tokens a dispatch: clients read along, and other requests wait to enter
 PREFILL_POSITIONS = CHUNK_SIZES[-1]  # of prompts, after which the running answers get tokens, too
@@ -48,14 +48,14 @@ class Running:
         """Contents of the positions that the cache holds, all but the newest token."""
         if not self.tokens:
             return self.prompt.contents[: self.done]
-        return np.concatenate([self.prompt.contents, np.array(self.tokens[:-1], np.int64)])
+        return self.prompt.extended(self.tokens[:-1])
 
 
 class Batch:
     """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, prompts: PromptEncoder, rows: int, images: int):
-        self._programs, self._prompts = programs, prompts
+    def __init__(self, programs: Programs, image_tokens: int, rows: int, images: int):
+        self._programs, self._image_tokens = programs, image_tokens
         self._prefix_cache, self._images = PrefixCache(rows), LruIndex(images)
         self._free = list(range(programs.slots))[::-1]
         self.running: list[Running] = []
@@ -66,7 +66,7 @@ class Batch:
 
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
-        stream = self._prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
+        stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
         self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens)))
 
     def step(self) -> list[Answer]:
@@ -101,7 +101,7 @@ class Batch:
 
     def _chunk(self, running: Running, length: int, size: int) -> PromptChunk:
         """The next `length` positions of a prompt, padded to `size`. Encodes the images that are not cached."""
-        patches, start = self._prompts.config.image_tokens, running.done
+        patches, start = self._image_tokens, running.done
         tokens, features = np.zeros(size, np.int32), np.full(size, -1, np.int32)
         tokens[:length] = running.prompt.tokens[start : start + length]
         index = running.prompt.image_feature_index[start : start + length]
@@ -110,26 +110,29 @@ class Batch:
             features[own] = self._image(running.prompt, image) * patches + index[own] % patches
         sampling = RowSampling.greedy(1)
         sampling.set(0, running.answer.sampling, running.prompt_hash)
-        return PromptChunk(tokens, features, np.int32(start), np.int32(length), np.int32(running.row), sampling)
+        numbers = map(np.int32, (start, length, running.row))
+        return PromptChunk(tokens, features, *numbers, sampling, np.int32(running.prompt.adapter.index))
 
     def _image(self, prompt: PreparedPrompt, image: int) -> int:
         """The index of an image in the cached features."""
-        index, known = self._images.find(prompt.digests[image])
+        adapter = prompt.adapter
+        index, known = self._images.find((prompt.digests[image], adapter.version if adapter.own_projector else 0))
         if not known:
-            self._programs.encode(prompt.images[image], index)
+            self._programs.encode(prompt.images[image], index, adapter.index)
         return index
 
     def _decode(self, begun: Sequence[Running]) -> list[Answer]:
         """Generates some more tokens of answers -> those that ended."""
         B = self._programs.slots
-        tokens, limits, rows = (np.zeros(B, np.int32) for _ in range(3))
+        tokens, limits, rows, adapters = (np.zeros(B, np.int32) for _ in range(4))
         idle = np.full(B, self._programs.positions, np.int32)
-        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B))
+        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B), adapters)
         for running in begun:
             slot, length = running.slot, len(running.prompt.tokens)
             slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
             slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
+            slots.adapters[slot] = running.prompt.adapter.index
             slots.sampling.set(slot, running.answer.sampling, running.prompt_hash)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
         steps = STEPS if len(begun) == len(self.running) else STEPS_BETWEEN
@@ -144,14 +147,15 @@ class Batch:
     def _deliver(self, running: Running, sampled: Sampled) -> list[Answer]:
         """Passes on the new tokens [steps] of an answer -> the answer, if it ended."""
         wanted = running.answer.sampling.logprobs
+        prompts = running.prompt.adapter.prompts
         texts, logprobs = [], []
         for step, token in enumerate(sampled.tokens.tolist()):
             if token < 0 or running.stream.finished:
                 break
             running.tokens.append(token)
             texts.append(running.stream.push(token))
-            if wanted is not None and token not in self._prompts.stop_ids:
-                logprobs.append(self._logprob(Sampled(*(x[step] for x in sampled)), wanted))
+            if wanted is not None and token not in prompts.stop_ids:
+                logprobs.append(_logprob(prompts.tokenizer, Sampled(*(x[step] for x in sampled)), wanted))
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
@@ -168,13 +172,14 @@ class Batch:
         running.answer.finish(reason)
         return running.answer
 
-    def _logprob(self, sampled: Sampled, alternatives: int) -> TokenLogprob:
-        def entry(token: int, logprob: float) -> Alternative:
-            data = token_bytes(self._prompts.tokenizer, int(token))
-            return Alternative(data.decode(errors="replace"), data, float(logprob))
 
-        top = map(entry, sampled.top_tokens[:alternatives], sampled.top_logprobs[:alternatives])
-        return TokenLogprob(*entry(sampled.tokens, sampled.logprobs), list(top))
+def _logprob(tokenizer: PreTrainedTokenizerBase, sampled: Sampled, alternatives: int) -> TokenLogprob:
+    def entry(token: int, logprob: float) -> Alternative:
+        data = token_bytes(tokenizer, int(token))
+        return Alternative(data.decode(errors="replace"), data, float(logprob))
+
+    top = map(entry, sampled.top_tokens[:alternatives], sampled.top_logprobs[:alternatives])
+    return TokenLogprob(*entry(sampled.tokens, sampled.logprobs), list(top))
 
 
 def chunk_size(left: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from llava_jax.inference.prompts import PromptBatch
 from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.requests import MAX_LOGPROBS, Sampling
+from llava_jax.models import batched_lora
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava
 
@@ -97,6 +98,7 @@ class Slots(NamedTuple):
     limits: np.ndarray  # int32, positions at which the answers have all their tokens
     rows: np.ndarray | None = None  # int32, their rows of the cache; None where slot b has row b
     sampling: RowSampling | None = None  # None: greedy
+    adapters: np.ndarray | None = None  # int32, see `models.batched_lora`
 
 
 class Sampled(NamedTuple):
@@ -167,6 +169,8 @@ def decode(
     `report` (bool[]) says whether log probabilities are wanted; None compiles a program without them.
     """
     idle = cache.size
+    if slots.adapters is not None:
+        batched_lora.use(model, slots.adapters)
 
     def working(carry: tuple) -> jax.Array:
         step, _, positions_B, _, _ = carry

@@ -13,13 +13,12 @@ import time
 import traceback
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import track
 from llava_jax.data.templates import Template
+from llava_jax.inference.adapters import Adapter, Adapters, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
@@ -38,6 +37,7 @@ class EngineStats:
     slots: int
     busy: int  # slots with an answer
     queued: int  # requests that wait for a slot
+    adapters: int  # that are loaded
     prompt_tokens: int
     prefix_tokens: int  # of these, those that the prefix cache held
     generated_tokens: int
@@ -61,6 +61,8 @@ class Engine:
     images: for how many images the features are cached.
     quantize: "int8" stores the decoder's weights in eight bits.
     mesh: over which the model's parameters are sharded.
+    adapters: how many adapters can be loaded at a time, into `Engine.adapters`, and
+    adapter_rank: their largest rank. Memory is taken for all of them.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class Engine:
         images: int = 64,
         quantize: str | None = None,
         mesh: Mesh | None = None,
+        adapters: int = 0,
+        adapter_rank: int = 0,
     ):
         check_quantization(quantize)
         self.config = model.config
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
-        self.tokenizer, self.template = prompts.tokenizer, prompts.template
         self._rows = slots + (slots // 2 if kept is None else kept)
         self._images = max(images, CHUNK_SIZES[-1] // self.config.image_tokens + 2)  # at least those of a chunk
         self._programs = Programs(
@@ -93,8 +96,12 @@ class Engine:
             stop_ids=prompts.stop_ids,
             int8=quantize == "int8",
             mesh=mesh,
+            adapters=adapters,
+            adapter_rank=adapter_rank,
         )
-        self._prompts, self._limit = prompts, queue
+        self.base = Adapter("", prompts)
+        self.adapters = Adapters(self.base, adapters, adapter_rank, self._programs.set_adapter, self._used)
+        self._limit = queue
         self._preparing = threading.Lock()  # tokenizers are not thread-safe
         self._changed = threading.Condition()  # guards the fields below
         self._waiting: collections.deque[Answer] = collections.deque()
@@ -132,17 +139,17 @@ class Engine:
         with self._changed:
             self.ready = not self._closing
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """-> uint8[H, W, 3], which a request may hold instead of the image."""
-        return self._prompts.read(image)
-
-    def prepare(self, request: Request) -> PreparedPrompt:
+    def prepare(self, request: Request, adapter: Adapter | None = None) -> PreparedPrompt:
         """Tokenizes a request and preprocesses its images: do it once for any number of answers.
+
+        Args:
+          request: to be answered.
+          adapter: of `adapters`, or `base`, the default.
 
         Raises `UserError` where the request is malformed, or an image missing or damaged.
         """
         with self._preparing:
-            return prepare(self._prompts, request)
+            return prepare(adapter or self.base, request)
 
     def room(self, prompt: PreparedPrompt) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
@@ -154,6 +161,7 @@ class Engine:
         Raises:
           UserError: the request is malformed, or an image missing or damaged.
           ContextExceeded: prompt and `max_new_tokens` are more than the context.
+          UnknownAdapter: the prompt's adapter has been unloaded.
           QueueFull: too many requests wait already.
           EngineClosed: the engine is closed or closing.
         """
@@ -164,6 +172,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine is shutting down")
+            if prompt.adapter not in self.adapters:
+                raise UnknownAdapter(f"adapter {prompt.adapter.name} has been unloaded")
             if len(self._waiting) + len(self._batch.running) >= self.capacity:
                 raise QueueFull(math.ceil(self._answer_seconds / self.slots))
             self._waiting.append(answer)
@@ -176,6 +186,7 @@ class Engine:
                 slots=self.slots,
                 busy=len(self._batch.running),
                 queued=len(self._waiting),
+                adapters=len(self.adapters.loaded()),
                 **{name: self._counts[name] for name in COUNTS},
             )
 
@@ -191,7 +202,12 @@ class Engine:
         self._thread.join()
 
     def _new_batch(self) -> Batch:
-        return Batch(self._programs, self._prompts, self._rows, self._images)
+        return Batch(self._programs, self.config.image_tokens, self._rows, self._images)
+
+    def _used(self) -> set[Adapter]:
+        with self._changed:
+            running = [running.answer for running in self._batch.running]
+            return {answer.prompt.adapter for answer in [*self._waiting, *running]}
 
     # ------------------------------------------------------------------------------------------- the engine's thread
 

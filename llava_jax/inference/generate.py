@@ -6,6 +6,7 @@ across tokens, so they are searched here, in the text.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
@@ -48,15 +50,18 @@ def default_dtype() -> jnp.dtype:
 
 
 def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sharding: Sharding | None = None) -> Llava:
-    """Loads the weights of a checkpoint in `dtype` (see `default_dtype`), by default on the first device."""
-    dtype = jnp.dtype(dtype or default_dtype())
+    """Loads the weights of a checkpoint in `dtype` (see `default_dtype`), by default on the first device.
+
+    Adapters are added to them, so that they cost nothing afterwards.
+    """
+    checkpoint, dtype = merged(checkpoint), jnp.dtype(dtype or default_dtype())
     params = checkpoint.load(dtype=lambda name, stored: dtype, sharding=sharding)
     return build(checkpoint.config, params, dtype)
 
 
 def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     """Shards the parameters over a mesh as training does."""
-    shapes = abstract_params(config)
+    shapes = abstract_params(dataclasses.replace(config, base_dtype=""))
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 

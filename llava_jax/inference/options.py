@@ -1,14 +1,17 @@
 """Options of the commands that answer with a checkpoint. Imports no JAX until a checkpoint is opened."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llava_jax.cli import UserError
 from llava_jax.data.templates import Template, choose_template, get_template
 from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.parallel import compilation_cache
 
 if TYPE_CHECKING:
     from llava_jax.checkpoint.reading import Checkpoint
+    from llava_jax.inference.adapters import AdapterWeights
     from llava_jax.inference.engine import Engine
 
 DTYPES = ("float32", "bfloat16")
@@ -46,18 +49,50 @@ def open_model(args: argparse.Namespace) -> tuple["Checkpoint", Template]:
     return checkpoint, choose_template(args.template, checkpoint.template)
 
 
-def open_engine(args: argparse.Namespace, **options: Any) -> "Engine":
-    """An engine with the checkpoint of `add_checkpoint`, and the options of `add_computation` if there are any.
-    `options` are those of `Engine`. Raises `UserError`."""
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter`, see `open_engine`."""
+    parser.add_argument("--adapter", type=_named_directory, action="append", default=[], metavar="NAME=DIR",
+        help="an adapter of the checkpoint: a directory of PEFT, or a workdir or checkpoint with config.lora; "
+        "repeatable")  # fmt: skip
+
+
+def open_engine(
+    args: argparse.Namespace, read_adapter: Callable[[str, "Checkpoint"], "AdapterWeights"], **options: Any
+) -> "Engine":
+    """An engine with the checkpoint of `add_checkpoint`, the adapters of `add_adapters`, and the options of
+    `add_computation` if there are any. Raises `UserError`.
+
+    Args:
+      args: of the command.
+      read_adapter: reads the adapter in a directory for a checkpoint.
+      **options: of `Engine`; there is room for `adapters` of `adapter_rank` or, if that is more, for those of `args`.
+    """
     from llava_jax.inference.engine import Engine
     from llava_jax.parallel.sharding import make_mesh
 
     checkpoint, template = open_model(args)
+    adapters: dict[str, AdapterWeights] = {}
+    for name, directory in args.adapter:
+        if name in adapters:
+            raise UserError(f"--adapter {name}={directory}: another one has this name")
+        adapters[name] = read_adapter(directory, checkpoint)
+    room = {"adapters": len(adapters), "adapter_rank": max((each.lora.rank for each in adapters.values()), default=0)}
+    options |= {name: max(least, options.get(name, 0)) for name, least in room.items()}
     given = vars(args)
     compilation_cache.use(given.get("compilation_cache", compilation_cache.usual()))
     mesh = given.get("mesh")
     options |= {"dtype": given.get("dtype"), "quantize": given.get("quantize"), "mesh": mesh and make_mesh(mesh)}
-    return Engine.from_checkpoint(checkpoint, template, **options)
+    engine = Engine.from_checkpoint(checkpoint, template, **options)
+    for name, weights in adapters.items():
+        engine.adapters.load(name, weights)
+    return engine
+
+
+def _named_directory(text: str) -> tuple[str, str]:
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise argparse.ArgumentTypeError(f"{text!r} does not look like NAME=DIR")
+    return name, directory
 
 
 def mesh_axes(text: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.adapters import Adapter
 from llava_jax.inference.requests import Request
 
 
@@ -17,14 +17,20 @@ class PreparedPrompt(NamedTuple):
     request: Request
     tokens: np.ndarray  # int32[L]
     image_feature_index: np.ndarray  # int32[L]: image of the request x P + patch, -1 for text
-    contents: np.ndarray  # int64[L]: the token, or a negative number from the image's content and the patch
+    contents: np.ndarray  # int64[L]: from the adapter, and the token or (a negative number) the image and the patch
     images: Sequence[np.ndarray]  # uint8[H, W, 3] each
     digests: Sequence[bytes]  # of the images
+    adapter: Adapter  # that answers it
+
+    def extended(self, tokens: Sequence[int]) -> np.ndarray:
+        """`contents`, and those of tokens of the answer."""
+        return np.concatenate([self.contents, _of_version(np.array(tokens, np.int64), self.adapter)])
 
 
-def prepare(prompts: PromptEncoder, request: Request) -> PreparedPrompt:
+def prepare(adapter: Adapter, request: Request) -> PreparedPrompt:
     """Tokenizes a request, preprocesses its images and hashes them. Raises `UserError` for a malformed request and for
     a missing or damaged image."""
+    prompts = adapter.prompts
     prompt = prompts.encode(request)
     preprocessed = {id(image): prompts.read(image) for image in request.images}
     images = [preprocessed[id(image)] for image in request.images]
@@ -34,7 +40,13 @@ def prepare(prompts: PromptEncoder, request: Request) -> PreparedPrompt:
         own = prompt.image_feature_index // prompts.config.image_tokens == number
         first = np.frombuffer(digest, np.int64, count=1)
         contents[own] = (first + np.arange(own.sum())) | np.iinfo(np.int64).min
-    return PreparedPrompt(request, prompt.tokens, prompt.image_feature_index, contents, images, digests)
+    contents = _of_version(contents, adapter)
+    return PreparedPrompt(request, prompt.tokens, prompt.image_feature_index, contents, images, digests, adapter)
+
+
+def _of_version(contents: np.ndarray, adapter: Adapter) -> np.ndarray:
+    """Makes contents differ from those of other adapters, whose keys and values are others. Tokens have 32 bits."""
+    return contents ^ (adapter.version << 32)
 
 
 class Placement(NamedTuple):

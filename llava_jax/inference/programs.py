@@ -20,9 +20,11 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.cli import UserError
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, decode, sample, with_logprobs
 from llava_jax.inference.quantization import quantize_decoder
+from llava_jax.models import batched_lora
 from llava_jax.models.attention import BLOCK
+from llava_jax.models.config import LoraConfig
 from llava_jax.models.llama import KVCache
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import Llava, Params
 from llava_jax.parallel.sharding import FSDP_RINGS, RULES, axis_sizes, replicated
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
@@ -39,6 +41,7 @@ class PromptChunk(NamedTuple):
     length: np.ndarray  # int32, without padding
     row: np.ndarray  # int32, of the cache
     sampling: RowSampling  # [1]
+    adapter: np.ndarray  # int32, of the prompt, see `models.batched_lora`
 
 
 class Programs:
@@ -50,6 +53,7 @@ class Programs:
       stop_ids: tokens that end answers.
       int8: whether the decoder's weights are stored in eight bits, see `inference.quantization`.
       mesh: over which the model's parameters are sharded.
+      adapters, adapter_rank: how many adapters, of which rank, there is room for, see `models.batched_lora`.
 
     Raises `UserError` where the cache does not fit into memory.
     """
@@ -65,8 +69,12 @@ class Programs:
         stop_ids: list[int],
         int8: bool = False,
         mesh: Mesh | None = None,
+        adapters: int = 0,
+        adapter_rank: int = 0,
     ):
         text = model.config.text
+        if adapters:
+            batched_lora.attach(model, adapters, adapter_rank, mesh)
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
@@ -89,16 +97,17 @@ class Programs:
         self._stop_ids = np.array(stop_ids, np.int32)
 
         number, flag = np.int32(0), np.bool(False)
-        all_slots = Slots(*(np.zeros(slots, np.int32) for _ in range(4)), RowSampling.greedy(slots))
+        zeros = np.zeros(slots, np.int32)
+        all_slots = Slots(zeros, zeros, zeros, zeros, RowSampling.greedy(slots), zeros)
         # Each with its arguments after the model, of which the first is donated.
         self._programs: dict[str | int, tuple] = {
-            ENCODE: (encode, features, image, number),
+            ENCODE: (encode, features, image, number, number),
             DECODE: (functools.partial(decode, max_steps=MAX_STEPS), cache, all_slots, self._stop_ids, number, flag),
             COPY: (copy, cache, number, number),
         }
         for size in CHUNK_SIZES:
             zeros = np.zeros(size, np.int32)
-            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1))
+            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1), number)
             self._programs[size] = (prefill, cache, features, chunk, flag)
         self.names = list(self._programs)
         self.reset()
@@ -134,9 +143,15 @@ class Programs:
                 self._compiled[name] = jax.jit(flat, donate_argnums=1).lower(self._weights, *arguments).compile()
             return functools.partial(self._compiled[name], self._weights)
 
-    def encode(self, image: np.ndarray, index: int) -> None:
+    def set_adapter(self, index: int, config: LoraConfig, params: Params) -> None:
+        """Makes these the parameters of adapter `index`. Nothing is compiled again, and programs may be running."""
+        model = jax.tree.unflatten(self._structure, self._weights)
+        batched_lora.write(model, index, config, params)
+        self._weights[:] = jax.tree.leaves(model)
+
+    def encode(self, image: np.ndarray, index: int, adapter: int) -> None:
         """Caches the features of an image uint8[H, W, 3] at `index`."""
-        self.features = self.compile(ENCODE)(self.features, image, np.int32(index))
+        self.features = self.compile(ENCODE)(self.features, image, np.int32(index), np.int32(adapter))
 
     def prefill(self, chunk: PromptChunk, report: bool) -> Sampled:
         """Computes a chunk of a prompt -> the token after it, [1]."""
@@ -153,8 +168,9 @@ class Programs:
         self.cache = self.compile(COPY)(self.cache, np.int32(source), np.int32(target))
 
 
-def encode(model: Llava, features_IPD: jax.Array, image: jax.Array, index: jax.Array) -> jax.Array:
-    """The cached features with those of an image at `index`."""
+def encode(model: Llava, features_IPD: jax.Array, image: jax.Array, index: jax.Array, adapter: jax.Array) -> jax.Array:
+    """The cached features with those of an image at `index`, by the projector of an adapter."""
+    batched_lora.use(model, adapter[None])
     return features_IPD.at[index].set(model.encode_images(image[None])[0])
 
 
@@ -162,6 +178,7 @@ def prefill(
     model: Llava, cache: KVCache, features_IPD: jax.Array, chunk: PromptChunk, report: jax.Array
 ) -> tuple[Sampled, KVCache]:
     """Adds a chunk of a prompt to its row of the cache -> the token after it, [1], and the cache."""
+    batched_lora.use(model, chunk.adapter[None])
     x_TD = model.embed(chunk.tokens[None])[0]
     features_TD = features_IPD.reshape(-1, features_IPD.shape[-1])[jnp.maximum(chunk.features, 0)]
     x_TD = jnp.where(chunk.features[:, None] >= 0, features_TD, x_TD)

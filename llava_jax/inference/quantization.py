@@ -6,7 +6,7 @@ from flax import nnx
 
 from llava_jax.cli import UserError
 from llava_jax.models.config import QUANTIZATIONS
-from llava_jax.models.layers import add_bias, broadcast_last
+from llava_jax.models.layers import broadcast_last, finish
 from llava_jax.models.llama import Llama, replace_linears
 
 
@@ -22,12 +22,16 @@ class Int8Linear(nnx.Module):
     The product is computed with weights cast to the input's type, and scaled afterwards.
     """
 
-    def __init__(self, kernel: jax.Array, bias: nnx.Param | None = None):
+    def __init__(self, kernel: jax.Array, bias: nnx.Param | None = None, lora: nnx.Module | None = None):
         quantized, scale = quantize(kernel)
-        self.kernel, self.scale, self.bias = nnx.Param(quantized), nnx.Param(scale), bias
+        self.kernel, self.scale, self.bias, self.lora = nnx.Param(quantized), nnx.Param(scale), bias, lora
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The rounded kernel [in, out], as `Linear.weight`."""
+        return (self.kernel[...] * self.scale[...][None]).astype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return add_bias(self.scores(x).astype(x.dtype), self.bias)
+        return finish(self, x, self.scores(x).astype(x.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """The product without the bias, in float32."""
@@ -50,7 +54,7 @@ def quantize_decoder(llm: Llama) -> None:
     of its own.
     """
     for layer in llm.layers:
-        replace_linears(layer, lambda linear: Int8Linear(linear.kernel[...], linear.bias))
+        replace_linears(layer, lambda linear: Int8Linear(linear.kernel[...], linear.bias, linear.lora))
     tied = llm.config.tie_word_embeddings
     llm.int8_head = Int8Linear(llm.embed_tokens.embedding[...].T if tied else llm.lm_head.kernel[...])
     if not tied:

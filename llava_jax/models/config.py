@@ -12,6 +12,7 @@ from llava_jax.registry import Registry
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for inference
+BASE_DTYPES = ("", "int8", "nf4")  # see `models.quantized`; "" is not quantized
 # The smallest and the largest value of each number below: wider than all models, and small enough to allocate.
 LIMITS = {
     "hidden_size": (1, 2**17),
@@ -38,6 +39,11 @@ LIMITS = {
     "alpha": (-1e9, 1e9),
     "dropout": (0.0, 0.999),
 }
+
+
+def quantized(base_dtype: str) -> str:
+    """The `LlavaConfig.base_dtype` of a `config.base_dtype`, which may also be a type that is not quantized."""
+    return base_dtype if base_dtype in BASE_DTYPES else ""
 
 
 def check_fields(config: Any) -> None:
@@ -230,6 +236,7 @@ class LlavaConfig:
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     lora: LoraConfig | None = None  # adapters that are not merged into the weights
+    base_dtype: str = ""  # of the linear layers of the decoder's layers, see `BASE_DTYPES`
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -244,6 +251,8 @@ class LlavaConfig:
             raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
         if self.image_position not in ("random", "first", "as_is"):
             raise ValueError(f"image_position is {self.image_position!r}, not 'random', 'first' or 'as_is'")
+        if self.base_dtype not in BASE_DTYPES:
+            raise ValueError(f"base_dtype is {shown(self.base_dtype)}, not one of {', '.join(map(repr, BASE_DTYPES))}")
         if not 0 <= self.vision_layers_used <= self.vision.num_layers:
             raise ValueError(f"select_layer {self.select_layer} is not among {self.vision.num_layers} layers")
 
@@ -265,8 +274,9 @@ class LlavaConfig:
         values = dataclasses.asdict(self)
         if self.text.family is None:
             del values["text"]["family"]
-        if self.lora is None:
-            del values["lora"]
+        for field in ("lora", "base_dtype"):
+            if not values[field]:
+                del values[field]
         return values
 
     @classmethod

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.models.attention import attention
+from llava_jax.models.pieces import first_layers
 from llava_jax.parallel.sharding import Fsdp
 
 # Names of activations in remat policies.
@@ -85,11 +86,15 @@ class Execution:
         )
         return sharded(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
-    def scan_layers(self, step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any) -> jax.Array:
-        """x = step(x, layer) for each of the stacked layers, which keep what the remat policy says."""
+    def scan_layers(
+        self, step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, count: int
+    ) -> jax.Array:
+        """x = step(x, layer) for the first `count` of the stacked layers, which keep what the remat policy says."""
         if self.remat != "none" or self.fsdp is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
+        for stack in first_layers(layers, count):
+            x = jax.lax.scan(lambda x, layer: (step(x, layer), None), x, stack)[0]
+        return x
 
 
 SINGLE = Execution()

@@ -41,11 +41,19 @@ class Linear(nnx.Module):
         """The kernel [in, out] in the type of the computation."""
         return self.kernel[...].astype(dtype)
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W [..., out], without bias and adapter."""
+        return project(x, self.weight(x.dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.weight(x.dtype))
-        if self.lora is not None:
-            y = self.lora(x, y, self)
-        return add_bias(y, self.bias)
+        return finish(self, x, self.product(x))
+
+
+def finish(linear: nnx.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    """y = x W of a linear layer -> the same with its adapter and its bias."""
+    if linear.lora is not None:
+        y = linear.lora(x, y, linear)
+    return add_bias(y, linear.bias)
 
 
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llava_jax.models.attention import attention_by_head, cached_attention, within_window
 from llava_jax.models.config import TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
-from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, add_bias, stack_layers, unstack_layers
+from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, finish, stack_layers, unstack_layers
 from llava_jax.models.registry import FAMILIES
 
 
@@ -56,7 +56,7 @@ class Llama(nnx.Module):
             return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)
 
         with jax.named_scope("llama_layers"):
-            return self.norm(execution.scan_layers(step, x_BTD, self.layers))
+            return self.norm(execution.scan_layers(step, x_BTD, self.layers, self.config.num_layers))
 
     def extend(
         self,
@@ -224,10 +224,14 @@ class RowLinear(nnx.Module):
 
     def __init__(self, linear: Linear):
         self.kernel = nnx.Param(linear.kernel[...].T)
-        self.bias = linear.bias
+        self.bias, self.lora = linear.bias, linear.lora
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """As `Linear.weight`, [in, out]."""
+        return self.kernel[...].T.astype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return add_bias(jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x), self.bias)
+        return finish(self, x, jnp.einsum("oi,...i->...o", self.kernel[...].astype(x.dtype), x))
 
 
 def replace_linears(layer: LlamaLayer, make: Callable[[Linear], nnx.Module]) -> None:

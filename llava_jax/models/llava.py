@@ -6,17 +6,21 @@ also inside `jax.jit`.
 """
 
 import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.models import lora
+from llava_jax.models import lora, pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.layers import broadcast_last, unstack_layers
 from llava_jax.models.llama import Llama
 from llava_jax.models.projectors import projector_kind
+from llava_jax.models.quantized import kept_dtype, quantize_linears
 from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
@@ -31,6 +35,8 @@ class Llava(nnx.Module):
         self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
         self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
+        if config.base_dtype:
+            quantize_linears(self.llm.layers, config.base_dtype)
         if config.lora:
             lora.attach(self, config.lora, rngs)
 
@@ -119,9 +125,9 @@ def _dotted(path: tuple) -> str:
 
 
 def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names and shapes of a model's parameters, all of type `dtype`, without allocating them."""
+    """Names and shapes of a model's parameters, without allocating them: of type `dtype`, unless they are quantized."""
     shapes = _abstract(config, "float32")[1]
-    return {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(v.shape, kept_dtype(name, v.dtype, dtype)) for name, v in shapes.items()}
 
 
 def init_params(config: LlavaConfig, key: jax.Array) -> Params:
@@ -137,17 +143,52 @@ def module_params(module: nnx.Module) -> Params:
 def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
     """The model with these parameters, computing in `dtype`.
 
+    Args:
+      params: by name; stacks may be split, see `models.pieces`.
+
     Raises ValueError that lists all missing, unexpected and misshapen parameters.
     """
+    params = pieces.joined(params)
     check_names(params, _abstract(config, jnp.dtype(dtype).name)[1])
     return build_from_shards(config, params, dtype)
 
 
 def build_from_shards(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
-    """The same from the shards of parameters that a device has, without a check of their shapes."""
+    """The same from the shards of parameters that a device has, without a check of their shapes.
+
+    Of a stack that is split, `layers` is a `Pieces`.
+    """
     graphdef, shapes = _abstract(config, jnp.dtype(dtype).name)
-    state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
-    return nnx.merge(graphdef, state)
+
+    def merge(params: Params) -> Llava:
+        state = nnx.from_flat_state([(tuple(name.split(".")), nnx.Param(params[name])) for name in shapes])
+        return nnx.merge(graphdef, state)
+
+    split = pieces.by_stack(params)
+    whole = functools.reduce(operator.or_, (parts[0] for parts in split.values()), params)
+    model = merge(whole)
+    for stack, parts in split.items():
+        owner, layers = stack.split(".")
+        of_parts = [getattr(getattr(merge(whole | part), owner), layers) for part in parts]
+        setattr(getattr(model, owner), layers, pieces.Pieces(of_parts))
+    return model
+
+
+def used_params(config: LlavaConfig, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the parameters of these shapes the model's output depends on, and what may therefore be trained.
+
+    Layers of the tower after the one whose features are used, and its last norm, are stored for exports only. An
+    adapter's are trained with the rest of it, since nothing else stores them.
+    """
+    unused, layers = TOWERS[config.vision.kind].unused, config.vision_layers_used
+    parts = pieces.split(shapes, {"vision.layers": [layers]})
+
+    def is_used(name: str) -> bool:
+        if pieces.stack_of(name) == "vision.layers" and ".lora." not in name:
+            return pieces.rows(name, parts[name])[0] < layers
+        return not name.startswith(unused)
+
+    return {name: leaf for name, leaf in parts.items() if is_used(name)}
 
 
 def check_names(params: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -47,7 +47,7 @@ class Lora(nnx.Module):
         if self.magnitude is None:
             return y_BTO + update_BTO
         kernel_IO = linear.weight(x_BTI.dtype)
-        base_BTO = y_BTO if self.dropout_seeds is None else project(dropped_BTI, kernel_IO)
+        base_BTO = y_BTO if self.dropout_seeds is None else linear.product(dropped_BTI)
         ratio_O = self.magnitude[...] / column_norms(kernel_IO, self.scale, a_IR, b_RO)
         # Near 1, bfloat16 has steps of 0.8 %: ratio - 1 is computed in float32.
         ratio, change = (broadcast_last(x, y_BTO).astype(y_BTO.dtype) for x in (ratio_O, ratio_O - 1))

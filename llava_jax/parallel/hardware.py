@@ -47,6 +47,8 @@ class Gpu:
     shared_memory: int
     l2_cache: int
     clock: float
+    minor: int = 0  # of the capability
+    threads: int = 2048  # of a core
 
 
 GRID = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # [docs]
@@ -82,7 +84,29 @@ _B200 = Gpu(
     "b200", "NVIDIA B200", memory=191514411008, flops=2250e12, bandwidth=7672.32e9, link=900e9, network=50e9,
     capability=10, cores=148, fpus=128, shared_memory=233472, l2_cache=132644864, clock=1.965,
 )  # fmt: skip
-GPUS = {gpu.name: gpu for gpu in (_A100, _H100, _H200, _B200)}
+_A100_40 = dataclasses.replace(
+    _A100, name="a100-40", kind="NVIDIA A100-SXM4-40GB", memory=int(39.39 * GiB), bandwidth=1555e9
+)
+# GPUs on PCIe 4.0 (32 GB/s each way): memory as CUDA reports it; bandwidth and FLOP/s [nvidia]; network: the largest
+# instances of AWS with eight of them, 10 Gbit/s for the GeForce.
+_ADA = {"link": 32e9, "capability": 8, "minor": 9, "fpus": 128, "shared_memory": 102400, "threads": 1536}
+_L4 = Gpu(
+    "l4", "NVIDIA L4", memory=int(22.03 * GiB), flops=121e12, bandwidth=300e9, network=1.56e9, cores=58,
+    l2_cache=48 * 2**20, clock=2.04, **_ADA,
+)  # fmt: skip
+_L40S = Gpu(
+    "l40s", "NVIDIA L40S", memory=int(44.40 * GiB), flops=362e12, bandwidth=864e9, network=6.25e9, cores=142,
+    l2_cache=96 * 2**20, clock=2.52, **_ADA,
+)  # fmt: skip
+_RTX4090 = Gpu(
+    "rtx4090", "NVIDIA GeForce RTX 4090", memory=int(23.64 * GiB), flops=165.2e12, bandwidth=1008e9, network=1.25e9,
+    cores=128, l2_cache=72 * 2**20, clock=2.52, **_ADA,
+)  # fmt: skip
+_A10G = Gpu(
+    "a10g", "NVIDIA A10G", memory=int(22.03 * GiB), flops=70e12, bandwidth=600e9, network=1.56e9, cores=80,
+    l2_cache=6 * 2**20, clock=1.71, **_ADA | {"minor": 6},
+)  # fmt: skip
+GPUS = {gpu.name: gpu for gpu in (_A100, _H100, _H200, _B200, _A100_40, _L40S, _RTX4090, _L4, _A10G)}
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -51,6 +51,7 @@ PARAMETER_AXES: list[tuple[str, tuple[str | None, ...]]] = [
     (r"position_embedding$", (None, "embed")),
     (r"linear_\d+\.kernel$", ("embed", None)),
 ]
+CODE_ROWS = 32  # rows of codes of a block, see `models.quantized`
 # A larger share of replicated parameters is a mistake: 7B has 0.01 %.
 MAX_REPLICATED = 0.02
 
@@ -165,10 +166,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def logical_axes(name: str) -> tuple[str | None, ...]:
-    """The last logical axes of a parameter. The matrices of an adapter are sharded as the kernel that they adapt."""
-    kernel = re.sub(r"\.lora\.[ab]$", ".kernel", name)
+    """The last logical axes of a parameter. An adapter and a quantized weight are sharded as their kernel would be, and
+    some layers of a stack (`models.pieces`) as all of them."""
+    kernel = re.sub(r"\.(lora\.[ab]|codes|absmax)$", ".kernel", re.sub(r"\.\d+:\d+\.", ".", name))
     axes = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), ())
-    if name != kernel and axes:
+    if axes and name.endswith((".lora.a", ".lora.b")):
         return (axes[0], None) if name.endswith("a") else (None, axes[1])
     return axes
 
@@ -183,6 +185,8 @@ def fsdp_axis(name: str, ndim: int) -> int | None:
 def param_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     """The mesh axes that shard each axis of a parameter."""
     logical = logical_axes(name)
+    if name.endswith(".codes") and shape[-2] % CODE_ROWS == 0:  # shards have whole blocks, as those of their scales
+        shape = (*shape[:-2], shape[-2] // CODE_ROWS, shape[-1])
     free = {axis: size for axis, size in axis_sizes(mesh).items() if size > 1}
     spec = [None] * (len(shape) - len(logical))
     for axis, size in zip(logical, shape[len(shape) - len(logical) :], strict=True):
@@ -196,14 +200,30 @@ def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedShardi
     return NamedSharding(mesh, param_spec(mesh, name, shape))
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of a tree whose dicts have parameter names as keys, such as an Optax state; the rest is replicated."""
+def tree_shardings(mesh: Mesh, tree: Any, params: Mapping[str, Any]) -> Any:
+    """Shardings of a tree such as an Optax state, whose dicts have the names of `params` (arrays or shapes) as keys.
+
+    A leaf under such a name is sharded like the parameter, along the axes that it has of it: a mean over one axis along
+    the others. The rest is replicated.
+    """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-        return param_sharding(mesh, name, leaf.shape)
+        keys = (key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+        name = next((key for key in keys if key in params), None)
+        if name is None:
+            return replicated(mesh)
+        shape = params[name].shape
+        return NamedSharding(mesh, _spec_of_part(param_spec(mesh, name, shape), shape, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _spec_of_part(spec: P, shape: tuple[int, ...], part: tuple[int, ...]) -> P:
+    """The spec of an array whose axes are, in order, some of those of a parameter, known by their sizes."""
+    axes, left = [], iter(range(len(shape)))
+    for size in part:
+        axes.append(next((axis for axis in left if shape[axis] == size), None))
+    return P() if None in axes else P(*(spec[axis] for axis in axes))
 
 
 def check_replicated(mesh: Mesh, shapes: Mapping[str, Any]) -> None:
@@ -247,7 +267,11 @@ class Fsdp:
         def gather(path: tuple, leaf: jax.Array | ShardedWeight) -> jax.Array:
             shard, accumulator = leaf if isinstance(leaf, ShardedWeight) else (leaf, None)
             axis = self._sharded_axis(".".join((prefix, *_names(path))), shard.ndim)
-            return shard if axis is None else gather_weight(shard.astype(self.dtype), accumulator, axis)
+            if axis is None:
+                return shard
+            if jnp.issubdtype(shard.dtype, jnp.integer):  # quantized: gathered as it is, and without a gradient
+                return all_gather(shard, axis)
+            return gather_weight(shard.astype(self.dtype), accumulator, axis)
 
         return jax.tree_util.tree_map_with_path(gather, module, is_leaf=lambda node: isinstance(node, ShardedWeight))
 
@@ -269,6 +293,32 @@ class Fsdp:
         return spec.index(FSDP_RINGS) if FSDP_RINGS in spec else None
 
 
+def on_whole_matrices(
+    function: Callable[[jax.Array], jax.Array], mesh: Mesh | None, spec: P, x_LIO: jax.Array
+) -> jax.Array:
+    """`function`, which maps each of the matrices that it is given to one of the same shape, of a sharded stack.
+
+    The devices that share matrices exchange their shards so that each has some matrices whole, and then back: two
+    all-to-alls for each sharded axis. `spec` shards the stack; no mesh is one device.
+    """
+    sharded = [(axis, names) for axis, names in enumerate(spec) if names]
+    if not sharded:
+        return function(x_LIO)
+
+    def on_device(shard: jax.Array) -> jax.Array:
+        matrices = len(shard)
+        missing = -matrices % math.prod(jax.lax.axis_size(names) for _, names in sharded)
+        shard = jnp.pad(shard, ((0, missing), (0, 0), (0, 0)))
+        for axis, names in sharded:
+            shard = jax.lax.all_to_all(shard, names, split_axis=0, concat_axis=axis, tiled=True)
+        shard = function(shard)
+        for axis, names in reversed(sharded):
+            shard = jax.lax.all_to_all(shard, names, split_axis=axis, concat_axis=0, tiled=True)
+        return shard[:matrices]
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x_LIO)
+
+
 def sum_over(axes: Iterable[str], x: jax.Array) -> jax.Array:
     """`jax.lax.psum`, without axes of size 1: sums over them keep compilers from sharding over `tensor`."""
     axes = [axis for axis in axes if jax.lax.axis_size(axis) > 1]
@@ -281,6 +331,10 @@ def gather_weight(shard: jax.Array, accumulator: jax.Array | None, axis: int) ->
 
     The backward pass reduce-scatters the gradient and returns it for the accumulator or, without one, for the shard.
     """
+    return all_gather(shard, axis)
+
+
+def all_gather(shard: jax.Array, axis: int) -> jax.Array:
     for ring in reversed(FSDP_RINGS):
         if jax.lax.axis_size(ring) > 1:
             shard = jax.lax.all_gather(shard, ring, axis=axis, tiled=True)

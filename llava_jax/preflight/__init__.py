@@ -9,12 +9,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import os
+
     from ml_collections import ConfigDict
 
     from llava_jax.preflight.report import Report
 
 
-def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float | None = None) -> "Report":
+def preflight(
+    config: "ConfigDict | str | os.PathLike", target: str, *, memory_fraction: float | None = None
+) -> "Report":
     """Compiles the training step of a run for hardware you don't have, without weights, data or accelerator.
 
     ```python
@@ -25,7 +29,7 @@ def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float
     Takes a minute or so, and the extra `preflight-tpu` or `preflight-gpu`.
 
     Args:
-      config: see `get_config`; a string is the name or the file of a recipe.
+      config: see `get_config`; or the name or the file of a recipe.
       target: a slice of TPUs (`v5e:4x4`, `v5p:2x2x4`), GPUs (`h100:8`; `h100:2x8` for two hosts) or `cpu`.
       memory_fraction: the part of a GPU's memory that JAX takes; by default `XLA_PYTHON_CLIENT_MEM_FRACTION` or, as
         JAX, 0.75.
@@ -41,8 +45,7 @@ def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float
     from llava_jax import cli, recipes
     from llava_jax.preflight import report, targets
 
-    config = recipes.get_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    recipes.expand_paths(config)
+    config = recipes.own_copy(config)
     if not (cli.has_accelerator() or jax.config.jax_platforms):
         jax.config.update("jax_platforms", "cpu")
     jax.devices()  # found before the environment speaks of another machine
@@ -51,7 +54,9 @@ def preflight(config: "ConfigDict | str", target: str, *, memory_fraction: float
 
 
 class _CallablePackage(ModuleType):
-    def __call__(self, config: "ConfigDict | str", target: str, *, memory_fraction: float | None = None) -> "Report":
+    def __call__(
+        self, config: "ConfigDict | str | os.PathLike", target: str, *, memory_fraction: float | None = None
+    ) -> "Report":
         return preflight(config, target, memory_fraction=memory_fraction)
 
     __call__.__doc__ = preflight.__doc__

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
+from llava_jax.models import pieces
+from llava_jax.models.quantized import kept_dtype
 from llava_jax.parallel import sharding
 from llava_jax.preflight import hlo_cost
 from llava_jax.preflight.compile import Compiled, Program
+from llava_jax.training.flops import first_trained_layers
 
 # Custom calls that compute attention: their FLOPs are not in the HLO.
 ATTENTION_KERNELS = ("tpu_custom_call", "__cudnn$fmha")
@@ -32,23 +34,22 @@ def ideal_wire(program: Program) -> float | None:
     if sizes["tensor"] > 1:
         return None
     state, frozen, _ = program.training.arguments
-    looked_up = program.rows * program.settings.layout.max_length * program.settings.model.text.hidden_size
-    backward = tuple(
-        prefix
-        for part, prefix in (("vision", "vision.layers."), ("llm", "llm.layers."))
-        if program.training.flops[part].activations
-    )
+    width = program.settings.model.text.hidden_size * program.settings.dtype.itemsize
+    looked_up = program.rows * program.settings.layout.max_length * width
+    first = first_trained_layers(program.settings.model, state.trainable)
     total = 0.0
     for name, leaf in (state.trainable | frozen).items():
         trains, size = name in state.trainable, math.prod(leaf.shape)
+        size *= kept_dtype(name, leaf.dtype, program.settings.dtype).itemsize
         if leaf.sharding.is_fully_replicated:
             total += trains * 2 * (n * copies - 1) / (n * copies) * size
             continue
         table = name.endswith("embed_tokens.embedding")
-        passes = (2 if name.startswith(backward) else 1) + trains
+        stack = pieces.stack_of(name)
+        passes = (2 if stack and pieces.rows(name, leaf)[0] >= first[stack] else 1) + trains
         total += passes * accumulation * (min(size, looked_up) if table else size) * (n - 1) / n
         total += trains * 2 * (copies - 1) / copies * size / n
-    return total * program.settings.dtype.itemsize
+    return total
 
 
 def lower_bound(compiled: Compiled) -> dict[str, float]:
@@ -65,10 +66,12 @@ def lower_bound(compiled: Compiled) -> dict[str, float]:
     seconds = {"compute": (cost.flops + kernels / program.mesh.size) / machine.flops}
     # The state is read and written once; gathered weights are read in the forward and in the backward pass.
     state, frozen, _ = program.training.arguments
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.trainable, frozen)))
+    weights = sum(
+        math.prod(leaf.shape) * kept_dtype(name, leaf.dtype, program.settings.dtype).itemsize
+        for name, leaf in (state.trainable | frozen).items()
+    )
     passes = 2 * program.settings.accumulation / sharding.axis_sizes(program.mesh)["tensor"]
-    read = weights * program.settings.dtype.itemsize * passes
-    seconds["memory"] = (compiled.moved + read) / machine.bandwidth
+    seconds["memory"] = (compiled.moved + weights * passes) / machine.bandwidth
     rate = program.target.send_rate
     seconds["network"] = cost.wire / rate if rate else 0.0
     if program.target.platform == "gpu":

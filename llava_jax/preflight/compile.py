@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.plan import Layout
-from llava_jax.models.config import PRESETS, LlavaConfig
+from llava_jax.models.config import PRESETS, LlavaConfig, quantized
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_cost, targets
@@ -114,9 +114,9 @@ def _model(config: ConfigDict) -> tuple[LlavaConfig, dict[str, jax.ShapeDtypeStr
     if name := preset(config):
         if name not in PRESETS:
             raise UserError(f"config.model is {name!r}, not one of {', '.join(PRESETS)}")
-        return PRESETS[name], None
+        return dataclasses.replace(PRESETS[name], base_dtype=quantized(config.base_dtype)), None
     if config.init:
-        checkpoint = open_checkpoint(config.init)
+        checkpoint = open_checkpoint(config.init).quantized(config.base_dtype)
         return checkpoint.config, checkpoint.abstract()
     raise UserError(f"neither config.model (one of {', '.join(PRESETS)}) nor config.init says which model to train")
 
@@ -189,7 +189,7 @@ def _margin(program: Program, cost: hlo_cost.Cost) -> float:
 
 def _memory(program: Program, needed: float | None, margin: float, available: float) -> Memory:
     state, frozen, batch = program.training.arguments
-    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes(state.optimizer)
+    parameters, optimizer = local_bytes((state.trainable, frozen)), local_bytes((state.optimizer, state.ema))
     rows = local_bytes(batch)
     activations = None if needed is None else needed - margin - parameters - optimizer - rows
     return Memory(parameters, optimizer, rows, activations, margin, needed, available)

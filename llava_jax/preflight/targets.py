@@ -19,7 +19,10 @@ from llava_jax.cli import UserError
 from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu, tpu_send_rate
 
 GPUS_PER_HOST = 8
-EXAMPLES = "v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1, h100:8, a100:8, h200:8, b200:2x8 (2 hosts of 8), cpu"
+EXAMPLES = (
+    "v5e:4x4, v5e:1x1, v4:2x2x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1, h100:8, a100:8, a100-40:1, l40s:1, rtx4090:1, l4:1, "
+    "a10g:1, h200:8, b200:2x8 (2 hosts of 8), cpu"
+)
 ENVIRONMENT = {
     # Devices of this machine are not used.
     "JAX_PLATFORMS": "cpu",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError, expand_home
 
-NAMES = ("pretrain", "finetune", "scienceqa", "common")
+NAMES = ("pretrain", "finetune", "finetune_lora", "scienceqa", "common")
 
 
 def find(recipe: str) -> str:
@@ -31,7 +31,18 @@ def find(recipe: str) -> str:
     )
 
 
-def get_config(recipe: str) -> ConfigDict:
+def own_copy(config: ConfigDict | str | os.PathLike) -> ConfigDict:
+    """The options of a recipe, or a copy of a ConfigDict, with `~` expanded in paths. Raises UserError for others."""
+    if isinstance(config, str | os.PathLike):
+        return get_config(config)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config is a {type(config).__name__}: give a recipe or a ConfigDict, see llava_jax.get_config")
+    config = config.copy_and_resolve_references()
+    expand_paths(config)
+    return config
+
+
+def get_config(recipe: str | os.PathLike) -> ConfigDict:
     """The options of a training run, which may be changed before it begins.
 
     ```python
@@ -41,8 +52,8 @@ def get_config(recipe: str) -> ConfigDict:
     ```
 
     Args:
-      recipe: the name of one that the package has (`pretrain`, `finetune`, `scienceqa`) or the path of a file with a
-        function `get_config`; the function's argument may follow after a colon.
+      recipe: the name of one that the package has (`pretrain`, `finetune`, `finetune_lora`, `scienceqa`) or the path of
+        a file with a function `get_config`; the function's argument may follow after a colon.
 
     Returns:
       A locked `ConfigDict`; `llava_jax/recipes/common.py` explains each option.
@@ -50,7 +61,8 @@ def get_config(recipe: str) -> ConfigDict:
     Raises:
       UserError: there is no such recipe. Errors of the file itself are raised as they are.
     """
-    file, colon, argument = find(expand_home(recipe)).partition(":")
+    recipe = expand_home(os.fspath(recipe))
+    file, colon, argument = find(recipe).partition(":")
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such recipe")
     function = runpy.run_path(file).get("get_config")

@@ -89,17 +89,47 @@ def _declare() -> Section:
     config.epochs = Option(1.0, minimum=0)  # fractions are rounded up to whole steps
     config.steps = Option(0, minimum=0)  # overrides epochs unless 0
     config.learning_rate = Option(2e-5, minimum=0)
-    config.projector_learning_rate = Option(0.0, minimum=0)  # 0 means learning_rate
-    config.warmup_ratio = Option(0.03, minimum=0, maximum=1)  # of all steps, linear; then a cosine to 0
+    # Of the groups "projector" and "vision"; 0 means learning_rate.
+    config.projector_learning_rate = Option(0.0, minimum=0)
+    config.vision_learning_rate = Option(0.0, minimum=0)
+    config.warmup_ratio = Option(0.03, minimum=0, maximum=1)  # of all steps, linear; then the schedule
+    # After the warmup: "cosine" or "linear" to the minimum, "constant", or "wsd": constant, then a decay
+    # (docs/optimizers.md).
+    config.schedule = "cosine"
+    config.min_learning_rate_ratio = Option(0.0, minimum=0, maximum=1)  # the minimum, of the peak
+    config.decay_ratio = Option(0.1, minimum=0, maximum=1)  # of all steps, the last, in which "wsd" decays
+    config.decay_shape = Option("cosine", choices=("cosine", "linear", "1-sqrt"))  # of "wsd"
+    # "adamw", "adafactor", "lion" or "muon" (docs/optimizers.md).
+    config.optimizer = "adamw"
     config.weight_decay = Option(0.0, minimum=0)  # of matrices; never of biases and norms
-    config.beta1 = Option(0.9, minimum=0, below=1)
+    config.beta1 = Option(0.9, minimum=0, below=1)  # of AdamW, and the next two
     config.beta2 = Option(0.999, minimum=0, below=1)
     config.epsilon = Option(1e-8, minimum=0)
+    # The type of the first moments: "" is float32; "bfloat16" halves them.
+    config.moment_dtype = Option("", choices=("", "bfloat16"))
+    config.adafactor = Section()
+    config.adafactor.decay = Option(0.8, minimum=0, maximum=1)  # the second moment's is 1 - step ** -decay
+    config.adafactor.clip = Option(1.0, minimum=1)  # of the root mean square of a matrix's update
+    config.adafactor.scale_parameter = False  # multiply updates by the root mean square of their parameter
+    config.adafactor.min_factored = Option(128, minimum=1)  # narrower matrices keep their whole second moment
+    config.lion = Section()
+    config.lion.beta1 = Option(0.9, minimum=0, below=1)
+    config.lion.beta2 = Option(0.99, minimum=0, below=1)
+    config.muon = Section()  # of matrices; the rest is trained by AdamW
+    config.muon.momentum = Option(0.95, minimum=0, below=1)
+    # The root mean square of updates, near that of AdamW; 0 scales them by sqrt(max(1, outputs / inputs)) instead.
+    config.muon.rms = Option(0.2, minimum=0)
     config.clip_norm = Option(0.0, minimum=0)  # of the gradient of all trained parameters; 0 is off
-    # What is trained, instead of what `stage` trains: patterns of parameter names (regular expressions that match the
-    # beginning of a name), each with a learning rate and a weight decay; by default those above. If several patterns
-    # match a name, the first one counts; a parameter that no pattern matches is frozen. For example, norms and the
-    # vision tower: ({"parameters": r"llm\..*norm"}, {"parameters": r"vision\.", "learning_rate": 2e-6}).
+    # The decay of an exponential moving average of the trained parameters, such as 0.999; 0 is off. What is evaluated,
+    # and what other commands read from the workdir, is then the average.
+    config.ema = Option(0.0, minimum=0, below=1)
+    # What is trained, instead of what `stage` trains: pairs of a pattern (a regular expression that matches the
+    # beginning of a parameter's name) and either options or the name of a group, which has the learning rate that the
+    # stages give it: "projector", "vision", "llm" or "lora". Options are `learning_rate` and `weight_decay`, by default
+    # those above; `layers`, those of a stack that are trained ("16:", ":8", "-4:"); `layer_decay`, by which the rate of
+    # each layer is smaller than that of the next. The first pattern that matches counts; a parameter that none matches
+    # is frozen. For example, norms, and the tower from layer 12 on (docs/tuning.md):
+    # ((r"llm\..*norm", "llm"), (r"vision\.", {"learning_rate": 2e-6, "layers": "12:"})).
     config.trainable = ()
 
     # Low-rank adapters (LoRA) of linear layers, which are trained instead of these layers' weights (docs/tuning.md).
@@ -117,9 +147,12 @@ def _declare() -> Section:
     # ---- The computation
 
     # Types of the computation and of frozen parameters; "" is bfloat16 on accelerators and, on CPUs, float32 and the
-    # type of the checkpoint. Trained parameters and Adam's moments are float32.
+    # type of the checkpoint. Trained parameters are float32.
     config.compute_dtype = Option("", choices=DTYPES)
     config.frozen_dtype = Option("", choices=DTYPES)
+    # The type of frozen weights of the language model: "bfloat16", or "int8" or "nf4" to train adapters on quantized
+    # linear layers (docs/quantization.md); "" is that of a checkpoint that is quantized, or else frozen_dtype.
+    config.base_dtype = Option("", choices=("", "bfloat16", "int8", "nf4"))
     # Activations kept for the backward pass: "none" recomputes nothing, "full" every layer, "save_qkv" all but queries,
     # keys and values; "offload" is "full" with what it keeps in the memory of the host.
     config.remat = Option("full", choices=("none", "full", "save_qkv", "offload"), changeable=True)

@@ -1,6 +1,7 @@
 """Serves a checkpoint: OpenAI's API under /v1, and a web page at /."""
 
 import argparse
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from llava_jax.cli import Parser, UserError, run
 from llava_jax.inference import options
 
 MAX_KEY_BYTES = 4096
+DEFAULT_ROOM = {"adapters": 8, "adapter_rank": 64}  # for adapters of --adapter-directory
 
 EPILOG = """examples:
   python -m llava_jax.serve --checkpoint runs/finetune --port 8000
@@ -24,24 +26,51 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     api_key = _api_key(args.api_key_file)
     try:  # the extra `serve` installs their dependencies
+        from llava_jax.convert.served_adapter import read_for
+        from llava_jax.inference.adapters import check_name
         from llava_jax.serve.app import create_app
         from llava_jax.serve.hosts import own_names
+        from llava_jax.serve.models import AdapterDirectory
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
         raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
     address = listen(args.host, args.port)
-    engine = options.open_engine(args, slots=args.slots, context=args.context, queue=args.queue)
+    name = args.model_name or Path(args.checkpoint.rstrip("/")).name
+    for adapter, _ in args.adapter:
+        check_name(adapter, base=name)
+    read = functools.partial(read_for, template=args.template)
+    room = _adapter_room(args)
+    engine = options.open_engine(args, read, slots=args.slots, context=args.context, queue=args.queue, **room)
+    directory = None
+    if args.adapter_directory is not None:
+        read_one = functools.partial(read, base=options.open_model(args)[0])
+        directory = AdapterDirectory(engine, name, args.adapter_directory, read_one)
     app = create_app(
         engine,
-        args.model_name or Path(args.checkpoint.rstrip("/")).name,
+        name,
         api_key=api_key,
         allow_remote_images=args.allow_remote_images,
         max_body_bytes=args.max_body_mb << 20,
         allowed_hosts=[*own_names(args.host, address), *args.allowed_hosts],
         allow_origins=args.allow_origin,
         page=not args.no_page,
+        adapter_directory=directory,
     )
     Server(app, engine).run([address])
+
+
+def _adapter_room(args: argparse.Namespace) -> dict[str, int]:
+    """How many adapters there is room for, and their rank, besides those that the command loads itself."""
+    given = {"adapters": args.max_adapters, "adapter_rank": args.max_adapter_rank}
+    if args.adapter_directory is None:
+        if any(given.values()):
+            raise UserError(
+                "--max-adapters and --max-adapter-rank are for adapters of --adapter-directory: give it, too"
+            )
+        return {}
+    if not os.path.isdir(args.adapter_directory):
+        raise UserError(f"--adapter-directory {args.adapter_directory}: there is no such local directory")
+    return {name: value or DEFAULT_ROOM[name] for name, value in given.items()}
 
 
 def _api_key(file: str | None) -> str | None:
@@ -68,6 +97,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--host")  # fmt: skip
     add("--allow-origin", type=origin, action="append", default=[], metavar="URL", help="a site whose pages "
         "may use the API in browsers, such as https://app.example.org; repeatable")  # fmt: skip
+    options.add_adapters(parser)
+    add("--adapter-directory", metavar="D", help="clients may load and unload adapters below it, by "
+        "/v1/load_lora_adapter and /v1/unload_lora_adapter")  # fmt: skip
+    add("--max-adapters", type=_integer(1, 1000), metavar="N", help="with --adapter-directory: how many at a time "
+        f"(default: {DEFAULT_ROOM['adapters']})")  # fmt: skip
+    add("--max-adapter-rank", type=_integer(1, 2**17), metavar="R", help="with --adapter-directory: their largest "
+        f"rank (default: {DEFAULT_ROOM['adapter_rank']})")  # fmt: skip
     add("--model-name", type=_name, metavar="NAME", help="for clients (default: the checkpoint's folder)")
     add("--slots", type=_integer(1), default=8, metavar="N", help="answers at a time (default: 8)")
     add("--queue", type=_integer(1, 100_000), default=64, metavar="N", help="requests that may wait (default: 64)")

@@ -10,6 +10,7 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
+from llava_jax.inference.adapters import Adapter, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.prefix_cache import PreparedPrompt
@@ -21,10 +22,10 @@ from llava_jax.serve.metrics import Metrics
 PING_SECONDS = 15.0  # without data, after which a waiting client gets a comment
 
 
-async def prepare(engine: Engine, request: Request) -> PreparedPrompt:
+async def prepare(engine: Engine, request: Request, adapter: Adapter) -> PreparedPrompt:
     """`Engine.prepare` in a thread. Raises `ApiError`."""
     try:
-        return await anyio.to_thread.run_sync(engine.prepare, request)
+        return await anyio.to_thread.run_sync(engine.prepare, request, adapter)
     except UserError as error:
         _raise(error)
 
@@ -95,6 +96,8 @@ def _raise(error: BaseException) -> NoReturn:
             raise ApiError(429, str(error), "queue_full", retry_after=error.retry_after) from error
         case ContextExceeded():
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
+        case UnknownAdapter():  # it was unloaded just now
+            raise ApiError(404, str(error), "model_not_found", "model") from error
         case UserError():
             raise ApiError(400, str(error), "invalid_value", "messages") from error
         case EngineClosed():

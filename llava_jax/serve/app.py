@@ -1,11 +1,9 @@
 """The HTTP side of an engine: OpenAI's API, health, metrics, and the web page."""
 
-import time
 from collections.abc import Collection
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from openai.types import Model
+from fastapi.responses import JSONResponse, PlainTextResponse
 from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -14,14 +12,15 @@ from starlette.middleware.cors import CORSMiddleware
 from llava_jax.inference.engine import Engine
 from llava_jax.serve import errors
 from llava_jax.serve.bodies import BoundedRoute
-from llava_jax.serve.completions import Chat, unknown_model
+from llava_jax.serve.completions import Chat
 from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
 from llava_jax.serve.images import ImageReader
 from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import Metrics
+from llava_jax.serve.models import AdapterDirectory, Card, Models
 from llava_jax.serve.page import mount as mount_page
-from llava_jax.serve.schema import ChatRequest
+from llava_jax.serve.schema import ChatRequest, LoadRequest, UnloadRequest
 
 MAX_BODY_BYTES = 32 << 20
 REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
@@ -31,7 +30,7 @@ BEYOND_QUEUE = 32  # requests whose images may be decoded, besides those that th
 
 class ModelList(BaseModel):
     object: str = "list"
-    data: list[Model]
+    data: list[Card]
 
 
 class Health(BaseModel):
@@ -48,6 +47,7 @@ def create_app(
     allowed_hosts: Collection[str] = (),
     allow_origins: Collection[str] = (),
     page: bool = False,
+    adapter_directory: AdapterDirectory | None = None,
 ) -> FastAPI:
     """The API of `engine`, which may still be warming up. `app.state` has its `traffic` and `metrics`.
 
@@ -60,6 +60,7 @@ def create_app(
       allowed_hosts: names of this server besides loopback names and the address that a client connects to.
       allow_origins: other sites whose pages may use the API from a browser.
       page: whether to serve the web page at `/`.
+      adapter_directory: from which clients may load adapters; None if they may neither load nor unload any.
     """
     about = "OpenAI's chat completions, answered by a LLaVA."
     app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts from a CDN
@@ -85,9 +86,8 @@ def create_app(
         )
     app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
     app.add_middleware(Log, responded=metrics.responded)
-    reader = ImageReader(engine.preprocess, allow_remote_images)
-    chat = Chat(engine, model, metrics, reader)
-    card = Model(id=model, created=int(time.time()), object="model", owned_by="llava_jax")
+    models = Models(engine, model)
+    chat = Chat(engine, models, metrics, ImageReader(allow_remote_images))
     refused = {status: {"model": errors.ErrorResponse} for status in REFUSALS}
 
     streamed = {200: {"description": "An answer, or with `stream` its events.", "content": {"text/event-stream": {}}}}
@@ -104,15 +104,16 @@ def create_app(
         route_class_override=BoundedRoute,
     )
 
-    @app.get("/v1/models", responses=refused)
-    async def models() -> ModelList:
-        return ModelList(data=[card])
+    @app.get("/v1/models", responses=refused, response_model_exclude_none=True)
+    async def all_models() -> ModelList:
+        return ModelList(data=models.cards())
 
-    @app.get("/v1/models/{name:path}", responses=refused)
-    async def one_model(name: str) -> Model:
-        if name != model:
-            raise unknown_model(name, model)
-        return card
+    @app.get("/v1/models/{name:path}", responses=refused, response_model_exclude_none=True)
+    async def one_model(name: str) -> Card:
+        return models.card(name)
+
+    if adapter_directory is not None:
+        _add_loading(app, adapter_directory, refused)
 
     @app.get("/health", responses=refused | {503: {"model": Health}})
     async def health() -> Health:
@@ -128,3 +129,25 @@ def create_app(
     if page:
         mount_page(app, max_body_bytes)
     return app
+
+
+def _add_loading(app: FastAPI, directory: AdapterDirectory, refused: dict) -> None:
+    """Adds vLLM's routes that load and unload adapters."""
+
+    async def load(body: LoadRequest, request: Request) -> Response:
+        await directory.load(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload(body: UnloadRequest, request: Request) -> Response:
+        await directory.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    for endpoint in (load, unload):
+        app.router.add_api_route(
+            f"/v1/{endpoint.__name__}_lora_adapter",
+            endpoint,
+            methods=["POST"],
+            responses=refused,
+            response_class=PlainTextResponse,
+            route_class_override=BoundedRoute,
+        )

@@ -1,18 +1,20 @@
 """Reads the JSON of a request within limits. Its structure is checked before objects are made from it, so that no body
 costs more than a fraction of a second and its own size in memory."""
 
+import inspect
 import re
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import anyio
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from llava_jax.serve.errors import ApiError, from_validation
-from llava_jax.serve.schema import ChatRequest
+
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_VALUES = 50_000  # strings, numbers, literals, lists and objects
 MAX_DEPTH = 64
@@ -30,19 +32,21 @@ _KEY_END = re.compile(rb"\s*+:")
 
 
 class BoundedRoute(APIRoute):
-    """A route for one `ChatRequest`, which is parsed in a thread instead of on the event loop."""
+    """A route whose endpoint takes a request and its `body`, which is parsed in a thread."""
 
     parsing = anyio.CapacityLimiter(2)  # parsing holds the interpreter's lock most of the time
 
     def get_route_handler(self):
+        kind = inspect.get_annotations(self.endpoint)["body"]
+
         async def handle(request: Request) -> Response:
             try:
                 data = await _read(request)
             except ClientDisconnect:
                 return Response(status_code=499)  # the client has disconnected
-            chat = await anyio.to_thread.run_sync(parse, data, limiter=self.parsing)
+            body = await anyio.to_thread.run_sync(parse, data, kind, limiter=self.parsing)
             del data  # up to 32 MB, not needed while the answer is generated
-            return await self.endpoint(chat, request)
+            return await self.endpoint(body, request)
 
         return handle
 
@@ -57,7 +61,7 @@ async def _read(request: Request) -> bytearray:
     return data
 
 
-def parse(data: bytes | bytearray) -> ChatRequest:
+def parse(data: bytes | bytearray, kind: type[Body]) -> Body:
     """Parses and validates a body. Raises `ApiError`."""
     check(data)
     try:
@@ -65,7 +69,7 @@ def parse(data: bytes | bytearray) -> ChatRequest:
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
     try:
-        return ChatRequest.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise from_validation(error, value) from None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 import uuid
@@ -21,10 +22,12 @@ from starlette.types import Receive, Scope, Send
 from llava_jax.inference import requests
 from llava_jax.inference.answer import TokenLogprob
 from llava_jax.inference.engine import Engine
+from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.serve.answers import Answers, prepare
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.images import ImageReader
 from llava_jax.serve.metrics import Metrics
+from llava_jax.serve.models import Models
 from llava_jax.serve.schema import ChatRequest, TextPart
 from llava_jax.serve.turns import Marks, parts_of, read_messages
 
@@ -34,15 +37,13 @@ Result = TypeVar("Result")
 
 
 class Chat:
-    """Answers chat completions. Clients call the model `model`."""
+    """Answers chat completions."""
 
-    def __init__(self, engine: Engine, model: str, metrics: Metrics, reader: ImageReader):
-        self._engine, self._model, self._metrics, self._reader = engine, model, metrics, reader
-        self._marks = Marks(engine.tokenizer, engine.template)
+    def __init__(self, engine: Engine, models: Models, metrics: Metrics, reader: ImageReader):
+        self._engine, self._models, self._metrics, self._reader = engine, models, metrics, reader
         self._logprobs = 0  # reserved by the current answers
-        self._interleaved = engine.config.image_position == "as_is"
         self._max_images = engine.context // engine.config.image_tokens
-        self._max_characters = engine.context * max(map(len, engine.tokenizer.get_vocab()))
+        self._max_characters = engine.context * max(map(len, engine.base.prompts.tokenizer.get_vocab()))
 
     async def respond(self, body: ChatRequest, http: Request) -> Response:
         """Raises `ApiError`. If the client disconnects, its answers are cancelled."""
@@ -53,7 +54,7 @@ class Chat:
                 return Response(status_code=499)  # the client has disconnected
             body.messages.clear()  # up to 32 MB, not needed while the answer is generated
             http.scope["release_body"]()
-            reply = _Reply(self._model, body, answers)
+            reply = _Reply(body, answers)
             if body.stream:
                 return _EventStream(reply.events(), answers, reserved.pop_all())
             text = await _while_connected(http, reply.completion())
@@ -83,11 +84,13 @@ class Chat:
         self._logprobs -= count
 
     async def _submit(self, body: ChatRequest) -> Answers:
-        if body.model != self._model:
-            raise unknown_model(body.model, self._model)
+        adapter = self._models.find(body.model)
         self._refuse_oversize(body)
-        turns, urls, begun = read_messages(body.messages, self._marks, self._interleaved)
-        prompt = await prepare(self._engine, requests.Request(turns, await self._reader.read(urls), begun))
+        prompts = adapter.prompts
+        interleaved = prompts.config.image_position == "as_is"
+        turns, urls, begun = read_messages(body.messages, _marks(prompts), interleaved)
+        images = await self._reader.read(urls, prompts.read)
+        prompt = await prepare(self._engine, requests.Request(turns, images, begun), adapter)
         longest = body.max_completion_tokens or body.max_tokens or max(1, self._engine.room(prompt))
         answers = Answers(self._engine, self._metrics, prompt, _samplings(body, longest))
         await answers.submit()
@@ -110,8 +113,9 @@ class Chat:
             raise ApiError(400, what, "context_length_exceeded", "messages")
 
 
-def unknown_model(name: str, served: str) -> ApiError:
-    return ApiError(404, f"model {name!r} is not served here: there is {served!r}", "model_not_found", "model")
+@functools.lru_cache(maxsize=32)
+def _marks(prompts: PromptEncoder) -> Marks:
+    return Marks(prompts.tokenizer, prompts.template)
 
 
 def _samplings(body: ChatRequest, longest: int) -> list[requests.Sampling]:
@@ -135,9 +139,9 @@ def _samplings(body: ChatRequest, longest: int) -> list[requests.Sampling]:
 class _Reply:
     """The response with `answers`: one object, or an event for each piece."""
 
-    def __init__(self, model: str, body: ChatRequest, answers: Answers):
+    def __init__(self, body: ChatRequest, answers: Answers):
         self._answers = answers
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self._with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._with_logprobs = bool(body.logprobs)
 

@@ -22,6 +22,7 @@ from llava_jax.serve.fetch import fetch
 MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
 DECODING_BYTES = 640 << 20  # of all images that are being decoded
+Preprocess = Callable[[Image.Image], np.ndarray]  # an image to uint8[H, W, 3] at the size of the vision tower
 _ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": " ", "%0A": "\n", "%0D": "\r"}  # what base64 may need
 LARGE_BYTES = 32 << 20  # images of at least this size, decoded, use all threads but one: small ones pass them
 
@@ -55,55 +56,49 @@ class ImageReader:
     """Reads the images of requests.
 
     Args:
-      preprocess: an image to uint8[H, W, 3] at the size of the vision tower.
       allow_remote: whether http(s) URLs are fetched.
       decoding_bytes: for all images that are being decoded.
     """
 
     def __init__(
         self,
-        preprocess: Callable[[Image.Image], np.ndarray],
         allow_remote: bool = False,
         decoding_bytes: int = DECODING_BYTES,
     ):
-        self._preprocess = preprocess
         self._allow_remote = allow_remote
         self._budget = Budget(decoding_bytes)
         threads = min(4, os.cpu_count() or 1)
         self._small, self._large = anyio.CapacityLimiter(threads), anyio.CapacityLimiter(max(1, threads - 1))
 
-    async def read(self, urls: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+    async def read(self, urls: Sequence[tuple[str, str]], preprocess: Preprocess) -> list[np.ndarray]:
         """The images at (field of the request, URL), each uint8[H, W, 3]. Raises `ApiError` that names the field."""
         images = []
         for field, url in urls:
             try:
-                images.append(await self._read(url))
+                images.append(await self._read(url, preprocess))
             except UserError as error:
                 message = str(error).replace(f" ({error.__cause__})", "")  # clients do not see the decoder's message
                 raise ApiError(400, f"{field}: {message}", "invalid_image", field) from error
         return images
 
-    async def _read(self, url: str) -> np.ndarray:
+    async def _read(self, url: str, preprocess: Preprocess) -> np.ndarray:
         name = "of the request"
         if url[:5].lower() == "data:":
-            return await self._decode(lambda: open_image(decode_data_url(url), name, MAX_PIXELS))
+            return await self._decode(lambda: open_image(decode_data_url(url), name, MAX_PIXELS), preprocess)
         if not self._allow_remote:
             raise UserError("this server fetches no images: send it as a data URL, data:image/jpeg;base64,...")
         try:
             data = await fetch(url, MAX_REMOTE_BYTES)
         except UserError as error:
             raise UserError(f"the image's URL {error}") from error
-        return await self._decode(lambda: open_image(data, name, MAX_PIXELS))
+        return await self._decode(lambda: open_image(data, name, MAX_PIXELS), preprocess)
 
-    async def _decode(self, open_encoded: Callable[[], EncodedImage]) -> np.ndarray:
+    async def _decode(self, open_encoded: Callable[[], EncodedImage], preprocess: Preprocess) -> np.ndarray:
         encoded = await anyio.to_thread.run_sync(open_encoded, limiter=self._small)
         amount = encoded.decoded_bytes
         limiter = self._small if amount < LARGE_BYTES else self._large
         async with self._budget.take(amount):
-            return await anyio.to_thread.run_sync(self._read_pixels, encoded, limiter=limiter)
-
-    def _read_pixels(self, encoded: EncodedImage) -> np.ndarray:
-        return self._preprocess(encoded.decode())
+            return await anyio.to_thread.run_sync(lambda: preprocess(encoded.decode()), limiter=limiter)
 
 
 def decode_data_url(url: str) -> bytes:

@@ -59,6 +59,7 @@ class _EngineCollector:
         "slots": ("llava_slots", "Answers that can be generated at a time"),
         "busy": ("llava_slots_busy", "Answers being generated"),
         "queued": ("llava_queue_length", "Requests that wait for a slot"),
+        "adapters": ("llava_adapters", "Adapters that are loaded"),
     }
     COUNTERS = {
         "prompt_tokens": ("llava_prompt_tokens", "Positions of prompts, images included"),

@@ -1,4 +1,4 @@
-"""The request body of `/v1/chat/completions`: the part of OpenAI's that this model can serve.
+"""The bodies of requests. That of `/v1/chat/completions` is the part of OpenAI's that this model can serve.
 
 Fields that would change the answer in a way that is not supported are refused by name, never ignored. Fields without
 influence on the answer are accepted.
@@ -120,6 +120,22 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Integer(1, 2**31 - 1)
 # Any of 64 bits, also as JavaScript writes it: JSON.stringify(-(2 ** 63)) is -9223372036854776000.
 Seed = Integer(-(10**20), 10**20)
+
+
+class LoadRequest(Strict):
+    """Of vLLM's `/v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str = Field(description="Below the server's --adapter-directory.")
+    load_inplace: Only(False) = None
+    is_3d_lora_weight: Only(False) = None
+
+
+class UnloadRequest(Strict):
+    """Of vLLM's `/v1/unload_lora_adapter`."""
+
+    lora_name: str
+    lora_int_id: Only() = None
 
 
 class ChatRequest(Strict):

@@ -11,6 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.layers import Linear
 from llava_jax.models.llava import Llava, Params, abstract_params, build_from_shards, module_params
@@ -27,17 +28,31 @@ def adapted(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
         values = config.lora.to_dict() | {"targets": tuple(config.lora.targets)}
         wanted = LoraConfig(**values | {"alpha": config.lora.alpha or 2.0 * config.lora.rank})
         check_targets(model, wanted)
-    if model.lora is not None and dataclasses.replace(model.lora, dropout=config.lora.dropout) != wanted:
+    adapted = dataclasses.replace(model, lora=wanted)
+    if model.lora is not None and not (wanted and _alike(model, adapted)):
         raise UserError(
-            f"config.init has adapters, {model.lora}, and config.lora says {wanted}: give config.lora the same values "
-            "to train these on, or merge them first: python -m llava_jax.convert merge"
+            f"config.init has adapters: to train these on, give {_flags(model.lora)}; or merge them first: "
+            "python -m llava_jax.convert merge"
         )
-    return dataclasses.replace(model, lora=wanted)
+    return adapted
+
+
+def _alike(one: LlavaConfig, other: LlavaConfig) -> bool:
+    """Whether the same layers have the same adapters, whatever the patterns and the dropout."""
+    free = {"targets": (), "dropout": 0.0}
+    same = dataclasses.replace(one.lora, **free) == dataclasses.replace(other.lora, **free)
+    return same and abstract_params(one).keys() == abstract_params(other).keys()
+
+
+def _flags(lora: LoraConfig) -> str:
+    given = {"rank": lora.rank, "alpha": lora.alpha, "targets": f'"{lora.targets}"'}
+    given |= {name: True for name in ("rslora", "dora") if getattr(lora, name)}
+    return " ".join(f"--config.lora.{name}={value}" for name, value in given.items())
 
 
 def check_targets(model: LlavaConfig, lora: LoraConfig) -> None:
     """Raises UserError for a pattern without a layer, or a rank above the width of a layer that it would adapt."""
-    shapes = abstract_params(dataclasses.replace(model, lora=None))
+    shapes = abstract_params(dataclasses.replace(model, lora=None, base_dtype=""))
     names = {name.removesuffix(".kernel"): leaf for name, leaf in shapes.items() if name.endswith(".kernel")}
     widths = {name: min(leaf.shape[-2:]) for name, leaf in names.items() if name not in NOT_ADAPTED}
     for target in lora.targets:
@@ -68,11 +83,13 @@ def fresh(model: LlavaConfig, like: Mapping[str, jax.ShapeDtypeStruct], key: jax
 
     def draw(key: jax.Array) -> Params:
         new = module_params(Llava(model, rngs=nnx.Rngs(params=key)))
-        return {name: new[name] for name in drawn}
+        return {name: pieces.take(new, name) for name in drawn}
 
     def measure(params: Params) -> Params:
-        layers = dict(linears(build_from_shards(model, params)))
-        return {name: _column_norms(layers[PARAMETER.fullmatch(name)["layer"]]) for name in measured}
+        layers = dict(linears(build_from_shards(model, pieces.joined(params))))
+        wholes = {pieces.whole(name) for name in measured}
+        norms = {name: _column_norms(layers[PARAMETER.fullmatch(name)["layer"]]) for name in wholes}
+        return {name: pieces.take(norms, name) for name in measured}
 
     adapters = jax.jit(draw, out_shardings=drawn)(key)
     if not measured:

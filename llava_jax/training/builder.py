@@ -19,9 +19,12 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.data.pipeline import PADDING
 from llava_jax.data.plan import Layout
+from llava_jax.models import pieces
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.llava import Params, abstract_params, used_params
+from llava_jax.models.lora import PARAMETER
+from llava_jax.models.quantized import kept_dtype, refuse_trained
 from llava_jax.parallel import sharding
 from llava_jax.training import flops, optim
 from llava_jax.training.step import StepSettings, TrainState, eval_step, train_step
@@ -38,6 +41,7 @@ class TrainingProgram:
     state: TrainState
     frozen: Shapes
     batch: Shapes
+    groups: dict[str, optim.Group]  # of the trained parameters, see `optim.trained`
 
     @property
     def arguments(self) -> tuple[TrainState, Shapes, Shapes]:
@@ -66,6 +70,7 @@ def build(
     mesh: Mesh,
     steps: int,
     stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    trains_unused: bool = False,
 ) -> TrainingProgram:
     """The program of a run.
 
@@ -76,20 +81,41 @@ def build(
       mesh: the devices to run on or, for ahead-of-time compilation, those of a topology.
       steps: the length of the learning rate schedule.
       stored: shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
+      trains_unused: whether parameters that no feature depends on may be trained, as earlier versions did.
 
     Raises UserError if the configuration doesn't fit the mesh or the batches.
     """
     stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
-    names = list(optim.trained(stored, config))
-    optimizer = optim.make_optimizer(config, names, steps)
-    state = abstract_state(optimizer, stored, names, mesh)
+    groups = optim.trained(stored if trains_unused else used_params(model, stored), config)
+    refuse_trained(groups)
+    _require_trained_adapters(stored, groups)
+    cuts = pieces.cuts(groups)
+    if model.base_dtype and "llm.layers" in cuts:
+        raise UserError(f"config.trainable: only all layers of a language model in {model.base_dtype} can be trained")
+    stored = pieces.split(stored, cuts)
+    optimizer = optim.make_optimizer(config, groups, steps, optim.layer_scales(groups, model), mesh)
+    state = abstract_state(optimizer, stored, groups, mesh, ema=bool(config.ema))
     frozen_dtype = config.frozen_dtype or ("" if _platform(mesh) == "cpu" else "bfloat16")  # "" loads them as stored
+    llm_dtype = "bfloat16" if config.base_dtype == "bfloat16" else frozen_dtype
     dtypes = {
-        name: jnp.dtype(frozen_dtype or leaf.dtype) for name, leaf in stored.items() if name not in state.trainable
+        name: jnp.dtype(
+            kept_dtype(name, leaf.dtype, (llm_dtype if name.startswith("llm.") else frozen_dtype) or leaf.dtype)
+        )
+        for name, leaf in stored.items()
+        if name not in state.trainable
     }
-    return TrainingProgram(settings, optimizer, state, abstract_placed(dtypes, stored, mesh), abstract_batch(settings))
+    frozen, batch = abstract_placed(dtypes, stored, mesh), abstract_batch(settings)
+    return TrainingProgram(settings, optimizer, state, frozen, batch, groups)
+
+
+def _require_trained_adapters(stored: Iterable[str], trained: Iterable[str]) -> None:
+    whole = {pieces.whole(name) for name in trained}
+    if idle := next((name for name in stored if PARAMETER.fullmatch(name) and name not in whole), None):
+        raise UserError(
+            f"config.trainable: no pattern trains the adapter {idle}: add ({optim.PATTERNS['lora']!r}, 'lora')"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- the settings
@@ -125,11 +151,13 @@ def step_settings(config: ConfigDict, model: LlavaConfig, layout: Layout, mesh: 
         remat=config.remat,
         accumulation=accumulation_steps(config, layout, mesh),
         seed=config.seed,
+        ema=config.ema,
     )
 
 
 def _trains_tower(config: ConfigDict, model: LlavaConfig) -> bool:
-    return any(name.startswith("vision.") for name in optim.trained(abstract_params(model), config))
+    groups = optim.trained(used_params(model, abstract_params(model)), config)
+    return any(name.startswith("vision.") for name in groups)
 
 
 def accumulation_steps(config: ConfigDict, layout: Layout, mesh: Mesh) -> int:
@@ -154,17 +182,22 @@ def _platform(mesh: Mesh) -> str:
 
 
 def abstract_state(
-    optimizer: optax.GradientTransformation, shapes: Mapping[str, Any], names: Iterable[str], mesh: Mesh
+    optimizer: optax.GradientTransformation,
+    shapes: Mapping[str, Any],
+    names: Iterable[str],
+    mesh: Mesh,
+    ema: bool = False,
 ) -> TrainState:
     """Shapes, types and shardings of the state that trains the parameters `names`, whose shapes are in `shapes`.
 
-    The optimizer's state is sharded like the parameters.
+    The optimizer's state and the moving average, which `ema` asks for, are sharded like the parameters.
     """
     trainable = abstract_placed(dict.fromkeys(names, jnp.float32), shapes, mesh)
     moments = jax.eval_shape(optimizer.init, trainable)
-    shardings = sharding.tree_shardings(mesh, moments)
+    shardings = sharding.tree_shardings(mesh, moments, trainable)
     moments = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), moments, shardings)
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)), trainable, moments)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    return TrainState(step, trainable, moments, trainable if ema else None)
 
 
 def abstract_placed(dtypes: Mapping[str, jnp.dtype], shapes: Mapping[str, Any], mesh: Mesh) -> Shapes:
@@ -185,12 +218,13 @@ def abstract_batch(settings: StepSettings) -> Shapes:
     return dict.fromkeys(PADDING, text) | {"images": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)}
 
 
-def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> TrainState:
+def init_state(optimizer: optax.GradientTransformation, trainable: Params, mesh: Mesh, ema: bool = False) -> TrainState:
     """Step 0 with these parameters; the optimizer's state is created with the shardings of `abstract_state`."""
     like = abstract_state(optimizer, trainable, trainable, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like.optimizer)
     optimizer_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return TrainState(jax.device_put(jnp.int32(0), like.step.sharding), trainable, optimizer_state)
+    average = jax.tree.map(jnp.copy, trainable) if ema else None  # a step reuses the buffers of both
+    return TrainState(jax.device_put(jnp.int32(0), like.step.sharding), trainable, optimizer_state, average)
 
 
 def jit_step(settings: StepSettings, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:

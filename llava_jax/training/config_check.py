@@ -4,7 +4,7 @@ several options together."""
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.recipes.options import flatten
+from llava_jax.training import optim
+from llava_jax.training.optimizers import OPTIMIZERS
+from llava_jax.training.schedules import SCHEDULES
 
 
 def check(config: ConfigDict) -> None:
@@ -52,28 +55,92 @@ def _trainable(config: ConfigDict) -> Iterator[str]:
         yield f"trainable is {config.trainable!r}: it has to be a tuple of patterns"
         return
     for index, entry in enumerate(config.trainable):
-        yield from (f"trainable[{index}] {problem}" for problem in _pattern_problems(entry))
-    if config.trainable and config.projector_learning_rate:
-        yield (
-            f"projector_learning_rate is {config.projector_learning_rate}, and trainable is set: give the projector's "
-            "pattern its learning_rate there"
-        )
+        yield from (f"trainable[{index}] {problem}" for problem in _entry_problems(entry))
+    named = [optim.entry(entry)[1] for entry in config.trainable if _is_entry(entry)]
+    for group, rate in optim.RATES.items():
+        if rate and config[rate] and group not in named and (config.trainable or group == "vision"):
+            table = "trainable is set" if config.trainable else f"the stage does not train {group}"
+            yield (
+                f"{rate} is {config[rate]}, and {table}: put the pattern there with this group, "
+                f"({optim.PATTERNS[group]!r}, {group!r}), or with its own learning_rate"
+            )
 
 
-def _pattern_problems(entry: Any) -> Iterator[str]:
-    if not isinstance(entry, Mapping | ConfigDict) or not isinstance(entry.get("parameters"), str):
-        yield f'is {entry!r}: it has to be like {{"parameters": r"llm\\..*norm", "learning_rate": 1e-5}}'
+def _is_entry(entry: Any) -> bool:
+    """Whether it is (pattern, group or options), or options with the pattern as "parameters"."""
+    if isinstance(entry, Mapping):
+        return isinstance(entry.get("parameters"), str)
+    pair = isinstance(entry, list | tuple) and len(entry) == 2
+    return pair and isinstance(entry[0], str) and isinstance(entry[1], str | Mapping)
+
+
+def _entry_problems(entry: Any) -> Iterator[str]:
+    if not _is_entry(entry):
+        yield f'is {entry!r}: it has to be like (r"llm\\..*norm", {{"learning_rate": 1e-5}}) or (r"llm\\.", "llm")'
         return
+    pattern, options = optim.entry(entry)
     try:
-        re.compile(entry["parameters"])
+        re.compile(pattern)
     except re.error as error:
-        yield f"has parameters {entry['parameters']!r}, which is no regular expression: {error}"
-    for key, value in entry.items():
-        if key in ("learning_rate", "weight_decay"):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                yield f"has {key} {value!r}: it has to be 0 or more"
-        elif key != "parameters":
-            yield f"has {key!r}, which is none of 'parameters', 'learning_rate', 'weight_decay'"
+        yield f"has the pattern {pattern!r}, which is no regular expression: {error}"
+    if isinstance(options, str):
+        if options not in optim.RATES:
+            yield f"has the group {options!r}, not one of {', '.join(optim.RATES)}"
+        return
+    for key, value in options.items():
+        if key not in ENTRY:
+            yield f"has {key!r}, which is none of {', '.join(map(repr, ENTRY))}"
+        elif not ENTRY[key][0](value):
+            yield f"has {key} {value!r}: it has to be {ENTRY[key][1]}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+# Option of an entry of `config.trainable` -> a test of its value, and what that has to be.
+ENTRY: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (_is_number, "0 or more"),
+    "weight_decay": (_is_number, "0 or more"),
+    "layers": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"(-?\d+)?:(-?\d+)?", value) and value != ":",
+        'a slice like "16:", ":16", "8:16" or "-4:"',
+    ),
+    "layer_decay": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+}
+
+
+def _update_rules(config: ConfigDict) -> Iterator[str]:
+    """The optimizer and the schedule have such names, and no option is set that they do not use."""
+    values = dict(flatten(config.to_dict()))
+    for key, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        chosen = registry.get(config[key])
+        if chosen is None:
+            yield f"{key}={registry.unknown(config[key])}"
+            continue
+        for name, option in OPTIONS.items():
+            users = [other.name for other in registry.values() if name.startswith(other.options)]
+            if users and chosen.name not in users and values[name] != option.default:
+                yield f"{name} is {values[name]!r}, which is for {key} {' or '.join(users)}, not {chosen.name}"
+    if config.schedule == "wsd" and config.warmup_ratio + config.decay_ratio > 1:
+        yield f"decay_ratio is {config.decay_ratio}, and warmup_ratio {config.warmup_ratio}: together more than 1"
+
+
+def _lora(config: ConfigDict) -> Iterator[str]:
+    targets = config.lora.targets
+    if isinstance(targets, str) or not targets or not all(isinstance(target, str) for target in targets):
+        yield f"lora.targets is {targets!r}: it has to be a tuple of patterns, such as ('q_proj', 'v_proj')"
+    if not config.lora.rank:
+        values = dict(flatten(config.lora.to_dict()))
+        changed = [name for name, value in values.items() if _as_tuple(value) != OPTIONS[f"lora.{name}"].default]
+        if changed:
+            yield f"lora.{changed[0]} is {values[changed[0]]!r}, and lora.rank is 0, which is no LoRA: set lora.rank"
+    elif config.stage == "pretrain" and not config.trainable:
+        yield f"lora.rank is {config.lora.rank}, and stage pretrain trains the projector alone: set stage to finetune"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _benchmark(config: ConfigDict) -> Iterator[str]:
@@ -88,4 +155,4 @@ def _tracking(config: ConfigDict) -> Iterator[str]:
         yield f"wandb.project is {config.wandb.project!r}, which needs pip install 'llava_jax[wandb]'"
 
 
-RULES = (_steps, _packing, _trainable, _benchmark, _tracking)
+RULES = (_steps, _packing, _trainable, _lora, _update_rules, _benchmark, _tracking)

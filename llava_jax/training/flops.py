@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, TextConfig
 from llava_jax.models.families import family_of
 from llava_jax.models.llava import abstract_params
@@ -63,14 +64,11 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
     sizes = {name: math.prod(value.shape) for name, value in abstract_params(model).items()}
-    weights = {name: sizes[name] for name in trainable if name.endswith(".kernel")}
-
-    def trains(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in trainable)
-
-    # Gradients of activations pass through all of the stacked layers or through none.
-    vision, decoder = trains("vision."), trains("vision.", "projector.", "llm.embed_tokens.", "llm.layers.")
-    hidden = decoder or trains("llm.norm.")
+    weights = _trained_sizes(model, trainable)
+    first, depths = first_trained_layers(model, trainable), _depths(model)
+    # The share of the layers that gradients of activations pass through.
+    vision, decoder = (1 - first[stack] / max(depths[stack], 1) for stack in ("vision.layers", "llm.layers"))
+    hidden = decoder or any(name.startswith("llm.norm.") for name in trainable)
     attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
     tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
@@ -86,6 +84,43 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     head = "llm.embed_tokens.embedding" if text.tie_word_embeddings else "llm.lm_head.kernel"
     parts["logits"] = Part(logits, logits * hidden, logits * (head in trainable)) * (layout.groups * slots)
     return parts
+
+
+def first_trained_layers(model: LlavaConfig, trainable: Collection[str]) -> dict[str, int]:
+    """The first layer of each stack that gradients of activations pass through; behind the last if there is none.
+
+    Once they pass through a piece of a stack (`models.pieces`), they pass through all layers of it and those after it.
+    """
+    unused, shapes = TOWERS[model.vision.kind].unused, abstract_params(model)
+    inputs = {"vision.layers": "vision.", "llm.layers": ("vision.", "projector.", "llm.embed_tokens.")}
+
+    def first(stack: str, depth: int) -> int:
+        found = [depth]
+        for name in trainable:
+            if pieces.stack_of(name) == stack:
+                found.append(pieces.rows(name, shapes[pieces.whole(name)])[0])
+            elif name.startswith(inputs[stack]) and not name.startswith(unused):
+                found.append(0)
+        return min(found)
+
+    return {stack: first(stack, depth) for stack, depth in _depths(model).items()}
+
+
+def _depths(model: LlavaConfig) -> dict[str, int]:
+    return {"vision.layers": model.vision_layers_used, "llm.layers": model.text.num_layers}
+
+
+def _trained_sizes(model: LlavaConfig, trainable: Collection[str]) -> dict[str, float]:
+    """The sizes of the trained kernels by name, of layers that run."""
+    sizes: dict[str, float] = {}
+    shapes, depths = abstract_params(model), _depths(model)
+    for name in trainable:
+        if name.endswith(".kernel"):
+            whole = pieces.whole(name)
+            start, stop = pieces.rows(name, shapes[whole])
+            layers = max(min(stop, depths.get(pieces.stack_of(name), stop)) - start, 0)
+            sizes[whole] = sizes.get(whole, 0) + layers * math.prod(shapes[whole].shape[1:])
+    return sizes
 
 
 def model_flops(parts: dict[str, Part], convention: str) -> float:
@@ -105,11 +140,12 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
 
 
 # ------------------------------------------------------------------------------------------- one image, token or row
-# `weights`: the sizes of the trained kernels. `backward`: whether gradients of activations pass through.
+# `weights`: the sizes of the trained kernels. `backward`: the share of the layers that gradients of activations pass
+# through.
 
 
 def _vision(
-    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, int], backward: bool, remat: str
+    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, float], backward: float, remat: str
 ) -> tuple[Part, Part]:
     """One image: (products with weights, attention). The patch embedding needs no gradient of the pixels."""
     vision, layers = model.vision, model.vision_layers_used
@@ -123,11 +159,12 @@ def _vision(
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
     later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
     again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
-    gradients = sum((product(name, size) for name, size in weights.items() if name.startswith("vision.")), 0.0)
+    tokens = {name: vision.num_tokens if pieces.stack_of(name) else vision.num_patches for name in weights}
+    gradients = sum((2.0 * tokens[name] * size for name, size in weights.items() if name.startswith("vision.")), 0.0)
     return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
 
 
-def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], trainable: Collection[str]) -> Part:
+def _projector(model: LlavaConfig, backward: float, weights: Mapping[str, float], trainable: Collection[str]) -> Part:
     """One patch. `backward`: whether the tower is trained; else gradients end at the first trained layer."""
     matrices = projector_kind(model.projector_type).matrices(
         model.projector_type, model.vision.hidden_size, model.text.hidden_size
@@ -140,7 +177,7 @@ def _projector(model: LlavaConfig, backward: bool, weights: Mapping[str, int], t
     return Part(sum(products), sum(products[first:]), gradients)
 
 
-def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat: str) -> Part:
+def _decoder(text: TextConfig, backward: float, weights: Mapping[str, float], remat: str) -> Part:
     """One token through all layers, without attention."""
     products = family_of(text).products(text)
     layers = sum(products.values()) * text.num_layers
@@ -149,6 +186,6 @@ def _decoder(text: TextConfig, backward: bool, weights: Mapping[str, int], remat
     return Part(layers, layers * backward, gradients, again * backward)
 
 
-def _attention(forward: float, backward: bool, recomputed: Collection[str]) -> Part:
+def _attention(forward: float, backward: float, recomputed: Collection[str]) -> Part:
     """Scores and weighted values, 2 T T N H each a layer; each has two gradients."""
     return Part(forward, 2 * forward * backward, 0.0, forward * backward * ("attention" in recomputed))

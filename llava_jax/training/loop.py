@@ -54,7 +54,7 @@ def train(
         # ---- Evaluations of the first step: a crash or a signal may have come between saving a step and evaluating it
         for evaluation in evaluations:
             if evaluation.due(start) and not evaluation.is_in(reporter.written):
-                evaluation.run(start, state.trainable, frozen)
+                evaluation.run(start, state.weights, frozen)
 
         # ---- The loop
         batches = run.batches(data.order).iterate(start, steps, config.data.workers)
@@ -85,7 +85,7 @@ def train(
             if save or verdict:
                 check_lock()
                 with goodput.measure("checkpoint"):
-                    checkpoints.save(step, state.trainable, state.optimizer, wait=bool(last or stop or verdict))
+                    checkpoints.save(step, *state[1:], wait=bool(last or stop or verdict))
                     goodput.write()
                 reporter.upload()
             if verdict:
@@ -93,7 +93,7 @@ def train(
                 cli.report(error)
                 raise distributed.ExitTogether(1) from error
             for evaluation in due:
-                evaluation.run(step, state.trainable, frozen)
+                evaluation.run(step, state.weights, frozen)
             if stop and not last:
                 name = signal.Signals(stop).name
                 reporter.say(f"stopped by {name} at step {step}, which is saved; the same command resumes")

@@ -1,27 +1,35 @@
-"""What a run trains, as a table of parameter names, and how: AdamW with the published schedule.
+"""What a run trains, as a table of parameter names, and how: an optimizer and a schedule for each group of them.
 
 `config.trainable` is that table or, if it is empty, the stage's own. Everything else follows from the names it matches:
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
 import itertools
-import math
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
+from llava_jax.models import pieces
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import abstract_params
+from llava_jax.training.optimizers import OPTIMIZERS
+from llava_jax.training.schedules import learning_rate
 
 # Stage -> the parts of the model that it trains.
 STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
 # The same with LoRA.
 LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
-PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\."}
-# Never decayed.
-NO_DECAY = re.compile(r"(bias|scale|magnitude)$")
+PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\.", "vision": r"vision\."}
+# Group -> the option that, unless it is 0, is its learning rate instead of `learning_rate`.
+RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": ""}
 
 
 class Group(NamedTuple):
@@ -31,54 +39,132 @@ class Group(NamedTuple):
     pattern: str  # matches the beginning of a parameter's name
     learning_rate: float  # at its peak
     weight_decay: float
+    layers: str = ""  # of the stacks that the pattern matches, as the slice "16:"; "" is everything it matches
+    layer_decay: float = 1.0  # see `layer_scales`
 
 
 def groups(config: ConfigDict) -> tuple[Group, ...]:
     """The table of what a run trains, in order of precedence."""
     if config.trainable:
-        return tuple(
-            Group(
-                f"group_{number}",
-                entry["parameters"],
-                entry.get("learning_rate", config.learning_rate),
-                entry.get("weight_decay", config.weight_decay),
-            )
-            for number, entry in enumerate(config.trainable, 1)
-        )
+        return tuple(_group(config, number, *entry(each)) for number, each in enumerate(config.trainable, 1))
     stages = LORA_STAGES if config.lora.rank else STAGES
     if config.stage not in stages:
         raise UserError(f"config.stage is {config.stage!r}, not one of {', '.join(stages)}")
-    peaks = {"projector": config.projector_learning_rate or config.learning_rate}
-    return tuple(
-        Group(part, PATTERNS[part], peaks.get(part, config.learning_rate), config.weight_decay)
-        for part in stages[config.stage]
-    )
+    return tuple(Group(part, PATTERNS[part], _rate(config, part), config.weight_decay) for part in stages[config.stage])
 
 
-def trained(names: Iterable[str], config: ConfigDict) -> dict[str, Group]:
-    """The group of each trained parameter, of all parameters of a model: the first whose pattern matches.
+def entry(value: Any) -> tuple[str, Any]:
+    """An entry of `config.trainable` as (pattern, group or dict of options). Both spellings mean the same."""
+    if isinstance(value, Mapping):
+        return value["parameters"], {key: option for key, option in value.items() if key != "parameters"}
+    pattern, options = value
+    return pattern, options
 
-    Raises UserError for a pattern that is the first to match no parameter.
+
+def _group(config: ConfigDict, number: int, pattern: str, options: str | Mapping[str, Any]) -> Group:
+    if isinstance(options, str):
+        options = {"learning_rate": _rate(config, options)}
+    defaults = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
+    return Group(f"group_{number}", pattern, **defaults | dict(options))
+
+
+def _rate(config: ConfigDict, group: str) -> float:
+    return RATES[group] and config[RATES[group]] or config.learning_rate
+
+
+def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
+    """The group of each parameter that is trained: the first whose pattern matches its name.
+
+    Where only some layers of a stack are in a group, each leaf of the stack is split there: see `models.pieces`.
+
+    Args:
+      shapes: the parameters that may be trained, anything with a shape, by name.
+
+    Raises UserError for a pattern that is the first to match no parameter, or layers that no stack has.
     """
-    names, table = list(names), groups(config)
-    found = {name: next((group for group in table if re.match(group.pattern, name)), None) for name in names}
+    table = groups(config)
+    layers = {(group, stack): pair for group in table if group.layers for stack, pair in _layers(group, shapes).items()}
+    cuts: dict[str, set[int]] = {}
+    for (_, stack), pair in layers.items():
+        cuts.setdefault(stack, set()).update(pair)
+    parameters = pieces.split(shapes, cuts)
+
+    def matches(group: Group, name: str) -> bool:
+        if not re.match(group.pattern, pieces.whole(name)):
+            return False
+        start, stop = layers.get((group, pieces.stack_of(name)), (0, 0))
+        return not group.layers or start <= pieces.rows(name, parameters[name])[0] < stop
+
+    found = {name: next((group for group in table if matches(group, name)), None) for name in parameters}
     for group in table:
         if group not in found.values():
-            matches = sum(bool(re.match(group.pattern, name)) for name in names)
-            if matches:
-                reason = f"all {matches} parameters that it matches are those of earlier patterns"
-            else:
-                examples = [next(part) for _, part in itertools.groupby(names, key=lambda name: name.partition(".")[0])]
-                reason = f"it matches no parameter; their names are like {', '.join(examples)}"
-            raise UserError(f"config.trainable: the pattern {group.pattern} trains nothing: {reason}")
+            matching = sum(matches(group, name) for name in parameters)
+            reason = f"all {matching} parameters that it matches are those of earlier patterns"
+            raise _trains_nothing(group, reason if matching else _no_parameter(shapes))
     return {name: group for name, group in found.items() if group}
 
 
-def learning_rate(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 over ceil(ratio * steps), then half a cosine to 0: the schedule of the published recipes."""
-    warmup = math.ceil(steps * warmup_ratio)
-    cosine = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup]) if warmup else cosine
+def _layers(group: Group, shapes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Of each stack that a group's pattern matches, the layers that it trains: (first, last + 1)."""
+    depths: dict[str, int] = {}
+    for name, leaf in shapes.items():
+        if (stack := pieces.stack_of(name)) and re.match(group.pattern, pieces.whole(name)):
+            depths[stack] = max(depths.get(stack, 0), pieces.rows(name, leaf)[1])
+    if not depths:
+        raise _trains_nothing(group, f"it has layers {group.layers!r}, and {_no_parameter(shapes, stacked=True)}")
+    found = {}
+    for stack, depth in depths.items():
+        first, last = group.layers.split(":")
+        start, stop = (bound + depth * (bound < 0) for bound in (int(first or 0), int(last or depth)))
+        if not 0 <= start < stop <= depth:
+            raise UserError(
+                f"config.trainable: the pattern {group.pattern} has layers {group.layers!r}, and {stack} has {depth} "
+                f"that are used: 0:{depth} is all of them, -1: the last"
+            )
+        found[stack] = start, stop
+    return found
+
+
+def _no_parameter(shapes: Mapping[str, Any], stacked: bool = False) -> str:
+    names = [pieces.whole(name) for name in shapes if not stacked or pieces.stack_of(name)]
+    examples = [next(part) for _, part in itertools.groupby(names, key=lambda name: name.partition(".")[0])]
+    return f"it matches no {'layers' if stacked else 'parameter'}; their names are like {', '.join(examples)}"
+
+
+def _trains_nothing(group: Group, reason: str) -> UserError:
+    return UserError(f"config.trainable: the pattern {group.pattern} trains nothing: {reason}")
+
+
+def layer_scales(chosen: Mapping[str, Group], model: LlavaConfig) -> dict[str, np.ndarray]:
+    """Factors of the learning rates of parameters in groups with a `layer_decay` d, float32, by name.
+
+    d^(L - l) for layer l of L, where layers after the one whose features are used do not count: 1 for the last, d^L for
+    the embeddings before the first, 1 for what follows. So do BEiT (Bao et al. 2021) and ViTDet (Li et al. 2022), whose
+    last layer, below a new head, has d.
+    """
+    depths = {"vision.layers": model.vision_layers_used, "llm.layers": model.text.num_layers}
+
+    def scale(name: str, decay: float) -> np.ndarray:
+        if stack := pieces.stack_of(name):
+            start, stop = pieces.rows(name, shapes[pieces.whole(name)])
+            return np.float32(decay) ** np.maximum(depths[stack] - 1 - np.arange(start, stop, dtype=np.float32), 0)
+        before = pieces.BEFORE_LAYERS.match(name)
+        return np.float32(decay) ** np.float32(depths[f"{name.partition('.')[0]}.layers"] if before else 0)
+
+    shapes = abstract_params(model)
+    return {name: scale(name, group.layer_decay) for name, group in chosen.items() if group.layer_decay != 1.0}
+
+
+def scale_layers(scales: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    """Multiplies updates by `layer_scales`: a number or, for a stack, one for each layer."""
+
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+        scale = jnp.asarray(scales[name], update.dtype)
+        return update * scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
+
+    return optax.stateless(
+        lambda updates, _: {name: scaled(name, u) if name in scales else u for name, u in updates.items()}
+    )
 
 
 def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
@@ -90,22 +176,28 @@ def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
     else:
         chosen = {"learning_rate": table[-1]}
         chosen |= {"projector_learning_rate": table[0]} if config.projector_learning_rate else {}
-    return {name: learning_rate(group.learning_rate, steps, config.warmup_ratio) for name, group in chosen.items()}
+    return {name: learning_rate(config, group.learning_rate, steps) for name, group in chosen.items()}
 
 
-def make_optimizer(config: ConfigDict, names: Iterable[str], steps: int) -> optax.GradientTransformation:
-    """AdamW by group, for a flat dict of exactly the trained parameters, clipped by their common norm."""
-    chosen = trained(names, config)
-    adamw = {
-        group.label: optax.adamw(
-            learning_rate(group.learning_rate, steps, config.warmup_ratio),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=group.weight_decay,
-            mask=lambda params: {name: not NO_DECAY.search(name) for name in params},
-        )
+def make_optimizer(
+    config: ConfigDict,
+    chosen: Mapping[str, Group],
+    steps: int,
+    scales: Mapping[str, np.ndarray] | None = None,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformation:
+    """The optimizer of a run by group, for a flat dict of exactly the trained parameters, clipped by their common norm.
+
+    Args:
+      chosen: the group of each, see `trained`.
+      scales: factors of their learning rates, see `layer_scales`.
+      mesh: shards the parameters; None is for those of one device.
+    """
+    optimizer = OPTIMIZERS.find(config.optimizer)
+    by_group = {
+        group.label: optimizer.make(config, learning_rate(config, group.learning_rate, steps), group.weight_decay, mesh)
         for group in groups(config)
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.partition(adamw, {name: group.label for name, group in chosen.items()}))
+    updates = optax.partition(by_group, {name: group.label for name, group in chosen.items()})
+    return optax.chain(clip, updates, *([scale_layers(scales)] if scales else []))

@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 from llava_jax import plot, remote
 from llava_jax.cli import UserError
 from llava_jax.parallel import distributed
-from llava_jax.recipes import expand_paths, get_config
+from llava_jax.recipes import get_config as get_config  # public, see llava_jax/__init__.py
+from llava_jax.recipes import own_copy
 from llava_jax.training import loop
 from llava_jax.training.report import Callback
 
 
 def train(
-    config: ConfigDict | str,
+    config: ConfigDict | str | os.PathLike,
     workdir: str | os.PathLike,
     *,
     resume_from: int | None = None,
@@ -31,7 +32,7 @@ def train(
     Runs on all devices of this process; for several hosts there is the command (docs/hosts.md).
 
     Args:
-      config: see `get_config`; a string is the name or the file of a recipe.
+      config: see `get_config`; or the name or the file of a recipe.
       workdir: a directory, local or on an object store (gs://), for checkpoints, metrics, logs and `loss.png`.
       resume_from: the step to resume from; by default the newest one.
       callbacks: each is called with a step and its metrics, as `metrics.jsonl` has them: for every logged step, once
@@ -43,8 +44,7 @@ def train(
       KeyboardInterrupt: the run was interrupted (Ctrl-C, or "interrupt the kernel"). The step that it had begun is done
         and saved.
     """
-    config = get_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    expand_paths(config)
+    config = own_copy(config)
     workdir = os.path.expanduser(os.fspath(workdir))
     remote.name(workdir, config.init)
     try:

@@ -18,7 +18,8 @@ from llava_jax.cli import UserError
 from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Order
 from llava_jax.evaluate.in_training import Evaluation
-from llava_jax.models.llava import Params
+from llava_jax.models import pieces
+from llava_jax.models.llava import Params, used_params
 from llava_jax.parallel import distributed, sharding
 from llava_jax.training import adapters, builder
 from llava_jax.training.builder import TrainingProgram
@@ -76,7 +77,10 @@ def set_up(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> 
     benchmark = None
     if config.evaluate.benchmark:
         benchmark = Evaluation(config, start.model, data.encoded.encode.tokenizer, start.template)
-    program = builder.build(config, start.model, data.layout, mesh, data.steps, start.source.abstract())
+    stored = start.source.abstract()
+    partly_used = stored.keys() - used_params(start.model, stored).keys()  # earlier versions trained them whole
+    old = start.resumed and not partly_used.isdisjoint(start.source.stored)
+    program = builder.build(config, start.model, data.layout, mesh, data.steps, stored, trains_unused=old)
     description = _claim_workdir(config, workdir, start, data, program.frozen)
     return Run(config, workdir, start, data, benchmark, program, description)
 
@@ -124,25 +128,25 @@ def load(run: Run, checkpoints: TrainingCheckpoints, goodput: Goodput) -> tuple[
     frozen = _load_parameters(start.source, program.frozen)
     if not start.resumed:
         trainable = _first_parameters(run, frozen)
-        state = builder.init_state(program.optimizer, trainable, run.mesh)
+        state = builder.init_state(program.optimizer, trainable, run.mesh, ema=bool(run.config.ema))
         with goodput.measure("checkpoint"):
-            checkpoints.save(0, state.trainable, state.optimizer, wait=True)
+            checkpoints.save(0, *state[1:], wait=True)
         return state, frozen
-    trainable, optimizer = checkpoints.restore(start.step, program.state.trainable, program.state.optimizer)
+    restored = checkpoints.restore(start.step, *program.state[1:])
     step = jax.device_put(jnp.int32(start.step), program.state.step.sharding)
     if distributed.is_first() and start.goes_back:
         set_aside(run.workdir, start.step)  # only now that the step could be read
     distributed.barrier("set aside")
     checkpoints.reload()
-    return TrainState(step, trainable, optimizer), frozen
+    return TrainState(step, *restored), frozen
 
 
 def _first_parameters(run: Run, frozen: Params) -> Params:
     """The trained parameters of step 0: those of the checkpoint, and adapters that it does not have."""
     source, like = run.start.source, run.program.state.trainable
     held = source.abstract()
-    loaded = _load_parameters(source, {name: leaf for name, leaf in like.items() if name in held})
-    new = {name: leaf for name, leaf in like.items() if name not in held}
+    new = {name: leaf for name, leaf in like.items() if pieces.whole(name) not in held}
+    loaded = _load_parameters(source, {name: leaf for name, leaf in like.items() if name not in new})
     if new:
         loaded |= adapters.fresh(run.start.model, new, jax.random.key(run.config.seed), frozen | loaded)
     return {name: loaded[name] for name in like}

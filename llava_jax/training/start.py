@@ -46,6 +46,7 @@ def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None)
         raise UserError("config.init is not set: give --config.init=...")
     step = start_step(workdir, resume_from, distributed.is_first()) if resumed else 0
     source = open_step(workdir, step) if resumed else open_checkpoint(config.init)
+    source = source.quantized(config.base_dtype)
     _check_preset(config.model, source)
     model = dataclasses.replace(
         source.config,
@@ -68,7 +69,7 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
     if preset not in PRESETS:
         raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
     free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
-    free |= {"image_position", "vision", "text"}  # compared field by field
+    free |= {"image_position", "base_dtype", "vision", "text"}  # the last two are compared field by field
     differing = []
     for part in ("vision", "text", None):
         wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))

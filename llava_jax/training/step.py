@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.data.pipeline import Batch
 from llava_jax.data.plan import Layout
 from llava_jax.data.tokenization import IGNORE_INDEX
+from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import Execution
 from llava_jax.models.llava import Params, abstract_params, build_from_shards
@@ -33,6 +34,12 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, steps done
     trainable: Params  # float32
     optimizer: optax.OptState
+    ema: Params | None = None  # the moving average of `trainable`, float32, if there is one
+
+    @property
+    def weights(self) -> Params:
+        """The trained parameters to evaluate: their moving average, if there is one."""
+        return self.trainable if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,7 @@ class StepSettings:
     remat: str = "none"
     accumulation: int = 1
     seed: int = 0  # of dropout
+    ema: float = 0.0  # the decay of the moving average; 0 is off
 
     @functools.cached_property
     def param_specs(self) -> dict[str, P]:
@@ -56,7 +64,11 @@ class StepSettings:
 
     def manual_specs(self, names: Iterable[str]) -> dict[str, P]:
         """The same for `jax.shard_map`, without `tensor`, over which the compiler shards."""
-        return {name: P(*(axis if axis != "tensor" else None for axis in self.param_specs[name])) for name in names}
+        return {name: P(*(axis if axis != "tensor" else None for axis in self.spec(name))) for name in names}
+
+    def spec(self, name: str) -> P:
+        """The mesh axes that shard a parameter or a piece of it."""
+        return self.param_specs[pieces.whole(name)]
 
     @property
     def execution(self) -> Execution:
@@ -115,7 +127,7 @@ def _loss_and_gradients(
     # the accumulator, to which the backward pass of `gather_weight` gives the gradient of the weight. So the gradients
     # of all layers take half the memory and lose no bit; the zeros are never read, and the compiler drops them.
     fsdp = settings.execution.fsdp
-    gathered = {name for name in trainable if fsdp and fsdp.gathers(name)}
+    gathered = {name for name in trainable if fsdp and fsdp.gathers(pieces.whole(name))}
     variables = {n: jnp.zeros_like(w, settings.dtype) if n in gathered else w for n, w in trainable.items()}
 
     def mean_loss(variables: Params, batch: Batch) -> jax.Array:
@@ -136,7 +148,7 @@ def _loss_and_gradients(
 
     # So far a gradient is summed over the rows of one device or, if the weight was gathered, over those along `fsdp`.
     def unsummed_axes(name: str) -> Iterable[str]:
-        return ["data"] if sharding.FSDP_RINGS in settings.param_specs[name] else sharding.BATCH_AXES
+        return ["data"] if sharding.FSDP_RINGS in settings.spec(name) else sharding.BATCH_AXES
 
     summed = {name: sharding.sum_over(unsummed_axes(name), gradient) for name, gradient in gradients.items()}
     return sharding.sum_over(sharding.BATCH_AXES, loss), summed
@@ -163,8 +175,9 @@ def train_step(
     loss, gradients = loss_and_gradients(settings, state.trainable, frozen, batch, state.step)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
+    ema = optax.incremental_update(trainable, state.ema, 1 - settings.ema) if settings.ema else None
     metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
-    return TrainState(state.step + 1, trainable, optimizer_state), metrics
+    return TrainState(state.step + 1, trainable, optimizer_state, ema), metrics
 
 
 def eval_step(settings: StepSettings, trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax.checkpoint.format import needed
@@ -26,15 +25,26 @@ from llava_jax.training.setup import Run
 from llava_jax.training.step import TrainState
 
 
-def _groups(trainable: Params, config: ConfigDict) -> Iterator[str]:
-    """Yields a line for each pattern of `config.trainable`."""
-    chosen = optim.trained(trainable, config)
-    for group in optim.groups(config):
-        sizes = [trainable[name].size for name, other in chosen.items() if other == group]
-        yield (
-            f"           {group.pattern}: {sum(sizes):,} in {len(sizes)} arrays, rate {group.learning_rate:g}, "
-            f"weight decay {group.weight_decay:g}"
-        )
+def _parts(run: Run, trainable: Params, frozen: Params) -> Iterator[str]:
+    """Yields a line for each part of the model and each group that is trained: how, how large, at which rate."""
+    lora, rows = run.start.model.lora, []
+    for group in optim.groups(run.config):
+        names = [name for name, other in run.program.groups.items() if other == group]
+        params = [trainable[name] for name in names]
+        how = f"layers {group.layers}" if group.layers else "whole"
+        if all(".lora." in name for name in names):
+            how = f"LoRA of rank {lora.rank}{', DoRA' * lora.dora}"
+        rate = f"  rate {group.learning_rate:g}, weight decay {group.weight_decay:g}"
+        rate += f", layer decay {group.layer_decay:g}" * (group.layer_decay != 1)
+        rows.append((group.pattern if run.config.trainable else group.label, how, params, rate))
+    for part, params in _by_part(frozen).items():
+        quantized = run.start.model.base_dtype if part == "llm" else ""
+        rows.append((part, f"frozen, {quantized}" if quantized else "frozen", params, ""))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for number, (name, how, params, rate) in enumerate(rows):
+        count, mebibytes = sum(v.size for v in params), sum(v.nbytes for v in params) / 2**20
+        head = "parts" if number == 0 else ""
+        yield f"{head:10} {name:{widths[0]}}  {how:{widths[1]}}  {count:>14,}  {mebibytes:>10,.1f} MiB{rate}"
 
 
 def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
@@ -54,11 +64,10 @@ def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
     config, data, settings = run.config, run.data, run.program.settings
     order, layout = data.order, data.layout
     yield f"stage      {config.stage} in {run.workdir}, from {config.init}"
-    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+    optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.optimizer, state.ema)))
     yield f"trainable  {_size(state.trainable)}, optimizer {optimizer_bytes / 2**20:,.1f} MiB"
-    if config.trainable:
-        yield from _groups(state.trainable, config)
     yield f"frozen     {_size(frozen)}"
+    yield from _parts(run, state.trainable, frozen)
     if sources := needed(run.workdir, run.description):
         yield (
             f"needs      {', '.join(sources)}, as the frozen parameters are not stored here; to copy them: "
@@ -85,12 +94,16 @@ def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
         yield f"padding    {padding}"
 
 
-def _size(params: Params) -> str:
-    """Numbers of parameters by part of the model, and their bytes."""
+def _by_part(params: Params) -> dict[str, list[jax.Array]]:
     parts: dict[str, list[jax.Array]] = {}
     for name, value in params.items():
         parts.setdefault(name.split(".")[0], []).append(value)
-    counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in parts.items())
+    return parts
+
+
+def _size(params: Params) -> str:
+    """Numbers of parameters by part of the model, and their bytes."""
+    counted = ", ".join(f"{part} {sum(v.size for v in values):,}" for part, values in _by_part(params).items())
     return f"{counted or 'nothing'} parameters, {sum(v.nbytes for v in params.values()) / 2**20:,.1f} MiB"
 
 

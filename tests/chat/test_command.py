@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import adapters as support
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +22,7 @@ from llava_jax.inference.answer import Piece
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
+from llava_jax.models.llava import build
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def generator(checkpoint) -> Generator:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint):
-    engine = Engine.from_checkpoint(open_checkpoint(checkpoint), slots=1)
+    engine = Engine.from_checkpoint(open_checkpoint(checkpoint), slots=1, adapters=2, adapter_rank=4)
     yield engine
     engine.close()
 
@@ -50,7 +53,9 @@ def picture(tmp_path):
 def session(checkpoint, engine, monkeypatch, capsys):
     """Types lines into a session over a pipe; -> standard output and standard error."""
     monkeypatch.setattr(Engine, "from_checkpoint", lambda *args, **options: engine)
-    monkeypatch.setattr(Engine, "close", lambda engine: None)
+    monkeypatch.setattr(
+        Engine, "close", lambda engine: [engine.adapters.unload(each.name) for each in engine.adapters.loaded()]
+    )
 
     def type_in(*lines: str, args: tuple[str, ...] = ()) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -165,8 +170,26 @@ def test_mistakes_are_told_in_a_line_and_the_session_goes_on(session, generator)
 def test_help_is_shown_on_request(session):
     out, err = session("/help")
     assert out == ""
-    for command in ("/image", "/save", "/load", "/system", "/reset", "/quit"):
+    for command in ("/image", "/save", "/load", "/system", "/adapter", "/reset", "/quit"):
         assert command in err
+
+
+def test_adapters_answer_by_their_names(session, checkpoint, generator, tmp_path):
+    loras, given, expected = {"red": support.lora(2), "a b": support.lora(4, dora=True)}, [], {}
+    base = open_checkpoint(checkpoint)
+    for seed, (name, lora) in enumerate(loras.items(), 1):
+        trained = support.adapter(base.config, lora, seed)
+        given += ["--adapter", f"{name}={support.workdir(tmp_path / name, checkpoint, lora, trained)}"]
+        params = {key: jnp.array(value) for key, value in support.with_merged(base.load(), lora, trained).items()}
+        expected[name] = Generator(build(base.config, params), generator.prompts)
+    first = answer(expected["red"], "Hello")
+    second = answer(expected["a b"], "Hello", first, "And then?")
+    third = answer(generator, "Hello", first, "And then?", second, "So?")
+    lines = ("Hello", "/adapter blue", "/adapter a b", "And then?", "/adapter", "So?")
+    out, err = session(*lines, args=tuple(given))
+    assert out == "".join(f"{cli.printable(text)}\n" for text in (first, second, third))
+    assert err.splitlines() == ["error: no adapter is named 'blue': there is 'red', 'a b'"]
+    assert session("/adapter red")[1] == "error: no adapter is named 'red': there is none\n"
 
 
 def test_a_mark_typed_by_hand_is_the_place_of_a_picture(session, engine, generator, picture, monkeypatch):
@@ -175,7 +198,7 @@ def test_a_mark_typed_by_hand_is_the_place_of_a_picture(session, engine, generat
     lines = (f"/image {picture}", f"/image {picture}", "Compare it with <image>, please.")
     first = answer(generator, "<image>\n<image>\nCompare it with , please.", images=[picture] * 2)
     assert session(*lines)[0] == f"{first}\n"
-    for prompts in (engine._prompts, generator.prompts):
+    for prompts in (engine.base.prompts, generator.prompts):
         monkeypatch.setattr(prompts, "config", dataclasses.replace(prompts.config, image_position="as_is"))
     as_is = answer(generator, "<image>\nCompare it with <image>, please.", images=[picture] * 2)
     assert session(*lines)[0] == f"{as_is}\n"

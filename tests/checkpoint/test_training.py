@@ -12,7 +12,7 @@ from llava_jax.checkpoint.training import TrainingCheckpoints
 
 def test_steps_are_kept_and_restored_and_refer_to_what_they_do_not_hold(tmp_path, model_dir):
     checkpoints, workdir, trainable, optimizer = trained(tmp_path, model_dir)
-    restored, state = checkpoints.restore(4, trainable, optimizer)
+    restored, state, _ = checkpoints.restore(4, trainable, optimizer)
     assert jax.tree.structure(state) == jax.tree.structure(optimizer)
     np.testing.assert_array_equal(restored["projector.linear_1.bias"], trainable["projector.linear_1.bias"])
     checkpoints.close()
@@ -40,5 +40,5 @@ def test_every_chunk_is_stored_with_a_checksum_and_those_without_still_open(tmp_
         array = open_array(step / "params", "projector.linear_1.kernel")
         assert ("crc32c" in str(array.spec().to_json()["metadata"]["codecs"][0]["configuration"]["codecs"])) == summed
         np.testing.assert_array_equal(array.read().result(), trainable["projector.linear_1.kernel"])
-        restored, _ = TrainingCheckpoints(workdir, checkpoints.description, 2).restore(1, trainable, optimizer)
+        restored, *_ = TrainingCheckpoints(workdir, checkpoints.description, 2).restore(1, trainable, optimizer)
         np.testing.assert_array_equal(restored["projector.linear_1.bias"], trainable["projector.linear_1.bias"])

@@ -5,12 +5,15 @@ answer, ids and pixels of the processor.
 """
 
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from adapters import adapter, lora, workdir
 from conversion import CONFIG, TIED, convert, save_llava
 from families import FAMILIES, save
 from forward import logits
@@ -53,8 +56,14 @@ def exported(tmp_path_factory) -> dict[str, Path]:
 def export(case: str, directory: Path) -> Path:
     checkpoint = make(case, directory)
     convert("export", "--checkpoint", checkpoint, "--output", directory / "hf")
+    ask(checkpoint, directory)
+    return directory
+
+
+def ask(checkpoint: Path, directory: Path) -> None:
+    """Writes a question to the export in `directory`/hf, and what the checkpoint makes of it."""
     generator = Generator.from_checkpoint(open_checkpoint(checkpoint))
-    config = generator.config
+    config = open_checkpoint(checkpoint).config
     picture = Image.fromarray(PICTURE)
     prompt = generator.prompts.encode(Request([("user", f"<image>\n{QUESTION}")], [picture]))
     image = prompt.image_feature_index >= 0
@@ -81,7 +90,6 @@ def export(case: str, directory: Path) -> Path:
         question=QUESTION,
         picture=PICTURE,
     )
-    return directory
 
 
 def continued(config, params, batch, steps: int) -> list[int]:
@@ -95,16 +103,56 @@ def continued(config, params, batch, steps: int) -> list[int]:
     return ids
 
 
+def run_alone(command: list) -> subprocess.CompletedProcess:
+    """Runs a command of another environment, without the modules that tests hide from their children."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=own)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_transformers_computes_the_same(version, exported):
     python = Path(".venv-compat") / version / "bin/python"
     command = [python, Path(__file__).parents[1] / "support" / "compat_load.py", *exported.values()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_alone(command)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, line in zip(exported, done.stdout.splitlines(), strict=True):
         found = json.loads(line)
         assert found.pop("logits") < 1e-4 and found.pop("pixels") < 1e-5, (case, line)
         assert found == {"keys": {}, "answer": True, "ids": True}, case
+
+
+ADAPTERS = {"lora": lora(), "rslora": lora(rslora=True), "dora": lora(dora=True)}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def adapter_exported(request, tmp_path_factory) -> Path:
+    """An adapter with the names of each version (a, old), and one with its own base (b, base)."""
+    directory, chosen = tmp_path_factory.mktemp("adapter"), ADAPTERS[request.param]
+    base = tiny.checkpoint(directory)
+    trained = adapter(tiny.config(), chosen, projector=True)
+    run = ["--checkpoint", workdir(directory / "run", base, chosen, trained), "--layout", "peft", "--output"]
+    convert("export", "--checkpoint", base, "--output", directory / "hf")
+    convert("export", *run, directory / "a")
+    convert("export", *run, directory / "old", "--transformers", "4.51")
+    convert("export", *run, directory / "b", "--base", directory / "base")
+    convert("export", *run, directory / "b-old", "--base", directory / "base-old", "--transformers", "4.51")
+    ask(directory / "run", directory)
+    return directory
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_peft_computes_the_same(version, adapter_exported):
+    old = version.startswith("4.51")
+    pairs = [("hf", "old"), ("base-old", "b-old")] if old else [("hf", "a"), ("base", "b")]
+    files = [adapter_exported / name for pair in pairs for name in pair]
+    command = [Path(".venv-compat") / version / "bin/python", Path(__file__).parents[1] / "support/compat_adapter.py"]
+    done = run_alone([*command, adapter_exported / "question.npz", *files])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("missing|unexpected|were not", done.stderr, re.IGNORECASE), done.stderr[-3000:]
+    for line in done.stdout.splitlines():
+        adapted, without = map(float, line.split())
+        assert adapted < 1e-4 < 1e-2 < without, line
+    assert len(done.stdout.splitlines()) == len(pairs)
 
 
 def test_there_are_versions():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch_reference as reference
 from conversion import CONFIG, LAYOUTS, TOKENIZER, check_logits, convert, rename, save_llava
+from peft_adapters import NAMES, adapted, save
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -15,14 +16,6 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "llava-hf/x"}
-# What PEFT calls the modules, by the version of transformers that the model was trained with.
-NAMES = {
-    "before 4.52": {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head",
-                    "model.vision_tower.": "vision_tower.vision_model.",
-                    "model.multi_modal_projector.": "multi_modal_projector."},
-    "4.52": {"model.vision_tower.": "model.vision_tower.vision_model."},
-    "5.6": {},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +51,9 @@ def adapt(directory, names, settings=SETTINGS, saved=(), modules=("q_proj", "dow
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("names", ["before 4.52", "4.52", "5.6"])
 def test_names_of_every_version(names, with_config, base, tmp_path):
-    model = adapt(tmp_path / "a", names)
+    model = adapt(tmp_path / "a", NAMES[names])
     if with_config:
         (tmp_path / "a" / "config.json").write_bytes((base / "config.json").read_bytes())
     convert("import", "--llava", tmp_path / "a", "--base", base, "--output", tmp_path / "out")
@@ -95,6 +88,13 @@ def test_rank_stabilized_scales_and_the_adapters_own_tokenizer(base, tmp_path):
     assert (open_checkpoint(tmp_path / "out").tokenizer_dir / "chat_template.jinja").read_text() == "its own"
 
 
+def test_dora_and_a_head_that_peft_saves_with_its_adapter(base, tmp_path):
+    model = adapted(CONFIG, use_dora=True, target_modules=["up_proj", "fc2", "lm_head"])
+    save(model, tmp_path / "a")
+    convert("import", "--llava", tmp_path / "a", "--base", base, "--output", tmp_path / "out")
+    check_logits(model.merge_and_unload(), tmp_path / "out")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bases_of_every_layout(layout, tmp_path):
     save_llava(CONFIG, tmp_path / "base")
@@ -111,13 +111,19 @@ def test_bases_of_every_layout(layout, tmp_path):
         ({}, [], r"is an adapter of a LLaVA of transformers: give --base DIR, .* \(llava-hf/x\)"),
         ({}, ["--base", "llm"], "not a LLaVA of transformers"),
         ({}, ["--base", "base", "--vision", "llm"], "leave --vision out"),
-        ({"use_dora": True}, ["--base", "base"], "use_dora is True"),
+        ({"use_dora": True}, ["--base", "base"], "has lora_A and lora_B, not lora_A and lora_B and lora_magnitude_vec"),
+        ({"lora_bias": True}, ["--base", "base"], "lora_bias is True, which is not supported"),
+        ({"r": 0}, ["--base", "base"], "r is 0, not an integer from 1 to"),
         (
             {"modules_to_save": ["lm_head"]},
             ["--base", "base"],
             "modules_to_save has lm_head, of which it has no tensor",
         ),
-        ({"rank_pattern": {"q_proj": 2}}, ["--base", "base"], r"q_proj.weight is .* in the base, A is \(4, "),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            ["--base", "base"],
+            r"q_proj.weight is .* in the base, r is 2, lora_A is \(4, ",
+        ),
     ],
 )
 def test_what_is_refused(settings, flags, message, base, tmp_path):

@@ -110,6 +110,28 @@ class Attack:
         return os.mkdir, (self.marker,)
 
 
+@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
+def test_an_import_quantizes_as_a_run_does(base_dtype, llava_dir, tmp_path):
+    convert("import", "--llava", llava_dir, "--output", tmp_path / "plain")
+    convert("import", "--llava", llava_dir, "--output", tmp_path / "small", "--base-dtype", base_dtype)
+    expected = open_checkpoint(tmp_path / "plain").quantized(base_dtype).load()
+    found = open_checkpoint(tmp_path / "small")
+    assert found.config.base_dtype == base_dtype
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in found.stored.items()} == {
+        name: (value.shape, value.dtype) for name, value in expected.items()
+    }
+    for name, value in found.load().items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    with pytest.raises(UserError, match=f"its language model is {base_dtype}, and config.base_dtype is bfloat16"):
+        found.quantized("bfloat16")
+
+    convert("export", "--checkpoint", tmp_path / "small", "--output", tmp_path / "hf")
+    convert("import", "--llava", tmp_path / "hf", "--output", tmp_path / "again")
+    dequantized = found.dequantized().load()
+    for name, value in open_checkpoint(tmp_path / "again").load().items():
+        np.testing.assert_allclose(value, dequantized[name], rtol=2.0**-22, atol=1e-8, err_msg=name)
+
+
 def test_a_malicious_file_ends_the_command_with_one_line(llava_dir, copy_of, tmp_path, capsys):
     source = copy_of(llava_dir)
     (source / "model.safetensors").unlink()

@@ -227,14 +227,14 @@ def spoilt_adapter(**fields):
     ("settings", "change", "message"),
     [
         ({}, None, None),
-        ({"use_dora": True}, None, "use_dora is True"),
+        ({"use_dora": True}, None, "has lora_A and lora_B, not lora_A and lora_B and lora_magn"),
         ({"of_tomorrow": {"rank": 2}}, None, "of_tomorrow is {'rank': 2}, which is not supported"),
         ({"init_lora_weights": "pissa_niter_16"}, None, "is 'pissa_niter_16', which changes the base"),
         ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, None, "modules_to_save has lm_head, of which it has no"),
-        ({"r": 8}, None, r"q_proj.weight is \(48, 48\) in the base, A is \(4, 48\)"),
+        ({"r": 8}, None, r"q_proj.weight is \(48, 48\) in the base, r is 8, lora_A is \(4, 48\)"),
         ({"r": None}, None, "r is None"),
-        ({}, lambda held: held.popitem(), "has lora_A alone"),
+        ({}, lambda held: held.popitem(), "has lora_A, not lora_A and lora_B"),
         ({}, lambda held: held.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": 0}), "layers.9"),
         (
             {},

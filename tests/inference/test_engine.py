@@ -200,11 +200,11 @@ def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_ans
     calls = []
 
     def counted(name):
-        method = getattr(engine._prompts, name)
+        method = getattr(engine.base.prompts, name)
         return lambda argument: (calls.append(name), method(argument))[1]
 
     for name in ("encode", "read"):
-        monkeypatch.setattr(engine._prompts, name, counted(name))
+        monkeypatch.setattr(engine.base.prompts, name, counted(name))
     prompt = engine.prepare(question("<image>\nIs it <image>?", PICTURES[0], PICTURES[1]))
     assert engine.room(prompt) > 12
     answers = [engine.submit(prompt, Sampling(1.0, seed=seed, max_new_tokens=12)) for seed in range(3)]
@@ -294,6 +294,6 @@ def test_closing_without_draining_cancels():
 
 def test_a_checkpoint_is_an_engine(tmp_path):
     engine = Engine.from_checkpoint(open_checkpoint(tiny.checkpoint(tmp_path)), slots=1, context=100)
-    assert engine.context == 100 and engine.template.name == "v1"
+    assert engine.context == 100 and engine.base.prompts.template.name == "v1"
     assert ask(engine, question("Hello"))
     engine.close()

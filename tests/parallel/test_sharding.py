@@ -46,6 +46,18 @@ def test_a_parameter_is_split_as_the_tables_say(axes, name, shape, expected):
     assert tuple("fsdp" if axis == sharding.FSDP_RINGS else axis for axis in spec) == expected
 
 
+def test_what_an_optimizer_keeps_of_a_parameter_is_split_along_the_axes_that_it_has():
+    mesh, name = abstract_mesh(fsdp=4, tensor=2), "llm.layers.mlp.down_proj.kernel"
+    params = {name: jax.ShapeDtypeStruct((2, 96, 64), "float32")}
+    parts = {(2, 96, 64): (None, "tensor", "fsdp"), (2, 96): (None, "tensor"), (2, 64): (None, "fsdp")}
+    for shape, expected in (parts | dict.fromkeys([(2,), (2, 1), (1,), ()], ())).items():
+        state = {"llm": ({name: {"v": jax.ShapeDtypeStruct(shape, "float32")}}, jax.ShapeDtypeStruct((3,), "int32"))}
+        placed = sharding.tree_shardings(mesh, state, params)["llm"]
+        spec = tuple("fsdp" if axis == sharding.FSDP_RINGS else axis for axis in placed[0][name]["v"].spec)
+        assert spec == expected or not any((*spec, *expected))
+        assert placed[1].is_fully_replicated
+
+
 def test_too_much_on_every_device_is_an_error():
     shapes = abstract_params(tiny.config())
     sharding.check_replicated(abstract_mesh(data=8), shapes)

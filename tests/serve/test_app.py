@@ -107,7 +107,7 @@ def test_a_request_is_tokenized_and_its_images_are_preprocessed_once_for_all_ans
     def counted(name, function):
         return lambda *arguments: (calls.append(name), function(*arguments))[1]
 
-    monkeypatch.setattr(engine._prompts, "encode", counted("encode", engine._prompts.encode))
+    monkeypatch.setattr(engine.base.prompts, "encode", counted("encode", engine.base.prompts.encode))
     monkeypatch.setattr(prompts, "preprocess", counted("preprocess", prompts.preprocess))
     content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}} for number in range(2)]
     message = parts(*content, {"type": "text", "text": "Which one?"})["messages"]
@@ -187,7 +187,7 @@ def test_what_continues_a_text_keeps_the_white_space_between(engine):
     for letter in "efilmqz":
         answer = engine.submit(Request([("user", "Hello")], begun=letter), Sampling(max_new_tokens=3))
         texts.append("".join(piece.text for piece in answer))
-        assert engine.tokenizer.decode(answer.tokens).startswith(texts[-1])
+        assert engine.base.prompts.tokenizer.decode(answer.tokens).startswith(texts[-1])
     assert any(text.startswith(" ") for text in texts)
 
 

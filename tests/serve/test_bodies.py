@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llava_jax.serve import bodies
 from llava_jax.serve.bodies import MAX_DEPTH, MAX_KEYS, MAX_TEXT, MAX_VALUES, check, parse
 from llava_jax.serve.errors import ApiError
-from llava_jax.serve.schema import MAX_ITEMS
+from llava_jax.serve.schema import MAX_ITEMS, ChatRequest
 
 MB = 1 << 20
 SIZE = 32 * MB
@@ -49,7 +49,7 @@ def test_a_bomb_is_refused_without_taking_memory(name):
     tracemalloc.start()
     try:
         with pytest.raises(ApiError) as error:
-            parse(data)
+            parse(data, ChatRequest)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -89,7 +89,7 @@ def test_whatever_is_json_passes(value, indent, ascii):
 @given(st.binary() | st.text(alphabet='{}[]",:\\ 0a').map(str.encode))
 def test_whatever_is_not_is_refused_by_the_api(data):
     with pytest.raises(ApiError):
-        parse(data)
+        parse(data, ChatRequest)
 
 
 def test_a_large_request_in_order_is_one():
@@ -97,27 +97,27 @@ def test_a_large_request_in_order_is_one():
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "caf\u00e9 \N{CAT}"}]
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]}, ensure_ascii=False)
     for text in (body, body.replace("/png", "\\/png")):
-        image, text = parse(text.encode()).messages[0].content
+        image, text = parse(text.encode(), ChatRequest).messages[0].content
         assert (image.image_url.url, text.text) == (url, "caf\u00e9 \N{CAT}")
 
 
 def test_validation_stops_at_the_first_bad_item():
     bad = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": 1}] * MAX_ITEMS}] * 5}
     with pytest.raises(ApiError) as error:
-        parse(json.dumps(bad).encode())
+        parse(json.dumps(bad).encode(), ChatRequest)
     assert error.value.param == "messages.0.content.0.text"
 
 
 def test_what_has_no_influence_is_not_kept():
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "user": "u" * MB, "metadata": {"a": 1}}
-    chat = parse(json.dumps(body).encode())
+    chat = parse(json.dumps(body).encode(), ChatRequest)
     assert chat.user is chat.metadata is None
 
 
 def test_too_many_items_are_refused():
     many = [{"role": "user", "content": "a"}] * (MAX_ITEMS + 1)
     with pytest.raises(ApiError, match="messages"):
-        parse(json.dumps({"model": "tiny", "messages": many}).encode())
+        parse(json.dumps({"model": "tiny", "messages": many}).encode(), ChatRequest)
 
 
 def test_parses_wait_for_each_other():

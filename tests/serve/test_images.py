@@ -25,7 +25,7 @@ def square(aspect: str = "pad"):
 
 
 def read(url: str, **options) -> Image.Image:
-    return asyncio.run(images.ImageReader(square(), **options).read([("here", url)]))[0]
+    return asyncio.run(images.ImageReader(**options).read([("here", url)], square()))[0]
 
 
 def refusal(url: str, **options) -> str:
@@ -148,14 +148,14 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
         order.append(image.width)
         return square()(image)
 
-    reader = images.ImageReader(slow, decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
+    reader = images.ImageReader(decoding_bytes=100 * 100 * 4 + 10 * 10 * 4)
     reader._large = anyio.CapacityLimiter(4)  # the budget alone limits them
 
     async def all_at_once() -> None:
-        many = [asyncio.create_task(reader.read([("here", large)])) for _ in range(4)]
+        many = [asyncio.create_task(reader.read([("here", large)], slow)) for _ in range(4)]
         while not taken:
             await asyncio.sleep(0.001)
-        await reader.read([("here", small)])
+        await reader.read([("here", small)], slow)
         many[-1].cancel()  # its client left
         release.set()
         await asyncio.gather(*many, return_exceptions=True)
@@ -167,9 +167,9 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
 
 
 def test_an_image_that_takes_more_than_there_is():
-    reader = images.ImageReader(square(), decoding_bytes=1000)
+    reader = images.ImageReader(decoding_bytes=1000)
     with pytest.raises(ApiError, match="to decode, and this server has"):
-        asyncio.run(reader.read([("here", data_url(picture()))]))
+        asyncio.run(reader.read([("here", data_url(picture()))], square()))
 
 
 # -------------------------------------------------------------------------------------------------------- the web

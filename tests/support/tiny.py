@@ -92,11 +92,21 @@ def save_model(directory: Path | str, params: Params, description: Description, 
     write_model(directory, shapes, slices, description, os.fspath(tokenizer_dir))
 
 
+def adapted_params(model: LlavaConfig) -> Params:
+    """Parameters whose adapters change what the model computes."""
+    found = params(model)
+    for number, name in enumerate(sorted(name for name in found if name.endswith((".lora.b", ".lora.magnitude")))):
+        noise = jax.random.normal(jax.random.key(number), found[name].shape)
+        found[name] = 0.3 * noise if name.endswith(".b") else 0.2 + 0.1 * noise
+    return found
+
+
 def checkpoint(directory: Path, model: LlavaConfig | None = None, template: str = "v1") -> Path:
     """Writes what `convert import` would: `directory`/model."""
     model = model or config()
     tokenizer().save_pretrained(directory / "hf_tokenizer")
-    save_model(directory / "model", params(model), Description(model, template), str(directory / "hf_tokenizer"))
+    description = Description(model, template)
+    save_model(directory / "model", adapted_params(model), description, str(directory / "hf_tokenizer"))
     return directory / "model"
 
 

@@ -1,5 +1,7 @@
 """Training with adapters: PEFT's losses, what is trained, runs that are stopped, mistakes that are refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,19 @@ import peft_reference
 import pytest
 import torch_reference as reference
 from training_runs import (
+    assert_same_run,
     make_config,
     random_batches,
+    run_config,
     settings_for,
+    stop_at,
 )
 
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.cli import UserError
 from llava_jax.models.config import LoraConfig
 from llava_jax.parallel.sharding import make_mesh
-from llava_jax.training import builder, optim
+from llava_jax.training import builder, loop, optim
 from llava_jax.training import step as training_step
 
 TARGETS = (r"llm\.layers\..*_proj",)
@@ -37,7 +44,9 @@ def with_lora(config, **options):
 def test_fifty_steps_have_the_losses_of_peft(options):
     """Adapters of the language model, and the whole projector (`modules_to_save`) with a rate of its own."""
     config = with_lora(
-        make_config(learning_rate=3e-3, projector_learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.1),
+        make_config(
+            learning_rate=3e-3, projector_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0, warmup_ratio=0.1
+        ),
         **options,
     )
     lora = LoraConfig(**{"targets": tuple(config.lora.targets)} | options)
@@ -68,3 +77,39 @@ def test_fifty_steps_have_the_losses_of_peft(options):
     for name in names:
         off = np.linalg.norm(state.trainable[name] - trained[name]) / np.linalg.norm(trained[name])
         assert off < 1e-3, name
+
+
+def lora_run(world, **options):
+    config = run_config(world).copy_and_resolve_references().unlock()
+    config.lora.update({"rank": 4, "dropout": 0.1} | options)
+    return config.lock()
+
+
+def test_a_run_with_dropout_and_dora_resumes_bit_exactly_and_says_what_it_trains(world, tmp_path, capsys):
+    config = lora_run(world, dora=True)
+    loop.train(config, str(tmp_path / "whole"))
+    said = capsys.readouterr().err
+    assert re.search(r"lora +LoRA of rank 4, DoRA +[\d,]+ +[\d.]+ MiB +rate", said), said
+    assert re.search(r"llm +frozen +[\d,]+", said) and re.search(r"projector +whole +[\d,]+", said)
+    stop_at(3, config, tmp_path / "stopped")
+    loop.train(config, str(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    stored = open_checkpoint(tmp_path / "whole").stored
+    assert stored and all(".lora." in name or name.startswith("projector.") for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"targets": ("q_prj",)}, {}, "no linear layer is named 'q_prj'; the nearest is 'q_proj'"),
+        ({"targets": ("q_proj(",)}, {}, "'q_proj\\(' is no regular expression"),
+        ({"rank": 1000}, {}, "config.lora.rank is 1000, more than the width 24 of llm.layers.attention.k_proj"),
+        ({}, {"trainable": ((r"projector\.", "projector"),)}, "no pattern trains the adapter llm.layers"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_written(options, changes, message, world, tmp_path):
+    config = lora_run(world, **options)
+    config.update(changes)
+    with pytest.raises(UserError, match=message) as raised:
+        loop.train(config, str(tmp_path / "run"))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run" / "config.json").exists()

@@ -109,7 +109,7 @@ def test_every_default_is_allowed():
             "config.trainable[0] has learning_rate -0.001: it has to be 0 or",
         ),
         ({"parameters": "llm", "weight_decay": "x"}, "has weight_decay 'x'"),
-        ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'parameters', 'learning_rate', 'weight_decay'"),
+        ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'learning_rate', 'weight_decay', 'layers'"),
     ],
 )
 def test_a_table_of_what_is_trained_is_checked(entry, message):
@@ -123,4 +123,22 @@ def test_a_learning_rate_that_a_table_replaces_is_refused():
     config = common.get_config()
     config.trainable, config.projector_learning_rate = ({"parameters": "projector"},), 1e-3
     with pytest.raises(UserError, match="projector_learning_rate is 0.001, and trainable is set"):
+        config_check.check(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 8, "targets": "q_proj"}, "config.lora.targets is 'q_proj': it has to be a tuple"),
+        ({"rank": 8, "targets": ()}, r"config.lora.targets is \(\): it has to be a tuple"),
+        ({"dora": True}, "config.lora.dora is True, and lora.rank is 0, which is no LoRA: set lora.rank"),
+        ({"rank": 8, "stage": "pretrain"}, "config.lora.rank is 8, and stage pretrain trains the projector alone"),
+    ],
+)
+def test_adapters_that_would_not_be_trained_are_refused(options, message):
+    config = finetune.get_config()
+    config.stage = options.pop("stage", "finetune")
+    with config.unlocked():
+        config.lora = dict(config.lora.to_dict()) | options
+    with pytest.raises(UserError, match=message):
         config_check.check(config)

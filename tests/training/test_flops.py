@@ -30,16 +30,22 @@ TABLES = {
     "second layer of the projector": (r"projector\.linear_2\.kernel",),
     "head": (r"llm\.lm_head",),
     "all": (r"vision\.", r"projector\.", r"llm\."),
+    "tower's last layers": ((r"vision\.", {"layers": "-2:"}),),
 }
+# A scan over a single layer is none to the compiler, which then computes less than the formula says.
+DEEP = tiny.config(
+    vision=dataclasses.replace(tiny.config().vision, num_layers=5),
+    text=dataclasses.replace(tiny.config().text, num_layers=6),
+)
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "save_qkv"])
 @pytest.mark.parametrize("table", TABLES)
 def test_formula_follows_from_the_names_that_are_trained(table, remat, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", tiny.config())
+    monkeypatch.setitem(PRESETS, "tiny", DEEP if table.endswith("layers") else tiny.config())
     config = common.get_config()
     config.update(model="tiny", remat=remat, max_length=64, batch_rows=4, image_slots=2, label_slots=48)
-    config.trainable = tuple({"parameters": pattern} for pattern in TABLES[table])
+    config.trainable = tuple((each, {}) if isinstance(each, str) else each for each in TABLES[table])
     program = compile.build(config, targets.parse("cpu"))
     compiled = compile.compile_program(program)
     assert compiled.cost.flops == pytest.approx(flops.executed_flops(program.training.flops), rel=0.01)

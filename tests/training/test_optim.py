@@ -1,29 +1,15 @@
-"""Stages, groups and the schedule."""
+"""Stages and groups."""
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
-import torch
-import transformers
 
 from configs import common
 from llava_jax.cli import UserError
 from llava_jax.models.llava import abstract_params
 from llava_jax.training import optim
-
-
-@pytest.mark.parametrize("steps,ratio", [(50, 0.1), (5198, 0.03), (7, 0.0), (1, 0.03)])
-def test_the_schedule_is_that_of_transformers(steps, ratio):
-    ours = optim.learning_rate(2e-5, steps, ratio)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=2e-5)
-    theirs = transformers.get_cosine_schedule_with_warmup(optimizer, int(np.ceil(steps * ratio)), steps)
-    for step in range(steps):
-        np.testing.assert_allclose(float(ours(step)), theirs.get_last_lr()[0], rtol=1e-4, atol=1e-11)
-        optimizer.step()
-        theirs.step()
 
 
 def test_each_stage_trains_its_parts():
@@ -49,8 +35,8 @@ def test_the_first_pattern_of_a_table_counts_and_what_none_matches_is_frozen():
     groups = optim.trained(abstract_params(tiny.config()), table(*entries))
     assert {name.split(".")[0] for name in groups} == {"llm"} and "llm.lm_head.kernel" not in groups
     assert groups["llm.norm.scale"] == groups["llm.layers.input_layernorm.scale"]
-    assert groups["llm.norm.scale"][2:] == (1e-4, 0.5)
-    assert groups["llm.layers.mlp.up_proj.kernel"][2:] == (1e-3, 0.1)
+    assert groups["llm.norm.scale"][2:4] == (1e-4, 0.5)
+    assert groups["llm.layers.mlp.up_proj.kernel"][2:4] == (1e-3, 0.1)
 
 
 def test_a_pattern_that_trains_nothing_is_an_error():
@@ -73,8 +59,9 @@ def test_a_table_sets_rates_and_decay_of_its_groups_and_reports_them():
     )
     config = table(*entries, warmup_ratio=0.0)
     params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
-    params = {name: params[name] for name in optim.trained(params, config)}
-    optimizer = optim.make_optimizer(config, params, 10)
+    chosen = optim.trained(params, config)
+    params = {name: params[name] for name in chosen}
+    optimizer = optim.make_optimizer(config, chosen, 10)
     gradients = {name: jnp.zeros_like(value) for name, value in params.items()}
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     for name, update in updates.items():
@@ -102,8 +89,8 @@ def make(stage="finetune", **changes):
     config.warmup_ratio = 0.0
     config.update(changes)
     params = {name: jnp.ones(leaf.shape) for name, leaf in abstract_params(tiny.config()).items()}
-    params = {name: params[name] for name in optim.trained(params, config)}
-    return optim.make_optimizer(config, params, 10), params
+    chosen = optim.trained(params, config)
+    return optim.make_optimizer(config, chosen, 10), {name: params[name] for name in chosen}
 
 
 def test_groups_have_their_learning_rates_and_only_matrices_decay():

@@ -59,7 +59,7 @@ def test_fifty_steps_have_the_losses_of_torch(stage, clip):
     batches = random_batches(model, steps)
     settings = settings_for(model, batches[0])
     trainable, frozen = split_params(params, stage)
-    optimizer = optim.make_optimizer(config, trainable, steps)
+    optimizer = optim.make_optimizer(config, optim.trained(trainable, config), steps)
     state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
     step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
     ours = []
@@ -97,7 +97,8 @@ def test_stage_1_computes_no_weight_gradients_of_the_frozen_and_keeps_no_optimiz
     flops, optimizer_bytes, names = {}, {}, {}
     for stage in ("pretrain", "finetune"):
         trainable, frozen = split_params(tiny.params(model), stage)
-        optimizer = optim.make_optimizer(make_config(stage), trainable, 10)
+        config = make_config(stage)
+        optimizer = optim.make_optimizer(config, optim.trained(trainable, config), 10)
         state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
 
         def step(state, frozen, batch, optimizer=optimizer):

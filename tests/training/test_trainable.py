@@ -1,5 +1,7 @@
 """A recipe's own table of what is trained: gradients reach it, wherever it is, and nothing else changes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,9 @@ from training_runs import (
     stop_at,
 )
 
+from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.convert.copy import copy, copy_frozen
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.training import builder, loop, optim
 from llava_jax.training import step as training_step
@@ -37,7 +41,7 @@ def test_a_trained_tower_has_the_losses_of_torch(remat):
     chosen = optim.trained(params, config)
     trainable = {name: jnp.array(params[name]) for name in chosen}
     frozen = {name: jnp.asarray(value) for name, value in params.items() if name not in chosen}
-    optimizer = optim.make_optimizer(config, trainable, steps)
+    optimizer = optim.make_optimizer(config, chosen, steps)
     state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
     settings = settings_for(model, batches[0], remat=remat)
     step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, frozen, batch))
@@ -63,7 +67,8 @@ def test_a_trained_tower_has_the_losses_of_torch(remat):
 def test_a_run_trains_its_table_and_resumes(world, tmp_path, capsys):
     config = run_config(world, steps=4, trainable=NORMS_AND_TOWER, weight_decay=0.0)
     loop.train(config, str(tmp_path / "run"))
-    assert "vision\\.: " in (said := capsys.readouterr().err) and "rate 0.0002, weight decay 0" in said
+    said = capsys.readouterr().err
+    assert re.search(r"vision\\\. +whole +23,488 +0.1 MiB  rate 0.0002, weight decay 0\n", said), said
     before, after = final(world["init"]), final(tmp_path / "run")
     changed = {name for name in after if not np.array_equal(after[name], before[name])}
     assert {name.split(".")[0] for name in changed} == {"vision", "llm"}
@@ -82,3 +87,25 @@ def test_a_pattern_of_no_parameter_ends_a_run_before_its_workdir(world, tmp_path
     with pytest.raises(UserError, match="the pattern lm_head trains nothing: it matches no parameter"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_that_trains_some_layers_resumes_and_opens_whole(world, tmp_path):
+    """Its steps hold the trained layers; the others come from the checkpoint that it started from."""
+    table = ((r"vision\.", {"learning_rate": 2e-4, "layers": "1:"}), (r"llm\.", {"layers": "-1:", "layer_decay": 0.5}))
+    config = run_config(world, steps=4, trainable=table)
+    loop.train(config, str(tmp_path / "run"))
+    kernel = "llm.layers.1:2.mlp.up_proj.kernel"
+    assert open_checkpoint(tmp_path / "run").stored[kernel].shape == (1, 48, 96)
+    before, after = final(world["init"]), final(tmp_path / "run")
+    assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
+    moved = {name: [i for i in range(len(v)) if (v[i] != before[name][i]).any()] for name, v in after.items()}
+    assert moved["llm.layers.mlp.up_proj.kernel"] == [1]
+    assert moved["vision.layers.mlp.fc1.kernel"] == [1]  # of three, whose last one no feature depends on
+    assert {name for name, rows in moved.items() if rows} == {name for name in after if ".layers." in name}
+    stop_at(2, config, tmp_path / "stopped")
+    copy_frozen(tmp_path / "stopped")
+    loop.train(config, str(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+    copy(tmp_path / "run", tmp_path / "copy")
+    for name, value in final(tmp_path / "copy").items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)

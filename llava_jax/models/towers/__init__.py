@@ -29,6 +29,7 @@ class Tower:
       hf_prefix: what a LLaVA of transformers puts before the names of its tensors.
       image_mean, image_std: of its training images, RGB in 0..1; used where no preprocessor_config.json says.
       image_aspect: "resize" if its own image processor stretches images to a square, else None.
+      unused: prefixes of our parameters that no feature depends on; they are stored for exports, and never trained.
       ignored: patterns of tensors that transformers has in such a tower and that no feature depends on.
       original: towers that the original LLaVA knows by their names on the Hub; a kind without any has none there.
       parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
@@ -46,6 +47,7 @@ class Tower:
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     image_aspect: str | None = None
+    unused: tuple[str, ...] = ("vision.post_layernorm.",)
     ignored: tuple[str, ...] = ()
     original: Mapping[str, VisionConfig] = {}
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()

@@ -12,6 +12,7 @@ from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.hf_fields import Json, get
 from llava_jax.models.hf_names import Entry, layer_norm
 from llava_jax.models.layers import WEIGHT_INIT, LayerNorm, Linear, add_bias, stack_layers
+from llava_jax.models.pieces import Pieces
 from llava_jax.models.towers import Tower, register
 
 
@@ -71,20 +72,18 @@ class PatchEmbedding(nnx.Module):
         return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
 
 
-def run_layers(layers: "ClipLayer | nnx.List", x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
-    """x after the first `num_layers` layers of a tower, which are stacked or a list."""
-    if isinstance(layers, nnx.List):
+def run_layers(layers: nnx.Module, x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
+    """x after the first `num_layers` layers of a tower, which are stacked (maybe in `Pieces`) or a list."""
+    if isinstance(layers, nnx.List) and not isinstance(layers, Pieces):
         for layer in list(layers)[:num_layers]:
             x_NSD = layer(x_NSD, execution)
         return x_NSD
-    if num_layers < jax.tree.leaves(layers)[0].shape[0]:
-        layers = jax.tree.map(lambda stacked: stacked[:num_layers], layers)
 
     def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
         return execution.gather("vision.layers", layer)(x_NSD, execution)
 
     with jax.named_scope("vision_layers"):
-        return execution.scan_layers(step, x_NSD, layers)
+        return execution.scan_layers(step, x_NSD, layers, num_layers)
 
 
 class ClipLayer(nnx.Module):

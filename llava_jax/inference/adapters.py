@@ -1,0 +1,129 @@
+"""The adapters that an engine has loaded: requests choose among them by name, and are batched together."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llava_jax.cli import UserError, shown
+from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.models.batched_lora import PROJECTOR
+from llava_jax.models.config import LoraConfig
+from llava_jax.models.llava import Params
+
+MAX_NAME = 200  # characters
+
+
+class AdapterWeights(NamedTuple):
+    """An adapter as it is read from files, in host memory.
+
+    Attributes:
+      lora: its rank and scale.
+      params: see `models.batched_lora.write`.
+      prompts: the template and the image settings that it was trained with; None for those of the base.
+      origin: its directory.
+    """
+
+    lora: LoraConfig
+    params: Params
+    prompts: PromptEncoder | None = None
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """What requests are answered with: an adapter, or the base alone."""
+
+    name: str  # "" for the base
+    prompts: PromptEncoder
+    index: int = 0  # among those of `models.batched_lora`
+    version: int = 0  # no other adapter has or had it: cached keys and values belong to a version
+    own_projector: bool = False
+    origin: str = ""
+    loaded: float = 0.0  # `time.time()`
+
+
+class UnknownAdapter(UserError):
+    """There is no adapter of this name, or not any more."""
+
+
+class Adapters:
+    """The loaded adapters by name, at most `limit` of at most `rank`. For use from any thread.
+
+    Args:
+      base: of the engine.
+      write: copies an adapter's parameters to the device, as the one with this index.
+      used: the adapters that accepted requests have not finished with.
+    """
+
+    def __init__(
+        self,
+        base: Adapter,
+        limit: int,
+        rank: int,
+        write: Callable[[int, LoraConfig, Params], None],
+        used: Callable[[], set[Adapter]],
+    ):
+        self._base, self._limit, self._rank, self._write, self._used = base, limit, rank, write, used
+        self._loading = threading.Lock()
+        self._versions = 0
+        self._loaded: dict[str, Adapter] = {}
+
+    def __contains__(self, adapter: Adapter) -> bool:
+        return adapter is self._base or self._loaded.get(adapter.name) is adapter
+
+    def loaded(self) -> list[Adapter]:
+        """In the order in which they were loaded."""
+        return list(self._loaded.values())
+
+    def get(self, name: str) -> Adapter:
+        """Raises `UnknownAdapter`."""
+        if (adapter := self._loaded.get(name)) is None:
+            raise UnknownAdapter(f"no adapter is named {shown(name)}: there is {self._names() or 'none'}")
+        return adapter
+
+    def load(self, name: str, weights: AdapterWeights) -> Adapter:
+        """Raises UserError for a name that is taken or malformed, too high a rank, or too many adapters."""
+        check_name(name)
+        if weights.lora.rank > self._rank:
+            raise UserError(
+                f"adapter {name}: its rank is {weights.lora.rank}, and there is room for {self._rank}: "
+                f"start with --max-adapter-rank {weights.lora.rank}"
+            )
+        with self._loading:
+            if name in self._loaded:
+                raise UserError(f"an adapter is named {name} already: unload it first, or choose another name")
+            taken = {adapter.index: adapter for adapter in [*self._used(), *self._loaded.values()]}
+            index = next((index for index in range(1, self._limit + 1) if index not in taken), None)
+            if index is None:
+                unloaded = [adapter.name for adapter in taken.values() if adapter not in self]
+                way_out = f"wait for the answers of {unloaded[0]}" if unloaded else f"unload one of {self._names()}"
+                raise UserError(
+                    f"adapter {name}: there is room for {self._limit}: {way_out}, or start with "
+                    f"--max-adapters {self._limit + 1}"
+                )
+            self._write(index, weights.lora, weights.params)
+            self._versions += 1
+            own_projector = any(parameter.startswith(PROJECTOR) for parameter in weights.params)
+            prompts = weights.prompts or self._base.prompts
+            adapter = Adapter(name, prompts, index, self._versions, own_projector, weights.origin, time.time())
+            self._loaded[name] = adapter
+        return adapter
+
+    def unload(self, name: str) -> None:
+        """Takes no more requests for it; accepted ones are finished. Raises `UnknownAdapter`."""
+        with self._loading:
+            self.get(name)
+            del self._loaded[name]
+
+    def _names(self) -> str:
+        return ", ".join(map(shown, self._loaded))
+
+
+def check_name(name: str, base: str | None = None) -> None:
+    """Raises UserError for a name that could not be printed in one line, and for that of the base."""
+    if name == base:
+        raise UserError(f"{shown(name)} is the name of the base: choose another one for the adapter")
+    if not (name.isprintable() and 0 < len(name) <= MAX_NAME):
+        raise UserError(f"{shown(name)} is no name of an adapter: 1 to {MAX_NAME} printable characters")

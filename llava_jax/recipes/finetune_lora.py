@@ -1,0 +1,16 @@
+"""Stage 2 with LoRA, as published for LLaVA-1.5. `--config=finetune_lora[:7b|13b]`."""
+
+from ml_collections import ConfigDict
+
+from llava_jax.recipes import finetune
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`finetune` with the published adapters and rates. Raises ValueError for v0, which has no recipe with LoRA."""
+    if "v0" in (arg or "").split(","):
+        raise ValueError(f"'v0' in {arg!r}: LoRA has a published recipe for v1.5 only")
+    config = finetune.get_config(arg)
+    config.learning_rate = 2e-4
+    config.projector_learning_rate = 2e-5
+    config.lora.rank, config.lora.alpha, config.lora.dropout = 128, 256.0, 0.05
+    return config

@@ -1,0 +1,126 @@
+"""Adapters as PEFT loads them on the exported base, and as the loaders of servers look for them."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import peft
+import pytest
+import tiny
+from adapters import adapter, lora, workdir
+from forward import logits, make_batch, random_images, torch_logits
+from safetensors.numpy import load_file
+from transformers import LlavaForConditionalGeneration
+
+from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.cli import UserError
+from llava_jax.convert.__main__ import main
+from llava_jax.convert.adapter import read_adapter
+
+TOWER = (r"llm\.layers\..*_proj", r"vision\.layers\..*fc1")
+KINDS = {
+    "lora": lora(),
+    "rslora": lora(rslora=True),
+    "dora": lora(dora=True),
+    "queries": lora(targets=("q_proj",)),
+    "tower": lora(targets=TOWER),
+}
+
+
+def run(directory, chosen, model=None, projector=True):
+    """A workdir of a run with adapters, whose projector was trained, too."""
+    model = model or tiny.config()
+    base = tiny.checkpoint(directory, model)
+    return base, workdir(directory / "run", base, chosen, adapter(model, chosen, projector=projector))
+
+
+def check_equal(checkpoint, base, exported):
+    """PEFT computes what the checkpoint does."""
+    source = open_checkpoint(checkpoint)
+    config = source.config
+    few = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=250))  # not the id of <image>
+    rows = [[5, "image", 200, "image", 3], [9]]
+    batch = make_batch(rows, random_images(2, 2, size=config.vision.image_size), config=few)
+    ours = np.asarray(logits(config, source.load(), batch))
+    model = peft.PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), exported).eval()
+    theirs = torch_logits(model, batch, config)[..., : ours.shape[-1]]
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(ours[real], theirs[real], rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        assert np.abs(torch_logits(model, batch, config)[..., : ours.shape[-1]] - ours)[real].max() > 0.02
+
+
+def export(*arguments):
+    main(["export", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_computes_the_same(kind, tmp_path, capsys):
+    base, checkpoint = run(tmp_path, KINDS[kind])
+    export("--checkpoint", base, "--output", tmp_path / "hf")
+    export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
+    printed = capsys.readouterr()
+    assert "load it with PeftModel.from_pretrained of PEFT, on the model that it was trained from" in printed.out
+    assert "vLLM refuses modules_to_save: for servers, give --base DIR" in printed.err
+    assert ("have no DoRA" in printed.err) == (kind == "dora")
+    assert ("SGLang ignores use_rslora" in printed.err) == (kind == "rslora")
+    assert ("servers ignore adapters of the tower" in printed.err) == (kind == "tower")
+    check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    assert settings["modules_to_save"] == ["multi_modal_projector"]
+    found, params = read_adapter(tmp_path / "a", tiny.config())
+    stored = open_checkpoint(checkpoint)
+    assert dataclasses.replace(found, targets=()) == dataclasses.replace(KINDS[kind], targets=())
+    assert params.keys() == stored.stored.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(value, stored.read(name), err_msg=name)
+
+
+def test_a_base_with_the_projector_and_an_adapter_for_servers(tmp_path, capsys):
+    _, checkpoint = run(tmp_path, lora(rank=20))
+    export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
+    assert capsys.readouterr().err == f"warning: {tmp_path}/a: rank 20: vLLM needs --max-lora-rank 32\n"
+    check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "hf")
+    # What vLLM 0.32 (vllm/lora/utils.py, models/llava.py) and SGLang 0.5 (sglang/srt/lora) look for.
+    assert settings["modules_to_save"] is None and isinstance(settings["target_modules"], list)
+    packed = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(settings["target_modules"]) == packed
+    assert settings["bias"] == "none" and not (settings["use_dora"] or settings["use_rslora"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        assert tensor.dtype == np.float32
+        module = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)[1]
+        mapped = module.replace("model.language_model.", "language_model.model.")  # `hf_to_vllm_mapper`
+        assert re.fullmatch(r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj", mapped)
+    assert len(tensors) == 2 * 7 * tiny.config().text.num_layers
+
+
+def test_a_linear_projector_and_names_of_older_transformers(tmp_path):
+    base, checkpoint = run(tmp_path, lora(), tiny.config(projector_type="linear"))
+    export("--checkpoint", base, "--output", tmp_path / "hf")
+    export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
+    check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
+    export("--checkpoint", checkpoint, "--layout", "peft", "--transformers", "4.51", "--output", tmp_path / "old")
+    names = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    assert {name.split(".")[2] for name in names} == {"language_model", "multi_modal_projector"}
+    main(["merge", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "merged")])
+    with pytest.raises(UserError, match="merged: has no adapters .*: export it with --layout hf"):
+        export("--checkpoint", tmp_path / "merged", "--layout", "peft", "--output", tmp_path / "b")
+
+
+def test_what_an_adapter_cannot_hold_goes_to_the_base(tmp_path):
+    base = tiny.checkpoint(tmp_path)
+    chosen = lora(targets=("q_proj",))
+    norm = {"llm.norm.scale": 1.5 * np.ones(tiny.config().text.hidden_size, np.float32)}
+    checkpoint = workdir(tmp_path / "run", base, chosen, adapter(tiny.config(), chosen) | norm)
+    with pytest.raises(
+        UserError, match="llm.norm.scale was trained whole, which an adapter does not hold: give --base"
+    ):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
+    check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
