@@ -117,8 +117,11 @@ def assert_agrees(run, reference) -> None:
     assert (off / norm) ** 0.5 < 1e-5
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize(
+    "sizes,stage",
+    [*((sizes, "finetune") for sizes in MESHES), *((sizes, "pretrain") for sizes in MESHES[1:4:2])],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
 def test_every_mesh_trains_as_one_device_does(sizes, stage):
     assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
 
@@ -227,7 +230,7 @@ def quantized_on_one_device(base_dtype: str):
     return train_ten_steps("finetune", mesh_of((1, 1, 1)), dataclasses.replace(QUANTIZED, base_dtype=base_dtype))
 
 
-@pytest.mark.parametrize("base_dtype,sizes", [("nf4", (2, 4, 1)), ("nf4", (1, 2, 4)), ("int8", (1, 4, 2))], ids=str)
+@pytest.mark.parametrize("base_dtype,sizes", [("nf4", (1, 2, 4)), ("int8", (2, 4, 1))], ids=str)
 def test_adapters_of_a_quantized_base(base_dtype, sizes):
     """The codes are sharded in whole blocks, and gathered as codes."""
     model, mesh = dataclasses.replace(QUANTIZED, base_dtype=base_dtype), mesh_of(sizes)
@@ -294,7 +297,7 @@ def optimized(name: str, sizes: tuple[int, int, int]):
 
 @pytest.mark.parametrize(
     "name,sizes",
-    [("adafactor", (2, 2, 2)), ("lion", (2, 2, 2)), ("muon", (2, 2, 2)), ("muon", (1, 8, 1))],
+    [("adafactor", (2, 2, 2)), ("muon", (2, 2, 2)), ("muon", (1, 8, 1))],
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
 )
 def test_every_optimizer_and_the_average_train_as_on_one_device_sharded_like_the_parameters(name, sizes):
