@@ -5,7 +5,7 @@ Sums are computed in float32 and rounded once, one layer after the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +80,8 @@ class Merged(Checkpoint):
         self.changes.append((_squared_distance(exact, kernel), _squared_distance(exact, rounded)))
         return rounded
 
-    def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        if name not in self.adapters:
-            yield from super().read_chunks(name, layer)
-        else:
-            values = self.read(name, layer)
-            yield (slice(None),) * values.ndim, values
+    def is_computed(self, name: str) -> bool:
+        return name in self.adapters or super().is_computed(name)
 
     def load(
         self,

@@ -267,7 +267,7 @@ class Checkpoint:
 
     def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The same in chunks, as (index, values)."""
-        if name in self._converted:
+        if self.is_computed(name):
             values = self.read(name, layer)
             yield (slice(None),) * values.ndim, values
             return
@@ -282,6 +282,10 @@ class Checkpoint:
                     first, last, _ = rows.indices(part.stop - part.start)
                     offset = part.start - parts[0].start
                     yield (slice(first + offset, last + offset), *rest), values
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a parameter is not stored as it is read."""
+        return name in self._converted
 
     def _holds(self, name: str) -> bool:
         return name in self._held

@@ -73,20 +73,27 @@ def _mixed(bits: jax.Array) -> jax.Array:
     return bits ^ bits >> 16
 
 
+def adapted_kernel(kernel_IO: jax.Array, scale: float, a_IR: jax.Array, b_RO: jax.Array) -> jax.Array:
+    """W + s A B, float32."""
+    return kernel_IO.astype(jnp.float32) + scale * (a_IR.astype(jnp.float32) @ b_RO.astype(jnp.float32))
+
+
+def column_lengths(kernel_IO: jax.Array) -> jax.Array:
+    """float32[O]."""
+    return jnp.sqrt(jnp.square(kernel_IO.astype(jnp.float32)).sum(0))
+
+
 def column_norms(kernel_IO: jax.Array, scale: float, a_IR: jax.Array, b_RO: jax.Array) -> jax.Array:
     """Lengths of the columns of W + s A B, float32[O]; a constant to the gradient (DoRA, section 4.3)."""
-    adapted_IO = kernel_IO.astype(jnp.float32) + scale * (a_IR.astype(jnp.float32) @ b_RO.astype(jnp.float32))
-    return jax.lax.stop_gradient(jnp.sqrt(jnp.square(adapted_IO).sum(0)))
+    return jax.lax.stop_gradient(column_lengths(adapted_kernel(kernel_IO, scale, a_IR, b_RO)))
 
 
 def merged(kernel_IO: jax.Array, adapter: dict[str, jax.Array], config: LoraConfig) -> jax.Array:
     """The kernel that computes the same alone, float32; `adapter` has `a`, `b` and, of DoRA, `magnitude`."""
-    adapted_IO = kernel_IO.astype(jnp.float32) + config.scale * (
-        adapter["a"].astype(jnp.float32) @ adapter["b"].astype(jnp.float32)
-    )
+    adapted_IO = adapted_kernel(kernel_IO, config.scale, adapter["a"], adapter["b"])
     if "magnitude" not in adapter:
         return adapted_IO
-    return adapted_IO * (adapter["magnitude"] / jnp.sqrt(jnp.square(adapted_IO).sum(0)))[None]
+    return adapted_IO * (adapter["magnitude"] / column_lengths(adapted_IO))[None]
 
 
 # ------------------------------------------------------------------------------------------------- adapters of a model

@@ -252,11 +252,11 @@ def dequantize(parts: Mapping[str, jax.Array], inputs: int, dtype: jnp.dtype) ->
     if "scales" in parts:
         weights = parts["codes"].astype(jnp.float32)
         return (weights * broadcast_last(parts["scales"], weights)).astype(dtype)
-    N, O = parts["absmax"].shape  # noqa: E741
+    blocks, outputs = parts["absmax"].shape
     absmax_NO = dequantize_absmax(parts["absmax"], parts["nested_absmax"], parts["offset"])
-    packed_NBO = parts["codes"].reshape(N, BLOCK // 2, O).astype(jnp.int32)
+    packed_NBO = parts["codes"].reshape(blocks, BLOCK // 2, outputs).astype(jnp.int32)
     halves = [(nf4_values(codes) * absmax_NO[:, None]).astype(dtype) for codes in (packed_NBO >> 4, packed_NBO & 15)]
-    return jnp.concatenate(halves, axis=1).reshape(N * BLOCK, O)[:inputs]
+    return jnp.concatenate(halves, axis=1).reshape(blocks * BLOCK, outputs)[:inputs]
 
 
 def nf4_values(codes: jax.Array) -> jax.Array:
@@ -274,8 +274,7 @@ def nf4_values(codes: jax.Array) -> jax.Array:
 
 def dequantize_absmax(absmax_NO: jax.Array, nested_absmax: jax.Array, offset: jax.Array) -> jax.Array:
     """The scales of blocks, float32[N, O]."""
-    N, O = absmax_NO.shape  # noqa: E741
-    nested_NO = jnp.repeat(nested_absmax, NESTED_BLOCK)[: N * O].reshape(O, N).T
+    nested_NO = jnp.repeat(nested_absmax, NESTED_BLOCK)[: absmax_NO.size].reshape(absmax_NO.shape[::-1]).T
     return dynamic_map(absmax_NO) * nested_NO + offset
 
 

@@ -29,7 +29,7 @@ def preflight(
     Takes a minute or so, and the extra `preflight-tpu` or `preflight-gpu`.
 
     Args:
-      config: see `get_config`; or the name or the file of a recipe.
+      config: see `get_config`, or the name or the file of a recipe.
       target: a slice of TPUs (`v5e:4x4`, `v5p:2x2x4`), GPUs (`h100:8`; `h100:2x8` for two hosts) or `cpu`.
       memory_fraction: the part of a GPU's memory that JAX takes; by default `XLA_PYTHON_CLIENT_MEM_FRACTION` or, as
         JAX, 0.75.

@@ -15,7 +15,7 @@ from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.layers import Linear
 from llava_jax.models.llava import Llava, Params, abstract_params, build_from_shards, module_params
-from llava_jax.models.lora import NOT_ADAPTED, PARAMETER, is_target, linears
+from llava_jax.models.lora import NOT_ADAPTED, PARAMETER, column_lengths, is_target, linears
 
 
 def adapted(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
@@ -102,6 +102,6 @@ def _column_norms(linear: Linear) -> jax.Array:
     """Lengths of the columns of W, float32[O], for each layer of a stack."""
 
     def norms(layer: Linear) -> jax.Array:
-        return jnp.sqrt(jnp.square(layer.weight(jnp.float32)).sum(0))
+        return column_lengths(layer.weight(jnp.float32))
 
     return jax.lax.map(norms, linear) if len(linear.kernel_shape) == 3 else norms(linear)

@@ -32,7 +32,7 @@ def train(
     Runs on all devices of this process; for several hosts there is the command (docs/hosts.md).
 
     Args:
-      config: see `get_config`; or the name or the file of a recipe.
+      config: see `get_config`, or the name or the file of a recipe.
       workdir: a directory, local or on an object store (gs://), for checkpoints, metrics, logs and `loss.png`.
       resume_from: the step to resume from; by default the newest one.
       callbacks: each is called with a step and its metrics, as `metrics.jsonl` has them: for every logged step, once

@@ -17,7 +17,7 @@ from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
 from tests.inference.test_engine import collect, ragged, text
-from tests.inference.test_generate import CONFIG, PICTURES, TEMPLATE, params, question, tokenizer
+from tests.inference.test_generate import CONFIG, IMAGES, TEMPLATE, params, question, tokenizer
 
 REPORTED = Sampling(max_new_tokens=10, logprobs=3)
 # Adapters of several ranks and targets; the last two have projectors of their own.
@@ -101,7 +101,7 @@ def test_an_answer_does_not_depend_on_the_others_of_the_batch(engine):
 
 
 def test_cached_prefixes_and_images_belong_to_an_adapter(engine):
-    request = question("<image>\nWhat colour is it?" + " white" * 20, PICTURES[1])
+    request = question("<image>\nWhat colour is it?" + " white" * 20, IMAGES[1])
     answers = {}
     engine.clear_caches()
     for _ in range(2):
@@ -129,7 +129,7 @@ def test_the_next_turn_with_an_adapter_does_not_compute_the_earlier_ones_again(e
 
 
 def test_sampled_answers_are_those_of_the_merged_model(engine):
-    request = question("<image>\nIt?", PICTURES[0])
+    request = question("<image>\nIt?", IMAGES[0])
     for seed in range(3):
         sampling = Sampling(temperature=1.2, top_p=0.9, top_k=40, seed=seed, max_new_tokens=8)
         found = text(submit(engine, "dora", request, sampling))
@@ -139,7 +139,7 @@ def test_sampled_answers_are_those_of_the_merged_model(engine):
 @pytest.mark.parametrize("options", [{"slots": 1}, {"quantize": "int8"}])
 def test_transposed_and_8_bit_kernels_have_adapters_too(options):
     engine, plain = make(adapters=2, adapter_rank=4, **options), make(**options)
-    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    request = question("<image>\nWhat colour is it?", IMAGES[0])
     assert collect(submit(engine, None, request)) == collect(submit(plain, None, request))
     for name in ("all", "dora"):
         engine.adapters.load(name, weights(name))
@@ -183,7 +183,7 @@ def test_adapters_are_loaded_and_unloaded_while_others_answer(monkeypatch):
     eventually(lambda: not engine.stats().busy)
     engine.adapters.unload("dora")
     engine.adapters.load("attention", weights("attention"))  # has fewer layers and no projector: nothing may be left
-    image = question("<image>\nWhat colour is it?", PICTURES[0])
+    image = question("<image>\nWhat colour is it?", IMAGES[0])
     assert_equal(collect(submit(engine, "attention", image)), collect(submit(alone("attention"), None, image)))
     assert {name: engine._programs._compiled[name] for name in compiled} == compiled
     engine.close()

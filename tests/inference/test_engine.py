@@ -18,7 +18,7 @@ from llava_jax.inference.engine import Engine
 from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
-from tests.inference.test_generate import CONFIG, PICTURES, TEMPLATE, generator, params, question, tokenizer
+from tests.inference.test_generate import CONFIG, IMAGES, TEMPLATE, generator, params, question, tokenizer
 
 SHORT = Sampling(max_new_tokens=12)
 REPORTED = Sampling(max_new_tokens=12, logprobs=0)
@@ -60,7 +60,7 @@ def ragged(count: int) -> list[Request]:
     requests = []
     for _ in range(count):
         words = rng.choice(["red", "white", "What colour", "🦙", "Is it", "\n", "blue?"], rng.integers(1, 60))
-        images = [PICTURES[i] for i in rng.integers(0, len(PICTURES), rng.integers(0, 3))]
+        images = [IMAGES[i] for i in rng.integers(0, len(IMAGES), rng.integers(0, 3))]
         marks = "<image>\n" * len(images)
         turns = [("user", marks + " ".join(words))]
         if rng.random() < 0.3:
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_generator(engine):
 
 
 def test_each_answer_is_sampled_in_its_own_way(engine):
-    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    request = question("<image>\nWhat colour is it?", IMAGES[0])
     ways = [
         Sampling(max_new_tokens=n, temperature=t, seed=s) for n, t, s in [(9, 0, 0), (5, 1, 1), (9, 1, 1), (9, 1, 2)]
     ]
@@ -102,7 +102,7 @@ def test_each_answer_is_sampled_in_its_own_way(engine):
 
 
 def test_stop_strings_end_an_answer_wherever_tokens_end(engine):
-    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    request = question("<image>\nWhat colour is it?", IMAGES[0])
     whole = ask(engine, request, Sampling(max_new_tokens=40))
     for start in (4, 9, 15):
         stop = whole[start : start + 5].strip()
@@ -134,7 +134,7 @@ def test_the_next_turn_computes_neither_earlier_turns_nor_the_picture_again(engi
 
 
 def test_another_picture_is_another_prefix(engine):
-    requests = [question("<image>\nWhat colour is it?", picture) for picture in PICTURES]
+    requests = [question("<image>\nWhat colour is it?", picture) for picture in IMAGES]
     answers = [engine.submit(request, SHORT) for request in requests]
     before_picture = int(np.argmax(generator().prompts.encode(requests[0]).image_feature_index >= 0))
     assert [text(answer) for answer in answers] == generator().answer(requests, SHORT)
@@ -205,7 +205,7 @@ def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_ans
 
     for name in ("encode", "read"):
         monkeypatch.setattr(engine.base.prompts, name, counted(name))
-    prompt = engine.prepare(question("<image>\nIs it <image>?", PICTURES[0], PICTURES[1]))
+    prompt = engine.prepare(question("<image>\nIs it <image>?", IMAGES[0], IMAGES[1]))
     assert engine.room(prompt) > 12
     answers = [engine.submit(prompt, Sampling(1.0, seed=seed, max_new_tokens=12)) for seed in range(3)]
     texts = [text(answer) for answer in answers]
@@ -226,7 +226,7 @@ def test_logprobs_are_those_of_the_tokens(engine):
 
 
 def test_what_cannot_be_answered_is_refused_at_once(engine):
-    request = question("<image>\nHello", PICTURES[0])
+    request = question("<image>\nHello", IMAGES[0])
     prompt = engine.prepare(request)
     room = engine.room(prompt)
     assert room == CONFIG.text.max_position_embeddings - len(prompt.tokens)

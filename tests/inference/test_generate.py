@@ -32,7 +32,7 @@ from llava_jax.models.llava import build
 
 TEMPLATE = get_template("v1")
 SHORT = Sampling(max_new_tokens=20)
-PICTURES = [
+IMAGES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), np.uint8)) for seed in range(4)
 ]
 
@@ -100,8 +100,8 @@ def torch_answer(request: Request, max_new_tokens: int) -> list[int]:
     "request_, max_new_tokens",
     [
         (question("Say something."), 20),
-        (question("<image>\nWhat colour is it?", PICTURES[0]), 20),
-        (question("Between <image>\n and <image>?", PICTURES[1], PICTURES[2]), 20),
+        (question("<image>\nWhat colour is it?", IMAGES[0]), 20),
+        (question("Between <image>\n and <image>?", IMAGES[1], IMAGES[2]), 20),
         (question("Tell me a long story."), generate.HEADROOM + 100),  # the cache grows
     ],
 )
@@ -122,7 +122,7 @@ def requests(draw) -> Request:
     texts = draw(TURNS)
     turns = [turn for text in texts for turn in (("user", text), ("assistant", "It is."))][:-1]
     marks = sum(text.count("<image>") for text in texts)
-    return Request(turns, [PICTURES[draw(st.integers(0, 3))] for _ in range(marks)])
+    return Request(turns, [IMAGES[draw(st.integers(0, 3))] for _ in range(marks)])
 
 
 @settings(max_examples=8)  # each compiles programs
@@ -135,7 +135,7 @@ def test_a_batch_answers_as_one_by_one(batch):
 def test_questions_that_share_the_computation_of_a_picture_are_answered_as_one_by_one():
     padding = "white " * 30
     batch = [
-        question(f"<image>\nWhat {'colour ' * (i % 3)}is it?", picture) for picture in PICTURES[:2] for i in range(7)
+        question(f"<image>\nWhat {'colour ' * (i % 3)}is it?", picture) for picture in IMAGES[:2] for i in range(7)
     ]
     batch = [Request([("system", padding), *request.turns], request.images) for request in batch]
     assert share_prefixes([generator().prompts.encode(request) for request in batch])
@@ -145,7 +145,7 @@ def test_questions_that_share_the_computation_of_a_picture_are_answered_as_one_b
 
 
 def test_batch_rows_and_duplicates_change_nothing():
-    batch = [question("<image>\nIt?", picture) for picture in PICTURES] * 2
+    batch = [question("<image>\nIt?", picture) for picture in IMAGES] * 2
     whole = generator().answer(batch, SHORT)
     assert generator().answer(batch, SHORT, batch_rows=3) == whole
     assert whole[:4] == whole[4:]
@@ -154,14 +154,14 @@ def test_batch_rows_and_duplicates_change_nothing():
 
 
 def test_pictures_are_paths_as_well(tmp_path):
-    PICTURES[0].save(tmp_path / "a.png")
+    IMAGES[0].save(tmp_path / "a.png")
     paths = [question("<image>\nIt?", path) for path in (tmp_path / "a.png", str(tmp_path / "a.png"))]
-    assert generator().answer(paths, SHORT) == generator().answer([question("<image>\nIt?", PICTURES[0])], SHORT) * 2
+    assert generator().answer(paths, SHORT) == generator().answer([question("<image>\nIt?", IMAGES[0])], SHORT) * 2
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(temperature=1.0, seed=3, max_new_tokens=45)])
 def test_streamed_pieces_make_the_answer(sampling):
-    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    request = question("<image>\nWhat colour is it?", IMAGES[0])
     pieces = list(generator().stream(request, sampling))
     assert [*pieces] != [] and all(pieces)
     assert "".join(pieces) == generator().answer([request], sampling)[0]
@@ -169,7 +169,7 @@ def test_streamed_pieces_make_the_answer(sampling):
 
 
 def test_logits_and_image_features_are_those_of_the_model():
-    request = question("Between <image>\n and <image>?", *PICTURES[:2])
+    request = question("Between <image>\n and <image>?", *IMAGES[:2])
     prompt = generator().prompts.encode(request)
     pixels = np.stack([generator().prompts.read(image) for image in request.images])
     model, length = build(CONFIG, params()), len(prompt.tokens)
@@ -183,7 +183,7 @@ def test_logits_and_image_features_are_those_of_the_model():
 
 
 def test_samples_are_a_function_of_request_and_seed():
-    batch = [question("<image>\nWhat colour is it?", PICTURES[0]), question("Hello")]
+    batch = [question("<image>\nWhat colour is it?", IMAGES[0]), question("Hello")]
     sampling = Sampling(temperature=1.5, seed=1, max_new_tokens=12)
     answers = generator().answer(batch, sampling)
     assert generator().answer(batch, sampling) == answers
@@ -195,7 +195,7 @@ def test_samples_are_a_function_of_request_and_seed():
 
 
 def test_a_stop_string_ends_answers_wherever_tokens_end():
-    request = question("<image>\nWhat colour is it?", PICTURES[0])
+    request = question("<image>\nWhat colour is it?", IMAGES[0])
     answer = generator().answer([request], Sampling(max_new_tokens=40))[0]
     for start in (4, 9, 15):
         stop = answer[start : start + 5].strip()
@@ -227,7 +227,7 @@ def test_end_tokens_end_rows_and_when_all_have_ended_the_device_stops():
 def test_bfloat16_computes_and_answers():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     rough = Generator(build(CONFIG, half, jnp.bfloat16), PromptEncoder(CONFIG, tokenizer(), TEMPLATE))
-    batch = [question("<image>\nIt?", PICTURES[0]), question("Hello")]
+    batch = [question("<image>\nIt?", IMAGES[0]), question("Hello")]
     assert all(rough.answer(batch, SHORT))
 
 
@@ -239,14 +239,14 @@ def test_a_checkpoint_brings_its_template_tokenizer_and_end_tokens(tmp_path):
     loaded = Generator.from_checkpoint(open_checkpoint(tmp_path / "model"))
     assert loaded.prompts.template.name == "plain"
     assert {1, 300} <= set(loaded.prompts.stop_ids)
-    request = question("<image>\nIt?", PICTURES[0])
+    request = question("<image>\nIt?", IMAGES[0])
     other = Generator.from_checkpoint(open_checkpoint(tmp_path / "model"), TEMPLATE)
     other.prompts.stop_ids = generator().prompts.stop_ids
     assert other.answer([request], SHORT) == generator().answer([request], SHORT)
 
 
 def test_an_answer_that_may_not_fit_is_refused_and_one_that_just_fits_is_not():
-    request = question("<image>\nHello", PICTURES[0])
+    request = question("<image>\nHello", IMAGES[0])
     room = generator().room(request)
     length = CONFIG.text.max_position_embeddings - room
     for ask in (lambda s: generator().answer([request], s), lambda s: list(generator().stream(request, s))):
@@ -260,7 +260,7 @@ def test_an_answer_that_may_not_fit_is_refused_and_one_that_just_fits_is_not():
 
 
 def test_pictures_and_marks_have_to_agree():
-    for request in (question("<image>\nIt?"), question("It?", PICTURES[0])):
+    for request in (question("<image>\nIt?"), question("It?", IMAGES[0])):
         with pytest.raises(UserError, match=r"'(<image> )?It\?': \d <image> in the text, but \d images"):
             generator().answer([request], SHORT)
 
@@ -271,7 +271,7 @@ def test_images_of_a_request_go_where_the_model_was_trained_with_them(position):
     sample = Sample("id", ("a.jpg",), (("user", text), ("assistant", "x")))
     trained = expand(encode_sample(sample, TEMPLATE, tokenizer(), image_position=position), CONFIG.image_tokens, 1000)
     prompts = PromptEncoder(dataclasses.replace(CONFIG, image_position=position), tokenizer(), TEMPLATE)
-    prompt = prompts.encode(question(text, PICTURES[0]))
+    prompt = prompts.encode(question(text, IMAGES[0]))
     length = len(prompt.tokens)
     assert prompt.tokens.tolist() == trained.tokens[:length].tolist()
     assert prompt.image_feature_index.tolist() == trained.image_feature_index[:length].tolist()
@@ -282,7 +282,7 @@ def test_a_begun_answer_has_the_ids_of_the_text_whole(template, llama_tokenizer)
     template = get_template(template)
     turns, answer = [("user", "<image>\nHow many?"), ("assistant", "Two."), ("user", "Sure?")], "There are 12 of them"
     for begun in ("There", "There are ", "There are 12", "\nThere"):
-        prompt = PromptEncoder(CONFIG, llama_tokenizer, template).encode(Request(turns, PICTURES[:1], begun))
+        prompt = PromptEncoder(CONFIG, llama_tokenizer, template).encode(Request(turns, IMAGES[:1], begun))
         text, spans = render([*turns, ("assistant", "\n" * begun.startswith("\n") + answer)], template)
         stripped = begun.strip() if template.strip else begun
         whole = text[: text.index(stripped, spans[-1][0]) + len(stripped)].split("<image>")

@@ -7,7 +7,7 @@ from PIL import Image
 from llava_jax.inference.prompts import Prompt, assemble, bucket, share_prefixes
 
 P = 4  # features of a picture
-PICTURES = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
+IMAGES = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
 
 
 def prompt(*parts: int | Image.Image) -> Prompt:
@@ -31,7 +31,7 @@ def test_buckets_are_few_and_waste_at_most_half():
 
 
 def test_each_picture_is_read_once_and_its_features_are_found_where_its_marks_were():
-    red, lime, blue = PICTURES
+    red, lime, blue = IMAGES
     prompts = [prompt(3, red, 1), prompt(5), prompt(blue, 2, red), prompt(lime, blue, lime, 7)]
     read = []
 
@@ -65,7 +65,7 @@ def test_text_alone_needs_no_pictures():
 
 
 def test_questions_about_an_image_share_their_prefix():
-    red, lime, _ = PICTURES
+    red, lime, _ = IMAGES
     prompts = [prompt(40, picture, 3 + i) for picture in (red, lime) for i in range(8)]
     shared = share_prefixes(prompts)
     assert [len(each.tokens) for each in shared.prefixes] == [44, 44]
@@ -79,11 +79,11 @@ def test_questions_about_an_image_share_their_prefix():
 @pytest.mark.parametrize(
     "prompts",
     [
-        [prompt(40, PICTURES[0], 3)],  # alone
-        [prompt(40, picture, 3) for picture in PICTURES],  # all different
-        [prompt(4, PICTURES[0], 40 + i) for i in range(8)],  # little in common
-        [prompt(40 + i, PICTURES[0], 3) for i in range(8)],  # other text before the picture
-        [prompt(40, PICTURES[0]) for _ in range(8)],  # nothing after it
+        [prompt(40, IMAGES[0], 3)],  # alone
+        [prompt(40, picture, 3) for picture in IMAGES],  # all different
+        [prompt(4, IMAGES[0], 40 + i) for i in range(8)],  # little in common
+        [prompt(40 + i, IMAGES[0], 3) for i in range(8)],  # other text before the picture
+        [prompt(40, IMAGES[0]) for _ in range(8)],  # nothing after it
         [prompt(40) for _ in range(8)],
     ],
 )

@@ -22,7 +22,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
-from serving import bomb, data_url, eventually, picture, serving
+from serving import bomb, data_url, eventually, noise_image, serving
 
 from llava_jax.chat import __main__ as chat
 from llava_jax.checkpoint.reading import open_checkpoint
@@ -113,7 +113,7 @@ def page(watched, url) -> Page:
 
 @pytest.fixture
 def png(tmp_path) -> Path:
-    picture(1).save(tmp_path / "my picture.png")
+    noise_image(1).save(tmp_path / "my picture.png")
     return tmp_path / "my picture.png"
 
 
@@ -372,7 +372,7 @@ def test_the_camera_is_let_go_and_its_absence_is_told(page):
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "a.ppm"])
 def test_the_server_gets_the_bytes_of_the_file(scripted, script, tmp_path, name):
     """Also of formats that the browser cannot draw, which are shown by name."""
-    picture(3, (300, 200)).save(tmp_path / name)
+    noise_image(3, (300, 200)).save(tmp_path / name)
     attach(scripted, tmp_path / name)
     drawn = name not in ("a.tiff", "a.ppm")
     expect(thumbnails(scripted).locator("img")).to_have_count(int(drawn))

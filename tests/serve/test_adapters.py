@@ -10,7 +10,7 @@ import openai
 import pytest
 import tiny
 from fastapi.testclient import TestClient
-from serving import data_url, eventually, picture, serving
+from serving import data_url, eventually, noise_image, serving
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.convert.served_adapter import read_for
@@ -78,7 +78,7 @@ def merged(directory, name: str) -> Generator:
 
 def test_the_models_name_chooses_the_adapter(world, app, http):
     assert change(http, "load", lora_name="blue", lora_path="blue").status_code == 200
-    image, asked = picture(3), [{"type": "image_url", "image_url": {"url": data_url(picture(3))}}]
+    image, asked = noise_image(3), [{"type": "image_url", "image_url": {"url": data_url(noise_image(3))}}]
     content = [*asked, {"type": "text", "text": "What colour is it?"}]
     request = Request([("user", "<image>\nWhat colour is it?")], [image])
     texts = {}

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from openai.types import chat
 from openai.types.chat import chat_completion_content_part_image_param as image_part
 from openai.types.chat import completion_create_params
-from serving import data_url, eventually, picture, serving, tiny_engine
+from serving import data_url, eventually, noise_image, serving, tiny_engine
 
 from llava_jax.inference import prompts
 from llava_jax.inference.engine import Engine, QueueFull
@@ -109,7 +109,7 @@ def test_a_request_is_tokenized_and_its_images_are_preprocessed_once_for_all_ans
 
     monkeypatch.setattr(engine.base.prompts, "encode", counted("encode", engine.base.prompts.encode))
     monkeypatch.setattr(prompts, "preprocess", counted("preprocess", prompts.preprocess))
-    content = [{"type": "image_url", "image_url": {"url": data_url(picture(number))}} for number in range(2)]
+    content = [{"type": "image_url", "image_url": {"url": data_url(noise_image(number))}} for number in range(2)]
     message = parts(*content, {"type": "text", "text": "Which one?"})["messages"]
     completion = create(client, message, n=3)
     assert len(completion.choices) == 3
@@ -141,7 +141,7 @@ def test_a_stream_on_the_wire(http):
 
 
 def test_a_conversation_with_pictures(client, engine):
-    first, second = picture(0), picture(1, size=(30, 50))
+    first, second = noise_image(0), noise_image(1, size=(30, 50))
     messages = [
         {"role": "system", "content": "Be brief."},
         {
@@ -169,7 +169,7 @@ def test_a_url_needs_no_object_around_it(client):
         content = [{"type": "image_url", "image_url": image_url}, {"type": "text", "text": "What is it?"}]
         return create(client, [{"role": "user", "content": content}]).choices[0].message.content
 
-    assert ask(data_url(picture(0))) == ask({"url": data_url(picture(0))})
+    assert ask(data_url(noise_image(0))) == ask({"url": data_url(noise_image(0))})
 
 
 @pytest.mark.parametrize("options", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
@@ -441,7 +441,7 @@ def test_prompts_and_answers_beyond_the_context(http, engine):
 
 
 def test_more_pictures_than_the_context_has_room_for(http, engine):
-    part = {"type": "image_url", "image_url": {"url": data_url(picture(size=(1, 1)))}}
+    part = {"type": "image_url", "image_url": {"url": data_url(noise_image(size=(1, 1)))}}
     many = [part] * (engine.context // engine.config.image_tokens + 1)
     error = refusal(http, 400, messages=[{"role": "user", "content": many}])
     assert error["code"] == "too_many_images"

@@ -10,7 +10,7 @@ import anyio
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from serving import bomb, data_url, picture
+from serving import bomb, data_url, noise_image
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import ASPECTS, load_image, preprocess
@@ -42,7 +42,7 @@ def encoded(data: bytes) -> str:
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_a_picture_that_has_its_size_already_stays_as_it_is(aspect):
     """Pictures are brought to size before they wait, and the engine does it again."""
-    once = square(aspect)(picture(size=(23, 31)))
+    once = square(aspect)(noise_image(size=(23, 31)))
     assert np.array_equal(square(aspect)(Image.fromarray(once)), once)
 
 
@@ -59,7 +59,7 @@ def test_a_picture_that_has_its_size_already_stays_as_it_is(aspect):
     ],
 )
 def test_data_urls(change):
-    assert np.array_equal(np.asarray(read(change(data_url(picture())))), square()(picture()))
+    assert np.array_equal(np.asarray(read(change(data_url(noise_image())))), square()(noise_image()))
 
 
 def _saved(image: Image.Image, format: str, **options) -> bytes:
@@ -71,24 +71,24 @@ def _saved(image: Image.Image, format: str, **options) -> bytes:
 def _rotated() -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    return _saved(picture(), "JPEG", exif=exif)
+    return _saved(noise_image(), "JPEG", exif=exif)
 
 
 def _palette(transparent: bytes) -> bytes:
     """A PNG with a palette of which each colour is more or less transparent."""
-    image = picture().quantize(8)
+    image = noise_image().quantize(8)
     return _saved(image, "PNG", transparency=transparent)
 
 
 KINDS = {
-    "CMYK": lambda: _saved(picture().convert("CMYK"), "JPEG"),
+    "CMYK": lambda: _saved(noise_image().convert("CMYK"), "JPEG"),
     "palette with alpha": lambda: _palette(bytes(range(0, 256, 32))),
-    "grey with alpha": lambda: _saved(picture().convert("LA"), "PNG"),
+    "grey with alpha": lambda: _saved(noise_image().convert("LA"), "PNG"),
     "rotated by EXIF": _rotated,
     "16-bit grey": lambda: _saved(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 109), "PNG"),
-    "1 bit": lambda: _saved(picture().convert("1"), "PNG"),
-    "animation": lambda: _saved(picture(0), "GIF", save_all=True, append_images=[picture(1)]),
-    "WebP": lambda: _saved(picture(), "WEBP"),
+    "1 bit": lambda: _saved(noise_image().convert("1"), "PNG"),
+    "animation": lambda: _saved(noise_image(0), "GIF", save_all=True, append_images=[noise_image(1)]),
+    "WebP": lambda: _saved(noise_image(), "WEBP"),
 }
 
 
@@ -101,7 +101,7 @@ def test_every_kind_of_file_is_the_picture_that_training_sees(kind, tmp_path):
 
 
 def _truncated() -> bytes:
-    return _saved(picture(size=(50, 50)), "JPEG")[:-100]
+    return _saved(noise_image(size=(50, 50)), "JPEG")[:-100]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_the_decoder_says_is_not_for_clients(data):
 def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch):
     """The sum of what is being decoded stays within the budget."""
     monkeypatch.setattr(images, "LARGE_BYTES", 100 * 100 * 4)
-    large, small = data_url(picture(size=(100, 100))), data_url(picture(size=(10, 10)))
+    large, small = data_url(noise_image(size=(100, 100))), data_url(noise_image(size=(10, 10)))
     taken, release, order = [], threading.Event(), []
 
     def slow(image: Image.Image) -> np.ndarray:
@@ -169,7 +169,7 @@ def test_large_images_wait_for_each_other_and_small_ones_for_nobody(monkeypatch)
 def test_an_image_that_takes_more_than_there_is():
     reader = images.ImageReader(decoding_bytes=1000)
     with pytest.raises(ApiError, match="to decode, and this server has"):
-        asyncio.run(reader.read([("here", data_url(picture()))], square()))
+        asyncio.run(reader.read([("here", data_url(noise_image()))], square()))
 
 
 # -------------------------------------------------------------------------------------------------------- the web
@@ -181,7 +181,7 @@ class Web(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         match self.path.split("/")[1]:
             case "picture":
-                self._send(200, base64.b64decode(data_url(picture()).partition(",")[2]))
+                self._send(200, base64.b64decode(data_url(noise_image()).partition(",")[2]))
             case "to":
                 self._send(302, location=self.path.removeprefix("/to/").replace("|", "/"))
             case "loop":
@@ -219,7 +219,7 @@ def web(monkeypatch):
 def test_a_picture_of_the_web(web):
     for path in ("picture", "to/|picture", f"to/http:||127.0.0.1:{web}|picture"):
         image = read(f"http://127.0.0.1:{web}/{path}", allow_remote=True)
-        assert np.array_equal(np.asarray(image), square()(picture()))
+        assert np.array_equal(np.asarray(image), square()(noise_image()))
 
 
 @pytest.mark.parametrize(

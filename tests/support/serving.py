@@ -46,7 +46,7 @@ def serving(app: FastAPI, limits: Limits | None = None) -> Iterator[str]:
     thread.join()
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
+def noise_image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
 
 

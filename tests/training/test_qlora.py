@@ -71,7 +71,7 @@ def test_a_run_learns_and_resumes_bit_exactly(base_dtype, world, tmp_path):
 def test_quantized_weights_are_not_trained(world, tmp_path):
     config = qlora(world, "nf4")
     with config.unlocked():
-        config.lora.rank = 0
+        config.lora.update({"rank": 0, "dropout": 0.0})
     with pytest.raises(UserError, match=r"config.base_dtype: llm\.layers\..*\.absmax would be trained"):
         loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
