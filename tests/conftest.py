@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most of a test's time is compiling what runs once, on small arrays. `optimized` compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tests run in several processes: threads of torch would spin while they wait for a core that another process has.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Devices that share a busy core wait for each other: the defaults of 30 and 40 s would end the process.
 os.environ.setdefault(
     "XLA_FLAGS",

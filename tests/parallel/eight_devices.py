@@ -126,7 +126,7 @@ def test_every_mesh_trains_as_one_device_does(sizes, stage):
     assert_agrees(train_ten_steps(stage, mesh_of(sizes)), one_device(stage))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 2, 4)], ids=lambda sizes: "x".join(map(str, sizes)))
 def test_a_trained_tower_is_sharded_like_the_decoder(sizes):
     assert_agrees(train_ten_steps("all", mesh_of(sizes), remat="full"), one_device("all"))
 
