@@ -289,7 +289,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
     elif aspect == "pad":
         image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean))
     elif aspect == "resize":
-        image = _resize(image, size, size)
+        image = resize(image, size, size)
     else:
         raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
     return np.asarray(image)
@@ -310,7 +310,7 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     if width > height:
         box = (part.first, 0, part.last, height)
         image = image.resize((part.stop - part.start, height), Image.Resampling.BICUBIC, box)
-        return _resize(image.crop((first, 0, first + size, height)), size, size)
+        return resize(image.crop((first, 0, first + size, height)), size, size)
     box = (0, part.first, width, part.last)
     image = image.resize((size, part.stop - part.start), Image.Resampling.BICUBIC, box)
     return image.crop((0, first, size, first + size))
@@ -366,11 +366,12 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int])
         if left:
             band, rows = Image.new("RGB", (long, stop - start), colour), band
             band.paste(rows, (left, 0))
-        column.paste(_resize(band, size, stop - start), (0, top + start))
-    return _resize(column, size, size)
+        column.paste(resize(band, size, stop - start), (0, top + start))
+    return resize(column, size, size)
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resizes with bicubic interpolation. Raises UserError if that takes more than `MAX_PIXELS`."""
     _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
