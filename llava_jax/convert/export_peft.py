@@ -26,12 +26,14 @@ NAMES = {
     "4.52": {
         "llm": "model.language_model.",
         "projector": "model.multi_modal_projector.",
+        "newline": "model.",
         "vision": "model.vision_tower.vision_model.",
         "head": "",
     },
     "4.51": {
         "llm": "language_model.model.",
         "projector": "multi_modal_projector.",
+        "newline": "",
         "vision": "vision_tower.vision_model.",
         "head": "language_model.",
     },
@@ -118,7 +120,13 @@ def _settings(checkpoint: Checkpoint, lora: LoraConfig, adapted: set[str], saved
 def _target_modules(checkpoint: Checkpoint, adapted: set[str], short: bool) -> set[str]:
     """Ends of the names of adapted layers that no other layers have, in any version of transformers; with `short` of
     none in the language model."""
-    prefixes = {"llm": "language_model.", "projector": "multi_modal_projector.", "vision": "", "head": ""}
+    prefixes = {
+        "llm": "language_model.",
+        "projector": "multi_modal_projector.",
+        "newline": "",
+        "vision": "",
+        "head": "",
+    }
     layers = {
         prefixes[part] + leaf.removesuffix(".weight")
         for part, entries in entries_of(checkpoint.config).items()

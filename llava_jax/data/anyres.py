@@ -20,18 +20,11 @@ import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
-from llava_jax.data.images import resize
+from llava_jax.data.features import NEWLINE, Features, Size
+from llava_jax.data.images import preprocess, resize, to_rgb
 
-NEWLINE = -2  # in an index of features: the learned newline
 MERGES = ("spatial_unpad", "spatial", "flat")
 MAX_GRIDS, MAX_TILES = 100, 100  # of a config, and of a grid
-
-
-class Size(NamedTuple):
-    """Of an image in pixels, upright."""
-
-    width: int
-    height: int
 
 
 class Grid(NamedTuple):
@@ -81,11 +74,6 @@ class AnyRes:
         """Whether the model has a learned newline."""
         return self.merge == "spatial_unpad"
 
-    @property
-    def most_tiles(self) -> int:
-        """Tiles of an image at most, the base included."""
-        return 1 + max(map(math.prod, self.grids))
-
     @classmethod
     def from_dict(cls, values: dict) -> "AnyRes":
         return cls(**values | {"grids": tuple(Grid(*grid) for grid in values["grids"])})
@@ -119,30 +107,67 @@ def kept_map(size: Size, grid: Grid, g: int) -> tuple[int, int]:
     return rows, columns - (columns - needed) // 2 * 2
 
 
-@functools.lru_cache(maxsize=4096)
-def feature_index(anyres: AnyRes, size: Size, s: int, g: int) -> np.ndarray:
-    """The features of an image in the order of the sequence: int32[N], tile x P + patch or `NEWLINE`; read-only.
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Images of a model with AnyRes as tiles, and the features of these.
 
-    Raises UserError for an image so thin that all of the map is padding.
+    Attributes:
+      anyres: the grids and the order.
+      side: s, of a tile in pixels.
+      patches: g, along the side of a tile.
+      mean: of the normalization, in 0..1, with which a square base is padded.
     """
-    grid, P = best_grid(size, anyres.grids, s), g * g
+
+    anyres: AnyRes
+    side: int
+    patches: int
+    mean: tuple[float, float, float]
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of an image at most, the base included."""
+        return 1 + max(map(math.prod, self.anyres.grids))
+
+    @property
+    def most_features(self) -> int:
+        """Features of an image at most, newlines included."""
+        g, newline = self.patches, self.anyres.newline
+        return max((1 + math.prod(grid)) * g * g + newline * grid.rows * g for grid in self.anyres.grids)
+
+    def features(self, size: Size, several: bool) -> Features:
+        """The features of an image of this size; `several`: whether its sample has more than one.
+
+        Raises UserError for an image so thin that all of it would be cut off.
+        """
+        alone = several and self.anyres.several == "base"
+        return _features(self.anyres, None if alone else size, self.side, self.patches)
+
+    def tiles(self, image: Image.Image, several: bool) -> np.ndarray:
+        """An upright image as uint8[tiles, s, s, 3]. Raises UserError as `features` does."""
+        if several and self.anyres.several == "base":
+            return preprocess(image, self.side, "pad", self.mean)[None]
+        image = to_rgb(image)
+        return cut(image, best_grid(Size(*image.size), self.anyres.grids, self.side), self.side)
+
+
+@functools.lru_cache(maxsize=4096)
+def _features(anyres: AnyRes, size: Size | None, s: int, g: int) -> Features:
+    """Those of an image of this size, or of a base alone."""
+    P, grid = g * g, best_grid(size, anyres.grids, s) if size else Grid(0, 0)
     base, tiles = np.arange(P), P + np.arange(math.prod(grid) * P)
-    if anyres.merge == "flat":
-        index = np.concatenate([base, tiles])
+    if size is None:
+        index = np.append(base, [NEWLINE] * anyres.newline)
+    elif anyres.merge == "flat":
+        index = np.append(base, tiles)
     else:
         image_map = tiles.reshape(grid.rows, grid.columns, g, g).swapaxes(1, 2).reshape(grid.rows * g, grid.columns * g)
         if anyres.newline:
             image_map = _without_padding(image_map, size, kept_map(size, grid, g))
             image_map = np.pad(image_map, ((0, 0), (0, 1)), constant_values=NEWLINE)
-        index = np.concatenate([base, image_map.ravel()])
+        index = np.append(base, image_map)
     index = index.astype(np.int32)
     index.flags.writeable = False
-    return index
-
-
-def base_index(anyres: AnyRes, g: int) -> np.ndarray:
-    """The same of an image of which there is the base alone."""
-    return np.append(np.arange(g * g), [NEWLINE] * anyres.newline).astype(np.int32)
+    return Features(index, 1 + math.prod(grid))
 
 
 def _without_padding(image_map: np.ndarray, size: Size, kept: tuple[int, int]) -> np.ndarray:
@@ -160,15 +185,15 @@ def fitted(size: Size, grid: Grid, s: int) -> Size:
     return Size(min(math.ceil(size.width * (height / size.height)), width), height)
 
 
-def tiles(image: Image.Image, grid: Grid, s: int) -> np.ndarray:
+def cut(image: Image.Image, grid: Grid, s: int) -> np.ndarray:
     """The base and the tiles of an upright RGB image, row by row: uint8[1 + rows columns, s, s, 3]."""
     new = fitted(Size(*image.size), grid, s)
     width, height = grid.columns * s, grid.rows * s
     canvas = np.zeros((height, width, 3), np.uint8)
     top, left = (height - new.height) // 2, (width - new.width) // 2
     canvas[top : top + new.height, left : left + new.width] = resize(image, *new)
-    cut = canvas.reshape(grid.rows, s, grid.columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
-    return np.concatenate([np.asarray(resize(image, s, s))[None], cut])
+    parts = canvas.reshape(grid.rows, s, grid.columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
+    return np.concatenate([np.asarray(resize(image, s, s))[None], parts])
 
 
 def _too_thin(size: Size) -> UserError:

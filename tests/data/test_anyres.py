@@ -15,11 +15,20 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from llava_jax.cli import UserError
 from llava_jax.data import anyres
-from llava_jax.data.anyres import NEWLINE, AnyRes, Grid, Size
+from llava_jax.data.anyres import AnyRes, Grid, Tiling
+from llava_jax.data.features import NEWLINE, Size
+from llava_jax.data.images import preprocess
+from llava_jax.models.config import CLIP_MEAN
 
 S, G = 336, 24
 P = G * G
-ORIGINAL = AnyRes((Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(1, 3), Grid(3, 1)))
+
+
+def tiling(**fields):
+    return Tiling(AnyRes(**fields), S, G, CLIP_MEAN)
+
+
+ORIGINAL = tiling(grids=(Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(1, 3), Grid(3, 1)))
 PINPOINTS = [[row * S, column * S] for row, column in anyres.GRIDS]
 SIDES = st.integers(1, 3000)
 
@@ -47,14 +56,14 @@ def test_known_sizes(line):
     size = Size(*pair(size))
     assert anyres.best_grid(size, anyres.GRIDS, S) == pair(grid)
     assert kept(size) == pair(left)
-    assert len(anyres.feature_index(AnyRes(), size, S, G)) == int(count)
+    assert len(tiling().features(size, False).index) == int(count)
 
 
 def test_small_images_follow_the_order_of_the_grids():
     """The original reads the same list of sizes as width and height."""
-    assert anyres.best_grid(Size(300, 200), ORIGINAL.grids, S) == Grid(2, 1)
-    assert len(anyres.feature_index(ORIGINAL, Size(300, 200), S, G)) == 976
-    assert len(anyres.feature_index(ORIGINAL, Size(200, 300), S, G)) == 1476
+    assert anyres.best_grid(Size(300, 200), ORIGINAL.anyres.grids, S) == Grid(2, 1)
+    assert len(ORIGINAL.features(Size(300, 200), False).index) == 976
+    assert len(ORIGINAL.features(Size(200, 300), False).index) == 1476
 
 
 PROCESSOR = object.__new__(LlavaNextProcessor)
@@ -67,7 +76,7 @@ PROCESSOR.patch_size, PROCESSOR.num_additional_image_tokens = 14, 1
 def test_counts_are_those_of_the_processor(width, height):
     size = Size(width, height)
     try:
-        index = anyres.feature_index(AnyRes(), size, S, G)
+        index = tiling().features(size, False).index
     except UserError:
         assert min(width / height, height / width) < 1 / G
         return
@@ -86,10 +95,10 @@ def test_order_is_that_of_the_model(width, height):
     features = unpad_image(features.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3), (height, width))
     newline = torch.full((1, features.shape[1], 1), float(NEWLINE), dtype=torch.float64)
     merged = torch.cat([features, newline], dim=-1).flatten().long().numpy()
-    index = anyres.feature_index(AnyRes(), size, S, G)
+    index = tiling().features(size, False).index
     np.testing.assert_array_equal(index, np.concatenate([np.arange(P), merged]))
-    spatial = anyres.feature_index(AnyRes(merge="spatial"), size, S, G)
-    flat = anyres.feature_index(AnyRes(merge="flat"), size, S, G)
+    spatial = tiling(merge="spatial").features(size, False).index
+    flat = tiling(merge="flat").features(size, False).index
     np.testing.assert_array_equal(flat, np.arange((1 + rows * columns) * P))
     np.testing.assert_array_equal(np.sort(spatial), flat)
     assert list(spatial[P : P + 2 * G : G]) == [P, 2 * P if grid.columns > 1 else P + G]
@@ -105,7 +114,7 @@ def drawn(width, height):
 @pytest.mark.parametrize("size,digest", [((640, 427), "3020efef92bda9ac"), ((500, 700), "fe82d0ca152e59a2")])
 def test_pixels_are_known(size, digest):
     image = drawn(*size)
-    found = anyres.tiles(image, anyres.best_grid(Size(*size), anyres.GRIDS, S), S).transpose(0, 3, 1, 2)
+    found = tiling().tiles(image, False).transpose(0, 3, 1, 2)
     assert hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest().startswith(digest)
 
 
@@ -114,7 +123,8 @@ def test_pixels_are_known(size, digest):
 )
 def test_pixels_are_those_of_the_processor(size):
     image = drawn(*size)
-    tiles = anyres.tiles(image, anyres.best_grid(Size(*size), anyres.GRIDS, S), S)
+    tiles = tiling().tiles(image, False)
+    assert len(tiles) == tiling().features(Size(*size), False).tiles
     processor = LlavaNextImageProcessorPil(
         image_grid_pinpoints=PINPOINTS, size={"shortest_edge": S}, crop_size={"height": S, "width": S}
     )
@@ -125,7 +135,7 @@ def test_pixels_are_those_of_the_processor(size):
 @pytest.mark.parametrize("size", [Size(1, 20_000), Size(20_000, 1), Size(56, 1)])
 def test_images_of_which_nothing_is_left_are_refused(size):
     with pytest.raises(UserError, match=f"{size.width} x {size.height} pixels are too thin for AnyRes: crop it"):
-        anyres.feature_index(AnyRes(), size, S, G)
+        tiling().features(size, False)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +153,12 @@ def test_images_of_which_nothing_is_left_are_refused(size):
 def test_configs_that_are_none(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(AnyRes(), **{field: value})
+
+
+def test_several_images_can_have_their_base_alone():
+    """As LLaVA-NeXT's train.py: padded to a square of the mean colour, no tiles, one newline."""
+    both, image = tiling(several="base"), drawn(640, 427)
+    index, tiles = both.features(Size(640, 427), True)
+    assert tiles == 1 and index.tolist() == [*range(P), NEWLINE]
+    np.testing.assert_array_equal(both.tiles(image, True), preprocess(image, S, "pad", CLIP_MEAN)[None])
+    assert both.features(Size(640, 427), False).tiles == tiling().features(Size(640, 427), True).tiles == 5
