@@ -162,7 +162,7 @@ def assemble(prompts: Sequence[Prompt], image_tokens: int, read: Callable[..., P
     for row, prompt in enumerate(prompts):
         length = len(prompt.tokens)
         tokens[row, :length], lengths[row] = prompt.tokens, max(length, 1)
-        keys = [_key(image, len(prompt.images)) for image in prompt.images]
+        keys = list(map(_key, prompt.images, prompt.tiles))
         for key, image in zip(keys, prompt.images, strict=True):
             if key not in slots:
                 new = read(image, several=len(keys) > 1).tiles
@@ -189,7 +189,7 @@ def share_prefixes(prompts: Sequence[Prompt]) -> SharedPrefixes | None:
     for prompt in prompts:
         tokens, index, images, tiles = prompt[:4]
         cut = int(np.max(np.flatnonzero(index != TEXT), initial=-1)) + 1
-        key = (tokens[:cut].tobytes(), index[:cut].tobytes(), *(_key(image, len(images)) for image in images))
+        key = (tokens[:cut].tobytes(), index[:cut].tobytes(), *map(_key, images, tiles))
         if key not in numbers:
             numbers[key] = len(prefixes)
             prefixes.append(Prompt(tokens[:cut], index[:cut], images, tiles))
@@ -201,6 +201,6 @@ def share_prefixes(prompts: Sequence[Prompt]) -> SharedPrefixes | None:
     return SharedPrefixes(prefixes, suffixes, np.array(prefix_of, np.int32))
 
 
-def _key(image: ImageInput, images: int) -> Any:
-    """The same for images that are preprocessed alike: AnyRes may prepare one of several `images` in another way."""
-    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image), images > 1
+def _key(image: ImageInput, tiles: int) -> Any:
+    """The same for an image with as many tiles: one of several of a request may have its base alone."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image), tiles
