@@ -10,7 +10,7 @@ from llava_jax.checkpoint.merged import without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
-from llava_jax.convert.adapter import SETTINGS
+from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith
 from llava_jax.convert.export import export_model, identity
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
@@ -68,6 +68,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
         check_free(directory, sum(tensor.nbytes for tensor in tensors))
         write_file(directory / "adapter_model.safetensors", tensors)
         write_json(directory / SETTINGS, settings)
+        trained = TrainedWith(checkpoint.template, checkpoint.config.image_position, checkpoint.config.image_aspect)
+        write_json(directory / TRAINED_WITH, trained._asdict())
     _warn_of_servers(output, lora, adapted, saved)
 
 
