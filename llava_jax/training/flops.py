@@ -68,7 +68,7 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     first, depths = first_trained_layers(model, trainable), _depths(model)
     # The share of the layers that gradients of activations pass through.
     vision, decoder = (1 - first[stack] / max(depths[stack], 1) for stack in ("vision.layers", "llm.layers"))
-    hidden = decoder or any(name.startswith("llm.norm.") for name in trainable)
+    hidden = decoder > 0 or any(name.startswith("llm.norm.") for name in trainable)  # pass through the logits
     attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
     tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
