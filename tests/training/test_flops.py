@@ -59,6 +59,41 @@ def test_formula_and_state_follow_from_the_names_that_are_trained(table, remat, 
     assert compiled.memory.optimizer == 2 * 4 * trained + 4 * counters
 
 
+EVERYWHERE = ("q_proj", "down_proj", r"vision\.layers\..*(v_proj|fc1|fc2)", r"projector\.linear_2")
+ADAPTERS = [
+    ("none", {}),
+    ("full", {}),
+    ("save_qkv", {"dropout": 0.1}),
+    ("none", {"dora": True}),
+    ("full", {"dora": True}),
+    ("save_qkv", {"dora": True, "dropout": 0.1}),
+    ("none", {"targets": EVERYWHERE, "rslora": True}),
+    ("full", {"targets": EVERYWHERE, "dora": True}),
+]
+
+
+def adapted(remat: str, monkeypatch: pytest.MonkeyPatch, base_dtype: str = "", **lora) -> compile.Program:
+    """The step of a deep model with adapters of rank 4, in two microbatches."""
+    monkeypatch.setitem(PRESETS, "tiny", DEEP)
+    config = common.get_config()
+    config.update(stage="finetune", model="tiny", remat=remat, max_length=64, batch_rows=8, image_slots=2)
+    config.update(label_slots=48, max_rows_per_device=4, base_dtype=base_dtype)
+    config.lora.update({"rank": 4} | lora)
+    return compile.build(config, targets.parse("cpu"))
+
+
+@pytest.mark.parametrize("remat,lora", ADAPTERS)
+def test_formula_follows_from_the_adapters(remat, lora, monkeypatch):
+    program = adapted(remat, monkeypatch, **lora)
+    assert program.settings.accumulation == 2
+    compiled = compile.compile_program(program)
+    parts = program.training.flops
+    without = flops.executed_flops(parts, without=["adapters"])
+    assert compiled.cost.flops - without == pytest.approx(
+        parts["adapters"].needed + parts["adapters"].recomputed, rel=0.01
+    )
+
+
 @pytest.mark.parametrize("stage", MODELS)
 @pytest.mark.parametrize("remat,label_slots", [("none", 48), ("full", 1200)])  # 1200 are in chunks
 def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkeypatch):
