@@ -185,7 +185,7 @@ def _vision(
 def _projector(model: LlavaConfig, backward: float, weights: Mapping[str, float], trainable: Collection[str]) -> Part:
     """One patch. `backward`: whether the tower is trained; else gradients end at the first trained layer."""
     matrices = projector_kind(model.projector_type).matrices(
-        model.projector_type, model.vision.hidden_size, model.text.hidden_size
+        model.projector_type, model.feature_size, model.text.hidden_size
     )
     products = [2.0 * rows * columns for rows, columns in matrices]
     first = 0 if backward else _first_trained_layer_of_projector(model, trainable) + 1
