@@ -18,9 +18,12 @@ from llava_jax.convert.layouts import ADAPTED, Place, Source, place_of
 from llava_jax.convert.names import LORA, entries_of, to_ours
 from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors
 from llava_jax.convert.tensors import open_directory, open_files
+from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.images import ASPECTS
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig, LoraConfig
-from llava_jax.models.hf_fields import Json, get, part
+from llava_jax.models.hf_fields import Json, get, one_of, part
 from llava_jax.models.hf_names import TRANSPOSE, Entry
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.lora import NOT_ADAPTED, is_target
@@ -30,6 +33,8 @@ _FILES = (
     ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
     ("adapter_model.bin", "adapter_model.bin.index.json"),
 )
+# A file of this project, which PEFT does not read: how prompts and images were made in training.
+TRAINED_WITH = "llava_jax.json"
 BESIDES = "non_lora_trainables.bin"  # in which the original LLaVA has the projector, trained whole
 # Fields of adapter_config.json that are read here, or that do not change the sum (origin, training). Any other one has
 # to be empty or have the value in _PLAIN.
@@ -45,6 +50,14 @@ _PLAIN = {"peft_type": "LORA", "bias": "none"}
 _BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal")
 _REPEATED = re.compile(r"\)[*+?{]")  # a repeated group in a pattern
 _MATRIX = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+
+
+class TrainedWith(NamedTuple):
+    """How prompts and images were made in training: names of a template and of settings of `LlavaConfig`."""
+
+    template: str
+    image_position: str
+    image_aspect: str
 
 
 class Adapter(NamedTuple):
@@ -63,6 +76,18 @@ class Adapter(NamedTuple):
 
 def is_adapter(directory: Path) -> bool:
     return (directory / SETTINGS).exists()
+
+
+def trained_with(directory: Path) -> TrainedWith | None:
+    """What an adapter that was exported here was trained with; None for those of others, which do not say it."""
+    file = directory / TRAINED_WITH
+    if not (is_adapter(directory) and file.exists()):
+        return None
+    known = {"template": TEMPLATES, "image_position": IMAGE_POSITIONS, "image_aspect": ASPECTS}
+    found = read_object(file)
+    if unknown := found.keys() - known:
+        raise UserError(f"{file}: {shown(min(unknown))} is no field that is known: {', '.join(known)}")
+    return TrainedWith(*(one_of(found, field, values, str(file)) for field, values in known.items()))
 
 
 def base_name(directory: Path) -> str:

@@ -10,13 +10,14 @@ from llava_jax.checkpoint.merged import without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
-from llava_jax.convert.adapter import SETTINGS
+from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith
 from llava_jax.convert.export import export_model, identity
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_file
 from llava_jax.convert.tensors import write_json
 from llava_jax.models.config import LoraConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json
 from llava_jax.models.lora import PARAMETER
 
@@ -57,6 +58,11 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     lora = checkpoint.config.lora
     if lora is None:
         raise UserError(f"{checkpoint_path}: has no adapters (config.lora.rank): export it with --layout hf")
+    if fused := family_of(checkpoint.config.text).fused(checkpoint.config.text):
+        raise UserError(
+            f"{checkpoint_path}: transformers has one {' and one '.join(fused)} for several of our layers, which an "
+            "adapter of PEFT cannot hold: merge it (--layout hf)"
+        )
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _trained_whole(checkpoint, adapted)
     refuse_existing(output)
@@ -70,6 +76,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
         check_free(directory, sum(tensor.nbytes for tensor in tensors))
         write_file(directory / "adapter_model.safetensors", tensors)
         write_json(directory / SETTINGS, settings)
+        trained = TrainedWith(checkpoint.template, checkpoint.config.image_position, checkpoint.config.image_aspect)
+        write_json(directory / TRAINED_WITH, trained._asdict())
     _warn_of_servers(output, lora, adapted, saved)
 
 

@@ -90,8 +90,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         image_position=get(settings, IMAGE_POSITION, "first", where),
         image_aspect="anyres" if anyres else options.aspect or _aspect(settings, where),
         anyres=anyres,
-        image_mean=tower.images.mean,
-        image_std=tower.images.std,
+        **tower.images.fields,
     )
     parts = ("llm", "head", "projector", "newline") + (() if tower.source else ("vision",))
     held = [(vision, tower.source, ("vision",))] if tower.source else []

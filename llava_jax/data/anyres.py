@@ -116,12 +116,14 @@ class Tiling:
       side: s, of a tile in pixels.
       patches: g, along the side of a tile.
       mean: of the normalization, in 0..1, with which a square base is padded.
+      resample: the filter with which images are resized.
     """
 
     anyres: AnyRes
     side: int
     patches: int
     mean: tuple[float, float, float]
+    resample: str = "bicubic"
 
     @property
     def most_tiles(self) -> int:
@@ -145,9 +147,10 @@ class Tiling:
     def tiles(self, image: Image.Image, several: bool) -> np.ndarray:
         """An upright image as uint8[tiles, s, s, 3]. Raises UserError as `features` does."""
         if several and self.anyres.several == "base":
-            return preprocess(image, self.side, "pad", self.mean)[None]
+            return preprocess(image, self.side, "pad", self.mean, self.resample)[None]
         image = to_rgb(image)
-        return cut(image, best_grid(Size(*image.size), self.anyres.grids, self.side), self.side)
+        grid = best_grid(Size(*image.size), self.anyres.grids, self.side)
+        return cut(image, grid, self.side, Image.Resampling[self.resample.upper()])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,15 +188,15 @@ def fitted(size: Size, grid: Grid, s: int) -> Size:
     return Size(min(math.ceil(size.width * (height / size.height)), width), height)
 
 
-def cut(image: Image.Image, grid: Grid, s: int) -> np.ndarray:
+def cut(image: Image.Image, grid: Grid, s: int, kernel: Image.Resampling) -> np.ndarray:
     """The base and the tiles of an upright RGB image, row by row: uint8[1 + rows columns, s, s, 3]."""
     new = fitted(Size(*image.size), grid, s)
     width, height = grid.columns * s, grid.rows * s
     canvas = np.zeros((height, width, 3), np.uint8)
     top, left = (height - new.height) // 2, (width - new.width) // 2
-    canvas[top : top + new.height, left : left + new.width] = resize(image, *new)
+    canvas[top : top + new.height, left : left + new.width] = resize(image, *new, kernel)
     parts = canvas.reshape(grid.rows, s, grid.columns, s, 3).swapaxes(1, 2).reshape(-1, s, s, 3)
-    return np.concatenate([np.asarray(resize(image, s, s))[None], parts])
+    return np.concatenate([np.asarray(resize(image, s, s, kernel))[None], parts])
 
 
 def _too_thin(size: Size) -> UserError:

@@ -53,13 +53,14 @@ class ImageDecoder:
     size: int
     aspect: str
     mean: tuple[float, ...]
+    resample: str = "bicubic"
     tiling: Tiling | None = None
 
     def __call__(self, data: bytes, name: str, several: bool = False) -> np.ndarray:
         image = decode_image(data, name)
         if self.tiling is not None:
             return self.tiling.tiles(image, several)
-        return preprocess(image, self.size, self.aspect, self.mean)[None]
+        return preprocess(image, self.size, self.aspect, self.mean, self.resample)[None]
 
 
 def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:

@@ -89,7 +89,8 @@ class PromptEncoder:
         opened, config = load_pixels(image) if isinstance(image, Image.Image) else load_image(image), self.config
         if config.tiling:
             return PreparedImage(config.tiling.tiles(opened, several), self._features(opened, several))
-        pixels = preprocess(opened, config.vision.image_size, config.image_aspect, config.image_mean)
+        size = config.vision.image_size
+        pixels = preprocess(opened, size, config.image_aspect, config.image_mean, config.image_resample)
         return PreparedImage(pixels[None], one_tile(config.image_tokens))
 
     def _features(self, image: ImageInput, several: bool) -> Features:

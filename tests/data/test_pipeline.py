@@ -481,7 +481,7 @@ def tiled(tokenizer):
     """Encoder and decoder of AnyRes, with tiles of 6 pixels and 4 features."""
     tiling = Tiling(AnyRes(several="base"), SIZE, 2, MEAN)
     encode = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=LENGTH, tiling=tiling)
-    return encode, ImageDecoder(SIZE, "anyres", MEAN, tiling)
+    return encode, ImageDecoder(SIZE, "anyres", MEAN, tiling=tiling)
 
 
 def test_tiles_and_newlines_of_a_batch(source, tiled):
