@@ -204,7 +204,7 @@ def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_ans
 
     def counted(name):
         method = getattr(engine.base.prompts, name)
-        return lambda argument: (calls.append(name), method(argument))[1]
+        return lambda *arguments: (calls.append(name), method(*arguments))[1]
 
     for name in ("encode", "read"):
         monkeypatch.setattr(engine.base.prompts, name, counted(name))
