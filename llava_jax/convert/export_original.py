@@ -100,7 +100,7 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "use_cache": True,
         "use_mm_proj": True,
         "mm_vision_tower": tower or _tower(config, where),
-        "mm_hidden_size": config.vision.hidden_size,
+        "mm_hidden_size": config.feature_size,
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.select_layer,
         "mm_vision_select_feature": config.select_feature,
@@ -128,6 +128,10 @@ def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
         problems.append(f"vision tower {config.vision.kind}, only {' and '.join(known)}")
     if config.image_aspect == "resize":
         problems.append("image aspect resize, only pad and square")
+    if isinstance(config.select_layer, tuple):
+        problems.append("features of several layers")
+    if config.image_resample != "bicubic":
+        problems.append(f"{config.image_resample} resizing, only bicubic")
     if text.rope_scaling and text.rope_scaling.kind != "linear":
         problems.append(f"rope_type {text.rope_scaling.kind}, only linear")
     if text.head_dim * text.num_heads != text.hidden_size:

@@ -18,6 +18,7 @@ from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_file
 from llava_jax.convert.tensors import write_json
 from llava_jax.models.config import LoraConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json
 from llava_jax.models.lora import PARAMETER
 
@@ -56,6 +57,11 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     lora = checkpoint.config.lora
     if lora is None:
         raise UserError(f"{checkpoint_path}: has no adapters (config.lora.rank): export it with --layout hf")
+    if fused := family_of(checkpoint.config.text).fused(checkpoint.config.text):
+        raise UserError(
+            f"{checkpoint_path}: transformers has one {' and one '.join(fused)} for several of our layers, which an "
+            "adapter of PEFT cannot hold: merge it (--layout hf)"
+        )
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _trained_whole(checkpoint, adapted)
     refuse_existing(output)

@@ -8,6 +8,7 @@ theta (`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tyin
 Transformers 4 would read a file with theta in `rope_parameters` only as theta 10000.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_vision(config: Json, where: str) -> VisionConfig:
 def tower_json(config: Json, where: str) -> Json:
     """The part of a `config.json` that describes the vision tower: all of it, or that of a whole CLIP or SigLIP."""
     wholes = {tower.whole_model_type: tower for tower in TOWERS.values() if tower.whole_model_type}
-    model_type = one_of(config, "model_type", (*_towers(), *wholes), where)
+    model_type = _tower_type(config, (*_towers(), *wholes), where)
     if model_type not in wholes:
         return config
     # Files of before 2023 say it twice; transformers lets the second have the last word.
@@ -44,7 +45,16 @@ def _towers() -> dict[str, Tower]:
 
 
 def _read_tower(config: Json, where: str) -> VisionConfig:
-    return _towers()[one_of(config, "model_type", _towers(), where)].read(config, where)
+    return _towers()[_tower_type(config, _towers(), where)].read(config, where)
+
+
+def _tower_type(config: Json, supported: Collection[str], where: str) -> str:
+    if config.get("model_type") in ("siglip2", "siglip2_vision_model"):
+        raise UserError(
+            f"{where}: model_type is {config['model_type']!r}, SigLIP2 with NaFlex, which has no fixed image size: "
+            "take a SigLIP2 of one size, such as google/siglip2-base-patch16-256, whose model_type is 'siglip'"
+        )
+    return one_of(config, "model_type", supported, where)
 
 
 def read_llava(config: Json, where: str) -> LlavaConfig:
@@ -64,7 +74,7 @@ def read_llava(config: Json, where: str) -> LlavaConfig:
         where,
         vision=tower,
         text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text, where)),
-        select_layer=select_layer(config, "vision_feature_layer", tower, where),
+        select_layer=_select_layers(config, tower, where),
         select_feature=_select_feature(config, tower, where),
         projector_type=hf_projectors()[activation],
         im_start_end=get(config, "mm_use_im_start_end", False, where),
@@ -107,7 +117,7 @@ def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_i
         "pad_token_id": pad_id,
         "image_seq_length": config.image_tokens,
         IMAGE_POSITION: config.image_position,
-        "vision_feature_layer": config.select_layer,
+        "vision_feature_layer": list(layers) if isinstance(layers := config.select_layer, tuple) else layers,
         "vision_feature_select_strategy": select_strategy(config),
         "projector_hidden_act": next(
             activation for activation, name in hf_projectors().items() if name == config.projector_type
@@ -127,7 +137,7 @@ def hf_projectors() -> dict[str, str]:
 def select_strategy(config: LlavaConfig) -> str:
     """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, even of a tower without a
     class token."""
-    return "default" if config.vision.class_token and config.select_feature == "patch" else "full"
+    return "default" if config.drops_first else "full"
 
 
 def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
@@ -135,12 +145,17 @@ def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
     strategy = one_of({field: "default"} | config, field, ("default", "full"), where)
     if tower.class_token:
         return "patch" if strategy == "default" else "cls_patch"
-    if strategy == "default":
-        raise UserError(
-            f"{where}: vision_feature_select_strategy is 'default', which would drop the first patch of a tower "
-            "without a class token; only 'full' is supported for it"
-        )
-    return "patch"
+    return "after_first" if strategy == "default" else "patch"
+
+
+def _select_layers(config: Json, tower: VisionConfig, where: str) -> int | tuple[int, ...]:
+    """One layer, or several as a list."""
+    field = "vision_feature_layer"
+    if not isinstance(layers := config.get(field), list):
+        return select_layer(config, field, tower, where)
+    if not layers or None in layers:
+        raise UserError(f"{where}: {field} is {shown(layers)}, not one layer or a list of them")
+    return tuple(select_layer({field: layer}, field, tower, where) for layer in layers)
 
 
 def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> int:

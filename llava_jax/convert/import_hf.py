@@ -17,6 +17,7 @@ from llava_jax.convert.found import (
     projector_type,
     refuse_contradiction,
 )
+from llava_jax.convert.fused import split
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
@@ -37,7 +38,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
         model = with_new_tokens(model, file)
     text = read_text(model.config, model.where)
     tower, tower_json, images = read_tower(vision)
-    sources = {"llm": Source(model.tensors, LLAMA), "vision": open_tower(vision, tower)}
+    sources = {"llm": Source(split(model.tensors, text), LLAMA), "vision": open_tower(vision, tower)}
     if file:
         sources["projector"] = Source(file.projector, PROJECTOR)
     config = hf_config.llava_config(
@@ -49,8 +50,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
         select_feature=options.select_feature or "patch",
         im_start_end=file is not None and file.embeddings is not None,
         image_aspect=options.aspect or "pad",
-        image_mean=images.mean,
-        image_std=images.std,
+        **images.fields,
     )
     held = [(llm, sources["llm"], ("llm", "head")), (vision, sources["vision"], ("vision",))]
     check_tensors(config, *held, *([(projector, sources["projector"], ("projector",))] if file else []))
@@ -100,6 +100,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     tensors = open_directory(directory)
     if adapter:
         tensors = with_adapter(tensors, open_adapter(adapter, options.unmerged), finder(tensors, LLAVA))
+    tensors = split(tensors, config.text)
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)
     images = read_image_settings(directory, config.vision)
     refuse_contradiction(where, "--select-layer", options.select_layer, config.select_layer)
@@ -109,8 +110,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
         config,
         projector_type="mlp2x_gelu" if linear else config.projector_type,
         image_aspect=options.aspect or images.aspect or _assume_padding(directory),
-        image_mean=images.mean,
-        image_std=images.std,
+        **images.fields,
     )
     parts = ("llm", "head", "projector", "vision")
     check_tensors(config, (directory, source, parts))

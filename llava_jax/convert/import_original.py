@@ -86,8 +86,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         im_start_end=im_start_end,
         image_position=get(settings, IMAGE_POSITION, "first", where),
         image_aspect=options.aspect or _aspect(settings, where),
-        image_mean=tower.images.mean,
-        image_std=tower.images.std,
+        **tower.images.fields,
     )
     parts = ("llm", "head", "projector") + (() if tower.source else ("vision",))
     held = [(vision, tower.source, ("vision",))] if tower.source else []

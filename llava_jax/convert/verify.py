@@ -84,7 +84,11 @@ def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
     """Compares all fields, except that an export may have more rows of the vocabulary."""
     ours, theirs = (_flat(config.to_dict()) for config in (checkpoint.config, found.config))
     rows = ours.pop("text.vocab_size"), theirs.pop("text.vocab_size")
-    wrong = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    wrong = [
+        f"{name} is {ours.get(name)}, there {theirs.get(name)}"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
     if rows[1] < rows[0]:
         wrong.append(f"the vocabulary has {rows[0]} rows, there {rows[1]}")
     added = f"; {rows[1] - rows[0]} more rows there, for tokens that have none" if rows[1] > rows[0] else ""

@@ -267,7 +267,9 @@ def thumbnail(image: Image.Image, side: int, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:
+def preprocess(
+    image: Image.Image, size: int, aspect: str, mean: Sequence[float], resample: str = "bicubic"
+) -> np.ndarray:
     """Preprocesses an image for the vision tower, but for rescaling and normalisation.
 
     Args:
@@ -276,6 +278,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
       aspect: `square` resizes the shorter edge to `size` and crops the centre (CLIP's processor); `pad` first
         expands the image to a square of the mean colour (LLaVA 1.5); `resize` stretches it.
       mean: the normalisation's mean per channel in [0, 1]; `pad` uses the colour int(mean * 255).
+      resample: the filter, `bicubic` or `bilinear`.
 
     Returns:
       uint8[size, size, 3], read-only
@@ -283,19 +286,19 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
     Raises:
       UserError: unknown aspect, or an image so thin that resizing it takes more than `MAX_PIXELS`.
     """
-    image = to_rgb(image)
+    image, kernel = to_rgb(image), Image.Resampling[resample.upper()]
     if aspect == "square":
-        image = _resize_and_crop(image, size)
+        image = _resize_and_crop(image, size, kernel)
     elif aspect == "pad":
-        image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean))
+        image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean), kernel)
     elif aspect == "resize":
-        image = _resize(image, size, size)
+        image = _resize(image, size, size, kernel)
     else:
         raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
     return np.asarray(image)
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, size: int, kernel: Image.Resampling) -> Image.Image:
     """Resizes the shorter edge to `size` (the longer one rounds down) and crops the centre `size` x `size`.
 
     What the crop drops is computed only where Pillow would round differently without it. Pillow resizes rows before
@@ -305,14 +308,14 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     short, long = sorted(image.size)
     resized = int(size * long / short)
     _refuse_huge(*((resized, height) if width > height else (size, resized)))
-    part = _part_that_resizes_alone(long, resized, size)
+    part = _part_that_resizes_alone(long, resized, size, kernel)
     first = (resized - size) // 2 - part.start
     if width > height:
         box = (part.first, 0, part.last, height)
-        image = image.resize((part.stop - part.start, height), Image.Resampling.BICUBIC, box)
-        return _resize(image.crop((first, 0, first + size, height)), size, size)
+        image = image.resize((part.stop - part.start, height), kernel, box)
+        return _resize(image.crop((first, 0, first + size, height)), size, size, kernel)
     box = (0, part.first, width, part.last)
-    image = image.resize((size, part.stop - part.start), Image.Resampling.BICUBIC, box)
+    image = image.resize((size, part.stop - part.start), kernel, box)
     return image.crop((0, first, size, first + size))
 
 
@@ -326,7 +329,7 @@ class _Part(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
+def _part_that_resizes_alone(length: int, resized: int, size: int, kernel: Image.Resampling) -> _Part:
     """The smallest known part of an axis that Pillow resizes bit-equally to the complete axis.
 
     It holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so the part has to begin and
@@ -343,12 +346,14 @@ def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
         return complete
     window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than a resized pixel is made of
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
-    together = ones.resize((resized, window), Image.Resampling.BICUBIC)
-    alone = ones.resize((stop - start, window), Image.Resampling.BICUBIC, (part.first, 0, part.last, window))
+    together = ones.resize((resized, window), kernel)
+    alone = ones.resize((stop - start, window), kernel, (part.first, 0, part.last, window))
     return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else complete
 
 
-def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
+def _pad_and_resize(
+    image: Image.Image, size: int, colour: tuple[int, int, int], kernel: Image.Resampling
+) -> Image.Image:
     """Expands to a square, with the image at floor((long - short) / 2), and resizes that to `size` x `size`.
 
     The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never allocated. Pillow resizes rows before
@@ -366,13 +371,13 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int])
         if left:
             band, rows = Image.new("RGB", (long, stop - start), colour), band
             band.paste(rows, (left, 0))
-        column.paste(_resize(band, size, stop - start), (0, top + start))
-    return _resize(column, size, size)
+        column.paste(_resize(band, size, stop - start, kernel), (0, top + start))
+    return _resize(column, size, size, kernel)
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
     _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), kernel)
 
 
 def _refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

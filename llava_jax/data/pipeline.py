@@ -46,9 +46,10 @@ class ImageDecoder:
     size: int
     aspect: str
     mean: tuple[float, ...]
+    resample: str = "bicubic"
 
     def __call__(self, data: bytes, name: str) -> np.ndarray:
-        return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
+        return preprocess(decode_image(data, name), self.size, self.aspect, self.mean, self.resample)
 
 
 def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:

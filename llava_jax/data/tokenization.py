@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import check_system, place_images, render
+from llava_jax.data.conversation import check_system, check_thoughts, place_images, render
 from llava_jax.data.samples import Sample
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template
 from llava_jax.data.tokenizer_files import read_tokenizer_files
@@ -134,11 +134,13 @@ def encode_sample(
 ) -> Encoded:
     """Ids and labels of a training sample.
 
-    Raises `UserError` with its id if it has no answer, or a system prompt for which the template has no place.
+    Raises `UserError` with its id if it has no answer, or a system prompt or thoughts for which the template has no
+    place.
     """
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
         check_system(turns, template)
+        check_thoughts(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {short(sample.id)}: {error}") from error

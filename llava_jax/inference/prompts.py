@@ -78,7 +78,9 @@ class PromptEncoder:
         if isinstance(image, np.ndarray):
             return image
         opened = load_pixels(image) if isinstance(image, Image.Image) else load_image(image)
-        return preprocess(opened, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
+        config = self.config
+        size = config.vision.image_size
+        return preprocess(opened, size, config.image_aspect, config.image_mean, config.image_resample)
 
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
         """Decodes the tokens of an answer that continues `begun`."""

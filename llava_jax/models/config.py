@@ -55,9 +55,10 @@ def check_fields(config: Any) -> None:
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             number = int if isinstance(low, int) else int | float
-            if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
-                kind = "an integer" if isinstance(low, int) else "a number"
-                raise ValueError(f"{field.name} is {shown(value)}, not {kind} from {low} to {high}")
+            for one in value if isinstance(value, tuple) and value and "tuple" in str(field.type) else [value]:
+                if isinstance(one, bool) or not isinstance(one, number) or not low <= one <= high:
+                    kind = "an integer" if isinstance(low, int) else "a number"
+                    raise ValueError(f"{field.name} is {shown(value)}, not {kind} from {low} to {high}")
         elif field.type in (bool, str) and not isinstance(value, field.type):
             raise ValueError(f"{field.name} is {shown(value)}, not a {field.type.__name__}")
 
@@ -228,13 +229,18 @@ class LlavaConfig:
     vision: VisionConfig
     text: TextConfig
     projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
-    select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
-    select_feature: str = "patch"  # without the class token; "cls_patch" keeps it
+    # Index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer. The features of several
+    # layers are concatenated.
+    select_layer: int | tuple[int, ...] = -2
+    # Without the class token; "cls_patch" keeps it. "after_first" is "patch" of a tower without a class token, whose
+    # first patch is left out, as transformers' `vision_feature_select_strategy` "default" does.
+    select_feature: str = "patch"
     image_aspect: str = "pad"  # how an image becomes a square: "square" (crop), "pad" or "resize"
     image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
     im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    image_resample: str = "bicubic"  # the filter with which images are resized; or "bilinear", as SigLIP2 has it
     lora: LoraConfig | None = None  # adapters that are not merged into the weights
     base_dtype: str = ""  # of the linear layers of the decoder's layers, see `BASE_DTYPES`
 
@@ -243,47 +249,67 @@ class LlavaConfig:
         for field in ("image_mean", "image_std"):
             check_channels(field, getattr(self, field))
         check_projector_type(self.projector_type)
-        if self.select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
+        if self.select_feature not in ("patch", "cls_patch", "after_first"):
+            raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch', 'cls_patch' or 'after_first'")
         if self.select_feature == "cls_patch" and not self.vision.class_token:
             raise ValueError("select_feature is 'cls_patch', but the vision tower has no class token")
+        if self.select_feature == "after_first" and (self.vision.class_token or self.vision.num_patches == 1):
+            raise ValueError(
+                "select_feature is 'after_first', but the vision tower has a class token or one patch only"
+            )
         if self.image_aspect not in ("square", "pad", "resize"):
             raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
         if self.image_position not in ("random", "first", "as_is"):
             raise ValueError(f"image_position is {self.image_position!r}, not 'random', 'first' or 'as_is'")
+        if self.image_resample not in ("bicubic", "bilinear"):
+            raise ValueError(f"image_resample is {shown(self.image_resample)}, not 'bicubic' or 'bilinear'")
         if self.base_dtype not in BASE_DTYPES:
             raise ValueError(f"base_dtype is {shown(self.base_dtype)}, not one of {', '.join(map(repr, BASE_DTYPES))}")
-        if not 0 <= self.vision_layers_used <= self.vision.num_layers:
+        if not all(0 <= layers <= self.vision.num_layers for layers in self.selected_layers):
             raise ValueError(f"select_layer {self.select_layer} is not among {self.vision.num_layers} layers")
+
+    @property
+    def selected_layers(self) -> tuple[int, ...]:
+        """The numbers of layers after which the features are taken."""
+        selected = self.select_layer if isinstance(self.select_layer, tuple) else (self.select_layer,)
+        return tuple(layer if layer >= 0 else self.vision.num_layers + 1 + layer for layer in selected)
 
     @property
     def vision_layers_used(self) -> int:
         """Number of layers up to the selected features; later ones are stored but never run."""
-        if self.select_layer >= 0:
-            return self.select_layer
-        return self.vision.num_layers + 1 + self.select_layer
+        return max(self.selected_layers)
+
+    @property
+    def feature_size(self) -> int:
+        """The width of the features of an image, the projector's input."""
+        return self.vision.hidden_size * len(self.selected_layers)
+
+    @property
+    def drops_first(self) -> bool:
+        """Whether the tower's first token is left out."""
+        return self.select_feature == ("patch" if self.vision.class_token else "after_first")
 
     @property
     def image_tokens(self) -> int:
         """P: positions of an image in the sequence."""
-        return self.vision.num_patches + (self.select_feature == "cls_patch")
+        return self.vision.num_tokens - self.drops_first
 
     def to_dict(self) -> dict[str, Any]:
-        """As llava.json has it. A family that the fields tell, and what a model has not, is not named, so that earlier
-        versions read it."""
+        """As llava.json has it. A family that the fields tell, and newer fields with their defaults, are not named, so
+        that earlier versions read it."""
         values = dataclasses.asdict(self)
         if self.text.family is None:
             del values["text"]["family"]
-        for field in ("lora", "base_dtype"):
-            if not values[field]:
+        for field in ("lora", "base_dtype", "image_resample"):
+            if values[field] == getattr(LlavaConfig, field):
                 del values[field]
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
         values = dict(values)
-        for key in ("image_mean", "image_std"):
-            if key in values:
+        for key in ("image_mean", "image_std", "select_layer"):
+            if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         parts = {"vision": VisionConfig.from_dict(values["vision"]), "text": TextConfig.from_dict(values["text"])}
         if values.get("lora"):

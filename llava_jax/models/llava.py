@@ -49,11 +49,16 @@ class Llava(nnx.Module):
         self.llm.unstack_layers(transposed)
 
     def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
-        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer."""
-        pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
-        hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
-        drops_class_token = self.config.vision.class_token and self.config.select_feature == "patch"
-        return hidden_NSD[:, 1:] if drops_class_token else hidden_NSD
+        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
+
+        Those of several layers are concatenated along the last axis.
+        """
+        config = self.config
+        pixels = normalize(images, config.image_mean, config.image_std).astype(self.dtype)
+        several = isinstance(config.select_layer, tuple)
+        layers = config.selected_layers if several else config.vision_layers_used
+        hidden_NSD = self.vision(pixels, layers, execution)
+        return hidden_NSD[:, 1:] if config.drops_first else hidden_NSD
 
     def encode_images(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""
@@ -90,7 +95,7 @@ class Llava(nnx.Module):
 def build_projector(config: LlavaConfig, rngs: nnx.Rngs) -> nnx.Module:
     """W, with fresh float32 parameters."""
     kind = projector_kind(config.projector_type)
-    return kind.build(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs)
+    return kind.build(config.projector_type, config.feature_size, config.text.hidden_size, rngs)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

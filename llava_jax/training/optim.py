@@ -4,6 +4,7 @@
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
         if group not in found.values():
             matching = sum(matches(group, name) for name in parameters)
             reason = f"all {matching} parameters that it matches are those of earlier patterns"
-            raise _trains_nothing(group, reason if matching else _no_parameter(shapes))
+            raise _trains_nothing(group, reason if matching else _no_parameter(group, shapes))
     return {name: group for name, group in found.items() if group}
 
 
@@ -111,7 +112,9 @@ def _layers(group: Group, shapes: Mapping[str, Any]) -> dict[str, tuple[int, int
         if (stack := pieces.stack_of(name)) and re.match(group.pattern, pieces.whole(name)):
             depths[stack] = max(depths.get(stack, 0), pieces.rows(name, leaf)[1])
     if not depths:
-        raise _trains_nothing(group, f"it has layers {group.layers!r}, and {_no_parameter(shapes, stacked=True)}")
+        raise _trains_nothing(
+            group, f"it has layers {group.layers!r}, and {_no_parameter(group, shapes, stacked=True)}"
+        )
     found = {}
     for stack, depth in depths.items():
         first, last = group.layers.split(":")
@@ -125,10 +128,14 @@ def _layers(group: Group, shapes: Mapping[str, Any]) -> dict[str, tuple[int, int
     return found
 
 
-def _no_parameter(shapes: Mapping[str, Any], stacked: bool = False) -> str:
+def _no_parameter(group: Group, shapes: Mapping[str, Any], stacked: bool = False) -> str:
     names = [pieces.whole(name) for name in shapes if not stacked or pieces.stack_of(name)]
     examples = [next(part) for _, part in itertools.groupby(names, key=lambda name: name.partition(".")[0])]
-    return f"it matches no {'layers' if stacked else 'parameter'}; their names are like {', '.join(examples)}"
+    nearest = difflib.get_close_matches(group.pattern.replace("\\", ""), names, n=1, cutoff=0.0)[0]
+    return (
+        f"it matches no {'layers' if stacked else 'parameter'}; the nearest is {nearest}, "
+        f"their names are like {', '.join(examples)}"
+    )
 
 
 def _trains_nothing(group: Group, reason: str) -> UserError:

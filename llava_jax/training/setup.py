@@ -58,7 +58,7 @@ class Run:
     def batches(self, order: Order) -> Batches:
         """The batches of an order, of which this process reads the groups that its own devices take."""
         model, layout = self.start.model, self.data.layout
-        decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
+        decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean, model.image_resample)
         return Batches(self.data.encoded, decode, order, layout, sharding.local_groups(self.mesh, layout.groups))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:

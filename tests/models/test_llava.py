@@ -19,6 +19,8 @@ VARIANTS = {
     "plain": CONFIG,
     "tied": dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_word_embeddings=True)),
     "cls": dataclasses.replace(CONFIG, select_feature="cls_patch", select_layer=3),
+    "layers": dataclasses.replace(CONFIG, select_layer=(-2, 0, 4, -3)),
+    "layers with cls": dataclasses.replace(CONFIG, select_feature="cls_patch", select_layer=(2, 1)),
 }
 
 

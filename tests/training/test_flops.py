@@ -1,6 +1,7 @@
 """The formula against what XLA compiles, and against published counts."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -31,6 +32,9 @@ TABLES = {
     "head": (r"llm\.lm_head",),
     "all": (r"vision\.", r"projector\.", r"llm\."),
     "tower's last layers": ((r"vision\.", {"layers": "-2:"}),),
+    "decoder's last layers": ((r"llm\.", {"layers": "2:"}), r"llm\.norm"),
+    "middle layers": ((r"llm\.", {"layers": "2:4"}),),
+    "norms of some layers": ((r"llm\..*norm", {"layers": "2:"}),),
 }
 # A scan over a single layer is none to the compiler, which then computes less than the formula says.
 DEEP = tiny.config(
@@ -41,7 +45,7 @@ DEEP = tiny.config(
 
 @pytest.mark.parametrize("remat", ["none", "full", "save_qkv"])
 @pytest.mark.parametrize("table", TABLES)
-def test_formula_follows_from_the_names_that_are_trained(table, remat, monkeypatch):
+def test_formula_and_state_follow_from_the_names_that_are_trained(table, remat, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", DEEP if table.endswith("layers") else tiny.config())
     config = common.get_config()
     config.update(model="tiny", remat=remat, max_length=64, batch_rows=4, image_slots=2, label_slots=48)
@@ -49,6 +53,45 @@ def test_formula_follows_from_the_names_that_are_trained(table, remat, monkeypat
     program = compile.build(config, targets.parse("cpu"))
     compiled = compile.compile_program(program)
     assert compiled.cost.flops == pytest.approx(flops.executed_flops(program.training.flops), rel=0.01)
+    state = program.training.state
+    trained = sum(leaf.size for leaf in state.trainable.values())
+    counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state.optimizer))
+    assert compiled.memory.optimizer == 2 * 4 * trained + 4 * counters
+
+
+EVERYWHERE = ("q_proj", "down_proj", r"vision\.layers\..*(v_proj|fc1|fc2)", r"projector\.linear_2")
+ADAPTERS = [
+    ("none", {}),
+    ("full", {}),
+    ("save_qkv", {"dropout": 0.1}),
+    ("none", {"dora": True}),
+    ("full", {"dora": True}),
+    ("save_qkv", {"dora": True, "dropout": 0.1}),
+    ("none", {"targets": EVERYWHERE, "rslora": True}),
+    ("full", {"targets": EVERYWHERE, "dora": True}),
+]
+
+
+def adapted(remat: str, monkeypatch: pytest.MonkeyPatch, base_dtype: str = "", **lora) -> compile.Program:
+    """The step of a deep model with adapters of rank 4, in two microbatches."""
+    monkeypatch.setitem(PRESETS, "tiny", DEEP)
+    config = common.get_config()
+    config.update(stage="finetune", model="tiny", remat=remat, max_length=64, batch_rows=8, image_slots=2)
+    config.update(label_slots=48, max_rows_per_device=4, base_dtype=base_dtype)
+    config.lora.update({"rank": 4} | lora)
+    return compile.build(config, targets.parse("cpu"))
+
+
+@pytest.mark.parametrize("remat,lora", ADAPTERS)
+def test_formula_follows_from_the_adapters(remat, lora, monkeypatch):
+    program = adapted(remat, monkeypatch, **lora)
+    assert program.settings.accumulation == 2
+    compiled = compile.compile_program(program)
+    parts = program.training.flops
+    without = flops.executed_flops(parts, without=["adapters"])
+    assert compiled.cost.flops - without == pytest.approx(
+        parts["adapters"].needed + parts["adapters"].recomputed, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("stage", MODELS)
@@ -64,6 +107,48 @@ def test_formula_agrees_with_the_compiled_step(stage, remat, label_slots, monkey
     parts = program.training.flops
     assert compiled.cost.flops * program.mesh.size == pytest.approx(flops.executed_flops(parts), rel=0.01)
     assert compiled.memory.fits and not compiled.reason
+
+
+# Layers of 7B with gradients of activations, those with gradients of kernels, and those in the state.
+@pytest.mark.parametrize(
+    ("pattern", "layers", "passed", "kernels", "rows"),
+    [
+        (r"vision\.", "12:", {"vision": 11, "llm": 32}, {"vision": 11, "llm": 0}, 11),
+        (r"llm\.layers", "8:", {"vision": 0, "llm": 24}, {"vision": 0, "llm": 24}, 24),
+        (r"llm\.layers.*norm", "30:", {"vision": 0, "llm": 2}, {"vision": 0, "llm": 0}, 2),
+        (r"llm\..*norm", "", {"vision": 0, "llm": 32}, {"vision": 0, "llm": 0}, 32),
+    ],
+    ids=["tower from a layer on", "first layers frozen", "norms of the last layers", "norms"],
+)
+def test_what_is_frozen_costs_nothing(pattern, layers, passed, kernels, rows):
+    """No weight gradients, no gradients of activations before the first trained layer, nothing in the optimizer."""
+    config = common.get_config()
+    config.update(model="llava-v1.5-7b", max_length=2048, batch_rows=1, image_slots=1, label_slots=2048)
+    config.trainable = ((pattern, {"layers": layers} if layers else {}),)
+    shapes = abstract_params(MODEL)
+    training = compile.build(config, targets.parse("cpu")).training
+    parts, state = training.flops, training.state
+    for stack, tokens, depth, last in (("vision", 577, 23, "mlp.fc2"), ("llm", 2048, 32, "mlp.down_proj")):
+        sizes = {name: math.prod(leaf.shape[1:]) for name, leaf in shapes.items() if leaf.ndim == 3}
+        layer = sum(size for name, size in sizes.items() if name.startswith(f"{stack}.layers."))
+        part, attention = parts[stack], parts[f"{stack} attention"]
+        assert part.weights == 2 * tokens * layer * kernels[stack]
+        assert part.activations == pytest.approx(2 * tokens * layer * passed[stack])
+        assert part.recomputed == pytest.approx(
+            2 * tokens * (layer - sizes[f"{stack}.layers.{last}.kernel"]) * passed[stack]
+        )
+        assert attention.activations == pytest.approx(2 * attention.forward * passed[stack] / depth)
+    assert parts["projector"].activations == parts["projector"].forward * (passed["vision"] > 0)
+    assert parts["projector"].weights == parts["logits"].weights == 0
+    assert parts["logits"].activations == parts["logits"].forward
+
+    trained = sum(leaf.size for leaf in state.trainable.values())
+    assert {leaf.shape[0] for name, leaf in state.trainable.items() if ".layers." in name} == {rows}
+    for moment_dtype, bytes_each in (("", 2 * 4), ("bfloat16", 2 + 4)):
+        config.moment_dtype = moment_dtype
+        state = compile.build(config, targets.parse("cpu")).training.state
+        moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]  # the rest are counters
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in moments) == bytes_each * trained
 
 
 def test_seven_billion_parameters_take_six_flops_each_and_token():
