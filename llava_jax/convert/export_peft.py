@@ -4,6 +4,7 @@ A projector that was trained whole is either in the adapter (`modules_to_save`),
 written with it, since servers take low-rank matrices alone.
 """
 
+import os
 from collections.abc import Iterator
 
 from llava_jax.checkpoint.merged import without_adapters
@@ -66,6 +67,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _trained_whole(checkpoint, adapted)
     refuse_existing(output)
+    if base and os.path.realpath(base) == os.path.realpath(output):
+        raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
     if base:
         export_model(without_adapters(checkpoint), base)
     settings = _settings(checkpoint, lora, adapted, saved) | {
