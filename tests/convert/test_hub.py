@@ -102,7 +102,8 @@ def test_a_new_llava_of_siglip2_and_qwen3(hub, tmp_path):
 
     data, images = tiny.data(tmp_path, samples=4)
     config = common.get_config()
-    config.update(stage="finetune", init="start", steps=1, batch_rows=4, max_length=160, base_dtype="nf4")
+    config.update(stage="finetune", init="start", steps=1, batch_rows=4, max_length=160, template="qwen3")
+    config.base_dtype = "nf4"
     config.data.update(json=str(data), images=str(images))
     config.lora.update(rank=2, dora=True)
     config.mesh.fsdp = jax.device_count()
