@@ -6,6 +6,8 @@ Takes an hour on two cores. Every row is one run of preflight with the arguments
 in runs/machines.jsonl with the versions of the compilers, so that an interrupted run resumes; rows of other versions
 are compiled again. Remove that file after changing the step.
 
+--adapters prints the section about LoRA on one device alone, which takes half an hour.
+
 With --peer, in an environment with MaxText's versions of jax and libtpu, it compiles only the rows that are compared
 with MaxText, prints their table, and keeps them for the next docs/machines.md, which tells the difference.
 """
@@ -48,6 +50,17 @@ RECIPES = {
     ("finetune", "13b"): ("v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4", "h100:8", "a100:8"),
     ("pretrain", "13b"): ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "h100:8", "a100:8", "h100:2", "a100:2"),
 }
+# Recipe and type of the frozen base -> single devices of 16, 24, 32, 40 and 80 GB.
+ADAPTERS = {
+    ("7b", "nf4"): ("v5e:1x1", "l4:1", "rtx4090:1", "v6e:1x1", "a100-40:1"),
+    ("7b", "int8"): ("v5e:1x1", "l4:1", "a100-40:1"),
+    ("7b", "bfloat16"): ("l4:1", "v6e:1x1", "a100-40:1", "a100:1"),
+    ("13b", "nf4"): ("v5e:1x1", "l4:1", "rtx4090:1", "v6e:1x1", "a100-40:1"),
+    ("13b", "int8"): ("l4:1", "v6e:1x1", "a100-40:1"),
+    ("13b", "bfloat16"): ("a100-40:1", "a100:1", "h100:1"),
+}
+MEMORY = "--memory_fraction=0.9"  # of a GPU, as launch/train.sh sets it
+ONE_ROW = {"batch_rows": 1, "max_rows_per_device": 1, "max_length": 2048, "pack": False}
 POLICIES = ("full", "save_qkv", "offload", "none")
 POLICY_TARGETS = ("v5e:4x4", "h100:8")
 RECIPE_HEADER = [
@@ -61,6 +74,14 @@ RECIPE_HEADER = [
     "step s",
     "bound by",
 ]
+
+ADAPTERS_INTRODUCTION = """\
+## LoRA of rank 128 on one device: one row of 2048 tokens, `--config=configs/finetune_lora.py:7b`
+
+`--config.base_dtype=BASE --config.batch_rows=1 --config.max_rows_per_device=1 --config.max_length=2048
+--config.pack=False --memory_fraction=0.9`: the launchers let JAX take nine tenths of a GPU's memory. What fits on one
+of the smaller devices is not repeated for 80 GB.
+"""
 
 INTRODUCTION = """\
 # Machines
@@ -87,9 +108,9 @@ def installed(*names: str) -> dict[str, str]:
     return versions
 
 
-def preflight(recipe: str, target: str, **changes: Any) -> dict[str, Any]:
+def preflight(recipe: str, target: str, *flags: str, **changes: Any) -> dict[str, Any]:
     """One run of the command with the versions installed, its JSON."""
-    command = command_of(recipe, target, changes)
+    command = command_of(recipe, target, changes) + list(flags)
     versions = installed()
     known = stored(versions)
     if (shown := " ".join(command)) in known:
@@ -178,6 +199,17 @@ def with_policy(target: str, policy: str) -> dict[str, Any]:
     return preflight("finetune.py:7b", target, **changes)
 
 
+def adapters() -> str:
+    """LoRA on one device, by the memory of the step."""
+    rows = []
+    for (size, base), targets in ADAPTERS.items():
+        for target in targets:
+            result = preflight(f"finetune_lora.py:{size}", target, MEMORY, **ONE_ROW, base_dtype=base)
+            memory, fits = result["memory"], "yes" if result["fits"] else "**no**"
+            rows.append([size.upper(), base, target, gib(memory["needed"]), gib(memory["available"]), fits])
+    return ADAPTERS_INTRODUCTION + "\n" + table(["model", "base", "target", "needed", "available", "fits"], rows)
+
+
 def recipe_row(result: dict[str, Any]) -> list[str]:
     memory = result["memory"]
     row = [result["target"], str(result["devices"]), f"{result['rows_per_device']} x {result['microbatches']}"]
@@ -197,6 +229,9 @@ def main() -> None:
         if not MAXTEXT_VERSIONS.items() <= installed().items():
             raise SystemExit(f"installed are {spelled(installed())}, not {spelled(MAXTEXT_VERSIONS)}")
         print(text_only(MAXTEXT))
+        return
+    if sys.argv[1:] == ["--adapters"]:
+        print(adapters())
         return
     print(INTRODUCTION.format(versions=spelled(installed())))
     print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
@@ -226,6 +261,7 @@ def main() -> None:
         stage = {"pretrain": "Stage 1", "finetune": "Stage 2"}[recipe]
         print(f"## {stage}, LLaVA-1.5 {size.upper()}: `--config=configs/{recipe}.py:{size}`\n")
         print(table(RECIPE_HEADER, (recipe_row(preflight(f"{recipe}.py:{size}", name)) for name in names)), flush=True)
+    print(adapters())
 
 
 if __name__ == "__main__":

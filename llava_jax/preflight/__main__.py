@@ -7,10 +7,10 @@ example:
   python -m llava_jax.preflight --config=finetune:7b --target=v5e:4x4 --search=batch
   python -m llava_jax.preflight --config=finetune:13b --target=h100 --search=slice
 
-Targets are slices of TPU v4, v5e, v5p, v6e and 7x (`v5e:4x4`, `v5p:2x2x4`), GPUs a100, h100, h200 and b200 (`h100:8`,
-`h100:2x8` for two hosts) and `cpu`. Compilation is ahead of time: no such device, no weights and no data are needed. If
-a recipe leaves slots to the data, every row has an image (packed rows as many as fit) and every position is a target.
-Exits with 3 if anything does not fit.
+Targets are slices of TPU v4, v5e, v5p, v6e and 7x (`v5e:4x4`, `v5p:2x2x4`), GPUs l4, a10g, rtx4090, l40s,
+a100-40, a100, h100, h200 and b200 (`h100:8`, `h100:2x8` for two hosts) and `cpu`. Compilation is ahead of time: no such
+device, no weights and no data are needed. If a recipe leaves slots to the data, every row has an image (packed rows as
+many as fit) and every position is a target. Exits with 3 if anything does not fit.
 """
 
 import json
