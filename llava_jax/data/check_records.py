@@ -14,6 +14,8 @@ from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
+from llava_jax.data.selection import is_yaml, open_json, several
+from llava_jax.data.sources import Source
 from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
 MAX_ID = 500  # characters of an id in a line
@@ -34,13 +36,24 @@ class Problem(NamedTuple):
         return line.encode(errors="backslashreplace").decode()
 
 
+class _Records:
+    """The values of the records of a source."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.source.record(index).value
+
+
 class CheckedRecords(Sequence[Sample]):
     """The good samples of a file: a `Source` of texts after `read` has ended."""
 
     def __init__(self, path: epath.PathLike, image_position: str = "first"):
         self.path = path
         self.image_position = image_position
-        self.file = local_data(path)
+        self.selected = None if several(path) == [path] and not is_yaml(path) else open_json(path, lenient=True)
+        self.file = None if self.selected else local_data(path)
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array
         self.unit = ""  # "line" or "sample"
@@ -53,14 +66,21 @@ class CheckedRecords(Sequence[Sample]):
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
         """Reads the file; yields the problems of single records."""
-        for record in track(scan(self.file, self.path), "reading samples"):
+        for record in track(self._selected() if self.selected else scan(self.file, self.path), "reading samples"):
             self.unit, _, line = record.where.rpartition(" ")
             self.lines.append(int(line))
             self.starts.append(record.start)
             self.stops.append(record.stop)
             yield from self._read_record(record, special_tokens)
-        self.records = RecordFile(self.file, np.array(self.starts), np.array(self.stops))
+        if not self.selected:
+            self.records = RecordFile(self.file, np.array(self.starts), np.array(self.stops))
         self.digest = self._digest.hexdigest()
+
+    def _selected(self) -> Iterator[Record]:
+        """The records of several files, with their indices in all of them."""
+        self.records = _Records(self.selected)
+        for index in range(len(self.selected)):
+            yield self.selected.record(index)._replace(index=index)
 
     def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:
         key = content = hash(("record", record.index))  # equal to no other
@@ -106,7 +126,7 @@ class CheckedRecords(Sequence[Sample]):
             yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
 
     def where(self, index: int) -> str:
-        return f"{self.unit} {self.lines[index]}"
+        return self.selected.record(index).where if self.selected else f"{self.unit} {self.lines[index]}"
 
     def id(self, index: int) -> str:
         """The id of a record."""
@@ -125,7 +145,8 @@ class CheckedRecords(Sequence[Sample]):
 
     def __getstate__(self) -> dict:
         """What reading processes need."""
-        return {name: self.__dict__[name] for name in ("path", "unit", "lines", "good", "records", "digest", "formats")}
+        names = ("path", "selected", "unit", "lines", "good", "records", "digest", "formats")
+        return {name: self.__dict__[name] for name in names}
 
 
 def _first_equal(hashes: array.array) -> np.ndarray:

@@ -17,7 +17,8 @@ from rich.text import Text
 from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
 from llava_jax.data.images import decode_image
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
-from llava_jax.data.sources import LlavaJson, Sample, read_images
+from llava_jax.data.selection import open_json
+from llava_jax.data.sources import Sample, Source, read_images
 from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # no sample is expanded or cut
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
-    samples = LlavaJson(args.json, open_image_folder(args))
+    samples = open_json(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
     def shown(index: int) -> Shown:
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         _show(map(shown, range(count)), encode.tokenizer)
 
 
-def image_sizes(samples: LlavaJson, index: int, sample: Sample) -> list[ImageSize]:
+def image_sizes(samples: Source, index: int, sample: Sample) -> list[ImageSize]:
     """The sizes of the images of a sample, read as in training. Raises UserError naming image and sample."""
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 

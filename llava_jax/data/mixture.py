@@ -3,8 +3,6 @@
 A mixture is a source: the samples of one set after those of another. `plan.Visits` applies the weights.
 """
 
-import bisect
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,42 +14,20 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
-from llava_jax.data.features import Size
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.plan import Lengths, Visits
-from llava_jax.data.sources import LlavaJson, Sample, Source
+from llava_jax.data.selection import Joined, Subset, open_json
+from llava_jax.data.sources import LlavaJson, Source
 
 KEYS = {"json", "images", "built", "weight"}
 
 
-class Mixture(Sequence[Sample]):
+class Mixture(Joined):
     """The samples of several sources, one source after the other, with weights: a `Source`."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        self.sources = tuple(sources)
+        super().__init__(sources)
         self.weights = tuple(weights)
-        self.starts = [0, *itertools.accumulate(len(source) for source in sources)]  # and the end of the last one
-        self.digest = hashlib.sha256(" ".join(source.digest for source in sources).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def __getitem__(self, index: int) -> Sample:
-        source, index = self._find(index)
-        return source[index]
-
-    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        source, index = self._find(index)
-        return source.read_images(index, names)
-
-    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
-        source, index = self._find(index)
-        return source.read_sizes(index, names)
-
-    def _find(self, index: int) -> tuple[Source, int]:
-        index = range(len(self))[index]
-        number = bisect.bisect_right(self.starts, index) - 1
-        return self.sources[number], index - self.starts[number]
 
 
 def open_data(data: ConfigDict, lenient: bool = False) -> Source:
@@ -79,7 +55,7 @@ def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) 
             raise UserError(f"{name}.images is set, but {given['built']} holds its own images")
         return Built(given["built"])
     images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
-    return LlavaJson(given["json"], images, lenient)
+    return open_json(given["json"], images, lenient)
 
 
 def _weight(name: str, weight: Any) -> float:
@@ -111,8 +87,13 @@ def check_folders(source: Source, lengths: Lengths) -> None:
 
 
 def _parts(source: Source, values: np.ndarray) -> Iterator[tuple[Source, np.ndarray]]:
-    if isinstance(source, Mixture):
+    """The files of a source, and the values of the samples that are of each."""
+    if isinstance(source, Joined):
         for part, start, stop in zip(source.sources, source.starts, source.starts[1:], strict=False):
-            yield part, values[start:stop]
+            yield from _parts(part, values[start:stop])
+    elif isinstance(source, Subset):
+        every = np.zeros(len(source.source), values.dtype)
+        every[source.indices] = values
+        yield from _parts(source.source, every)
     else:
         yield source, values

@@ -13,7 +13,7 @@ from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.tokenization import load_tokenizer
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "json": {"required": True, "metavar": "F", "help": "LLaVA JSON or JSONL"},
+    "json": {"required": True, "metavar": "F", "help": "LLaVA JSON or JSONL, or a YAML file that names several"},
     "images": {"required": True, "metavar": "DIR", "help": "the folder of its images"},
     "tokenizer": {"metavar": "DIR", "help": "a Hugging Face tokenizer directory"},
     "template": {"help": "conversation template, such as v1 (default: the tokenizer's own)"},

@@ -19,7 +19,7 @@ from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
-from llava_jax.data.sources import LlavaJson
+from llava_jax.data.selection import open_json
 from llava_jax.files.writing import write_json
 
 EPILOG = """example:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava_jax.data.built import Built  # imports Grain, which takes seconds
     from llava_jax.data.lengths import measure_once
 
-    source = Built(args.built) if args.built else LlavaJson(args.json, open_image_folder(args))
+    source = Built(args.built) if args.built else open_json(args.json, open_image_folder(args))
     encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length, tiling=_tiling(args))
     lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
@@ -197,7 +197,7 @@ def _numbers(text: str) -> list[int]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.pack", description=__doc__, epilog=EPILOG)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
+    data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL, or a YAML file that names several")
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
     add_options(parser, images={"required": False}, tokenizer={"required": True}, template={}, max_length={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})

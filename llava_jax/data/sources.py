@@ -65,9 +65,12 @@ class LlavaJson(Sequence[Sample]):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
+        return parse_sample(self.record(index))
+
+    def record(self, index: int) -> Record:
+        """A record, not parsed yet."""
         index = range(len(self))[index]
-        where = f"{self.path}: sample {index}"
-        return parse_sample(Record(where, index, 0, 0, self._records[index]))
+        return Record(f"{self.path}: sample {index}", index, 0, 0, self._records[index])
 
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
         return [read_image(image_path(self.images, name)) for name in names]
