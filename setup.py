@@ -21,6 +21,7 @@ BASE = [
     "httpx2>=2.10",
     "ijson>=3.3",
     "pyyaml>=6",
+    "pyarrow>=14",
     "py3langid>=0.4",
     "jinja2>=3.1.6",
     "sentencepiece>=0.2",

@@ -23,9 +23,10 @@ from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
-from llava_jax.data.options import add_options, open_image_folder, text_encoder
+from llava_jax.data.options import add_options, open_image_folder, require_images, text_encoder
+from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
-from llava_jax.data.selection import open_json
+from llava_jax.data.selection import images_of, open_json
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
 from llava_jax.data.sources import Source
 from llava_jax.files.lock import entries, hold
@@ -43,7 +44,7 @@ STATS_AT_ONCE = 1000
 
 def build(
     source: Source,
-    images: epath.PathLike,
+    images: epath.PathLike | ParquetImages,
     output: str,
     *,
     shards: int = 0,
@@ -100,7 +101,11 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 
 
 def _begin(
-    directory: epath.Path, source: Source, images: epath.PathLike, shards: int, published: Published | None
+    directory: epath.Path,
+    source: Source,
+    images: epath.PathLike | ParquetImages,
+    shards: int,
+    published: Published | None,
 ) -> dict[str, Any]:
     """Checks that all images exist, and writes the texts and the manifest. From then on a build can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
@@ -117,14 +122,7 @@ def _begin(
             raise UserError(
                 f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
             )
-    _refuse_names(images, users)
-    sizes = _sizes(images, list(uses))
-    if missing := {name: users[name] for name, size in sizes.items() if size is None}:
-        raise UserError(
-            f"{'; '.join(explain_missing(epath.Path(images), missing))}. Put them there, or let "
-            "llava_jax.data.check --fix write the good samples, and build from these"
-        )
-    size = sum(sizes[name] * count for name, count in uses.items())
+    size = _total_bytes(images, uses, users)
     manifest = {
         "digest": source.digest,
         "samples": len(source),
@@ -137,6 +135,22 @@ def _begin(
     with atomic_file(directory / MANIFEST) as file:
         file.write(json.dumps(manifest).encode())  # as TFDS writes it
     return manifest
+
+
+def _total_bytes(
+    images: epath.PathLike | ParquetImages, uses: collections.Counter[str], users: Mapping[str, str]
+) -> int:
+    """The bytes of the images, each as often as it is used. Raises `UserError` if any is missing."""
+    if isinstance(images, ParquetImages):
+        return sum(file.stat().st_size for file in images.files.values())
+    _refuse_names(images, users)
+    sizes = _sizes(images, list(uses))
+    if missing := {name: users[name] for name, size in sizes.items() if size is None}:
+        raise UserError(
+            f"{'; '.join(explain_missing(epath.Path(images), missing))}. Put them there, or let "
+            "llava_jax.data.check --fix write the good samples, and build from these"
+        )
+    return sum(sizes[name] * count for name, count in uses.items())
 
 
 def _refuse_names(images: epath.PathLike, users: Mapping[str, str]) -> None:
@@ -195,7 +209,7 @@ def _write_lengths(directory: epath.Path, source: Source, encode: TextEncoder) -
         np.savez(target, lengths=np.stack(lengths))
 
 
-def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike, decode: bool) -> list[Shard]:
+def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike | ParquetImages, decode: bool) -> list[Shard]:
     """The shards of a manifest, with equal numbers of samples."""
     with (epath.Path(output) / OFFSETS).open("rb") as file:
         offsets = np.load(io.BytesIO(file.read()))
@@ -218,10 +232,13 @@ def _refuse(bad: list[BadImage]) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    images = open_image_folder(args)
+    source, folder = open_json(args.json), open_image_folder(args)
+    images = images_of(source, folder)
+    if args.dataset and isinstance(images, ParquetImages):
+        raise UserError(f"--dataset {args.dataset} is published as JSON and a folder, not as Parquet: leave it out")
     settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
     build(
-        open_json(args.json),
+        source,
         images,
         args.output.rstrip("/"),
         shards=args.shards,
@@ -244,7 +261,7 @@ def _beam_config(options: str) -> tfds.download.DownloadConfig:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
-    add_options(parser, json={}, images={})
+    add_options(parser, json={}, images={"required": False})
     parser.add_argument(
         "--output",
         required=True,
@@ -273,6 +290,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="options to write on Apache Beam, such as runner=DataflowRunner,project=P,region=R",
     )
     args = parser.parse_args(argv)
+    require_images(parser, args)
     if args.template and not args.tokenizer:
         parser.error("--template needs --tokenizer")
     return args

@@ -22,8 +22,10 @@ from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
 from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.encoded import TextEncoder
-from llava_jax.data.options import add_options, open_image_folder
+from llava_jax.data.options import add_options, open_image_folder, require_images
+from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.records import load_json
+from llava_jax.data.selection import images_of
 from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
@@ -78,7 +80,7 @@ def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
 
 def find_problems(
     checked: CheckedRecords,
-    images: epath.PathLike,
+    images: epath.PathLike | ParquetImages,
     report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
     measuring: "Measuring | None" = None,
@@ -135,6 +137,12 @@ def main(argv: list[str] | None = None) -> int:
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
     checked, report, console = CheckedRecords(args.json, args.image_position), Report(), Console()
+    if checked.selected:
+        images = images_of(checked.selected, images)
+    if args.fix and isinstance(images, ParquetImages):
+        raise UserError(
+            f"{args.fix}: --fix writes JSON, which holds no images of Parquet: training can skip bad samples"
+        )
     for problem in find_problems(checked, images, report, special_tokens, measuring, args.workers):
         report.add(problem)
         _show(problem, console)
@@ -195,12 +203,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.check", description=__doc__, epilog=EPILOG)
     tokenizer = {"help": "a Hugging Face tokenizer directory, to measure lengths"}
     length = {"default": None, "help": "report samples of more tokens"}
-    add_options(parser, json={}, images={}, tokenizer=tokenizer, template={}, max_length=length)
+    add_options(parser, json={}, images={"required": False}, tokenizer=tokenizer, template={}, max_length=length)
     add_options(parser, image_tokens={}, image_position={}, seed={})
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
     parser.add_argument("--fix", metavar="OUT", help="write good samples to OUT, the others to OUT's .rejects.jsonl")
     args = parser.parse_args(argv)
+    require_images(parser, args)
     for option, value in (("--max-length", args.max_length), ("--template", args.template)):
         if value is not None and not args.tokenizer:
             parser.error(f"{option} needs --tokenizer")

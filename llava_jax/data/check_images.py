@@ -16,7 +16,8 @@ from etils import epath
 from llava_jax.cli import UserError, track
 from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import in_any_spelling, load_image
+from llava_jax.data.images import decode_image, in_any_spelling, load_image
+from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.samples import Fault
 from llava_jax.files import cache
 
@@ -46,9 +47,9 @@ class GoodImages:
             file.write(np.array(keys, np.uint64).tobytes())
 
 
-def image_problems(checked: CheckedRecords, folder: epath.PathLike, workers: int) -> Iterator[Problem]:
+def image_problems(checked: CheckedRecords, folder: epath.PathLike | ParquetImages, workers: int) -> Iterator[Problem]:
     """The faults of the images in a folder, for each sample that names them. No image is read twice."""
-    good = GoodImages(folder)
+    good = GoodImages("" if isinstance(folder, ParquetImages) else folder)
     order = np.argsort(np.array(checked.names), kind="stable")
     names, users = np.array(checked.names)[order], np.array(checked.users)[order]
     hashes, firsts, counts = np.unique(names, return_index=True, return_counts=True)
@@ -71,8 +72,14 @@ def image_problems(checked: CheckedRecords, folder: epath.PathLike, workers: int
                 yield Problem(fault.kind, checked.id(index), fault.detail, index)
 
 
-def _look(folder: epath.PathLike, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
-    """The fault of an image, or its key if it is good and not cached yet."""
+def _look(folder: epath.PathLike | ParquetImages, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
+    """The fault of an image, or its key if it is good and not cached yet. Those inside Parquet have no key."""
+    if isinstance(folder, ParquetImages):
+        try:
+            decode_image(folder.read(name), name)
+        except UserError as error:
+            return Fault("bad-image", str(error)), None
+        return None, None
     try:
         path = image_path(folder, name)
     except UserError as error:

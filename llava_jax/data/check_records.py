@@ -14,7 +14,7 @@ from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
-from llava_jax.data.selection import is_yaml, open_json, several
+from llava_jax.data.selection import is_one_json, open_json
 from llava_jax.data.sources import Source
 from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
@@ -52,7 +52,7 @@ class CheckedRecords(Sequence[Sample]):
     def __init__(self, path: epath.PathLike, image_position: str = "first"):
         self.path = path
         self.image_position = image_position
-        self.selected = None if several(path) == [path] and not is_yaml(path) else open_json(path, lenient=True)
+        self.selected = None if is_one_json(path) else open_json(path, lenient=True)
         self.file = None if self.selected else local_data(path)
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array

@@ -17,7 +17,8 @@ from rich.text import Text
 from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
 from llava_jax.data.images import decode_image
 from llava_jax.data.options import add_options, open_image_folder, text_encoder
-from llava_jax.data.selection import open_json
+from llava_jax.data.parquet import ParquetImages
+from llava_jax.data.selection import files_of, open_json
 from llava_jax.data.sources import Sample, Source, read_images
 from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.templates import IMAGE_TOKEN
@@ -83,9 +84,12 @@ def main(argv: list[str] | None = None) -> None:
     samples = open_json(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
 
+    inside = any(isinstance(file.images, ParquetImages) for file in files_of(samples))
+    shows_images = args.images is not None or inside
+
     def shown(index: int) -> Shown:
         sample = samples[index]
-        sizes = None if args.images is None else image_sizes(samples, index, sample)
+        sizes = image_sizes(samples, index, sample) if shows_images else None
         return Shown(sample, encode.ids(sample), sizes)
 
     if args.jsonl:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
 from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.plan import Lengths, Visits
 from llava_jax.data.selection import Joined, Subset, open_json
 from llava_jax.data.sources import LlavaJson, Source
@@ -79,7 +80,7 @@ def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits
 def check_folders(source: Source, lengths: Lengths) -> None:
     """Raises `UserError` if samples have images but there is no folder of images."""
     for part, images in _parts(source, lengths.images):
-        if isinstance(part, LlavaJson) and images.any():
+        if isinstance(part, LlavaJson) and not isinstance(part.images, ParquetImages) and images.any():
             if not part.images:
                 raise UserError(f"{part.path} has samples with images: give their folder (--config.data.images=...)")
             if not epath.Path(part.images).is_dir():

@@ -9,12 +9,17 @@ from llava_jax.cli import UserError, positive
 from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.encoded import TextEncoder
 from llava_jax.data.image_folder import ImageFolder, add_allow_absolute, folder_of
+from llava_jax.data.parquet import parquet_files
 from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.tokenization import load_tokenizer
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "json": {"required": True, "metavar": "F", "help": "LLaVA JSON or JSONL, or a YAML file that names several"},
-    "images": {"required": True, "metavar": "DIR", "help": "the folder of its images"},
+    "json": {
+        "required": True,
+        "metavar": "F",
+        "help": "LLaVA JSON or JSONL, a YAML file that names several, or Parquet",
+    },
+    "images": {"required": True, "metavar": "DIR", "help": "the folder of its images; Parquet may have them inside"},
     "tokenizer": {"metavar": "DIR", "help": "a Hugging Face tokenizer directory"},
     "template": {"help": "conversation template, such as v1 (default: the tokenizer's own)"},
     "max-length": {"type": positive, "default": 2048, "metavar": "N", "help": "longer samples are cut (2048 tokens)"},
@@ -33,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser, **options: dict[str, Any]) -> N
         parser.add_argument(f"--{name}", **_OPTIONS[name] | changes)
         if name == "images":
             add_allow_absolute(parser)
+
+
+def require_images(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a usage error without `--images`, unless `--json` names Parquet, which mostly has its images inside."""
+    if args.images is None and not parquet_files(args.json):
+        parser.error("the following arguments are required: --images")
 
 
 def open_image_folder(args: argparse.Namespace) -> ImageFolder:

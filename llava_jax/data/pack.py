@@ -197,7 +197,7 @@ def _numbers(text: str) -> list[int]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.pack", description=__doc__, epilog=EPILOG)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL, or a YAML file that names several")
+    data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL, a YAML file that names several, or Parquet")
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
     add_options(parser, images={"required": False}, tokenizer={"required": True}, template={}, max_length={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})

@@ -1,4 +1,6 @@
-"""What `json` names: a file of samples, several as `folder/{a,b}.json`, or a mixture in LLaVA-NeXT's YAML format.
+"""What `json` names: a file of samples, several as `folder/{a,b}.json`, Parquet or a folder of it, or a mixture.
+
+Mixtures have LLaVA-NeXT's YAML format:
 
     datasets:
       - json_path: a.json
@@ -14,7 +16,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,8 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, shown, warn
 from llava_jax.data.features import Size
+from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.parquet import ParquetImages, parquet_files, texts
 from llava_jax.data.plan import permutation
 from llava_jax.data.records import Record
 from llava_jax.data.sources import LlavaJson, Sample, Source
@@ -103,9 +107,41 @@ def open_json(path: epath.PathLike, images: epath.PathLike = "", lenient: bool =
     if is_yaml(path):
         entries = enumerate(read_entries(path))
         return Joined([_part(open_json(e.path, images, lenient), e, number) for number, e in entries])
+    if files := parquet_files(path):
+        inside, parts = ParquetImages(files), [(file, *texts(file)) for file in files]
+        return Joined([LlavaJson(f, inside if embedded else images, lenient, text) for f, text, embedded in parts])
     files = several(path)
     sources = [LlavaJson(file, images, lenient) for file in files]
     return sources[0] if files == [path] else Joined(sources)
+
+
+def is_one_json(path: epath.PathLike) -> bool:
+    """Whether a path names a single JSON or JSONL file."""
+    return not is_yaml(path) and several(path) == [path] and not parquet_files(path)
+
+
+def files_of(source: Source) -> Iterator[Source]:
+    """The files that a source is of."""
+    if isinstance(source, Joined):
+        for part in source.sources:
+            yield from files_of(part)
+    else:
+        yield from files_of(source.source) if isinstance(source, Subset) else (source,)
+
+
+def images_of(source: Source, folder: ImageFolder) -> ImageFolder | ParquetImages:
+    """Where the images of a source are: inside its Parquet files, or in a folder.
+
+    Raises `UserError` if there are several such places.
+    """
+    inside = {id(file.images): file.images for file in files_of(source) if isinstance(file.images, ParquetImages)}
+    if not inside:
+        return folder
+    if len(inside) > 1 or not all(isinstance(file.images, ParquetImages) for file in files_of(source)):
+        raise UserError(
+            "has images at several places: check or build each set by itself, and train on a mixture of them"
+        )
+    return next(iter(inside.values()))
 
 
 def is_yaml(path: epath.PathLike) -> bool:

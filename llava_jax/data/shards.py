@@ -29,8 +29,8 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
-from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import decode_image, read_image
+from llava_jax.data.images import decode_image
+from llava_jax.data.parquet import ParquetImages, read_named
 from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
@@ -66,7 +66,7 @@ class Shard:
     """A shard to write. It is pickled for workers of Beam."""
 
     output: str  # the directory of the data set, local or remote
-    images: epath.PathLike  # the folder that image names are relative to, see `image_folder.ImageFolder`
+    images: epath.PathLike | ParquetImages  # the folder that names are relative to, see `image_folder.ImageFolder`
     index: int
     count: int  # of all shards
     begin: int  # its samples are the bytes from `begin` to `end` of `text.jsonl`
@@ -169,9 +169,9 @@ def _record_writer(file: str) -> Iterator[ArrayRecordWriter]:
 
 def _read_image(shard: Shard, name: str) -> bytes | UserError:
     try:
-        data = read_image(image_path(shard.images, name))
+        data = read_named(shard.images, name)
         if shard.decode:
-            decode_image(data, name=f"{shard.images}/{name}")
+            decode_image(data, name if isinstance(shard.images, ParquetImages) else f"{shard.images}/{name}")
     except UserError as error:
         return error
     return data

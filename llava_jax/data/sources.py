@@ -20,7 +20,8 @@ from llava_jax.cli import UserError, short, track
 from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import read_image, read_size
+from llava_jax.data.images import open_image, read_size
+from llava_jax.data.parquet import ParquetImages, read_named
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
@@ -52,14 +53,21 @@ class LlavaJson(Sequence[Sample]):
     """The samples of a file and of folder `images`, which is needed only to read images: a `Source`.
 
     Opening it checks all samples; the cache keeps the result. Texts stay in the file. Raises `UserError` with file,
-    line or index, and id for a record that is no sample; if `lenient`, only when that record is read.
+    line or index, and id for a record that is no sample; if `lenient`, only when that record is read. `texts` is a JSON
+    file to read instead, made of the one at `path`, which errors name.
     """
 
-    def __init__(self, path: epath.PathLike, images: epath.PathLike = "", lenient: bool = False):
+    def __init__(
+        self,
+        path: epath.PathLike,
+        images: epath.PathLike | ParquetImages = "",
+        lenient: bool = False,
+        texts: Path | None = None,
+    ):
         self.path = path
         self.images = images
         self.formats = tuple(FORMATS.values())  # unpickling these imports their modules in reading processes
-        self._records, self.digest = _index(path, lenient)
+        self._records, self.digest = _index(path, lenient, texts)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -73,9 +81,11 @@ class LlavaJson(Sequence[Sample]):
         return Record(f"{self.path}: sample {index}", index, 0, 0, self._records[index])
 
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        return [read_image(image_path(self.images, name)) for name in names]
+        return [read_named(self.images, name) for name in names]
 
     def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        if isinstance(self.images, ParquetImages):
+            return [open_image(self.images.read(name), name).size for name in names]
         return [read_size(image_path(self.images, name)) for name in names]
 
     def __repr__(self) -> str:
@@ -104,9 +114,9 @@ def image_sizes(source: Source, index: int, sample: Sample) -> list[Size]:
         raise UserError(f"sample {short(sample.id)}: {error}") from error
 
 
-def _index(path: epath.PathLike, lenient: bool) -> tuple[RecordFile, str]:
+def _index(path: epath.PathLike, lenient: bool, texts: Path | None) -> tuple[RecordFile, str]:
     """The positions and the digest of the records of a file. Raises `UserError` for a bad one unless `lenient`."""
-    file = local_data(path)
+    file = texts or local_data(path)
     formats = [(data_format.name, data_format.version) for data_format in FORMATS.values()]
     parts = (INDEX, lenient, os.path.abspath(file), cache.content_version(file), *formats)
     name = f"index-{cache.digest(*parts)}"

@@ -44,8 +44,8 @@ def _declare() -> Section:
     # ---- The data
 
     config.data = Section()
-    # A LLaVA JSON or JSONL file, or a YAML file of LLaVA-NeXT that names several (docs/data.md), and the folder that
-    # image names are relative to.
+    # A LLaVA JSON or JSONL file, and the folder that its image names are relative to. It may also be a YAML file of
+    # LLaVA-NeXT that names several, or Parquet, which needs no folder if images are inside (docs/data.md).
     config.data.json = ""
     config.data.images = ""
     # Instead of both: a data set made by `llava_jax.data.build`.
