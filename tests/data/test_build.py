@@ -30,8 +30,8 @@ from llava_jax.data.sources import LlavaJson, Sample
 WAITING = """
 import sys, time
 from llava_jax.data import build, shards
-read = shards.read_image
-shards.read_image = lambda path: time.sleep(9999) if path.name == "d.webp" else read(path)
+read = shards.read_named
+shards.read_named = lambda images, name: time.sleep(9999) if name.endswith("d.webp") else read(images, name)
 build.main(sys.argv[1:])
 """
 
