@@ -28,6 +28,7 @@ ROLES = {
 _WRITTEN = {"system": "system", "user": "human", "assistant": "gpt"}  # LLaVA's names of roles
 _PLAIN = {"id", "image", "conversations"}  # the keys of most samples, which need no further checks
 _IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts of a `content`
+_NAMES = ("image", "image_url", "path", "url")  # keys of such a part
 _URL = re.compile(r"data:|https?://|file://", re.IGNORECASE)  # in place of a name
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -101,7 +102,10 @@ def read_sample(value: Any) -> Reading:
             return Reading([fault])
     faults: list[Fault] = []
     named: list[str] = []  # images, by parts of a `content`
-    turns = _plain_turns(sentences) or [_turn(n, sentence, faults, named) for n, sentence in enumerate(sentences, 1)]
+    turns = _plain_turns(sentences)
+    if turns is None:
+        turns = [_turn(n, sentence, faults, named) for n, sentence in enumerate(sentences, 1)]
+        faults += _index_faults(sentences)
     if named and images and tuple(named) != images:
         faults.append(Fault("structure", f"`content` names images {_shown(named)}, `image` {_shown(images)}"))
     images = images or tuple(named)
@@ -215,6 +219,8 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
         elif kind in _IMAGE_PARTS:
             texts.append(IMAGE_TOKEN)
             name = _image_of(part)
+            if unread := _unread_of_image(part, name):
+                faults.append(Fault("structure", f"turn {number} has an image whose `{unread}` is not read"))
             if name and _URL.match(name):
                 faults.append(Fault("structure", f"turn {number} has an image by its URL: save it to a file"))
             elif name:
@@ -226,13 +232,31 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
 
 def _image_of(part: dict) -> str | None:
     """The name in a part like {"type": "image", "image": NAME} or {"type": "image_url", "image_url": {"url": NAME}}."""
-    for key in ("image", "image_url", "path", "url"):
+    for key in _NAMES:
         held = part.get(key)
         if isinstance(held, dict):
             held = held.get("url")
         if isinstance(held, str):
             return held
     return None
+
+
+def _unread_of_image(part: dict, name: str | None) -> str | None:
+    """A key of a part that may hold the image itself or tell which it is, and is not read."""
+    for key, held in part.items():
+        said = held.get("url", held) if isinstance(held, dict) else held
+        if key not in ("type", "index", "detail") and said not in (None, "", [], {}, name):
+            return key
+    return None
+
+
+def _index_faults(sentences: list) -> Iterator[Fault]:
+    """Images whose `index`, as of the sets of HuggingFaceH4, isn't their number in the text, from 0."""
+    contents = [sentence.get("content", sentence.get("value")) for sentence in sentences if isinstance(sentence, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    for number, part in enumerate(part for part in parts if part.get("type") in _IMAGE_PARTS):
+        if part.get("index", number) not in (None, number):
+            yield Fault("structure", f"image {number} of the text has `index` {_shown(part['index'])}: sort the images")
 
 
 def _with_system(value: dict, turns: list[tuple[str, str]], faults: list[Fault]) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from llava_jax.files import cache
 
 T = TypeVar("T")
 
-INDEX = 3  # version of the cached indices: raise it when files would have other faults or digests
+INDEX = 4  # version of the cached indices: raise it when files would have other faults or digests
 
 
 class Source(Protocol):

@@ -94,6 +94,19 @@ def test_rows_without_paths_with_many_images_and_without_any(tmp_path, monkeypat
     assert source[0].images == ("x.parquet/0/0", "x.parquet/0/1", "x.parquet/0/2")
 
 
+def test_messages_of_parts_are_read_as_the_hub_has_them(tmp_path, monkeypatch):
+    """The columns of HuggingFaceH4/llava-instruct-mix-vsft."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = [{"index": None, "text": "What is it?\n", "type": "text"}, {"index": 0, "text": None, "type": "image"}]
+    answer = [{"index": None, "text": "A dot.", "type": "text"}]
+    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    (sample,) = open_json(
+        write(tmp_path / "x.parquet", [{"messages": said, "images": [{"bytes": png(4), "path": None}]}])
+    )
+    assert sample.images == ("x.parquet/0/0",) and sample.turns[1] == ("assistant", "A dot.")
+    assert sample.turns[0][1].count("<image>") == 1 and "What is it?" in sample.turns[0][1]
+
+
 def png(size, colour=0):
     file = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(file, "PNG")

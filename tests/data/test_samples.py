@@ -29,6 +29,11 @@ def image_part(name=None):
     return {"type": "image", "image": name} if name else {"type": "image"}
 
 
+def part(kind, text=None, index=None):
+    """As the sets of HuggingFaceH4 on the Hub have it."""
+    return {"type": kind, "text": text, "index": index}
+
+
 TEXT = {"type": "text", "text": "What is it?"}
 
 
@@ -47,6 +52,8 @@ TEXT = {"type": "text", "text": "What is it?"}
         messages([{"type": "image_url", "image_url": {"url": "a.jpg"}}, TEXT], "A cat."),
         messages([{"image": "a.jpg"}, {"text": "What is it?"}], "A cat."),
         messages(["<image>", "What is it?"], "A cat.", image="a.jpg"),
+        messages([part("image", index=0), part("text", "What is it?")], [part("text", "A cat.")], images=["a.jpg"]),
+        messages([{"type": "image_url", "image_url": {"url": "a.jpg", "detail": "low"}}, TEXT], "A cat."),
         SAMPLE | {"messages": None},
         SAMPLE | {"conversations": [QUESTION | {"loss": False}, ANSWER | {"loss": True, "weight": 1, "name": "bot"}]},
         SAMPLE | {"conversations": [QUESTION | {"role": "user"}, {"role": "assistant", "value": "A cat."}]},
@@ -118,6 +125,10 @@ FAULTS = [
     ("structure", '`image` is "https://a/b.jpg", a URL', SAMPLE | {"image": "https://a/b.jpg"}),
     ("structure", '`images` is ["data:image/png;base64,', SAMPLE | {"images": ["data:image/png;base64,xx"]}),
     ("structure", "turn 1 has a part 3", messages([3], "a")),
+    ("structure", "an image whose `source` is not read", messages([image_part() | {"source": "x"}, TEXT], "a")),
+    ("structure", "an image whose `image` is not read", messages([{"type": "image", "image": {"bytes": "x"}}], "a")),
+    ("structure", "an image whose `path` is not read", messages([image_part("a.jpg") | {"path": "b.jpg"}], "a")),
+    ("structure", "image 0 of the text has `index` 1", messages([part("image", index=1)], "a", images=["a.jpg"])),
     ("structure", "`content` names images", messages([image_part("b.jpg"), TEXT], "a", image="a.jpg")),
     ("marks", "2 <image> in the text, but 1 images", messages([image_part("a.jpg"), image_part()], "a")),
     ("structure", "it looks like a format of `instruction` and `output`", {"instruction": "q", "output": "a"}),
