@@ -21,7 +21,7 @@ BOTH = frozenset(name for name in abstract_params(MODEL) if name.startswith(("pr
 
 
 SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
-MODELS = {"pretrain": tiny.config(vision=SIGLIP), "finetune": tiny.config()}
+MODELS = {"pretrain": tiny.config(vision=SIGLIP, select_layer=(-2, 1)), "finetune": tiny.config()}
 
 
 TABLES = {
