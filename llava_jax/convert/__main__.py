@@ -71,6 +71,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 
 
 def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.unmerged and not args.llava:
+        parser.error("--unmerged goes with --llava")
     from llava_jax.convert.found import Options
     from llava_jax.convert.import_weights import import_backbones, import_llava
 

@@ -76,7 +76,11 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(directory: Path) -> bool:
-    return (directory / SETTINGS).exists()
+    """Raises UserError for an adapter's weights without its settings."""
+    found, (weights, *_) = (directory / SETTINGS).exists(), _FILES[0]
+    if not found and (directory / weights).exists():
+        raise UserError(f"{directory}: has {weights}, but no {SETTINGS}: copy the adapter again")
+    return found
 
 
 def trained_with(directory: Path) -> TrainedWith | None:
@@ -198,6 +202,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     Layers of a stack that it does not adapt get matrices of zeros. Raises UserError for an adapter of another model,
     or with layers that are adapted differently.
     """
+    config = dataclasses.replace(config, base_dtype="")  # quantized or not, its linear layers have the same shapes
     shapes, places = abstract_params(config), {}
     for part_name, entries in entries_of(config).items():
         places |= {(part_name, leaf): entry for entry in entries for leaf in entry.leaves()}

@@ -6,6 +6,7 @@ processor the image is a token inside one text, without `▁` after it (unless t
 model is the same: equal ids give equal logits.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError, say, warn
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.fused import joined
@@ -47,6 +48,8 @@ def export_model(checkpoint: Checkpoint, output: str, dtype: str | None = None) 
             f"{checkpoint.root}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
             f"{' and '.join(supported)}: it cannot be exported"
         )
+    if checkpoint.rounded:
+        say(f"{checkpoint.root}: is {checkpoint.rounded}; the export has its dequantized weights", file=sys.stderr)
     with new_export(output) as directory:
         special = write_settings(checkpoint, directory, dtype)
         write_shards(directory, list(hf_tensors(checkpoint, dtype, special.rows)))

@@ -30,6 +30,7 @@ _PREFIXES = {
     "llm": "model.",
     "head": "",
     "projector": "model.mm_projector.",
+    "newline": "model.",
     "vision": "model.vision_tower.vision_tower.vision_model.",
 }
 _NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that transformers 4.37 does not have
@@ -104,7 +105,7 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.select_layer,
         "mm_vision_select_feature": config.select_feature,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": config.anyres.merge if config.anyres else "flat",
         "mm_use_im_start_end": config.im_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": config.image_aspect,
@@ -114,6 +115,9 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": config.text.max_position_embeddings,
     }
+    if config.anyres:
+        side = config.vision.image_size  # widths come first here
+        own["image_grid_pinpoints"] = [[grid.columns * side, grid.rows * side] for grid in config.anyres.grids]
     return {field: value for field, value in (kept(text) | decoder | own).items() if field not in _NOT_IN_4_37}
 
 

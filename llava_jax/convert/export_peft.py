@@ -4,6 +4,7 @@ A projector that was trained whole is either in the adapter (`modules_to_save`),
 written with it, since servers take low-rank matrices alone.
 """
 
+import os
 from collections.abc import Iterator
 
 from llava_jax.checkpoint.merged import without_adapters
@@ -27,12 +28,14 @@ NAMES = {
     "4.52": {
         "llm": "model.language_model.",
         "projector": "model.multi_modal_projector.",
+        "newline": "model.",
         "vision": "model.vision_tower.vision_model.",
         "head": "",
     },
     "4.51": {
         "llm": "language_model.model.",
         "projector": "multi_modal_projector.",
+        "newline": "",
         "vision": "vision_tower.vision_model.",
         "head": "language_model.",
     },
@@ -64,6 +67,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _trained_whole(checkpoint, adapted)
     refuse_existing(output)
+    if base and os.path.realpath(base) == os.path.realpath(output):
+        raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
     if base:
         export_model(without_adapters(checkpoint), base)
     settings = _settings(checkpoint, lora, adapted, saved) | {
@@ -126,7 +131,13 @@ def _settings(checkpoint: Checkpoint, lora: LoraConfig, adapted: set[str], saved
 def _target_modules(checkpoint: Checkpoint, adapted: set[str], short: bool) -> set[str]:
     """Ends of the names of adapted layers that no other layers have, in any version of transformers; with `short` of
     none in the language model."""
-    prefixes = {"llm": "language_model.", "projector": "multi_modal_projector.", "vision": "", "head": ""}
+    prefixes = {
+        "llm": "language_model.",
+        "projector": "multi_modal_projector.",
+        "newline": "",
+        "vision": "",
+        "head": "",
+    }
     layers = {
         prefixes[part] + leaf.removesuffix(".weight")
         for part, entries in entries_of(checkpoint.config).items()

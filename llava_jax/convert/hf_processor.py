@@ -2,12 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_config import select_strategy
+from llava_jax.convert.hf_config import CLASS, pinpoints, select_strategy
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig, VisionConfig, check_channels
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, part, require
@@ -27,6 +27,7 @@ class ImageSettings(NamedTuple):
     std: tuple[float, ...]
     aspect: str | None  # None if the source does not say
     resample: str = "bicubic"
+    pinpoints: Any = None  # of AnyRes: image_grid_pinpoints
 
     @property
     def fields(self) -> Json:
@@ -60,7 +61,8 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     else:
         aspect = None if config.get("do_pad") is None else "pad" if pads else "square"
     mean = _channels(config, "image_mean", tower.image_mean, where)
-    return ImageSettings(mean, _channels(config, "image_std", tower.image_std, where), aspect, RESAMPLE[number])
+    std = _channels(config, "image_std", tower.image_std, where)
+    return ImageSettings(mean, std, aspect, RESAMPLE[number], config.get("image_grid_pinpoints"))
 
 
 def _channels(config: Json, field: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
@@ -75,9 +77,12 @@ def write_image_processor(config: LlavaConfig) -> Json:
     """The `preprocessor_config.json` with which transformers preprocesses as `data.images.preprocess` does."""
     size = config.vision.image_size
     square = {"height": size, "width": size}
+    anyres = {}
+    if config.anyres:  # `do_pad` then means that images of a batch get as many tiles
+        anyres = {"image_grid_pinpoints": pinpoints(config), "do_pad": True}
     return _FIXED | {
-        "image_processor_type": "LlavaImageProcessor",
-        "processor_class": "LlavaProcessor",
+        "image_processor_type": f"{CLASS[config.anyres is not None]}ImageProcessor",
+        "processor_class": f"{CLASS[config.anyres is not None]}Processor",
         "do_convert_rgb": True,
         "resample": next(number for number, name in RESAMPLE.items() if name == config.image_resample),
         "do_pad": config.image_aspect == "pad",
@@ -87,13 +92,14 @@ def write_image_processor(config: LlavaConfig) -> Json:
         "rescale_factor": 1 / 255,
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
+        **anyres,
     }
 
 
 def write_processor(config: LlavaConfig, image_token: str) -> Json:
     """The `processor_config.json` that gives each image as many positions as it has features."""
     return {
-        "processor_class": "LlavaProcessor",
+        "processor_class": f"{CLASS[config.anyres is not None]}Processor",
         "image_token": image_token,
         "num_additional_image_tokens": int(config.vision.class_token),  # "default" subtracts it
         "patch_size": config.vision.patch_size,

@@ -5,7 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, shown
 from llava_jax.convert import hf_config
 from llava_jax.convert.adapter import base_name, open_adapter, with_adapter
 from llava_jax.convert.found import (
@@ -84,7 +84,7 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
             f"from{base_name(adapter)}"
         )
     settings = read_object(base / "config.json")
-    if settings.get("model_type") != "llava" or "text_config" not in settings:
+    if settings.get("model_type") not in hf_config.MODEL_TYPES or "text_config" not in settings:
         raise UserError(
             f"{base}: not a LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
             "its config.json"
@@ -103,16 +103,23 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     tensors = split(tensors, config.text)
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)
     images = read_image_settings(directory, config.vision)
+    aspect = options.aspect or images.aspect or _assume_padding(directory)
+    if config.anyres:
+        aspect = "anyres"
+        refuse_contradiction(where, "--aspect", options.aspect, aspect)
+        pinpoints = images.pinpoints or source_json.get("image_grid_pinpoints", images.pinpoints)
+        if pinpoints != source_json.get("image_grid_pinpoints", pinpoints):
+            raise UserError(f"{where}: image_grid_pinpoints are not those of the image processor, {shown(pinpoints)}")
     refuse_contradiction(where, "--select-layer", options.select_layer, config.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, config.select_feature)
     linear = config.projector_type == "linear"  # stored as two layers, of which the second is the identity
     config = dataclasses.replace(
         config,
         projector_type="mlp2x_gelu" if linear else config.projector_type,
-        image_aspect=options.aspect or images.aspect or _assume_padding(directory),
+        image_aspect=aspect,
         **images.fields,
     )
-    parts = ("llm", "head", "projector", "vision")
+    parts = ("llm", "head", "projector", "newline", "vision")
     check_tensors(config, (directory, source, parts))
     check_tied_head(directory, source, config)
     if linear:

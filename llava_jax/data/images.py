@@ -31,6 +31,7 @@ from etils import epath
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 from llava_jax.cli import UserError
+from llava_jax.data.features import Size
 from llava_jax.files.reading import refuse_irregular, refuse_pointer
 from llava_jax.remote import is_remote
 
@@ -45,6 +46,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2 * 89_478_485
 MAX_BYTES = 512 * 2**20  # of a file: no less than `MAX_PIXELS` take in 8 bits a channel
 
+HEAD = 1 << 18  # bytes that hold the header of nearly every file
 MAX_SCANS = 100  # of a JPEG: each passes over the complete image
 MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM in text, which Pillow parses in Python
 MAX_BMP_RUNS = 1 << 20  # bytes of a run-length encoded BMP, which Pillow decodes in Python
@@ -81,7 +83,19 @@ def read_image(path: str | epath.Path) -> bytes:
         raise UserError(f"image {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read(path: epath.Path) -> bytes:
+def read_size(path: str | epath.Path) -> Size:
+    """The size of an image file, local or remote, from its first bytes if these have it.
+
+    Raises `UserError` naming the file if it is no image, too large, or not a regular file.
+    """
+    try:
+        return open_image(in_any_spelling(functools.partial(_read, head=HEAD), path), str(path)).size
+    except (OSError, ValueError, UserError):  # a header that goes on, or a fault, which is named below
+        return open_image(read_image(path), str(path)).size
+
+
+def _read(path: epath.Path, head: int = 0) -> bytes:
+    """The bytes of a regular file, or only the first `head`."""
     if is_remote(path):
         limit = MAX_BYTES
     else:
@@ -90,7 +104,7 @@ def _read(path: epath.Path) -> bytes:
             refuse_irregular(found, f"image {path}")
         limit = min(found.st_size, MAX_BYTES)
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        data = file.read(head or limit + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"image {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
     return data
@@ -136,6 +150,12 @@ class EncodedImage:
 
     def __init__(self, image: Image.Image, data: bytes, name: str, in_scans: bool):
         self._image, self._data, self._name, self._in_scans = image, data, name, in_scans
+
+    @property
+    def size(self) -> Size:
+        """Of the image when it is upright."""
+        turned = _orientation(self._image) in (5, 6, 7, 8)
+        return Size(*(reversed(self._image.size) if turned else self._image.size))
 
     @property
     def decoded_bytes(self) -> int:
@@ -292,7 +312,7 @@ def preprocess(
     elif aspect == "pad":
         image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean), kernel)
     elif aspect == "resize":
-        image = _resize(image, size, size, kernel)
+        image = resize(image, size, size, kernel)
     else:
         raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
     return np.asarray(image)
@@ -313,7 +333,7 @@ def _resize_and_crop(image: Image.Image, size: int, kernel: Image.Resampling) ->
     if width > height:
         box = (part.first, 0, part.last, height)
         image = image.resize((part.stop - part.start, height), kernel, box)
-        return _resize(image.crop((first, 0, first + size, height)), size, size, kernel)
+        return resize(image.crop((first, 0, first + size, height)), size, size, kernel)
     box = (0, part.first, width, part.last)
     image = image.resize((size, part.stop - part.start), kernel, box)
     return image.crop((0, first, size, first + size))
@@ -371,11 +391,12 @@ def _pad_and_resize(
         if left:
             band, rows = Image.new("RGB", (long, stop - start), colour), band
             band.paste(rows, (left, 0))
-        column.paste(_resize(band, size, stop - start, kernel), (0, top + start))
-    return _resize(column, size, size, kernel)
+        column.paste(resize(band, size, stop - start, kernel), (0, top + start))
+    return resize(column, size, size, kernel)
 
 
-def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    """Resizes an image. Raises UserError if that takes more than `MAX_PIXELS`."""
     _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
     return image.resize((width, height), kernel)
 

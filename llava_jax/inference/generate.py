@@ -177,8 +177,13 @@ class Generator:
                 yield text
 
     def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
-        """The embeddings of images as the decoder gets them: float32[N, P, D]."""
-        pixels = np.stack([self.prompts.read(image) for image in images])
+        """The embeddings of images as the decoder gets them: float32[N, P, D].
+
+        Raises UserError for a model with AnyRes, whose images have different numbers of features.
+        """
+        if self.config.tiling:
+            raise UserError("a model with AnyRes has as many features of an image as its size makes: no array has them")
+        pixels = np.concatenate([self.prompts.read(image).tiles for image in images])
         return np.asarray(self.decoder.encode_images(pixels, adapter=self._adapter), np.float32)
 
     def logits(self, request: Request) -> np.ndarray:

@@ -5,12 +5,14 @@ import re
 from typing import Any, ClassVar
 
 from llava_jax.cli import shown
+from llava_jax.data.anyres import AnyRes, Tiling
 from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS
 from llava_jax.registry import Registry
 
 # CLIP's own statistics of its training images, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+ASPECTS = ("square", "pad", "resize", "anyres")  # "square" crops
 QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for inference
 BASE_DTYPES = ("", "int8", "nf4")  # see `models.quantized`; "" is not quantized
 # The smallest and the largest value of each number below: wider than all models, and small enough to allocate.
@@ -235,7 +237,7 @@ class LlavaConfig:
     # Without the class token; "cls_patch" keeps it. "after_first" is "patch" of a tower without a class token, whose
     # first patch is left out, as transformers' `vision_feature_select_strategy` "default" does.
     select_feature: str = "patch"
-    image_aspect: str = "pad"  # how an image becomes a square: "square" (crop), "pad" or "resize"
+    image_aspect: str = "pad"  # how an image becomes a square: see `ASPECTS`; "anyres" makes several of it
     image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
     im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
@@ -243,6 +245,7 @@ class LlavaConfig:
     image_resample: str = "bicubic"  # the filter with which images are resized; or "bilinear", as SigLIP2 has it
     lora: LoraConfig | None = None  # adapters that are not merged into the weights
     base_dtype: str = ""  # of the linear layers of the decoder's layers, see `BASE_DTYPES`
+    anyres: AnyRes | None = None  # of `image_aspect` "anyres"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -257,8 +260,12 @@ class LlavaConfig:
             raise ValueError(
                 "select_feature is 'after_first', but the vision tower has a class token or one patch only"
             )
-        if self.image_aspect not in ("square", "pad", "resize"):
-            raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
+        if self.image_aspect not in ASPECTS:
+            raise ValueError(f"image_aspect is {self.image_aspect!r}, not one of {', '.join(map(repr, ASPECTS))}")
+        if (self.image_aspect == "anyres") != (self.anyres is not None):
+            raise ValueError(f"image_aspect is {self.image_aspect!r}, but anyres is {self.anyres}")
+        if self.anyres and self.select_feature != "patch":
+            raise ValueError(f"select_feature is {self.select_feature!r}, but the features of AnyRes form a map")
         if self.image_position not in ("random", "first", "as_is"):
             raise ValueError(f"image_position is {self.image_position!r}, not 'random', 'first' or 'as_is'")
         if self.image_resample not in ("bicubic", "bilinear"):
@@ -291,8 +298,16 @@ class LlavaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """P: positions of an image in the sequence."""
+        """P: positions of an image in the sequence or, with AnyRes, features of a tile."""
         return self.vision.num_tokens - self.drops_first
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images become tiles, with AnyRes."""
+        if self.anyres is None:
+            return None
+        side = self.vision.image_size
+        return Tiling(self.anyres, side, side // self.vision.patch_size, self.image_mean, self.image_resample)
 
     def to_dict(self) -> dict[str, Any]:
         """As llava.json has it. A family that the fields tell, and newer fields with their defaults, are not named, so
@@ -300,7 +315,7 @@ class LlavaConfig:
         values = dataclasses.asdict(self)
         if self.text.family is None:
             del values["text"]["family"]
-        for field in ("lora", "base_dtype", "image_resample"):
+        for field in ("lora", "base_dtype", "image_resample", "anyres"):
             if values[field] == getattr(LlavaConfig, field):
                 del values[field]
         return values
@@ -314,6 +329,8 @@ class LlavaConfig:
         parts = {"vision": VisionConfig.from_dict(values["vision"]), "text": TextConfig.from_dict(values["text"])}
         if values.get("lora"):
             parts["lora"] = LoraConfig.from_dict(values["lora"])
+        if values.get("anyres"):
+            parts["anyres"] = AnyRes.from_dict(values["anyres"])
         return cls(**values | parts)
 
 
@@ -323,6 +340,7 @@ LLAMA_7B = TextConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-6)
 LLAMA_13B = TextConfig(32000, 5120, 13824, 40, 40, 40, 128, rms_norm_eps=1e-6)
 LLAMA2_7B = dataclasses.replace(LLAMA_7B, rms_norm_eps=1e-5, max_position_embeddings=4096)
 LLAMA2_13B = dataclasses.replace(LLAMA_13B, rms_norm_eps=1e-5, max_position_embeddings=4096)
+MISTRAL_7B = TextConfig(32000, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6, max_position_embeddings=32768)
 
 PRESETS: dict[str, LlavaConfig] = {
     # The paper: Vicuna v0 on LLaMA 1, one linear layer, 224 pixels.
@@ -331,4 +349,8 @@ PRESETS: dict[str, LlavaConfig] = {
     # LLaVA-1.5: Vicuna v1.5 on LLaMA 2, two layers, 336 pixels.
     "llava-v1.5-7b": LlavaConfig(CLIP_L_14_336, LLAMA2_7B, "mlp2x_gelu"),
     "llava-v1.5-13b": LlavaConfig(CLIP_L_14_336, LLAMA2_13B, "mlp2x_gelu"),
+    # LLaVA-1.6: up to four tiles and the complete image.
+    "llava-v1.6-vicuna-7b": LlavaConfig(CLIP_L_14_336, LLAMA2_7B, image_aspect="anyres", anyres=AnyRes()),
+    "llava-v1.6-vicuna-13b": LlavaConfig(CLIP_L_14_336, LLAMA2_13B, image_aspect="anyres", anyres=AnyRes()),
+    "llava-v1.6-mistral-7b": LlavaConfig(CLIP_L_14_336, MISTRAL_7B, image_aspect="anyres", anyres=AnyRes()),
 }

@@ -19,7 +19,7 @@ from llava_jax.data.plan import Layout
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, TextConfig
 from llava_jax.models.families import family_of
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
@@ -108,7 +108,10 @@ def first_trained_layers(model: LlavaConfig, trainable: Collection[str]) -> dict
     Once they pass through a piece of a stack (`models.pieces`), they pass through all layers of it and those after it.
     """
     unused, shapes = TOWERS[model.vision.kind].unused, abstract_params(model)
-    inputs = {"vision.layers": "vision.", "llm.layers": ("vision.", "projector.", "llm.embed_tokens.")}
+    inputs = {
+        "vision.layers": "vision.",
+        "llm.layers": ("vision.", "projector.", NEWLINE_PARAMETER, "llm.embed_tokens."),
+    }
 
     def first(stack: str, depth: int) -> int:
         found = [depth]

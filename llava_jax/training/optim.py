@@ -20,17 +20,19 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
 from llava_jax.training.optimizers import OPTIMIZERS
 from llava_jax.training.schedules import learning_rate
 
 # Stage -> the parts of the model that it trains.
-STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
+STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm", "newline")}
 # The same with LoRA.
 LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
 PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\.", "vision": r"vision\."}
+PATTERNS["newline"] = NEWLINE_PARAMETER
+OPTIONAL = ("newline",)  # what only some models have
 # Group -> the option that, unless it is 0, is its learning rate instead of `learning_rate`.
-RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": ""}
+RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": "", "newline": ""}
 
 
 class Group(NamedTuple):
@@ -98,7 +100,7 @@ def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
 
     found = {name: next((group for group in table if matches(group, name)), None) for name in parameters}
     for group in table:
-        if group not in found.values():
+        if group not in found.values() and group.label not in OPTIONAL:
             matching = sum(matches(group, name) for name in parameters)
             reason = f"all {matching} parameters that it matches are those of earlier patterns"
             raise _trains_nothing(group, reason if matching else _no_parameter(group, shapes))

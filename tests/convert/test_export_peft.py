@@ -92,6 +92,9 @@ def test_a_base_with_the_projector_and_an_adapter_for_servers(tmp_path, capsys):
     _, checkpoint = run(tmp_path, lora(rank=20))
     export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
     assert capsys.readouterr().err == f"warning: {tmp_path}/a: rank 20: vLLM needs --max-lora-rank 32\n"
+    with pytest.raises(UserError, match="b: --base and --output are one directory"):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "b", "--output", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
     check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "hf")

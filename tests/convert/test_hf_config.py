@@ -160,7 +160,7 @@ def test_siglip2_without_a_fixed_size_is_refused_with_the_way_out(model_type):
         ({"text_config": {"model_type": "gemma"}}, "text_config.*gemma"),
         ({"text_config": {"model_type": "llama", "mlp_bias": True}}, "text_config: mlp_bias"),
         ({"vision_config": {"model_type": "siglip2_vision_model"}}, "vision_config.*siglip2"),
-        ({"model_type": "llava_next"}, "llava_next"),
+        ({"model_type": "llava_onevision"}, "llava_onevision"),
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """Adapters that are imported beside the weights, and trained on."""
 
+import shutil
+
 import jax
 import numpy as np
 import peft_reference
@@ -112,3 +114,10 @@ def test_unmerged_goes_with_an_adapter(imported, tmp_path):
     directory, _ = imported
     with pytest.raises(UserError, match="base: no adapter of PEFT: leave --unmerged out"):
         convert("import", "--llava", directory / "base", "--unmerged", "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        convert("import", "--llm", directory, "--vision", directory, "--unmerged", "--output", tmp_path / "out")
+    shutil.copytree(directory / "adapter", tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="cut: has adapter_model.safetensors, but no adapter_config.json: copy the"):
+        convert("import", "--llava", tmp_path / "cut", "--base", directory / "base", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -7,8 +7,8 @@ import pytest
 from configs import common, finetune, pretrain, quickstart
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_POSITIONS
-from llava_jax.data.images import ASPECTS
 from llava_jax.models.attention import BACKENDS
+from llava_jax.models.config import ASPECTS
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.training import config_check, optim

@@ -9,7 +9,7 @@ import tiny
 
 from configs import common
 from llava_jax.data.plan import Layout
-from llava_jax.models.config import PRESETS, VisionConfig
+from llava_jax.models.config import PRESETS, LoraConfig, VisionConfig
 from llava_jax.models.llava import abstract_params
 from llava_jax.preflight import compile, targets
 from llava_jax.training import flops
@@ -163,6 +163,36 @@ def test_seven_billion_parameters_take_six_flops_each_and_token():
     # A layer's last product is not computed again.
     down = shapes["llm.layers.mlp.down_proj.kernel"].size
     assert trained["llm"].recomputed == 2 * (N - down) * 2048
+
+
+def test_a_step_with_adapters_has_two_thirds_of_the_flops():
+    """4 N T instead of 6 N T, without remat, and the products of the adapters.
+
+    Adapters of rank R at a product [I, O] have R (1 / I + 1 / O) of its FLOPs.
+    """
+    targets = (r"llm\.layers\..*_proj",)
+    model = dataclasses.replace(MODEL, lora=LoraConfig(1, 2.0, targets))
+    trainable = PROJECTOR | {name for name in abstract_params(model) if ".lora." in name}
+    full, ours = (flops.step_flops(*of, "none") for of in ((MODEL, ROW, BOTH), (model, ROW, trainable)))
+    assert (ours["llm"].needed + ours["adapters"].needed) / full["llm"].needed == pytest.approx(2 / 3, rel=1e-3)
+    published = dataclasses.replace(model, lora=LoraConfig(128, 256.0, targets))
+    share = flops.step_flops(published, ROW, trainable, "none")["adapters"].needed / ours["llm"].needed
+    kernels = [
+        leaf.shape[1:]
+        for name, leaf in abstract_params(MODEL).items()
+        if name.startswith("llm.layers") and leaf.ndim == 3
+    ]
+    added = sum(128 * (inputs + outputs) for inputs, outputs in kernels) / sum(map(math.prod, kernels))
+    assert share == pytest.approx(3 / 2 * added) == pytest.approx(0.074, abs=1e-3)
+
+
+def test_only_what_is_trained_has_optimizer_state(monkeypatch):
+    program = adapted("none", monkeypatch).training
+    trained = sum(leaf.size for leaf in program.state.trainable.values())
+    assert {name.partition(".")[0] for name in program.state.trainable} == {"projector", "llm"}
+    assert all(".lora." in name or name.startswith("projector.") for name in program.state.trainable)
+    moments = [leaf for leaf in jax.tree.leaves(program.state.optimizer) if leaf.ndim]
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in moments) == 2 * 4 * trained
 
 
 def test_the_tower_runs_forward_only_and_not_its_last_layer():
