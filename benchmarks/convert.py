@@ -5,10 +5,12 @@ it, and compares every tensor that comes back bit for bit. Each command is a pro
 disk's (`sync`). Run as root, it makes the system forget before each what was read before. Memory is the largest that
 the system counts as the process's (resident set), pages of mapped files included, and the largest of its own
 (anonymous) pages, which no system can take away from it. Needs twice the model's size of disk: 28 GB for 7B, 54 GB for
-13B; what is no longer needed is deleted at once.
+13B; what is no longer needed is deleted at once. With --base-dtype the import quantizes the linear layers of the
+decoder, which come back dequantized.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -33,6 +35,7 @@ from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import abstract_params
+from llava_jax.models.quantized import PARTS
 
 BLOCK = np.random.default_rng(0).integers(0, 2**16, 2**24 + 11, np.uint16)  # random numbers, taken again and again
 TICK = 0.05  # seconds between looks at a process's memory
@@ -56,12 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, required=True, help="scratch space; what is written there is removed")
     parser.add_argument("--model", choices=PRESETS, default="llava-v1.5-7b")
     parser.add_argument("--layers", type=int, help="of the decoder, fewer than it has: shows that the benchmark runs")
+    parser.add_argument("--base-dtype", choices=list(PARTS), default="", help="of the import")
     args = parser.parse_args(argv)
 
     scratch = args.directory / f"convert-{os.getpid()}"
     scratch.mkdir(parents=True)
     try:
-        return compare(scratch, preset(args.model, args.layers))
+        return compare(scratch, preset(args.model, args.layers), args.base_dtype)
     finally:
         shutil.rmtree(scratch)
 
@@ -72,34 +76,43 @@ def preset(name: str, layers: int | None) -> LlavaConfig:
     return LlavaConfig.from_dict(values)
 
 
-def compare(scratch: Path, config: LlavaConfig) -> int:
+def compare(scratch: Path, config: LlavaConfig, base_dtype: str) -> int:
     source, copy, checkpoint, exported = (scratch / name for name in ("hf", "copy", "checkpoint", "exported"))
     write_model(config, source)
-    size = sum(file.stat().st_size for file in source.iterdir())
+    size = bytes_of(source)
     convert = [sys.executable, "-m", "llava_jax.convert"]
     print(f"{size / 1e9:.1f} GB, {os.cpu_count()} cores, cache {'dropped' if forget() else 'kept'}", flush=True)
     runs = {"cp": measure(["cp", "-r", str(source), str(copy)])}
     shutil.rmtree(copy)
     command = ["import", "--llava", str(source), "--aspect", "pad", "--output", str(checkpoint)]
-    runs["import"] = measure(convert + command)
+    runs["import"] = measure(convert + command + (["--base-dtype", base_dtype] if base_dtype else []))
     shutil.rmtree(source)
+    imported = bytes_of(checkpoint)
     runs["export"] = measure([*convert, "export", "--checkpoint", str(checkpoint), "--output", str(exported)])
     print("| command | seconds | of cp | resident GiB | anonymous GiB |\n|---|---|---|---|---|")
     for name, run in runs.items():
         ratio, memory = run.seconds / runs["cp"].seconds, [run.resident / 2**30, run.anonymous / 2**30]
         print(f"| {name} | {run.seconds:.0f} | {ratio:.2f} | {memory[0]:.2f} | {memory[1]:.2f} |")
+    print(f"the checkpoint has {imported / 1e9:.2f} GB")
     tensors = tensors_of(config)
-    wrong = differing(tensors, exported)
-    print(f"{len(tensors)} tensors came back, {len(wrong)} of them other than they went")
-    return 1 if wrong else 0
+    wrong, kept = differing(tensors, exported), abstract_params(dataclasses.replace(config, base_dtype=base_dtype))
+    quantized = {tensor.name for tensor in tensors_of(config, set(abstract_params(config)) - set(kept))}
+    print(
+        f"{len(tensors)} tensors came back, {len(wrong)} of them other than they went; {len(quantized)} were quantized"
+    )
+    return 0 if quantized == set(wrong) else 1
 
 
-def tensors_of(config: LlavaConfig) -> list[Tensor]:
-    """A whole LLaVA by Hugging Face's names, made when it is read."""
+def bytes_of(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def tensors_of(config: LlavaConfig, chosen: set[str] | None = None) -> list[Tensor]:
+    """A whole LLaVA by Hugging Face's names, or the chosen ones of our parameters, made when they are read."""
     shapes = abstract_params(config)
     tensors = []
     for part, entries in entries_of(config).items():
-        for entry in entries:
+        for entry in (entry for entry in entries if chosen is None or entry.name in chosen):
             shape = entry.hf_shape(shapes[entry.name].shape)
             names = [EXPORT_PREFIXES[part] + leaf for leaf in entry.leaves()]
             tensors += [

@@ -1,5 +1,6 @@
 """What the comparisons with transformers share: the model, its random weights, and a process for each side."""
 
+import dataclasses
 import functools
 import hashlib
 import multiprocessing
@@ -15,6 +16,7 @@ from llava_jax.convert.names import entries_of, to_ours
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
+from llava_jax.models.quantized import quantized_params
 
 # SmolLM2-135M's shape with a CLIP ViT-B/16 tower.
 CONFIG = LlavaConfig(
@@ -75,7 +77,11 @@ def random_tensor(name: str, shape: tuple[int, ...], scale: float) -> np.ndarray
 
 
 def our_parameters(config: LlavaConfig, scale: float = INITIAL) -> Iterator[tuple[str, np.ndarray]]:
-    """The names and values of our parameters."""
+    """The names and values of our parameters. A quantized base is quantized from the same values."""
+    if config.base_dtype:
+        plain = dict(our_parameters(dataclasses.replace(config, base_dtype=""), scale))
+        yield from quantized_params(plain, abstract_params(config), config.base_dtype).items()
+        return
     shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     for prefix, entry in entries(config):
         get = functools.partial(_tensor, prefix, entry.hf_shape(shapes[entry.name]), scale)
@@ -87,7 +93,10 @@ def _tensor(prefix: str, shape: tuple[int, ...], scale: float, leaf: str) -> np.
 
 
 def torch_model(config: LlavaConfig, scale: float = INITIAL) -> Any:
-    """`LlavaForConditionalGeneration` with the same values and its default attention; the last id is `<image>`."""
+    """`LlavaForConditionalGeneration` with the same values and its default attention; the last id is `<image>`.
+
+    Adapters are PEFT's.
+    """
     import torch
     import transformers
 
@@ -118,10 +127,29 @@ def torch_model(config: LlavaConfig, scale: float = INITIAL) -> Any:
             tie_word_embeddings=text.tie_word_embeddings,
         )
     )
-    parameters = dict(model.named_parameters())
+    if config.lora is not None:
+        model = with_adapters(model, config)
+    parameters = {_without_peft(name): parameter for name, parameter in model.named_parameters()}
     for prefix, entry in entries(config):
         for leaf in entry.leaves():
             parameter = parameters.pop(prefix + leaf)
             parameter.data.copy_(torch.from_numpy(random_tensor(prefix + leaf, tuple(parameter.shape), scale)))
     assert not parameters, f"not set: {list(parameters)}"
     return model
+
+
+def with_adapters(model: Any, config: LlavaConfig) -> Any:
+    """A torch model with PEFT's adapters where ours has some."""
+    import peft
+
+    adapters = [prefix + leaf for prefix, entry in entries(config) if ".lora." in entry.name for leaf in entry.leaves()]
+    targets = sorted({name.partition(".lora_")[0] for name in adapters})
+    lora = config.lora
+    options = {"use_rslora": lora.rslora, "use_dora": lora.dora, "lora_dropout": lora.dropout}
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, **options)
+    )
+
+
+def _without_peft(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default", "")

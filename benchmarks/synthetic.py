@@ -18,6 +18,7 @@ Pictures are scikit-image's photographs: random crops, resized to the sizes that
 may be fewer than samples, whose names then repeat.
 """
 
+import functools
 import json
 import os
 import pydoc_data.topics
@@ -128,18 +129,23 @@ def picture_name(number: int) -> str:
     return f"{number:012}.jpg"
 
 
-def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
-    """Writes what of pictures 0 to `count` - 1 isn't there; each depends on the seed and its number alone."""
+@functools.cache
+def photographs() -> list[Image.Image]:
+    """scikit-image's, as RGB."""
     import skimage
 
-    folder.mkdir(parents=True, exist_ok=True)
     data = Path(skimage.__file__).parent / "data"
-    photographs = [Image.open(data / name).convert("RGB") for name in PHOTOGRAPHS]
+    return [Image.open(data / name).convert("RGB") for name in PHOTOGRAPHS]
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
+    """Writes what of pictures 0 to `count` - 1 isn't there; each depends on the seed and its number alone."""
+    folder.mkdir(parents=True, exist_ok=True)
     sizes, weights = list(SIZES), np.array(list(SIZES.values()))
     missing = [number for number in range(count) if not (folder / picture_name(number)).exists()]
     for number in track(missing, "making pictures"):
         rng = np.random.default_rng([seed, number])
-        photograph = photographs[rng.integers(len(photographs))]
+        photograph = photographs()[rng.integers(len(PHOTOGRAPHS))]
         size = sizes[rng.choice(len(sizes), p=weights / weights.sum())]
         zoom, centre = rng.uniform(0.0, 0.2), tuple(rng.random(2))
         picture = ImageOps.fit(photograph, size, Image.Resampling.LANCZOS, bleed=zoom, centering=centre)

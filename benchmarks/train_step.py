@@ -18,6 +18,7 @@ import numpy as np
 from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
 from llava_jax import cli
+from llava_jax.data.plan import Layout
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 
 ROWS, QUESTION, ANSWER = 4, 80, 40
@@ -84,27 +85,36 @@ def random_batch(step: int, config: LlavaConfig) -> dict[str, np.ndarray]:
     }
 
 
+def layout_of(config: LlavaConfig) -> Layout:
+    return Layout(ROWS, 1, LENGTH, 1, ANSWER, config.image_tokens, config.vision.image_size)
+
+
+def is_trained(config: LlavaConfig, name: str) -> bool:
+    return name.startswith("projector.") or name.startswith("llm.") and (config.lora is None or ".lora." in name)
+
+
 # --------------------------------------------------------------------------------------------------------- the sides
 
 
-def jax_step(config: LlavaConfig) -> Step:
-    """The step of `llava_jax.training.step`, as training runs it."""
+def jax_step(config: LlavaConfig, remat: str = "none") -> Step:
+    """The step of `llava_jax.training.step`, as training runs it.
+
+    Trains projector and decoder or, of a model with adapters, projector and adapters.
+    """
     import jax
     import jax.numpy as jnp
     import optax
 
-    from llava_jax.data.plan import Layout
     from llava_jax.parallel.sharding import make_mesh
     from llava_jax.training.step import StepSettings, TrainState, train_step
 
     trainable, frozen = {}, {}
     for name, value in our_parameters(config):
-        (trainable if name.startswith(("projector.", "llm.")) else frozen)[name] = jnp.array(value)
+        (trainable if is_trained(config, name) else frozen)[name] = jnp.array(value)
 
     optimizer = optax.adamw(LEARNING_RATE, *BETAS, EPSILON, weight_decay=0.0)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
-    layout = Layout(ROWS, 1, LENGTH, 1, ANSWER, config.image_tokens, config.vision.image_size)
-    settings = StepSettings(config, layout, make_mesh({"fsdp": -1}))
+    settings = StepSettings(config, layout_of(config), make_mesh({"fsdp": -1}), remat=remat)
     step_fn = jax.jit(functools.partial(train_step, settings, optimizer), donate_argnums=0)
 
     def take_step(number: int) -> float:
@@ -117,13 +127,21 @@ def jax_step(config: LlavaConfig) -> Step:
     return take_step
 
 
-def torch_step(config: LlavaConfig) -> Step:
-    """The model of transformers with its default attention, and the fastest AdamW that torch has."""
+def torch_step(config: LlavaConfig, remat: str = "none") -> Step:
+    """The model of transformers with its default attention, and the fastest AdamW that torch has.
+
+    Adapters are PEFT's. Any remat policy but "none" is transformers' gradient checkpointing.
+    """
     import torch
 
     model = torch_model(config)
-    model.model.vision_tower.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name if config.lora else "vision_tower" not in name)
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
     model.train()
+    if remat != "none":
+        model.gradient_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0, fused=True)
 

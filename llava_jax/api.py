@@ -13,6 +13,7 @@ from llava_jax.checkpoint.reading import Checkpoint, is_checkpoint, open_checkpo
 from llava_jax.cli import UserError
 from llava_jax.convert import hub
 from llava_jax.convert.import_weights import ImportedModel, open_llava
+from llava_jax.convert.served_adapter import read_for
 from llava_jax.data.templates import IMAGE_TOKEN, choose_template
 from llava_jax.data.transcript import marked
 from llava_jax.inference.generate import Generator
@@ -62,10 +63,12 @@ class Model:
     Attributes:
       config: sizes and kinds of the model's parts, a `LlavaConfig`.
       tokenizer: of the language model, as transformers loads it.
+      adapters: the names of its adapters (LoRA), which answer instead of the model if their name is given.
     """
 
     def __init__(self, generator: Generator):
         self.config, self.tokenizer = generator.config, generator.prompts.tokenizer
+        self.adapters = [adapter.name for adapter in generator.adapters.loaded()]
         self._generator = generator
 
     @overload
@@ -75,6 +78,7 @@ class Model:
         images: Sequence[ImageInput] = (),
         *,
         system: str | None = None,
+        adapter: str | None = None,
         stream: Literal[False] = False,
         **sampling: Unpack[SamplingOptions],
     ) -> str: ...
@@ -86,6 +90,7 @@ class Model:
         images: Sequence[ImageInput] = (),
         *,
         system: str | None = None,
+        adapter: str | None = None,
         stream: Literal[True],
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[str]: ...
@@ -96,6 +101,7 @@ class Model:
         images: Sequence[ImageInput] = (),
         *,
         system: str | None = None,
+        adapter: str | None = None,
         stream: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> str | Iterator[str]:
@@ -112,6 +118,7 @@ class Model:
           prompt: a question, or turns of a conversation; see `Prompt`.
           images: one for each `<image>`, in order; see `ImageInput`.
           system: the system prompt instead of the template's.
+          adapter: the name of one of `adapters`, which answers; by default the model without any.
           stream: yields the parts of the answer as they are generated.
           **sampling: see `SamplingOptions`.
 
@@ -120,10 +127,11 @@ class Model:
 
         Raises:
           UserError: the prompt is malformed, has another number of `<image>` than images or is too long for the
-            context, or an image is missing or damaged. With `stream` it is raised when the iteration begins.
+            context, an image is missing or damaged, or there is no such adapter. With `stream` it is raised when the
+            iteration begins.
         """
-        request = self._request(prompt, images, system)
-        parts = self._generator.stream(request, self._sampling(request, sampling))
+        generator, request = self._with(adapter), self._request(prompt, images, system)
+        parts = generator.stream(request, _sampling(generator, request, sampling))
         return parts if stream else "".join(parts)
 
     def generate(
@@ -131,6 +139,7 @@ class Model:
         prompts: Sequence[Prompt],
         images: Sequence[ImageInput | Sequence[ImageInput] | None] | None = None,
         *,
+        adapter: str | None = None,
         batch_size: int = 16,
         **sampling: Unpack[SamplingOptions],
     ) -> list[str]:
@@ -141,6 +150,7 @@ class Model:
         Args:
           prompts: see `Prompt`.
           images: for each prompt its images, an image or None; None for prompts without images.
+          adapter: that answers all prompts; see `chat`.
           batch_size: prompts that are answered at a time.
           **sampling: see `SamplingOptions`.
 
@@ -159,37 +169,43 @@ class Model:
             raise UserError("images is one image: give a list that has the image, or images, of each prompt")
         if len(images) != len(prompts):
             raise UserError(f"{len(prompts)} prompts, but images for {len(images)}: give None for a prompt without any")
-        known: dict[int, tuple[ImageInput, Image.Image]] = {}
+        generator, known = self._with(adapter), {}
         requests = [self._request(prompt, own, known=known) for prompt, own in zip(prompts, images, strict=True)]
-        samplings = [self._sampling(request, sampling) for request in requests]
+        samplings = [_sampling(generator, request, sampling) for request in requests]
         answers = [""] * len(prompts)
         for one in dict.fromkeys(samplings):  # most prompts have the same one
             chosen = [index for index, other in enumerate(samplings) if other == one]
-            found = self._generator.answer([requests[index] for index in chosen], one, batch_size)
+            found = generator.answer([requests[index] for index in chosen], one, batch_size)
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = answer
         return answers
 
-    def encode_images(self, images: Sequence[ImageInput], *, batch_size: int = 16) -> np.ndarray:
+    def encode_images(
+        self, images: Sequence[ImageInput], *, adapter: str | None = None, batch_size: int = 16
+    ) -> np.ndarray:
         """The image features that the language model sees, H_v = W g(X_v) of the paper (section 4.1).
 
         Args:
           images: see `ImageInput`.
+          adapter: whose projector is used, if it has one; see `chat`.
           batch_size: images that are encoded at a time.
 
         Returns:
           float32[N, P, D]
 
         Raises:
-          UserError: an image is missing or damaged.
+          UserError: an image is missing or damaged, or there is no such adapter.
         """
         _check_batch_size(batch_size)
+        generator = self._with(adapter)
         opened = _images(images, {})
         batches = [opened[start : start + batch_size] for start in range(0, len(opened), batch_size)]
         empty = np.zeros((0, self.config.image_tokens, self.config.text.hidden_size), np.float32)
-        return np.concatenate([empty, *map(self._generator.encode_images, batches)])
+        return np.concatenate([empty, *map(generator.encode_images, batches)])
 
-    def logits(self, prompt: Prompt, answer: str = "", images: Sequence[ImageInput] = ()) -> np.ndarray:
+    def logits(
+        self, prompt: Prompt, answer: str = "", images: Sequence[ImageInput] = (), *, adapter: str | None = None
+    ) -> np.ndarray:
         """The scores of the next token at each position of a prompt that is followed by (the beginning of) an answer.
 
         The positions are those of the template's text: the system prompt, the turns and the mark of the assistant's
@@ -200,6 +216,7 @@ class Model:
           prompt: see `Prompt`.
           answer: text that the assistant's turn begins with.
           images: see `chat`.
+          adapter: see `chat`.
 
         Returns:
           float32[L, V], not normalized; L is the number of positions.
@@ -207,15 +224,18 @@ class Model:
         Raises:
           UserError: as `chat` does.
         """
-        return self._generator.logits(self._request(prompt, images, answer=answer))
+        return self._with(adapter).logits(self._request(prompt, images, answer=answer))
 
-    def logprobs(self, prompt: Prompt, answer: str, images: Sequence[ImageInput] = ()) -> np.ndarray:
+    def logprobs(
+        self, prompt: Prompt, answer: str, images: Sequence[ImageInput] = (), *, adapter: str | None = None
+    ) -> np.ndarray:
         """The log probability of each token of an answer, given the prompt and the tokens before it.
 
         Args:
           prompt: see `Prompt`.
           answer: its sum of log probabilities ranks it among other answers. Its end mark is not part of it.
           images: see `chat`.
+          adapter: see `chat`.
 
         Returns:
           float32[A] of the answer's A tokens
@@ -223,13 +243,13 @@ class Model:
         Raises:
           UserError: as `chat` does.
         """
-        request = self._request(prompt, images, answer=answer)
-        encode = self._generator.prompts.encode
+        generator, request = self._with(adapter), self._request(prompt, images, answer=answer)
+        encode = generator.prompts.encode
         asked = encode(Request(request.turns, request.images)).tokens
         tokens = encode(request).tokens
         common = tokens[: len(asked)] == asked[: len(tokens)]
         begin = len(common) if common.all() else int(common.argmin())  # a tokenizer may join the first token with `:`
-        scores = jax.nn.log_softmax(self._generator.logits(request)[begin - 1 : -1])
+        scores = jax.nn.log_softmax(generator.logits(request)[begin - 1 : -1])
         return np.asarray(scores)[np.arange(len(tokens) - begin), tokens[begin:]]
 
     def _request(
@@ -251,12 +271,8 @@ class Model:
             turns = [("system", system), *turns]
         return Request(turns, opened, answer)
 
-    def _sampling(self, request: Request, options: SamplingOptions) -> Sampling:
-        stop = options.get("stop", ())
-        options = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-        if "max_new_tokens" not in options:
-            options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, self._generator.room(request)))
-        return Sampling(**options)
+    def _with(self, adapter: str | None) -> Generator:
+        return self._generator if adapter is None else self._generator.with_adapter(adapter)
 
 
 def load(
@@ -267,12 +283,15 @@ def load(
     quantize: str | None = None,
     mesh: Mapping[str, int] | None = None,
     devices: Sequence[jax.Device] = (),
+    adapters: Mapping[str, str | os.PathLike] | None = None,
 ) -> Model:
     """Loads a model.
 
     ```python
     model = llava_jax.load("runs/finetune")
     model = llava_jax.load("llava-hf/llava-1.5-7b-hf", quantize="int8")
+    model = llava_jax.load("llava-hf/llava-1.5-7b-hf", adapters={"mine": "runs/lora"})
+    model.chat("What is this?", ["cat.jpg"], adapter="mine")
     ```
 
     A model of Hugging Face is converted as `llava convert import --llava` does, while it is read: nothing is written
@@ -288,19 +307,27 @@ def load(
       quantize: "int8" stores the weights of the language model in eight bits.
       mesh: shards the parameters over devices, as `{"tensor": 4}`; axes are "data", "fsdp" and "tensor".
       devices: to use instead of the first one. Without a `mesh`, each layer is split over all of them.
+      adapters: directories of adapters (LoRA) that were trained on this model, by name: of PEFT, or workdirs. The base
+        is loaded once.
 
     Returns:
       The model, its weights on the devices.
 
     Raises:
-      UserError: there is no such model, it is damaged or not supported, or an option has no such value. The message
-        is one line that says what to do.
+      UserError: there is no such model, it is damaged or not supported, an adapter is for another one, or an option has
+        no such value. The message is one line that says what to do.
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
     checkpoint = _open(os.path.expanduser(os.fspath(source)))
     chosen = choose_template(template, checkpoint.template)
-    return Model(Generator.from_checkpoint(checkpoint, chosen, dtype, devices, mesh=mesh, quantize=quantize))
+    read = {
+        name: read_for(os.path.expanduser(os.fspath(directory)), checkpoint, template)
+        for name, directory in (adapters or {}).items()
+    }
+    return Model(
+        Generator.from_checkpoint(checkpoint, chosen, dtype, devices, mesh=mesh, quantize=quantize, adapters=read)
+    )
 
 
 def _open(source: str) -> Checkpoint | ImportedModel:
@@ -311,6 +338,14 @@ def _open(source: str) -> Checkpoint | ImportedModel:
     if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         return open_llava(source)
     return open_llava(source) if not path.exists() and hub.is_name(source) else open_checkpoint(source)
+
+
+def _sampling(generator: Generator, request: Request, options: SamplingOptions) -> Sampling:
+    stop = options.get("stop", ())
+    options = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    if "max_new_tokens" not in options:
+        options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, generator.room(request)))
+    return Sampling(**options)
 
 
 def _check_batch_size(batch_size: int) -> None:

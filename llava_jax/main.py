@@ -5,7 +5,7 @@ example:
     --config.init=runs/pretrain --config.data.json=mix665k.json --config.data.images=images
 
 The same command again resumes the run. If its newest checkpoint is damaged, give --resume-from with an earlier step.
---config takes the name of a recipe (pretrain, finetune, finetune_lora, scienceqa) or the path of one;
+--config takes the name of a recipe (pretrain, finetune, finetune_lora, llava_next, scienceqa) or the path of one;
 llava_jax/recipes/common.py explains every option. On several hosts, run the same command on each: on TPU pods and under
 SLURM as it is, on other clusters with --coordinator, --num_processes and --process_id (docs/hosts.md).
 """

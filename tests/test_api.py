@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import adapters as support
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,6 +265,74 @@ def test_mistakes_raise_one_line(model, call, message):
     with pytest.raises(llava_jax.UserError, match=message) as raised:
         call(model)
     assert "\n" not in str(raised.value)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+LORAS = {"red": support.lora(2), "blue": support.lora(4, dora=True)}
+
+
+@pytest.fixture(scope="module")
+def adapters(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """Workdirs of LoRA runs; `blue` has its own projector and template."""
+    directory, found = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, lora) in enumerate(LORAS.items(), 1):
+        trained = support.adapter(tiny.config(), lora, seed, projector=name == "blue")
+        template = "plain" if name == "blue" else "v1"
+        found[name] = support.workdir(directory / name, checkpoint, lora, trained, template)
+    return found
+
+
+@pytest.fixture(scope="module")
+def adapted(checkpoint, adapters) -> llava_jax.Model:
+    return llava_jax.load(checkpoint, adapters=adapters)
+
+
+def test_an_adapter_gives_what_its_merged_model_gives(adapted, adapters, model):
+    """In all methods; the base, and an answer that is only begun, are not changed by others."""
+    prompts, images = ["What is it?", "<image> or what?", "Hello"], [noise(), noise(), None]
+    assert adapted.adapters == ["red", "blue"] and model.adapters == []
+    begun = adapted.chat("What is it?", [noise()], stream=True, max_new_tokens=8)
+    parts, answers = [next(begun)], []
+    for name, expected in ((None, model), *((name, llava_jax.load(path)) for name, path in adapters.items())):
+        answers.append(expected.generate(prompts, images, max_new_tokens=8))
+        assert adapted.generate(prompts, images, adapter=name, max_new_tokens=8) == answers[-1]
+        assert adapted.chat(prompts[0], images[0], adapter=name, max_new_tokens=8) == answers[-1][0]
+        scores = adapted.logits("What is it?", "It is", noise(), adapter=name)
+        np.testing.assert_allclose(scores, expected.logits("What is it?", "It is", noise()), atol=1e-4)
+        scores = adapted.logprobs("What is it?", "It is", noise(), adapter=name)
+        np.testing.assert_allclose(scores, expected.logprobs("What is it?", "It is", noise()), atol=1e-4)
+        features = adapted.encode_images([noise()], adapter=name)
+        np.testing.assert_allclose(features, expected.encode_images([noise()]), atol=1e-5)
+    assert len(set(map(tuple, answers))) == 3
+    assert "".join([*parts, *begun]) == answers[0][0]
+
+
+@pytest.mark.parametrize("options", [{"mesh": {"tensor": 1}}, {"devices": jax.devices()[-1:]}, {"quantize": "int8"}])
+def test_adapters_go_with_the_options_of_loading(checkpoint, adapters, adapted, options):
+    loaded = llava_jax.load(checkpoint, adapters=adapters, **options)
+    found, expected = (each.logits("What is it?", "It is", noise(), adapter="red") for each in (loaded, adapted))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.3 if "quantize" in options else 1e-4)
+    assert len(loaded.chat("What is it?", noise(), adapter="red", max_new_tokens=3)) > 0
+
+
+def test_mistakes_with_adapters_are_one_line(adapted, checkpoint, adapters, tmp_path):
+    message = r"^no adapter is named 'rde': there is 'red', 'blue'; did you mean 'red'\?$"
+    for call in (adapted.chat, adapted.logits, lambda prompt, adapter: adapted.generate([prompt], adapter=adapter)):
+        with pytest.raises(llava_jax.UserError, match=message):
+            call("Hello", adapter="rde")
+    other = tiny.checkpoint(tmp_path, tiny.config(projector_type="linear"))
+    for base, directory, message in (
+        (other, adapters["red"], "red: is for another base: its projector_type is mlp2x_gelu, and that of"),
+        (adapters["red"], adapters["blue"], "the checkpoint has an adapter already"),
+        (checkpoint, checkpoint, "model: a checkpoint without an adapter: give it as --checkpoint"),
+        (checkpoint, "/nope", "^/nope: no such checkpoint"),
+    ):
+        with pytest.raises(llava_jax.UserError, match=message) as raised:
+            llava_jax.load(base, adapters={"mine": directory})
+        assert "\n" not in str(raised.value)
+    with pytest.raises(llava_jax.UserError, match="'' is no name of an adapter: 1 to 200 printable characters"):
+        llava_jax.load(checkpoint, adapters={"": adapters["red"]})
 
 
 # ------------------------------------------------------------------------------------------------- Hugging Face

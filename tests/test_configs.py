@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import finetune, finetune_lora, pretrain, scienceqa
+from configs import finetune, finetune_lora, llava_next, pretrain, scienceqa
 from llava_jax import main, recipes
 from llava_jax.cli import UserError
 from llava_jax.data.templates import TEMPLATES
@@ -22,6 +22,7 @@ PUBLISHED = {
     (scienceqa, ""): (2e-5, 32, 12, 1.0, "llava_v0", "square", "as_is"),
     (pretrain, ""): (1e-3, 256, 1, 0.0, "plain", "square", "first"),
     (finetune, ""): (2e-5, 128, 1, 0.0, "v1", "pad", "first"),
+    (llava_next, "13b"): (1e-5, 128, 1, 1.0, "v1", "anyres", "first"),
     (finetune_lora, ""): (2e-4, 128, 1, 0.0, "v1", "pad", "first"),
 }
 
@@ -32,7 +33,8 @@ def test_hyperparameters_are_the_published_ones(recipe):
     config = module.get_config(argument)
     keys = ("learning_rate", "batch_rows", "epochs", "clip_norm", "template", "image_aspect", "image_position")
     assert tuple(config[key] for key in keys) == PUBLISHED[recipe]
-    assert {key: config[key] for key in SHARED} == SHARED
+    shared = SHARED | ({"max_length": 4096} if module is llava_next else {})
+    assert {key: config[key] for key in shared} == shared
     assert (
         config.default_model in PRESETS
         and config.model in ("", config.default_model)
@@ -86,7 +88,7 @@ def test_the_recipe_with_lora_is_finetune_with_the_published_adapters(size):
         (["--config=configs/no_such_file.py", "--workdir=w"], "no_such_file.py"),
         (
             ["--config=finetuen:7b", "--workdir=w"],
-            "no recipe 'finetuen'; the package has pretrain, finetune, finetune_lora, scienceqa",
+            "no recipe 'finetuen'; the package has pretrain, finetune, finetune_lora, llava_next, scienceqa",
         ),
         (["--config=configs/finetune", "--workdir=w"], "the path of a recipe of your own ends with .py"),
         (["--config=finetune:14b"], "'14b' in '14b' is none of"),

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, first_device
 from llava_jax.models import lora
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.quantized import Parts, dequantize, linear_of
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
@@ -67,18 +68,18 @@ class Merged(Checkpoint):
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: leaf for name, leaf in super().abstract().items() if not lora.PARAMETER.fullmatch(name)}
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, exact: bool = False) -> np.ndarray:
         if name not in self.adapters:
-            return super().read(name, layer)
-        shape = self.abstract()[name].shape
-        if layer is None and len(shape) == 3:
-            return np.stack([self.read(name, index) for index in range(shape[0])])
-        kernel = super().read(name, layer)
+            return super().read(name, layer, exact)
+        leaf = self.abstract()[name]
+        if layer is None and len(leaf.shape) == 3:
+            return np.stack([self.read(name, index, exact) for index in range(leaf.shape[0])])
+        kernel = super().read(name, layer, exact=True)
         adapter = {part: self.adapted.read(its_name, layer) for part, its_name in self.adapters[name].items()}
-        exact = np.asarray(lora.merged(kernel, adapter, self.adapted.config.lora))
-        rounded = exact.astype(kernel.dtype)
-        self.changes.append((_squared_distance(exact, kernel), _squared_distance(exact, rounded)))
-        return rounded
+        total = np.asarray(lora.merged(kernel, adapter, self.adapted.config.lora))
+        rounded = total.astype(leaf.dtype)
+        self.changes.append((_squared_distance(total, kernel), _squared_distance(total, rounded)))
+        return total if exact else rounded
 
     def is_computed(self, name: str) -> bool:
         return name in self.adapters or super().is_computed(name)
@@ -92,12 +93,20 @@ class Merged(Checkpoint):
         wanted = list(abstract_params(self.config) if names is None else names)
         params = super().load([name for name in wanted if name not in self.adapters], dtype, sharding)
         for name in (name for name in wanted if name in self.adapters):
-            kernel = super().load([name], sharding=sharding)[name]
-            adapter = {part: self.adapted.read(its_name) for part, its_name in self.adapters[name].items()}
-            add = jax.jit(_added, static_argnames=("config", "dtype"), donate_argnums=0, out_shardings=kernel.sharding)
-            with jax.default_matmul_precision("highest"):
-                params[name] = add(kernel, adapter, config=self.adapted.config.lora, dtype=dtype(name, kernel.dtype))
+            params[name] = self._load_adapted(name, dtype(name, self.abstract()[name].dtype), sharding or first_device)
         return {name: params[name] for name in wanted}
+
+    def _load_adapted(self, name: str, dtype: jnp.dtype, place: Callable[[str], jax.sharding.Sharding]) -> jax.Array:
+        adapter = {part: self.adapted.read(its_name) for part, its_name in self.adapters[name].items()}
+        given = {"config": self.adapted.config.lora, "dtype": dtype}
+        if name in self._converted:
+            given["inputs"] = self.abstract()[name].shape[-2]
+            weights, add, donated = self._load_parts(linear_of(name), place), _added_dequantized, ()
+        else:
+            weights, add, donated = super().load([name], sharding=place)[name], _added, (0,)
+        add = jax.jit(add, static_argnames=tuple(given), donate_argnums=donated, out_shardings=place(name))
+        with jax.default_matmul_precision("highest"):
+            return add(weights, adapter, **given)
 
 
 def _squared_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -116,3 +125,14 @@ def _added(kernel: jax.Array, adapter: dict[str, jax.Array], config: LoraConfig,
         return stack.at[layer].set(lora.merged(stack[layer], own, config).astype(stack.dtype))
 
     return jax.lax.fori_loop(0, len(kernel), one, exact).astype(dtype)
+
+
+def _added_dequantized(
+    parts: Parts, adapter: dict[str, jax.Array], config: LoraConfig, dtype: jnp.dtype, inputs: int
+) -> jax.Array:
+    """A stack of quantized kernels with its adapter: the sum with the dequantized float32 kernel is rounded once."""
+
+    def one(layer: tuple[Parts, dict[str, jax.Array]]) -> jax.Array:
+        return lora.merged(dequantize(layer[0], inputs, jnp.float32), layer[1], config).astype(dtype)
+
+    return jax.lax.map(one, (parts, adapter))

@@ -232,11 +232,11 @@ class Checkpoint:
         parts = (part.within(start, stop) for part in self.held[pieces.whole(name)])
         return [part for part in parts if part.start < part.stop]
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        """One parameter in its stored type, or one layer of a stacked one."""
+    def read(self, name: str, layer: int | None = None, exact: bool = False) -> np.ndarray:
+        """One parameter in its stored type, or one layer of a stacked one; `exact`: dequantized kernels as float32."""
         if name in self._converted:
             layers = range(self.config.text.num_layers) if layer is None else (layer,)
-            found = [self._read_converted(name, layer) for layer in layers]
+            found = [self._read_converted(name, layer, exact) for layer in layers]
             return np.stack(found) if layer is None else found[0]
         return self._read_held(name, layer)
 
@@ -250,7 +250,7 @@ class Checkpoint:
         value = value.astype(self._held[pieces.whole(name)].dtype, copy=False)
         return value if layer is None else value[0]
 
-    def _read_converted(self, name: str, layer: int) -> np.ndarray:
+    def _read_converted(self, name: str, layer: int, exact: bool) -> np.ndarray:
         """A parameter of one layer of a linear layer that is quantized or dequantized."""
         linear, base_dtype = self._converted[name], self.rounded or self.config.base_dtype
         if self._holds(f"{linear}.codes"):
@@ -260,10 +260,8 @@ class Checkpoint:
         if part := PART.fullmatch(name):
             return np.asarray(parts[part["part"]])
         leaf = self.abstract()[name]
-        one = dequantize_stack(
-            {part: value[None] for part, value in parts.items()}, leaf.update(shape=(1, *leaf.shape[1:]))
-        )
-        return np.asarray(one[0])
+        one = leaf.update(shape=(1, *leaf.shape[1:]), dtype=jnp.float32 if exact else leaf.dtype)
+        return np.asarray(dequantize_stack({part: value[None] for part, value in parts.items()}, one)[0])
 
     def read_chunks(self, name: str, layer: int | None = None) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """The same in chunks, as (index, values)."""
@@ -300,10 +298,9 @@ class Checkpoint:
 
         Each is sharded by `sharding(name)` while it is read, or put on the first device.
         """
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self.check()
         wanted = dict.fromkeys(abstract_params(self.config) if names is None else names)
-        place = sharding or (lambda name: single)
+        place = sharding or first_device
         stored, plain = self.abstract(), [name for name in wanted if name not in self._converted]
         params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), place(n)) for n in plain})
         for linear in sorted({self._converted[name] for name in wanted.keys() & self._converted}):
@@ -328,23 +325,26 @@ class Checkpoint:
 
     def _load_converted(self, linear: str, dtype: Callable, place: Callable) -> Params:
         """The parameters of one stack of linear layers, quantized or dequantized."""
+        parts, kernel = self._load_parts(linear, place), f"{linear}.kernel"
+        if not self.rounded:
+            return {f"{linear}.{part}": value for part, value in parts.items()}
+        leaf = self.abstract()[kernel]
+        return {kernel: dequantize_stack(parts, leaf.update(dtype=dtype(kernel, leaf.dtype), sharding=place(kernel)))}
+
+    def _load_parts(self, linear: str, place: Callable) -> dict[str, jax.Array]:
+        """The quantized parts of one stack of linear layers; if it is to be dequantized, on every device."""
         base_dtype, kernel = self.rounded or self.config.base_dtype, f"{linear}.kernel"
         names = [f"{linear}.{part}" for part in PARTS[base_dtype]]
         everywhere = unsharded(place(kernel if self.rounded else names[0]))
         if self._holds(names[0]):
             held = self._load_held({name: (self._held[name].dtype, everywhere) for name in names})
-            parts = {part: held[f"{linear}.{part}"] for part in PARTS[base_dtype]}
-        else:
-            stored = self._held[kernel]
-            like = {part: everywhere if self.rounded else place(f"{linear}.{part}") for part in PARTS[base_dtype]}
-            target = place(kernel) if self.rounded else like["codes"]
-            if not _divides(target, stored.shape):
-                target = everywhere
-            parts = quantize(self._load_held({kernel: (stored.dtype, target)})[kernel], base_dtype, like)
-        if not self.rounded:
-            return {f"{linear}.{part}": value for part, value in parts.items()}
-        leaf = self.abstract()[kernel]
-        return {kernel: dequantize_stack(parts, leaf.update(dtype=dtype(kernel, leaf.dtype), sharding=place(kernel)))}
+            return {part: held[f"{linear}.{part}"] for part in PARTS[base_dtype]}
+        stored = self._held[kernel]
+        like = {part: everywhere if self.rounded else place(f"{linear}.{part}") for part in PARTS[base_dtype]}
+        target = place(kernel) if self.rounded else like["codes"]
+        if not _divides(target, stored.shape):
+            target = everywhere
+        return quantize(self._load_held({kernel: (stored.dtype, target)})[kernel], base_dtype, like)
 
     def _read(self, tree: dict[str, Any]) -> Params:
         with readable(self.weights):
@@ -384,6 +384,11 @@ class Checkpoint:
         whole = pieces.whole(name)
         everything = (part.start, part.stop) == (0, *self._held[whole].shape[:1])
         return whole if everything else pieces.piece(whole, part.start, part.stop)
+
+
+def first_device(name: str) -> jax.sharding.Sharding:
+    """The default sharding of every parameter."""
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:

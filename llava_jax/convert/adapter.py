@@ -18,9 +18,13 @@ from llava_jax.convert.layouts import ADAPTED, Place, Source, place_of
 from llava_jax.convert.names import LORA, entries_of, to_ours
 from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors
 from llava_jax.convert.tensors import open_directory, open_files
+from llava_jax.data.conversation import IMAGE_POSITIONS
+from llava_jax.data.images import ASPECTS
+from llava_jax.data.templates import TEMPLATES
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig, LoraConfig
-from llava_jax.models.hf_fields import Json, get, part
+from llava_jax.models.families import family_of
+from llava_jax.models.hf_fields import Json, get, one_of, part
 from llava_jax.models.hf_names import TRANSPOSE, Entry
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.lora import NOT_ADAPTED, is_target
@@ -30,6 +34,8 @@ _FILES = (
     ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
     ("adapter_model.bin", "adapter_model.bin.index.json"),
 )
+# A file of this project, which PEFT does not read: how prompts and images were made in training.
+TRAINED_WITH = "llava_jax.json"
 BESIDES = "non_lora_trainables.bin"  # in which the original LLaVA has the projector, trained whole
 # Fields of adapter_config.json that are read here, or that do not change the sum (origin, training). Any other one has
 # to be empty or have the value in _PLAIN.
@@ -47,6 +53,14 @@ _REPEATED = re.compile(r"\)[*+?{]")  # a repeated group in a pattern
 _MATRIX = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 
 
+class TrainedWith(NamedTuple):
+    """How prompts and images were made in training: names of a template and of settings of `LlavaConfig`."""
+
+    template: str
+    image_position: str
+    image_aspect: str
+
+
 class Adapter(NamedTuple):
     """An adapter on disk, whose settings are supported and whose tensors have not been read yet."""
 
@@ -62,7 +76,23 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(directory: Path) -> bool:
-    return (directory / SETTINGS).exists()
+    """Raises UserError for an adapter's weights without its settings."""
+    found, (weights, *_) = (directory / SETTINGS).exists(), _FILES[0]
+    if not found and (directory / weights).exists():
+        raise UserError(f"{directory}: has {weights}, but no {SETTINGS}: copy the adapter again")
+    return found
+
+
+def trained_with(directory: Path) -> TrainedWith | None:
+    """What an adapter that was exported here was trained with; None for those of others, which do not say it."""
+    file = directory / TRAINED_WITH
+    if not (is_adapter(directory) and file.exists()):
+        return None
+    known = {"template": TEMPLATES, "image_position": IMAGE_POSITIONS, "image_aspect": ASPECTS}
+    found = read_object(file)
+    if unknown := found.keys() - known:
+        raise UserError(f"{file}: {shown(min(unknown))} is no field that is known: {', '.join(known)}")
+    return TrainedWith(*(one_of(found, field, values, str(file)) for field, values in known.items()))
 
 
 def base_name(directory: Path) -> str:
@@ -172,6 +202,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     Layers of a stack that it does not adapt get matrices of zeros. Raises UserError for an adapter of another model,
     or with layers that are adapted differently.
     """
+    config = dataclasses.replace(config, base_dtype="")  # quantized or not, its linear layers have the same shapes
     shapes, places = abstract_params(config), {}
     for part_name, entries in entries_of(config).items():
         places |= {(part_name, leaf): entry for entry in entries for leaf in entry.leaves()}
@@ -190,6 +221,8 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     modules: dict[tuple[str, Entry], dict[str, str]] = {}  # of each stack, by leaf name
     for module in adapter.layers:
         place = place_of(f"{module}.weight", ADAPTED)
+        if module.rpartition(".")[2] in family_of(config.text).fused(config.text):
+            raise UserError(f"{adapter.where}: adapts {module}, which is several layers here; {_merge_it(adapter)}")
         if place not in places:
             raise UserError(f"{adapter.where}: adapts {module}, which the model does not have: it is for another model")
         entry = places[place]

@@ -6,6 +6,7 @@ processor the image is a token inside one text, without `▁` after it (unless t
 model is the same: equal ids give equal logits.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError, say, warn
 from llava_jax.convert import hf_config, hf_processor
 from llava_jax.convert.chat_template import chat_template
+from llava_jax.convert.fused import joined
 from llava_jax.convert.hf_tokenizer import SpecialTokens, choose_special_tokens, write_tokenizer
 from llava_jax.convert.layouts import EXPORT_PREFIXES
-from llava_jax.convert.outgoing import common_dtype, new_export, tensors_of
+from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.data.template_fit import end_of_answer, missing_marks
@@ -46,6 +48,8 @@ def export_model(checkpoint: Checkpoint, output: str, dtype: str | None = None) 
             f"{checkpoint.root}: Hugging Face has no projector {checkpoint.config.projector_type}, only "
             f"{' and '.join(supported)}: it cannot be exported"
         )
+    if checkpoint.rounded:
+        say(f"{checkpoint.root}: is {checkpoint.rounded}; the export has its dequantized weights", file=sys.stderr)
     with new_export(output) as directory:
         special = write_settings(checkpoint, directory, dtype)
         write_shards(directory, list(hf_tensors(checkpoint, dtype, special.rows)))
@@ -79,7 +83,9 @@ def write_settings(checkpoint: Checkpoint, directory: Path, dtype: str | None) -
 def hf_tensors(checkpoint: Checkpoint, dtype: str | None, rows: int) -> Iterator[Tensor]:
     """The tensors of the export, not read yet."""
     prefixes = EXPORT_PREFIXES | {"vision": TOWERS[checkpoint.config.vision.kind].hf_prefix}
-    yield from tensors_of(checkpoint, dtype, lambda part, leaf: prefixes[part] + leaf, rows=rows)
+    for part in PARTS:
+        tensors = tensors_of(checkpoint, dtype, lambda part, leaf: prefixes[part] + leaf, (part,), rows)
+        yield from joined(tensors, checkpoint.config.text) if part == "llm" else tensors
     if checkpoint.config.projector_type == "linear":
         stored = checkpoint.abstract()["projector.linear_1.kernel"].dtype
         yield from identity(dtype or stored, checkpoint.config, EXPORT_PREFIXES["projector"])

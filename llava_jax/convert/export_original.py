@@ -30,6 +30,7 @@ _PREFIXES = {
     "llm": "model.",
     "head": "",
     "projector": "model.mm_projector.",
+    "newline": "model.",
     "vision": "model.vision_tower.vision_tower.vision_model.",
 }
 _NOT_IN_4_37 = ("rope_parameters", "dtype", "head_dim")  # fields of a decoder that transformers 4.37 does not have
@@ -100,11 +101,11 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "use_cache": True,
         "use_mm_proj": True,
         "mm_vision_tower": tower or _tower(config, where),
-        "mm_hidden_size": config.vision.hidden_size,
+        "mm_hidden_size": config.feature_size,
         "mm_projector_type": config.projector_type,
         "mm_vision_select_layer": config.select_layer,
         "mm_vision_select_feature": config.select_feature,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": config.anyres.merge if config.anyres else "flat",
         "mm_use_im_start_end": config.im_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": config.image_aspect,
@@ -114,6 +115,9 @@ def _settings(checkpoint: Checkpoint, tower: str | None, dtype: str | None) -> J
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": config.text.max_position_embeddings,
     }
+    if config.anyres:
+        side = config.vision.image_size  # widths come first here
+        own["image_grid_pinpoints"] = [[grid.columns * side, grid.rows * side] for grid in config.anyres.grids]
     return {field: value for field, value in (kept(text) | decoder | own).items() if field not in _NOT_IN_4_37}
 
 
@@ -128,6 +132,10 @@ def _refuse_unknown(config: LlavaConfig, decoder: Json, where: str) -> None:
         problems.append(f"vision tower {config.vision.kind}, only {' and '.join(known)}")
     if config.image_aspect == "resize":
         problems.append("image aspect resize, only pad and square")
+    if isinstance(config.select_layer, tuple):
+        problems.append("features of several layers")
+    if config.image_resample != "bicubic":
+        problems.append(f"{config.image_resample} resizing, only bicubic")
     if text.rope_scaling and text.rope_scaling.kind != "linear":
         problems.append(f"rope_type {text.rope_scaling.kind}, only linear")
     if text.head_dim * text.num_heads != text.hidden_size:

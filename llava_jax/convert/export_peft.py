@@ -4,19 +4,21 @@ A projector that was trained whole is either in the adapter (`modules_to_save`),
 written with it, since servers take low-rank matrices alone.
 """
 
+import os
 from collections.abc import Iterator
 
 from llava_jax.checkpoint.merged import without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
-from llava_jax.convert.adapter import SETTINGS
+from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith
 from llava_jax.convert.export import export_model, identity
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
 from llava_jax.convert.shards import Tensor, write_file
 from llava_jax.convert.tensors import write_json
 from llava_jax.models.config import LoraConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json
 from llava_jax.models.lora import PARAMETER
 
@@ -26,12 +28,14 @@ NAMES = {
     "4.52": {
         "llm": "model.language_model.",
         "projector": "model.multi_modal_projector.",
+        "newline": "model.",
         "vision": "model.vision_tower.vision_model.",
         "head": "",
     },
     "4.51": {
         "llm": "language_model.model.",
         "projector": "multi_modal_projector.",
+        "newline": "",
         "vision": "vision_tower.vision_model.",
         "head": "language_model.",
     },
@@ -55,9 +59,16 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
     lora = checkpoint.config.lora
     if lora is None:
         raise UserError(f"{checkpoint_path}: has no adapters (config.lora.rank): export it with --layout hf")
+    if fused := family_of(checkpoint.config.text).fused(checkpoint.config.text):
+        raise UserError(
+            f"{checkpoint_path}: transformers has one {' and one '.join(fused)} for several of our layers, which an "
+            "adapter of PEFT cannot hold: merge it (--layout hf)"
+        )
     adapted = {PARAMETER.fullmatch(name)["layer"] for name in checkpoint.abstract() if PARAMETER.fullmatch(name)}
     saved = [] if base else _trained_whole(checkpoint, adapted)
     refuse_existing(output)
+    if base and os.path.realpath(base) == os.path.realpath(output):
+        raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
     if base:
         export_model(without_adapters(checkpoint), base)
     settings = _settings(checkpoint, lora, adapted, saved) | {
@@ -68,6 +79,8 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
         check_free(directory, sum(tensor.nbytes for tensor in tensors))
         write_file(directory / "adapter_model.safetensors", tensors)
         write_json(directory / SETTINGS, settings)
+        trained = TrainedWith(checkpoint.template, checkpoint.config.image_position, checkpoint.config.image_aspect)
+        write_json(directory / TRAINED_WITH, trained._asdict())
     _warn_of_servers(output, lora, adapted, saved)
 
 
@@ -118,7 +131,13 @@ def _settings(checkpoint: Checkpoint, lora: LoraConfig, adapted: set[str], saved
 def _target_modules(checkpoint: Checkpoint, adapted: set[str], short: bool) -> set[str]:
     """Ends of the names of adapted layers that no other layers have, in any version of transformers; with `short` of
     none in the language model."""
-    prefixes = {"llm": "language_model.", "projector": "multi_modal_projector.", "vision": "", "head": ""}
+    prefixes = {
+        "llm": "language_model.",
+        "projector": "multi_modal_projector.",
+        "newline": "",
+        "vision": "",
+        "head": "",
+    }
     layers = {
         prefixes[part] + leaf.removesuffix(".weight")
         for part, entries in entries_of(checkpoint.config).items()

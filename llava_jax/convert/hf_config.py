@@ -8,12 +8,14 @@ theta (`rope_theta`, `rope_parameters`), types (`torch_dtype`, `dtype`) and tyin
 Transformers 4 would read a file with theta in `rope_parameters` only as theta 10000.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError, shown
 from llava_jax.convert.hf_text import text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
+from llava_jax.data.anyres import GRIDS, AnyRes, Grid
 from llava_jax.models.config import CLIP_L_14_336, LlavaConfig, VisionConfig
 from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, kept, one_of, part, require
 from llava_jax.models.registry import PROJECTORS, TOWERS
@@ -21,6 +23,10 @@ from llava_jax.models.towers import Tower
 
 # Fields that change the computation, with the only value supported.
 _LLAVA_FIXED = {"multimodal_projector_bias": True, "quantization_config": None}
+
+
+MODEL_TYPES = ("llava", "llava_next")
+CLASS = {False: "Llava", True: "LlavaNext"}  # with AnyRes
 
 
 def read_vision(config: Json, where: str) -> VisionConfig:
@@ -31,7 +37,7 @@ def read_vision(config: Json, where: str) -> VisionConfig:
 def tower_json(config: Json, where: str) -> Json:
     """The part of a `config.json` that describes the vision tower: all of it, or that of a whole CLIP or SigLIP."""
     wholes = {tower.whole_model_type: tower for tower in TOWERS.values() if tower.whole_model_type}
-    model_type = one_of(config, "model_type", (*_towers(), *wholes), where)
+    model_type = _tower_type(config, (*_towers(), *wholes), where)
     if model_type not in wholes:
         return config
     # Files of before 2023 say it twice; transformers lets the second have the last word.
@@ -44,15 +50,25 @@ def _towers() -> dict[str, Tower]:
 
 
 def _read_tower(config: Json, where: str) -> VisionConfig:
-    return _towers()[one_of(config, "model_type", _towers(), where)].read(config, where)
+    return _towers()[_tower_type(config, _towers(), where)].read(config, where)
+
+
+def _tower_type(config: Json, supported: Collection[str], where: str) -> str:
+    if config.get("model_type") in ("siglip2", "siglip2_vision_model"):
+        raise UserError(
+            f"{where}: model_type is {config['model_type']!r}, SigLIP2 with NaFlex, which has no fixed image size: "
+            "take a SigLIP2 of one size, such as google/siglip2-base-patch16-256, whose model_type is 'siglip'"
+        )
+    return one_of(config, "model_type", supported, where)
 
 
 def read_llava(config: Json, where: str) -> LlavaConfig:
-    """The `config.json` of a `llava`, which does not say how images are preprocessed: see hf_processor.py.
+    """The `config.json` of a `llava` or `llava_next`. That of a `llava` does not say how images are preprocessed: see
+    hf_processor.py.
 
     Raises UserError naming what is unsupported.
     """
-    one_of(config, "model_type", ("llava",), where)
+    model_type = one_of(config, "model_type", MODEL_TYPES, where)
     require(config, _LLAVA_FIXED, where)
     vision = {"model_type": "clip_vision_model"} | get(
         config, "vision_config", TOWERS["clip"].write(CLIP_L_14_336), where
@@ -60,16 +76,44 @@ def read_llava(config: Json, where: str) -> LlavaConfig:
     text = {"model_type": "llama"} | part(config, "text_config", where)
     tower = _read_tower(vision, f"{where}, vision_config")
     activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", hf_projectors(), where)
+    anyres = None
+    if model_type == "llava_next" or config.get("image_grid_pinpoints"):  # the first ones were called llava
+        found = config.get("image_grid_pinpoints")
+        with in_words_of_hf(where):
+            anyres = AnyRes(read_grids(found, tower.image_size, where) if found is not None else GRIDS)
     return llava_config(
         where,
+        image_aspect="anyres" if anyres else "pad",
+        anyres=anyres,
         vision=tower,
         text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text, where)),
-        select_layer=select_layer(config, "vision_feature_layer", tower, where),
+        select_layer=_select_layers(config, tower, where),
         select_feature=_select_feature(config, tower, where),
         projector_type=hf_projectors()[activation],
         im_start_end=get(config, "mm_use_im_start_end", False, where),
         image_position=get(config, IMAGE_POSITION, "first", where),
     )
+
+
+def read_grids(pinpoints: Any, side: int, where: str, widths_first: bool = False) -> tuple[Grid, ...]:
+    """The grids of `image_grid_pinpoints`, heights and widths in pixels; the original has the widths first."""
+    pairs = pinpoints if isinstance(pinpoints, list) else [pinpoints]
+    for pair in pairs:
+        numbers = isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
+        if not numbers or any(number < 1 or number % side for number in pair):
+            raise UserError(f"{where}: image_grid_pinpoints has {shown(pair)}, not two multiples of {side} pixels")
+    return tuple(Grid(*(number // side for number in (reversed(pair) if widths_first else pair))) for pair in pairs)
+
+
+def pinpoints(config: LlavaConfig) -> list[list[int]]:
+    """The `image_grid_pinpoints` of a model with AnyRes, heights first. Raises UserError where transformers differs."""
+    anyres, side = config.anyres, config.vision.image_size
+    if anyres.merge != "spatial_unpad" or anyres.several != "tiles":
+        raise UserError(
+            f"transformers has no AnyRes with merge {anyres.merge} and several {anyres.several}, only with "
+            "spatial_unpad and tiles: it cannot be exported"
+        )
+    return [[grid.rows * side, grid.columns * side] for grid in anyres.grids]
 
 
 def image_token_index(config: Json, where: str) -> int:
@@ -99,15 +143,16 @@ def write_llava(config: LlavaConfig, source: Json, special: SpecialTokens, pad_i
     tower = TOWERS[config.vision.kind].write(config.vision)
     vocabulary = {"vocab_size": special.rows, "pad_token_id": pad_id}
     return kept(source) | {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{CLASS[config.anyres is not None]}ForConditionalGeneration"],
+        "model_type": MODEL_TYPES[config.anyres is not None],
+        **({"image_grid_pinpoints": pinpoints(config)} if config.anyres else {}),
         "text_config": kept(text) | write_text(config.text, text, dtype) | vocabulary,
         "vision_config": kept(source.get("vision_config") or {}) | tower | {"torch_dtype": dtype, "dtype": dtype},
         "image_token_index": special.image.id,
         "pad_token_id": pad_id,
         "image_seq_length": config.image_tokens,
         IMAGE_POSITION: config.image_position,
-        "vision_feature_layer": config.select_layer,
+        "vision_feature_layer": list(layers) if isinstance(layers := config.select_layer, tuple) else layers,
         "vision_feature_select_strategy": select_strategy(config),
         "projector_hidden_act": next(
             activation for activation, name in hf_projectors().items() if name == config.projector_type
@@ -127,7 +172,7 @@ def hf_projectors() -> dict[str, str]:
 def select_strategy(config: LlavaConfig) -> str:
     """Hugging Face's `vision_feature_select_strategy`: "default" drops the first feature, even of a tower without a
     class token."""
-    return "default" if config.vision.class_token and config.select_feature == "patch" else "full"
+    return "default" if config.drops_first else "full"
 
 
 def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
@@ -135,12 +180,17 @@ def _select_feature(config: Json, tower: VisionConfig, where: str) -> str:
     strategy = one_of({field: "default"} | config, field, ("default", "full"), where)
     if tower.class_token:
         return "patch" if strategy == "default" else "cls_patch"
-    if strategy == "default":
-        raise UserError(
-            f"{where}: vision_feature_select_strategy is 'default', which would drop the first patch of a tower "
-            "without a class token; only 'full' is supported for it"
-        )
-    return "patch"
+    return "after_first" if strategy == "default" else "patch"
+
+
+def _select_layers(config: Json, tower: VisionConfig, where: str) -> int | tuple[int, ...]:
+    """One layer, or several as a list."""
+    field = "vision_feature_layer"
+    if not isinstance(layers := config.get(field), list):
+        return select_layer(config, field, tower, where)
+    if not layers or None in layers:
+        raise UserError(f"{where}: {field} is {shown(layers)}, not one layer or a list of them")
+    return tuple(select_layer({field: layer}, field, tower, where) for layer in layers)
 
 
 def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> int:

@@ -2,19 +2,19 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_config import select_strategy
+from llava_jax.convert.hf_config import CLASS, pinpoints, select_strategy
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig, VisionConfig, check_channels
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, part, require
 from llava_jax.models.registry import TOWERS
 
-BICUBIC = 3  # Pillow's number
-_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": BICUBIC}
+_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+RESAMPLE = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers; files without one are bicubic
 # Fields of generation_config.json that matter for sampling only: save_pretrained refuses them with greedy decoding,
 # although Vicuna's file has both.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -26,6 +26,13 @@ class ImageSettings(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     aspect: str | None  # None if the source does not say
+    resample: str = "bicubic"
+    pinpoints: Any = None  # of AnyRes: image_grid_pinpoints
+
+    @property
+    def fields(self) -> Json:
+        """Those of `LlavaConfig` that a source always says."""
+        return {"image_mean": self.mean, "image_std": self.std, "image_resample": self.resample}
 
 
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
@@ -38,6 +45,8 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     if config is None:
         return ImageSettings(tower.image_mean, tower.image_std, tower.image_aspect)
     require(config, _FIXED, where)
+    if (number := get(config, "resample", 3, where)) not in RESAMPLE:
+        raise UserError(f"{where}: resample is {number}; only 2 (bilinear) and 3 (bicubic) are supported")
     if not math.isclose(get(config, "rescale_factor", 1 / 255, where), 1 / 255, rel_tol=1e-6):
         raise UserError(f"{where}: rescale_factor is {config['rescale_factor']}; only 1/255 is supported")
     _check_size(config, vision.image_size, where)
@@ -52,7 +61,8 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     else:
         aspect = None if config.get("do_pad") is None else "pad" if pads else "square"
     mean = _channels(config, "image_mean", tower.image_mean, where)
-    return ImageSettings(mean, _channels(config, "image_std", tower.image_std, where), aspect)
+    std = _channels(config, "image_std", tower.image_std, where)
+    return ImageSettings(mean, std, aspect, RESAMPLE[number], config.get("image_grid_pinpoints"))
 
 
 def _channels(config: Json, field: str, default: tuple[float, ...], where: str) -> tuple[float, ...]:
@@ -67,10 +77,14 @@ def write_image_processor(config: LlavaConfig) -> Json:
     """The `preprocessor_config.json` with which transformers preprocesses as `data.images.preprocess` does."""
     size = config.vision.image_size
     square = {"height": size, "width": size}
+    anyres = {}
+    if config.anyres:  # `do_pad` then means that images of a batch get as many tiles
+        anyres = {"image_grid_pinpoints": pinpoints(config), "do_pad": True}
     return _FIXED | {
-        "image_processor_type": "LlavaImageProcessor",
-        "processor_class": "LlavaProcessor",
+        "image_processor_type": f"{CLASS[config.anyres is not None]}ImageProcessor",
+        "processor_class": f"{CLASS[config.anyres is not None]}Processor",
         "do_convert_rgb": True,
+        "resample": next(number for number, name in RESAMPLE.items() if name == config.image_resample),
         "do_pad": config.image_aspect == "pad",
         "size": square if config.image_aspect == "resize" else {"shortest_edge": size},
         "do_center_crop": config.image_aspect != "resize",
@@ -78,13 +92,14 @@ def write_image_processor(config: LlavaConfig) -> Json:
         "rescale_factor": 1 / 255,
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
+        **anyres,
     }
 
 
 def write_processor(config: LlavaConfig, image_token: str) -> Json:
     """The `processor_config.json` that gives each image as many positions as it has features."""
     return {
-        "processor_class": "LlavaProcessor",
+        "processor_class": f"{CLASS[config.anyres is not None]}Processor",
         "image_token": image_token,
         "num_additional_image_tokens": int(config.vision.class_token),  # "default" subtracts it
         "patch_size": config.vision.patch_size,

@@ -5,7 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
-from llava_jax.cli import UserError, say
+from llava_jax.cli import UserError, say, shown
 from llava_jax.convert import hf_config
 from llava_jax.convert.adapter import base_name, open_adapter, with_adapter
 from llava_jax.convert.found import (
@@ -17,6 +17,7 @@ from llava_jax.convert.found import (
     projector_type,
     refuse_contradiction,
 )
+from llava_jax.convert.fused import split
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.language_model import copy_tokenizer, has_tokenizer, open_language_model, read_generation
@@ -37,7 +38,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
         model = with_new_tokens(model, file)
     text = read_text(model.config, model.where)
     tower, tower_json, images = read_tower(vision)
-    sources = {"llm": Source(model.tensors, LLAMA), "vision": open_tower(vision, tower)}
+    sources = {"llm": Source(split(model.tensors, text), LLAMA), "vision": open_tower(vision, tower)}
     if file:
         sources["projector"] = Source(file.projector, PROJECTOR)
     config = hf_config.llava_config(
@@ -49,8 +50,7 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
         select_feature=options.select_feature or "patch",
         im_start_end=file is not None and file.embeddings is not None,
         image_aspect=options.aspect or "pad",
-        image_mean=images.mean,
-        image_std=images.std,
+        **images.fields,
     )
     held = [(llm, sources["llm"], ("llm", "head")), (vision, sources["vision"], ("vision",))]
     check_tensors(config, *held, *([(projector, sources["projector"], ("projector",))] if file else []))
@@ -84,7 +84,7 @@ def find_adapted_llava(adapter: Path, base: Path | None, options: Options) -> Fo
             f"from{base_name(adapter)}"
         )
     settings = read_object(base / "config.json")
-    if settings.get("model_type") != "llava" or "text_config" not in settings:
+    if settings.get("model_type") not in hf_config.MODEL_TYPES or "text_config" not in settings:
         raise UserError(
             f"{base}: not a LLaVA of transformers, but {adapter} is an adapter of one, or of an original LLaVA without "
             "its config.json"
@@ -100,19 +100,26 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     tensors = open_directory(directory)
     if adapter:
         tensors = with_adapter(tensors, open_adapter(adapter, options.unmerged), finder(tensors, LLAVA))
+    tensors = split(tensors, config.text)
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)
     images = read_image_settings(directory, config.vision)
+    aspect = options.aspect or images.aspect or _assume_padding(directory)
+    if config.anyres:
+        aspect = "anyres"
+        refuse_contradiction(where, "--aspect", options.aspect, aspect)
+        pinpoints = images.pinpoints or source_json.get("image_grid_pinpoints", images.pinpoints)
+        if pinpoints != source_json.get("image_grid_pinpoints", pinpoints):
+            raise UserError(f"{where}: image_grid_pinpoints are not those of the image processor, {shown(pinpoints)}")
     refuse_contradiction(where, "--select-layer", options.select_layer, config.select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, config.select_feature)
     linear = config.projector_type == "linear"  # stored as two layers, of which the second is the identity
     config = dataclasses.replace(
         config,
         projector_type="mlp2x_gelu" if linear else config.projector_type,
-        image_aspect=options.aspect or images.aspect or _assume_padding(directory),
-        image_mean=images.mean,
-        image_std=images.std,
+        image_aspect=aspect,
+        **images.fields,
     )
-    parts = ("llm", "head", "projector", "vision")
+    parts = ("llm", "head", "projector", "newline", "vision")
     check_tensors(config, (directory, source, parts))
     check_tied_head(directory, source, config)
     if linear:

@@ -39,14 +39,15 @@ from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
 from llava_jax.convert.sums import is_difference, with_base
 from llava_jax.convert.tensors import has_weights, open_directory
+from llava_jax.data.anyres import MERGES, AnyRes
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import VisionConfig
-from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, one_of, require
+from llava_jax.models.hf_fields import IMAGE_POSITION, Json, get, in_words_of_hf, one_of, require
 from llava_jax.models.registry import FAMILIES, TOWERS
 
 _OWN_FIELDS = ("mm_vision_tower", "mm_hidden_size", "use_mm_proj")
 # Fields that change the computation, with the only value supported.
-_FIXED = {"mm_patch_merge_type": "flat", "mm_resampler_type": None, "s2": False, "s2_scales": None}
+_FIXED = {"mm_resampler_type": None, "s2": False, "s2_scales": None}
 # Fields about training, which no decoder has; like all whose name contains mm_.
 _TRAINING = ("image_aspect_ratio", "image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length")
 _TRAINING += (IMAGE_POSITION,)
@@ -75,6 +76,8 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     select_feature = get(settings, "mm_vision_select_feature", "patch", where)
     refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
+    anyres = _anyres(settings, tower.config, where)
+    refuse_contradiction(where, "--aspect", options.aspect if anyres else None, "anyres")
     im_start_end = get(settings, "mm_use_im_start_end", False, where)
     config = hf_config.llava_config(
         where,
@@ -85,11 +88,11 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         select_feature=select_feature,
         im_start_end=im_start_end,
         image_position=get(settings, IMAGE_POSITION, "first", where),
-        image_aspect=options.aspect or _aspect(settings, where),
-        image_mean=tower.images.mean,
-        image_std=tower.images.std,
+        image_aspect="anyres" if anyres else options.aspect or _aspect(settings, where),
+        anyres=anyres,
+        **tower.images.fields,
     )
-    parts = ("llm", "head", "projector") + (() if tower.source else ("vision",))
+    parts = ("llm", "head", "projector", "newline") + (() if tower.source else ("vision",))
     held = [(vision, tower.source, ("vision",))] if tower.source else []
     check_tensors(config, (directory, source, parts), *held)
     check_tied_head(directory, source, config)
@@ -170,8 +173,20 @@ def _model_types() -> dict[str, str]:
 def _aspect(settings: Json, where: str) -> str:
     aspect = get(settings, "image_aspect_ratio", "square", where)
     if aspect not in ("square", "pad"):
-        raise UserError(f"{where}: image_aspect_ratio is {aspect!r}; supported are square and pad")
+        raise UserError(f"{where}: image_aspect_ratio is {aspect!r}; supported are square, pad and anyres")
     return aspect
+
+
+def _anyres(settings: Json, tower: VisionConfig, where: str) -> AnyRes | None:
+    """How images become tiles; None without AnyRes."""
+    field = "mm_patch_merge_type"
+    if settings.get("image_aspect_ratio") != "anyres":
+        require(settings, {field: "flat"}, where)
+        return None
+    merge = one_of({field: "flat"} | settings, field, MERGES, where)
+    grids = get(settings, "image_grid_pinpoints", [], where)
+    with in_words_of_hf(where):
+        return AnyRes(hf_config.read_grids(grids, tower.image_size, where, widths_first=True), merge)
 
 
 class _Tower(NamedTuple):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
-from llava_jax.cli import UserError, track, warn
-from llava_jax.convert.adapter import is_adapter, open_adapter, unmerged
+from llava_jax.cli import UserError, say, track, warn
+from llava_jax.convert.adapter import is_adapter, open_adapter, trained_with, unmerged
 from llava_jax.convert.found import Found, Options
 from llava_jax.convert.hf_tokenizer import choose_special_tokens
 from llava_jax.convert.hub import Located, locate
@@ -32,7 +33,7 @@ from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.names import entries_of, slices
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
-from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template
+from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template, choose_template
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
@@ -63,6 +64,7 @@ def import_llava(
     """
     refuse_existing(output)
     places = _located(llava=directory, base=base, vision=vision)
+    options = _as_trained(options, places["llava"].path)
     return _save(_find(places, options), output, options, places)
 
 
@@ -116,6 +118,17 @@ def open_llava(source: str) -> ImportedModel:
     places = {"llava": locate(source, "load")}
     scratch = new_local()
     return ImportedModel(*_described(_find(places, Options()), scratch, Options(), places), scratch)
+
+
+def _as_trained(options: Options, path: Path) -> Options:
+    """The options, with those that an adapter was trained with where the user gave none."""
+    if (trained := trained_with(path)) is None:
+        return options
+    template = choose_template(options.template, trained.template).name
+    if not options.template:
+        say(f"{path}: template {template}, which it was trained with; --template NAME chooses another", file=sys.stderr)
+    position, aspect = options.image_position or trained.image_position, options.aspect or trained.image_aspect
+    return dataclasses.replace(options, template=template, image_position=position, aspect=aspect)
 
 
 def _find(places: dict[str, Located], options: Options) -> Found:

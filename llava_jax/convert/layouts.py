@@ -35,6 +35,7 @@ LLAVA: Layout = {
     r"(?:language_model\.model|model\.language_model)\.(.+)": "llm",
     r"(?:language_model\.)?(lm_head\.weight)": "head",
     r"(?:model\.)?multi_modal_projector\.(.+)": "projector",
+    r"(?:model\.)?(image_newline)": "newline",
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)": "vision",
 }
 LLAMA: Layout = {r"(lm_head\.weight)": "head", r"(?:model\.)?(.+)": "llm"}
@@ -42,11 +43,14 @@ CLIP: Layout = {r"(?:vision_model\.)?(.+)": "vision"}
 ORIGINAL: Layout = {
     r"(lm_head\.weight)": "head",
     r"model\.mm_projector\.(.+)": "projector",
+    r"model\.(image_newline)": "newline",
     r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)": "vision",
     r"model\.(.+)": "llm",
 }
 # An adapter has the names of the model that it was trained with: any of the above.
-ADAPTED: Layout = {name: part for name, part in ORIGINAL.items() if part in ("projector", "vision")} | LLAVA | ORIGINAL
+ADAPTED: Layout = (
+    {name: part for name, part in ORIGINAL.items() if part in ("projector", "newline", "vision")} | LLAVA | ORIGINAL
+)
 PROJECTOR: Layout = {r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.(.+)": "projector"}
 
 # Prefixes of the leaf names in an export; some towers have another one, see `Tower.hf_prefix`.
@@ -54,6 +58,7 @@ EXPORT_PREFIXES = {
     "llm": "language_model.model.",
     "head": "language_model.",
     "projector": "multi_modal_projector.",
+    "newline": "",
     "vision": "vision_tower.vision_model.",
 }
 

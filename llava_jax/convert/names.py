@@ -7,7 +7,7 @@ import numpy as np
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.families import family_of, head_entries
 from llava_jax.models.hf_names import SAME, TRANSPOSE, Entry
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 
@@ -24,6 +24,7 @@ def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
     parts = {
         "vision": TOWERS[config.vision.kind].entries(config.vision),
         "projector": projector_kind(config.projector_type).entries(config.projector_type),
+        "newline": [Entry(NEWLINE_PARAMETER, "image_newline")] if config.anyres and config.anyres.newline else [],
         "llm": family_of(config.text).entries(config.text),
         "head": head_entries(config.text),
     }

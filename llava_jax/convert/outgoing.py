@@ -18,7 +18,7 @@ from llava_jax.convert.shards import Tensor
 from llava_jax.convert.sums import resized
 from llava_jax.models.hf_names import Entry
 
-PARTS = ("vision", "projector", "llm", "head")
+PARTS = ("vision", "projector", "newline", "llm", "head")
 _ROWS = ("llm.embed_tokens.embedding", "llm.lm_head.kernel")  # have a row for each token
 
 

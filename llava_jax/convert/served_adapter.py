@@ -1,6 +1,7 @@
 """Reads the adapters that `chat` and `serve` load: directories of PEFT, and workdirs and checkpoints of LoRA runs."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from llava_jax.checkpoint.format import STEPS, Description, Source
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, refuse_inflated
-from llava_jax.cli import UserError, warn
-from llava_jax.convert.adapter import is_adapter, read_adapter
+from llava_jax.cli import UserError, say, warn
+from llava_jax.convert.adapter import is_adapter, read_adapter, trained_with
 from llava_jax.convert.import_weights import ImportedModel
 from llava_jax.data.templates import choose_template
 from llava_jax.inference.adapters import AdapterWeights
@@ -33,19 +34,33 @@ def read_for(directory: str, base: Checkpoint | ImportedModel, template: str | N
     """
     if base.config.lora is not None:
         raise UserError("the checkpoint has an adapter already: give the one that it was trained on, or merge it first")
-    prompts = None
+    trained: Checkpoint | ImportedModel | None = None  # says how prompts were made in training
     if is_adapter(Path(directory)):
         lora, params = read_adapter(Path(directory), base.config)
         _require_servable(directory, params)
+        if said := trained_with(Path(directory)):
+            model = dataclasses.replace(base.config, image_position=said.image_position, image_aspect=said.image_aspect)
+            description = dataclasses.replace(base.description, model=model, template=said.template)
+            trained = dataclasses.replace(base, description=description)
     else:
-        checkpoint = open_checkpoint(directory)
+        checkpoint = trained = open_checkpoint(directory)
         if (lora := checkpoint.config.lora) is None:
             raise UserError(f"{directory}: a checkpoint without an adapter: give it as --checkpoint")
         _require_servable(directory, checkpoint.stored)
         _require_base(directory, checkpoint, base)
         params = _stored(checkpoint)
-        prompts = PromptEncoder.from_checkpoint(checkpoint, choose_template(template, checkpoint.template))
-    return AdapterWeights(lora, params, prompts, directory)
+    return AdapterWeights(lora, params, trained and _prompts(directory, trained, base, template), directory)
+
+
+def _prompts(
+    directory: str, trained: Checkpoint | ImportedModel, base: Checkpoint | ImportedModel, template: str | None
+) -> PromptEncoder:
+    """As in training, which is reported if the template is not the base's."""
+    chosen = choose_template(template, trained.template)
+    if template is None and trained.template != base.template:
+        what = f"template {trained.template}, which it was trained with; that of the checkpoint is {base.template}"
+        say(f"{directory}: {what}", file=sys.stderr)
+    return PromptEncoder.from_checkpoint(trained, chosen)
 
 
 def _require_servable(directory: str, names: dict) -> None:

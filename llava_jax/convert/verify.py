@@ -23,12 +23,14 @@ from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import UserError, track
 from llava_jax.convert.found import Found, Options
+from llava_jax.convert.hf_config import CLASS
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.data.chat_template import render_chats
+from llava_jax.data.features import TEXT
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenizer_files import read_tokenizer_files
 from llava_jax.files.reading import read_object
@@ -84,7 +86,11 @@ def compare_config(checkpoint: Checkpoint, found: Found) -> Finding:
     """Compares all fields, except that an export may have more rows of the vocabulary."""
     ours, theirs = (_flat(config.to_dict()) for config in (checkpoint.config, found.config))
     rows = ours.pop("text.vocab_size"), theirs.pop("text.vocab_size")
-    wrong = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    wrong = [
+        f"{name} is {ours.get(name)}, there {theirs.get(name)}"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
     if rows[1] < rows[0]:
         wrong.append(f"the vocabulary has {rows[0]} rows, there {rows[1]}")
     added = f"; {rows[1] - rows[0]} more rows there, for tokens that have none" if rows[1] > rows[0] else ""
@@ -150,14 +156,16 @@ def _layer(name: str) -> str | None:
 
 def compare_computed(checkpoint: Checkpoint, directory: Path, layers: int) -> Iterator[Finding]:
     """Compares the logits for the same ids, the ids of the same prompts, and greedy answers."""
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+    import transformers
+    from transformers import AutoConfig, AutoProcessor
 
     settings = _read(AutoConfig, directory)
     settings.text_config.num_hidden_layers = layers
     if getattr(settings.text_config, "layer_types", None):  # one per layer
         settings.text_config.layer_types = settings.text_config.layer_types[:layers]
     own = {"config": settings, "attn_implementation": "sdpa"}  # not the kernels that a config.json may name
-    model, loading = _read(LlavaForConditionalGeneration, directory, output_loading_info=True, **own)
+    kind = getattr(transformers, f"{CLASS[checkpoint.config.tiling is not None]}ForConditionalGeneration")
+    model, loading = _read(kind, directory, output_loading_info=True, **own)
     left_out = {str(layer) for layer in range(layers, checkpoint.config.text.num_layers)}
     loading["unexpected_keys"] = [name for name in loading["unexpected_keys"] if _layer(name) not in left_out]
     wrong = [f"{kind}: {', '.join(map(str, names))}" for kind, names in loading.items() if names]
@@ -185,7 +193,7 @@ class Both(NamedTuple):
 
     generator: Generator
     params: Params
-    model: Any  # LlavaForConditionalGeneration
+    model: Any  # LlavaForConditionalGeneration or LlavaNextForConditionalGeneration
     processor: Any
 
     def request(self, question: str) -> Request:
@@ -195,13 +203,16 @@ class Both(NamedTuple):
         """Our ids and pixels as the arguments of transformers' model."""
         import torch
 
-        config, image = self.generator.config, prompt.image_feature_index >= 0
+        config, image = self.generator.config, prompt.image_feature_index != TEXT
         ids = np.where(image, self.model.config.image_token_id, prompt.tokens)
-        pixels = (self.generator.prompts.read(PICTURE) / 255 - config.image_mean) / config.image_std
+        pixels = (self.generator.prompts.read(PICTURE).tiles / 255 - config.image_mean) / config.image_std
+        pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy())
+        sizes = {"image_sizes": torch.tensor([PICTURE.size[::-1]])} if config.tiling else {}
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
             "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
-            "pixel_values": torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1)[None].copy()),
+            "pixel_values": pixels[None] if config.tiling else pixels,
+            **sizes,
         }
 
 
@@ -215,7 +226,7 @@ def compare_logits(both: Both) -> Finding:
     prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
     with torch.no_grad():
         theirs = both.model(**both.inputs(prompt)).logits[0].numpy()
-    pixels = generator.prompts.read(PICTURE)
+    pixels = generator.prompts.read(PICTURE).tiles
     ours = np.asarray(_logits(generator.config, both.params, prompt.tokens, prompt.image_feature_index, pixels))
     theirs = theirs[:, : ours.shape[-1]]  # an export may have more rows
     apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
@@ -225,13 +236,13 @@ def compare_logits(both: Both) -> Finding:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    config: LlavaConfig, params: Params, tokens_T: jax.Array, index_T: jax.Array, pixels_HWC: jax.Array
+    config: LlavaConfig, params: Params, tokens_T: jax.Array, index_T: jax.Array, tiles_NHWC: jax.Array
 ) -> jax.Array:
     model, length = build(config, params), len(tokens_T)
     batch = {
         "tokens": tokens_T[None],
         "image_feature_index": index_T[None],
-        "images": pixels_HWC[None, None],
+        "images": tiles_NHWC[None],
         "positions": jnp.arange(length)[None],
         "segment_ids": jnp.ones((1, length), jnp.int32),
     }

@@ -16,6 +16,8 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from llava_jax.cli import UserError, shown
+from llava_jax.data.features import Size
+from llava_jax.data.images import open_image
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, read_manifest, sample_of_line
 from llava_jax.data.sources import Sample
 from llava_jax.files import cache
@@ -92,6 +94,10 @@ class Built(Sequence[Sample]):
                 f"its record in {self.path} is damaged ({error}): remove that shard and dataset_info.json, and run the "
                 "same build again"
             ) from error
+
+    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        files = zip(self.read_images(index, names), names, strict=True)
+        return [open_image(data, name).size for data, name in files]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_file", "_lines")}

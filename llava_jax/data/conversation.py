@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.data.templates import IMAGE_TOKEN, Template
+from llava_jax.data.templates import EMPTY_THOUGHTS, IMAGE_TOKEN, THOUGHTS, Template
 
 IMAGE_POSITIONS = ("random", "first", "as_is")
 
@@ -69,6 +69,17 @@ def check_system(turns: Sequence[tuple[str, str | None]], template: Template) ->
     """Raises `UserError` if `render` would drop a system prompt, because the template has no place for one."""
     if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
         raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
+
+
+def check_thoughts(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+    """Raises `UserError` if an answer has thoughts, but the template says before each that there are none."""
+    if EMPTY_THOUGHTS in template.reply:
+        for role, text in turns:
+            if role == "assistant" and any(mark in text for mark in THOUGHTS):
+                raise UserError(
+                    f"an answer has {' or '.join(THOUGHTS)}, but template {template.name} opens answers with an empty "
+                    "block of thoughts: remove the thoughts, or take template chatml, which learns them as text"
+                )
 
 
 def place_images(

@@ -1,16 +1,18 @@
 """Samples as the model reads their texts, and what happens to bad ones."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llava_jax.cli import UserError, short
-from llava_jax.data.sources import Sample, Source
+from llava_jax.data.anyres import Tiling
+from llava_jax.data.features import Features, Size
+from llava_jax.data.sources import Sample, Source, image_sizes
 from llava_jax.data.template_fit import require_fit
 from llava_jax.data.templates import Template
-from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Segment, encode_sample, expand
+from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Segment, encode_sample, expand, one_tile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,10 @@ class TextEncoder:
     """Makes the segment of a sample: rendered, tokenized, with its images expanded, and truncated.
 
     Raises UserError where template and tokenizer do not fit.
+
+    Attributes:
+      image_tokens: P, of a tile.
+      tiling: of AnyRes, if the features of an image depend on its size.
     """
 
     template: Template
@@ -29,12 +35,26 @@ class TextEncoder:
     max_length: int
     image_position: str = "first"
     seed: int = 0
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         require_fit(self.template, self.tokenizer)
 
-    def __call__(self, sample: Sample) -> Segment:
-        return expand(self.ids(sample), self.image_tokens, self.max_length)
+    def __call__(self, sample: Sample, sizes: Sequence[Size] = ()) -> Segment:
+        """`sizes`: of the images of the sample, with AnyRes."""
+        return expand(self.ids(sample), self.image_tokens, self.max_length, self.features(sample, sizes))
+
+    def features(self, sample: Sample, sizes: Sequence[Size]) -> list[Features]:
+        """The features of each image. Raises UserError naming an image that is too thin for AnyRes."""
+        if self.tiling is None:
+            return [one_tile(self.image_tokens)] * len(sample.images)
+        features = []
+        for name, size in zip(sample.images, sizes, strict=True):
+            try:
+                features.append(self.tiling.features(size, several=len(sizes) > 1))
+            except UserError as error:
+                raise UserError(f"sample {short(sample.id)}: image {name}: {error}") from error
+        return features
 
     def ids(self, sample: Sample) -> Encoded:
         """The token ids and labels before images are expanded and the sample is cut."""
@@ -67,9 +87,18 @@ class EncodedSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def segment(self, sample: Sample) -> Segment:
-        """Encodes the text of a sample. Raises UserError where that fails, or leaves no target."""
-        segment = self.encode(sample)
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the segment of a sample depends on the sizes of its images."""
+        return getattr(self.encode, "tiling", None) is not None
+
+    def sizes(self, index: int, sample: Sample) -> list[Size]:
+        """The sizes of the images of a sample; none if they do not matter."""
+        return image_sizes(self.source, index, sample) if self.needs_sizes else []
+
+    def segment(self, index: int, sample: Sample) -> Segment:
+        """Encodes sample number `index`. Raises UserError where that fails, or leaves no target."""
+        segment = self.encode(sample, self.sizes(index, sample)) if self.needs_sizes else self.encode(sample)
         if num_targets(segment) == 0:
             raise UserError(
                 f"sample {short(sample.id)}: nothing to learn in the {len(segment.tokens)} positions that are kept, "
@@ -78,14 +107,14 @@ class EncodedSource:
         return segment
 
     def count(self, index: int) -> tuple[int, int, int]:
-        """The positions, targets and images of a sample; zeros if it is bad and skipped."""
+        """The positions, targets and tiles of a sample; zeros if it is bad and skipped."""
         try:
-            segment = self.segment(self.source[index])
+            segment = self.segment(index, self.source[index])
         except UserError:
             if self.skip_bad:
                 return 0, 0, 0
             raise
-        return len(segment.tokens), num_targets(segment), segment.num_images
+        return len(segment.tokens), num_targets(segment), segment.num_tiles
 
     def bad_texts(self, indices: Iterable[int]) -> Iterator[BadSample]:
         """Yields those of the samples whose texts are bad."""
@@ -94,7 +123,7 @@ class EncodedSource:
             try:
                 sample = self.source[index]
                 ident = sample.id
-                self.segment(sample)
+                self.segment(index, sample)
             except UserError as error:
                 yield BadSample(index, ident, str(error))
 

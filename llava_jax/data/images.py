@@ -31,6 +31,7 @@ from etils import epath
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 from llava_jax.cli import UserError
+from llava_jax.data.features import Size
 from llava_jax.files.reading import refuse_irregular, refuse_pointer
 from llava_jax.remote import is_remote
 
@@ -45,6 +46,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 2 * 89_478_485
 MAX_BYTES = 512 * 2**20  # of a file: no less than `MAX_PIXELS` take in 8 bits a channel
 
+HEAD = 1 << 18  # bytes that hold the header of nearly every file
 MAX_SCANS = 100  # of a JPEG: each passes over the complete image
 MAX_PLAIN_BYTES, MAX_PLAIN_COMMENTS = 4 << 20, 100  # of a PPM in text, which Pillow parses in Python
 MAX_BMP_RUNS = 1 << 20  # bytes of a run-length encoded BMP, which Pillow decodes in Python
@@ -81,7 +83,19 @@ def read_image(path: str | epath.Path) -> bytes:
         raise UserError(f"image {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read(path: epath.Path) -> bytes:
+def read_size(path: str | epath.Path) -> Size:
+    """The size of an image file, local or remote, from its first bytes if these have it.
+
+    Raises `UserError` naming the file if it is no image, too large, or not a regular file.
+    """
+    try:
+        return open_image(in_any_spelling(functools.partial(_read, head=HEAD), path), str(path)).size
+    except (OSError, ValueError, UserError):  # a header that goes on, or a fault, which is named below
+        return open_image(read_image(path), str(path)).size
+
+
+def _read(path: epath.Path, head: int = 0) -> bytes:
+    """The bytes of a regular file, or only the first `head`."""
     if is_remote(path):
         limit = MAX_BYTES
     else:
@@ -90,7 +104,7 @@ def _read(path: epath.Path) -> bytes:
             refuse_irregular(found, f"image {path}")
         limit = min(found.st_size, MAX_BYTES)
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        data = file.read(head or limit + 1)
     if len(data) > MAX_BYTES:
         raise UserError(f"image {path}: is larger than {MAX_BYTES >> 20} MiB: shrink it or remove it")
     return data
@@ -136,6 +150,12 @@ class EncodedImage:
 
     def __init__(self, image: Image.Image, data: bytes, name: str, in_scans: bool):
         self._image, self._data, self._name, self._in_scans = image, data, name, in_scans
+
+    @property
+    def size(self) -> Size:
+        """Of the image when it is upright."""
+        turned = _orientation(self._image) in (5, 6, 7, 8)
+        return Size(*(reversed(self._image.size) if turned else self._image.size))
 
     @property
     def decoded_bytes(self) -> int:
@@ -267,7 +287,9 @@ def thumbnail(image: Image.Image, side: int, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]) -> np.ndarray:
+def preprocess(
+    image: Image.Image, size: int, aspect: str, mean: Sequence[float], resample: str = "bicubic"
+) -> np.ndarray:
     """Preprocesses an image for the vision tower, but for rescaling and normalisation.
 
     Args:
@@ -276,6 +298,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
       aspect: `square` resizes the shorter edge to `size` and crops the centre (CLIP's processor); `pad` first
         expands the image to a square of the mean colour (LLaVA 1.5); `resize` stretches it.
       mean: the normalisation's mean per channel in [0, 1]; `pad` uses the colour int(mean * 255).
+      resample: the filter, `bicubic` or `bilinear`.
 
     Returns:
       uint8[size, size, 3], read-only
@@ -283,19 +306,19 @@ def preprocess(image: Image.Image, size: int, aspect: str, mean: Sequence[float]
     Raises:
       UserError: unknown aspect, or an image so thin that resizing it takes more than `MAX_PIXELS`.
     """
-    image = to_rgb(image)
+    image, kernel = to_rgb(image), Image.Resampling[resample.upper()]
     if aspect == "square":
-        image = _resize_and_crop(image, size)
+        image = _resize_and_crop(image, size, kernel)
     elif aspect == "pad":
-        image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean))
+        image = _pad_and_resize(image, size, tuple(int(channel * 255) for channel in mean), kernel)
     elif aspect == "resize":
-        image = _resize(image, size, size)
+        image = resize(image, size, size, kernel)
     else:
         raise UserError(f"unknown image aspect {aspect!r}: choose one of {', '.join(ASPECTS)}")
     return np.asarray(image)
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, size: int, kernel: Image.Resampling) -> Image.Image:
     """Resizes the shorter edge to `size` (the longer one rounds down) and crops the centre `size` x `size`.
 
     What the crop drops is computed only where Pillow would round differently without it. Pillow resizes rows before
@@ -305,14 +328,14 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     short, long = sorted(image.size)
     resized = int(size * long / short)
     _refuse_huge(*((resized, height) if width > height else (size, resized)))
-    part = _part_that_resizes_alone(long, resized, size)
+    part = _part_that_resizes_alone(long, resized, size, kernel)
     first = (resized - size) // 2 - part.start
     if width > height:
         box = (part.first, 0, part.last, height)
-        image = image.resize((part.stop - part.start, height), Image.Resampling.BICUBIC, box)
-        return _resize(image.crop((first, 0, first + size, height)), size, size)
+        image = image.resize((part.stop - part.start, height), kernel, box)
+        return resize(image.crop((first, 0, first + size, height)), size, size, kernel)
     box = (0, part.first, width, part.last)
-    image = image.resize((size, part.stop - part.start), Image.Resampling.BICUBIC, box)
+    image = image.resize((size, part.stop - part.start), kernel, box)
     return image.crop((0, first, size, first + size))
 
 
@@ -326,7 +349,7 @@ class _Part(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
+def _part_that_resizes_alone(length: int, resized: int, size: int, kernel: Image.Resampling) -> _Part:
     """The smallest known part of an axis that Pillow resizes bit-equally to the complete axis.
 
     It holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so the part has to begin and
@@ -343,12 +366,14 @@ def _part_that_resizes_alone(length: int, resized: int, size: int) -> _Part:
         return complete
     window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than a resized pixel is made of
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
-    together = ones.resize((resized, window), Image.Resampling.BICUBIC)
-    alone = ones.resize((stop - start, window), Image.Resampling.BICUBIC, (part.first, 0, part.last, window))
+    together = ones.resize((resized, window), kernel)
+    alone = ones.resize((stop - start, window), kernel, (part.first, 0, part.last, window))
     return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else complete
 
 
-def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
+def _pad_and_resize(
+    image: Image.Image, size: int, colour: tuple[int, int, int], kernel: Image.Resampling
+) -> Image.Image:
     """Expands to a square, with the image at floor((long - short) / 2), and resizes that to `size` x `size`.
 
     The square itself, 1.6 GB for a screenshot of 1280 x 20000 pixels, is never allocated. Pillow resizes rows before
@@ -366,13 +391,14 @@ def _pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int])
         if left:
             band, rows = Image.new("RGB", (long, stop - start), colour), band
             band.paste(rows, (left, 0))
-        column.paste(_resize(band, size, stop - start), (0, top + start))
-    return _resize(column, size, size)
+        column.paste(resize(band, size, stop - start, kernel), (0, top + start))
+    return resize(column, size, size, kernel)
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    """Resizes an image. Raises UserError if that takes more than `MAX_PIXELS`."""
     _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), kernel)
 
 
 def _refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

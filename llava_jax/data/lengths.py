@@ -69,7 +69,8 @@ def keep_lengths(encoded: EncodedSource, lengths: Lengths) -> None:
 def lengths_name(encoded: EncodedSource) -> str:
     """The name of the lengths in the cache."""
     encode = encoded.encode
-    placed = (encode.image_tokens, encode.max_length, encode.image_position, encode.seed)
+    tiles = (encode.tiling.anyres, encode.tiling.side, encode.tiling.patches) if encode.tiling else ()
+    placed = (encode.image_tokens, encode.max_length, encode.image_position, encode.seed, *tiles)
     vocabulary = hashlib.sha256(encode.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     text = (vocabulary, encode.template, default_system(encode.tokenizer))
     versions = (LENGTHS, transformers.__version__, tokenizers.__version__)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError
 from llava_jax.data.built import Built
+from llava_jax.data.features import Size
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.plan import Lengths, Visits
 from llava_jax.data.sources import LlavaJson, Sample, Source
@@ -42,6 +43,10 @@ class Mixture(Sequence[Sample]):
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
         source, index = self._find(index)
         return source.read_images(index, names)
+
+    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        source, index = self._find(index)
+        return source.read_sizes(index, names)
 
     def _find(self, index: int) -> tuple[Source, int]:
         index = range(len(self))[index]

@@ -19,6 +19,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "template": {"help": "conversation template, such as v1 (default: the tokenizer's own)"},
     "max-length": {"type": positive, "default": 2048, "metavar": "N", "help": "longer samples are cut (2048 tokens)"},
     "image-tokens": {"type": positive, "default": 576, "metavar": "P", "help": "tokens of an image (576)"},
+    "image-size": {"type": positive, "default": 336, "metavar": "S", "help": "pixels of a tile's side (336)"},
+    "anyres": {"action": "store_true", "help": "images are tiles, as LLaVA-1.6 makes them; needs --images"},
     "image-position": {"default": "first", "choices": IMAGE_POSITIONS, "help": "default: first"},
     "seed": {"type": int, "default": 0, "help": "seed of image position random"},
 }

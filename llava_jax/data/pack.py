@@ -5,6 +5,7 @@ The sizes are for `config.pack`. Images are not read.
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,9 +13,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llava_jax.cli import Parser, UserError, positive, run, say, track
+from llava_jax.data.anyres import AnyRes, Tiling
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
-from llava_jax.data.options import add_options, text_encoder
+from llava_jax.data.options import add_options, open_image_folder, text_encoder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.sources import LlavaJson
@@ -130,7 +132,7 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
     count, images = len(lengths.tokens), lengths.images
     yield (
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them targets) and "
-        f"{images.mean():.2f} images; {np.mean(images == 0):.1%} without"
+        f"{images.mean():.2f} image slots; {np.mean(images == 0):.1%} without images"
     )
     yield (
         f"{'rows':<12}{'length':>7}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
@@ -155,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     from llava_jax.data.built import Built  # imports Grain, which takes seconds
     from llava_jax.data.lengths import measure_once
 
-    source = Built(args.built) if args.built else LlavaJson(args.json)
-    encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length)
+    source = Built(args.built) if args.built else LlavaJson(args.json, open_image_folder(args))
+    encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length, tiling=_tiling(args))
     lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
     if args.image_slots is not None and lengths.images[richest] > args.image_slots:
@@ -178,6 +180,16 @@ def main(argv: list[str] | None = None) -> None:
     say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
+def _tiling(args: argparse.Namespace) -> Tiling | None:
+    """How LLaVA-1.6 makes tiles. The mean colour does not matter for sizes."""
+    patches = math.isqrt(args.image_tokens)
+    if not args.anyres:
+        return None
+    if patches**2 != args.image_tokens or patches > args.image_size:
+        raise UserError(f"--image-tokens {args.image_tokens}: the features of a tile are no square of --image-size")
+    return Tiling(AnyRes(), args.image_size, patches, (0.5, 0.5, 0.5))
+
+
 def _numbers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
@@ -187,7 +199,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL")
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
-    add_options(parser, tokenizer={"required": True}, template={}, max_length={}, image_tokens={})
+    add_options(parser, images={"required": False}, tokenizer={"required": True}, template={}, max_length={})
+    add_options(parser, image_tokens={}, image_size={}, anyres={})
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
     parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
     parser.add_argument(
@@ -201,7 +214,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)"
     )
     parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.anyres and not (args.images or args.built):
+        parser.error("--anyres needs --images, whose sizes count")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ A batch is a dict of numpy arrays of static shape, B rows of T positions and G g
   labels               int32[B, T]           unshifted: position t predicts labels[t + 1] of its segment; -100 masked
   positions            int32[B, T]           restart at 0 with each sample
   segment_ids          int32[B, T]           1, 2, ... for the samples of a row; 0 is padding
-  images               uint8[G, I, H, W, 3]  slots shared by the rows of a group; zeros where unused
-  image_feature_index  int32[B, T]           slot in the group x P + patch; -1 for text
+  images               uint8[G, I, H, W, 3]  slots shared by the rows of a group; zeros where unused. A slot holds an
+                                             image or, with AnyRes, a tile
+  image_feature_index  int32[B, T]           slot in the group x P + patch; TEXT or NEWLINE of `data.features`
 
 Batch k is a pure function of the data, the seed and k (`Batches[k]`); `Batches.iterate` gives the same batches with
 threads or processes reading ahead.
@@ -15,6 +16,7 @@ threads or processes reading ahead.
 
 import contextlib
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, short
 from llava_jax.data import schedule
+from llava_jax.data.anyres import Tiling
 from llava_jax.data.encoded import BadSample, EncodedSource
+from llava_jax.data.features import TEXT, shifted
 from llava_jax.data.images import decode_image, preprocess
 from llava_jax.data.plan import Layout, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
@@ -36,28 +40,37 @@ from llava_jax.data.tokenization import IGNORE_INDEX, Segment
 Batch = dict[str, np.ndarray]
 
 # The values of the arrays of a row in padding.
-PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": -1}
+PADDING = {"tokens": 0, "labels": IGNORE_INDEX, "positions": 0, "segment_ids": 0, "image_feature_index": TEXT}
 
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Decodes and preprocesses an image: (its file, its name) -> uint8[size, size, 3]."""
+    """Decodes and preprocesses an image: (its file, its name) -> uint8[tiles, size, size, 3].
+
+    There is one tile without AnyRes. `several`: whether the sample has more than one image.
+    """
 
     size: int
     aspect: str
     mean: tuple[float, ...]
+    resample: str = "bicubic"
+    tiling: Tiling | None = None
 
-    def __call__(self, data: bytes, name: str) -> np.ndarray:
-        return preprocess(decode_image(data, name), self.size, self.aspect, self.mean)
+    def __call__(self, data: bytes, name: str, several: bool = False) -> np.ndarray:
+        image = decode_image(data, name)
+        if self.tiling is not None:
+            return self.tiling.tiles(image, several)
+        return preprocess(image, self.size, self.aspect, self.mean, self.resample)[None]
 
 
 def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: Layout) -> Batch:
-    """Places the segments of samples and their images one after the other in a row.
+    """Places the segments of samples, and the tiles of their images, one after the other in a row.
 
     Returns the row's arrays, int32[T] each, and `images`, uint8[n, H, W, 3], which its `image_feature_index` counts.
     """
     row = {name: np.full(layout.max_length, fill, np.int32) for name, fill in PADDING.items()}
-    start, images = 0, []
+    start, used = 0, 0
+    images = [np.zeros((0, layout.image_size, layout.image_size, 3), np.uint8)]
     for number, (segment, sample_images) in enumerate(samples, start=1):
         stop = start + len(segment.tokens)
         if stop > layout.max_length:
@@ -67,11 +80,10 @@ def build_row(samples: Sequence[tuple[Segment, Sequence[np.ndarray]]], layout: L
         row["labels"][start:stop] = segment.labels
         row["positions"][start:stop] = np.arange(stop - start)
         row["segment_ids"][start:stop] = number
-        row["image_feature_index"][start:stop] = _shift(index, len(images) * layout.image_tokens)
-        start = stop
+        row["image_feature_index"][start:stop] = shifted(index, used * layout.image_tokens)
+        start, used = stop, used + segment.num_tiles
         images.extend(sample_images)
-    shape = (len(images), layout.image_size, layout.image_size, 3)
-    return row | {"images": np.array(images, np.uint8).reshape(shape)}
+    return row | {"images": np.concatenate(images)}
 
 
 def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
@@ -87,13 +99,9 @@ def collate(rows: Sequence[Batch], layout: Layout) -> Batch:
             if stop > layout.image_slots:
                 raise ValueError(f"a group of rows holds {stop} or more images, it has {layout.image_slots} slots")
             slots[used:stop] = row["images"]
-            index[:] = _shift(index, used * layout.image_tokens)
+            index[:] = shifted(index, used * layout.image_tokens)
             used = stop
     return batch
-
-
-def _shift(image_feature_index: np.ndarray, offset: int) -> np.ndarray:
-    return np.where(image_feature_index < 0, -1, image_feature_index + offset)
 
 
 class StepBatch(NamedTuple):
@@ -124,7 +132,7 @@ class Batches:
     def __init__(
         self,
         encoded: EncodedSource,
-        decode: Callable[[bytes, str], np.ndarray],
+        decode: Callable[..., np.ndarray],
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
@@ -180,15 +188,22 @@ class Batches:
 
     def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
-        text = Segment(*np.zeros((3, 0), np.int32), num_images=0)  # what a sample with a bad text takes
+        text = Segment(*np.zeros((3, 0), np.int32), 0, 0)  # what a sample with a bad text takes
         try:
             sample = self.encoded.source[index]
-            text = self.encoded.segment(sample)
-            return text, read_images(self.encoded.source, index, sample, self.decode, text.num_images), None
+            text = self.encoded.segment(index, sample)
+            several = self.encoded.needs_sizes and len(sample.images) > 1
+            decode = functools.partial(self.decode, several=True) if several else self.decode
+            images = read_images(self.encoded.source, index, sample, decode, text.num_images)
+            if sum(map(len, images)) != text.num_tiles:
+                raise UserError(
+                    f"sample {short(sample.id)}: an image has another size than its header says: save it again"
+                )
+            return text, images, None
         except UserError as error:
             if not self.encoded.skip_bad:
                 raise
             # A bad text takes no positions: it was reported when the texts were measured.
             bad = BadSample(index, sample.id, str(error)) if len(text.tokens) else None
-        images = np.zeros((text.num_images, self.layout.image_size, self.layout.image_size, 3), np.uint8)
-        return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), images, bad
+        images = np.zeros((text.num_tiles, self.layout.image_size, self.layout.image_size, 3), np.uint8)
+        return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), [images], bad

@@ -22,7 +22,7 @@ class Lengths(NamedTuple):
 
     tokens: np.ndarray  # positions, image tokens included
     targets: np.ndarray  # labels that the position before them predicts
-    images: np.ndarray  # after truncation
+    images: np.ndarray  # image slots: one an image, with AnyRes one a tile; after truncation
 
 
 @functools.lru_cache(maxsize=4)
@@ -167,7 +167,7 @@ class Layout:
     batch_rows: int  # B
     rows_per_group: int  # rows that share image slots; B / rows_per_group groups are sharded and accumulated
     max_length: int  # T, positions of a row
-    image_slots: int  # I, images of a group at most
+    image_slots: int  # I, images of a group at most, or their tiles
     label_slots: int  # K, positions with a target of a group at most
     image_tokens: int  # P, positions of an image
     image_size: int  # height and width of an image in pixels

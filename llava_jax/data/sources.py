@@ -17,9 +17,10 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, track
+from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import read_image
+from llava_jax.data.images import read_image, read_size
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
@@ -40,6 +41,10 @@ class Source(Protocol):
 
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
         """The files of the first images of a sample, called `names` in it. Raises `UserError` naming the image."""
+        ...
+
+    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        """The sizes of these images, without decoding them. Raises `UserError` naming the image."""
         ...
 
 
@@ -67,6 +72,9 @@ class LlavaJson(Sequence[Sample]):
     def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
         return [read_image(image_path(self.images, name)) for name in names]
 
+    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        return [read_size(image_path(self.images, name)) for name in names]
+
     def __repr__(self) -> str:
         return f"LlavaJson({str(self.path)!r})"
 
@@ -81,6 +89,14 @@ def read_images(
     names = sample.images[:count]
     try:
         return [decode(data, name) for data, name in zip(source.read_images(index, names), names, strict=True)]
+    except UserError as error:
+        raise UserError(f"sample {short(sample.id)}: {error}") from error
+
+
+def image_sizes(source: Source, index: int, sample: Sample) -> list[Size]:
+    """The sizes of the images of a sample of a source. Raises `UserError` naming image and sample."""
+    try:
+        return source.read_sizes(index, sample.images)
     except UserError as error:
         raise UserError(f"sample {short(sample.id)}: {error}") from error
 

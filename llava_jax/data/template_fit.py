@@ -10,7 +10,7 @@ from etils import epath
 from llava_jax.cli import UserError, say
 from llava_jax.data.chat_template import render_chats
 from llava_jax.data.conversation import render
-from llava_jax.data.templates import TEMPLATES, Template, get_template
+from llava_jax.data.templates import EMPTY_THOUGHTS, TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
 
 if TYPE_CHECKING:
@@ -139,4 +139,7 @@ def _alike(
     system = default_system(tokenizer) if template.system is None else None
     asks = turns[-1][0] == "user"
     ours = render([*turns, ("assistant", None)] if asks else turns, template, system).text
+    if EMPTY_THOUGHTS in template.reply and (asks or EMPTY_THOUGHTS in rendered):
+        # Qwen3's own template has it before a last answer, and in a prompt if it is told not to think.
+        ours, rendered = (text.replace(EMPTY_THOUGHTS, "") for text in (ours, rendered))
     return rendered in (ours, f"{tokenizer.bos_token}{ours}")  # `render` leaves BOS to the tokenizer

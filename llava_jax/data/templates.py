@@ -18,6 +18,8 @@ from llava_jax.registry import Registry
 
 IMAGE_TOKEN = "<image>"  # marks the place of an image in a text
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
+THOUGHTS = ("<think>", "</think>")  # marks of a block of thoughts before an answer
+EMPTY_THOUGHTS = "<think>\n\n</think>\n\n"  # such a block where a model does not think
 
 
 @dataclass(frozen=True, kw_only=True)

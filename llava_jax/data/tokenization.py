@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import check_system, place_images, render
+from llava_jax.data.conversation import check_system, check_thoughts, place_images, render
+from llava_jax.data.features import TEXT, Features, joined
 from llava_jax.data.samples import Sample
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template
 from llava_jax.data.tokenizer_files import read_tokenizer_files
@@ -39,12 +40,13 @@ class Encoded(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A sample in a row: an `Encoded` with P positions an image; `image_feature_index` is image x P + patch or -1."""
+    """A sample in a row: an `Encoded` with its images expanded to the positions of their features."""
 
     tokens: np.ndarray  # int32[L], 0 under images
     labels: np.ndarray  # int32[L]
-    image_feature_index: np.ndarray  # int32[L]
+    image_feature_index: np.ndarray  # int32[L]: tile x P + patch, or TEXT or NEWLINE of `data.features`
     num_images: int
+    num_tiles: int  # of all images; as many as images without AnyRes
 
 
 def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
@@ -134,11 +136,13 @@ def encode_sample(
 ) -> Encoded:
     """Ids and labels of a training sample.
 
-    Raises `UserError` with its id if it has no answer, or a system prompt for which the template has no place.
+    Raises `UserError` with its id if it has no answer, or a system prompt or thoughts for which the template has no
+    place.
     """
     turns = place_images(sample.turns, image_position, seed, sample.id)
     try:
         check_system(turns, template)
+        check_thoughts(turns, template)
         encoded = encode_turns(turns, template, tokenizer)
     except UserError as error:
         raise UserError(f"sample {short(sample.id)}: {error}") from error
@@ -161,32 +165,50 @@ def encode_turns(
     return _encode(text, target_spans, tokenizer)
 
 
-def expand(encoded: Encoded, image_tokens: int, max_length: int) -> Segment:
-    """Gives every image its `image_tokens` positions and truncates to `max_length`, but not within an image.
+def expand(encoded: Encoded, image_tokens: int, max_length: int, images: Sequence[Features] | None = None) -> Segment:
+    """Gives every image the positions of its features and truncates to `max_length`, but not within an image.
 
     An image that does not fit completely is dropped with all after it; `num_images` are left. The dropped positions may
     hold all labels.
+
+    Args:
+      images: the features of each image; by default one tile of `image_tokens` features (P).
     """
-    ids, labels = truncate(encoded, image_tokens, max_length)
-    is_image = ids == IMAGE_TOKEN_INDEX
-    widths = np.where(is_image, image_tokens, 1)
+    if images is None:
+        images = [one_tile(image_tokens)] * int((encoded.input_ids == IMAGE_TOKEN_INDEX).sum())
+    ids, labels = truncate(encoded, images, max_length)
+    is_image, widths = ids == IMAGE_TOKEN_INDEX, _widths(encoded, images)[: len(ids)]
     under_image = np.repeat(is_image, widths)
     num_images = int(is_image.sum())
-    feature_index = np.full(under_image.shape, -1, np.int32)
-    feature_index[under_image] = np.arange(num_images * image_tokens, dtype=np.int32)
+    feature_index = np.full(under_image.shape, TEXT, np.int32)
+    feature_index[under_image] = joined(images[:num_images], image_tokens)
     return Segment(
         tokens=np.where(under_image, 0, np.repeat(ids, widths)).astype(np.int32),
         labels=np.repeat(labels, widths),
         image_feature_index=feature_index,
         num_images=num_images,
+        num_tiles=sum(image.tiles for image in images[:num_images]),
     )
 
 
-def truncate(encoded: Encoded, image_tokens: int, max_length: int) -> Encoded:
+def truncate(encoded: Encoded, images: Sequence[Features], max_length: int) -> Encoded:
     """The part of ids and labels that `expand` keeps."""
-    widths = np.where(encoded.input_ids == IMAGE_TOKEN_INDEX, image_tokens, 1)
-    kept = int(np.searchsorted(np.cumsum(widths), max_length, side="right"))
+    kept = int(np.searchsorted(np.cumsum(_widths(encoded, images)), max_length, side="right"))
     return Encoded(encoded.input_ids[:kept], encoded.labels[:kept])
+
+
+@functools.lru_cache
+def one_tile(tokens: int) -> Features:
+    """The features of an image without AnyRes."""
+    return Features(np.arange(tokens, dtype=np.int32), tiles=1)
+
+
+def _widths(encoded: Encoded, images: Sequence[Features]) -> np.ndarray:
+    """The positions of each id; int[N]."""
+    is_image = encoded.input_ids == IMAGE_TOKEN_INDEX
+    widths = np.ones(is_image.shape, np.int64)
+    widths[is_image] = [len(image.index) for image in images]
+    return widths
 
 
 class _Chunk(NamedTuple):

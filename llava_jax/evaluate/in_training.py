@@ -72,9 +72,7 @@ class Evaluation:
             texts = self.generator.answer(self.requests[first::count], sampling)
         except UserError:
             for question in self.questions[first::count]:
-                read_images(
-                    question, self.images, self.prompts.read
-                )  # raises an error with the question's id for a bad image
+                read_images(question, self.images, self.prompts.read)  # raises an error with its id for a bad image
             raise
         self.generator.decoder.drop_weights()
         answers = [""] * len(self.questions)

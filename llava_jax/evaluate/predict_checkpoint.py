@@ -6,6 +6,7 @@ has a thread that feeds it; other threads read images a batch or two ahead.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import queue
 import sys
@@ -26,7 +27,7 @@ from llava_jax.evaluate.answer_file import AnswerFile
 from llava_jax.evaluate.questions import Question, key_of, read_images, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.options import open_model
-from llava_jax.inference.requests import Request, Sampling
+from llava_jax.inference.requests import PreparedImage, Request, Sampling
 from llava_jax.parallel import distributed
 
 START_SECONDS = 300  # until all processes have met
@@ -142,8 +143,8 @@ class Answering:
             try:
                 while True:
                     for batch in itertools.islice(work, (1 + AHEAD) * count - len(running)):
-                        asker = {name: question for question in reversed(batch) for name in question.images}
-                        images = {name: readers.submit(self._read, name, asker[name]) for name in asker}
+                        asker = {place: question for question in reversed(batch) for place in _places(question)}
+                        images = {place: readers.submit(self._read, *place, asker[place]) for place in asker}
                         running.add(workers.submit(self._answer, idle, batch, images))
                     if not running:
                         return
@@ -155,17 +156,18 @@ class Answering:
                 for pool in (workers, readers):
                     pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, name: str | bytes, asker: Question) -> np.ndarray:
-        (image,) = read_images(asker._replace(images=(name,)), self.asking.images, self.generators[0].prompts.read)
+    def _read(self, name: str | bytes, several: bool, asker: Question) -> PreparedImage:
+        read = functools.partial(self.generators[0].prompts.read, several=several)
+        (image,) = read_images(asker._replace(images=(name,)), self.asking.images, read)
         return image
 
     def _answer(
-        self, idle: "queue.SimpleQueue[Generator]", batch: Sequence[Question], images: Mapping[str | bytes, Future]
+        self, idle: "queue.SimpleQueue[Generator]", batch: Sequence[Question], images: Mapping["Place", Future]
     ) -> list[tuple[Question, str]]:
         """Answers a batch with an idle generator, after its images are read."""
         position, last = self.generators[0].config.image_position, self.asking.image_last
         requests = [
-            Request(request_turns(question, last, position), [images[name].result() for name in question.images])
+            Request(request_turns(question, last, position), [images[place].result() for place in _places(question)])
             for question in batch
         ]
         generator = idle.get()
@@ -185,6 +187,13 @@ class Answering:
         except UserError as error:
             raise UserError(f"question {_longest(generator, questions, requests)}: {error}") from error
         return [f"{text}\n The answer is {answer.strip()}" for text, answer in zip(texts, answers, strict=True)]
+
+
+Place = tuple[str | bytes, bool]  # an image, and whether it is one of several of a question
+
+
+def _places(question: Question) -> list[Place]:
+    return [(name, len(question.images) > 1) for name in question.images]
 
 
 def _longest(generator: Generator, questions: Sequence[Question], requests: Sequence[Request]) -> Any:

@@ -1,9 +1,10 @@
 """The adapters that an engine has loaded: requests choose among them by name, and are batched together."""
 
 import dataclasses
+import difflib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from llava_jax.cli import UserError, shown
@@ -29,6 +30,11 @@ class AdapterWeights(NamedTuple):
     params: Params
     prompts: PromptEncoder | None = None
     origin: str = ""
+
+
+def max_rank(adapters: Mapping[str, AdapterWeights]) -> int:
+    """The largest rank; 0 without adapters."""
+    return max((each.lora.rank for each in adapters.values()), default=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +86,9 @@ class Adapters:
     def get(self, name: str) -> Adapter:
         """Raises `UnknownAdapter`."""
         if (adapter := self._loaded.get(name)) is None:
-            raise UnknownAdapter(f"no adapter is named {shown(name)}: there is {self._names() or 'none'}")
+            near = difflib.get_close_matches(name, self._loaded, n=1)
+            hint = f"; did you mean {shown(near[0])}?" if near else ""
+            raise UnknownAdapter(f"no adapter is named {shown(name)}: there is {self._names() or 'none'}{hint}")
         return adapter
 
     def load(self, name: str, weights: AdapterWeights) -> Adapter:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llava_jax.data.features import TEXT
 from llava_jax.inference.answer import Alternative, Answer, Piece, TokenLogprob
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
@@ -54,9 +55,9 @@ class Running:
 class Batch:
     """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, image_tokens: int, rows: int, images: int):
+    def __init__(self, programs: Programs, image_tokens: int, rows: int, tiles: int):
         self._programs, self._image_tokens = programs, image_tokens
-        self._prefix_cache, self._images = PrefixCache(rows), LruIndex(images)
+        self._prefix_cache, self._tiles = PrefixCache(rows), LruIndex(tiles)
         self._free = list(range(programs.slots))[::-1]
         self.running: list[Running] = []
 
@@ -100,25 +101,26 @@ class Batch:
         return [] if running.remaining else self._deliver(running, sampled)
 
     def _chunk(self, running: Running, length: int, size: int) -> PromptChunk:
-        """The next `length` positions of a prompt, padded to `size`. Encodes the images that are not cached."""
+        """The next `length` positions of a prompt, padded to `size`. Encodes the tiles that are not cached."""
         patches, start = self._image_tokens, running.done
-        tokens, features = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+        tokens, features = np.zeros(size, np.int32), np.full(size, TEXT, np.int32)
         tokens[:length] = running.prompt.tokens[start : start + length]
         index = running.prompt.image_feature_index[start : start + length]
-        for image in np.unique(index[index >= 0] // patches):
-            own = np.flatnonzero(index // patches == image)
-            features[own] = self._image(running.prompt, image) * patches + index[own] % patches
+        features[:length] = np.minimum(index, TEXT)  # newlines stay
+        for tile in np.unique(index[index >= 0] // patches):
+            own = np.flatnonzero(index // patches == tile)
+            features[own] = self._tile(running.prompt, tile) * patches + index[own] % patches
         sampling = RowSampling.greedy(1)
         sampling.set(0, running.answer.sampling, running.prompt_hash)
         numbers = map(np.int32, (start, length, running.row))
         return PromptChunk(tokens, features, *numbers, sampling, np.int32(running.prompt.adapter.index))
 
-    def _image(self, prompt: PreparedPrompt, image: int) -> int:
-        """The index of an image in the cached features."""
+    def _tile(self, prompt: PreparedPrompt, tile: int) -> int:
+        """The index of a tile in the cached features."""
         adapter = prompt.adapter
-        index, known = self._images.find((prompt.digests[image], adapter.version if adapter.own_projector else 0))
+        index, known = self._tiles.find((prompt.digests[tile], adapter.version if adapter.own_projector else 0))
         if not known:
-            self._programs.encode(prompt.images[image], index, adapter.index)
+            self._programs.encode(prompt.tiles[tile], index, adapter.index)
         return index
 
     def _decode(self, begun: Sequence[Running]) -> list[Answer]:

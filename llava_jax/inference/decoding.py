@@ -15,8 +15,9 @@ from llava_jax.inference.prompts import PromptBatch
 from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.requests import MAX_LOGPROBS, Sampling
 from llava_jax.models import batched_lora
+from llava_jax.models.config import LoraConfig
 from llava_jax.models.llama import KVCache
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import Llava, Params
 
 MAX_STEPS = 32  # tokens of a row that one call of `Decoder.decode` can generate
 
@@ -48,18 +49,27 @@ class Decoder:
         """Keeps the compiled programs, and no weights until `set_model` brings others."""
         self._weights = []
 
+    def set_adapter(self, index: int, config: LoraConfig, params: Params) -> None:
+        """Makes these the parameters of adapter `index`, see `models.batched_lora`. Nothing is compiled again."""
+        model = jax.tree.unflatten(self._structure, self._weights)
+        batched_lora.write(model, index, config, params)
+        self._weights = jax.tree.leaves(model)
+
     def compile(self, program: Callable, **options: Any) -> Callable:
-        """`jax.jit(program)` without its first argument, the model.
+        """`jax.jit(program)` without its first argument, the model; with `adapter`, int32[1], all rows use that one.
 
         The weights are passed as a flat list, since flattening the modules at every call would take longer than a token
         of a small model.
         """
 
-        def flat(weights: list[jax.Array], *args: Any, **kwargs: Any) -> Any:
-            return program(jax.tree.unflatten(self._structure, weights), *args, **kwargs)
+        def flat(weights: list[jax.Array], adapter: jax.Array | None, *args: Any, **kwargs: Any) -> Any:
+            model = jax.tree.unflatten(self._structure, weights)
+            if adapter is not None:
+                batched_lora.use(model, adapter)
+            return program(model, *args, **kwargs)
 
         compiled = jax.jit(flat, **options)
-        return lambda *args, **kwargs: compiled(self._weights, *args, **kwargs)
+        return lambda *args, adapter=None, **kwargs: compiled(self._weights, adapter, *args, **kwargs)
 
 
 class RowSampling(NamedTuple):

@@ -58,7 +58,7 @@ class Engine:
     queue: requests that may wait for a slot.
     kept: rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
       by default half as many as slots.
-    images: for how many images the features are cached.
+    images: for how many images, or tiles of AnyRes, the features are cached.
     quantize: "int8" stores the decoder's weights in eight bits.
     mesh: over which the model's parameters are sharded.
     adapters: how many adapters can be loaded at a time, into `Engine.adapters`, and
@@ -86,7 +86,8 @@ class Engine:
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
         self._rows = slots + (slots // 2 if kept is None else kept)
-        self._images = max(images, CHUNK_SIZES[-1] // self.config.image_tokens + 2)  # at least those of a chunk
+        most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
+        self._images = max(images, (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles)  # those of a chunk
         self._programs = Programs(
             model,
             slots=slots,

@@ -6,9 +6,11 @@ across tokens, so they are searched here, in the text.
 """
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
+from llava_jax.inference.adapters import Adapter, Adapters, AdapterWeights, max_rank
 from llava_jax.inference.decoding import RowSampling, Slots, prompt_hash
 from llava_jax.inference.prompts import (
     Prompt,
@@ -32,6 +35,7 @@ from llava_jax.inference.prompts import (
 )
 from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import GREEDY, ImageInput, Request, Sampling
+from llava_jax.models import batched_lora
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import Llava, abstract_params, build
@@ -65,19 +69,13 @@ def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 
-def _sharding(
-    config: LlavaConfig, devices: Sequence[jax.Device], axes: Mapping[str, int] | None = None
-) -> Sharding | None:
+def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh | None:
+    """The mesh over which a model is sharded; None on one device."""
     if axes:
         if unknown := set(axes) - set(AXES):
             raise UserError(f"mesh has an axis {min(unknown)!r}: choose among {', '.join(AXES)}")
-        return mesh_sharding(config, make_mesh(axes, devices or None))
-    match devices:
-        case []:
-            return None
-        case [device]:
-            return lambda name: SingleDeviceSharding(device)
-    return mesh_sharding(config, make_mesh({"tensor": len(devices)}, devices))
+        return make_mesh(axes, devices or None)
+    return make_mesh({"tensor": len(devices)}, devices) if len(devices) > 1 else None
 
 
 class Generator:
@@ -87,18 +85,32 @@ class Generator:
       model: its layers are rearranged for decoding; use it only through the generator from then on.
       prompts: the tokenizer and template of the model.
       quantize: "int8" stores the weights of the language model in eight bits.
+      adapters: by name; the model has room for them (`models.batched_lora.attach`).
 
     Attributes:
       config: of the model.
       prompts: tokenizes requests and preprocesses images.
       decoder: the compiled programs; `decoder.compile` adds more.
+      adapters: by name, see `with_adapter`.
       computing: seconds in which the device computed.
     """
 
-    def __init__(self, model: Llava, prompts: PromptEncoder, quantize: str | None = None):
+    def __init__(
+        self,
+        model: Llava,
+        prompts: PromptEncoder,
+        quantize: str | None = None,
+        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
+    ):
         self.config = model.config
         self.prompts = prompts
         self.decoder = decoding.Decoder(model, quantize)
+        self.adapters = Adapters(
+            Adapter("", prompts), len(adapters), max_rank(adapters), self.decoder.set_adapter, used=set
+        )
+        for name, weights in adapters.items():
+            self.adapters.load(name, weights)
+        self._adapter = np.zeros(1, np.int32) if adapters else None
         self.computing = 0.0
 
     @classmethod
@@ -111,6 +123,7 @@ class Generator:
         *,
         mesh: Mapping[str, int] | None = None,
         quantize: str | None = None,
+        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
     ) -> "Generator":
         """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`).
 
@@ -121,10 +134,25 @@ class Generator:
           devices: the weights are sharded over these; by default they lie on the first device.
           mesh: sizes of the axes that the weights are sharded over; by default each layer is split over all devices.
           quantize: "int8" stores the weights of the language model in eight bits.
+          adapters: of the checkpoint, by name.
         """
         check_quantization(quantize)
-        model = load_model(checkpoint, dtype, _sharding(checkpoint.config, devices, mesh))
-        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), quantize)
+        sharded, sharding = _mesh(devices, mesh), None
+        if sharded:
+            sharding = mesh_sharding(checkpoint.config, sharded)
+        elif devices:
+            sharding = lambda name: SingleDeviceSharding(devices[0])  # noqa: E731
+        model = load_model(checkpoint, dtype, sharding)
+        if adapters:
+            with jax.default_device(devices[0] if devices else None):
+                batched_lora.attach(model, len(adapters), max_rank(adapters), sharded)
+        return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), quantize, adapters)
+
+    def with_adapter(self, name: str) -> "Generator":
+        """The same with one of `adapters`, in the template that it was trained with. Raises `UnknownAdapter`."""
+        adapter, other = self.adapters.get(name), copy.copy(self)
+        other.prompts, other._adapter = adapter.prompts, np.array([adapter.index], np.int32)
+        return other
 
     def answer(self, requests: Sequence[Request], sampling: Sampling = GREEDY, batch_rows: int = 16) -> list[str]:
         """Answers all requests, `batch_rows` at a time.
@@ -149,14 +177,20 @@ class Generator:
                 yield text
 
     def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
-        """The embeddings of images as the decoder gets them: float32[N, P, D]."""
-        pixels = np.stack([self.prompts.read(image) for image in images])
-        return np.asarray(self.decoder.encode_images(pixels), np.float32)
+        """The embeddings of images as the decoder gets them: float32[N, P, D].
+
+        Raises UserError for a model with AnyRes, whose images have different numbers of features.
+        """
+        if self.config.tiling:
+            raise UserError("a model with AnyRes has as many features of an image as its size makes: no array has them")
+        pixels = np.concatenate([self.prompts.read(image).tiles for image in images])
+        return np.asarray(self.decoder.encode_images(pixels, adapter=self._adapter), np.float32)
 
     def logits(self, request: Request) -> np.ndarray:
         """The scores of the next token after each position of a prompt: float32[L, V]. An image takes P positions."""
         prompt = self.prompts.encode(request)
-        return np.asarray(self.decoder.logits(self._assemble([prompt]))[0, : len(prompt.tokens)])
+        scores = self.decoder.logits(self._assemble([prompt]), adapter=self._adapter)
+        return np.asarray(scores[0, : len(prompt.tokens)])
 
     def room(self, request: Request) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
@@ -204,25 +238,30 @@ class Generator:
                     cache = self.decoder.grow(cache, size=bucket(needed + HEADROOM))
                 working = np.where(finished, cache.size, positions)
                 slots = Slots(tokens[:, -1], working, no_limits, sampling=row_sampling)
-                sampled, cache = self.decoder.decode(slots=slots, stop_ids=stop_ids, steps=steps, cache=cache)
+                sampled, cache = self.decoder.decode(
+                    slots=slots, stop_ids=stop_ids, steps=steps, cache=cache, adapter=self._adapter
+                )
                 tokens = np.asarray(sampled.tokens)[:, :steps]
             positions += steps
         yield [stream.close() for stream in streams]
 
     def _prefill(self, prompts: Sequence[Prompt], sampling: RowSampling | None, size: int) -> tuple[jax.Array, KVCache]:
         """-> the first tokens of the answers, and the cache of the prompts."""
+        adapter = self._adapter
         shared = share_prefixes(prompts)
         if shared is None:
             batch = self._assemble(prompts)
             with self._timed():
-                return self.decoder.prefill(batch, sampling, size=size)
+                return self.decoder.prefill(batch, sampling, size=size, adapter=adapter)
         prefixes, suffixes = self._assemble(shared.prefixes), self._assemble(shared.suffixes)
         padding = [0] * (len(suffixes.lengths) - len(prompts))
         starts = np.array([len(shared.prefixes[i].tokens) for i in shared.prefix_of] + padding, np.int32)
         prefix_of = np.array([*shared.prefix_of, *padding], np.int32)
         with self._timed():
-            _, cache = self.decoder.prefill(prefixes, None, size=0)
-            return self.decoder.prefill_suffixes(cache, prefix_of, starts, suffixes, sampling, size=size)
+            _, cache = self.decoder.prefill(prefixes, None, size=0, adapter=adapter)
+            return self.decoder.prefill_suffixes(
+                cache, prefix_of, starts, suffixes, sampling, size=size, adapter=adapter
+            )
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

@@ -67,6 +67,7 @@ def open_engine(
       read_adapter: reads the adapter in a directory for a checkpoint.
       **options: of `Engine`; there is room for `adapters` of `adapter_rank` or, if that is more, for those of `args`.
     """
+    from llava_jax.inference.adapters import max_rank
     from llava_jax.inference.engine import Engine
     from llava_jax.parallel.sharding import make_mesh
 
@@ -76,7 +77,7 @@ def open_engine(
         if name in adapters:
             raise UserError(f"--adapter {name}={directory}: another one has this name")
         adapters[name] = read_adapter(directory, checkpoint)
-    room = {"adapters": len(adapters), "adapter_rank": max((each.lora.rank for each in adapters.values()), default=0)}
+    room = {"adapters": len(adapters), "adapter_rank": max_rank(adapters)}
     options |= {name: max(least, options.get(name, 0)) for name, least in room.items()}
     given = vars(args)
     compilation_cache.use(given.get("compilation_cache", compilation_cache.usual()))

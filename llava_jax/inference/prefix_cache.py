@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.data.features import NEWLINE
 from llava_jax.inference.adapters import Adapter
 from llava_jax.inference.requests import Request
 
@@ -16,10 +17,10 @@ class PreparedPrompt(NamedTuple):
 
     request: Request
     tokens: np.ndarray  # int32[L]
-    image_feature_index: np.ndarray  # int32[L]: image of the request x P + patch, -1 for text
-    contents: np.ndarray  # int64[L]: from the adapter, and the token or (a negative number) the image and the patch
-    images: Sequence[np.ndarray]  # uint8[H, W, 3] each
-    digests: Sequence[bytes]  # of the images
+    image_feature_index: np.ndarray  # int32[L]: tile of the request x P + patch, or TEXT or NEWLINE of `data.features`
+    contents: np.ndarray  # int64[L]: from the adapter, and the token or (a negative number) the tile and the patch
+    tiles: Sequence[np.ndarray]  # of the images, uint8[H, W, 3] each
+    digests: Sequence[bytes]  # of the tiles
     adapter: Adapter  # that answers it
 
     def extended(self, tokens: Sequence[int]) -> np.ndarray:
@@ -32,16 +33,18 @@ def prepare(adapter: Adapter, request: Request) -> PreparedPrompt:
     a missing or damaged image."""
     prompts = adapter.prompts
     prompt = prompts.encode(request)
-    preprocessed = {id(image): prompts.read(image) for image in request.images}
-    images = [preprocessed[id(image)] for image in request.images]
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-    contents = prompt.tokens.astype(np.int64)
+    several = len(request.images) > 1
+    preprocessed = {id(image): prompts.read(image, several).tiles for image in request.images}
+    tiles = [tile for image in request.images for tile in preprocessed[id(image)]]
+    digests = [hashlib.blake2b(tile.tobytes(), digest_size=16).digest() for tile in tiles]
+    contents, index = prompt.tokens.astype(np.int64), prompt.image_feature_index
     for number, digest in enumerate(digests):
-        own = prompt.image_feature_index // prompts.config.image_tokens == number
+        own = index // prompts.config.image_tokens == number
         first = np.frombuffer(digest, np.int64, count=1)
-        contents[own] = (first + np.arange(own.sum())) | np.iinfo(np.int64).min
+        contents[own] = (first + index[own] % prompts.config.image_tokens) | np.iinfo(np.int64).min
+    contents[index == NEWLINE] = np.iinfo(np.int64).min
     contents = _of_version(contents, adapter)
-    return PreparedPrompt(request, prompt.tokens, prompt.image_feature_index, contents, images, digests, adapter)
+    return PreparedPrompt(request, prompt.tokens, index, contents, tiles, digests, adapter)
 
 
 def _of_version(contents: np.ndarray, adapter: Adapter) -> np.ndarray:

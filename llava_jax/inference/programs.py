@@ -1,6 +1,7 @@
 """The engine's programs, which have fixed shapes and are compiled ahead, and the arrays that they work on.
 
-Axes: B slots, T tokens, D embed, P patches an image, C rows of the cache, I images whose features are cached.
+Axes: B slots, T tokens, D embed, P patches an image (or tile), C rows of the cache, I images (or tiles) whose features
+are cached.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ class PromptChunk(NamedTuple):
     """Consecutive tokens of a prompt, T of `CHUNK_SIZES`."""
 
     tokens: np.ndarray  # int32[T], 0 in padding
-    features: np.ndarray  # int32[T]: index of the cached image x P + patch, -1 for text
+    features: np.ndarray  # int32[T]: cached tile x P + patch, or TEXT or NEWLINE of `data.features`
     start: np.ndarray  # int32, the position of the first
     length: np.ndarray  # int32, without padding
     row: np.ndarray  # int32, of the cache
@@ -182,6 +183,7 @@ def prefill(
     x_TD = model.embed(chunk.tokens[None])[0]
     features_TD = features_IPD.reshape(-1, features_IPD.shape[-1])[jnp.maximum(chunk.features, 0)]
     x_TD = jnp.where(chunk.features[:, None] >= 0, features_TD, x_TD)
+    x_TD = model.place_newlines(x_TD, chunk.features)
     steps_T = jnp.arange(len(chunk.tokens))
     positions_T = jnp.where(steps_T < chunk.length, chunk.start + steps_T, cache.size)
     hidden_1TD, cache = model.llm.extend(x_TD[None], positions_T[None], cache, chunk.row[None])

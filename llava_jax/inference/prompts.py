@@ -1,5 +1,6 @@
 """Requests as token ids and preprocessed images, and batches of them that compute shared prefixes once."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.checkpoint.reading import Checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import check_system, place_prompt_images
-from llava_jax.data.images import load_image, load_pixels, preprocess
+from llava_jax.data.features import TEXT, Features, Size
+from llava_jax.data.images import load_image, load_pixels, preprocess, read_size
 from llava_jax.data.templates import IMAGE_TOKEN, Template, get_template, stop_strings, with_im_start_end
-from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer
+from llava_jax.data.tokenization import IMAGE_TOKEN_INDEX, encode_turns, expand, load_tokenizer, one_tile
 from llava_jax.inference.detokenization import AnswerStream
-from llava_jax.inference.requests import ImageInput, Request, Sampling
+from llava_jax.inference.requests import ImageInput, PreparedImage, Request, Sampling
 from llava_jax.models.config import LlavaConfig
 
 MIN_TOKENS = 16  # that a row of a batch has room for
@@ -25,8 +27,9 @@ class Prompt(NamedTuple):
     """A request as token ids."""
 
     tokens: np.ndarray  # int32[L], 0 where an image is
-    image_feature_index: np.ndarray  # int32[L]: image of the request x P + patch, -1 for text
+    image_feature_index: np.ndarray  # int32[L]: tile of the request x P + patch, or TEXT or NEWLINE of `data.features`
     images: Sequence[ImageInput]
+    tiles: Sequence[int]  # of each image
     begun: str = ""  # the text that the answer continues, with which the prompt ends
 
 
@@ -70,15 +73,33 @@ class PromptEncoder:
             raise UserError(f"request {request}: {marks} {IMAGE_TOKEN} in the text, but {len(request.images)} images")
         if len(encoded.input_ids) == 0:
             raise UserError(f"request {request}: template {self.template.name} makes an empty prompt of it")
-        row = expand(encoded, self.config.image_tokens, max_length=np.iinfo(np.int32).max)
-        return Prompt(row.tokens, row.image_feature_index, request.images, request.begun)
+        features = [self._features(image, several=marks > 1) for image in request.images]
+        row = expand(encoded, self.config.image_tokens, np.iinfo(np.int32).max, features)
+        return Prompt(
+            row.tokens, row.image_feature_index, request.images, [image.tiles for image in features], request.begun
+        )
 
-    def read(self, image: ImageInput) -> np.ndarray:
-        """Reads and preprocesses an image -> uint8[H, W, 3]. Raises `UserError` where it is missing or damaged."""
-        if isinstance(image, np.ndarray):
+    def read(self, image: ImageInput, several: bool = False) -> PreparedImage:
+        """Reads and preprocesses an image. `several`: whether it is one of several of its request.
+
+        Raises `UserError` where it is missing, damaged, or too thin for AnyRes.
+        """
+        if isinstance(image, PreparedImage):
             return image
-        opened = load_pixels(image) if isinstance(image, Image.Image) else load_image(image)
-        return preprocess(opened, self.config.vision.image_size, self.config.image_aspect, self.config.image_mean)
+        opened, config = load_pixels(image) if isinstance(image, Image.Image) else load_image(image), self.config
+        if config.tiling:
+            return PreparedImage(config.tiling.tiles(opened, several), self._features(opened, several))
+        size = config.vision.image_size
+        pixels = preprocess(opened, size, config.image_aspect, config.image_mean, config.image_resample)
+        return PreparedImage(pixels[None], one_tile(config.image_tokens))
+
+    def _features(self, image: ImageInput, several: bool) -> Features:
+        if isinstance(image, PreparedImage):
+            return image.features
+        if self.config.tiling is None:
+            return one_tile(self.config.image_tokens)
+        size = Size(*load_pixels(image).size) if isinstance(image, Image.Image) else read_size(image)
+        return self.config.tiling.features(size, several)
 
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
         """Decodes the tokens of an answer that continues `begun`."""
@@ -133,27 +154,29 @@ def padded_shape(prompts: Sequence[Prompt]) -> tuple[int, int]:
     return bucket(len(prompts)), bucket(max(MIN_TOKENS, *(len(prompt.tokens) for prompt in prompts)))
 
 
-def assemble(prompts: Sequence[Prompt], image_tokens: int, read: Callable[[ImageInput], np.ndarray]) -> PromptBatch:
-    """Pads the prompts to a batch. `read` gives uint8[H, W, 3]; it is called once for each distinct image."""
+def assemble(prompts: Sequence[Prompt], image_tokens: int, read: Callable[..., PreparedImage]) -> PromptBatch:
+    """Pads the prompts to a batch. `read` is `PromptEncoder.read`; it is called once for each distinct image."""
     B, T = padded_shape(prompts)
-    tokens, lengths, index = np.zeros((B, T), np.int32), np.ones(B, np.int32), np.full((B, T), -1, np.int32)
-    slots: dict[Any, int] = {}
-    images: list[np.ndarray] = []
+    tokens, lengths, index = np.zeros((B, T), np.int32), np.ones(B, np.int32), np.full((B, T), TEXT, np.int32)
+    slots: dict[Any, range] = {}  # of the tiles of each image
+    tiles: list[np.ndarray] = []
     for row, prompt in enumerate(prompts):
         length = len(prompt.tokens)
         tokens[row, :length], lengths[row] = prompt.tokens, max(length, 1)
-        for image in prompt.images:
-            if _key(image) not in slots:
-                slots[_key(image)] = len(images)
-                images.append(read(image))
-        own_slots = np.array([slots[_key(image)] for image in prompt.images] + [0])
-        ordinal, patch = np.divmod(prompt.image_feature_index, image_tokens)  # -1 gives ordinal -1, the 0 at the end
-        shared_index = own_slots[ordinal] * image_tokens + patch
-        index[row, :length] = np.where(prompt.image_feature_index >= 0, shared_index, -1)
-    if not images:
+        keys = list(map(_key, prompt.images, prompt.tiles))
+        for key, image in zip(keys, prompt.images, strict=True):
+            if key not in slots:
+                new = read(image, several=len(keys) > 1).tiles
+                slots[key] = range(len(tiles), len(tiles) + len(new))
+                tiles.extend(new)
+        own_slots = np.array([*itertools.chain.from_iterable(slots[key] for key in keys), 0])
+        tile, patch = np.divmod(prompt.image_feature_index, image_tokens)  # text gives tile -1, the 0 at the end
+        shared_index = own_slots[tile] * image_tokens + patch
+        index[row, :length] = np.where(prompt.image_feature_index >= 0, shared_index, prompt.image_feature_index)
+    if not tiles:
         return PromptBatch(tokens, lengths, None, index)
-    padded = np.zeros((1, bucket(len(images)), *images[0].shape), np.uint8)
-    padded[0, : len(images)] = images
+    padded = np.zeros((1, bucket(len(tiles)), *tiles[0].shape), np.uint8)
+    padded[0, : len(tiles)] = tiles
     return PromptBatch(tokens, lengths, padded, index)
 
 
@@ -165,13 +188,13 @@ def share_prefixes(prompts: Sequence[Prompt]) -> SharedPrefixes | None:
     numbers: dict[Any, int] = {}
     prefixes, suffixes, prefix_of = [], [], []
     for prompt in prompts:
-        tokens, index, images = prompt[:3]
-        cut = int(np.max(np.flatnonzero(index >= 0), initial=-1)) + 1
-        key = (tokens[:cut].tobytes(), index[:cut].tobytes(), *map(_key, images))
+        tokens, index, images, tiles = prompt[:4]
+        cut = int(np.max(np.flatnonzero(index != TEXT), initial=-1)) + 1
+        key = (tokens[:cut].tobytes(), index[:cut].tobytes(), *map(_key, images, tiles))
         if key not in numbers:
             numbers[key] = len(prefixes)
-            prefixes.append(Prompt(tokens[:cut], index[:cut], images))
-        suffixes.append(Prompt(tokens[cut:], index[cut:], ()))
+            prefixes.append(Prompt(tokens[:cut], index[:cut], images, tiles))
+        suffixes.append(Prompt(tokens[cut:], index[cut:], (), ()))
         prefix_of.append(numbers[key])
     shared = np.prod(padded_shape(prefixes)) + np.prod(padded_shape(suffixes))
     if 2 * shared > np.prod(padded_shape(prompts)) or not all(len(suffix.tokens) for suffix in suffixes):
@@ -179,5 +202,6 @@ def share_prefixes(prompts: Sequence[Prompt]) -> SharedPrefixes | None:
     return SharedPrefixes(prefixes, suffixes, np.array(prefix_of, np.int32))
 
 
-def _key(image: ImageInput) -> Any:
-    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
+def _key(image: ImageInput, tiles: int) -> Any:
+    """The same for an image with as many tiles: one of several of a request may have its base alone."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image), tiles

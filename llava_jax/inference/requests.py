@@ -4,16 +4,31 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
+from llava_jax.data.features import Features
 
 MAX_LOGPROBS = 20  # alternatives to a token
 
-ImageInput = Image.Image | np.ndarray | str | os.PathLike
-"""An image, or the path of its file. An array is an image that is preprocessed already, uint8[H, W, 3]."""
+
+class PreparedImage(NamedTuple):
+    """A preprocessed image, see `PromptEncoder.read`.
+
+    Attributes:
+      tiles: uint8[tiles, H, W, 3]; one tile without AnyRes.
+      features: what it has in the sequence.
+    """
+
+    tiles: np.ndarray
+    features: Features
+
+
+ImageInput = Image.Image | PreparedImage | str | os.PathLike
+"""An image, or the path of its file."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from llava_jax.cli import UserError, positive
 from llava_jax.files.reading import loads
 from llava_jax.llm_api.budget import check_budget
 from llava_jax.llm_api.cost import Prices
-from llava_jax.remote import is_remote
 
 if TYPE_CHECKING:
     from llava_jax.llm_api.settings import Work
@@ -67,7 +66,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, holds: str) -> None:
 def ledger_directory(args: argparse.Namespace) -> Path:
     """The directory of the ledger. Raises `UserError` if it is not on a local disk, which SQLite needs."""
     directory = args.ledger or f"{args.output}.ledger"
-    if is_remote(directory) or is_remote(args.output):
+    if any("://" in os.fspath(path) for path in (directory, args.output)):
         raise UserError(f"{args.output}: has its ledger beside it, which needs a local disk")
     return Path(directory)
 

@@ -25,7 +25,7 @@ class BatchedLora(nnx.Module):
     """The adapters of a `Linear`: `a` [N, I, R], `b` [N, R, O] and float32 `ratio` [N, O]; adapters of a lower rank are
     padded with zeros."""
 
-    rows: nnx.Variable | None = None  # int32[B], the adapter of each row, see `use`
+    rows: nnx.Variable | None = None  # int32[B] or [1], the adapter of each row, see `use`
 
     def __init__(
         self, name: str, shape: tuple[int, ...], adapters: int, rank: int, dtype: jnp.dtype, mesh: Mesh | None
@@ -43,7 +43,7 @@ class BatchedLora(nnx.Module):
     def __call__(self, x_BTI: jax.Array, y_BTO: jax.Array, linear: nnx.Module) -> jax.Array:
         """`y` = x W of the layer, without its bias -> the same with the adapter of each row."""
         a_BIR, b_BRO, ratio_BO = (stacked[...][self.rows[...]] for stacked in (self.a, self.b, self.ratio))
-        update_BTO = jnp.einsum("BTR,BRO->BTO", jnp.einsum("BTI,BIR->BTR", x_BTI, a_BIR), b_BRO)
+        update_BTO = x_BTI @ a_BIR @ b_BRO
         return ((y_BTO + update_BTO) * ratio_BO[:, None]).astype(y_BTO.dtype)
 
 
@@ -58,6 +58,7 @@ def attach(model: Llava, adapters: int, rank: int, mesh: Mesh | None = None) -> 
 
 def use(model: Llava, rows_B: jax.Array) -> None:
     """Computes row b of a batch with adapter `rows_B[b]`, and images with the projector of the first row's adapter.
+    One adapter, int32[1], is that of all rows.
 
     For use while a program is traced. Does nothing to a model without adapters.
     """

@@ -5,12 +5,14 @@ import re
 from typing import Any, ClassVar
 
 from llava_jax.cli import shown
+from llava_jax.data.anyres import AnyRes, Tiling
 from llava_jax.models.registry import FAMILIES, PROJECTORS, TOWERS
 from llava_jax.registry import Registry
 
 # CLIP's own statistics of its training images, RGB in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+ASPECTS = ("square", "pad", "resize", "anyres")  # "square" crops
 QUANTIZATIONS = (None, "int8")  # of the decoder's weights, for inference
 BASE_DTYPES = ("", "int8", "nf4")  # see `models.quantized`; "" is not quantized
 # The smallest and the largest value of each number below: wider than all models, and small enough to allocate.
@@ -55,9 +57,10 @@ def check_fields(config: Any) -> None:
         if field.name in LIMITS:
             low, high = LIMITS[field.name]
             number = int if isinstance(low, int) else int | float
-            if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
-                kind = "an integer" if isinstance(low, int) else "a number"
-                raise ValueError(f"{field.name} is {shown(value)}, not {kind} from {low} to {high}")
+            for one in value if isinstance(value, tuple) and value and "tuple" in str(field.type) else [value]:
+                if isinstance(one, bool) or not isinstance(one, number) or not low <= one <= high:
+                    kind = "an integer" if isinstance(low, int) else "a number"
+                    raise ValueError(f"{field.name} is {shown(value)}, not {kind} from {low} to {high}")
         elif field.type in (bool, str) and not isinstance(value, field.type):
             raise ValueError(f"{field.name} is {shown(value)}, not a {field.type.__name__}")
 
@@ -228,66 +231,106 @@ class LlavaConfig:
     vision: VisionConfig
     text: TextConfig
     projector_type: str = "mlp2x_gelu"  # or "linear", "mlp3x_gelu", ...
-    select_layer: int = -2  # index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer
-    select_feature: str = "patch"  # without the class token; "cls_patch" keeps it
-    image_aspect: str = "pad"  # how an image becomes a square: "square" (crop), "pad" or "resize"
+    # Index into [embeddings, layer 1, ..., layer N], as in the paper: before the last layer. The features of several
+    # layers are concatenated.
+    select_layer: int | tuple[int, ...] = -2
+    # Without the class token; "cls_patch" keeps it. "after_first" is "patch" of a tower without a class token, whose
+    # first patch is left out, as transformers' `vision_feature_select_strategy` "default" does.
+    select_feature: str = "patch"
+    image_aspect: str = "pad"  # how an image becomes a square: see `ASPECTS`; "anyres" makes several of it
     image_position: str = "first"  # of images in a turn, in training: see `data.conversation.place_images`
     im_start_end: bool = False  # whether images are between <im_start> and <im_end>, as in some of the first LLaVAs
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    image_resample: str = "bicubic"  # the filter with which images are resized; or "bilinear", as SigLIP2 has it
     lora: LoraConfig | None = None  # adapters that are not merged into the weights
     base_dtype: str = ""  # of the linear layers of the decoder's layers, see `BASE_DTYPES`
+    anyres: AnyRes | None = None  # of `image_aspect` "anyres"
 
     def __post_init__(self) -> None:
         check_fields(self)
         for field in ("image_mean", "image_std"):
             check_channels(field, getattr(self, field))
         check_projector_type(self.projector_type)
-        if self.select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch' or 'cls_patch'")
+        if self.select_feature not in ("patch", "cls_patch", "after_first"):
+            raise ValueError(f"select_feature is {self.select_feature!r}, not 'patch', 'cls_patch' or 'after_first'")
         if self.select_feature == "cls_patch" and not self.vision.class_token:
             raise ValueError("select_feature is 'cls_patch', but the vision tower has no class token")
-        if self.image_aspect not in ("square", "pad", "resize"):
-            raise ValueError(f"image_aspect is {self.image_aspect!r}, not 'square', 'pad' or 'resize'")
+        if self.select_feature == "after_first" and (self.vision.class_token or self.vision.num_patches == 1):
+            raise ValueError(
+                "select_feature is 'after_first', but the vision tower has a class token or one patch only"
+            )
+        if self.image_aspect not in ASPECTS:
+            raise ValueError(f"image_aspect is {self.image_aspect!r}, not one of {', '.join(map(repr, ASPECTS))}")
+        if (self.image_aspect == "anyres") != (self.anyres is not None):
+            raise ValueError(f"image_aspect is {self.image_aspect!r}, but anyres is {self.anyres}")
+        if self.anyres and self.select_feature != "patch":
+            raise ValueError(f"select_feature is {self.select_feature!r}, but the features of AnyRes form a map")
         if self.image_position not in ("random", "first", "as_is"):
             raise ValueError(f"image_position is {self.image_position!r}, not 'random', 'first' or 'as_is'")
+        if self.image_resample not in ("bicubic", "bilinear"):
+            raise ValueError(f"image_resample is {shown(self.image_resample)}, not 'bicubic' or 'bilinear'")
         if self.base_dtype not in BASE_DTYPES:
             raise ValueError(f"base_dtype is {shown(self.base_dtype)}, not one of {', '.join(map(repr, BASE_DTYPES))}")
-        if not 0 <= self.vision_layers_used <= self.vision.num_layers:
+        if not all(0 <= layers <= self.vision.num_layers for layers in self.selected_layers):
             raise ValueError(f"select_layer {self.select_layer} is not among {self.vision.num_layers} layers")
+
+    @property
+    def selected_layers(self) -> tuple[int, ...]:
+        """The numbers of layers after which the features are taken."""
+        selected = self.select_layer if isinstance(self.select_layer, tuple) else (self.select_layer,)
+        return tuple(layer if layer >= 0 else self.vision.num_layers + 1 + layer for layer in selected)
 
     @property
     def vision_layers_used(self) -> int:
         """Number of layers up to the selected features; later ones are stored but never run."""
-        if self.select_layer >= 0:
-            return self.select_layer
-        return self.vision.num_layers + 1 + self.select_layer
+        return max(self.selected_layers)
+
+    @property
+    def feature_size(self) -> int:
+        """The width of the features of an image, the projector's input."""
+        return self.vision.hidden_size * len(self.selected_layers)
+
+    @property
+    def drops_first(self) -> bool:
+        """Whether the tower's first token is left out."""
+        return self.select_feature == ("patch" if self.vision.class_token else "after_first")
 
     @property
     def image_tokens(self) -> int:
-        """P: positions of an image in the sequence."""
-        return self.vision.num_patches + (self.select_feature == "cls_patch")
+        """P: positions of an image in the sequence or, with AnyRes, features of a tile."""
+        return self.vision.num_tokens - self.drops_first
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images become tiles, with AnyRes."""
+        if self.anyres is None:
+            return None
+        side = self.vision.image_size
+        return Tiling(self.anyres, side, side // self.vision.patch_size, self.image_mean, self.image_resample)
 
     def to_dict(self) -> dict[str, Any]:
-        """As llava.json has it. A family that the fields tell, and what a model has not, is not named, so that earlier
-        versions read it."""
+        """As llava.json has it. A family that the fields tell, and newer fields with their defaults, are not named, so
+        that earlier versions read it."""
         values = dataclasses.asdict(self)
         if self.text.family is None:
             del values["text"]["family"]
-        for field in ("lora", "base_dtype"):
-            if not values[field]:
+        for field in ("lora", "base_dtype", "image_resample", "anyres"):
+            if values[field] == getattr(LlavaConfig, field):
                 del values[field]
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
         values = dict(values)
-        for key in ("image_mean", "image_std"):
-            if key in values:
+        for key in ("image_mean", "image_std", "select_layer"):
+            if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         parts = {"vision": VisionConfig.from_dict(values["vision"]), "text": TextConfig.from_dict(values["text"])}
         if values.get("lora"):
             parts["lora"] = LoraConfig.from_dict(values["lora"])
+        if values.get("anyres"):
+            parts["anyres"] = AnyRes.from_dict(values["anyres"])
         return cls(**values | parts)
 
 
@@ -297,6 +340,7 @@ LLAMA_7B = TextConfig(32000, 4096, 11008, 32, 32, 32, 128, rms_norm_eps=1e-6)
 LLAMA_13B = TextConfig(32000, 5120, 13824, 40, 40, 40, 128, rms_norm_eps=1e-6)
 LLAMA2_7B = dataclasses.replace(LLAMA_7B, rms_norm_eps=1e-5, max_position_embeddings=4096)
 LLAMA2_13B = dataclasses.replace(LLAMA_13B, rms_norm_eps=1e-5, max_position_embeddings=4096)
+MISTRAL_7B = TextConfig(32000, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6, max_position_embeddings=32768)
 
 PRESETS: dict[str, LlavaConfig] = {
     # The paper: Vicuna v0 on LLaMA 1, one linear layer, 224 pixels.
@@ -305,4 +349,8 @@ PRESETS: dict[str, LlavaConfig] = {
     # LLaVA-1.5: Vicuna v1.5 on LLaMA 2, two layers, 336 pixels.
     "llava-v1.5-7b": LlavaConfig(CLIP_L_14_336, LLAMA2_7B, "mlp2x_gelu"),
     "llava-v1.5-13b": LlavaConfig(CLIP_L_14_336, LLAMA2_13B, "mlp2x_gelu"),
+    # LLaVA-1.6: up to four tiles and the complete image.
+    "llava-v1.6-vicuna-7b": LlavaConfig(CLIP_L_14_336, LLAMA2_7B, image_aspect="anyres", anyres=AnyRes()),
+    "llava-v1.6-vicuna-13b": LlavaConfig(CLIP_L_14_336, LLAMA2_13B, image_aspect="anyres", anyres=AnyRes()),
+    "llava-v1.6-mistral-7b": LlavaConfig(CLIP_L_14_336, MISTRAL_7B, image_aspect="anyres", anyres=AnyRes()),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -11,6 +11,7 @@ from llava_jax.models.attention import attention
 from llava_jax.models.pieces import first_layers
 from llava_jax.parallel.sharding import Fsdp
 
+Carry = TypeVar("Carry")  # an array or a tree of them
 # Names of activations in remat policies.
 LAYER_INPUT, QKV = "layer_input", "qkv"
 
@@ -86,9 +87,7 @@ class Execution:
         )
         return sharded(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
-    def scan_layers(
-        self, step: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, count: int
-    ) -> jax.Array:
+    def scan_layers(self, step: Callable[[Carry, Any], Carry], x: Carry, layers: Any, count: int) -> Carry:
         """x = step(x, layer) for the first `count` of the stacked layers, which keep what the remat policy says."""
         if self.remat != "none" or self.fsdp is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -212,11 +212,15 @@ class LlamaAttention(nnx.Module):
     def project(self, x_BTD: jax.Array, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> q [B, T, N, H] and k, v [B, T, K, H]; queries and keys rotated."""
         with jax.named_scope("qkv"):
-            q, k, v = (
-                project(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
-                for project in (self.q_proj, self.k_proj, self.v_proj)
-            )
+            q, k, v = self.heads(x_BTD)
             return tuple(checkpoint_name(x, QKV) for x in (rotate(q, rotation), rotate(k, rotation), v))
+
+    def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same before the rotation."""
+        return tuple(
+            project(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
 
 class RowLinear(nnx.Module):

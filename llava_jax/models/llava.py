@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.data.features import NEWLINE
 from llava_jax.models import lora, pieces
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.execution import SINGLE, Execution
@@ -24,6 +25,7 @@ from llava_jax.models.quantized import kept_dtype, quantize_linears
 from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
+NEWLINE_PARAMETER = "image_newline"  # of models with AnyRes
 
 
 class Llava(nnx.Module):
@@ -35,6 +37,8 @@ class Llava(nnx.Module):
         self.vision = TOWERS[config.vision.kind].module(config.vision, rngs=rngs)
         self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
+        if config.anyres and config.anyres.newline:
+            self.image_newline = new_newline(config.text.hidden_size, rngs)
         if config.base_dtype:
             quantize_linears(self.llm.layers, config.base_dtype)
         if config.lora:
@@ -49,11 +53,16 @@ class Llava(nnx.Module):
         self.llm.unstack_layers(transposed)
 
     def visual_features(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
-        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer."""
-        pixels = normalize(images, self.config.image_mean, self.config.image_std).astype(self.dtype)
-        hidden_NSD = self.vision(pixels, self.config.vision_layers_used, execution)
-        drops_class_token = self.config.vision.class_token and self.config.select_feature == "patch"
-        return hidden_NSD[:, 1:] if drops_class_token else hidden_NSD
+        """Z_v = g(X_v): uint8[N, H, W, 3] -> [N, P, D_vision], the patches of the selected layer.
+
+        Those of several layers are concatenated along the last axis.
+        """
+        config = self.config
+        pixels = normalize(images, config.image_mean, config.image_std).astype(self.dtype)
+        several = isinstance(config.select_layer, tuple)
+        layers = config.selected_layers if several else config.vision_layers_used
+        hidden_NSD = self.vision(pixels, layers, execution)
+        return hidden_NSD[:, 1:] if config.drops_first else hidden_NSD
 
     def encode_images(self, images: jax.Array, execution: Execution = SINGLE) -> jax.Array:
         """H_v = W Z_v: uint8[..., H, W, 3] -> [..., P, D]."""
@@ -71,15 +80,24 @@ class Llava(nnx.Module):
         image_feature_index_BT: jax.Array | None = None,
         execution: Execution = SINGLE,
     ) -> jax.Array:
-        """The decoder's input [B, T, D]: visual features where the index is not -1, word embeddings elsewhere.
+        """The decoder's input [B, T, D]: word embeddings where the index is TEXT, visual features elsewhere.
 
-        The B rows form G groups; the index (slot * P + patch) refers to the I image slots of the row's group.
+        The B rows form G groups; the index (slot * P + patch) refers to the I image slots of the row's group, and is
+        NEWLINE for the learned newline of AnyRes.
         """
         x_BTD = execution.lookup("llm.embed_tokens.embedding", self.llm.embed_tokens, tokens_BT).astype(self.dtype)
         if images_GIHWC is None or images_GIHWC.shape[1] == 0:  # a batch without images: the tower does not run
             return x_BTD
         features_GIPD = self.encode_images(images_GIHWC, execution)
-        return place_features(x_BTD, features_GIPD, image_feature_index_BT)
+        x_BTD = place_features(x_BTD, features_GIPD, image_feature_index_BT)
+        return self.place_newlines(x_BTD, image_feature_index_BT)
+
+    def place_newlines(self, x_BTD: jax.Array, index_BT: jax.Array) -> jax.Array:
+        """The learned newline where the index is `NEWLINE`, x elsewhere. Leading axes may be others."""
+        if not (self.config.anyres and self.config.anyres.newline):
+            return x_BTD
+        newline_BTD = jnp.broadcast_to(self.image_newline[...], x_BTD.shape)  # float32, as is the sum of its gradients
+        return jnp.where((index_BT == NEWLINE)[..., None], newline_BTD.astype(x_BTD.dtype), x_BTD)
 
     def __call__(self, batch: dict[str, jax.Array], execution: Execution = SINGLE) -> jax.Array:
         """A batch of the training layout -> hidden states [B, T, D]."""
@@ -87,10 +105,15 @@ class Llava(nnx.Module):
         return self.llm(x_BTD, batch["positions"], batch["segment_ids"], execution)
 
 
+def new_newline(width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A fresh float32[D] newline, as LLaVA-NeXT draws it."""
+    return nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
+
+
 def build_projector(config: LlavaConfig, rngs: nnx.Rngs) -> nnx.Module:
     """W, with fresh float32 parameters."""
     kind = projector_kind(config.projector_type)
-    return kind.build(config.projector_type, config.vision.hidden_size, config.text.hidden_size, rngs)
+    return kind.build(config.projector_type, config.feature_size, config.text.hidden_size, rngs)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

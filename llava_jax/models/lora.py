@@ -43,7 +43,7 @@ class Lora(nnx.Module):
         """`y` = x W of the layer, without its bias -> the same with the adapter."""
         dropped_BTI = x_BTI if self.dropout_seeds is None else dropout(x_BTI, self.dropout_seeds[...], self.rate)
         a_IR, b_RO = self.a[...].astype(x_BTI.dtype), self.b[...].astype(x_BTI.dtype)
-        update_BTO = project(self.scale * project(dropped_BTI, a_IR), b_RO)
+        update_BTO = project(self.scale * narrow(dropped_BTI, a_IR), b_RO)
         if self.magnitude is None:
             return y_BTO + update_BTO
         kernel_IO = linear.weight(x_BTI.dtype)
@@ -52,6 +52,30 @@ class Lora(nnx.Module):
         # Near 1, bfloat16 has steps of 0.8 %: ratio - 1 is computed in float32.
         ratio, change = (broadcast_last(x, y_BTO).astype(y_BTO.dtype) for x in (ratio_O, ratio_O - 1))
         return y_BTO + change * base_BTO + ratio * update_BTO
+
+
+@jax.custom_vjp
+def narrow(x_BTI: jax.Array, a_IR: jax.Array) -> jax.Array:
+    """x A [B, T, R], with its own gradient rule.
+
+    `project`'s rule transposes x for the gradient of A, which takes CPUs four times as long as the product at a small
+    rank. Here only dy, which is narrow, and the result are transposed.
+    """
+    return x_BTI @ a_IR
+
+
+def _narrow_forward(x_BTI: jax.Array, a_IR: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x_BTI @ a_IR, (x_BTI, a_IR)
+
+
+def _narrow_backward(saved: tuple[jax.Array, jax.Array], dy_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTI, a_IR = saved
+    da_RI = dy_BTR.reshape(-1, dy_BTR.shape[-1]).T @ x_BTI.reshape(-1, x_BTI.shape[-1])
+    # Without the barrier the compiler would undo it: the transpose of a product is the product of the transposes.
+    return dy_BTR @ a_IR.T, jax.lax.optimization_barrier(da_RI).T
+
+
+narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 def dropout(x_BTI: jax.Array, seeds_B2: jax.Array, rate: float) -> jax.Array:

@@ -25,6 +25,7 @@ from llava_jax.preflight.targets import Target
 from llava_jax.training import builder, config_check
 from llava_jax.training.adapters import adapted
 from llava_jax.training.builder import TrainingProgram
+from llava_jax.training.start import with_images
 from llava_jax.training.step import StepSettings
 
 # Memory of a GPU that the compiler does not count: workspaces of cuBLAS and cuDNN, buffers of NCCL, the context.
@@ -99,7 +100,7 @@ def build(config: ConfigDict, target: Target) -> Program:
     config_check.check(config)
     mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(target))
     model, stored = _model(config)
-    model = adapted(model, config)
+    model = adapted(with_images(model, config), config)
     layout = worst_layout(config, model)
     return Program(target, config, builder.build(config, model, layout, mesh, config.steps or STEPS, stored))
 
@@ -125,7 +126,8 @@ def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
     """The largest batch that a configuration allows. Slots that depend on data are one image a row (of packed rows as
     many as fit), and every position."""
     length = config_check.row_length(config)
-    images = max(length // model.image_tokens, 1) if config.pack else 1
+    tiles, tokens = (model.tiling.most_tiles, model.tiling.most_features) if model.tiling else (1, model.image_tokens)
+    images = (max(length // tokens, 1) if config.pack else 1) * tiles
     return Layout(
         batch_rows=config.batch_rows,
         rows_per_group=config.rows_per_group,

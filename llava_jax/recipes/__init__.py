@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import UserError, expand_home
 
-NAMES = ("pretrain", "finetune", "finetune_lora", "scienceqa", "common")
+NAMES = ("pretrain", "finetune", "finetune_lora", "llava_next", "scienceqa", "common")
 
 
 def find(recipe: str) -> str:
@@ -52,8 +52,8 @@ def get_config(recipe: str | os.PathLike) -> ConfigDict:
     ```
 
     Args:
-      recipe: the name of one that the package has (`pretrain`, `finetune`, `finetune_lora`, `scienceqa`) or the path of
-        a file with a function `get_config`; the function's argument may follow after a colon.
+      recipe: the name of one that the package has (`pretrain`, `finetune`, `finetune_lora`, `llava_next`, `scienceqa`)
+        or the path of a file with a function `get_config`; the function's argument may follow after a colon.
 
     Returns:
       A locked `ConfigDict`; `llava_jax/recipes/common.py` explains each option.

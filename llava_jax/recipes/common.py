@@ -28,8 +28,16 @@ def _declare() -> Section:
     config.template = "v1"
     # The position of an image in its turn: "first", "as_is" or "random" ([Xq, Xv] or [Xv, Xq], as in the paper).
     config.image_position = Option("first", choices=("first", "as_is", "random"))
-    # How images are made square: "square" (center crop), "pad", "resize"; "" as in the checkpoint.
-    config.image_aspect = Option("", choices=("", "square", "pad", "resize"))
+    # How images are made square: "square" (center crop), "pad", "resize"; or "anyres": several squares of each, its
+    # tiles (docs/anyres.md). "" as in the checkpoint.
+    config.image_aspect = Option("", choices=("", "square", "pad", "resize", "anyres"))
+    # Of "anyres"; by default as in the checkpoint or, if it has none, as in LLaVA-1.6.
+    config.anyres = Section()
+    # Rows and columns of tiles, as ((1, 2), (2, 1), (2, 2)); of grids that fit an image equally well the first counts.
+    config.anyres.grids = ()
+    config.anyres.merge = Option("", choices=("", "spatial_unpad", "spatial", "flat"))  # the order of the features
+    # What images of a sample with several get: their "tiles", or the "base" alone.
+    config.anyres.several = Option("", choices=("", "tiles", "base"))
     # Seed of the order of the data and of random image positions.
     config.seed = 0
 

@@ -89,7 +89,7 @@ class Chat:
         prompts = adapter.prompts
         interleaved = prompts.config.image_position == "as_is"
         turns, urls, begun = read_messages(body.messages, _marks(prompts), interleaved)
-        images = await self._reader.read(urls, prompts.read)
+        images = await self._reader.read(urls, functools.partial(prompts.read, several=len(urls) > 1))
         prompt = await prepare(self._engine, requests.Request(turns, images, begun), adapter)
         longest = body.max_completion_tokens or body.max_tokens or max(1, self._engine.room(prompt))
         answers = Answers(self._engine, self._metrics, prompt, _samplings(body, longest))

@@ -11,18 +11,18 @@ import os
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
-import numpy as np
 from PIL import Image
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import EncodedImage, open_image
+from llava_jax.inference.requests import PreparedImage
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.fetch import fetch
 
 MAX_PIXELS = 64_000_000
 MAX_REMOTE_BYTES = 20_000_000
 DECODING_BYTES = 640 << 20  # of all images that are being decoded
-Preprocess = Callable[[Image.Image], np.ndarray]  # an image to uint8[H, W, 3] at the size of the vision tower
+Preprocess = Callable[[Image.Image], PreparedImage]  # see `PromptEncoder.read`
 _ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "=", "%20": " ", "%0A": "\n", "%0D": "\r"}  # what base64 may need
 LARGE_BYTES = 32 << 20  # images of at least this size, decoded, use all threads but one: small ones pass them
 
@@ -70,8 +70,8 @@ class ImageReader:
         threads = min(4, os.cpu_count() or 1)
         self._small, self._large = anyio.CapacityLimiter(threads), anyio.CapacityLimiter(max(1, threads - 1))
 
-    async def read(self, urls: Sequence[tuple[str, str]], preprocess: Preprocess) -> list[np.ndarray]:
-        """The images at (field of the request, URL), each uint8[H, W, 3]. Raises `ApiError` that names the field."""
+    async def read(self, urls: Sequence[tuple[str, str]], preprocess: Preprocess) -> list[PreparedImage]:
+        """The images at (field of the request, URL). Raises `ApiError` that names the field."""
         images = []
         for field, url in urls:
             try:
@@ -81,7 +81,7 @@ class ImageReader:
                 raise ApiError(400, f"{field}: {message}", "invalid_image", field) from error
         return images
 
-    async def _read(self, url: str, preprocess: Preprocess) -> np.ndarray:
+    async def _read(self, url: str, preprocess: Preprocess) -> PreparedImage:
         name = "of the request"
         if url[:5].lower() == "data:":
             return await self._decode(lambda: open_image(decode_data_url(url), name, MAX_PIXELS), preprocess)
@@ -93,7 +93,7 @@ class ImageReader:
             raise UserError(f"the image's URL {error}") from error
         return await self._decode(lambda: open_image(data, name, MAX_PIXELS), preprocess)
 
-    async def _decode(self, open_encoded: Callable[[], EncodedImage], preprocess: Preprocess) -> np.ndarray:
+    async def _decode(self, open_encoded: Callable[[], EncodedImage], preprocess: Preprocess) -> PreparedImage:
         encoded = await anyio.to_thread.run_sync(open_encoded, limiter=self._small)
         amount = encoded.decoded_bytes
         limiter = self._small if amount < LARGE_BYTES else self._large

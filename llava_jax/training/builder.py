@@ -52,7 +52,8 @@ class TrainingProgram:
     def flops(self) -> dict[str, flops.Part]:
         """FLOPs of a step by part of the model, see `flops.step_flops`."""
         settings = self.settings
-        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat)
+        passes = settings.accumulation * sharding.batch_shards(settings.mesh)
+        return flops.step_flops(settings.model, settings.layout, self.state.trainable, settings.remat, passes)
 
     def lower(self) -> jax.stages.Lowered:
         """The step as StableHLO, which `.compile()` makes an executable of."""

@@ -53,6 +53,7 @@ def prepare_data(config: ConfigDict, start: Start) -> RunData:
         config.max_length,
         config.image_position,
         config.seed,
+        model.tiling,
     )
     encoded = EncodedSource(source, encode, skip_bad)
     lengths = _measure_together(encoded, config.data.workers)

@@ -12,13 +12,14 @@ Axes: B rows, T positions, D embed, N heads, H head width, V vocabulary.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, TextConfig
 from llava_jax.models.families import family_of
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
@@ -31,6 +32,13 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "full": ("qkv", "attention", "output", "gate_up"),
     "save_qkv": ("attention", "output", "gate_up"),
     "offload": ("qkv", "attention", "output", "gate_up"),
+}
+# The linear layers of a decoder layer -> the product that they are part of.
+PRODUCTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+    "o_proj": "output",
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+    "down_proj": "down",
 }
 # The last product of a layer of the towers, as `down` is of the decoder's.
 LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
@@ -50,16 +58,22 @@ class Part:
     def needed(self) -> float:
         return self.forward + self.activations + self.weights
 
+    def __add__(self, other: "Part") -> "Part":
+        return Part(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
     def __mul__(self, factor: float) -> "Part":
         return Part(*(factor * value for value in dataclasses.astuple(self)))
 
 
-def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], remat: str) -> dict[str, Part]:
+def step_flops(
+    model: LlavaConfig, layout: Layout, trainable: Collection[str], remat: str, passes: int = 1
+) -> dict[str, Part]:
     """FLOPs of a step over all devices, by part, attention "full".
 
     Args:
       trainable: names of the trained parameters, see `optim.trained`.
       remat: the policy of the layers, a key of `RECOMPUTED`.
+      passes: forward passes of a step: microbatches, times the devices that the rows are split over.
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
@@ -68,7 +82,7 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     first, depths = first_trained_layers(model, trainable), _depths(model)
     # The share of the layers that gradients of activations pass through.
     vision, decoder = (1 - first[stack] / max(depths[stack], 1) for stack in ("vision.layers", "llm.layers"))
-    hidden = decoder or any(name.startswith("llm.norm.") for name in trainable)
+    hidden = decoder > 0 or any(name.startswith("llm.norm.") for name in trainable)  # pass through the logits
     attention = layout.max_length**2 * 4.0 * text.num_heads * text.head_dim * text.num_layers
     tower, tower_attention = _vision(model, sizes, weights, vision, remat)
     parts = {
@@ -83,6 +97,8 @@ def step_flops(model: LlavaConfig, layout: Layout, trainable: Collection[str], r
     logits = 2.0 * text.hidden_size * text.vocab_size
     head = "llm.embed_tokens.embedding" if text.tie_word_embeddings else "llm.lm_head.kernel"
     parts["logits"] = Part(logits, logits * hidden, logits * (head in trainable)) * (layout.groups * slots)
+    if model.lora is not None:
+        parts["adapters"] = _adapters(model, layout, trainable, {"vision": vision, "llm": decoder}, remat, passes)
     return parts
 
 
@@ -92,7 +108,10 @@ def first_trained_layers(model: LlavaConfig, trainable: Collection[str]) -> dict
     Once they pass through a piece of a stack (`models.pieces`), they pass through all layers of it and those after it.
     """
     unused, shapes = TOWERS[model.vision.kind].unused, abstract_params(model)
-    inputs = {"vision.layers": "vision.", "llm.layers": ("vision.", "projector.", "llm.embed_tokens.")}
+    inputs = {
+        "vision.layers": "vision.",
+        "llm.layers": ("vision.", "projector.", NEWLINE_PARAMETER, "llm.embed_tokens."),
+    }
 
     def first(stack: str, depth: int) -> int:
         found = [depth]
@@ -110,12 +129,14 @@ def _depths(model: LlavaConfig) -> dict[str, int]:
     return {"vision.layers": model.vision_layers_used, "llm.layers": model.text.num_layers}
 
 
-def _trained_sizes(model: LlavaConfig, trainable: Collection[str]) -> dict[str, float]:
+def _trained_sizes(
+    model: LlavaConfig, trainable: Collection[str], endings: tuple[str, ...] = (".kernel",)
+) -> dict[str, float]:
     """The sizes of the trained kernels by name, of layers that run."""
     sizes: dict[str, float] = {}
     shapes, depths = abstract_params(model), _depths(model)
     for name in trainable:
-        if name.endswith(".kernel"):
+        if name.endswith(endings):
             whole = pieces.whole(name)
             start, stop = pieces.rows(name, shapes[whole])
             layers = max(min(stop, depths.get(pieces.stack_of(name), stop)) - start, 0)
@@ -167,14 +188,82 @@ def _vision(
 def _projector(model: LlavaConfig, backward: float, weights: Mapping[str, float], trainable: Collection[str]) -> Part:
     """One patch. `backward`: whether the tower is trained; else gradients end at the first trained layer."""
     matrices = projector_kind(model.projector_type).matrices(
-        model.projector_type, model.vision.hidden_size, model.text.hidden_size
+        model.projector_type, model.feature_size, model.text.hidden_size
     )
     products = [2.0 * rows * columns for rows, columns in matrices]
-    layers = sorted({name.rpartition(".")[0] for name in abstract_params(model) if name.startswith("projector.")})
-    trained = [number for number, layer in enumerate(layers) if any(name.startswith(f"{layer}.") for name in trainable)]
-    first = 0 if backward else trained[0] + 1 if trained else len(products)
+    first = 0 if backward else _first_trained_layer_of_projector(model, trainable) + 1
     gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("projector."))
     return Part(sum(products), sum(products[first:]), gradients)
+
+
+def _first_trained_layer_of_projector(model: LlavaConfig, trainable: Collection[str]) -> int:
+    """Its number; that behind the last if none is trained."""
+    layers = _layers_of_projector(model)
+    trained = (number for number, layer in enumerate(layers) if any(name.startswith(f"{layer}.") for name in trainable))
+    return next(trained, len(layers))
+
+
+def _layers_of_projector(model: LlavaConfig) -> list[str]:
+    names = (name for name in abstract_params(model) if name.startswith("projector.") and ".lora." not in name)
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
+def _adapters(
+    model: LlavaConfig,
+    layout: Layout,
+    trainable: Collection[str],
+    backward: Mapping[str, float],
+    remat: str,
+    passes: int,
+) -> Part:
+    """All adapters in one step: y = x W + s (x A) B. DoRA multiplies A by B in each pass, to measure the columns of
+    W + s A B, and computes x W again with dropout.
+
+    Args:
+      backward: of "vision" and "llm", the share of the layers that gradients of activations pass through.
+    """
+    lora, shapes, depths, images = (
+        model.lora,
+        abstract_params(model),
+        _depths(model),
+        layout.groups * layout.image_slots,
+    )
+    tokens = {
+        "vision": images * model.vision.num_tokens,
+        "projector": images * layout.image_tokens,
+        "llm": layout.batch_rows * layout.max_length,
+    }
+    weights = _trained_sizes(model, trainable, (".lora.a", ".lora.b"))
+    total = Part()
+    for name in [name.removesuffix(".lora.a") for name in shapes if name.endswith(".lora.a")]:
+        part, stack = name.partition(".")[0], pieces.stack_of(name)
+        inputs, outputs = shapes[f"{name}.lora.a"].shape[-2], shapes[f"{name}.lora.b"].shape[-1]
+        layers = depths.get(stack, 1)
+        per_number = 2.0 * tokens[part] * layers
+        into, out, product = (per_number * size for size in (lora.rank * inputs, lora.rank * outputs, inputs * outputs))
+        norms = 2.0 * inputs * lora.rank * outputs * layers * passes * lora.dora
+        dropped = product * (lora.dora and lora.dropout > 0)
+        # Shares of the layers that compute the gradient of x A, and of x.
+        inner = outer = backward.get(part)
+        if part == "projector":
+            number, first = _layers_of_projector(model).index(name), _first_trained_layer_of_projector(model, trainable)
+            inner, outer = (backward["vision"] > 0 or first < end for end in (number + 1, number))
+        gradients = 2.0 * tokens[part] * sum(weights.get(f"{name}.lora.{matrix}", 0) for matrix in "ab")
+        again = 0.0
+        if stack and remat != "none":
+            # The gradient of the magnitude needs the results of all products.
+            result_again = _is_recomputed(name, remat)
+            again = into + out * (result_again or lora.dora) + norms
+            again += dropped or product * (lora.dora and not result_again)
+        total += Part(into + out + dropped + norms, out * inner + (into + dropped) * outer, gradients, again * inner)
+    return total
+
+
+def _is_recomputed(linear: str, remat: str) -> bool:
+    """Whether a layer's backward pass computes the result of a linear layer again."""
+    if linear.startswith("llm."):
+        return PRODUCTS.get(linear.rpartition(".")[2]) in RECOMPUTED[remat]
+    return f"{linear}.kernel" != LAST_OF_TOWER
 
 
 def _decoder(text: TextConfig, backward: float, weights: Mapping[str, float], remat: str) -> Part:

@@ -4,6 +4,7 @@
 what is frozen, the optimizer's groups, FLOPs, the run summary and preflight.
 """
 
+import difflib
 import itertools
 import re
 from collections.abc import Mapping
@@ -19,17 +20,19 @@ from ml_collections import ConfigDict
 from llava_jax.cli import UserError
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
 from llava_jax.training.optimizers import OPTIMIZERS
 from llava_jax.training.schedules import learning_rate
 
 # Stage -> the parts of the model that it trains.
-STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
+STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm", "newline")}
 # The same with LoRA.
 LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
 PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\.", "vision": r"vision\."}
+PATTERNS["newline"] = NEWLINE_PARAMETER
+OPTIONAL = ("newline",)  # what only some models have
 # Group -> the option that, unless it is 0, is its learning rate instead of `learning_rate`.
-RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": ""}
+RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": "", "newline": ""}
 
 
 class Group(NamedTuple):
@@ -97,10 +100,10 @@ def trained(shapes: Mapping[str, Any], config: ConfigDict) -> dict[str, Group]:
 
     found = {name: next((group for group in table if matches(group, name)), None) for name in parameters}
     for group in table:
-        if group not in found.values():
+        if group not in found.values() and group.label not in OPTIONAL:
             matching = sum(matches(group, name) for name in parameters)
             reason = f"all {matching} parameters that it matches are those of earlier patterns"
-            raise _trains_nothing(group, reason if matching else _no_parameter(shapes))
+            raise _trains_nothing(group, reason if matching else _no_parameter(group, shapes))
     return {name: group for name, group in found.items() if group}
 
 
@@ -111,7 +114,9 @@ def _layers(group: Group, shapes: Mapping[str, Any]) -> dict[str, tuple[int, int
         if (stack := pieces.stack_of(name)) and re.match(group.pattern, pieces.whole(name)):
             depths[stack] = max(depths.get(stack, 0), pieces.rows(name, leaf)[1])
     if not depths:
-        raise _trains_nothing(group, f"it has layers {group.layers!r}, and {_no_parameter(shapes, stacked=True)}")
+        raise _trains_nothing(
+            group, f"it has layers {group.layers!r}, and {_no_parameter(group, shapes, stacked=True)}"
+        )
     found = {}
     for stack, depth in depths.items():
         first, last = group.layers.split(":")
@@ -125,10 +130,14 @@ def _layers(group: Group, shapes: Mapping[str, Any]) -> dict[str, tuple[int, int
     return found
 
 
-def _no_parameter(shapes: Mapping[str, Any], stacked: bool = False) -> str:
+def _no_parameter(group: Group, shapes: Mapping[str, Any], stacked: bool = False) -> str:
     names = [pieces.whole(name) for name in shapes if not stacked or pieces.stack_of(name)]
     examples = [next(part) for _, part in itertools.groupby(names, key=lambda name: name.partition(".")[0])]
-    return f"it matches no {'layers' if stacked else 'parameter'}; their names are like {', '.join(examples)}"
+    nearest = difflib.get_close_matches(group.pattern.replace("\\", ""), names, n=1, cutoff=0.0)[0]
+    return (
+        f"it matches no {'layers' if stacked else 'parameter'}; the nearest is {nearest}, "
+        f"their names are like {', '.join(examples)}"
+    )
 
 
 def _trains_nothing(group: Group, reason: str) -> UserError:

@@ -19,7 +19,7 @@ from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Order
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.models import pieces
-from llava_jax.models.llava import Params, used_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, Params, used_params
 from llava_jax.parallel import distributed, sharding
 from llava_jax.training import adapters, builder
 from llava_jax.training.builder import TrainingProgram
@@ -58,7 +58,8 @@ class Run:
     def batches(self, order: Order) -> Batches:
         """The batches of an order, of which this process reads the groups that its own devices take."""
         model, layout = self.start.model, self.data.layout
-        decode = ImageDecoder(layout.image_size, model.image_aspect, model.image_mean)
+        fields = (model.image_aspect, model.image_mean, model.image_resample, model.tiling)
+        decode = ImageDecoder(layout.image_size, *fields)
         return Batches(self.data.encoded, decode, order, layout, sharding.local_groups(self.mesh, layout.groups))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
@@ -81,6 +82,11 @@ def set_up(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> 
     partly_used = stored.keys() - used_params(start.model, stored).keys()  # earlier versions trained them whole
     old = start.resumed and not partly_used.isdisjoint(start.source.stored)
     program = builder.build(config, start.model, data.layout, mesh, data.steps, stored, trains_unused=old)
+    if absent := program.frozen.keys() & {NEWLINE_PARAMETER} - stored.keys():
+        raise UserError(
+            f"{start.source.root}: has no {absent.pop()}, and the run does not train it: train it in stage 2, or add "
+            f"({NEWLINE_PARAMETER!r}, 'llm') to config.trainable"
+        )
     description = _claim_workdir(config, workdir, start, data, program.frozen)
     return Run(config, workdir, start, data, benchmark, program, description)
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from llava_jax import remote
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint, open_step
 from llava_jax.cli import UserError, warn
+from llava_jax.data.anyres import AnyRes, Grid
 from llava_jax.data.templates import Template, choose_template, get_template
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.parallel import distributed
@@ -48,18 +49,33 @@ def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None)
     source = open_step(workdir, step) if resumed else open_checkpoint(config.init)
     source = source.quantized(config.base_dtype)
     _check_preset(config.model, source)
-    model = dataclasses.replace(
-        source.config,
-        image_aspect=config.image_aspect or source.config.image_aspect,
-        image_position=config.image_position,
-    )
-    model = adapted(model, config)
+    model = adapted(with_images(source.config, config), config)
     if model.im_start_end and config.stage == "pretrain":
         raise UserError(
             f"{source.root}: has mm_use_im_start_end, whose two tokens stage 1 would have to train with the projector, "
             "which is not supported: train stage 2, or start from a model without them"
         )
     return Start(source, model, _template(config, source), step, resumed, goes_back=resumed and step == resume_from)
+
+
+def with_images(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
+    """The model with a run's settings for images. Raises UserError where they contradict each other or the model."""
+    aspect, grids = config.image_aspect or model.image_aspect, config.anyres.grids
+    given = {name: value for name, value in config.anyres.items() if value}
+    if aspect != "anyres":
+        if given:
+            raise UserError(f"config.anyres.{min(given)} is for image_aspect=anyres, which is {aspect}")
+        if model.anyres and model.anyres.newline:
+            raise UserError(
+                f"config.image_aspect is {aspect}, which would drop the newline that the model was trained with"
+            )
+    try:
+        if "grids" in given:
+            given["grids"] = tuple(Grid(*grid) for grid in grids)
+        anyres = dataclasses.replace(model.anyres or AnyRes(), **given) if aspect == "anyres" else None
+        return dataclasses.replace(model, image_aspect=aspect, image_position=config.image_position, anyres=anyres)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.anyres: {error}") from None
 
 
 def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
@@ -69,7 +85,7 @@ def _check_preset(preset: str, checkpoint: Checkpoint) -> None:
     if preset not in PRESETS:
         raise UserError(f"config.model is {preset!r}, not one of {', '.join(PRESETS)}")
     free = {"vocab_size", "max_position_embeddings", "rms_norm_eps", "image_aspect", "im_start_end", "projection_dim"}
-    free |= {"image_position", "base_dtype", "vision", "text"}  # the last two are compared field by field
+    free |= {"image_position", "base_dtype", "anyres", "vision", "text"}  # the last two are compared field by field
     differing = []
     for part in ("vision", "text", None):
         wanted, found = (getattr(c, part) if part else c for c in (PRESETS[preset], checkpoint.config))

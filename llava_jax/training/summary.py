@@ -10,12 +10,12 @@ from rich.console import Console
 from llava_jax.checkpoint.format import needed
 from llava_jax.cli import one_line, printable, say, short, track, warn
 from llava_jax.data.conversation import has_interleaved_images
-from llava_jax.data.encoded import TextEncoder
+from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.inspect import view
 from llava_jax.data.packing import PackedOrder, fill
 from llava_jax.data.padding import padding_of_run
 from llava_jax.data.plan import Lengths
-from llava_jax.data.sources import Sample, Source
+from llava_jax.data.sources import Source
 from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.tokenization import truncate
 from llava_jax.models.llava import Params
@@ -31,6 +31,8 @@ def _parts(run: Run, trainable: Params, frozen: Params) -> Iterator[str]:
     for group in optim.groups(run.config):
         names = [name for name, other in run.program.groups.items() if other == group]
         params = [trainable[name] for name in names]
+        if not params:
+            continue
         how = f"layers {group.layers}" if group.layers else "whole"
         if all(".lora." in name for name in names):
             how = f"LoRA of rank {lora.rank}{', DoRA' * lora.dora}"
@@ -56,7 +58,7 @@ def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
     samples, lengths = data.encoded.source, data.lengths
     warn_of_moved_images(samples, lengths, config.image_position)
     first = next(index for index in data.order.visits(0) if lengths.tokens[index])
-    show_first_sample(samples[first], data.encoded.encode)
+    show_first_sample(data.encoded, first)
 
 
 def run_summary(run: Run, state: TrainState, frozen: Params) -> Iterator[str]:
@@ -120,13 +122,14 @@ def warn_of_moved_images(samples: Source, lengths: Lengths, position: str) -> No
         )
 
 
-def show_first_sample(sample: Sample, encode: TextEncoder) -> None:
-    """Prints the first sample as the model sees it with its targets marked, and what its tokenizer lacks."""
+def show_first_sample(source: EncodedSource, index: int) -> None:
+    """Prints a sample as the model sees it with its targets marked, and what its tokenizer lacks."""
+    sample, encode = source.source[index], source.encode
     encoded = encode.ids(sample)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if misfit := missing_marks(encode.template, encode.tokenizer):
         console.print(printable(f"warning: {misfit} (--config.template=NAME)"), markup=False)
-    kept = truncate(encoded, encode.image_tokens, encode.max_length)
+    kept = truncate(encoded, encode.features(sample, source.sizes(index, sample)), encode.max_length)
     before, after = len(encoded.input_ids), len(kept.input_ids)
     cut = f", cut to {after} of {before} tokens" if after < before else ""
     ident = one_line(short(sample.id))

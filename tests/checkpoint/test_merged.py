@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
+from bitsandbytes import functional
 from forward import logits, make_batch, random_images
 from PIL import Image
 
+from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.merged import merged
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
@@ -21,6 +24,8 @@ from llava_jax.convert.tensors import open_files
 from llava_jax.inference.generate import Generator, load_model
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LoraConfig
+from llava_jax.models.llava import abstract_params
+from llava_jax.models.quantized import quantized_params
 
 PLAIN = tiny.config()
 LORA = LoraConfig(4, 6.0, ("q_proj", "up_proj", r"vision\..*fc1", r"projector\.linear_2"))
@@ -115,6 +120,57 @@ def test_half_precision_weights_are_rounded_once_and_the_loss_is_reported(adapte
         assert (distance <= 0.5 * np.float32(2**-7) * np.abs(value) + 1e-6).all(), name
     model = load_model(half, jnp.float32)
     assert model.config.lora is None
+
+
+@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
+def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tmp_path, capsys):
+    """W + s B A of PEFT, in the type of the embeddings; the W of NF4 is that of bitsandbytes."""
+    text = dataclasses.replace(PLAIN.text, hidden_size=64, intermediate_size=128)
+    plain = dataclasses.replace(PLAIN, text=text, lora=LoraConfig(4, 6.0, ("q_proj", "up_proj", "down_proj")))
+    model = dataclasses.replace(plain, base_dtype=base_dtype)
+    params = {
+        name: value if ".lora." in name else value.astype(jnp.bfloat16) for name, value in tiny.params(plain).items()
+    }
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    quantized = quantized_params(params, abstract_params(model), base_dtype)
+    tiny.save_model(tmp_path / "adapted", quantized, Description(model, "v1"), tmp_path / "tokenizer")
+    main(["merge", "--checkpoint", str(tmp_path / "adapted"), "--output", str(tmp_path / "out")])
+    assert "adapters merged; rounding changed what they add by" in capsys.readouterr().out
+    result, source = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "adapted")
+    assert result.config == dataclasses.replace(plain, lora=None)
+    stored = result.load()
+    exact = merged(source).load(dtype=lambda name, stored: jnp.float32)
+    rounding = np.float32(2.0**-8)  # half of the last bit of bfloat16
+    for layer in ("q_proj", "up_proj", "down_proj"):
+        name = f"llm.layers.{'attention' if layer == 'q_proj' else 'mlp'}.{layer}"
+        a, b = (np.asarray(params[f"{name}.lora.{part}"]) for part in "ab")
+        kernels = np.asarray(params[f"{name}.kernel"], np.float32)
+        expected = np.stack(list(map(WITH_LOSS[base_dtype], kernels))) + 1.5 * a @ b
+        np.testing.assert_allclose(exact[f"{name}.kernel"], expected, rtol=0, atol=1e-6)
+        assert stored[f"{name}.kernel"].dtype == jnp.bfloat16
+        off = np.abs(np.asarray(stored[f"{name}.kernel"], np.float32) - expected)
+        assert (off <= rounding * np.abs(expected) + 1e-6).all()
+        np.testing.assert_array_equal(merged(source).load([f"{name}.kernel"])[f"{name}.kernel"],
+                                      np.asarray(exact[f"{name}.kernel"]).astype(jnp.bfloat16))  # fmt: skip
+    unmerged = computed(model, source.load())
+    np.testing.assert_allclose(computed(result.config, exact), unmerged, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(computed(result.config, stored), unmerged, rtol=0, atol=0.02)
+
+
+def by_levels(kernel_IO: np.ndarray) -> np.ndarray:
+    """float32[I, O], rounded to 127 levels on either side of 0."""
+    scale_O = np.abs(kernel_IO).max(axis=0) / np.float32(127)
+    return np.round(kernel_IO / scale_O) * scale_O
+
+
+def by_bitsandbytes(kernel_IO: np.ndarray) -> np.ndarray:
+    """float32[I, O], quantized to NF4 and back."""
+    weight = torch.from_numpy(np.ascontiguousarray(kernel_IO.T))
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(codes, state).numpy().T
+
+
+WITH_LOSS = {"int8": by_levels, "nf4": by_bitsandbytes}
 
 
 def test_exports_are_merged(adapted, tmp_path):

@@ -150,8 +150,9 @@ def test_a_malicious_file_ends_the_command_with_one_line(llava_dir, copy_of, tmp
         TIED,
         dataclasses.replace(CONFIG, select_layer=3, select_feature="cls_patch"),
         dataclasses.replace(CONFIG, select_layer=-1),
+        dataclasses.replace(CONFIG, select_layer=(-1, 2), select_feature="cls_patch"),
     ],
-    ids=["tied", "cls", "last layer"],
+    ids=["tied", "cls", "last layer", "several layers"],
 )
 def test_kinds_of_llava_there_and_back(config, tmp_path):
     model = save_llava(config, tmp_path / "source")
@@ -376,7 +377,7 @@ def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha2
         (no_tokenizer, "no tokenizer"),
         (preprocessor(size={"shortest_edge": 336}), "the vision tower takes 24 pixels"),
         (preprocessor(crop_size=336), "the vision tower takes 24 pixels"),
-        (preprocessor(resample=2), "resample is 2"),
+        (preprocessor(resample=0), "resample is 0; only 2 .bilinear. and 3"),
         (preprocessor(do_normalize=False), "do_normalize is False"),
         (preprocessor(do_center_crop=False), "do_center_crop is false"),
         (preprocessor(rescale_factor=1 / 127.5), "rescale_factor"),

@@ -17,6 +17,8 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.adapter import read_adapter
+from llava_jax.convert.served_adapter import read_for
+from llava_jax.models.config import TextConfig
 
 TOWER = (r"llm\.layers\..*_proj", r"vision\.layers\..*fc1")
 KINDS = {
@@ -55,6 +57,14 @@ def export(*arguments):
     main(["export", *map(str, arguments)])
 
 
+def test_layers_that_transformers_has_as_one_are_refused(tmp_path):
+    text = TextConfig(tiny.VOCAB, 48, 96, 2, 4, 2, 12, family="phi3")
+    _, checkpoint = run(tmp_path, lora(), tiny.config(text=text))
+    with pytest.raises(UserError, match="one qkv_proj and one gate_up_proj for several of our layers.*--layout hf"):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_computes_the_same(kind, tmp_path, capsys):
     base, checkpoint = run(tmp_path, KINDS[kind])
@@ -82,6 +92,9 @@ def test_a_base_with_the_projector_and_an_adapter_for_servers(tmp_path, capsys):
     _, checkpoint = run(tmp_path, lora(rank=20))
     export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "hf", "--output", tmp_path / "a")
     assert capsys.readouterr().err == f"warning: {tmp_path}/a: rank 20: vLLM needs --max-lora-rank 32\n"
+    with pytest.raises(UserError, match="b: --base and --output are one directory"):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--base", tmp_path / "b", "--output", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
     check_equal(checkpoint, tmp_path / "hf", tmp_path / "a")
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path / "hf")
@@ -97,6 +110,46 @@ def test_a_base_with_the_projector_and_an_adapter_for_servers(tmp_path, capsys):
         mapped = module.replace("model.language_model.", "language_model.model.")  # `hf_to_vllm_mapper`
         assert re.fullmatch(r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj", mapped)
     assert len(tensors) == 2 * 7 * tiny.config().text.num_layers
+
+
+def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
+    """In a file that PEFT does not read: `chat`, `serve` and imports use it, and report it."""
+    base, chosen = tiny.checkpoint(tmp_path), lora(targets=("q_proj",))
+    trained = {"image_position": "as_is", "image_aspect": "square"}
+    checkpoint = workdir(tmp_path / "run", base, chosen, adapter(tiny.config(), chosen), template="plain", **trained)
+    export("--checkpoint", base, "--output", tmp_path / "hf")
+    export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
+    file = tmp_path / "a" / "llava_jax.json"
+    assert json.loads(file.read_text()) == {"template": "plain"} | trained
+    capsys.readouterr()
+    prompts = read_for(str(tmp_path / "a"), open_checkpoint(base)).prompts
+    said = f"{tmp_path}/a: template plain, which it was trained with"
+    assert capsys.readouterr().err == f"{said}; that of the checkpoint is v1\n"
+    assert prompts.template.name == "plain"
+    assert {name: getattr(prompts.config, name) for name in trained} == trained
+    assert read_for(str(tmp_path / "a"), open_checkpoint(base), "v1").prompts.template.name == "v1"
+    assert "warning: the checkpoint was made with template plain, not v1" in capsys.readouterr().err
+    for flags, template in (([], "plain"), (["--unmerged"], "plain"), (["--template", "v1"], "v1")):
+        out = tmp_path / f"out-{template}-{len(flags)}"
+        flags = [*flags, "--llava", tmp_path / "a", "--base", tmp_path / "hf", "--output", out]
+        main(["import", *map(str, flags)])
+        assert (f"{said}; --template NAME chooses another" in capsys.readouterr().err) == (template == "plain")
+        imported = open_checkpoint(out)
+        assert imported.template == template
+        assert {name: getattr(imported.config, name) for name in trained} == trained
+
+    for fields, message in (
+        ({"template": "plane"}, "template is 'plane'; supported are "),
+        ({"image_aspect": None}, "image_aspect is None; supported are square, pad, resize"),
+        ({"temperature": 1}, "'temperature' is no field that is known: template, image_position, image_aspect"),
+    ):
+        file.write_text(json.dumps({"template": "plain"} | trained | fields))
+        with pytest.raises(UserError, match=f"a/llava_jax.json: {message}"):
+            read_for(str(tmp_path / "a"), open_checkpoint(base))
+        flags = ["--llava", tmp_path / "a", "--base", tmp_path / "hf", "--output", tmp_path / "b"]
+        with pytest.raises(UserError, match=message):
+            main(["import", *map(str, flags)])
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_linear_projector_and_names_of_older_transformers(tmp_path):

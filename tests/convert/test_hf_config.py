@@ -139,18 +139,28 @@ def test_unsupported_towers_are_refused_by_name(fields):
         read_vision(VISION | fields, "here")
 
 
+@pytest.mark.parametrize("model_type", ["siglip2", "siglip2_vision_model"])
+def test_siglip2_without_a_fixed_size_is_refused_with_the_way_out(model_type):
+    with pytest.raises(
+        UserError, match=f"^here: model_type is '{model_type}'.* NaFlex.* google/siglip2-base-patch16-256"
+    ):
+        read_vision({"model_type": model_type}, "here")
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"vision_feature_layer": [-2, -26]}, "vision_feature_layer is -26"),
+        ({"vision_feature_layer": []}, r"vision_feature_layer is \[\], not one layer or a list"),
+        ({"vision_feature_layer": [-2, None]}, r"vision_feature_layer is \[-2, None\], not one"),
+        ({"vision_feature_layer": [-2, "3"]}, "vision_feature_layer is '3'"),
         ({"vision_feature_select_strategy": "middle"}, "vision_feature_select_strategy"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
         ({"text_config": {"model_type": "gemma"}}, "text_config.*gemma"),
         ({"text_config": {"model_type": "llama", "mlp_bias": True}}, "text_config: mlp_bias"),
         ({"vision_config": {"model_type": "siglip2_vision_model"}}, "vision_config.*siglip2"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_feature_select_strategy is 'default'"),
-        ({"model_type": "llava_next"}, "llava_next"),
+        ({"model_type": "llava_onevision"}, "llava_onevision"),
     ],
     ids=str,
 )
@@ -178,9 +188,10 @@ def special(config: LlavaConfig) -> SpecialTokens:
         {"text": dataclasses.replace(reference.TEXT, tie_word_embeddings=True, head_dim=12, rms_norm_eps=1e-6)},
         {"vision": dataclasses.replace(reference.VISION, hidden_act="gelu", layer_norm_eps=1e-6)},
         {"vision": reference.SIGLIP, "select_layer": -1},
+        {"vision": reference.SIGLIP, "select_layer": (-1, 1), "select_feature": "after_first"},
         *({"text": text} for text in reference.TEXTS.values()),
     ],
-    ids=["mlp", "linear", "other tied", "gelu", "siglip", *reference.TEXTS],
+    ids=["mlp", "linear", "other tied", "gelu", "siglip", "siglip layers", *reference.TEXTS],
 )
 def test_what_is_written_is_read_back_by_us_and_by_transformers(changes, tmp_path):
     config = dataclasses.replace(reference.LLAVA, **changes)
@@ -197,6 +208,8 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(changes, tmp_pat
         config.vision,
     )
     assert (hf.image_token_id, hf.image_seq_length) == (7, config.image_tokens)
+    assert hf.vision_feature_select_strategy == reference.torch_llava_config(config).vision_feature_select_strategy
+    assert hf.vision_feature_layer == reference.torch_llava_config(config).vision_feature_layer
     assert hf.tie_word_embeddings == config.text.tie_word_embeddings
     assert str(hf.dtype) == "torch.bfloat16"
 

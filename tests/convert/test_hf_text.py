@@ -29,6 +29,26 @@ PUBLISHED = {
     "mistral": {"sliding_window": 4096, "max_position_embeddings": 32768, "num_key_value_heads": 8},
     # Qwen2-7B
     "qwen2": {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "rope_theta": 1000000.0},
+    # Phi-3-mini-4k-instruct
+    "phi3": {
+        "sliding_window": 2047,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": None,
+        "resid_pdrop": 0.0,
+        "attention_bias": False,
+    },
+    # Qwen3-0.6B
+    "qwen3": {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_position_embeddings": 40960,
+    },
 }
 
 
@@ -46,10 +66,13 @@ def test_published_fields_mean_what_they_do_to_transformers(family):
 
 
 def test_what_tells_families_apart():
-    llama, mistral, qwen2 = (read_text({"model_type": family} | PUBLISHED[family], "") for family in PUBLISHED)
+    found = {family: read_text({"model_type": family} | PUBLISHED[family], "") for family in PUBLISHED}
+    llama, mistral, qwen2, qwen3, phi3 = (found[family] for family in ("llama", "mistral", "qwen2", "qwen3", "phi3"))
     assert llama.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
     assert mistral.sliding_window == 4096
     assert qwen2.qkv_bias and qwen2.sliding_window is None
+    assert (qwen3.family, qwen3.qkv_bias, qwen3.sliding_window, qwen3.head_dim) == ("qwen3", False, None, 128)
+    assert (phi3.family, phi3.sliding_window) == ("phi3", 2047)
     assert read_text({"model_type": "mistral", "sliding_window": None}, "").sliding_window is None  # v0.2
 
 
@@ -135,6 +158,11 @@ def test_a_family_that_has_nothing_of_its_own_in_use_is_kept():
         {"sliding_window": 0, "model_type": "mistral"},
         {"attention_bias": True, "model_type": "mistral"},
         {"use_sliding_window": True, "model_type": "qwen2"},
+        {"use_sliding_window": True, "model_type": "qwen3"},
+        {"attention_bias": True, "model_type": "qwen3"},
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "model_type": "phi3"},
+        {"partial_rotary_factor": 0.75, "model_type": "phi3"},
+        {"resid_pdrop": 0.1, "model_type": "phi3"},
     ],
     ids=str,
 )

@@ -1,20 +1,35 @@
 """Models from a Hub that runs here: what is downloaded, what is pinned, and what is said when it cannot be had."""
 
+import dataclasses
 import json
 import math
 import os
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from conversion import CONFIG, convert, save_llava
+import qwen3
+import tiny
+import torch_reference as reference
+from conversion import CONFIG, byte_level, convert, load, save_llava
 from fake_hub import FakeHub
 from huggingface_hub import constants
+from PIL import Image
+from transformers import SiglipConfig, SiglipModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import llava_jax
 from llava_jax import cli
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.hub import locate
+from llava_jax.inference.generate import Generator
+from llava_jax.inference.requests import Request, Sampling
+from llava_jax.recipes import common
+from llava_jax.training.loop import train
+
+SIGLIP2 = "google/siglip2-base-patch16-256"
 
 
 @pytest.fixture
@@ -60,6 +75,54 @@ def test_without_safetensors_the_files_of_torch_come(hub, llava):
         file.unlink()
     names = {file.name for file in locate("org/llava", "--llava").path.iterdir()}
     assert names == {"config.json", "tokenizer.json", "mm_projector.bin", "pytorch_model.bin"}
+
+
+def test_a_new_llava_of_siglip2_and_qwen3(hub, tmp_path):
+    """Imported by their names alone, trained for a step as QLoRA, and asked with 8-bit weights."""
+    specials = ("<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    tokenizer = byte_level(specials, eos="<|im_end|>")
+    tokenizer.bos_token, tokenizer.chat_template = None, qwen3.CHAT_TEMPLATE
+    text = dataclasses.replace(reference.TEXTS["qwen3"], vocab_size=len(tokenizer) + 8, tie_word_embeddings=True)
+    vision = dataclasses.replace(reference.SIGLIP, image_size=32, patch_size=16)
+    words = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tower = reference.torch_vision_config(vision).to_dict() | {"vision_use_head": True}
+    siglip = reference.randomize(SiglipModel(SiglipConfig(text_config=words, vision_config=tower)))
+    for name, saved in {"Qwen/Qwen3-0.6B": [reference.llama(text), tokenizer], SIGLIP2: [siglip]}.items():
+        hub.repositories[name] = tmp_path / name.replace("/", "-")
+        for part in saved:
+            part.save_pretrained(hub.repositories[name])
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
+    processor.save_pretrained(hub.repositories[SIGLIP2])
+
+    convert("import", "--llm", "Qwen/Qwen3-0.6B", "--vision", SIGLIP2, "--aspect", "resize", "--output", "start")
+    start = open_checkpoint("start")
+    assert (start.template, start.config.text, start.config.vision) == ("qwen3", text, vision)
+    assert (start.config.image_resample, start.config.image_aspect) == ("bilinear", "resize")
+    assert start.config.image_mean == (0.5, 0.5, 0.5) and start.config.image_tokens == 4
+
+    data, images = tiny.data(tmp_path, samples=4)
+    config = common.get_config()
+    config.update(stage="finetune", init="start", steps=1, batch_rows=4, max_length=160, template="qwen3")
+    config.base_dtype = "nf4"
+    config.data.update(json=str(data), images=str(images))
+    config.lora.update(rank=2, dora=True)
+    config.mesh.fsdp = jax.device_count()
+    train(config, "run")
+    trained = open_checkpoint("run")
+    adapters = {name for name in trained.abstract() if ".lora." in name}
+    assert "llm.layers.attention.q_proj.lora.a" in adapters and len(adapters) == 7 * 3
+    assert not np.array_equal(trained.read("llm.layers.mlp.up_proj.lora.b", None), 0)
+
+    request = Request([("user", "<image>\nWhat?")], [Image.new("RGB", (9, 5), "red")])
+    generator = Generator.from_checkpoint(trained, quantize="int8")
+    prompt = generator.prompts.encode(request)
+    block = tokenizer.encode("assistant\n<think>\n\n</think>\n\n", add_special_tokens=False)
+    assert prompt.tokens[-len(block) :].tolist() == block
+    assert len(generator.answer([request], Sampling(max_new_tokens=4))) == 1
+    convert("export", "--checkpoint", "run", "--output", "hf")
+    exported = load(Path("hf"))
+    assert exported.config.text_config.model_type == "qwen3"
+    assert json.loads(Path("hf/preprocessor_config.json").read_text())["resample"] == 2
 
 
 def test_a_directory_of_that_name_wins(hub, tmp_path):

@@ -266,7 +266,8 @@ def test_adapters_that_are_refused(settings, change, message, made, tmp_path):
     ("fields", "message"),
     [
         ({"model_type": "llava_mpt"}, "model_type is 'llava_mpt'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"image_aspect_ratio": "anyres"}, "grids: there are 0"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
         ({"mm_projector_type": "linear"}, "has mlp2x_gelu, not linear"),
         ({"mm_use_im_start_end": True}, "lacks: <im_start>, <im_end>"),

@@ -51,6 +51,14 @@ def test_a_row_of_a_batch_has_the_logits_of_peft(tmp_path, base, use_dora):
     assert abs(expected - without).max() > 0.1
 
 
+def test_an_adapter_of_peft_goes_with_a_quantized_base(tmp_path, base):
+    saved = str(peft_adapters.save(peft_adapters.adapted(open_checkpoint(base).config), tmp_path / "adapter"))
+    plain, quantized = (read_for(saved, open_checkpoint(base).quantized(kind)) for kind in ("", "nf4"))
+    assert plain.lora == quantized.lora
+    for name, value in plain.params.items():
+        np.testing.assert_array_equal(quantized.params[name], value, err_msg=name)
+
+
 def test_a_workdir_has_its_own_template_and_projector(tmp_path, base):
     trained = support.adapter(open_checkpoint(base).config, LORA, projector=True)
     workdir = support.workdir(tmp_path / "run", base, LORA, trained, template="plain")

@@ -1,16 +1,24 @@
 """Adapters that are imported beside the weights, and trained on."""
 
+import shutil
+
+import jax
 import numpy as np
+import peft_reference
 import pytest
 import tiny
-from conversion import CONFIG, check_logits, convert, save_llava
+import torch_reference as reference
+from conversion import CONFIG, check_logits, convert, load, save_llava
+from peft import PeftModel
 from peft_adapters import adapted, save
-from training_runs import final, make_config, metrics
+from training_runs import final, make_config, metrics, random_batches, settings_for
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import read_adapter
-from llava_jax.training import loop
+from llava_jax.parallel.sharding import make_mesh
+from llava_jax.training import builder, loop, optim
+from llava_jax.training import step as training_step
 from llava_jax.training.adapters import adapted as model_of
 
 
@@ -36,6 +44,44 @@ def test_it_computes_what_peft_does_and_has_its_parameters(imported):
         np.testing.assert_array_equal(checkpoint.read(name), value, err_msg=name)
     convert("merge", "--checkpoint", directory / "out", "--output", directory / "merged")
     check_logits(model, directory / "merged")
+
+
+def test_two_steps_from_it_are_those_of_peft(imported):
+    """From the directories on disk: the losses, the adapters afterwards, and the projector (`modules_to_save`)."""
+    directory, _ = imported
+    config = make_config(learning_rate=1e-2, projector_learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.0)
+    config.lora.update({"rank": 4, "alpha": 6.0, "rslora": True, "targets": ("down_proj", r"[qv]_proj")})
+    checkpoint = open_checkpoint(directory / "out")
+    model, params = model_of(checkpoint.config, config), checkpoint.load()
+    names = optim.trained(params, config)
+    start = {name: np.asarray(params[name]) for name in names}
+    trainable = {name: params.pop(name) for name in names}
+    optimizer = optim.make_optimizer(config, names, 2)
+    state = builder.init_state(optimizer, trainable, make_mesh({"fsdp": -1}))
+    batches = random_batches(model, 2, length=120)
+    for batch in batches:
+        for name in ("tokens", "labels"):
+            batch[name] = np.where(batch[name] == 3, 4, batch[name])  # 3 is `<image>`
+    settings = settings_for(model, batches[0])
+    step = jax.jit(lambda state, batch: training_step.train_step(settings, optimizer, state, params, batch))
+    ours = []
+    for batch in batches:
+        state, scalars = step(state, batch)
+        ours.append(float(scalars["loss"]))
+
+    module = PeftModel.from_pretrained(load(directory / "base"), directory / "adapter", is_trainable=True).eval()
+    groups = [
+        {"params": [parameter], "lr": config.projector_learning_rate if "projector" in name else config.learning_rate,
+         "weight_decay": 0.1 if parameter.ndim > 1 else 0.0}
+        for name, parameter in module.named_parameters() if parameter.requires_grad
+    ]  # fmt: skip
+    theirs = reference.train(module, groups, batches, model, config)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    trained = peft_reference.params(module, model)
+    assert len(names) == len(groups) - 2 * 3 * (model.text.num_layers - 1)
+    for name in names:
+        np.testing.assert_allclose(state.trainable[name], trained[name], rtol=0, atol=1e-4, err_msg=name)
+        assert np.abs(start[name] - trained[name]).max() > 5e-4, name
 
 
 def test_a_run_trains_it_on(imported, tmp_path):
@@ -68,3 +114,10 @@ def test_unmerged_goes_with_an_adapter(imported, tmp_path):
     directory, _ = imported
     with pytest.raises(UserError, match="base: no adapter of PEFT: leave --unmerged out"):
         convert("import", "--llava", directory / "base", "--unmerged", "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        convert("import", "--llm", directory, "--vision", directory, "--unmerged", "--output", tmp_path / "out")
+    shutil.copytree(directory / "adapter", tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="cut: has adapter_model.safetensors, but no adapter_config.json: copy the"):
+        convert("import", "--llava", tmp_path / "cut", "--base", directory / "base", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

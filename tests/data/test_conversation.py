@@ -1,11 +1,19 @@
 """Templates against the texts that published code trains on and the chat templates that tokenizers carry."""
 
 import pytest
+import qwen3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_jax.cli import UserError
-from llava_jax.data.conversation import check_system, has_interleaved_images, place_images, place_prompt_images, render
+from llava_jax.data.conversation import (
+    check_system,
+    check_thoughts,
+    has_interleaved_images,
+    place_images,
+    place_prompt_images,
+    render,
+)
 from llava_jax.data.templates import TEMPLATES, choose_template, get_template, stop_strings, with_im_start_end
 
 POLITE_USER = (
@@ -119,6 +127,36 @@ def test_equals_the_published_chat_template(llama_tokenizer, name, jinja, pairs,
         messages, chat_template=jinja, tokenize=False, add_generation_prompt=opened
     )
     assert render(turns, get_template(name)).text == reference.removeprefix("<s>")
+
+
+BLOCK = "<think>\n\n</think>\n\n"
+
+
+@given(pairs=rounds, system=st.none() | texts.filter(str.strip), opened=st.booleans())
+def test_qwen3_equals_its_chat_template_with_thinking_off(llama_tokenizer, pairs, system, opened):
+    """The one difference: here an empty block of thoughts stands before earlier answers, too."""
+    pairs = [(question, answer.lstrip("\n")) for question, answer in pairs]
+    turns = as_turns(pairs) if system is None else [("system", system), *as_turns(pairs)]
+    turns += [("user", "q"), ("assistant", None)] * opened
+    template, messages = get_template("qwen3"), [{"role": r, "content": t} for r, t in turns if t is not None]
+    rendered = llama_tokenizer.apply_chat_template(
+        messages, chat_template=qwen3.CHAT_TEMPLATE, tokenize=False, add_generation_prompt=opened, enable_thinking=False
+    )
+    text, spans = render(turns, template)
+    assert text.count(template.reply) == len(spans) + opened + "".join(t for _, t in turns if t).count(template.reply)
+    without = text
+    for start, _ in reversed(spans if opened else spans[:-1]):
+        assert text[:start].endswith(BLOCK)
+        without = without[: start - len(BLOCK)] + without[start:]
+    assert without == rendered
+
+
+def test_answers_with_thoughts_are_refused_where_the_template_says_there_are_none():
+    turns = [("user", "q <think>"), ("assistant", "<think>\nHm.\n</think>\n\nA cat.")]
+    check_thoughts(turns, get_template("chatml"))
+    check_thoughts([turns[0], ("assistant", "A cat.")], get_template("qwen3"))
+    with pytest.raises(UserError, match="an answer has <think> or </think>, but template qwen3 opens .* chatml"):
+        check_thoughts(turns, get_template("qwen3"))
 
 
 def test_a_system_turn_comes_before_every_default():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_jax.cli import UserError
 from llava_jax.data import images
@@ -32,7 +33,7 @@ def noise(width, height, bands=3, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def hf_processor(size, aspect):
+def hf_processor(size, aspect, resample):
     kind = LlavaImageProcessorPil if aspect == "pad" else CLIPImageProcessorPil
     shape = {"height": size, "width": size} if aspect == "resize" else {"shortest_edge": size}
     return kind(
@@ -42,11 +43,12 @@ def hf_processor(size, aspect):
         do_pad=aspect == "pad",
         do_rescale=False,
         do_normalize=False,
+        resample=Image.Resampling[resample.upper()],
     )
 
 
-def hf(image, size, aspect):
-    pixels = np.asarray(hf_processor(size, aspect)(image)["pixel_values"][0])
+def hf(image, size, aspect, resample="bicubic"):
+    pixels = np.asarray(hf_processor(size, aspect, resample)(image)["pixel_values"][0])
     return pixels.transpose(1, 2, 0)
 
 
@@ -75,10 +77,34 @@ def test_photographs_equal_hf(aspect, size):
 
 
 @settings(max_examples=60, deadline=None)
-@given(width=SIZES, height=SIZES, size=st.integers(1, 70), aspect=st.sampled_from(images.ASPECTS))
-def test_any_size_equals_hf(width, height, size, aspect):
+@given(
+    width=SIZES,
+    height=SIZES,
+    size=st.integers(1, 70),
+    aspect=st.sampled_from(images.ASPECTS),
+    resample=st.sampled_from(["bicubic", "bilinear"]),
+)
+def test_any_size_equals_hf(width, height, size, aspect, resample):
     image = noise(width, height)
-    np.testing.assert_array_equal(preprocess(image, size, aspect, MEAN), hf(image, size, aspect))
+    pixels = preprocess(image, size, aspect, MEAN, resample)
+    np.testing.assert_array_equal(pixels, hf(image, size, aspect, resample))
+
+
+@pytest.mark.parametrize("size", [256, 384, 512])
+def test_photographs_equal_siglip2s_processor(size):
+    """Which stretches images to a square, bilinearly."""
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size}, resample=2, do_rescale=False)
+    for name in NAMES:
+        image = load_image(os.path.join(PHOTOGRAPHS, name))
+        theirs = np.asarray(processor(image, do_normalize=False)["pixel_values"][0]).transpose(1, 2, 0)
+        np.testing.assert_array_equal(preprocess(image, size, "resize", MEAN, "bilinear"), theirs, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1500, 2501), (640, 427), (3000, 70), (1, 300)])
+@pytest.mark.parametrize("aspect", images.ASPECTS)
+def test_bilinear_images_equal_hf(aspect, shape):
+    image = noise(*shape)
+    np.testing.assert_array_equal(preprocess(image, 64, aspect, MEAN, "bilinear"), hf(image, 64, aspect, "bilinear"))
 
 
 def resize_then_crop(image, size):
@@ -105,10 +131,11 @@ def test_typical_and_thin_shapes_are_resized_then_cropped(shape):
 
 def test_the_crop_is_resized_alone_where_pixels_meet(monkeypatch):
     part = images._part_that_resizes_alone.__wrapped__
-    assert part(640, 448, 336) == (80, 560, 56, 392)
-    assert part(640, 503, 336) == (0, 640, 0, 503)  # 640 and 503 share no divisor
+    kernel = Image.Resampling.BICUBIC
+    assert part(640, 448, 336, kernel) == (80, 560, 56, 392)
+    assert part(640, 503, 336, kernel) == (0, 640, 0, 503)  # 640 and 503 share no divisor
     monkeypatch.setattr(np, "array_equal", lambda a, b: False)  # a Pillow whose weights differ
-    assert part(640, 448, 336) == (0, 640, 0, 448)
+    assert part(640, 448, 336, kernel) == (0, 640, 0, 448)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,6 +1,7 @@
 """The report of packing plans."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -56,3 +57,16 @@ def test_mistakes_on_the_command_line(flags, capsys):
     with pytest.raises(SystemExit):
         pack.main([*flags, "--rows-per-group", "0"])
     assert "0 is less than 1" in capsys.readouterr().err
+
+
+def test_tiles_of_anyres_count_as_slots(flags, tmp_path, capsys):
+    images = str(Path(flags[1]).parent / "images")
+    pack.main([*flags, "--max-length", "128", "--anyres", "--images", images, "--image-size", "16"])
+    assert (
+        "and 3.75 image slots; 25.0% without images" in capsys.readouterr().out
+    )  # 5 tiles of each of three images in four samples
+    with pytest.raises(SystemExit):
+        pack.main([*flags, "--anyres"])
+    assert "--anyres needs --images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--image-tokens 5: the features of a tile are no square"):
+        pack.main([*flags, "--anyres", "--images", images, "--image-tokens", "5"])

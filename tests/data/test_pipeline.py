@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.common import get_config
 from llava_jax.cli import UserError
+from llava_jax.data.anyres import AnyRes, Tiling
 from llava_jax.data.encoded import EncodedSource, TextEncoder
+from llava_jax.data.features import NEWLINE, TEXT, Size, joined
 from llava_jax.data.images import preprocess
-from llava_jax.data.lengths import measure
+from llava_jax.data.lengths import lengths_name, measure
 from llava_jax.data.mixture import open_data
 from llava_jax.data.packing import PackedOrder, Room
 from llava_jax.data.pipeline import Batches, ImageDecoder, build_row, collate
@@ -356,7 +359,7 @@ def test_measure(source, encode):
 
 def test_first_label_is_no_target(source):
     def encode(sample):
-        return Segment(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0)
+        return Segment(np.arange(3), np.array([7, -100, 8]), np.full(3, -1), 0, 0)
 
     assert set(measure(EncodedSource(source, encode)).targets) == {1}
 
@@ -408,14 +411,14 @@ def sample_row(length, images, token):
     """A row of its own for one sample: its images first, then text of one token."""
     index = np.concatenate([np.arange(images * P), np.full(length - images * P, -1)])
     tokens = np.where(index < 0, token, 0)
-    return Segment(tokens, np.where(index < 0, token, -100), index, images)
+    return Segment(tokens, np.where(index < 0, token, -100), index, images, images)
 
 
 def test_several_samples_in_a_row():
     layout = Layout(2, 2, 24, image_slots=4, label_slots=48, image_tokens=P, image_size=1)
 
     def picture(value):
-        return np.full((1, 1, 3), value, np.uint8)
+        return np.full((1, 1, 1, 3), value, np.uint8)
 
     first = build_row([(sample_row(6, 1, 5), [picture(1)]), (sample_row(3, 0, 6), [])], layout)
     second = build_row(
@@ -439,7 +442,7 @@ def test_rows_and_groups_that_do_not_fit_are_errors():
     pictures = np.zeros((1, 1, 1, 3), np.uint8)
     with pytest.raises(ValueError, match="take 10 positions, it has 8"):
         build_row([(sample_row(5, 0, 1), []), (sample_row(5, 0, 1), [])], layout)
-    row = build_row([(sample_row(5, 1, 1), pictures)], layout)
+    row = build_row([(sample_row(5, 1, 1), [pictures])], layout)
     with pytest.raises(ValueError, match="1 slots"):
         collate([row, row], layout)
 
@@ -471,3 +474,77 @@ def test_a_run_reads_absolute_names_where_its_config_says_so(tmp_path):
         open_data(config.data).read_images(0, [name])
     config.data.allow_absolute_images = True
     assert open_data(config.data).read_images(0, [name]) == [(tmp_path / "a.png").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def tiled(tokenizer):
+    """Encoder and decoder of AnyRes, with tiles of 6 pixels and 4 features."""
+    tiling = Tiling(AnyRes(several="base"), SIZE, 2, MEAN)
+    encode = TextEncoder(get_template("plain"), tokenizer, image_tokens=P, max_length=LENGTH, tiling=tiling)
+    return encode, ImageDecoder(SIZE, "anyres", MEAN, tiling=tiling)
+
+
+def test_tiles_and_newlines_of_a_batch(source, tiled):
+    """Each sample has the features of its images' sizes, of the tiles that are in the slots of its group."""
+    encode, decode = tiled
+    encoded = EncodedSource(source, encode)
+    lengths = measure(encoded)
+    order = Order(np.arange(len(source)), 4, 0)
+    sizes = {"max_length": LENGTH, "image_tokens": P, "image_size": SIZE}
+    layout = plan_layout([(order, order.epoch_steps(0))], lengths, rows_per_group=2, **sizes)
+    batches, seen = Batches(encoded, decode, order, layout), 0
+    for step in range(order.epoch_steps(0)):
+        batch = batches[step]
+        for row, (index,) in enumerate(filter(None, order.rows(step))):
+            sample = source[index]
+            images = [Image.open(source.images / name) for name in sample.images]
+            several, seen = len(images) > 1, seen + 1
+            features = [encode.tiling.features(Size(*image.size), several) for image in images]
+            tiles = [tile for image in images for tile in encode.tiling.tiles(image, several)]
+            found = batch["image_feature_index"][row]
+            found = found[found != TEXT]
+            expected = joined(features, P)
+            np.testing.assert_array_equal(found == NEWLINE, expected == NEWLINE)
+            slots = batch["images"][row // 2]
+            for position, wanted in zip(found[found >= 0], expected[expected >= 0], strict=True):
+                assert position % P == wanted % P
+                np.testing.assert_array_equal(slots[position // P], tiles[wanted // P])
+            assert lengths.images[index] == len(tiles) == sum(image.tiles for image in features)
+    assert seen == len(source)
+
+
+def test_sizes_are_those_of_upright_images(tmp_path, tiled):
+    encode, decode = tiled
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 40, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    (tmp_path / "data.json").write_text(json.dumps([record(0, ["turned.jpg"])]))
+    source = LlavaJson(tmp_path / "data.json", tmp_path)
+    encoded = EncodedSource(source, encode)
+    assert encoded.sizes(0, source[0]) == [(9, 40)]
+    tall = encode.tiling.features(Size(9, 40), False)
+    assert (encoded.segment(0, source[0]).image_feature_index != TEXT).sum() == len(tall.index)
+    assert len(decode((tmp_path / "turned.jpg").read_bytes(), "turned.jpg")) == tall.tiles
+
+
+def test_a_bad_image_keeps_the_places_of_its_size(tmp_path, tiled):
+    """Its header is good, so that its positions are known."""
+    encode, decode = tiled
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(tmp_path / "0.png")
+    data = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "data.json").write_text(json.dumps([record(0, ["0.png"])]))
+    encoded = EncodedSource(LlavaJson(tmp_path / "data.json", tmp_path), encode, skip_bad=True)
+    lengths = measure(encoded)
+    assert lengths.images.tolist() == [5]
+    order, sizes = Order(np.arange(1), 1, None), {"max_length": LENGTH, "image_tokens": P, "image_size": SIZE}
+    layout = plan_layout([(order, 1)], lengths, rows_per_group=1, **sizes)
+    ((batch, _, bad),) = Batches(encoded, decode, order, layout).iterate(0, 1)
+    assert [one.id for one in bad] == ["s0"] and not batch["images"].any() and (batch["labels"] == -100).all()
+
+
+def test_lengths_of_another_tiling_are_others(source, encode, tiled):
+    names = {lengths_name(EncodedSource(source, each)) for each in (encode, tiled[0])}
+    other = dataclasses.replace(tiled[0], tiling=Tiling(AnyRes(), SIZE, 2, MEAN))
+    assert len(names | {lengths_name(EncodedSource(source, other))}) == 3

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from qwen3 import CHAT_TEMPLATE_2507, qwen3_tokenizer
 
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
@@ -38,7 +39,7 @@ def test_prompts_that_training_texts_do_not_begin_with(llama_tokenizer, smollm2_
     """GPT-2's pattern takes two line breaks apart where a word follows."""
     for name, template in TEMPLATES.items():
         require_fit(template, llama_tokenizer)
-        if name != "llama_3":
+        if name not in ("llama_3", "qwen3"):
             require_fit(template, smollm2_tokenizer)
     with pytest.raises(
         UserError, match=r"template llama_3 .* ends with \['ĊĊ'\], where .* 'A cat.' has \['Ċ', 'Ċ', 'A'\]"
@@ -65,6 +66,17 @@ def test_the_template_of_a_chat_template(smollm2_dir, name):
     assert template_of(tokenizer).name == name
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     assert template_of(tokenizer).name == name
+
+
+def test_qwen3s_chat_templates(smollm2_dir):
+    tokenizer = qwen3_tokenizer(smollm2_dir)
+    assert template_of(tokenizer).name == "qwen3" and missing_marks(get_template("qwen3"), tokenizer) is None
+    require_fit(get_template("qwen3"), tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE_2507
+    assert template_of(tokenizer).name == "chatml"
+    always_thinks = "{{ '<think>\n' if add_generation_prompt else '' }}"
+    tokenizer.chat_template = CHAT_TEMPLATE_2507 + always_thinks
+    assert template_of(tokenizer) is None
 
 
 def test_smollm2s_chat_template_is_chatml(smollm2_tokenizer, llama_tokenizer):

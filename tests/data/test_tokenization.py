@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from qwen3 import qwen3_tokenizer
 from sentencepiece import SentencePieceProcessor
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
@@ -293,6 +294,33 @@ def test_chatml_has_the_system_prompt_of_the_tokenizers_chat_template(smollm2_di
     turns = [(message["role"], message["content"]) for message in messages]
     reference = tokenizer.apply_chat_template(messages, return_dict=False)
     assert encode_turns(turns, get_template("chatml"), tokenizer).input_ids.tolist() == reference
+
+
+def test_qwen3_learns_answers_after_the_prompt_of_its_chat_template(smollm2_dir):
+    tokenizer = qwen3_tokenizer(smollm2_dir)
+    rounds = [("What is it?", "A cat."), ("Sure?", "Yes.")]
+    turns = [turn for question, answer in rounds for turn in (("user", question), ("assistant", answer))]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    template = get_template("qwen3")
+    ids, labels = encode_sample(Sample("7", (), tuple(turns)), template, tokenizer)
+    for asked, answer in ((1, "A cat."), (3, "Yes.")):
+        prompt = encode_turns([*turns[:asked], ("assistant", None)], template, tokenizer).input_ids.tolist()
+        if asked == 1:  # before later answers, the official prompt lacks the blocks of the earlier ones
+            assert prompt == tokenizer.apply_chat_template(
+                messages[:1], add_generation_prompt=True, enable_thinking=False, return_dict=False
+            )
+        block = tokenizer.convert_ids_to_tokens(prompt[-4:])
+        assert block == ["<think>", "ĊĊ", "</think>", "ĊĊ"]
+        target = tokenizer.encode(f"{answer}<|im_end|>")
+        assert ids[: len(prompt)].tolist() == prompt
+        assert labels[len(prompt) - 4 :][: 4 + len(target)].tolist() == [IGNORE_INDEX] * 4 + target
+    assert learned_text(Encoded(ids, labels), tokenizer) == ["A cat.<|im_end|>", "Yes.<|im_end|>"]
+    official = tokenizer.apply_chat_template(messages[:2], return_dict=False)  # of one round: the same text
+    assert encode_turns(turns[:2], template, tokenizer).input_ids.tolist() == official
+
+    thinks = Sample("8", (), (turns[0], ("assistant", "<think>Hm</think>A cat.")))
+    with pytest.raises(UserError, match="^sample 8: an answer has <think>"):
+        encode_sample(thinks, template, tokenizer)
 
 
 def test_offsets_without_white_space(smollm2_dir):

@@ -1,5 +1,6 @@
 """Many answers at a time against one at a time, what is computed again and what is not, and how answers end."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from PIL import Image
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
+from llava_jax.data.anyres import AnyRes
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull
 from llava_jax.inference.engine import Engine
+from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
@@ -201,7 +204,7 @@ def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_ans
 
     def counted(name):
         method = getattr(engine.base.prompts, name)
-        return lambda argument: (calls.append(name), method(argument))[1]
+        return lambda *arguments: (calls.append(name), method(*arguments))[1]
 
     for name in ("encode", "read"):
         monkeypatch.setattr(engine.base.prompts, name, counted(name))
@@ -297,3 +300,25 @@ def test_a_checkpoint_is_an_engine(tmp_path):
     assert engine.context == 100 and engine.base.prompts.template.name == "v1"
     assert ask(engine, question("Hello"))
     engine.close()
+
+
+def test_tiles_of_anyres_are_cached_and_answers_are_those_of_the_generator():
+    """Prompts in chunks that begin and end anywhere in an image, with the same images again."""
+    config = dataclasses.replace(CONFIG, image_aspect="anyres", anyres=AnyRes())
+    weights = tiny.params(config)
+    prompts = PromptEncoder(config, tokenizer(), TEMPLATE)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((90, 33), (16, 60), (50, 47))]
+    requests = [
+        Request([("user", "<image>\n" * len(chosen) + "What colour is it? " * (1 + 3 * number))], chosen)
+        for number, chosen in enumerate([images[:1], images[1:], images, images[:1], []])
+    ]
+    engine = Engine(build(config, jax.tree.map(jnp.copy, weights)), prompts, slots=2, images=1)
+    try:
+        found = [text(answer) for answer in [engine.submit(request, SHORT) for request in requests]]
+    finally:
+        engine.close(drain=False)
+    alone = Generator(build(config, jax.tree.map(jnp.copy, weights)), prompts)
+    assert found == [alone.answer([request], SHORT)[0] for request in requests]
+    assert len(set(found)) > 3
+    assert alone.answer(requests, SHORT) == found  # in one batch, which shares prefixes

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.data.tokenization import one_tile
 from llava_jax.inference.prompts import Prompt, assemble, bucket, share_prefixes
+from llava_jax.inference.requests import PreparedImage
 
 P = 4  # features of a picture
 IMAGES = [Image.new("RGB", (2, 2), colour) for colour in ("red", "lime", "blue")]
@@ -21,7 +23,7 @@ def prompt(*parts: int | Image.Image) -> Prompt:
             tokens += [0] * P
             index += range(len(pictures) * P, (len(pictures) + 1) * P)
             pictures.append(part)
-    return Prompt(np.array(tokens, np.int32), np.array(index, np.int32), pictures)
+    return Prompt(np.array(tokens, np.int32), np.array(index, np.int32), pictures, [1] * len(pictures))
 
 
 def test_buckets_are_few_and_waste_at_most_half():
@@ -35,9 +37,9 @@ def test_each_picture_is_read_once_and_its_features_are_found_where_its_marks_we
     prompts = [prompt(3, red, 1), prompt(5), prompt(blue, 2, red), prompt(lime, blue, lime, 7)]
     read = []
 
-    def colour(picture: Image.Image) -> np.ndarray:
+    def colour(picture: Image.Image, several: bool) -> PreparedImage:
         read.append(picture)
-        return np.asarray(picture)
+        return PreparedImage(np.asarray(picture)[None], one_tile(P))
 
     batch = assemble(prompts, P, colour)
     assert len(read) == 3

@@ -26,6 +26,7 @@ PUBLISHED = {
     "clip-vit-large-patch14": (CLIP_L_14, 303_179_776),
     "clip-vit-large-patch14-336": (CLIP_L_14_336, 303_507_456),
     "siglip-base-patch16-224": (VisionConfig(768, 3072, 12, 12, 224, 16, **GELU_TANH), 85_797_120),
+    "siglip2-base-patch16-256": (VisionConfig(768, 3072, 12, 12, 256, 16, **GELU_TANH), 85_843_200),
     "siglip-so400m-patch14-384": (VisionConfig(1152, 4304, 27, 16, 384, 14, **GELU_TANH), 412_987_248),
 }
 
@@ -80,19 +81,24 @@ def test_published_shapes_equal_transformers(name):
 
 
 @pytest.mark.parametrize("select_feature", ["patch", "cls_patch"])
-@pytest.mark.parametrize("select_layer", [-1, -2, -4, 0, 1, 3])
+@pytest.mark.parametrize("select_layer", [-1, -2, -4, 0, 1, 3, (3,), (-1, 0, -4, 2)], ids=str)
 def test_selected_features_equal_those_of_hugging_face(select_layer, select_feature):
     config = dataclasses.replace(reference.LLAVA, select_layer=select_layer, select_feature=select_feature)
     torch_model = reference.llava(config)
     images = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3), np.uint8)
     pixels = ((images / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
-    states = torch_hidden_states(torch_model.model.vision_tower, pixels)[select_layer]
-    expected = states.numpy() if select_feature == "cls_patch" else states.numpy()[:, 1:]
+    states = torch_hidden_states(torch_model.model.vision_tower, pixels)
+    layers = select_layer if isinstance(select_layer, tuple) else (select_layer,)
+    expected = np.concatenate([states[layer].numpy() for layer in layers], axis=-1)
+    expected = expected if select_feature == "cls_patch" else expected[:, 1:]
 
     model = build(config, reference.llava_params(torch_model, config))
-    actual = nnx.jit(lambda model, images: model.visual_features(images))(model, jnp.asarray(images))
-    assert actual.shape == (2, config.image_tokens, config.vision.hidden_size)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    for listed in (False, True):
+        if listed:
+            model.unstack_layers()
+        actual = nnx.jit(lambda model, images: model.visual_features(images))(model, jnp.asarray(images))
+        assert actual.shape == (2, config.image_tokens, config.feature_size)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_siglips_features_equal_those_of_hugging_face():
@@ -109,6 +115,8 @@ def test_siglips_features_equal_those_of_hugging_face():
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="cls_patch.*no class token"):
         dataclasses.replace(config, select_feature="cls_patch")
+    with pytest.raises(ValueError, match="after_first.*class token"):
+        dataclasses.replace(reference.LLAVA, select_feature="after_first")
 
 
 @pytest.mark.parametrize("config", [CONFIG, SIGLIP], ids=["clip", "siglip"])

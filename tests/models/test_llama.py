@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,7 @@ def test_logits_equal_transformers(kv_heads, tied):
 
 
 LONG = reference.TEXTS | {
+    "llama 3.2": dataclasses.replace(reference.TEXTS["llama3"], tie_word_embeddings=True),
     "theta 1e4": dataclasses.replace(CONFIG, rope_theta=1e4),
     "theta 1e6": dataclasses.replace(CONFIG, rope_theta=1e6),
 }
@@ -94,13 +96,14 @@ def test_500_tokens_of_every_family_equal_transformers(name):
     np.testing.assert_allclose(our_logits(model, tokens), torch_logits(torch_model, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["linear", "llama3", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["linear", "llama3", "mistral", "qwen2", "qwen3", "phi3"])
 def test_what_tells_a_family_apart_matters(name):
     """So that the test above would notice its absence."""
     config, tokens = reference.TEXTS[name], random_tokens(1, 500)
     params = reference.llama_params(reference.llama(config), config)
-    plain = {name: value for name, value in params.items() if name[-4:] != "bias"}
-    changes = our_logits(decoder(params, config), tokens) - our_logits(decoder(plain), tokens)
+    plain = {name: value for name, value in params.items() if not re.search(r"bias$|\b[qk]_norm\b", name)}
+    without = dataclasses.replace(CONFIG, head_dim=config.head_dim)
+    changes = our_logits(decoder(params, config), tokens) - our_logits(decoder(plain, without), tokens)
     assert np.abs(changes).max() > 0.1
 
 
@@ -227,8 +230,9 @@ def decode(model, tokens, positions, cache):
         (dataclasses.replace(CONFIG, sliding_window=5), None),
         (reference.TEXTS["qwen2"], False),
         (reference.TEXTS["qwen2"], True),
+        (reference.TEXTS["qwen3"], False),
     ],
-    ids=["plain", "window", "unstacked with biases", "transposed with biases"],
+    ids=["plain", "window", "unstacked with biases", "transposed with biases", "unstacked with norms of heads"],
 )
 def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, transposed):
     _, model = pair(config)
@@ -239,7 +243,7 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, tra
         model.unstack_layers(transposed)
 
     logits, cache = prefill(model, jnp.asarray(tokens), arange_rows(tokens))
-    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, CONFIG.head_dim)]
+    assert [k.shape for k in cache.k] == CONFIG.num_layers * [(3, CONFIG.num_kv_heads, T, config.head_dim)]
     for row, length in enumerate(prompts):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-5)
 
@@ -253,8 +257,9 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, tra
         np.testing.assert_allclose(decoded[:, 0], expected[np.arange(3), positions], rtol=0, atol=1e-5)
 
 
-def test_gradients_equal_transformers():
-    torch_model, model = pair(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_equal_transformers(family):
+    torch_model, model = pair(dataclasses.replace(reference.TEXTS[family], tie_word_embeddings=True))
     config = model.config
     tokens = random_tokens(2, 11)
     torch_model(input_ids=torch.from_numpy(tokens), labels=torch.from_numpy(tokens)).loss.backward()
@@ -291,8 +296,18 @@ PUBLISHED = {
     "llama-7b": (LLAMA_7B, 6_738_415_616),
     "llama-13b": (LLAMA_13B, 13_015_864_320),
     "Llama-3.1-8B": (TextConfig(128256, 4096, 14336, 32, 32, 8, 128), 8_030_261_248),
+    "Llama-3.2-1B": (TextConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True), 1_235_814_400),
+    "Phi-3-mini-4k": (
+        TextConfig(32064, 3072, 8192, 32, 32, 32, 96, sliding_window=2047, family="phi3"),
+        3_821_079_552,
+    ),
     "Mistral-7B-v0.1": (TextConfig(32000, 4096, 14336, 32, 32, 8, 128, sliding_window=4096), 7_241_732_096),
     "Qwen2-7B": (TextConfig(152064, 3584, 18944, 28, 28, 4, 128, qkv_bias=True), 7_615_616_512),
+    "Qwen3-0.6B": (
+        TextConfig(151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, family="qwen3"),
+        596_049_920,
+    ),
+    "Qwen3-8B": (TextConfig(151936, 4096, 12288, 36, 32, 8, 128, family="qwen3"), 8_190_735_360),
     "SmolLM2-135M": (TextConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True), 134_515_008),
     "TinyLlama-1.1B": (TextConfig(32000, 2048, 5632, 22, 32, 4, 64), 1_100_048_384),
 }

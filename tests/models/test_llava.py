@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import llava_next
 import numpy as np
 import pytest
 import torch_reference as reference
@@ -19,6 +20,8 @@ VARIANTS = {
     "plain": CONFIG,
     "tied": dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_word_embeddings=True)),
     "cls": dataclasses.replace(CONFIG, select_feature="cls_patch", select_layer=3),
+    "layers": dataclasses.replace(CONFIG, select_layer=(-2, 0, 4, -3)),
+    "layers with cls": dataclasses.replace(CONFIG, select_feature="cls_patch", select_layer=(2, 1)),
 }
 
 
@@ -196,9 +199,12 @@ def test_fresh_parameters_have_the_shapes_that_are_announced():
 def test_full_size_models_have_the_parameters_of_hugging_face(preset):
     config = PRESETS[preset]
     count = sum(int(np.prod(x.shape)) for x in abstract_params(config).values())
-    torch_count = reference.num_parameters(
-        lambda: reference.LlavaForConditionalGeneration(reference.torch_llava_config(config))
-    )
+    if config.anyres:
+        torch_count = reference.num_parameters(lambda: llava_next.untrained(config))
+    else:
+        torch_count = reference.num_parameters(
+            lambda: reference.LlavaForConditionalGeneration(reference.torch_llava_config(config))
+        )
     if config.projector_type == "linear":  # Hugging Face always has a second layer
         torch_count -= config.text.hidden_size**2 + config.text.hidden_size
     assert count == torch_count

@@ -65,7 +65,7 @@ def start(stage: str, mesh, model, config, ema: bool = False):
 
 
 def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
-    """(gradients of the first step, losses, weights) as numpy."""
+    """(gradients of the first step, losses, weights and, in stage "all", their moving average) as numpy."""
     config = make_config("pretrain" if stage == "pretrain" else "finetune", learning_rate=1e-2, weight_decay=0.1)
     if stage == "all":
         config.trainable = ({"parameters": ""},)
@@ -74,9 +74,10 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
         config.lora.update(LORAS[stage])
         config.learning_rate = 3e-2
         model = adapted(model, config)
-    optimizer, state, frozen = start(stage, mesh, model, config)
+    ema = 0.5 if stage == "all" else 0.0
+    optimizer, state, frozen = start(stage, mesh, model, config, bool(ema))
     (batch,) = random_batches(model, 1, rows=16)
-    settings = settings_for(model, batch, mesh=mesh, **changes)
+    settings = settings_for(model, batch, mesh=mesh, ema=ema, **changes)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     step = builder.jit_step(settings, optimizer, state)
     losses = []
@@ -85,7 +86,8 @@ def train_ten_steps(stage: str, mesh, model=MODEL, **changes):
         losses.append(float(metrics["loss"]))
         if number == 0:  # Adam's first moment is (1 - beta1) of it
             gradients = {name: moment / (1 - config.beta1) for name, moment in first_moments(state.optimizer).items()}
-    return gradients, losses, jax.device_get(state.trainable)
+    averages = {f"ema.{name}": value for name, value in (state.ema or {}).items()}
+    return gradients, losses, jax.device_get(state.trainable | averages)
 
 
 def first_moments(optimizer_state) -> dict[str, np.ndarray]:
@@ -127,7 +129,7 @@ def test_every_mesh_trains_as_one_device_does(sizes, stage):
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 2, 4)], ids=lambda sizes: "x".join(map(str, sizes)))
-def test_a_trained_tower_is_sharded_like_the_decoder(sizes):
+def test_a_trained_tower_and_the_average_are_sharded_like_the_decoder(sizes):
     assert_agrees(train_ten_steps("all", mesh_of(sizes), remat="full"), one_device("all"))
 
 

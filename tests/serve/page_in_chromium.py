@@ -242,6 +242,7 @@ class Script:
 
     def __init__(self, reply: Reply = lambda body: ["yes"]):
         self.reply, self.asked, self.health, self.key = reply, [], "ok", None
+        self.models = ["tiny"]
         self.largest_body = 1 << 20
 
     def app(self) -> FastAPI:
@@ -256,7 +257,7 @@ class Script:
         def models(request: Request) -> Response:
             if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
                 return refusal(401, "send the server's key")
-            return JSONResponse({"data": [{"id": "tiny"}]})
+            return JSONResponse({"data": [{"id": name} for name in self.models]})
 
         @app.post("/v1/chat/completions")
         async def completions(request: Request) -> Response:
@@ -305,6 +306,39 @@ def script() -> Script:
 def scripted(watched, script) -> Iterator[Page]:
     with serving(script.app()) as url:
         yield opened(watched, url)
+
+
+# Models.
+
+
+def test_the_model_is_chosen_where_there_are_several(watched, script):
+    script.models = ["tiny", "red", "an adapter with a name that is longer than a phone is wide, 'blue'"]
+    with serving(script.app()) as url:
+        watched.goto(url)
+        choice = watched.get_by_label("Model", exact=True)
+        expect(choice.locator("option")).to_have_text(script.models)
+        expect(choice).to_have_value("tiny")
+        for number, name in enumerate(script.models, 1):
+            choice.select_option(name)
+            expect(watched).to_have_title(f"{name} · LLaVA")
+            send(watched, "Hello")
+            wait_until_answered(watched, number)
+        assert [body["model"] for body in script.asked] == script.models
+        within_the_window(watched)
+        accessible(watched)
+        choice.select_option("red")
+        watched.reload()
+        expect(choice).to_have_value("red")  # as it was chosen
+        script.models.remove("red")
+        script.reply = lambda body: refusal(404, f"model '{body['model']}' is not served here", code="model_not_found")
+        send(watched, "Still there?")
+        expect(notice(watched)).to_have_text("model 'red' is not served here")
+        expect(choice).to_have_value("tiny")
+        expect(box(watched)).to_have_value("Still there?")
+        script.models = ["tiny"]
+        watched.reload()
+        expect(watched.locator("#model")).to_have_text("tiny")
+        expect(choice).to_be_hidden()
 
 
 # Images.

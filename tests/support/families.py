@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch_reference as reference
 from conversion import byte_level
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,8 @@ class Family(NamedTuple):
     others: tuple[str, ...] = ()  # special tokens
     system: str = ""  # that of the tokenizer's chat template
     vision: VisionConfig = reference.VISION
+    resample: str = "bicubic"
+    selected: dict = {"select_layer": -1}
 
 
 FAMILIES = {
@@ -38,6 +41,25 @@ FAMILIES = {
     "tinyllama": Family(dataclasses.replace(reference.TEXT, num_kv_heads=1), "zephyr", "</s>", "<s>"),
     "qwen2 and siglip": Family(
         reference.TEXTS["qwen2"], "chatml", "<|im_end|>", None, ("<|im_start|>",), "Help.", reference.SIGLIP
+    ),
+    "qwen3 and siglip2": Family(
+        dataclasses.replace(reference.TEXTS["qwen3"], tie_word_embeddings=True),
+        "qwen3",
+        "<|im_end|>",
+        None,
+        ("<|im_start|>", "<think>", "</think>"),
+        "",
+        dataclasses.replace(reference.SIGLIP, image_size=48, patch_size=16),
+        "bilinear",
+    ),
+    "phi3 with several layers of siglip": Family(
+        reference.TEXTS["phi3"],
+        "phi_3",
+        "<|end|>",
+        "<s>",
+        ("<|user|>", "<|assistant|>", "<|system|>"),
+        vision=reference.SIGLIP,
+        selected={"select_layer": (-1, 1), "select_feature": "after_first"},
     ),
 }
 
@@ -62,10 +84,20 @@ def save(family: Family, directory: Path):
     config = LlavaConfig(family.vision, dataclasses.replace(family.text, vocab_size=len(tokenizer)))
     if family.vision.kind == "siglip":
         config = dataclasses.replace(
-            config, select_layer=-1, image_aspect="resize", image_mean=SIGLIP_MEAN, image_std=SIGLIP_STD
+            config,
+            **family.selected,
+            image_aspect="resize",
+            image_mean=SIGLIP_MEAN,
+            image_std=SIGLIP_STD,
+            image_resample=family.resample,
         )
         size = {"height": family.vision.image_size, "width": family.vision.image_size}
-        processor = {"size": size, "image_mean": SIGLIP_MEAN, "image_std": SIGLIP_STD, "resample": 3}
+        processor = {
+            "size": size,
+            "image_mean": SIGLIP_MEAN,
+            "image_std": SIGLIP_STD,
+            "resample": Image.Resampling[family.resample.upper()],
+        }
         directory.mkdir()
         (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     model = reference.llava(config)

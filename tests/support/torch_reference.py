@@ -29,6 +29,8 @@ TEXTS = {
     "tied": dataclasses.replace(TEXT, tie_word_embeddings=True, num_heads=3, num_kv_heads=1, head_dim=16),
     "mistral": dataclasses.replace(TEXT, sliding_window=16),
     "qwen2": dataclasses.replace(TEXT, qkv_bias=True, rms_norm_eps=1e-6),
+    "phi3": dataclasses.replace(TEXT, sliding_window=16, family="phi3"),
+    "qwen3": dataclasses.replace(TEXT, head_dim=12, rms_norm_eps=1e-6, family="qwen3"),
 }
 SIGLIP = dataclasses.replace(
     VISION, image_size=30, num_heads=2, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", kind="siglip"
@@ -72,6 +74,9 @@ def torch_text_config(config: TextConfig) -> transformers.PreTrainedConfig:
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
     }
+    if config.family:
+        fields |= {"sliding_window": config.sliding_window, "pad_token_id": None}
+        return transformers.AutoConfig.for_model(config.family, **fields)
     if config.qkv_bias:
         return transformers.Qwen2Config(**fields)
     if config.sliding_window:
@@ -79,8 +84,13 @@ def torch_text_config(config: TextConfig) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(**fields)
 
 
-def drops_class_token(config: LlavaConfig) -> bool:
-    return config.vision.kind == "clip" and config.select_feature == "patch"
+# `vision_feature_select_strategy` by kind of tower and our `select_feature`.
+STRATEGIES = {
+    ("clip", "patch"): "default",
+    ("clip", "cls_patch"): "full",
+    ("siglip", "patch"): "full",
+    ("siglip", "after_first"): "default",
+}
 
 
 def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
@@ -89,8 +99,8 @@ def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
         vision_config=torch_vision_config(config.vision),
         text_config=torch_text_config(config.text),
         image_token_id=config.text.vocab_size - 1,
-        vision_feature_layer=config.select_layer,
-        vision_feature_select_strategy="default" if drops_class_token(config) else "full",
+        vision_feature_layer=list(layers) if isinstance(layers := config.select_layer, tuple) else layers,
+        vision_feature_select_strategy=STRATEGIES[config.vision.kind, config.select_feature],
         image_seq_length=config.image_tokens,
         tie_word_embeddings=config.text.tie_word_embeddings,
     )
@@ -115,6 +125,7 @@ def text_config_of(hf: transformers.PreTrainedConfig) -> TextConfig:
         rope_scaling=None if kind == "default" else RopeScaling(kind, **rope),
         qkv_bias=hf.model_type == "qwen2",
         sliding_window=getattr(hf, "sliding_window", None),
+        family=hf.model_type if hf.model_type not in ("llama", "mistral", "qwen2") else None,
     )
 
 
@@ -165,6 +176,14 @@ def llava(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
 def params_of(module: torch.nn.Module, entries: list[Entry], prefix: str = "") -> dict[str, np.ndarray]:
     """Our parameters `entries`, from a module that holds their leaves under `prefix`."""
     tensors = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+    for name in [name for name in tensors if name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))]:  # Phi-3
+        text = module.config.get_text_config()
+        heads = [text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads]
+        gated, value = name.endswith("gate_up_proj.weight"), tensors[name]
+        shares, parts = ([1, 1], "gate up") if gated else (heads, "q k v")
+        cuts = np.cumsum(shares)[:-1] * (len(value) // sum(shares))
+        for part, rows in zip(parts.split(), np.split(value, cuts), strict=True):
+            tensors[name.replace("gate_up_" if gated else "qkv_", f"{part}_")] = rows
     return {entry.name: to_ours(entry, lambda leaf: tensors[prefix + leaf]) for entry in entries}
 
 

@@ -7,8 +7,8 @@ import pytest
 from configs import common, finetune, pretrain, quickstart
 from llava_jax.cli import UserError
 from llava_jax.data.conversation import IMAGE_POSITIONS
-from llava_jax.data.images import ASPECTS
 from llava_jax.models.attention import BACKENDS
+from llava_jax.models.config import ASPECTS
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.recipes.common import OPTIONS
 from llava_jax.training import config_check, optim
@@ -109,6 +109,13 @@ def test_every_default_is_allowed():
             "config.trainable[0] has learning_rate -0.001: it has to be 0 or",
         ),
         ({"parameters": "llm", "weight_decay": "x"}, "has weight_decay 'x'"),
+        (("projector", "projektor"), "has the group 'projektor', not one of projector, vision, llm, lora"),
+        *(
+            (("llm", {"layers": value}), f'trainable[0] has layers {value!r}: it has to be a slice like "16:"')
+            for value in (2, "2", ":", "1:3:2", "a:")
+        ),
+        (("llm", {"layer_decay": 0.0}), "has layer_decay 0.0: it has to be above 0 and at most 1"),
+        (("llm", {"layer_decay": 1.5}), "has layer_decay 1.5: it has to be above 0 and at most 1"),
         ({"parameters": "llm", "lr": 1.0}, "has 'lr', which is none of 'learning_rate', 'weight_decay', 'layers'"),
     ],
 )

@@ -33,7 +33,7 @@ from llava_jax import plot
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data import build
-from llava_jax.data.encoded import TextEncoder
+from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenization import load_tokenizer
@@ -432,13 +432,13 @@ def test_a_damaged_workdir_is_an_error_of_one_line(world, uninterrupted, tmp_pat
 
 def test_a_long_first_sample_is_shown_as_it_is_cut(world, capsys):
     tokenizer = load_tokenizer(open_checkpoint(world["init"]).tokenizer_dir)
-    sample = LlavaJson(world["json"])[0]
+    source = LlavaJson(world["json"])
     whole = TextEncoder(get_template("v1"), tokenizer, image_tokens=4, max_length=64)
-    length = len(whole(sample).tokens)
-    summary.show_first_sample(sample, dataclasses.replace(whole, max_length=length - 1))
+    length = len(whole(source[0]).tokens)
+    summary.show_first_sample(EncodedSource(source, dataclasses.replace(whole, max_length=length - 1)), 0)
     told = capsys.readouterr().err
     assert f"sample-0, cut to {length - 4} of {length - 3} tokens" in told and "⟦ It is red.⟧" in told
-    summary.show_first_sample(sample, whole)
+    summary.show_first_sample(EncodedSource(source, whole), 0)
     told = capsys.readouterr().err
     assert "cut" not in told and "⟦ It is red.</s>⟧" in told
 

@@ -8,7 +8,7 @@ import tiny
 
 from configs import common
 from llava_jax.cli import UserError
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import abstract_params, used_params
 from llava_jax.training import optim
 
 
@@ -42,7 +42,8 @@ def test_the_first_pattern_of_a_table_counts_and_what_none_matches_is_frozen():
 def test_a_pattern_that_trains_nothing_is_an_error():
     names = abstract_params(tiny.config())
     message = (
-        r"the pattern lm trains nothing: it matches no parameter; their names are like .*projector\.linear_1\.bias, vis"
+        r"the pattern lm trains nothing: it matches no parameter; the nearest is llm.norm.scale, "
+        r"their names are like .*projector\.linear_1\.bias, vis"
     )
     with pytest.raises(UserError, match=message):
         optim.trained(names, table({"parameters": "llm"}, {"parameters": "lm"}))
@@ -50,6 +51,32 @@ def test_a_pattern_that_trains_nothing_is_an_error():
         UserError, match="pattern llm.norm trains nothing: all 1 parameters that it matches are those of ear"
     ):
         optim.trained(names, table({"parameters": "llm"}, {"parameters": "llm.norm"}))
+
+
+@pytest.mark.parametrize("layers", ["2:", "1:1", "2:1", "-3:", ":3", ":-2"])
+def test_layers_that_no_stack_has_are_an_error_with_those_that_are(layers):
+    message = (
+        f"the pattern llm has layers {layers!r}, and llm.layers has 2 that are used: 0:2 is all of them, -1: the la"
+    )
+    with pytest.raises(UserError, match=message):
+        optim.trained(abstract_params(tiny.config()), table(("llm", {"layers": layers})))
+
+
+def test_layers_of_what_is_no_stack_are_an_error():
+    message = (
+        r"pattern projector trains nothing: it has layers '1:', and it matches no layers; the nearest is \w+\.layers"
+    )
+    with pytest.raises(UserError, match=message):
+        optim.trained(abstract_params(tiny.config()), table(("projector", {"layers": "1:"})))
+
+
+def test_the_last_layers_of_the_tower_are_the_last_that_are_used():
+    """The features are those before its last layer, which cannot be trained."""
+    shapes = used_params(tiny.config(), abstract_params(tiny.config()))
+    chosen = optim.trained(shapes, table((r"vision\.", {"layers": "-1:"})))
+    assert {name.removeprefix("vision.layers.").partition(".")[0] for name in chosen} == {"1:2"}
+    with pytest.raises(UserError, match="vision.layers has 2 that are used: 0:2 is all"):
+        optim.trained(shapes, table((r"vision\.", {"layers": "2:"})))
 
 
 def test_a_table_sets_rates_and_decay_of_its_groups_and_reports_them():

@@ -1,6 +1,8 @@
 """Adapters trained on a quantized base: a run, its resume, what reads its workdir, and what is refused."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +18,10 @@ from training_runs import (
     stop_at,
 )
 
+from llava_jax.chat import __main__ as chat
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
-from llava_jax.convert.copy import copy
+from llava_jax.convert.copy import copy, merge
 from llava_jax.models.config import LoraConfig, TextConfig
 from llava_jax.models.llava import abstract_params
 from llava_jax.training import loop
@@ -66,6 +69,37 @@ def test_a_run_learns_and_resumes_bit_exactly(base_dtype, world, tmp_path):
         np.testing.assert_array_equal(first, by_layer[0])
         size = np.abs(by_layer - source.read(name)).max() / np.abs(by_layer).max()
         assert 0 < size < {"int8": 0.01, "nf4": 0.2}[base_dtype]
+
+
+def test_evaluation_in_training_and_chat_use_the_dequantized_weights_with_adapters(world, tmp_path, capsys):
+    """The validation loss is that of the merged model, and the answers of the last step are those of `chat`."""
+    config = qlora(world, "nf4", steps=3, eval_every=3, learning_rate=2e-2).copy_and_resolve_references().unlock()
+    config.data.holdout = 4
+    lines = [line for line in json.loads(Path(world["json"]).read_text()) if "image" in line]
+    for line in lines:
+        line["conversations"][1]["value"] = line["conversations"][1]["value"].removeprefix("It is ").rstrip(".")
+    (tmp_path / "questions.json").write_text(json.dumps(lines))
+    questions = str(tmp_path / "questions.json")
+    config.evaluate.update(benchmark="easy-vqa", questions=questions, labels=questions, images=world["images"], limit=1)
+    loop.train(config.lock(), str(tmp_path / "run"))
+    answers = (tmp_path / "run/evaluations/3/easy-vqa.jsonl").read_text().splitlines()
+    assert len(answers) == 1 and set(json.loads(answers[0])) >= {"prompt", "text"}
+    for answer in map(json.loads, answers):
+        image = next(line["image"] for line in lines if line["id"] == answer["question_id"])
+        capsys.readouterr()
+        chat.main(["--checkpoint", str(tmp_path / "run"), "--image", f"{world['images']}/{image}", "--prompt",
+                   "What colour is it?", "--max-new-tokens", "16"])  # fmt: skip
+        assert capsys.readouterr().out.startswith(answer["text"][:8]), answer
+
+    merge(tmp_path / "run", tmp_path / "merged")
+    again = config.copy_and_resolve_references().unlock()
+    again.update(init=str(tmp_path / "merged"), base_dtype="", learning_rate=0.0, steps=1, eval_every=1)
+    again.lora.rank, again.lora.dropout, again.evaluate.benchmark = 0, 0.0, ""
+    loop.train(again.lock(), str(tmp_path / "again"))
+    (expected,) = [line["validation_loss"] for line in metrics(tmp_path / "again") if "validation_loss" in line]
+    (found,) = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert abs(found - metrics(tmp_path / "run")[0].get("loss", 0)) > 1e-3
 
 
 def test_quantized_weights_are_not_trained(world, tmp_path):

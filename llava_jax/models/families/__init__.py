@@ -1,5 +1,7 @@
 """Decoder families: LLaMA (models/llama.py) and its relatives. A family is a module that registers one `Family`."""
 
+from collections.abc import Mapping
+
 from flax import nnx
 
 from llava_jax.models.config import TextConfig
@@ -67,6 +69,10 @@ class Family:
             *linears(f"{ours}.attention", f"{hf}.self_attn", ["o_proj"], bias=False),
             *linears(f"{ours}.mlp", f"{hf}.mlp", ["gate_proj", "up_proj", "down_proj"], bias=False),
         ]
+
+    def fused(self, config: TextConfig) -> Mapping[str, Mapping[str, int]]:
+        """Matrices of its files (`qkv_proj`) that hold several of the entries' -> the rows of each, in their order."""
+        return {}
 
     def products(self, config: TextConfig) -> dict[str, float]:
         """Forward FLOPs of a token in a layer's products with weights, which have twice as many numbers as weights.

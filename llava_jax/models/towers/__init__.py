@@ -19,7 +19,8 @@ class Tower:
     Attributes:
       name: what `VisionConfig.kind` calls it.
       module: the Flax module. `module(config, rngs=rngs)` has the stacked `layers` (`layers.stack_layers`), and maps
-        (float[N, image_size, image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D].
+        (float[N, image_size, image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D]; for
+        several numbers of layers, to their states side by side, as `clip.run_layers` does.
       config_class: `VisionConfig`, or a subclass with more fields.
       class_token: whether the first of the S tokens is no patch.
       model_type: of the tower's `config.json` in transformers.

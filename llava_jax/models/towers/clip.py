@@ -3,6 +3,9 @@
 Axes: N images, S = 1 + patches tokens, D embed, C channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,8 +44,10 @@ class ClipVision(nnx.Module):
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
         self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # of CLIP's head: stored for export only
 
-    def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
-        """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] after `num_layers` layers."""
+    def __call__(
+        self, pixels_NHWC: jax.Array, num_layers: int | tuple[int, ...], execution: Execution = SINGLE
+    ) -> jax.Array:
+        """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] as of `run_layers`."""
         N = pixels_NHWC.shape[0]
         patch_embedding = execution.gather("vision.patch_embedding", self.patch_embedding)
         position_embedding = execution.gather("vision.position_embedding", self.position_embedding)
@@ -72,18 +77,35 @@ class PatchEmbedding(nnx.Module):
         return add_bias(patches @ self.kernel[...].astype(patches.dtype).reshape(p * p * C, D), self.bias)
 
 
-def run_layers(layers: nnx.Module, x_NSD: jax.Array, num_layers: int, execution: Execution) -> jax.Array:
-    """x after the first `num_layers` layers of a tower, which are stacked (maybe in `Pieces`) or a list."""
-    if isinstance(layers, nnx.List) and not isinstance(layers, Pieces):
-        for layer in list(layers)[:num_layers]:
-            x_NSD = layer(x_NSD, execution)
-        return x_NSD
+def run_layers(
+    layers: nnx.Module, x_NSD: jax.Array, num_layers: int | tuple[int, ...], execution: Execution
+) -> jax.Array:
+    """x after the first `num_layers` layers of a tower, which are stacked (maybe in `Pieces`) or a list.
+
+    Of several numbers of layers, x after each of them, concatenated along the last axis.
+    """
 
     def step(x_NSD: jax.Array, layer: ClipLayer) -> jax.Array:
         return execution.gather("vision.layers", layer)(x_NSD, execution)
 
-    with jax.named_scope("vision_layers"):
-        return execution.scan_layers(step, x_NSD, layers, num_layers)
+    def keeping_step(carry: tuple, layer: ClipLayer) -> tuple:
+        x_NSD, done, kept = step(carry[0], layer), carry[1] + 1, carry[2]
+        return x_NSD, done, [jnp.where(done == n, x_NSD, y) for n, y in zip(num_layers, kept, strict=True)]
+
+    if isinstance(num_layers, tuple):
+        start = (x_NSD, jnp.int32(0), [x_NSD] * len(num_layers))
+        return jnp.concatenate(_run(keeping_step, start, layers, max(num_layers), execution)[2], axis=-1)
+    return _run(step, x_NSD, layers, num_layers, execution)
+
+
+def _run(step: Callable, x: Any, layers: nnx.Module, count: int, execution: Execution) -> Any:
+    """x = step(x, layer) for the first `count` layers."""
+    if not isinstance(layers, nnx.List) or isinstance(layers, Pieces):
+        with jax.named_scope("vision_layers"):
+            return execution.scan_layers(step, x, layers, count)
+    for layer in list(layers)[:count]:
+        x = step(x, layer)
+    return x
 
 
 class ClipLayer(nnx.Module):

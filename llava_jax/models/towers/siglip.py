@@ -28,8 +28,10 @@ class SiglipVision(nnx.Module):
         self.layers = stack_layers(lambda rngs: ClipLayer(config, rngs=rngs), config.num_layers, rngs)
         self.post_layernorm = LayerNorm(D, config.layer_norm_eps)  # stored for export only, as CLIP's
 
-    def __call__(self, pixels_NHWC: jax.Array, num_layers: int, execution: Execution = SINGLE) -> jax.Array:
-        """float[N, image_size, image_size, 3], normalised -> [N, patches, D] after `num_layers` layers."""
+    def __call__(
+        self, pixels_NHWC: jax.Array, num_layers: int | tuple[int, ...], execution: Execution = SINGLE
+    ) -> jax.Array:
+        """float[N, image_size, image_size, 3], normalised -> [N, patches, D] as of `run_layers`."""
         patch_embedding = execution.gather("vision.patch_embedding", self.patch_embedding)
         position_embedding = execution.gather("vision.position_embedding", self.position_embedding)
         x_NPD = patch_embedding(pixels_NHWC)

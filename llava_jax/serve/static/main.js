@@ -1,6 +1,6 @@
 // The page: what is asked, what is shown and kept, and what each control does.
 
-import { chat, modelName, unready, useKey } from "./api.js";
+import { chat, modelNames, unready, useKey } from "./api.js";
 import { makeImage, pack, unpack } from "./llava.js";
 import { Growing, element } from "./markdown.js";
 import * as store from "./store.js";
@@ -20,6 +20,7 @@ let attached = []; // images of the next question
 let editing = null; // number of the message that the next question replaces, with all after it
 let busy = null; // AbortController of the answer that is coming
 let model = null; // its name, while the server is ready
+let wanted = store.recall("llava_jax.model"); // the one that was chosen
 let connecting = false;
 let saving = 0; // a timer
 
@@ -31,8 +32,7 @@ async function connect(keyWasWrong = false) {
     tell($("state"), `Waiting: ${reason.split(": try again")[0]} (this page continues by itself)`);
   }
   try {
-    $("model").textContent = model = await modelName();
-    document.title = `${model} · LLaVA`;
+    offer(await modelNames());
     tell($("state"), "");
   } catch (error) {
     tell($("state"), error.message);
@@ -40,6 +40,15 @@ async function connect(keyWasWrong = false) {
     if (error.status === 401) $("key").showModal();
   }
   connecting = false;
+}
+
+/** Uses the chosen one of the models, or the first. A choice is shown where there are several. */
+function offer(names) {
+  model = names.includes(wanted) ? wanted : names[0];
+  $("model").textContent = model;
+  document.title = `${model} · LLaVA`;
+  $("models").replaceChildren(...names.map((name) => element("option", { value: name, selected: name === model }, name)));
+  [$("model").hidden, $("models").hidden] = [names.length > 1, names.length < 2];
 }
 
 /** Asks a question after the messages of `head`. What cannot be answered at all is undone, and `giveBack` called. */
@@ -70,7 +79,7 @@ async function ask(head, question, giveBack = () => {}) {
       giveBack();
       if (reason) complain(reason);
     }
-    if ([0, 401, 503].includes(error.status)) connect();
+    if ([0, 401, 404, 503].includes(error.status)) connect(); // 404: the model was unloaded
   }
   delete reply.partial;
   forget(reply);
@@ -327,6 +336,10 @@ $("download").onclick = async () => {
   const id = `llava-${new Date().toLocaleString("sv").replace(/[-:]/g, "").replace(" ", "-")}`;
   const href = URL.createObjectURL(await pack({ ...conversation, messages }, id));
   element("a", { href, download: `${id}.zip` }).click();
+};
+$("models").onchange = ({ target }) => {
+  store.remember("llava_jax.model", (wanted = target.value));
+  if (model) offer([...target.options].map(({ value }) => value));
 };
 $("theme").onclick = () => {
   const { dataset } = document.documentElement;
