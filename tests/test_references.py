@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("llava_jax", "docs", "configs", "launch", "benchmarks", "examples")
 KINDS = ("py", "md", "sh", "yaml", "service")
 
-NAME = re.compile(r"\bllava_jax(?!\.tar)(?:\.[A-Za-z_]\w*)+(?![\w/-]|\.py)")  # `llava_jax.data.check`
+NAME = re.compile(r"\bllava_jax(?!\.tar|\.json)(?:\.[A-Za-z_]\w*)+(?![\w/-]|\.py)")  # `llava_jax.data.check`
 FILE = re.compile(rf"(?<![\w./$}}-])(?:{'|'.join((*FOLDERS, 'tests'))})/[\w./-]+\.(?:{'|'.join(KINDS)})\b")
 
 

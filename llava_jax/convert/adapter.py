@@ -23,6 +23,7 @@ from llava_jax.data.images import ASPECTS
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig, LoraConfig
+from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json, get, one_of, part
 from llava_jax.models.hf_names import TRANSPOSE, Entry
 from llava_jax.models.llava import abstract_params
@@ -220,6 +221,8 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     modules: dict[tuple[str, Entry], dict[str, str]] = {}  # of each stack, by leaf name
     for module in adapter.layers:
         place = place_of(f"{module}.weight", ADAPTED)
+        if module.rpartition(".")[2] in family_of(config.text).fused(config.text):
+            raise UserError(f"{adapter.where}: adapts {module}, which is several layers here; {_merge_it(adapter)}")
         if place not in places:
             raise UserError(f"{adapter.where}: adapts {module}, which the model does not have: it is for another model")
         entry = places[place]

@@ -18,6 +18,7 @@ from llava_jax.cli import UserError
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.adapter import read_adapter
 from llava_jax.convert.served_adapter import read_for
+from llava_jax.models.config import TextConfig
 
 TOWER = (r"llm\.layers\..*_proj", r"vision\.layers\..*fc1")
 KINDS = {
@@ -54,6 +55,14 @@ def check_equal(checkpoint, base, exported):
 
 def export(*arguments):
     main(["export", *map(str, arguments)])
+
+
+def test_layers_that_transformers_has_as_one_are_refused(tmp_path):
+    text = TextConfig(tiny.VOCAB, 48, 96, 2, 4, 2, 12, family="phi3")
+    _, checkpoint = run(tmp_path, lora(), tiny.config(text=text))
+    with pytest.raises(UserError, match="one qkv_proj and one gate_up_proj for several of our layers.*--layout hf"):
+        export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -132,3 +132,11 @@ def test_damaged_files(change, message, tmp_path):
     save_file(tensors, file)
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path / "a", CONFIG)
+
+
+def test_layers_that_are_several_here_are_merged_only(tmp_path):
+    """Phi-3 of transformers has queries, keys and values in one layer."""
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, family="phi3"))
+    directory = save(adapted(config, target_modules=["qkv_proj"]), tmp_path / "a")
+    with pytest.raises(UserError, match=r"adapts .*qkv_proj, which is several layers here; import it merged"):
+        read_adapter(directory, config)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from configs import common, finetune
+from configs import common, finetune, llava_next
 from llava_jax.cli import UserError
 from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
 from llava_jax.models.llava import abstract_params, used_params
@@ -113,6 +113,16 @@ def test_packed_rows_may_be_longer_and_hold_as_many_images_as_fit():
     assert (layout.max_length, layout.image_slots, layout.label_slots) == (1000, 4 * 62, 4000)
     layout = ahead.worst_layout(small_config(pack=True, rows_per_group=4, image_slots=19, label_slots=500), model)
     assert (layout.max_length, layout.image_slots, layout.label_slots) == (256, 19, 500)
+
+
+def test_the_worst_rows_with_anyres_have_all_tiles():
+    """Of LLaVA-1.6: a base, 2 x 2 tiles, and 48 rows of the map with newlines."""
+    model, config = PRESETS["llava-v1.6-vicuna-7b"], llava_next.get_config("7b")
+    assert (model.tiling.most_tiles, model.tiling.most_features) == (5, 2928)
+    assert ahead.worst_layout(config, model).image_slots == 5
+    with config.unlocked():
+        config.update(pack=True, row_length=8192, rows_per_group=2)
+    assert ahead.worst_layout(config, model).image_slots == 2 * 2 * 5
 
 
 def test_libtpu_says_what_does_not_fit():
@@ -224,7 +234,7 @@ def test_cudnn_does_not_train_a_tower_with_an_odd_number_of_tokens():
 
 
 RECIPE = """
-from configs import common, finetune
+from configs import common, finetune, llava_next
 from llava_jax.models.config import PRESETS, LlavaConfig, TextConfig, VisionConfig
 
 PRESETS["small"] = LlavaConfig(

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from configs import common
+from llava_jax.data.anyres import AnyRes
 from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LoraConfig, VisionConfig
 from llava_jax.models.llava import abstract_params
@@ -21,7 +22,7 @@ BOTH = frozenset(name for name in abstract_params(MODEL) if name.startswith(("pr
 
 
 SIGLIP = VisionConfig(32, 64, 3, 4, image_size=20, patch_size=8, hidden_act="gelu_pytorch_tanh", kind="siglip")
-MODELS = {"pretrain": tiny.config(vision=SIGLIP), "finetune": tiny.config()}
+MODELS = {"pretrain": tiny.config(vision=SIGLIP, select_layer=(-2, 1)), "finetune": tiny.config()}
 
 
 TABLES = {
@@ -149,6 +150,21 @@ def test_what_is_frozen_costs_nothing(pattern, layers, passed, kernels, rows):
         state = compile.build(config, targets.parse("cpu")).training.state
         moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]  # the rest are counters
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in moments) == bytes_each * trained
+
+
+def test_formula_agrees_with_tiles_and_a_trained_newline(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", tiny.config(image_aspect="anyres", anyres=AnyRes()))
+    config = common.get_config()
+    config.update(stage="finetune", model="tiny", remat="full", max_length=128, batch_rows=4, rows_per_group=2)
+    config.update(image_aspect="anyres", image_slots=7, label_slots=48)
+    program = compile.build(config, targets.parse("cpu"))
+    assert "image_newline" in program.training.state.trainable
+    compiled = compile.compile_program(program)
+    assert compiled.cost.flops == pytest.approx(flops.executed_flops(program.training.flops), rel=0.01)
+    config.trainable = (("image_newline", "newline"),)
+    program = compile.build(config, targets.parse("cpu"))
+    compiled = compile.compile_program(program)
+    assert compiled.cost.flops == pytest.approx(flops.executed_flops(program.training.flops), rel=0.01)
 
 
 def test_seven_billion_parameters_take_six_flops_each_and_token():
