@@ -34,7 +34,7 @@ def parquet_files(path: epath.PathLike) -> list[epath.PathLike]:
     """The Parquet files that a path names: itself, or all of a folder by name; none for other files and folders."""
     if os.fspath(path).endswith(".parquet"):
         return [path]
-    if not is_remote(path) and not os.path.isdir(path):
+    if not os.path.isdir(path) and not (is_remote(path) and not os.path.splitext(path)[1]):
         return []
     return sorted(map(os.fspath, epath.Path(path).glob("*.parquet")))
 
@@ -137,14 +137,12 @@ def _write(path: Path, name: str, target: Path) -> None:
     """Writes the rows of a file to `target`. Instead of the bytes of images they have names."""
     file = _open(path)
     column, leaves = image_column(file), list(_leaves(file))
-    chosen = [leaf for leaf, binary in leaves if not binary]
+    chosen, at_once = [leaf for leaf, binary in leaves if not binary], ROWS
     if column and not any(leaf.split(".")[0] == column for leaf in chosen):  # no paths, which would show how many
-        chosen += [leaf for leaf, _ in leaves if leaf.split(".")[0] == column]
+        chosen, at_once = chosen + [leaf for leaf, _ in leaves if leaf.split(".")[0] == column], 1
     read = {leaf.split(".")[0] for leaf in chosen}
     unread = {name: "bytes" for name in file.schema_arrow.names if name not in read}  # `samples` judges their keys
-    rows = itertools.chain.from_iterable(
-        batch.to_pylist() for batch in file.iter_batches(ROWS if len(leaves) > len(chosen) else 1, columns=chosen)
-    )
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(at_once, columns=chosen))
     with cache.replacing(target) as out:
         for number, row in enumerate(rows):
             if column:
