@@ -31,8 +31,13 @@ ROWS = 256  # texts read at a time
 
 
 def parquet_files(path: epath.PathLike) -> list[epath.PathLike]:
-    """The Parquet files that a path names: itself, or all of a folder by name; none for other files and folders."""
+    """The Parquet files that a path names: itself, or all of a folder by name; none for other files and folders.
+
+    Raises `UserError` if a remote one does not exist.
+    """
     if os.fspath(path).endswith(".parquet"):
+        if is_remote(path) and not epath.Path(path).is_file():
+            raise UserError(f"{path}: no such file")
         return [path]
     if not os.path.isdir(path) and not (is_remote(path) and not os.path.splitext(path)[1]):
         return []
@@ -117,8 +122,6 @@ def texts(path: epath.PathLike) -> tuple[Path, bool]:
 
     Raises `UserError` if it is no Parquet, or is damaged.
     """
-    if is_remote(path) and not epath.Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     require_regular(path)
     file = cache.local_file(path)
     refuse_pointer_file(file)
@@ -142,9 +145,8 @@ def _write(path: Path, name: str, target: Path) -> None:
         chosen, at_once = chosen + [leaf for leaf, _ in leaves if leaf.split(".")[0] == column], 1
     read = {leaf.split(".")[0] for leaf in chosen}
     unread = {name: "bytes" for name in file.schema_arrow.names if name not in read}  # `samples` judges their keys
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(at_once, columns=chosen))
     with cache.replacing(target) as out:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(_rows(file, at_once, chosen)):
             if column:
                 cell = row.pop(column)
                 cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
@@ -152,6 +154,14 @@ def _write(path: Path, name: str, target: Path) -> None:
             out.write(b",\n" if number else b"[")
             out.write(json.dumps(row | unread, default=str).encode())
         out.write(b"]" if file.metadata.num_rows else b"[]")
+
+
+def _rows(file: "pq.ParquetFile", at_once: int, leaves: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in file.iter_batches(at_once, columns=leaves):
+            yield from batch.to_pylist()
+    except OSError as error:  # of pyarrow, for damaged pages: the cache would take it for one of its own files
+        raise UserError(f"cannot be read as Parquet: {one_line(str(error))}") from error
 
 
 def _leaves(file: "pq.ParquetFile") -> Iterator[tuple[str, bool]]:

@@ -170,7 +170,7 @@ def test_columns_that_would_change_the_samples_are_refused(json_set):
         open_json(write("renamed.parquet", renamed))
 
 
-def test_damaged_files_are_named(json_set, tmp_path):
+def test_damaged_files_are_named(json_set, tmp_path, capsys):
     path = write("data.parquet", rows_of(json_set))
     data = (tmp_path / path).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
@@ -180,6 +180,11 @@ def test_damaged_files_are_named(json_set, tmp_path):
                           ("pointer", "Git LFS pointer"), ("nowhere", "no such file")):  # fmt: skip
         with pytest.raises(UserError, match=f"{name}.parquet.*{message}"):
             open_json(f"{name}.parquet")
+    page = len(b"PAR1")  # the header of the first page
+    (tmp_path / "page.parquet").write_bytes(data[:page] + b"\xff" * 8 + data[page + 8 :])
+    with pytest.raises(UserError, match="page.parquet: cannot be read as Parquet"):
+        open_json("page.parquet")
+    assert "cannot be written" not in capsys.readouterr().err
     images = ParquetImages([path])
     with pytest.raises(UserError, match="image data.parquet/99/0: cannot be read"):
         images.read("data.parquet/99/0")
