@@ -124,7 +124,7 @@ def test_half_precision_weights_are_rounded_once_and_the_loss_is_reported(adapte
 
 @pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
 def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tmp_path, capsys):
-    """W + s B A of PEFT, in the type of the embeddings; the W of NF4 is that of bitsandbytes."""
+    """W + s B A of PEFT, in the type of the embeddings; the W of NF4 is that of bitsandbytes, of int8 codes by scales."""
     text = dataclasses.replace(PLAIN.text, hidden_size=64, intermediate_size=128)
     plain = dataclasses.replace(PLAIN, text=text, lora=LoraConfig(4, 6.0, ("q_proj", "up_proj", "down_proj")))
     model = dataclasses.replace(plain, base_dtype=base_dtype)
@@ -145,7 +145,12 @@ def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tm
         name = f"llm.layers.{'attention' if layer == 'q_proj' else 'mlp'}.{layer}"
         a, b = (np.asarray(params[f"{name}.lora.{part}"]) for part in "ab")
         kernels = np.asarray(params[f"{name}.kernel"], np.float32)
-        expected = np.stack(list(map(WITH_LOSS[base_dtype], kernels))) + 1.5 * a @ b
+        if base_dtype == "int8":
+            base = np.float32(quantized[f"{name}.codes"]) * np.asarray(quantized[f"{name}.scales"])[:, None]
+            assert np.abs(base - kernels).max() <= np.abs(kernels).max() / 127 / 2 + 1e-6
+        else:
+            base = np.stack(list(map(by_bitsandbytes, kernels)))
+        expected = base + 1.5 * a @ b
         np.testing.assert_allclose(exact[f"{name}.kernel"], expected, rtol=0, atol=1e-6)
         assert stored[f"{name}.kernel"].dtype == jnp.bfloat16
         off = np.abs(np.asarray(stored[f"{name}.kernel"], np.float32) - expected)
@@ -157,12 +162,6 @@ def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tm
     np.testing.assert_allclose(computed(result.config, stored), unmerged, rtol=0, atol=0.02)
 
 
-def by_levels(kernel_IO: np.ndarray) -> np.ndarray:
-    """float32[I, O], rounded to 127 levels on either side of 0."""
-    scale_O = np.abs(kernel_IO).max(axis=0) / np.float32(127)
-    return np.round(kernel_IO / scale_O) * scale_O
-
-
 def by_bitsandbytes(kernel_IO: np.ndarray) -> np.ndarray:
     """float32[I, O], quantized to NF4 and back."""
     weight = torch.from_numpy(np.ascontiguousarray(kernel_IO.T))
@@ -170,7 +169,6 @@ def by_bitsandbytes(kernel_IO: np.ndarray) -> np.ndarray:
     return functional.dequantize_4bit(codes, state).numpy().T
 
 
-WITH_LOSS = {"int8": by_levels, "nf4": by_bitsandbytes}
 
 
 def test_exports_are_merged(adapted, tmp_path):
