@@ -124,7 +124,7 @@ def test_half_precision_weights_are_rounded_once_and_the_loss_is_reported(adapte
 
 @pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
 def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tmp_path, capsys):
-    """W + s B A of PEFT, in the type of the embeddings; the W of NF4 is that of bitsandbytes, of int8 codes by scales."""
+    """W + s B A of PEFT, in the type of the embeddings; W of NF4 is that of bitsandbytes, of int8 codes by scales."""
     text = dataclasses.replace(PLAIN.text, hidden_size=64, intermediate_size=128)
     plain = dataclasses.replace(PLAIN, text=text, lora=LoraConfig(4, 6.0, ("q_proj", "up_proj", "down_proj")))
     model = dataclasses.replace(plain, base_dtype=base_dtype)
@@ -167,8 +167,6 @@ def by_bitsandbytes(kernel_IO: np.ndarray) -> np.ndarray:
     weight = torch.from_numpy(np.ascontiguousarray(kernel_IO.T))
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return functional.dequantize_4bit(codes, state).numpy().T
-
-
 
 
 def test_exports_are_merged(adapted, tmp_path):
