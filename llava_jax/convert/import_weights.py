@@ -269,7 +269,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
 def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
     """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
-    entries = [(part, entry) for part in found.sources for entry in parts[part]]
+    entries = [(part, entry) for part in found.sources for entry in parts.get(part, ())]
     fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
     wanted = abstract_params(found.config)
     shapes = {

@@ -137,7 +137,7 @@ class Source:
         expected = {
             (part, leaf): entry.hf_shape(shapes[entry.name].shape)
             for part in parts
-            for entry in entries[part]
+            for entry in entries.get(part, ())
             for leaf in entry.leaves()
         }
         problems = list(self._problems)

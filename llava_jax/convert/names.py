@@ -20,14 +20,15 @@ LORA = {
 
 
 def entries_of(config: LlavaConfig) -> dict[str, list[Entry]]:
-    """The entries of each part of a model; those of adapters have PEFT's names, without that of the adapter."""
+    """The entries of each part that a model has; those of adapters have PEFT's names, without that of the adapter."""
     parts = {
         "vision": TOWERS[config.vision.kind].entries(config.vision),
         "projector": projector_kind(config.projector_type).entries(config.projector_type),
-        "newline": [Entry(NEWLINE_PARAMETER, "image_newline")] if config.anyres and config.anyres.newline else [],
         "llm": family_of(config.text).entries(config.text),
         "head": head_entries(config.text),
     }
+    if config.anyres and config.anyres.newline:
+        parts["newline"] = [Entry(NEWLINE_PARAMETER, "image_newline")]
     return {part: [*entries, *_adapters(config, entries)] for part, entries in parts.items()}
 
 

@@ -50,7 +50,7 @@ def tensors_of(
     stored = checkpoint.abstract()
     entries = entries_of(checkpoint.config)
     for part in parts:
-        for entry in entries[part]:
+        for entry in entries.get(part, ()):
             there = jnp.dtype(dtype or stored[entry.name].dtype)
             shape = entry.hf_shape(stored[entry.name].shape)
             if rows is not None and entry.name in _ROWS:

@@ -206,6 +206,7 @@ def make_optimizer(
     by_group = {
         group.label: optimizer.make(config, learning_rate(config, group.learning_rate, steps), group.weight_decay, mesh)
         for group in groups(config)
+        if group in chosen.values()
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     updates = optax.partition(by_group, {name: group.label for name, group in chosen.items()})

@@ -68,7 +68,7 @@ def ask(checkpoint: Path, directory: Path) -> None:
     prompt = generator.prompts.encode(Request([("user", f"<image>\n{QUESTION}")], [picture]))
     image = prompt.image_feature_index >= 0
     image_id = json.loads((directory / "hf/config.json").read_text())["image_token_index"]
-    pixels = generator.prompts.read(picture)
+    pixels = generator.prompts.read(picture).tiles[0]
     batch = {
         "tokens": prompt.tokens[None],
         "image_feature_index": prompt.image_feature_index[None],

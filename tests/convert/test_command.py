@@ -367,7 +367,7 @@ def overwritten(name, text="version https://git-lfs.github.com/spec/v1\noid sha2
         (truncate, "not a whole safetensors file"),
         (without("model.safetensors"), "no weights"),
         (without("config.json"), "config.json: no such file"),
-        (spoil_json("config.json", model_type="llava_next"), "model_type is 'llava_next'"),
+        (spoil_json("config.json", model_type="llava_onevision"), "model_type is 'llava_onevision'"),
         (spoil_json("config.json", projector_hidden_act="linear"), "linear_2 is not the identity"),
         (incomplete_index, "the shards lack lost.weight"),
         (lost_shard, r"index.json: names model-00002-of-\d+.safetensors, which does not exist; download it again"),

@@ -48,7 +48,7 @@ def test_table_names_each_tensor_of_hugging_face_once_with_its_shape(kind):
     config = KINDS[kind]
     ours = abstract_params(config)
     found = []
-    prefixes = ("model.vision_tower.", "model.multi_modal_projector.", "model.", "model.language_model.", "")
+    prefixes = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "")
     for prefix, entries in zip(prefixes, entries_of(config).values(), strict=True):
         found += [
             (prefix + leaf, entry.hf_shape(ours[entry.name].shape)) for entry in entries for leaf in entry.leaves()

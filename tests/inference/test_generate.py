@@ -81,7 +81,7 @@ def torch_answer(request: Request, max_new_tokens: int) -> list[int]:
     ids = np.where(prompt.image_feature_index >= 0, CONFIG.text.vocab_size - 1, prompt.tokens)
     pixels = {}
     if request.images:
-        images = np.stack([generator().prompts.read(picture) for picture in request.images])
+        images = np.concatenate([generator().prompts.read(picture).tiles for picture in request.images])
         normalized = ((images / 255 - CLIP_MEAN) / CLIP_STD).astype(np.float32)
         pixels = {"pixel_values": torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())}
     output = torch_model().generate(
@@ -171,7 +171,7 @@ def test_streamed_pieces_make_the_answer(sampling):
 def test_logits_and_image_features_are_those_of_the_model():
     request = question("Between <image>\n and <image>?", *IMAGES[:2])
     prompt = generator().prompts.encode(request)
-    pixels = np.stack([generator().prompts.read(image) for image in request.images])
+    pixels = np.concatenate([generator().prompts.read(image).tiles for image in request.images])
     model, length = build(CONFIG, params()), len(prompt.tokens)
     batch = {"tokens": prompt.tokens, "image_feature_index": prompt.image_feature_index, "images": pixels}
     batch |= {"positions": np.arange(length), "segment_ids": np.ones(length, np.int32)}

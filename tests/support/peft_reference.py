@@ -12,7 +12,7 @@ from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
 
-PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.", "model.language_model.", "")
+PREFIXES = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "")
 SUFFIXES = {
     "a": "lora_A.default.weight",
     "b": "lora_B.default.weight",
