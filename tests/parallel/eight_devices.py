@@ -30,7 +30,7 @@ from llava_jax.training import builder, optim
 from llava_jax.training import step as training_step
 from llava_jax.training.adapters import adapted
 
-STEPS = 6  # Adam amplifies the rounding of small gradients, so that meshes part with each step
+STEPS = 8  # Adam amplifies the rounding of small gradients, so that meshes part with each step
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 4)]
 MODEL = tiny.config(
     vision=VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8),
@@ -104,7 +104,7 @@ def one_device(stage: str):
 def assert_gradients_agree(run, reference) -> None:
     (gradients, losses, _), (expected_gradients, expected_losses, _) = run, reference
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    assert expected_losses[-1] < 0.99 * expected_losses[0], "nothing was learned: equal losses would say little"
+    assert expected_losses[-1] < 0.995 * expected_losses[0], "nothing was learned: equal losses would say little"
     assert gradients.keys() == expected_gradients.keys()
     largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
     for name, expected in expected_gradients.items():
@@ -306,7 +306,7 @@ def test_every_optimizer_and_the_average_train_as_on_one_device_sharded_like_the
     losses, state, _ = optimized(name, sizes)
     expected_losses, expected, _ = optimized(name, (1, 1, 1))
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
-    assert expected_losses[-1] < 0.99 * expected_losses[0]
+    assert expected_losses[-1] < 0.995 * expected_losses[0]
     for ours, theirs in ((state.trainable, expected.trainable), (state.ema, expected.ema)):
         off = sum(np.sum((np.asarray(ours[n]) - np.asarray(theirs[n])) ** 2) for n in theirs)
         assert (off / sum(np.sum(np.asarray(value) ** 2) for value in theirs.values())) ** 0.5 < 1e-3
