@@ -71,9 +71,9 @@ def drawn(sizes: dict[tuple[int, int], int], count: int, rng: np.random.Generato
 
 def encoded(size: tuple[int, int], rng: np.random.Generator) -> bytes:
     """A photograph of this size as JPEG."""
-    pictures = photographs()
+    images = photographs()
     file = io.BytesIO()
-    pictures[rng.integers(len(pictures))].resize(size).save(file, "JPEG", quality=90)
+    images[rng.integers(len(images))].resize(size).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 

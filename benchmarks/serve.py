@@ -223,7 +223,7 @@ def torch_side(config: LlavaConfig) -> Callable[[tuple], Any]:
         prompt = prompts.encode(request)
         ids = np.where(prompt.image_feature_index >= 0, config.text.vocab_size - 1, prompt.tokens)
         pixels = (
-            (np.concatenate([prompts.read(picture).tiles for picture in request.images]) / 255 - CLIP_MEAN) / CLIP_STD
+            (np.concatenate([prompts.read(image).tiles for image in request.images]) / 255 - CLIP_MEAN) / CLIP_STD
         ).astype(np.float32)
         return {
             "input_ids": torch.from_numpy(ids)[None].long(),

@@ -139,7 +139,7 @@ def photographs() -> list[Image.Image]:
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0) -> None:
-    """Writes what of pictures 0 to `count` - 1 isn't there; each depends on the seed and its number alone."""
+    """Writes those of images 0 to `count` - 1 that do not exist; each depends on the seed and its number alone."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes, weights = list(SIZES), np.array(list(SIZES.values()))
     missing = [number for number in range(count) if not (folder / picture_name(number)).exists()]

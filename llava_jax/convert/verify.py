@@ -45,8 +45,8 @@ _STACKED = "llm.layers."
 SHOWN = 5  # differing tensors in a message
 TOLERANCE = 1e-4  # of the largest logit
 PROMPT, ANSWER = 500, 16  # tokens: short prompts would not show wrong positions
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8))
-QUESTIONS = ("What is shown here?", "Describe the picture.\nBe brief: one sentence, two at most.", "C'est quoi, ça? 🙂")
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8))
+QUESTIONS = ("What is shown here?", "Describe the image.\nBe brief: one sentence, two at most.", "C'est quoi, ça? 🙂")
 
 
 class Finding(NamedTuple):
@@ -197,7 +197,7 @@ class Both(NamedTuple):
     processor: Any
 
     def request(self, question: str) -> Request:
-        return Request([("user", f"{IMAGE_TOKEN}\n{question}")], [PICTURE])
+        return Request([("user", f"{IMAGE_TOKEN}\n{question}")], [IMAGE])
 
     def inputs(self, prompt: Prompt) -> dict[str, Any]:
         """Our ids and pixels as the arguments of transformers' model."""
@@ -205,9 +205,9 @@ class Both(NamedTuple):
 
         config, image = self.generator.config, prompt.image_feature_index != TEXT
         ids = np.where(image, self.model.config.image_token_id, prompt.tokens)
-        pixels = (self.generator.prompts.read(PICTURE).tiles / 255 - config.image_mean) / config.image_std
+        pixels = (self.generator.prompts.read(IMAGE).tiles / 255 - config.image_mean) / config.image_std
         pixels = torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy())
-        sizes = {"image_sizes": torch.tensor([PICTURE.size[::-1]])} if config.tiling else {}
+        sizes = {"image_sizes": torch.tensor([IMAGE.size[::-1]])} if config.tiling else {}
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
             "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
@@ -226,7 +226,7 @@ def compare_logits(both: Both) -> Finding:
     prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
     with torch.no_grad():
         theirs = both.model(**both.inputs(prompt)).logits[0].numpy()
-    pixels = generator.prompts.read(PICTURE).tiles
+    pixels = generator.prompts.read(IMAGE).tiles
     ours = np.asarray(_logits(generator.config, both.params, prompt.tokens, prompt.image_feature_index, pixels))
     theirs = theirs[:, : ours.shape[-1]]  # an export may have more rows
     apart, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
@@ -260,7 +260,7 @@ def compare_ids(both: Both) -> Finding:
         if text is None:
             wrong.append(f"chat template of {question!r}")
             continue
-        theirs = both.processor(images=PICTURE, text=text, return_tensors="pt")
+        theirs = both.processor(images=IMAGE, text=text, return_tensors="pt")
         ours = both.inputs(both.generator.prompts.encode(both.request(question)))
         wrong += [
             f"{name} of {question!r}"

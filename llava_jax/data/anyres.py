@@ -21,7 +21,7 @@ from PIL import Image
 
 from llava_jax.cli import UserError
 from llava_jax.data.features import NEWLINE, Features, Size
-from llava_jax.data.images import preprocess, resize, to_rgb
+from llava_jax.data.images import preprocess, refuse_huge, resize, to_rgb
 
 MERGES = ("spatial_unpad", "spatial", "flat")
 MAX_GRIDS, MAX_TILES = 100, 100  # of a config, and of a grid
@@ -192,6 +192,7 @@ def cut(image: Image.Image, grid: Grid, s: int, kernel: Image.Resampling) -> np.
     """The base and the tiles of an upright RGB image, row by row: uint8[1 + rows columns, s, s, 3]."""
     new = fitted(Size(*image.size), grid, s)
     width, height = grid.columns * s, grid.rows * s
+    refuse_huge(width, height)  # which the model's configuration alone decides
     canvas = np.zeros((height, width, 3), np.uint8)
     top, left = (height - new.height) // 2, (width - new.width) // 2
     canvas[top : top + new.height, left : left + new.width] = resize(image, *new, kernel)

@@ -189,7 +189,7 @@ def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIX
     with _errors(name):
         file = _CountedFile(data)
         image = _Jpeg(file) if data.startswith(b"\xff\xd8\xff") else Image.open(file, formats=FORMATS)
-        _refuse_huge(*image.size, max_pixels)
+        refuse_huge(*image.size, max_pixels)
         in_scans = isinstance(image, _Jpeg) and image.in_scans(data)
         if in_scans and data.count(b"\xff\xda") > MAX_SCANS:
             raise UserError(f"has more than {MAX_SCANS} scans: save it again")
@@ -327,7 +327,7 @@ def _resize_and_crop(image: Image.Image, size: int, kernel: Image.Resampling) ->
     width, height = image.size
     short, long = sorted(image.size)
     resized = int(size * long / short)
-    _refuse_huge(*((resized, height) if width > height else (size, resized)))
+    refuse_huge(*((resized, height) if width > height else (size, resized)))
     part = _part_that_resizes_alone(long, resized, size, kernel)
     first = (resized - size) // 2 - part.start
     if width > height:
@@ -383,7 +383,7 @@ def _pad_and_resize(
     width, height = image.size
     long = max(width, height)
     left, top = (long - width) // 2, (long - height) // 2
-    _refuse_huge(size, long)
+    refuse_huge(size, long)
     column = Image.new("RGB", (size, long), colour)
     for start in range(0, height, _BAND_ROWS):
         stop = min(start + _BAND_ROWS, height)
@@ -397,11 +397,12 @@ def _pad_and_resize(
 
 def resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
     """Resizes an image. Raises UserError if that takes more than `MAX_PIXELS`."""
-    _refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
+    refuse_huge(width, max(height, image.height))  # Pillow resizes the rows first
     return image.resize((width, height), kernel)
 
 
-def _refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+def refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UserError for more pixels than are allocated."""
     if width * height > max_pixels:
         raise UserError(f"{width} x {height} pixels are more than {max_pixels}: crop it, shrink it or remove it")
 

@@ -32,10 +32,11 @@ from llava_jax.data.anyres import Tiling
 from llava_jax.data.encoded import BadSample, EncodedSource
 from llava_jax.data.features import TEXT, shifted
 from llava_jax.data.images import decode_image, preprocess
-from llava_jax.data.plan import Layout, Order, groups_of
+from llava_jax.data.plan import Layout, Lengths, Order, groups_of
 from llava_jax.data.read_ahead import read_ahead
 from llava_jax.data.sources import read_images
 from llava_jax.data.tokenization import IGNORE_INDEX, Segment
+from llava_jax.files import cache
 
 Batch = dict[str, np.ndarray]
 
@@ -127,6 +128,7 @@ class Batches:
       order: which samples are in the rows of a step.
       layout: the shapes, planned for all steps that will be taken.
       groups: the groups of each batch to read, ascending; by default all. Other processes read the others.
+      lengths: of all samples, with which `layout` was planned. With AnyRes they depend on files that may have changed.
     """
 
     def __init__(
@@ -136,11 +138,13 @@ class Batches:
         order: Order,
         layout: Layout,
         groups: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
     ):
         self.encoded = encoded
         self.decode = decode
         self.order = order
         self.layout = layout
+        self.lengths = lengths
         per_group = layout.rows_per_group
         chosen = range(layout.groups) if groups is None else groups
         self.rows = [row for group in chosen for row in range(group * per_group, (group + 1) * per_group)]
@@ -182,9 +186,21 @@ class Batches:
         samples, bad = [], []
         for index in self.order.row(step, number):
             text, images, fault = self._read(index)
+            self._require_measured(index, text)
             samples.append((text, images))
             bad += [fault] if fault else []
         return build_row(samples, self.layout), bad
+
+    def _require_measured(self, index: int, text: Segment) -> None:
+        """Raises UserError for a sample that takes more or less than was planned, and is not skipped."""
+        if self.lengths is None or not len(text.tokens):
+            return
+        planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
+        if (len(text.tokens), text.num_tiles) != planned:
+            raise UserError(
+                f"sample {short(self.encoded.id(index))}: its images have other sizes than when they were measured: "
+                f"put them back, or remove lengths-*.npz in {cache.directory()} and begin a new run"
+            )
 
     def _read(self, index: int) -> tuple[Segment, Sequence[np.ndarray], BadSample | None]:
         """Text and images of a sample, whose record is parsed once, and what is wrong with an image."""
@@ -203,7 +219,8 @@ class Batches:
         except UserError as error:
             if not self.encoded.skip_bad:
                 raise
-            # A bad text takes no positions: it was reported when the texts were measured.
-            bad = BadSample(index, sample.id, str(error)) if len(text.tokens) else None
+            # A bad text takes no positions: it was reported when the texts were measured, unless it was good then.
+            known = len(text.tokens) or (self.lengths is not None and self.lengths.tokens[index])
+            bad = BadSample(index, sample.id, str(error)) if known else None
         images = np.zeros((text.num_tiles, self.layout.image_size, self.layout.image_size, 3), np.uint8)
         return text._replace(labels=np.full_like(text.labels, IGNORE_INDEX)), [images], bad

@@ -69,6 +69,10 @@ def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
 
 
+def _on_device(device: jax.Device) -> Sharding:
+    return lambda name: SingleDeviceSharding(device)
+
+
 def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh | None:
     """The mesh over which a model is sharded; None on one device."""
     if axes:
@@ -141,7 +145,7 @@ class Generator:
         if sharded:
             sharding = mesh_sharding(checkpoint.config, sharded)
         elif devices:
-            sharding = lambda name: SingleDeviceSharding(devices[0])  # noqa: E731
+            sharding = _on_device(devices[0])
         model = load_model(checkpoint, dtype, sharding)
         if adapters:
             with jax.default_device(devices[0] if devices else None):

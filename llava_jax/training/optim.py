@@ -28,8 +28,13 @@ from llava_jax.training.schedules import learning_rate
 STAGES: dict[str, tuple[str, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "llm", "newline")}
 # The same with LoRA.
 LORA_STAGES: dict[str, tuple[str, ...]] = {"finetune": ("projector", "lora")}
-PATTERNS = {"projector": r"projector\.", "llm": r"llm\.", "lora": r".+\.lora\.", "vision": r"vision\."}
-PATTERNS["newline"] = NEWLINE_PARAMETER
+PATTERNS = {
+    "projector": r"projector\.",
+    "llm": r"llm\.",
+    "newline": NEWLINE_PARAMETER,
+    "lora": r".+\.lora\.",
+    "vision": r"vision\.",
+}
 OPTIONAL = ("newline",)  # what only some models have
 # Group -> the option that, unless it is 0, is its learning rate instead of `learning_rate`.
 RATES = {"projector": "projector_learning_rate", "vision": "vision_learning_rate", "llm": "", "lora": "", "newline": ""}

@@ -60,7 +60,9 @@ class Run:
         model, layout = self.start.model, self.data.layout
         fields = (model.image_aspect, model.image_mean, model.image_resample, model.tiling)
         decode = ImageDecoder(layout.image_size, *fields)
-        return Batches(self.data.encoded, decode, order, layout, sharding.local_groups(self.mesh, layout.groups))
+        lengths = self.data.lengths if model.tiling else None
+        groups = sharding.local_groups(self.mesh, layout.groups)
+        return Batches(self.data.encoded, decode, order, layout, groups, lengths)
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Transfers a batch to the devices."""

@@ -67,7 +67,8 @@ def with_images(model: LlavaConfig, config: ConfigDict) -> LlavaConfig:
             raise UserError(f"config.anyres.{min(given)} is for image_aspect=anyres, which is {aspect}")
         if model.anyres and model.anyres.newline:
             raise UserError(
-                f"config.image_aspect is {aspect}, which would drop the newline that the model was trained with"
+                f"config.image_aspect is {aspect}, which would drop the newline that the model was trained with: set "
+                "image_aspect=anyres"
             )
     try:
         if "grids" in given:

@@ -162,3 +162,10 @@ def test_several_images_can_have_their_base_alone():
     assert tiles == 1 and index.tolist() == [*range(P), NEWLINE]
     np.testing.assert_array_equal(both.tiles(image, True), preprocess(image, S, "pad", CLIP_MEAN)[None])
     assert both.features(Size(640, 427), False).tiles == tiling().features(Size(640, 427), True).tiles == 5
+
+
+def test_tiles_of_a_hostile_configuration_are_not_allocated():
+    """A thin image keeps the resized one small, not the grid: 100 tiles of 8192 pixels would take 20 GB."""
+    hostile = Tiling(AnyRes(grids=(Grid(10, 10),)), 8192, 1, CLIP_MEAN)
+    with pytest.raises(UserError, match="81920 x 81920 pixels are more than"):
+        hostile.tiles(Image.new("RGB", (1000, 1)), False)

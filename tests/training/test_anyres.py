@@ -126,3 +126,22 @@ def test_an_image_that_is_too_thin_is_named(world, tmp_path):
         config = anyres_config(world)
         config.data.images = str(folder)
         loop.train(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("on_bad_sample", ["error", "skip"])
+def test_images_that_changed_since_they_were_measured(world, on_bad_sample, tmp_path, monkeypatch):
+    """Another size is an error, since rows are planned; an image that is gone is skipped where that is asked for."""
+    folder = tmp_path / "images"
+    shutil.copytree(world["images"], folder)
+    config = anyres_config(world, steps=3)
+    with config.unlocked():
+        config.data.images, config.data.on_bad_sample, config.data.max_bad_share = str(folder), on_bad_sample, 1.0
+    loop.train(config, str(tmp_path / "first"))  # measures, and keeps the lengths
+    if on_bad_sample == "skip":
+        (folder / "3.png").unlink()
+        loop.train(config, str(tmp_path / "second"))
+        assert "3.png" in (tmp_path / "second" / "bad_samples.jsonl").read_text()
+        return
+    Image.new("RGB", (90, 16)).save(folder / "3.png")
+    with pytest.raises(UserError, match="sample s3: its images have other sizes than when they were measured"):
+        loop.train(config, str(tmp_path / "second"))
