@@ -1,4 +1,5 @@
-"""Two images within the text of a question, with tiles: every way of asking sees what training showed."""
+"""Two images within the text of a question, of a model that has tiles of single images: every way of asking sees what
+training shows."""
 
 import json
 
@@ -29,13 +30,13 @@ SIZES = {"a.png": (40, 12), "b.png": (15, 33)}
 GREEDY = Sampling(max_new_tokens=6)
 
 
-@pytest.fixture(scope="module", params=["tiles", "base"])
-def world(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
     """The checkpoint, its generator, and the folder of images."""
-    root, rng = tmp_path_factory.mktemp(request.param), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("interleaved"), np.random.default_rng(0)
     for name, (width, height) in SIZES.items():
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(root / name)
-    anyres = AnyRes(several=request.param)
+    anyres = AnyRes(several="base")
     directory = tiny.checkpoint(root, tiny.config(image_aspect="anyres", anyres=anyres, image_position="as_is"))
     return directory, Generator.from_checkpoint(open_checkpoint(directory)), root
 

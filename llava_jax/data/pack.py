@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     lengths = measure_once(EncodedSource(source, encode), args.workers)
     longest, richest = int(lengths.tokens.max()), int(lengths.tiles.argmax())
     if args.image_slots is not None and lengths.tiles[richest] > args.image_slots:
-        raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
+        needed = lengths.tiles[richest]
+        raise UserError(f"sample {source[richest].id}: needs {needed} slots, --image-slots is {args.image_slots}")
     found = [
         plan
         for rows_per_group in args.rows_per_group
