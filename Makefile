@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step takes a tenth less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam test-browser test-compat test-wheel dist lint clean
+.PHONY: install quickstart test test-beam test-browser test-compat test-wheel dist docs lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -53,12 +53,16 @@ test-wheel: dist
 	  (cd tests && ../$(VENV)-wheel/bin/python smoke.py) || exit 1; \
 	done; rm -rf $(VENV)-wheel
 
+# The docs as a site, in site/. Fails on a broken link.
+docs: $(VENV)-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat $(VENV)-wheel dist build runs
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat $(VENV)-wheel $(VENV)-docs dist build site runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +83,11 @@ $(VENV)-beam/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-beam
 	$(VENV)-beam/bin/pip install --quiet --upgrade pip
 	$(VENV)-beam/bin/pip install --quiet -e '.[beam]' pytest pytest-timeout hypothesis
+	touch $@
+
+$(VENV)-docs/.ready:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet mkdocs-material==9.8.2
 	touch $@
 
 $(VENV)/.browser: setup.py $(VENV)/.dev
