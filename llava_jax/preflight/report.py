@@ -1,6 +1,7 @@
 """The preflight report of a configuration on a target: memory, FLOPs and bytes, and the least time of a step."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import say
 from llava_jax.parallel import sharding
+from llava_jax.parallel.hardware import Tpu
 from llava_jax.preflight import predict, text
 from llava_jax.preflight.analysis import hidden_parts, ideal_wire, lower_bound, remedies
 from llava_jax.preflight.compile import Compiled, Memory, Program, build, compile_program, preset
@@ -91,8 +93,11 @@ class Report:
     collectives: Collectives | None = None
     bound: Bound | None = None  # None for the CPU
     prediction: Prediction | None = None  # None for the CPU
-    search: str = ""  # "batch" or "slice"
-    tried: dict[Any, bool] = dataclasses.field(default_factory=dict)  # rows or targets -> whether they fit
+    search: str = ""  # "batch", "slice" or "fastest"
+    # Rows or targets -> whether they fit; of "fastest", overrides -> predicted seconds, None if they don't fit.
+    tried: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    overrides: tuple[str, ...] = ()  # of the fastest configuration
+    cost: dict[str, float] | None = None  # see `epoch_cost`
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints, for `json.dumps`. What does not apply is left out."""
@@ -103,8 +108,18 @@ class Report:
         }
         left_out = () if self.search else ("search", "tried")
         left_out += ("reason", "remedies") if self.fits else ()
-        left_out += tuple(name for name in ("compiled", "collectives", "bound", "prediction") if values[name] is None)
+        left_out += () if self.overrides else ("overrides",)
+        optional = ("compiled", "collectives", "bound", "prediction", "cost")
+        left_out += tuple(name for name in optional if values[name] is None)
         return {name: value for name, value in values.items() if name not in left_out}
+
+    def epoch_cost(self, price: float, samples: int) -> dict[str, float]:
+        """Hours and money of an epoch, at a price of a chip for an hour, if every row is one sample."""
+        machine = parse(self.target).machine
+        chips = self.devices / (machine.cores if isinstance(machine, Tpu) else 1)
+        steps = math.ceil(samples / self.batch_rows)
+        hours = steps * self.prediction.seconds / 3600
+        return {"samples": samples, "steps": steps, "hours": hours, "money": hours * chips * price}
 
     def to_text(self) -> str:
         """The report in lines of text."""

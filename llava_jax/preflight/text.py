@@ -1,5 +1,6 @@
 """Preflight reports as text: one report in lines, several as a table."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,16 @@ def text(report: "Report") -> str:
     lines += _collective_lines(report.collectives) if report.collectives else ()
     lines += _bound_lines(report.bound) if report.bound else ()
     lines += _prediction_lines(report.prediction) if report.prediction else ()
-    if report.search:
+    if report.cost:
+        lines.append(
+            f"epoch      {report.cost['samples']:,} samples, one a row, are {report.cost['steps']:,} steps: "
+            f"{report.cost['hours']:.1f} hours, {report.cost['money']:,.2f} at this price"
+        )
+    if report.search == "fastest":
+        lines.append(f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}")
+        for overrides, seconds in sorted(report.tried.items(), key=lambda one: one[1] or math.inf):
+            lines.append(f"  {f'{seconds:.3f} s' if seconds else 'does not fit':<14}{overrides}")
+    elif report.search:
         tried = ", ".join(f"{what} {'fits' if fits else 'does not'}" for what, fits in report.tried.items())
         lines.append(f"search     {report.search}: {tried}")
     return "\n".join(lines)
