@@ -1,4 +1,4 @@
-"""Compiles the training step for hardware you don't have: whether it fits, its FLOPs and bytes, and its least time.
+"""Compiles the training step for hardware you don't have: whether it fits, its FLOPs and bytes, and how long it takes.
 `python -m llava_jax.preflight --config=F[:ARGS] --target=T[,T...] [--config.KEY=VALUE ...]`.
 
 example:

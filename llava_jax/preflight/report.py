@@ -1,4 +1,4 @@
-"""The preflight report of a configuration on a target: memory, FLOPs and bytes, and the least time of a step."""
+"""The preflight report of a configuration on a target: memory, FLOPs and bytes, least and predicted time of a step."""
 
 import dataclasses
 import math
