@@ -80,10 +80,13 @@ class Hardware(NamedTuple):
     positions: Sequence[tuple[int, ...]]  # of each device of the program in this shape
 
     def product(self, flops: float, cycles: float) -> float:
-        """Seconds of matrix products and what is fused with them: a share of the cycles beyond those of products."""
+        """Seconds of matrix products. Estimated cycles beyond those of plain products are for memory that is read and
+        written on the side, and too long as all for memory are."""
         seconds = flops / (self.machine.flops * self.rates.product)
-        beyond = cycles / self.rates.clock - seconds if self.rates.clock else 0.0
-        return seconds + self.rates.beyond * max(beyond, 0.0)
+        if not cycles or not self.rates.clock:
+            return seconds
+        estimated = cycles / self.rates.clock
+        return max(min(estimated, seconds), self.rates.vector * estimated)
 
     def memory(self, size: float, cycles: float = 0.0) -> float:
         """Seconds in which bytes are read and written, and vectors computed."""

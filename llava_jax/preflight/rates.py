@@ -26,19 +26,18 @@ class Rates(NamedTuple):
     low: float  # the error of predictions: a step takes at least and at most so many times the predicted seconds
     high: float
     clock: float = 0.0  # Hz; 0 where the compiler estimates no cycles
-    beyond: float = 0.0  # of the compiler's estimate for products, what is beyond their FLOPs
-    vector: float = 0.0  # of its estimate for operations without products
+    vector: float = 0.0  # of its estimate for what is no product
 
 
 # Hz [clock]. Unknown for 7x.
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 TPU = Rates(
-    product=0.95, attention=0.5, attention_backward=0.5, memory=0.85, link=0.9, network=0.9, host=10e9,
-    latency=2e-6, launch=0.0, low=0.75, high=1.35, beyond=0.5, vector=0.4,
+    product=0.91, attention=0.5, attention_backward=0.5, memory=0.85, link=0.9, network=0.9, host=10e9,
+    latency=2e-6, launch=0.0, low=0.75, high=1.35, vector=0.4,
 )  # fmt: skip
 GPU = Rates(
-    product=0.70, attention=0.55, attention_backward=0.47, memory=0.9, link=0.8, network=0.8, host=25e9,
+    product=0.60, attention=0.55, attention_backward=0.47, memory=0.9, link=0.8, network=0.8, host=25e9,
     latency=15e-6, launch=2e-6, low=0.75, high=1.35,
 )  # fmt: skip
 

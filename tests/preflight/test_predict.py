@@ -22,13 +22,13 @@ def walk(name: str, hardware: predict.Hardware, cycles: int = 0) -> list[predict
     return predict.operations(hlo_text.parse(read(name).replace("CYCLES", str(cycles))), hardware)
 
 
-@pytest.mark.parametrize("cycles", [90_000, 1_500_000])
+@pytest.mark.parametrize("cycles", [150_000, 1_500_000])
 def test_a_collective_runs_while_a_tpu_computes(cycles):
-    """A gather of 8 MiB over a grid takes longer than 0.06 ms of products, and less than 1 ms."""
+    """A gather of 8 MiB over a grid takes 0.07 ms, the products 0.04 or 0.4 ms."""
     found = walk("overlap", V5E, cycles)
     gather = Collective("all-gather", "bf16", 2 * 4096 * 1024, tuple(range(16)), 1)
     computing, sending = V5E.product(2 * 64 * 4096 * 1024, cycles), V5E.collective(gather)
-    assert 6e-5 < sending < 1e-3
+    assert sending == pytest.approx(7e-5, rel=0.1)
     totals = predict.summary(found)
     assert totals["exposed_communication"] == pytest.approx(max(sending - computing, 0.0))
     assert totals["seconds"] == pytest.approx(max(sending, computing))
