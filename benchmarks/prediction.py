@@ -19,6 +19,7 @@ import importlib.metadata
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,13 +265,12 @@ same shapes, rows and mesh (all devices in `fsdp`), and a remat policy that reco
 - 16 H100: hosts are connected at 200 Gbit/s a GPU, as in Google's A3.
 """
 EXPLANATION = """\
-Two rates are fitted: that of attention on TPUs and that of products on GPUs, on {fitted}. All others are from
-data sheets, from the compiler, or published by others; llava_jax/preflight/rates.py has their sources.
+Two rates are fitted: that of attention on TPUs and that of products on GPUs, on {fitted}. All others are from data
+sheets, from the compiler or published by others; llava_jax/preflight/rates.py has their sources.
 
-`low` and `high` of a prediction are {tpu_low:.2f} and {tpu_high:.2f} of it on TPUs, {gpu_low:.2f} and {gpu_high:.2f} on
-GPUs{inside}. Steps with images, adapters or quantized weights were not compared with measurements, nor were
-other machines than those of the table.
-"""
+`low` and `high` of a prediction are {tpu} of it on TPUs, {gpu} on GPUs; {inside} of the {all} published steps lie
+between them. They are wide because few steps were compared: none with images, adapters or quantized weights, and none on
+machines that are not in the tables."""
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -343,15 +343,17 @@ def main() -> None:
         print(f"## {title}: {accuracy(rows)}\n")
         print(table([*header, "source"], map(shown, rows)))
     if missing := [name for name, text in texts.items() if not text]:
-        print(f"Not compiled: {', '.join(missing)}.\n")
+        print(textwrap.fill(f"Chosen, but not compiled yet: {', '.join(missing)}.", 120) + "\n")
     tpu, gpu = rates.TPU, rates.GPU
     inside = [row.hardware.rates.low <= row.step.seconds / row.seconds() <= row.hardware.rates.high for row in found]
-    print(
-        EXPLANATION.format(
-            fitted=" and ".join(FITTED), tpu_low=tpu.low, tpu_high=tpu.high, gpu_low=gpu.low, gpu_high=gpu.high,
-            inside=f"; {sum(inside)} of the {len(inside)} published steps lie between them",
-        )
-    )  # fmt: skip
+    explanation = EXPLANATION.format(
+        fitted=" and ".join(row.name for row in groups["Fitted"]),
+        tpu=f"{tpu.low:.2f} and {tpu.high:.2f}",
+        gpu=f"{gpu.low:.2f} and {gpu.high:.2f}",
+        inside=sum(inside),
+        all=len(inside),
+    )
+    print("\n\n".join(textwrap.fill(paragraph, 120) for paragraph in explanation.split("\n\n")) + "\n")
     print("![Predicted against published seconds](images/prediction.svg)")
     PLOT.write_text(plot(found))
 
