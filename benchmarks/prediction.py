@@ -269,8 +269,8 @@ Two rates are fitted: that of attention on TPUs and that of products on GPUs, on
 sheets, from the compiler or published by others; llava_jax/preflight/rates.py has their sources.
 
 `low` and `high` of a prediction are {tpu} of it on TPUs, {gpu} on GPUs; {inside} of the {all} published steps lie
-between them. They are wide because few steps were compared: none with images, adapters or quantized weights, and none on
-machines that are not in the tables."""
+between them. They are wide because few steps were compared, and none with images, adapters or quantized weights. On
+machines that are in neither table they are {other}."""
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -350,6 +350,7 @@ def main() -> None:
         fitted=" and ".join(row.name for row in groups["Fitted"]),
         tpu=f"{tpu.low:.2f} and {tpu.high:.2f}",
         gpu=f"{gpu.low:.2f} and {gpu.high:.2f}",
+        other="{:.2f} and {:.2f}".format(*rates.ELSEWHERE),
         inside=sum(inside),
         all=len(inside),
     )

@@ -180,9 +180,9 @@ class _Schedule:
     def loop(self, computation: Computation, one: Instruction, arguments: list) -> list[Operation]:
         body = self.module.called(one, "body")
         state = hlo_loops.initial_state(self.module, computation, one, arguments)
-        trips = hlo_loops.trip_count(self.module, one, state) or 1
+        trips = hlo_loops.trip_count(self.module, one, state)
         iteration = self.computation(body, [hlo_loops.invariants(body, state)])
-        return [dataclasses.replace(each, times=each.times * trips) for each in iteration]
+        return [dataclasses.replace(each, times=each.times * (1 if trips is None else trips)) for each in iteration]
 
     def called(self, computation: Computation, one: Instruction, arguments: list) -> list[Operation]:
         """Of a conditional, the longest branch."""
