@@ -102,7 +102,7 @@ def outcomes_of(
     seen: Counter[str] = Counter()
     for group in groups:
         own = [line_at[answer.where] for answer, _ in group.pairs]
-        known = next((images.get(key_of(line), ()) for line in own if "prompt" in line), ())
+        known = next((images.get(key_of(line), ()) for line in own if {"prompt", "question_id"} <= line.keys()), ())
         question = _together(line.get("prompt", "") for line in own)
         name = group.name if named[group.name] == 1 else f"{group.name}: {question}"  # ids may be those of images
         seen[name] += 1

@@ -79,6 +79,9 @@ class RuledBenchmark(Benchmark):
     unscored: Sequence[str] = ()
     prediction = "prediction"
 
+    def __init_subclass__(cls) -> None:
+        cls.rule = cls.rules.get(cls.default_rule)
+
     def item(self, line: Line, number: int) -> Item:
         """The item in a row."""
         raise NotImplementedError
@@ -154,7 +157,7 @@ class RuledBenchmark(Benchmark):
 
     def _of_row(self, line: Line, rows: Mapping[int, Item], name: Callable[[str, str], str]) -> str:
         """The key of an answer of lmms-eval's log, which has the number of a row and the right answer (`target`)."""
-        item, target = rows.get(int(line.value["doc_id"])), str(line.value.get("target", ""))
+        item, target = rows.get(_number(line)), str(line.value.get("target", ""))
         if item is None:
             raise UserError(f"{line.where}: doc_id {line.value['doc_id']}: the labels have no such row")
         if target and item.answers and target.strip() not in {*item.answers, str(list(item.answers)), item.right[3:]}:
@@ -185,6 +188,13 @@ class RuledBenchmark(Benchmark):
             for ident, answer in answers.items()
         ]
         return json.dumps(rows, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def _number(line: Line) -> int:
+    number = line.value["doc_id"]
+    if not str(number).isdecimal():
+        raise UserError(f"{line.where}: doc_id {short(str(number))} is no number of a row")
+    return int(number)
 
 
 def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:

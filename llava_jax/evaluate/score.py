@@ -58,6 +58,10 @@ def score(
     benchmark = benchmark.scored_as(rule) if rule else benchmark
     absent = count_absent(answer for answer, _ in joined.pairs)
     scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
+    if benchmark.rule:
+        from llava_jax.evaluate.intervals import of_score  # numpy takes a tenth of a second
+
+        scores |= of_score(benchmark.rule, list(benchmark.rule.terms(benchmark.rule.cases(joined.pairs))))
     return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
 
 
@@ -119,7 +123,7 @@ def _rows(scores: Scores, indent: str = "") -> Iterator[str]:
     for name, value in scores.items():
         if not isinstance(value, dict):
             shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-            yield f"{indent + name:<28}{shown:>9}"
+            yield f"{indent + name:<28}{shown:>9}" if len(shown) < 10 else f"{indent}{name}: {shown}"
         elif any(isinstance(inner, dict) for inner in value.values()):
             for inner, parts in value.items():
                 yield f"{indent}{inner}"

@@ -52,7 +52,8 @@ class Wilder(RuledBenchmark):
         OFFICIAL: Rule("a judge's scores in percent of the reference's; reviews without scores are left out", review,
                        terms),
         LMMS: Rule("as official, and reviews without scores count as -1 for both",
-                   partial(review, read=lmms_scores), partial(terms, read=lmms_scores, failed=(-1.0, -1.0)), rounds=True),
+                   partial(review, read=lmms_scores), partial(terms, read=lmms_scores, failed=(-1.0, -1.0)),
+                   rounds=True),
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
