@@ -29,6 +29,7 @@ def relaxed(text: str, right: str) -> Reading:
 # ------------------------------------------------------------------------------------------------------------- ANLS
 
 
+@functools.lru_cache(1 << 15)
 def distance(first: str, second: str) -> int:
     """Levenshtein's distance."""
     row = list(range(len(second) + 1))
