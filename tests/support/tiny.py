@@ -77,11 +77,10 @@ def params(model: LlavaConfig, seed: int = 0) -> Params:
     """Fresh parameters, with adapters that change what the model computes."""
     made = init_params(model, jax.random.key(seed))
     for name, value in made.items():
-        noise = jax.random.normal(jax.random.key(seed), value.shape)
         if name.endswith(".lora.b"):
-            made[name] = 0.1 * noise
+            made[name] = 0.1 * jax.random.normal(jax.random.key(seed), value.shape)
         elif name.endswith(".lora.magnitude"):  # the columns of kernels are about as long
-            made[name] = 0.15 * jnp.exp(0.3 * noise)
+            made[name] = 0.15 * jnp.exp(0.3 * jax.random.normal(jax.random.key(seed), value.shape))
     return made
 
 
