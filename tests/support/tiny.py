@@ -100,12 +100,14 @@ def adapted_params(model: LlavaConfig) -> Params:
     return found
 
 
-def checkpoint(directory: Path, model: LlavaConfig | None = None, template: str = "v1") -> Path:
+def checkpoint(
+    directory: Path, model: LlavaConfig | None = None, template: str = "v1", params: Params | None = None
+) -> Path:
     """Writes what `convert import` would: `directory`/model."""
     model = model or config()
     tokenizer().save_pretrained(directory / "hf_tokenizer")
     description = Description(model, template)
-    save_model(directory / "model", adapted_params(model), description, str(directory / "hf_tokenizer"))
+    save_model(directory / "model", params or adapted_params(model), description, str(directory / "hf_tokenizer"))
     return directory / "model"
 
 
