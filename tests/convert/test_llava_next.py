@@ -86,7 +86,8 @@ def test_there_and_back(name, tmp_path):
     exported = load(tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     generator = Generator.from_checkpoint(checkpoint)
-    for sizes in (*([size] for size in SIZES), SIZES[:3]):
+    alone = SIZES if name in ("vicuna", "qwen2 and siglip") else ()  # places of tiles do not depend on the decoder
+    for sizes in (*([size] for size in alone), SIZES[:3]):
         request = ask(sizes)
         inputs = theirs(model, generator, request)
         with torch.no_grad():
