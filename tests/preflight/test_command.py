@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +84,27 @@ def test_flops_are_those_of_the_formula(reports, name):
     assert compiled.recomputed == 0 and not compiled.loops_of_unknown_length
 
 
+def counts(found: Report) -> dict[str, Any]:
+    """What the compiled step does, in counts that do not depend on the machine that compiles."""
+    return {
+        "flops": found.compiled.flops,
+        "sent": found.collectives.wire,
+        "collectives": {f"{row['kind']} {row['dtype']}": row["count"] for row in found.collectives.kinds},
+        "kernels": found.compiled.kernels,
+        "predicted microseconds": round(found.prediction.seconds * 1e6, 1),
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_counts_are_those_of_before(reports, name):
+    """If one changes, counts.json changes with it, and the commit says why."""
+    expected = json.loads(Path(__file__).with_name("counts.json").read_text())
+    found = counts(reports(name))
+    assert found == expected[name] | {
+        "predicted microseconds": pytest.approx(expected[name]["predicted microseconds"], rel=0.01)
+    }
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_more_is_sent_than_has_to_be(reports, name):
     """And no weights in float32."""
@@ -97,6 +120,21 @@ def test_time_is_bounded_by_the_slowest_of_three(reports, name):
     seconds = bound.seconds
     assert seconds["step"] == max(seconds["compute"], seconds["memory"], seconds["network"]) > 0
     assert 0 < bound.mfu["causal"] < bound.mfu["full"] <= 1
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_time_of_a_step_is_predicted(reports, name):
+    found, bound = reports(name).prediction, reports(name).bound
+    assert found.low < found.seconds < found.high
+    assert found.seconds > bound.seconds["compute"]
+    assert found.seconds == pytest.approx(sum(sum(kinds.values()) for kinds in found.parts.values()))
+    waiting = sum(kinds["communication"] for kinds in found.parts.values())
+    assert 0 <= found.exposed_communication == pytest.approx(waiting)
+    assert {"vision", "projector", "qkv", "attention", "mlp", "logits"} <= set(found.parts)
+    totals = [one["seconds"] * one["times"] for one in found.longest]
+    assert len(totals) == 10 and totals == sorted(totals, reverse=True) and sum(totals) < found.seconds
+    assert found.tokens_per_second_per_device == pytest.approx(8 * 256 / 4 / found.seconds)
+    assert 0 < found.mfu["causal"] < found.mfu["full"] < bound.mfu["full"]
 
 
 def test_the_first_stage_holds_no_optimizer_for_what_is_frozen():
@@ -214,17 +252,21 @@ FIELDS = (
 def test_json_has_what_applies(reports):
     """Programs read it: these are its fields, in their order."""
     found = reports("h100:4")
-    assert tuple(found.to_json()) == (*FIELDS, "compiled", "collectives", "bound")
-    unfit = dataclasses.replace(found, fits=False, compiled=None, collectives=None, bound=None, reason="too large")
+    assert tuple(found.to_json()) == (*FIELDS, "compiled", "collectives", "bound", "prediction")
+    unknown = dict.fromkeys(("compiled", "collectives", "bound", "prediction"))
+    unfit = dataclasses.replace(found, fits=False, reason="too large", **unknown)
     assert tuple(unfit.to_json()) == (*FIELDS, "reason", "remedies")
     searched = dataclasses.replace(found, bound=None, search="batch", tried={1: True, 2: False})
     values = json.loads(json.dumps(searched.to_json()))
-    assert tuple(values) == (*FIELDS, "compiled", "collectives", "search", "tried")
+    assert tuple(values) == (*FIELDS, "compiled", "collectives", "prediction", "search", "tried")
     assert values["tried"] == {"1": True, "2": False} and values["memory"] == dataclasses.asdict(found.memory)
     assert tuple(values["flops"]) == ("parts", "model") and tuple(values["flops"]["model"]) == ("full", "causal")
     assert values["flops"]["parts"]["llm"] == dataclasses.asdict(found.flops["llm"])
     assert tuple(values["compiled"]) == (
         *("flops", "formula", "ratio", "recomputed", "recomputed_at", "kernels", "left_out", "loops_of_unknown_length"),
+    )
+    assert tuple(values["prediction"]) == (
+        *("seconds", "low", "high", "mfu", "tokens_per_second_per_device", "exposed_communication", "parts", "longest"),
     )
     assert tuple(values["collectives"]) == ("kinds", "wire", "ideal", "ratio")
     assert tuple(values["collectives"]["kinds"][0]) == ("kind", "dtype", "count", "payload", "wire")
@@ -246,6 +288,52 @@ def test_cudnn_does_not_train_a_tower_with_an_odd_number_of_tokens():
     config = small_config(trainable=({"parameters": r"vision\."},), attention="cudnn")
     with pytest.raises(UserError, match=r"attention=cudnn cannot train a vision tower .*\(17\): set attention=chunked"):
         report(config, "h100:4")
+
+
+def test_the_fastest_configuration_is_found_with_few_compilations(reports, monkeypatch):
+    """Of a machine on which `kept` x rows may be at most 8, and a step takes least with many rows and little remat."""
+    kept = {"none": 8, "save_qkv": 4, "full": 2, "offload": 1}
+    slower = {"none": 1.0, "save_qkv": 1.2, "full": 1.5, "offload": 3.0}
+    compiled = []
+
+    def fake(config, name, memory_fraction):
+        compiled.append((config.remat, config.max_rows_per_device, config.mesh.data, config.mesh.tensor))
+        remat, rows = compiled[-1][:2]
+        found = reports("v5e:2x2")
+        seconds = (
+            slower[remat] * (1 + 1 / rows) * (0.9 if config.mesh.data == 2 else 1.1 if config.mesh.tensor == 2 else 1)
+        )
+        return dataclasses.replace(
+            found,
+            fits=kept[remat] * rows <= 8,
+            remat=remat,
+            rows_per_device=rows,
+            prediction=dataclasses.replace(found.prediction, seconds=seconds),
+        )
+
+    monkeypatch.setattr(search, "report", fake)
+    monkeypatch.setattr(search, "compute_seconds", lambda config, target: 0.0)
+    found = search.fastest(small_config(batch_rows=16), "v5e:2x2")
+    assert compiled == [
+        *(("none", 1, 1, 1), ("none", 2, 1, 1), ("save_qkv", 2, 1, 1), ("save_qkv", 4, 1, 1), ("full", 4, 1, 1)),
+        *(("save_qkv", 2, 2, 1), ("save_qkv", 2, 1, 2)),
+    ]
+    assert found.overrides == ("--config.remat=save_qkv", "--config.max_rows_per_device=2", "--config.mesh.data=2")
+    assert found.tried[" ".join(found.overrides)] == found.prediction.seconds == pytest.approx(0.9 * 1.2 * 1.5)
+    assert list(found.tried.values()).count(None) == 2 and "fastest    --config.remat=save_qkv" in found.to_text()
+    assert tuple(found.to_json())[-3:] == ("search", "tried", "overrides")
+    compiled.clear()  # now a policy's least time says that it cannot win
+    monkeypatch.setattr(search, "compute_seconds", lambda config, target: 1e3 * (config.remat != "none"))
+    assert search.fastest(small_config(batch_rows=16), "v5e:2x2").remat == "none"
+    assert {remat for remat, *_ in compiled} == {"none"}
+
+
+def test_an_epoch_costs_its_steps_on_all_chips(reports):
+    found = reports("v5e:2x2")
+    cost = found.epoch_cost(price=2.0, samples=17)  # three steps of eight rows on four chips
+    assert cost["steps"] == 3 and cost["hours"] == pytest.approx(3 * found.prediction.seconds / 3600)
+    assert cost["money"] == pytest.approx(cost["hours"] * 4 * 2.0)
+    assert "epoch      17 samples" in dataclasses.replace(found, cost=cost).to_text()
 
 
 RECIPE = """
