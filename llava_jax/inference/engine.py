@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import track
+from llava_jax.cli import UserError, track
 from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, Adapters, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull, Sink
@@ -160,7 +160,7 @@ class Engine:
         """Queues a request. With a `sink`, which must not block, the answer is not iterated.
 
         Raises:
-          UserError: the request is malformed, or an image missing or damaged.
+          UserError: the request is malformed, an image missing or damaged, or a token in `sampling` unknown.
           ContextExceeded: prompt and `max_new_tokens` are more than the context.
           UnknownAdapter: the prompt's adapter has been unloaded.
           QueueFull: too many requests wait already.
@@ -169,6 +169,9 @@ class Engine:
         if isinstance(prompt, Request):
             prompt = self.prepare(prompt)
         check_context(prompt.request, len(prompt.tokens), sampling.max_new_tokens, self.context)
+        for token in [*sampling.stop_token_ids, *(token for token, _ in sampling.logit_bias)]:
+            if not 0 <= token < self.config.text.vocab_size:
+                raise UserError(f"token {token} is none of the model: it has 0 to {self.config.text.vocab_size - 1}")
         answer = Answer(prompt, sampling, sink)
         with self._changed:
             if self._closing:
@@ -229,7 +232,7 @@ class Engine:
         try:
             self._enter()
             for answer in self._batch.step():
-                self._count(answer)
+                self._count(answer, failed=answer.finish_reason is None)
         except Exception as error:  # raised by the device: its arrays cannot be trusted any more
             traceback.print_exception(error)
             self._fail(error)
