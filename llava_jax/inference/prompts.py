@@ -104,9 +104,9 @@ class PromptEncoder:
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
         """Decodes the tokens of an answer that continues `begun`."""
         stop_ids = [*(() if sampling.ignore_eos else self.stop_ids), *sampling.stop_token_ids]
-        own = sampling.ignore_eos or sampling.constraint  # what is constrained may contain the end mark as text
-        stops = [*(() if own else self.stop_strings), *sampling.stop]
-        return AnswerStream(self.tokenizer, stop_ids, stops, begun, verbatim=sampling.constraint is not None)
+        verbatim = sampling.verbatim or sampling.constraint is not None
+        stops = [*(() if sampling.ignore_eos or verbatim else self.stop_strings), *sampling.stop]
+        return AnswerStream(self.tokenizer, stop_ids, stops, begun, verbatim)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> set[int]:

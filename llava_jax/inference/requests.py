@@ -26,6 +26,7 @@ ENGINE_ONLY = {  # fields of `Sampling`, with the values that ask for nothing
     "stop_token_ids": (),
     "ignore_eos": False,
     "constraint": None,
+    "verbatim": False,
 }
 
 
@@ -91,6 +92,8 @@ class Sampling:
       stop_token_ids: tokens that end the answer, besides those of the template.
       ignore_eos: neither the stop tokens nor the end mark of the template end the answer.
       constraint: what the answer has to look like, see `inference.constraints`.
+      verbatim: white space at both ends and the text of the template's end mark are part of the answer; they always are
+        with a constraint.
 
     Raises `UserError` for values out of range.
     """
@@ -110,6 +113,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     constraint: "Constraint | None" = None
+    verbatim: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -10,6 +10,7 @@ from serving import tiny_engine
 from llava_jax.serve.app import create_app
 
 CHAT = ("POST", "/v1/chat/completions")
+WRITTEN = [("POST", path) for path in ("/v1/completions", "/v1/responses", "/tokenize", "/detokenize")]
 READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"), ("GET", "/metrics")]
 
 
@@ -45,6 +46,7 @@ def fuzz(api, method: str, path: str, mode: GenerationMode, examples: int, model
     "method, path, mode, examples",
     [
         (*CHAT, GenerationMode.NEGATIVE, 100),
+        *((*operation, GenerationMode.NEGATIVE, 30) for operation in WRITTEN),
         *((*operation, GenerationMode.POSITIVE, 10) for operation in READ),
     ],
 )
@@ -65,4 +67,4 @@ def test_what_reaches_the_engine_is_answered_or_refused(api, engine):
 
 def test_every_path_is_fuzzed(api):
     found = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
-    assert found == {CHAT, *READ}
+    assert found == {CHAT, *WRITTEN, *READ}
