@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step takes a tenth less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam test-browser test-compat lint clean
+.PHONY: install quickstart test test-beam test-browser test-compat test-wheel dist docs lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -36,12 +36,33 @@ COMPAT := 4.51.3 4.57.6 5.0.0
 test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
 	$(BIN)/python -m pytest -n 0 tests/convert/compat.py
 
+# The wheel and the source archive of a release, in dist/.
+dist: $(BIN)/python setup.py llava_jax
+	rm -rf dist
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	ls dist
+
+# Installs the wheel in a clean environment of each of these versions, and uses it.
+PYTHONS := python3.11 python3.12 python3.13
+
+test-wheel: dist
+	@for python in $(PYTHONS); do \
+	  rm -rf $(VENV)-wheel && $$python -m venv $(VENV)-wheel && \
+	  $(VENV)-wheel/bin/pip install --quiet dist/*.whl && \
+	  (cd tests && ../$(VENV)-wheel/bin/python smoke.py) || exit 1; \
+	done; rm -rf $(VENV)-wheel
+
+# The docs as a site, in site/. Fails on a broken link.
+docs: $(VENV)-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat runs
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat $(VENV)-wheel $(VENV)-docs dist build site runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +83,11 @@ $(VENV)-beam/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-beam
 	$(VENV)-beam/bin/pip install --quiet --upgrade pip
 	$(VENV)-beam/bin/pip install --quiet -e '.[beam]' pytest pytest-timeout hypothesis
+	touch $@
+
+$(VENV)-docs/.ready:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet mkdocs-material==9.8.2
 	touch $@
 
 $(VENV)/.browser: setup.py $(VENV)/.dev

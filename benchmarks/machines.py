@@ -6,7 +6,7 @@ Takes an hour on two cores. Every row is one run of preflight with the arguments
 in runs/machines.jsonl with the versions of the compilers, so that an interrupted run resumes; rows of other versions
 are compiled again. Remove that file after changing the step.
 
---adapters prints the section about LoRA on one device alone, which takes half an hour.
+--adapters prints the section about LoRA on one device alone, which takes half an hour; --next that about LLaVA-1.6.
 
 With --peer, in an environment with MaxText's versions of jax and libtpu, it compiles only the rows that are compared
 with MaxText, prints their table, and keeps them for the next docs/machines.md, which tells the difference.
@@ -59,6 +59,13 @@ ADAPTERS = {
     ("13b", "int8"): ("l4:1", "v6e:1x1", "a100-40:1"),
     ("13b", "bfloat16"): ("a100-40:1", "a100:1", "h100:1"),
 }
+# Rows of LLaVA-1.6: unpacked, with the five tiles that an image can have; packed, with the tiles that a mixture of
+# photographs, documents and text has (benchmarks/anyres.py).
+NEXT = {
+    "worst": {},
+    "typical": {"pack": True, "row_length": 8192, "image_slots": 15, "batch_rows": 64},
+}
+NEXT_TARGETS = ("v5e:8x8", "v6e:4x4", "v5p:2x2x4", "h100:8", "a100:8")
 MEMORY = "--memory_fraction=0.9"  # of a GPU, as launch/train.sh sets it
 ONE_ROW = {"batch_rows": 1, "max_rows_per_device": 1, "max_length": 2048, "pack": False}
 POLICIES = ("full", "save_qkv", "offload", "none")
@@ -81,6 +88,15 @@ ADAPTERS_INTRODUCTION = """\
 `--config.base_dtype=BASE --config.batch_rows=1 --config.max_rows_per_device=1 --config.max_length=2048
 --config.pack=False --memory_fraction=0.9`: the launchers let JAX take nine tenths of a GPU's memory. What fits on one
 of the smaller devices is not repeated for 80 GB.
+"""
+
+NEXT_INTRODUCTION = """\
+## Stage 2, LLaVA-1.6 7B, the vision tower trained: `--config=configs/llava_next.py:7b`
+
+*Worst*: every row has 4096 positions and an image with five tiles, the most that there are. *Typical*: packed rows of
+8192 positions with 15 tiles, 93 % and 99 % of which a mixture of photographs, documents and text uses
+(`benchmarks/anyres.py`, its `ROW_LENGTH`): `--config.pack=True --config.row_length=8192 --config.image_slots=15
+--config.batch_rows=64`.
 """
 
 INTRODUCTION = """\
@@ -210,6 +226,16 @@ def adapters() -> str:
     return ADAPTERS_INTRODUCTION + "\n" + table(["model", "base", "target", "needed", "available", "fits"], rows)
 
 
+def llava_next() -> str:
+    """The recipe of LLaVA-1.6 with the most tiles, and with as many as usual."""
+    rows = [
+        [kind, *recipe_row(preflight("llava_next.py:7b", target, **changes))]
+        for kind, changes in NEXT.items()
+        for target in NEXT_TARGETS
+    ]
+    return NEXT_INTRODUCTION + "\n" + table(["tiles", *RECIPE_HEADER], rows)
+
+
 def recipe_row(result: dict[str, Any]) -> list[str]:
     memory = result["memory"]
     row = [result["target"], str(result["devices"]), f"{result['rows_per_device']} x {result['microbatches']}"]
@@ -230,8 +256,8 @@ def main() -> None:
             raise SystemExit(f"installed are {spelled(installed())}, not {spelled(MAXTEXT_VERSIONS)}")
         print(text_only(MAXTEXT))
         return
-    if sys.argv[1:] == ["--adapters"]:
-        print(adapters())
+    if sys.argv[1:] in (["--adapters"], ["--next"]):
+        print(adapters() if sys.argv[1] == "--adapters" else llava_next())
         return
     print(INTRODUCTION.format(versions=spelled(installed())))
     print("## Against MaxText: the decoder alone, 7B, full remat, one microbatch\n")
@@ -261,6 +287,7 @@ def main() -> None:
         stage = {"pretrain": "Stage 1", "finetune": "Stage 2"}[recipe]
         print(f"## {stage}, LLaVA-1.5 {size.upper()}: `--config=configs/{recipe}.py:{size}`\n")
         print(table(RECIPE_HEADER, (recipe_row(preflight(f"{recipe}.py:{size}", name)) for name in names)), flush=True)
+    print(llava_next(), flush=True)
     print(adapters())
 
 

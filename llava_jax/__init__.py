@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llava_jax.preflight import preflight
     from llava_jax.training.run import get_config, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Model", "UserError", "__version__", "get_config", "load", "preflight", "train"]
 
 # Name -> the module that defines it. `preflight` is a package that can be called.

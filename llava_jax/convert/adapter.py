@@ -6,6 +6,7 @@ An adapter is merged into the weights of its base (`with_adapter`), or becomes p
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from llava_jax.data.conversation import IMAGE_POSITIONS
 from llava_jax.data.images import ASPECTS
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.files.reading import read_object
-from llava_jax.models.config import LlavaConfig, LoraConfig
+from llava_jax.models.config import LlavaConfig, LoraConfig, TextConfig
 from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json, get, one_of, part
 from llava_jax.models.hf_names import TRANSPOSE, Entry
@@ -61,6 +62,13 @@ class TrainedWith(NamedTuple):
     image_aspect: str
 
 
+def base_fields(config: TextConfig) -> Json:
+    """The fields of a decoder in which the base of an adapter has to agree, as JSON has them. Exports of one model
+    differ in the number of rows of the vocabulary, which may be padded."""
+    values = dataclasses.asdict(config) | {"family": family_of(config).name}
+    return {name: value for name, value in values.items() if name not in ("vocab_size", "max_position_embeddings")}
+
+
 class Adapter(NamedTuple):
     """An adapter on disk, whose settings are supported and whose tensors have not been read yet."""
 
@@ -90,9 +98,19 @@ def trained_with(directory: Path) -> TrainedWith | None:
         return None
     known = {"template": TEMPLATES, "image_position": IMAGE_POSITIONS, "image_aspect": ASPECTS}
     found = read_object(file)
-    if unknown := found.keys() - known:
-        raise UserError(f"{file}: {shown(min(unknown))} is no field that is known: {', '.join(known)}")
+    if unknown := found.keys() - known - {"base"}:
+        raise UserError(f"{file}: {shown(min(unknown))} is no field that is known: {', '.join(known)}, base")
     return TrainedWith(*(one_of(found, field, values, str(file)) for field, values in known.items()))
+
+
+def require_base(directory: Path, config: TextConfig) -> None:
+    """Raises UserError for an adapter that was exported here and trained on a decoder that computes something else,
+    even if all shapes are equal."""
+    if (file := directory / TRAINED_WITH).exists():
+        here = json.loads(json.dumps(base_fields(config)))
+        for name, value in part(read_object(file), "base", str(file)).items():
+            if value != here.get(name, value):
+                raise UserError(f"{file}: is for another base: its {name} is {value}, that of the model {here[name]}")
 
 
 def base_name(directory: Path) -> str:
@@ -202,6 +220,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
     Layers of a stack that it does not adapt get matrices of zeros. Raises UserError for an adapter of another model,
     or with layers that are adapted differently.
     """
+    require_base(adapter.directory, config.text)
     config = dataclasses.replace(config, base_dtype="")  # quantized or not, its linear layers have the same shapes
     shapes, places = abstract_params(config), {}
     for part_name, entries in entries_of(config).items():

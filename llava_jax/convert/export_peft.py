@@ -11,7 +11,7 @@ from llava_jax.checkpoint.merged import without_adapters
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
-from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith
+from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith, base_fields
 from llava_jax.convert.export import export_model, identity
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
@@ -80,7 +80,7 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
         write_file(directory / "adapter_model.safetensors", tensors)
         write_json(directory / SETTINGS, settings)
         trained = TrainedWith(checkpoint.template, checkpoint.config.image_position, checkpoint.config.image_aspect)
-        write_json(directory / TRAINED_WITH, trained._asdict())
+        write_json(directory / TRAINED_WITH, trained._asdict() | {"base": base_fields(checkpoint.config.text)})
     _warn_of_servers(output, lora, adapted, saved)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_jax.cli import UserError, say, shown
 from llava_jax.convert import hf_config
-from llava_jax.convert.adapter import base_name, open_adapter, with_adapter
+from llava_jax.convert.adapter import base_name, open_adapter, require_base, with_adapter
 from llava_jax.convert.found import (
     Found,
     Options,
@@ -99,6 +99,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     config = hf_config.read_llava(source_json, where)
     tensors = open_directory(directory)
     if adapter:
+        require_base(adapter, config.text)
         tensors = with_adapter(tensors, open_adapter(adapter, options.unmerged), finder(tensors, LLAVA))
     tensors = split(tensors, config.text)
     source = Source(tensors, LLAVA, dropped=CONSTANTS + TOWERS[config.vision.kind].ignored)

@@ -120,7 +120,9 @@ def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
     export("--checkpoint", base, "--output", tmp_path / "hf")
     export("--checkpoint", checkpoint, "--layout", "peft", "--output", tmp_path / "a")
     file = tmp_path / "a" / "llava_jax.json"
-    assert json.loads(file.read_text()) == {"template": "plain"} | trained
+    written, decoder = json.loads(file.read_text()), {"family": "llama", "hidden_size": tiny.config().text.hidden_size}
+    assert written.pop("base").items() >= decoder.items()
+    assert written == {"template": "plain"} | trained
     capsys.readouterr()
     prompts = read_for(str(tmp_path / "a"), open_checkpoint(base)).prompts
     said = f"{tmp_path}/a: template plain, which it was trained with"
@@ -141,7 +143,10 @@ def test_an_adapter_says_how_its_prompts_were_made(tmp_path, capsys):
     for fields, message in (
         ({"template": "plane"}, "template is 'plane'; supported are "),
         ({"image_aspect": None}, "image_aspect is None; supported are square, pad, resize"),
-        ({"temperature": 1}, "'temperature' is no field that is known: template, image_position, image_aspect"),
+        ({"temperature": 1}, "'temperature' is no field that is known: template, image_position, image_aspect, base"),
+        ({"base": {"family": "qwen2"}}, "is for another base: its family is qwen2, that of the model llama"),
+        ({"base": {"rope_theta": 5e5}}, "is for another base: its rope_theta is 500000.0, that of the model 10000.0"),
+        ({"base": []}, "base is"),
     ):
         file.write_text(json.dumps({"template": "plain"} | trained | fields))
         with pytest.raises(UserError, match=f"a/llava_jax.json: {message}"):
