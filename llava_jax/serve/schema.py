@@ -339,6 +339,10 @@ class ChatRequest(Generation):
     prompt_cache_retention: Ignored = None
     prediction: Ignored = None
 
+    chat_template: Only() = None
+    chat_template_kwargs: Only({}, {"enable_thinking": False}) = None  # no template here thinks
+    media_io_kwargs: Only({}) = None
+    mm_processor_kwargs: Only({}) = None
     modalities: Only(["text"]) = None
     audio: Only() = None
     functions: Only([]) = None

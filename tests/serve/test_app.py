@@ -26,6 +26,7 @@ from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve import answers, completions, responses, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
+from llava_jax.serve.models import AdapterDirectory
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -337,6 +338,10 @@ def test_every_field_that_the_client_can_send_is_known(own, theirs):
 @pytest.mark.parametrize(
     "body, param",
     [
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+        ({"media_io_kwargs": {"video": {"num_frames": 10**9}}}, "media_io_kwargs"),
+        ({"mm_processor_kwargs": {"max_pixels": 10**12}}, "mm_processor_kwargs"),
         ({"audio": {"voice": "alloy"}}, "audio"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
@@ -432,6 +437,8 @@ def test_what_changes_nothing_is_accepted(client):
         ({"top_logprobs": 3}, None, "invalid_value"),
         ({"stream_options": {"include_usage": True}}, None, "invalid_value"),
         ({"frequency": 1}, "frequency", "unknown_parameter"),
+        ({"prompt_embeds": "gASV"}, "prompt_embeds", "unknown_parameter"),
+        (parts({"type": "image_embeds", "image_embeds": "gASV"}), "messages.0.content.0", "invalid_value"),
         ({"\ud800": 1}, None, "invalid_json"),
         ({"n" * 1000: 1}, "n" * 397 + "...", "unknown_parameter"),
     ],
@@ -753,6 +760,24 @@ def test_a_key(engine):
         assert http.get("/health").status_code == 200
         right = {"Authorization": "Bearer right"}
         assert http.post("/v1/chat/completions", json=body, headers=right).status_code == 200
+
+
+def test_every_path_but_health_and_the_schema_needs_the_key(engine, tmp_path):
+    directory = AdapterDirectory(engine, "tiny", str(tmp_path), lambda path: 1 / 0)
+    app = create_app(engine, "tiny", api_key="right", adapter_directory=directory)
+    with TestClient(app) as http:
+        answered = {
+            (route.path, method): http.request(method, route.path.replace("{name:path}", "tiny"), json={}).status_code
+            for route in app.routes
+            for method in route.methods
+        }
+        # A path that the Host header or an encoding pretends is no other path.
+        for path in ("//v1/models", "/v1/../v1/models", "/%76%31/models", "/health/../v1/models"):
+            assert http.get(path).status_code in (401, 404)
+        assert http.get("/v1/models", headers={"Host": "localhost/health?"}).status_code == 421
+    unguarded = {path for (path, _), status in answered.items() if status != 401}
+    assert unguarded == {"/health", "/openapi.json"}
+    assert len(answered) > 10
 
 
 def test_bodies_are_limited_before_they_are_read(url):
