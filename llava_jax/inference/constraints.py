@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.cli import UserError
 from llava_jax.inference.prompts import PromptEncoder
 
-MAX_CHARACTERS = 64 << 10  # of a schema, a grammar or all choices
+MAX_CHARACTERS = 256 << 10  # of a schema, a grammar or all choices
 MAX_REGEX = 4096  # characters
 MAX_CHOICES = 1000
 MAX_LEXER_STATES = 20_000  # of an answer, about 2 kB each
@@ -86,19 +86,19 @@ class Constraints:
 
     def compile(self, kind: str, value: Any) -> Constraint:
         """Compiles `value`, which one of `KINDS` describes. Raises `UserError`."""
-        grammar = KINDS[kind](value)
+        return Constraint(self.tokens(), KINDS[kind](value), kind)
+
+    def tokens(self) -> Any:
+        """The vocabulary as llguidance has it; the first call takes a large part of a second. Raises `UserError`."""
         with self._lock:
             if self._tokens is None:
-                self._tokens = self._read_tokens()
-        return Constraint(self._tokens, grammar, kind)
-
-    def _read_tokens(self) -> Any:
-        try:
-            import llguidance
-        except ImportError as error:
-            raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
-        text = self._prompts.tokenizer.backend_tokenizer.to_str()
-        return llguidance.LLTokenizer(text, n_vocab=self._vocabulary, eos_token=list(self._prompts.stop_ids))
+                try:
+                    import llguidance
+                except ImportError as error:
+                    raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
+                text, ends = self._prompts.tokenizer.backend_tokenizer.to_str(), list(self._prompts.stop_ids)
+                self._tokens = llguidance.LLTokenizer(text, n_vocab=self._vocabulary, eos_token=ends)
+            return self._tokens
 
 
 def _json(schema: Mapping[str, Any]) -> str:

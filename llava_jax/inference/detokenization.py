@@ -34,6 +34,7 @@ class AnswerStream:
       stop_strings: strings that end the answer, also across tokens. Neither they nor stop tokens are part of it.
       begun: text that the answer continues, with its white space. It is not returned.
       verbatim: keeps the white space at both ends.
+      special: keeps the text of special tokens.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class AnswerStream:
         stop_strings: Sequence[str] = (),
         begun: str = "",
         verbatim: bool = False,
+        special: bool = False,
     ):
         self.finished = False
         begun = begun or (":" if verbatim else "")  # SentencePiece drops the space before the first word of a text
@@ -53,7 +55,7 @@ class AnswerStream:
         # ids[:decoded] are decoded already, and ids[window:decoded] are the last of these.
         self._window, self._decoded = 0, len(self._ids)
         self._held = ""  # decoded text that may be the start of a stop string, or white space at the end
-        self._begun, self._verbatim = bool(begun), verbatim
+        self._begun, self._verbatim, self._special = bool(begun), verbatim, special
 
     def stops_at(self, token: int) -> bool:
         """Whether the token ends the answer."""
@@ -91,7 +93,8 @@ class AnswerStream:
         return self._decode(self._ids[self._window :])[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": not self._special, "clean_up_tokenization_spaces": False}
+        return self._tokenizer.decode(ids, **options)
 
     def _release(self, text: str) -> str:
         self._held += text

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import secrets
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ class Completions:
         self._max_images = engine.context // engine.config.image_tokens
         self._max_characters = engine.context * max(map(len, engine.base.prompts.tokenizer.get_vocab()))
         self._compiling = anyio.CapacityLimiter(2)  # threads for constraints
+        constraints = _constraints(engine.base.prompts, engine.config.text.vocab_size)
+        threading.Thread(target=constraints.tokens, daemon=True).start()  # while the engine warms up
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """`/v1/chat/completions`."""
@@ -160,7 +163,7 @@ class Completions:
 
     async def _constraint(self, body: Generation, prompts: PromptEncoder, tools: Tools | None) -> Constraint | None:
         """Compiled in a thread: it can take a large part of a second."""
-        given = [("tools", "grammar", tools.grammar())] if tools is not None else body.constraints()
+        given = [("tools", "grammar", tools.grammar(prompts.tokenizer))] if tools is not None else body.constraints()
         if not given:
             return None
         field, kind, value = given[0]

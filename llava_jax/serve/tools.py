@@ -9,8 +9,11 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from llava_jax.data.templates import Template
 from llava_jax.data.tokenization import default_system
+from llava_jax.inference.constraints import JSON_OPTIONS
 from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import CalledFunction, ChatRequest, NamedTool, Tool
@@ -78,21 +81,23 @@ class Tools:
         """The result of a call."""
         return f"{RESULT[0]}\n{text}\n{RESULT[1]}"
 
-    def grammar(self) -> str:
+    def grammar(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """What answers may be, as llguidance reads it: calls have the schemas of their arguments."""
+        # A mark that is a token of its own stands without quotes.
+        begin, end = (mark if mark in tokenizer.get_added_vocab() else _json(mark) for mark in CALL)
         names = " | ".join(f"f{number}" for number in range(len(self._tools)))
         rules = []
         for number, tool in enumerate(self._tools):
             head = _json(f'{{"name": "{tool.function.name}", "arguments": ')
-            schema = tool.function.parameters or {"type": "object"}
+            schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": JSON_OPTIONS}
             rules += [f'f{number}: {head} a{number} "}}"', f"a{number}: %json {json.dumps(schema)}"]
-        body = f'"\\n" ({names}) "\\n{CALL[1]}"'
+        rules.append(f'call: "\\n" ({names}) "\\n" {end}')
         if self._required:
-            more = f' ("\\n{CALL[0]}" call)*' if self._parallel else ""
-            start = [f'start: "{CALL[0]}" call{more}', f"call: {body}"]
+            more = f' ("\\n" {begin} call)*' if self._parallel else ""
+            start = [f"start: {begin} call{more}"]
         else:
-            text = [r"TEXT: /(.|\n)*/", f'begun[lazy]: TEXT "{CALL[0]}"']
-            start = ["start: (begun call)* rest", f"call: {body}", "rest: TEXT", *text]
+            lazy = "" if begin == CALL[0] else "[lazy]"
+            start = ["start: (begun call)* rest", f"begun{lazy}: TEXT {begin}", "rest: TEXT", r"TEXT: /(.|\n)*/"]
         return "\n".join([*start, *rules])
 
 
@@ -139,6 +144,8 @@ class CallParser:
     def __init__(self, active: bool):
         self.active, self.calls = active, []
         self._held = ""  # what may be a part of a call, or white space beside one
+        self._between = ""  # what stands before the next text: a line break, if a call is between it and earlier text
+        self._fresh = False  # whether a call came last
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """-> new text, and new calls."""
@@ -150,23 +157,31 @@ class CallParser:
             before, _, rest = self._held.partition(CALL[0])
             inside, ended, after = rest.partition(CALL[1])
             if not ended:
-                break
-            released += before.rstrip()
+                return released, self._found(new)
+            released += self._text(before.rstrip())
             new.append(_parsed(inside))
-            self._held = after.lstrip()
-        self.calls += new
-        if CALL[0] not in self._held:
-            held = max((n for n in range(len(CALL[0])) if self._held.endswith(CALL[0][:n])), default=0)
-            certain = self._held[: len(self._held) - held].rstrip()
-            if self.calls:
-                certain = certain if released or certain.strip() else ""
-            released, self._held = released + certain, self._held[len(certain) :]
-        return released, new
+            self._held, self._fresh = after, True
+        begun = max((n for n in range(len(CALL[0])) if self._held.endswith(CALL[0][:n])), default=0)
+        certain = self._held[: len(self._held) - begun].rstrip()
+        self._held = self._held[len(certain) :]
+        return released + self._text(certain), self._found(new)
 
     def close(self) -> str:
         """The rest of the text, at the answer's end; a call that has no end is text."""
         rest, self._held = self._held, ""
-        return rest if CALL[0] in rest else rest.rstrip()
+        return self._text(rest.rstrip()) if self.active else rest
+
+    def _text(self, text: str) -> str:
+        if self._fresh:
+            text = text.lstrip()
+        if text:
+            text = self._between + text if self._fresh else text
+            self._between, self._fresh = "\n", False
+        return text
+
+    def _found(self, new: list[Call]) -> list[Call]:
+        self.calls += new
+        return new
 
 
 def _parsed(text: str) -> Call:

@@ -139,7 +139,7 @@ def accepts(tokenizer, text: str, **options) -> bool:
     """Whether an answer may be `text`."""
     body = ChatRequest.model_validate({"model": "m", "messages": [ASKED], "tools": TOOLS} | options)
     constraints = Constraints(Prompts(tokenizer), len(tokenizer))
-    matcher = constraints.compile("grammar", tools_of(body, get_template("chatml")).grammar()).matcher()
+    matcher = constraints.compile("grammar", tools_of(body, get_template("chatml")).grammar(tokenizer)).matcher()
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     for number, token in enumerate(tokens):
         if not matcher.mask()[token // 32] >> token % 32 & 1:
@@ -184,6 +184,7 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
         (ROME, "", ["weather"]),
         (f"Let me see.\n\n{ROME}\n{STOP}", "Let me see.", ["weather", "stop"]),
         (f"{ROME}\nDone. ", "Done.", ["weather"]),
+        (f"One\n{ROME}\n\n{STOP} two  three", "One\ntwo  three", ["weather", "stop"]),
         ("Half <tool_call>\n{", "Half <tool_call>\n{", []),
         ("The end <tool", "The end <tool", []),
     ],
