@@ -89,11 +89,9 @@ def ask_instructor(url: str, model: str) -> dict[str, Callable[[], object]]:
 
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
-    def ask(mode: instructor.Mode) -> Colour:
-        asked = instructor.from_openai(client, mode=mode).chat.completions
-        return asked.create(model=model, messages=MESSAGES, response_model=Colour, max_tokens=400, max_retries=0)
-
-    return {"JSON_SCHEMA": lambda: ask(instructor.Mode.JSON_SCHEMA), "JSON": lambda: ask(instructor.Mode.JSON)}
+    asked = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).chat.completions
+    options = {"model": model, "messages": MESSAGES, "max_tokens": 400, "max_retries": 0}
+    return {"response_model": lambda: asked.create(response_model=Colour, **options)}
 
 
 CLIENTS = {
