@@ -7,6 +7,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import tiny_engine
 
+from llava_jax.inference.constraints import KINDS
 from llava_jax.serve.app import create_app
 
 CHAT = ("POST", "/v1/chat/completions")
@@ -59,8 +60,10 @@ def test_what_reaches_the_engine_is_answered_or_refused(api, engine):
     assert {response.status_code for response in responses} == {200, 400}
     assert engine.stats().failed == 0
     refused = [response.json()["error"] for response in responses if response.status_code == 400]
-    # What a schema cannot say: the order of roles, what an image is, which fields go together, how much is held.
-    unsaid = {None, "continue_final_message", "n"}
+    # What a schema cannot say: the order of roles, what an image is, which fields go together, how much is held, which
+    # tokens there are, what a grammar is, and whether the template has a format for tools.
+    unsaid = {None, "continue_final_message", "n", "logit_bias", "tools", "response_format", "structured_outputs"}
+    unsaid |= {f"guided_{kind}" for kind in KINDS}
     strange = [error for error in refused if error["param"] not in unsaid]
     assert all(error["param"].startswith("messages") for error in strange), strange
 
