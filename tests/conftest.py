@@ -20,6 +20,7 @@ os.environ.setdefault(
 )
 
 import atexit
+import gc
 import importlib.util
 import json
 import shutil
@@ -41,6 +42,16 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)  # the same on every machine
 settings.load_profile("default")
+
+
+gc.disable()  # until the tests are imported
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector, which would take a tenth of the time, need not look at it again."""
+    gc.enable()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,6 +37,7 @@ class Decoder:
         self.decode = self.compile(decode, donate_argnames="cache")
         self.logits = self.compile(logits)
         self.encode_images = self.compile(Llava.encode_images)
+        self.embed = self.compile(Llava.embed)
         self.grow = jax.jit(grow, static_argnames="size")
 
     def set_model(self, model: Llava) -> None:
