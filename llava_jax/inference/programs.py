@@ -103,8 +103,8 @@ class Programs:
         self._stop_ids = np.array(stop_ids, np.int32)
 
         number, flag = np.int32(0), np.bool(False)
-        device = mesh and replicated(mesh)
-        self.no_rules = {rows: jax.device_put(self.new_rules(rows), device) for rows in (1, slots)}
+        # Not committed to a device: the compiler chooses how they are sharded over a mesh.
+        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in (1, slots)}
         zeros = np.zeros(slots, np.int32)
         sampling, rules = RowSampling.greedy(slots), self.new_rules(slots)
         all_slots = Slots(zeros, zeros, zeros, zeros, sampling, zeros, rules, zeros.astype(bool))
