@@ -22,6 +22,7 @@ from llava_jax.inference.engine import Engine
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LoraConfig, TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
+from llava_jax.models.families.gemma3_text import Gemma3Config
 from llava_jax.models.llava import abstract_params, module_params
 from llava_jax.models.quantized import quantized_params
 from llava_jax.parallel import sharding
@@ -140,6 +141,16 @@ def test_a_trained_tower_and_the_average_are_sharded_like_the_decoder(sizes):
 def test_rematerialised_accumulated_and_chunked(sizes, remat):
     changes = {"remat": remat, "attention": "chunked", "accumulation": 2}
     assert_agrees(train_steps("finetune", mesh_of(sizes), **changes), one_device("finetune"))
+
+
+def test_layers_that_see_different_windows():
+    text = Gemma3Config(
+        tiny.VOCAB, 48, 96, 3, 8, 4, 8, sliding_window=4, global_every=2, family="gemma3_text", tie_word_embeddings=True
+    )
+    model = tiny.config(vision=MODEL.vision, text=text)
+    changes = {"remat": "save_qkv", "attention": "chunked", "accumulation": 2}
+    sharded = train_steps("finetune", mesh_of((1, 4, 2)), model, **changes)
+    assert_gradients_agree(sharded, train_steps("finetune", mesh_of((1, 1, 1)), model))
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,13 @@ class GemmaNorm(RMSNorm):
 class ScaledEmbedding(Embedding):
     """Words are multiplied by sqrt(D), rounded to the table's type; the features of images are not."""
 
+    def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
+        super().__init__(vocab_size, features, rngs=rngs)
+        self.factor = features**0.5  # the table may be a shard, with fewer columns
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
         words = super().__call__(tokens)
-        return words * jnp.asarray(self.embedding.shape[-1] ** 0.5, words.dtype)
+        return words * jnp.asarray(self.factor, words.dtype)
 
 
 class GeGLU(SwiGLU):
