@@ -282,7 +282,8 @@ same shapes, rows and mesh (all devices in `fsdp`; several hosts of H100 are rep
 EXPLANATION = """\
 Two rates are fitted: that of attention on TPUs and that of products on GPUs, on {fitted}. All others are from data
 sheets, from the compiler or published by others; llava_jax/preflight/rates.py has their sources. How cycles count was
-decided after 16B and 32B on v5e and the steps on 8 and 16 H100 had been seen; {blind} were first predicted with the rates as they are.
+decided after 16B and 32B on v5e and the steps on 8 and 16 H100 had been seen; {blind} were first predicted with the
+rates as they are.
 
 `low` and `high` of a prediction are {tpu} of it on TPUs, {gpu} on GPUs; {inside} of the {all} published steps lie
 between them. They are wide because few steps were compared, and none with images, adapters or quantized weights. On
