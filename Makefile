@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step takes a tenth less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam test-browser test-compat test-wheel dist docs lint clean
+.PHONY: install quickstart test test-beam test-browser test-compat test-scorers test-wheel dist docs lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -36,6 +36,11 @@ COMPAT := 4.51.3 4.57.6 5.0.0
 test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
 	$(BIN)/python -m pytest -n 0 tests/convert/compat.py
 
+# Compares the rules of `score --as` with the toolkits' own code. They are installed without their dependencies, which
+# are those of all models; what their scorers import is listed here.
+test-scorers: $(VENV)-scorers/.ready
+	$(VENV)-scorers/bin/python -W ignore -m pytest -n 0 -q tests/evaluate/toolkits.py
+
 # The wheel and the source archive of a release, in dist/.
 dist: $(BIN)/python setup.py llava_jax
 	rm -rf dist
@@ -62,7 +67,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat $(VENV)-wheel $(VENV)-docs dist build site runs
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-compat $(VENV)-scorers $(VENV)-wheel $(VENV)-docs dist build site runs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -84,6 +89,14 @@ $(VENV)-beam/.ready: setup.py
 	$(VENV)-beam/bin/pip install --quiet --upgrade pip
 	$(VENV)-beam/bin/pip install --quiet -e '.[beam]' pytest pytest-timeout hypothesis
 	touch $@
+
+$(VENV)-scorers/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-scorers
+	$(VENV)-scorers/bin/pip install --quiet --upgrade pip
+	$(VENV)-scorers/bin/pip install --quiet -e '.[evaluate]' pytest pytest-timeout pytest-xdist hypothesis pandas \
+	  torch==2.13.0 accelerate datasets evaluate levenshtein loguru numexpr openai python-dotenv pytz requests sacrebleu \
+	  sty tabulate tenacity tqdm validators
+	$(VENV)-scorers/bin/pip install --quiet --no-deps lmms_eval==0.7.3 ms_vlmeval==0.0.20
 
 $(VENV)-docs/.ready:
 	$(PYTHON) -m venv $(VENV)-docs

@@ -2,6 +2,7 @@
 
 A file is JSONL with an object for each answer (`question_id` and `text`, or other names of these fields), a JSON array
 of such objects, one object `{question id: answer}`, or a table (TSV, XLSX) with the columns `index` and `prediction`.
+These are the forms of the original, of VLMEvalKit and of benchmarks' own scripts; logs of lmms-eval are read, too.
 """
 
 import json
@@ -18,8 +19,10 @@ from llava_jax.files.reading import loads, parse_json
 from llava_jax.llm_api.thinking import after_thinking, says_nothing
 
 Read = TypeVar("Read")
-IDS = ("question_id", "questionId", "id", "index", "image")
-TEXTS = ("text", "prediction", "response", "answer")  # `answer` is last, since beside another field it is the label
+IDS = ("question_id", "questionId", "id", "pid", "index", "image")
+# `answer` is last, since beside another field it is the label.
+TEXTS = ("text", "prediction", "response", "predict", "model_prediction", "answer")
+LOG = ("filtered_resps", "resps")  # fields of lmms-eval's logs of samples
 EMPTY, CUT_OFF = "empty", "cut_off"  # reasons why there is no answer, which are counted beside a score
 API_FAILED = "Failed to obtain answer via API"  # VLMEvalKit's text in place of an answer
 
@@ -73,11 +76,35 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     if epath.Path(path).suffix.lower() in (".xls", ".csv"):
         raise UserError(f"{path}: save the table as XLSX or TSV, which are read")
     if is_lines(path):
-        return read_lines(path, partial)
+        return [_of_log(line) for line in read_lines(path, partial)]
     whole = read_json(path)
+    if isinstance(whole, dict) and isinstance(whole.get("logs"), list):
+        whole = whole["logs"]
+    if isinstance(whole, dict) and whole and all(isinstance(value, dict) for value in whole.values()):
+        return [Line(f"{path}: question {i}", {"question_id": i} | value) for i, value in whole.items()]
     if isinstance(whole, dict):
         return [Line(f"{path}: question {i}", {"question_id": i, "text": value}) for i, value in whole.items()]
     return _elements(whole, path)
+
+
+def _of_log(line: Line) -> Line:
+    """A line, or the answer that a line of lmms-eval's log of samples has: with the fields of the question that are in
+    it, the number of its row (`doc_id`) and the right answer (`target`)."""
+    value = line.value
+    if "doc_id" not in value or not any(name in value for name in LOG):
+        return line
+    inner = [some for some in value.values() if isinstance(some, dict)]
+    known = next((some for some in inner if any(name in some for name in IDS)), inner[0] if inner else {})
+    asked = _first_text(value.get("input", value.get("arguments"))) or known.get("question")
+    fields = {"doc_id": value["doc_id"], "target": value.get("target"), "text": _first_text(line.get(*LOG))}
+    return Line(line.where, known | fields | ({"prompt": asked} if asked else {}))
+
+
+def _first_text(value: Any) -> str | None:
+    """The first text in nested lists."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else None
 
 
 def refuse_questions(lines: Sequence[Line], suffix: str = "") -> None:
@@ -128,7 +155,13 @@ def _elements(values: Any, path: epath.PathLike) -> list[Line]:
     for number, value in enumerate(values):
         if not isinstance(value, dict):
             raise UserError(f"{path}: element {number} is no object")
-    return [Line(f"{path}: element {number}", value) for number, value in enumerate(values)]
+    return [_of_log(Line(f"{path}: element {number}", _with_number(number, value))) for number, value in
+            enumerate(values)]  # fmt: skip
+
+
+def _with_number(number: int, value: dict[str, Any]) -> dict[str, Any]:
+    """An object of an array without ids has its number, as some benchmarks' own files do."""
+    return value if any(name in value for name in (*IDS, "doc_id")) else {"doc_id": number} | value
 
 
 def is_lines(path: epath.PathLike) -> bool:
@@ -138,7 +171,7 @@ def is_lines(path: epath.PathLike) -> bool:
         value = loads(first, strict=False)
     except ValueError:
         return False
-    return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in IDS))
+    return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in (*IDS, "doc_id")))
 
 
 def read_json(path: epath.PathLike) -> Any:

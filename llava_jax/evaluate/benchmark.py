@@ -3,10 +3,14 @@
 A benchmark is a module that registers one `Benchmark`. All commands ask that object; none knows a benchmark by name.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
 from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
 from llava_jax.evaluate.lines import Line
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import argparse
 
     from llava_jax.evaluate.outcomes import Outcome
+    from llava_jax.evaluate.rules import Rule
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -55,6 +60,7 @@ class Group(NamedTuple):
     score: float
     of: float = 1.0
     weight: float = 1.0  # in sums over groups
+    cluster: str = ""  # groups of a cluster, such as questions about an image, are not independent
 
 
 class ScoreCommand(ABC):
@@ -101,6 +107,8 @@ class Benchmark:
       reference: how a language model writes reference answers.
       score_commands: `score` commands with options of their own.
       commands: other commands of its own, by their words: (`module:function`, what it does).
+      rules: how toolkits score, by name, for `score --as`.
+      prompts: how toolkits ask, by name, for `predict --prompt`: item -> text.
 
     Methods that are None here are those that some benchmarks do not have:
       questions: path -> the questions of a file in the benchmark's own format.
@@ -122,6 +130,9 @@ class Benchmark:
     reference: ModelTask | None = None
     score_commands: Sequence[ScoreCommand] = ()
     commands: Mapping[str, tuple[str, str]] = {}
+    rules: "Mapping[str, Rule]" = {}
+    prompts: Mapping[str, Callable[[Any], str]] = {}
+    rule: "Rule | None" = None  # that `scored_as` chose
 
     questions: Callable[[str], Iterable[Question]] | None = None
     score: Callable[[Pairs], Scores] | None = None
@@ -147,9 +158,41 @@ class Benchmark:
         """The labels in files, for these answers. `form` is the format of the files; by default they tell it."""
         return self.labels([entry for path in paths for entry in read_labels(path, self.name, form)], lines, asked)
 
+    def scored_as(self, name: str) -> "Benchmark":
+        """The benchmark scored by a toolkit's rule. Raises `UserError` if there is none with this name."""
+        if name not in self.rules:
+            known = f"has {', '.join(self.rules)}" if self.rules else "has one rule only"
+            raise UserError(f"--as {name}: {self.title} {known}")
+        ruled, rule = copy.copy(self), self.rules[name]
+        ruled.rule, ruled.score, ruled.groups = rule, partial(rule.scores, name), partial(groups_of, rule)
+        return ruled
+
+    def asked_as(self, name: str) -> "Benchmark":
+        """The benchmark with a toolkit's prompts. Raises `UserError` if there are none with this name."""
+        if name not in self.prompts:
+            known = f"has {', '.join(self.prompts)}" if self.prompts else "has one prompt only"
+            raise UserError(f"--prompt {name}: {self.title} {known}")
+        asked = copy.copy(self)
+        asked.prompt = name
+        return asked
+
     @property
     def title(self) -> str:
         return self.what.partition(":")[0]
+
+
+def groups_of(rule: "Rule", pairs: Pairs) -> Iterator[Group]:
+    """The terms of a score as groups of answers, whose weights make the parts of the score equal."""
+    every = list(rule.terms(rule.cases(pairs)))
+    counted = {id(case) for term in every if term.headline for case in term.cases}
+    terms = [term for term in every if term.headline or not any(id(case) in counted for case in term.cases)]
+    totals: Counter[str] = Counter()
+    for term in terms:
+        totals[term.part] += term.of
+    for term in terms:
+        weight = 1.0 if len(totals) == 1 else 1 / (totals[term.part] or 1)
+        own = [(case.answer, case.label) for case in term.cases]
+        yield Group(term.name, own, term.categories, term.got, term.of, weight, term.cluster)
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")

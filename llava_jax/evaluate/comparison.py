@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_jax.cli import UserError, track, warn
+from llava_jax.evaluate.intervals import by_bootstrap, detectable, draws, mcnemar
 from llava_jax.evaluate.outcomes import Outcome
 
 ALL = "all"
 LEVEL = 0.95
-MAX_DRAWN = 2_000_000  # questions of resamples that are in memory
 Run = dict[str, dict[str, Outcome]]  # by benchmark and question
 
 
@@ -27,6 +27,15 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Test:
+    """Whether a difference may be chance: `p`, how it was computed, and the smallest difference that would be found."""
+
+    p: float
+    by: str
+    detectable: float
+
+
+@dataclass(frozen=True)
 class Row:
     """A category of a benchmark, in percent, by the names of the runs."""
 
@@ -35,6 +44,7 @@ class Row:
     questions: int
     values: dict[str, Interval | None]
     differences: dict[str, Interval | None]  # to the first run
+    tests: dict[str, Test | None]  # of these differences
 
 
 class Case(NamedTuple):
@@ -86,33 +96,51 @@ def _row(runs: Sequence[str], name: tuple[str, str], cases: Sequence[Case], resa
         np.array([[getattr(outcome, field) for outcome in case.outcomes] for case in cases], float).T
         for field in ("score", "of", "weight")
     )
-    of_runs = bootstrap(weights * scores, weights * of, resamples, seed_of(seed, *name))
-    return Row(*name, len(cases), *(dict(zip(runs, intervals, strict=True)) for intervals in of_runs))
+    binary = bool((of == 1).all() and np.isin(scores, (0, 1)).all() and (weights == weights.flat[0]).all())
+    got, possible = (_by_cluster(cases, weights * some) for some in (scores, of))
+    of_runs = bootstrap(got, possible, resamples, seed_of(seed, *name), scores if binary else None)
+    return Row(*name, len(cases), *(dict(zip(runs, found, strict=True)) for found in of_runs))
+
+
+def _by_cluster(cases: Sequence[Case], values: np.ndarray) -> np.ndarray:
+    """The sums over questions of the same cluster: float[R, C] from float[R, N]; questions without one are clusters."""
+    names = [case.outcomes[0].cluster or f"\0{number}" for number, case in enumerate(cases)]
+    if len(set(names)) == len(names):
+        return values
+    _, places = np.unique(names, return_inverse=True)
+    return np.stack([np.bincount(places, row) for row in values])
 
 
 def bootstrap(
-    scores: np.ndarray, of: np.ndarray, resamples: int, seed: Sequence[int]
-) -> tuple[list[Interval | None], list[Interval | None]]:
-    """The percentages of runs on the same questions, and their differences to the first run; None if `of` is 0.
+    scores: np.ndarray, of: np.ndarray, resamples: int, seed: Sequence[int], right: np.ndarray | None = None
+) -> tuple[list[Interval | None], list[Interval | None], list[Test | None]]:
+    """The percentages of runs on the same questions, their differences to the first run, and tests of these; None if
+    `of` is 0.
 
     Args:
       scores, of: float[R, N] of R runs and N questions. The percentage of a run is that of the sums over questions.
+      right: whether answers are right, if they are right or wrong.
     """
-    rng = np.random.default_rng(seed)
-    runs, count = scores.shape
-    drawn = np.empty((runs, resamples))
-    step = max(1, MAX_DRAWN // count)
-    for start in range(0, resamples, step):
-        questions = rng.integers(count, size=(min(step, resamples - start), count))
-        with np.errstate(invalid="ignore", divide="ignore"):  # all drawn questions may have weight 0
-            drawn[:, start : start + step] = 100 * scores[:, questions].sum(-1) / of[:, questions].sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # all drawn questions may have weight 0
+        parts = [100 * scores[:, questions].sum(-1) / of[:, questions].sum(-1)
+                 for questions in draws(scores.shape[1], resamples, seed)]  # fmt: skip
+    drawn = np.concatenate(parts, 1)
     totals = [100 * s / o if o else None for s, o in zip(scores.sum(1), of.sum(1), strict=True)]
     first = totals[0]
     return (
-        [None if value is None else _interval(value, draws) for value, draws in zip(totals, drawn, strict=True)],
-        [None if value is None or first is None else _interval(value - first, draws - drawn[0])
-         for value, draws in zip(totals, drawn, strict=True)],
+        [None if value is None else _interval(value, some) for value, some in zip(totals, drawn, strict=True)],
+        [None if value is None or first is None else _interval(value - first, some - drawn[0])
+         for value, some in zip(totals, drawn, strict=True)],
+        [None if value is None or first is None else
+         _test(value - first, some - drawn[0], None if right is None or right.shape != scores.shape else
+               (right[0], right[run]))
+         for run, (value, some) in enumerate(zip(totals, drawn, strict=True))],
     )  # fmt: skip
+
+
+def _test(difference: float, drawn: np.ndarray, right: tuple[np.ndarray, np.ndarray] | None) -> Test:
+    by, p = ("McNemar", mcnemar(*right)) if right else ("bootstrap", by_bootstrap(difference, drawn))
+    return Test(p, by, detectable(float(np.nanstd(drawn))))
 
 
 def seed_of(seed: int, *names: str) -> list[int]:

@@ -35,13 +35,14 @@ class Outcome(NamedTuple):
     judgement: str = ""
     judge: str = ""
     prompt_hash: str = ""
+    cluster: str = ""  # what questions about the same image share; outcomes without it are independent
 
     @property
     def percent(self) -> float | None:
         return 100 * self.score / self.of if self.of else None
 
 
-TEXTS = ("question_id", "question", "image", "answer", "reference", "judgement", "judge", "prompt_hash")
+TEXTS = ("question_id", "question", "image", "answer", "reference", "judgement", "judge", "prompt_hash", "cluster")
 
 
 def write_outcomes(path: epath.PathLike, outcomes: Iterable[Outcome]) -> None:
@@ -101,7 +102,7 @@ def outcomes_of(
     seen: Counter[str] = Counter()
     for group in groups:
         own = [line_at[answer.where] for answer, _ in group.pairs]
-        known = next((images.get(key_of(line), ()) for line in own if "prompt" in line), ())
+        known = next((images.get(key_of(line), ()) for line in own if {"prompt", "question_id"} <= line.keys()), ())
         question = _together(line.get("prompt", "") for line in own)
         name = group.name if named[group.name] == 1 else f"{group.name}: {question}"  # ids may be those of images
         seen[name] += 1
@@ -121,6 +122,7 @@ def outcomes_of(
             judgement=_together(line.get("content", "") for line in own),
             judge=str(own[0].get("judge", "")),
             prompt_hash=str(own[0].get("prompt_hash", "")),
+            cluster=group.cluster,
         )
 
 
@@ -150,7 +152,7 @@ def _categories(scores: dict[str, Any]) -> tuple[str, ...]:
     return tuple(
         category
         for name, parts in scores.items()
-        if name.startswith("by_")
+        if name.startswith("by_") or name == "by"
         for category, value in parts.items()
         if value is not None
     )

@@ -29,6 +29,7 @@ OF_CHECKPOINT = ("template", "batch_rows", "devices_each", "coordinator", "num_p
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     benchmark = find(args.benchmark, "what")
+    benchmark = benchmark.asked_as(args.prompt) if args.prompt else benchmark
     suffix = benchmark.suffix if args.suffix is None else args.suffix
     questions = read_questions(args.questions, suffix, benchmark.questions)[: args.limit]
     if args.max_tokens is None:
@@ -54,6 +55,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model-id", metavar="NAME", help="name of the model in the answers (default: the model, or the checkpoint's "
         "folder)")  # fmt: skip
     add("--suffix", metavar="TEXT", help="text after each question, '' for none (default: that of v1.5)")
+    add("--prompt", metavar="NAME", help="ask as a toolkit does: official, lmms-eval, vlmevalkit (its LLaVA) or "
+        "vlmevalkit-api (its models behind an API); default: lmms-eval")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="the first N questions only")
     add_sampling(parser)
 

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         write_board(output, args.runs, names, rows)
         say(f"{output / 'report.html'}: {len(cases)} questions, {len(names)} runs", file=sys.stderr)
     print(json.dumps(report) if args.json else printable(table(names, rows)))
+    if args.tests and not args.json:
+        print(printable(tests(names, rows)))
 
 
 def table(names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -68,6 +70,18 @@ def table(names: Sequence[str], rows: Sequence[Row]) -> str:
         cells += [_cell(row.differences[name], "+") for name in names[1:]]
         lines.append([row.benchmark, row.category, str(row.questions), *cells])
     return aligned(lines, left=2)
+
+
+def tests(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The tests of differences to the first run as text."""
+    lines = [["benchmark", "category", "run", "difference", "p", "by", "detectable"]]
+    for row in rows:
+        for name in names[1:]:
+            if test := row.tests[name]:
+                difference = f"{row.differences[name].value:+.1f}"
+                lines.append([row.benchmark, row.category, name, difference, f"{test.p:.3g}", test.by,
+                              f"{test.detectable:.1f}"])  # fmt: skip
+    return "\n" + aligned(lines, left=3)
 
 
 def _cell(interval: Interval | None, sign: str) -> str:
@@ -112,6 +126,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="questions on the page, those with the largest differences (default: 500)")  # fmt: skip
     add("--resamples", type=int, default=2000, metavar="N", help="of the bootstrap (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add("--tests", action="store_true", help="test the differences to the first run: McNemar's exact test of right and "
+        "wrong answers, else the bootstrap; `detectable` is the smallest difference found with 80%% power")  # fmt: skip
     add("--partial", action="store_true", help="compare on the questions that all runs have")
     add("--json", action="store_true", help="print one object on one line")
     args = parser.parse_args(argv)

@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator, Sequence
 
 from llava_jax.cli import Parser, printable
-from llava_jax.evaluate.answers import answer_lines, count_absent, join, refuse_questions
-from llava_jax.evaluate.benchmark import ScoreCommand, Scores
+from llava_jax.evaluate.answers import Joined, answer_lines, count_absent, join, refuse_questions
+from llava_jax.evaluate.benchmark import Benchmark, ScoreCommand, Scores
 from llava_jax.evaluate.benchmarks import BENCHMARKS, find, listing
 from llava_jax.evaluate.label_formats import LABEL_FORMATS
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.outcomes import Outcome, outcomes_of, write_outcomes
-from llava_jax.evaluate.questions import read_questions
+from llava_jax.evaluate.questions import Question, read_questions
 
 OWN = {command.name: command for benchmark in BENCHMARKS.values() for command in benchmark.score_commands}
 OWN_COMMANDS = "\n".join(f"  {name:<20}{command.what}" for name, command in OWN.items())
@@ -41,6 +41,7 @@ def score(
     questions: Sequence[str],
     partial: bool = False,
     label_format: str | None = None,
+    rule: str | None = None,
 ) -> tuple[Scores, Iterator[Outcome]]:
     """The scores of a file of answers, and the outcome of each question.
 
@@ -48,10 +49,32 @@ def score(
       name: of the benchmark.
       labels, questions: files.
       partial: scores an incomplete set.
+      rule: a toolkit's, such as `lmms-eval`; by default the benchmark's own.
 
     Raises:
       UserError: if files do not belong together, or are incomplete without `partial`.
     """
+    benchmark, lines, asked, joined, _ = joined_answers(name, answers, labels, questions, partial, label_format)
+    benchmark = benchmark.scored_as(rule) if rule else benchmark
+    absent = count_absent(answer for answer, _ in joined.pairs)
+    scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
+    if benchmark.rule:
+        from llava_jax.evaluate.intervals import of_score  # numpy takes a tenth of a second
+
+        scores |= of_score(benchmark.rule, list(benchmark.rule.terms(benchmark.rule.cases(joined.pairs))))
+    return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
+
+
+def joined_answers(
+    name: str,
+    answers: str,
+    labels: Sequence[str],
+    questions: Sequence[str],
+    partial: bool = False,
+    label_format: str | None = None,
+) -> tuple[Benchmark, list[Line], list[Question], Joined, list[str]]:
+    """The benchmark, the lines of answers, the questions, the answers with their labels, and their keys. Raises
+    `UserError` as `score`."""
     benchmark = find(name, "score")
     lines = answer_lines(answers, partial)
     refuse_questions(lines, benchmark.suffix)
@@ -59,10 +82,9 @@ def score(
     right = benchmark.read_labels(
         labels, lines, asked, LABEL_FORMATS.import_and_find(label_format) if label_format else None
     )
-    joined = join(right.answers(lines, benchmark.fields), right, answers, partial)
-    absent = count_absent(answer for answer, _ in joined.pairs)
-    scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
-    return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
+    found = right.answers(lines, benchmark.fields)
+    joined = join(found, right, answers, partial)
+    return benchmark, lines, asked, joined, [key for key in right if key in found]
 
 
 def _judges(lines: Sequence[Line]) -> dict[str, str]:
@@ -82,13 +104,16 @@ class Score(ScoreCommand):
         add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
         add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell "
             "it)")  # fmt: skip
+        add("--as", dest="rule", metavar="NAME", help="the rule of a toolkit: official, lmms-eval or vlmevalkit")
         add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
             "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip
         add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
         add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
 
     def score(self, args: argparse.Namespace) -> tuple[Scores, Iterator[Outcome]]:
-        return score(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
+        return score(
+            args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format, args.rule
+        )
 
     def table(self, scores: Scores) -> str:
         return "\n".join(_rows(scores))
@@ -98,7 +123,7 @@ def _rows(scores: Scores, indent: str = "") -> Iterator[str]:
     for name, value in scores.items():
         if not isinstance(value, dict):
             shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-            yield f"{indent + name:<28}{shown:>9}"
+            yield f"{indent + name:<28}{shown:>9}" if len(shown) < 10 else f"{indent}{name}: {shown}"
         elif any(isinstance(inner, dict) for inner in value.values()):
             for inner, parts in value.items():
                 yield f"{indent}{inner}"

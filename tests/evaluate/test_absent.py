@@ -18,7 +18,7 @@ from tests.evaluate import test_suite as suite
 from tests.evaluate.test_scienceqa import PROBLEMS, TEXTS
 
 Lines = list[dict[str, Any]]
-COUNTS = ("total", "failed", "yes_ratio")  # beside the scores
+COUNTS = ("total", "failed", "unparsed", "guesses_would_add", "yes_ratio")  # beside the scores
 NOBODY_SAYS = "zzz"
 FILTERED = {"text": None, "metadata": {"no_answer": "stopped by a filter"}}
 ABSENT = [  # what an answer may be that is none, and how it is counted
@@ -88,6 +88,44 @@ CASES: dict[str, tuple[Any, Lines, Lines]] = {
     "easy-vqa": (EASY, *of_ids({"yes": "yes", "no": "no"})),
     "exact": (OWN, *of_ids({"a": "a cat", "b": "2"})),
 }  # fmt: skip
+
+
+EXAM = [
+    {
+        "id": f"validation_Art_{i}",
+        "question": "?",
+        "options": ["a man", "a cat"],
+        "answer": "AB"[i],
+        "question_type": "multiple-choice",
+        "subject": "Art",
+        "category": "art",
+        "l2_category": "art",
+    }
+    for i in range(2)
+]
+READ = [{"questionId": i, "question": "?", "answers": [right], "answer": right, "type": "human", "dataset_name": "svt"}
+        for i, right in ((0, "Nokia"), (1, "12"))]  # fmt: skip
+MATH = [{"pid": "1", "question": "?", "choices": ["7", "8"], "answer": "8", "question_type": "multi_choice",
+         "answer_type": "text", "precision": None},
+        {"pid": "2", "question": "?", "choices": None, "answer": "4", "question_type": "free_form",
+         "answer_type": "integer", "precision": None}]  # fmt: skip
+ILLUSIONS = [{"category": "VD", "subcategory": "illusion", "set_id": "0", "figure_id": "0", "question_id": str(i),
+              "question": "?", "gt_answer": str(i), "visual_input": "1"} for i in range(2)]  # fmt: skip
+WILD = [{"question_id": i, "Question": "?", "Answer": "It is."} for i in range(2)]
+
+
+def reviewed(score: int) -> Lines:
+    return [{"question_id": i, "text": "It is.", "content": f"10 {score}"} for i in range(2)]
+
+
+EXAMS = of_ids({"validation_Art_0": "A", "validation_Art_1": "B"})
+CASES |= dict.fromkeys(("mmmu", "mmmu-pro", "mmstar", "ai2d", "realworldqa"), (EXAM, *EXAMS))
+CASES |= {name: (READ, *of_ids({0: "nokia", 1: "12"})) for name in ("chartqa", "docvqa", "infovqa", "ocrbench")}
+CASES |= {
+    "mathvista": (MATH, *of_ids({"1": "(B)", "2": "4"})),
+    "hallusionbench": (ILLUSIONS, *of_ids({"VD_illusion_0_0_0": "No.", "VD_illusion_0_0_1": "Yes."})),
+    "wilder": (WILD, reviewed(8), reviewed(1)),
+}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_jax.evaluate.benchmarks.vqa_answers import CONTRACTIONS, NUMBERS, official, soft_accuracy, submitted
+from llava_jax.evaluate.vqa_answers import CONTRACTIONS, NUMBERS, official, soft_accuracy, submitted
 
 PUNCTUATION = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 

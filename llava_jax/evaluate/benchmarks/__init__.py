@@ -19,4 +19,4 @@ def find(name: str, has: str) -> Benchmark:
 
 def listing(has: str) -> str:
     """The benchmarks that have this attribute, for the help of a command."""
-    return "\n".join(f"  {name:<13}{b.what}" for name, b in BENCHMARKS.items() if getattr(b, has) is not None)
+    return "\n".join(f"  {name:<16}{b.what}" for name, b in BENCHMARKS.items() if getattr(b, has) is not None)

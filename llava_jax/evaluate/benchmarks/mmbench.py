@@ -2,7 +2,7 @@
 
 import base64
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
@@ -11,6 +11,8 @@ from llava_jax.evaluate.benchmark import LETTER, Benchmark, Group, Labels, regis
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.rule_options import mmbench_lmms, vlmevalkit
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 from llava_jax.evaluate.sheets import read_sheet, xlsx
 
 LETTERS = "ABCD"
@@ -38,6 +40,37 @@ def choose(text: str, options: Mapping[str, str]) -> str:
         return letters[0]
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else ""
+
+
+def _rule(what: str, read: Callable[[str, Mapping[str, str]], tuple[str, str]]) -> Rule:
+    """A rule under which a question is right if all its rounds are."""
+
+    def reading(text: str, label: Label) -> Reading:
+        letter, why = read(text, dict(label.options))
+        return Reading(float(letter == label.right), letter if letter not in ("", "Z") else None, why)
+
+    def terms(cases: Sequence[Case]) -> Iterator[Term]:
+        questions: dict[str, list[Case]] = defaultdict(list)
+        for case in cases:
+            questions[case.label.question].append(case)
+        for question, rounds in questions.items():
+            right, category = float(all(case.reading.score for case in rounds)), rounds[0].label.category
+            yield Term(question, tuple(rounds), right, categories=(category,) if category else ())
+
+    return Rule(f"right in all rotations; {what}", reading, terms)
+
+
+def _with_nan(text: str, options: Mapping[str, str]) -> tuple[str, str]:
+    """In lmms-eval a question with fewer options has others whose text is `nan`."""
+    return mmbench_lmms(text, dict.fromkeys(LETTERS, "nan") | options)
+
+
+RULES = {
+    OFFICIAL: _rule("the only letter, not A in more than three words, else the only option's text; no judge",
+                    lambda text, options: (choose(text, options), "the only letter or the only option's text")),
+    LMMS: _rule("as official, and letters with marks around them; absent options are 'nan'; no judge", _with_nan),
+    VLMEVAL: _rule("the only letter, among the last four words, else the only option's text; no judge", vlmevalkit),
+}  # fmt: skip
 
 
 def _chosen(answer: Answer, label: Label) -> str:
@@ -106,6 +139,7 @@ class MMBench(Benchmark):
     name, what = "mmbench", "MMBench: right in all rotations of the options"
     suffix = LETTER
     own_fields = ("round_id",)
+    rules = RULES
 
     def questions(self, path: str) -> Iterator[Question]:
         """All rounds: the rows, and their rotations unless these are rows of their own."""

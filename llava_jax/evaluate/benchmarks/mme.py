@@ -1,7 +1,7 @@
 """MME: two yes-or-no questions about each image, in ten categories of perception and four of cognition."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from llava_jax.evaluate.benchmark import SHORT, Benchmark, Group, Labels, regist
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.rule_texts import yes_or_no
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 
 PARTS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
@@ -43,6 +45,32 @@ def read_answer(text: str) -> str:
     """`yes` or `no`, which the official tool looks for in the first four characters; else `other`, which is wrong."""
     beginning = text.lower()[:4]
     return next((word for word in ("yes", "no") if word in beginning), "other")
+
+
+def lmms_answer(text: str) -> str:
+    """As the official tool, after white space at both ends and full stops are removed; y and n are yes and no."""
+    text = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(text, read_answer(text))
+
+
+def _rule(what: str, read: Callable[[str], str | None], parts: Sequence[str]) -> Rule:
+    """A rule whose score is the sum of accuracy and accuracy+ over the categories of `parts`."""
+
+    def reading(text: str, label: Label) -> Reading:
+        said = read(text)
+        return Reading(float(said == label.right), None if said == "other" else said, what)
+
+    def terms(cases: Sequence[Case]) -> Iterator[Term]:
+        images: dict[tuple[str, str], list[Case]] = defaultdict(list)
+        for case in cases:
+            images[case.label.category, case.label.image].append(case)
+        for (category, image), own in images.items():
+            part = next(part for part, names in PARTS.items() if category in names)
+            got = _score([[bool(case.reading.score) for case in own]])["score"] / 100
+            name = f"{category}/{image}"
+            yield Term(name, tuple(own), got, 2.0, category, (part, category), name, part in parts)
+
+    return Rule(f"{' and '.join(parts)}; {what}", reading, terms, points=200.0, sums=True)
 
 
 def _score(images: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -103,6 +131,11 @@ LABEL_FORMATS.add(LabelFormat("mme", "MME's folder", ("mme",), read))
 class Mme(Benchmark):
     name, what = "mme", "MME: perception and cognition, accuracy and accuracy+"
     suffix = SHORT
+    rules = {
+        OFFICIAL: _rule("yes or no in the first four characters", read_answer, ("perception",)),
+        LMMS: _rule("yes or no in the first four characters, without full stops", lmms_answer, ("perception",)),
+        VLMEVAL: _rule("the only one of the words yes and no", yes_or_no, tuple(PARTS)),
+    }
 
     def questions(self, path: str) -> Iterator[Question]:
         """From MME's own folder; images are named relative to it. The suffix of the v1.5 release replaces MME's request

@@ -15,6 +15,8 @@ from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.rule_texts import yes_or_no
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 
 SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 SAMPLINGS = ("adversarial", "popular", "random")
@@ -25,6 +27,7 @@ ASKS = re.compile(r"Is there an? (.+?) in the ima\w+\?", re.IGNORECASE)  # some 
 class Label(NamedTuple):
     category: str
     present: bool
+    image: str = ""
 
     @property
     def right(self) -> str:
@@ -35,6 +38,34 @@ def says_yes(text: str) -> bool:
     """As in the original, everything is a yes unless `no` or `not` is a word of the first sentence."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return {"No", "not", "no"}.isdisjoint(words)
+
+
+def _reading(said: bool | None, label: Label, why: str) -> Reading:
+    return Reading(float(said is label.present), {True: "yes", False: "no", None: None}[said], why)
+
+
+def official(text: str, label: Label) -> Reading:
+    return _reading(says_yes(text), label, "no or not in the first sentence, else yes")
+
+
+def lmms_eval(text: str, label: Label) -> Reading:
+    return _reading({"yes": True, "no": False}.get(text.lower().strip()), label, "the whole answer")
+
+
+def vlmevalkit(text: str, label: Label) -> Reading:
+    return _reading({"yes": True, "no": False}.get(yes_or_no(text)), label, "the only one of the words yes and no")
+
+
+def f1_terms(cases: Sequence[Case], missed: Sequence[str | None], pooled: bool = True) -> Iterator[Term]:
+    """F1 of yes, of all answers (`pooled`) or as the mean over samplings: 2 of 2 for a yes that is right, 0 of 1 for
+    one that is wrong, and for what is not found: an object to which the answer is one of `missed`."""
+    for case in cases:
+        said, label = case.reading.said, case.label
+        absent = bool(case.answer.absent) and not pooled  # wrong, whatever is right
+        of = (2.0 if said == "yes" else float(said in missed)) if label.present else float(said == "yes" or absent)
+        part = "" if pooled else label.category
+        name = f"{label.category} {case.answer.where}"
+        yield Term(name, (case,), of if of == 2.0 else 0.0, of, part, (label.category,), label.image)
 
 
 def _shares(answers: Sequence[tuple[bool | None, bool]]) -> dict[str, float | None]:
@@ -66,7 +97,7 @@ def read(path: str) -> Iterator[Entry]:
         if label not in ("yes", "no"):
             raise UserError(f"{line.where}: the label is {label}, neither yes nor no")
         key = _key(category, (line.text("image"),), line.text("text"))
-        yield Entry(question_id(line), Label(category, label == "yes"), line.where, key)
+        yield Entry(question_id(line), Label(category, label == "yes", line.text("image")), line.where, key)
 
 
 def _key(category: str, images: Sequence[Any], text: str) -> str:
@@ -88,6 +119,14 @@ LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
 class Pope(Benchmark):
     name, what = "pope", "POPE: F1 of yes, over three samplings"
     suffix = SHORT
+    rules = {
+        OFFICIAL: Rule("mean of F1 over the samplings; yes unless the first sentence has no or not", official,
+                       lambda cases: f1_terms(cases, ("no", None), pooled=False)),
+        LMMS: Rule("F1 of all answers; the whole answer is yes or no, and others are in no recall", lmms_eval,
+                   lambda cases: f1_terms(cases, ("no",))),
+        VLMEVAL: Rule("F1 of all answers; the only one of the words yes and no, else no", vlmevalkit,
+                      lambda cases: f1_terms(cases, ("no", None))),
+    }  # fmt: skip
 
     def labels(self, entries: Sequence[Entry], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
         """By sampling, image and object. Raises `UserError` if an answer may be to several samplings."""

@@ -11,6 +11,8 @@ from llava_jax.evaluate.answers import Answer, count_absent, is_lines, join, per
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.label_formats import field
 from llava_jax.evaluate.outcomes import Outcome
+from llava_jax.evaluate.rule_options import scienceqa_lmms, vlmevalkit
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
 from llava_jax.evaluate.sheets import is_sheet
 
 OPTIONS = "ABCDE"
@@ -58,12 +60,12 @@ def score(pairs: list[tuple[int, Problem]]) -> dict[str, Any]:
     return columns | {"correct": correct, "total": len(right), "failed": sum(i == FAILED for i, _ in pairs)}
 
 
-def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem]) -> Iterator[Outcome]:
+def outcomes(answers: Mapping[str, Answer], problems: Mapping[str, Problem], rule: str = OFFICIAL) -> Iterator[Outcome]:
     """The outcome of each answered problem, to compare runs."""
     for ident, problem in problems.items():
         if ident not in answers:
             continue
-        option, right = choice(answers[ident], problem), problem["answer"]
+        option, right = choice(answers[ident], problem, rule), problem["answer"]
         yield Outcome(
             ident,
             tuple(name for name, belongs in COLUMNS.items() if name != "Avg" and belongs(problem)),
@@ -80,11 +82,27 @@ def labelled(problem: Problem) -> list[str]:
     return [f"({letter}) {text}" for letter, text in zip(OPTIONS, problem["choices"], strict=False)]
 
 
-def choice(answer: Answer, problem: Problem) -> int:
+def _toolkit(read: Callable[[str, Mapping[str, str]], tuple[str, str]]) -> Callable[[str, Sequence[str]], int]:
+    def index(text: str, choices: Sequence[str]) -> int:
+        letter, _ = read(text, dict(zip(OPTIONS, choices, strict=False)))
+        found = OPTIONS.find(letter) if letter else FAILED
+        return found if found < len(choices) else FAILED
+
+    return index
+
+
+RULES: dict[str, Callable[[str, Sequence[str]], int]] = {  # (text, options) -> the index of the one it chooses
+    OFFICIAL: lambda text, choices: extract(text, len(choices)),
+    LMMS: _toolkit(lambda text, options: scienceqa_lmms(text)),
+    VLMEVAL: _toolkit(vlmevalkit),
+}
+
+
+def choice(answer: Answer, problem: Problem, rule: str = OFFICIAL) -> int:
     """The option of an answer, which is a text or an index."""
     choices = len(problem["choices"])
     if isinstance(answer.value, bool) or not isinstance(answer.value, int):
-        return answer.read(lambda text: extract(text, choices), FAILED)
+        return answer.read(lambda text: RULES[rule](text, problem["choices"]), FAILED)
     return answer.value if 0 <= answer.value < choices else FAILED
 
 
@@ -169,6 +187,8 @@ Options are read as in the original: the text is a letter, begins with `X. `, or
         add("--results", "--answers", required=True, metavar="F", help=kinds)
         add_problems(parser)
         add("--reextract", action="store_true", help="for a result JSON, read the texts again instead of the indices")
+        add("--as", dest="rule", choices=tuple(RULES), default=OFFICIAL, help="how a toolkit reads options (default: "
+            "%(default)s)")  # fmt: skip
         add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
         add("--outcomes", metavar="F", help="write the outcome of each problem, for `report`: DIR/NAME.outcomes.jsonl")
 
@@ -176,9 +196,9 @@ Options are read as in the original: the text is a letter, begins with `X. `, or
         problems = read_problems(args.problems, args.splits, args.split)
         answers = read_results(args.results, args.partial, ("outputs",) if args.reextract else STORED)
         joined = join(answers, problems, args.results, args.partial)
-        scores = score([(choice(answer, problem), problem) for answer, problem in joined.pairs])
+        scores = score([(choice(answer, problem, args.rule), problem) for answer, problem in joined.pairs])
         scores |= count_absent(answer for answer, _ in joined.pairs) | joined.incomplete
-        return scores, outcomes(answers, problems)
+        return scores, outcomes(answers, problems, args.rule)
 
     def table(self, scores: Mapping[str, Any]) -> str:
         return table(scores)

@@ -6,17 +6,19 @@ The question ids of published answers are those of images, so the prompt says wh
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.benchmarks.vqa import Label
-from llava_jax.evaluate.benchmarks.vqa_answers import soft_accuracy, submitted
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.rule_texts import vqa_words
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule, plain
+from llava_jax.evaluate.vqa_answers import soft_accuracy, submitted
 
 AMONG_TOKENS = re.compile(r"^OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
 APART = ("Reference OCR token:", SHORT)
@@ -87,6 +89,14 @@ def asked_in(prompt: str) -> str:
     return "\n".join(line for line in prompt.split("\n") if not line.startswith(APART))
 
 
+def _soft(words: Callable[[str], str]) -> Callable[[str, Label], Reading]:
+    def read(text: str, label: Label) -> Reading:
+        said = words(text)
+        return Reading(soft_accuracy(said, [words(one) for one in label.answers]), said, "compared as words")
+
+    return read
+
+
 LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
 
 
@@ -94,6 +104,11 @@ LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("text
 class TextVqa(Benchmark):
     name, what = "textvqa", "TextVQA: soft accuracy"
     suffix = SHORT
+    rules = {
+        OFFICIAL: Rule("soft accuracy of ten people; words as the release compares them", _soft(submitted), plain),
+        LMMS: Rule("soft accuracy of ten people; words as the release compares them", _soft(submitted), plain),
+        VLMEVAL: Rule("soft accuracy of ten people; a full stop next to a digit stays", _soft(vqa_words), plain),
+    }
 
     def questions(self, path: str) -> Iterator[Question]:
         """Without the OCR tokens that the v1.5 release adds in its own file of questions."""

@@ -1,17 +1,19 @@
 """VQAv2, VizWiz and GQA: questions with short answers."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, register
-from llava_jax.evaluate.benchmarks.vqa_answers import official, soft_accuracy, submitted
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
+from llava_jax.evaluate.rule_options import PUNCTUATION
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule, plain
+from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -64,6 +66,21 @@ def read_gqa(path: str) -> Iterator[Entry]:
         structure = field(field(value, "types", where), "structural", where)
         kind = "open" if structure == "query" else "binary"
         yield Entry(ident, Label((field(value, "answer", where, str),), kind), where)
+
+
+def _without_punctuation(text: str) -> str:
+    return text.lower().translate(PUNCTUATION)
+
+
+def _trimmed(text: str) -> str:
+    return text.strip().lower()
+
+
+def _exact(what: str, said: Callable[[str], str], right: Callable[[str], str]) -> Rule:
+    def read(text: str, label: Label) -> Reading:
+        return Reading(float(said(text) == right(label.answers[0])), said(text), what)
+
+    return Rule(f"exact answers {what}", read, plain)
 
 
 def _array(entries: Sequence[dict[str, Any]]) -> bytes:
@@ -152,6 +169,11 @@ class Gqa(Benchmark):
     name, what = "gqa", "GQA: exact answers"
     suffix = SHORT
     ids = r"[^\W_]{1,10}"
+    rules = {
+        OFFICIAL: _exact("without case and full stops at the end", gqa_prediction, str),
+        LMMS: _exact("without case and punctuation", _without_punctuation, _without_punctuation),
+        VLMEVAL: _exact("without case and white space at the ends", _trimmed, _trimmed),
+    }
 
     def questions(self, path: str) -> Iterator[Question]:
         for where, ident, question in entries_by_id(path):

@@ -1,0 +1,207 @@
+"""Benchmarks of the tables of 2025 and 2026: a file of questions with images inside, prompts by toolkit, and a rule of
+scoring by toolkit. A subclass says how a row becomes an `Item`, and has the two tables."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from llava_jax.cli import UserError, short, warn
+from llava_jax.evaluate import dataset_files as files
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, check_asked, question_id
+from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
+from llava_jax.evaluate.dataset_files import LETTERS, Item
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
+from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
+
+VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
+REPLIES = ("content", "extraction", "review", "gpt4v_output_gpt_check")  # fields with what a judge said of an answer
+Prompt = Callable[[Item], str]
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+def lettered(item: Item, form: str = "{}. {}") -> str:
+    """The options, one a line, each line after a line break."""
+    return "".join("\n" + form.format(*option) for option in zip(LETTERS, item.options, strict=False))
+
+
+def vlmevalkit_choice(item: Item) -> str:
+    """The prompt of VLMEvalKit's LLaVA class for questions with options."""
+    hint = f"{item.more['hint']}\n" if item.more.get("hint") else ""
+    return f"{hint}{item.question}{lettered(item)}\n{LETTER if item.options else 'Answer the question directly.'}"
+
+
+def vlmevalkit_api_choice(item: Item) -> str:
+    hint = f"Hint: {item.more['hint']}\n" if item.more.get("hint") else ""
+    asks = (
+        f"\nOptions:{lettered(item)}\nPlease select the correct answer from the options above. " if item.options else ""
+    )
+    return f"{hint}Question: {item.question}{asks}\n"
+
+
+def bare(item: Item) -> str:
+    return item.question
+
+
+def short_answer(item: Item) -> str:
+    return f"{item.question}\n{SHORT}"
+
+
+CHOICE = {VLMEVAL: vlmevalkit_choice, VLMEVAL_API: vlmevalkit_api_choice}
+
+
+class _Labels(Labels):
+    """Labels of which some need no answer: those of `skipped` keys."""
+
+    skipped: frozenset[str] = frozenset()
+
+    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
+        counted = [line for line in lines if self.key(line) not in self.skipped]
+        if len(counted) < len(lines):
+            warn(f"{lines[0].where}: {len(lines) - len(counted)} answers to questions that are not scored are left out")
+        return super().answers(counted, names)
+
+
+class RuledBenchmark(Benchmark):
+    """Attributes:
+    prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
+    shares_images: whether several questions share an image that only its content identifies.
+    unscored: kinds of items that are neither asked nor scored, if there are others.
+    prediction: the field of a submission that has the answer.
+    """
+
+    prompts: Mapping[str, Prompt] = {}
+    prompt = LMMS
+    default_rule = OFFICIAL
+    shares_images = False
+    unscored: Sequence[str] = ()
+    prediction = "prediction"
+
+    def __init_subclass__(cls) -> None:
+        cls.rule = cls.rules.get(cls.default_rule)
+
+    def item(self, line: Line, number: int) -> Item:
+        """The item in a row."""
+        raise NotImplementedError
+
+    def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[str | bytes, ...]]]:
+        """The items of a file with their images, which are read on demand, or if they tell what is shared."""
+        own = images or self.shares_images
+        found = files.numbered(path, own)
+        by_index: dict[str, str] = {}
+        if own and str(path).endswith((".tsv", ".xlsx")):
+            found = list(found)
+            by_index = {str(line.value.get("index")): str(line.value.get("image")) for _, line in found}
+        kept: dict[str, tuple[str | bytes, ...]] = {}  # equal images are in memory once
+        for number, line in found:
+            item, shown = self.item(line, number), files.images(line.value, line.where, by_index) if own else ()
+            if shown and (images or not item.cluster):
+                name = files.fingerprint(shown)
+                shown = kept.setdefault(name, shown) if images else ()
+                if self.shares_images and not item.cluster:
+                    item = item._replace(cluster=name)
+            yield item._replace(cluster=item.cluster or f"{item.kind} {item.id}"), shown
+
+    def _scored(self, items: Sequence[Item]) -> set[str]:
+        """The kinds that are asked and scored: all but `unscored`, or these if there are no others."""
+        kinds = {item.kind for item in items}
+        return kinds.difference(self.unscored) or kinds
+
+    def questions(self, path: str) -> Iterator[Question]:
+        found = list(self.read(path, images=True))
+        kinds = self._scored([item for item, _ in found])
+        for item, images in found:
+            if item.kind in kinds:
+                text = self.prompts[self.prompt](item)
+                shown, marked = self.placed(text, images)
+                extra = {"category": item.kind} if item.kind else {}
+                yield Question(item.id, text, shown, extra, marked)
+
+    def placed(self, text: str, images: tuple[str | bytes, ...]) -> tuple[tuple[str | bytes, ...], str]:
+        """The images that are shown with a prompt, and the prompt with `<image>`s if these are not at its beginning."""
+        return images, ""
+
+    def answer_id(self, line: Line) -> str:
+        """The id of the question that a line answers."""
+        return question_id(line)
+
+    def labels(self, entries: Sequence[Item], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
+        """By id; items of several kinds with the same id also by kind, which is the `category` of an answer."""
+        kinds = self._scored(entries)
+        of_id: dict[str, set[str]] = {}
+        for item in entries:
+            of_id.setdefault(item.id, set()).add(item.kind)
+
+        def name(ident: str, kind: str) -> str:
+            return ident if len(of_id.get(ident, ())) < 2 else f"{kind} {ident}"
+
+        rows = {item.number: item for item in entries if item.kind in kinds}
+        by_row = len(rows) == sum(item.kind in kinds for item in entries)
+
+        def key(line: Line) -> str:
+            if "doc_id" in line.value and not any(field in line.value for field in (*files.IDS, "image")):
+                return self._of_row(line, rows if by_row else {}, name)
+            return name(self.answer_id(line), str(line.value.get("category", "")))
+
+        named = ((name(item.id, item.kind), item._replace(number=0), item.where) for item in entries)
+        items = once(((key, item._replace(where=""), where) for key, item, where in named),
+                     "question {key} has another label before")  # fmt: skip
+        replies = {key(line): str(files.first(line.value, *REPLIES)) for line in lines
+                   if files.first(line.value, *REPLIES) is not None}  # fmt: skip
+        found = _Labels({ident: item._replace(reply=replies.get(ident)) for ident, (item, _) in items.items()
+                         if item.kind in kinds}, key)  # fmt: skip
+        found.skipped = frozenset(ident for ident, (item, _) in items.items() if item.kind not in kinds)
+        return found
+
+    def _of_row(self, line: Line, rows: Mapping[int, Item], name: Callable[[str, str], str]) -> str:
+        """The key of an answer of lmms-eval's log, which has the number of a row and the right answer (`target`)."""
+        item, target = rows.get(_number(line)), str(line.value.get("target", ""))
+        if item is None:
+            raise UserError(f"{line.where}: doc_id {line.value['doc_id']}: the labels have no such row")
+        if target and item.answers and target.strip() not in {*item.answers, str(list(item.answers)), item.right[3:]}:
+            raise UserError(
+                f"{line.where}: doc_id {line.value['doc_id']} has the right answer {short(target)!r}, but that row of "
+                f"the labels has {short(item.answers[0])!r}: they are of another version or in another order"
+            )
+        return name(item.id, item.kind)
+
+    def score(self, pairs: Pairs) -> Scores:
+        return self.rules[self.default_rule].scores(self.default_rule, pairs)
+
+    def groups(self, pairs: Pairs) -> Iterator[Group]:
+        return groups_of(self.rules[self.default_rule], pairs)
+
+    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+        """The rows of the benchmark's own file without images, with the answers, as VLMEvalKit reads them."""
+        if own is None:
+            raise UserError(
+                "--labels: the benchmark's own file is needed, since its rows are handed in with the answers"
+            )
+        items = {item.id: item for item, _ in self.read(own)}
+        answers = by_key(lines, self.answer_id)
+        check_asked(answers, items, own)
+        rows = [
+            {name: value for name, value in items[ident].more.items() if name not in files.IMAGES}
+            | {"index": items[ident].more.get("index", ident), self.prediction: answer.text or ""}
+            for ident, answer in answers.items()
+        ]
+        return json.dumps(rows, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def _number(line: Line) -> int:
+    number = line.value["doc_id"]
+    if not str(number).isdecimal():
+        raise UserError(f"{line.where}: doc_id {short(str(number))} is no number of a row")
+    return int(number)
+
+
+def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:
+    """Class decorator that adds a benchmark and the format of its files."""
+    register(benchmark)
+    one = benchmark()
+    LABEL_FORMATS.add(LabelFormat(
+        one.name, one.label_files, (one.name,), lambda path: [item for item, _ in one.read(path)]
+    ))  # fmt: skip
+    return benchmark

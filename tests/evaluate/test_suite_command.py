@@ -1,0 +1,112 @@
+"""One command for a table, judges of answers, and their agreement, with a scripted server."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scripted_llm import ScriptedLLM
+
+from llava_jax.cli import UserError
+from llava_jax.evaluate import __main__ as evaluate
+from tests.evaluate.test_dataset_files import RED, ai2d, parquet
+from tests.evaluate.test_rules import MATH
+from tests.evaluate.test_suite import answer, jsonl, write
+
+
+def test_a_table_with_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """The same command asks nothing again."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    parquet(data / "ai2d/test-00000-of-00001.parquet", [ai2d(RED, "1"), ai2d(RED, "0")])
+    math = [row | {"image": {"bytes": RED}} for row in MATH[:2]]
+    parquet(data / "mathvista/testmini-00000-of-00001.parquet", math)
+    command = ["suite", "2026", f"--data={data}", f"--output={output}", "--benchmarks", "ai2d", "mathvista", "docvqa"]
+    with ScriptedLLM(reply=lambda body: "B") as server:
+        for _ in range(2):
+            evaluate.main([*command, "--endpoint", server.url, "--model", "tiny-llava"])
+        assert server.completions == 4
+    printed = capfd.readouterr()
+    assert f"{data / 'docvqa'}: has no *.tsv or validation-*.parquet" in printed.err
+    results = json.loads((output / "results.json").read_text())
+    scores = {(row["benchmark"], row["rule"]): row["score"] for row in results["rows"]}
+    rules = ("official", "lmms-eval", "vlmevalkit")
+    assert scores == {(name, rule): 50.0 for name in ("ai2d", "mathvista") for rule in rules}
+    assert results["model"] == "tiny-llava"
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    assert [row["score"] for row in rows] == ["50.00"] * 6
+    assert (output / "results.md").read_text().count("| ai2d |") == 3
+    assert "<td>lmms-eval</td><td>50.00</td>" in (output / "results.html").read_text()
+    _, metadata, card = (output / "README.md").read_text().split("---\n", 2)
+    (model,) = yaml.safe_load(metadata)["model-index"]
+    assert model["results"][1]["metrics"][0] == {
+        "type": "score", "name": "lmms-eval rule", "value": 50.0, "verified": False,
+    }  # fmt: skip
+    assert card.startswith("\n# tiny-llava\n")
+    assert sorted(file.name for file in (output / "outcomes").iterdir()) == [
+        "ai2d.outcomes.jsonl", "mathvista.outcomes.jsonl",
+    ]  # fmt: skip
+    evaluate.main([*command, "--dry-run"])
+    assert "ai2d: " in capfd.readouterr().out
+    with pytest.raises(UserError, match="--benchmarks mm-vet: is not in the table 2026, which has mmmu, "):
+        evaluate.main(["suite", "2026", f"--data={data}", f"--output={output}", "--benchmarks", "mm-vet"])
+    with pytest.raises(UserError, match="has none of the benchmarks of v1.5"):
+        evaluate.main(["suite", "v1.5", f"--data={data}", f"--output={output}"])
+
+
+def judge(folder: Path, name: str, lines: list[dict[str, Any]], labels: str, reply: Any) -> tuple[list[Any], int]:
+    answers, out = write(folder / "answers.jsonl", jsonl(lines)), folder / "judged.jsonl"
+    with ScriptedLLM(reply=reply) as server:
+        evaluate.main(["judge", name, f"--answers={answers}", "--labels", labels, "--judge", "m", f"--output={out}",
+                       f"--base-url={server.url}"])  # fmt: skip
+        return [json.loads(line) for line in out.read_text().splitlines()], server.completions
+
+
+def test_a_judge_extracts_what_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    labels = write(tmp_path / "testmini.json", MATH[:3])
+    lines = [answer("0", "It is eight."), answer("1", "4"), answer("2", "")]
+    judged, asked = judge(tmp_path, "mathvista", lines, labels, lambda body: "B")
+    assert asked == 1  # the number needs no judge, and no answer is wrong anyway
+    assert [line.get("content") for line in judged] == ["B", None, None]
+    capsys.readouterr()
+    for rule in ("official", "vlmevalkit"):
+        evaluate.main(["score", "mathvista", f"--answers={tmp_path / 'judged.jsonl'}", f"--labels={labels}", "--json",
+                       "--as", rule])  # fmt: skip
+        scores = json.loads(capsys.readouterr().out)
+        assert (scores["score"], scores["failed"], scores["judge"]) == (66.67, 1, "m")
+
+
+def test_the_judge_of_wilder_sees_the_image(tmp_path: Path):
+    rows = [{"question_id": "a", "Question": "What?", "Answer": "A dog.", "image": {"bytes": RED}}]
+    labels = parquet(tmp_path / "test-00000-of-00001.parquet", rows)
+    seen = []
+
+    def reply(body: dict[str, Any]) -> str:
+        seen.append(body["messages"][-1]["content"])
+        return "10 8\nFine."
+
+    judged, _ = judge(tmp_path, "wilder", [answer("a", "A cat.")], labels, reply)
+    assert judged[0]["content"] == "10 8\nFine."
+    image, text = seen[0]
+    assert image["image_url"]["url"].startswith("data:image")
+    assert "[Assistant 1]\nA dog.\n\n[Assistant 2]\nA cat." in text["text"]
+
+
+def test_agreement_of_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def agree(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
+        files = [write(tmp_path / name, jsonl([{"question_id": i} | line for i, line in enumerate(lines)]))
+                 for name, lines in (("a.jsonl", first), ("b.jsonl", second))]  # fmt: skip
+        evaluate.main(["agreement", *files, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    words = [{"content": word} for word in ("correct", "correct", "incorrect", "incorrect")]
+    other = [{"content": word} for word in ("Correct.", "incorrect", "incorrect", "incorrect")]
+    # Three of four are the same; by chance it would be half of them: 2/4 x 1/4 + 2/4 x 3/4.
+    assert agree(words, other) == {"total": 4, "same": 75.0, "kappa": 0.5}
+    reviews = [{"tuple": [10, score], "content": "?"} for score in (2, 5, 8)]
+    texts = [{"content": f"10 {score}\nSo."} for score in (3, 6, 9)]
+    assert agree(reviews, texts) == {
+        "total": 3, "same": 0.0, "kappa": 0.0, "pearson": 1.0, "spearman": 1.0, "difference": 10.0,
+    }  # fmt: skip
+    assert agree(reviews, [*texts[:2], {"content": "Fine.", "tuple": [-1, -1]}])["total"] == 2
