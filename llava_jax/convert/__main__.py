@@ -44,7 +44,7 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("--llm", metavar="DIR", help="a LLaMA, Mistral, Qwen or Phi-3 with its tokenizer, or a GGUF file of one")
+    add("--llm", metavar="DIR", help="a LLaMA, Mistral, Qwen, Phi-3 or Gemma 3 with its tokenizer, or as GGUF")
     add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower; with --llava if that has none")
     add("--projector", metavar="FILE", help="a projector, safetensors or .bin (default: a fresh one)")
     add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a complete model, an adapter, a "
@@ -62,6 +62,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         "with --llava an export of this project says it)")  # fmt: skip
     add("--select-layer", type=int, metavar="N", help="layer whose features are used (default: -2, or the source's)")
     add("--select-feature", choices=("patch", "cls_patch"), help="without or with the class token (default: patch)")
+    add("--grid-order", choices=("original", "transformers"), help="of a LLaVA-1.6: whose code trained it, which "
+        "decides between 1 x 2 and 2 x 1 tiles of small images (default: whose files they are)")  # fmt: skip
     add("--rows", choices=("source", "tokenizer"), default="source", help="rows of embeddings and head: those of the "
         "source, or one an id of the tokenizer, new ones the mean of the others (default: %(default)s)")  # fmt: skip
     add("--base-dtype", choices=("int8", "nf4"), default="", help="quantize the linear layers of the language "
@@ -73,6 +75,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
 def _import(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.unmerged and not args.llava:
         parser.error("--unmerged goes with --llava")
+    if args.grid_order and not args.llava:
+        parser.error("--grid-order goes with --llava")
     from llava_jax.convert.found import Options
     from llava_jax.convert.import_weights import import_backbones, import_llava
 

@@ -25,6 +25,7 @@ class Options:
     image_position: str | None = None  # default: first, as LLaVA-1.5 was trained
     select_layer: int | None = None  # default: -2
     select_feature: str | None = None  # default: patch
+    grid_order: str | None = None  # "original" or "transformers": who trained it; default: whose files they are
     seed: int = 0  # of a fresh projector
     unmerged: bool = False  # an adapter stays beside the weights
     base_dtype: str = ""  # of the language model's linear layers, see `models.quantized`

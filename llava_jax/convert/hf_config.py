@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_text import text_part, write_text
+from llava_jax.convert.hf_text import is_tied, text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.data.anyres import GRIDS, AnyRes, Grid
 from llava_jax.models.config import CLIP_L_14_336, LlavaConfig, VisionConfig
@@ -62,9 +62,9 @@ def _tower_type(config: Json, supported: Collection[str], where: str) -> str:
     return one_of(config, "model_type", supported, where)
 
 
-def read_llava(config: Json, where: str) -> LlavaConfig:
+def read_llava(config: Json, where: str, widths_first: bool = False) -> LlavaConfig:
     """The `config.json` of a `llava` or `llava_next`. That of a `llava` does not say how images are preprocessed: see
-    hf_processor.py.
+    hf_processor.py. `widths_first`: see `read_grids`.
 
     Raises UserError naming what is unsupported.
     """
@@ -78,9 +78,10 @@ def read_llava(config: Json, where: str) -> LlavaConfig:
     activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", hf_projectors(), where)
     anyres = None
     if model_type == "llava_next" or config.get("image_grid_pinpoints"):  # the first ones were called llava
-        found = config.get("image_grid_pinpoints")
+        found, side = config.get("image_grid_pinpoints"), tower.image_size
+        found = [[grid.rows * side, grid.columns * side] for grid in GRIDS] if found is None else found
         with in_words_of_hf(where):
-            anyres = AnyRes(read_grids(found, tower.image_size, where) if found is not None else GRIDS)
+            anyres = AnyRes(read_grids(found, side, where, widths_first))
     return llava_config(
         where,
         image_aspect="anyres" if anyres else "pad",
@@ -95,8 +96,9 @@ def read_llava(config: Json, where: str) -> LlavaConfig:
     )
 
 
-def read_grids(pinpoints: Any, side: int, where: str, widths_first: bool = False) -> tuple[Grid, ...]:
-    """The grids of `image_grid_pinpoints`, heights and widths in pixels; the original has the widths first."""
+def read_grids(pinpoints: Any, side: int, where: str, widths_first: bool) -> tuple[Grid, ...]:
+    """The grids of `image_grid_pinpoints`, which transformers reads as height and width in pixels, the original as
+    width and height."""
     pairs = pinpoints if isinstance(pinpoints, list) else [pinpoints]
     for pair in pairs:
         numbers = isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
@@ -202,4 +204,4 @@ def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> i
 
 
 def _is_tied(config: Json, text: Json, where: str) -> bool:
-    return any(get(part, "tie_word_embeddings", False, where) for part in (config, text))
+    return get(config, "tie_word_embeddings", False, where) or is_tied(text, f"{where}, text_config")

@@ -96,7 +96,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     """A LLaVA, with an `adapter` added if one is given, and the adapter's tokenizer if it has one."""
     where = str(directory / "config.json")
     source_json = read_object(directory / "config.json")
-    config = hf_config.read_llava(source_json, where)
+    config = hf_config.read_llava(source_json, where, widths_first=options.grid_order == "original")
     tensors = open_directory(directory)
     if adapter:
         require_base(adapter, config.text)

@@ -76,7 +76,7 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     select_feature = get(settings, "mm_vision_select_feature", "patch", where)
     refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
-    anyres = _anyres(settings, tower.config, where)
+    anyres = _anyres(settings, tower.config, where, widths_first=options.grid_order != "transformers")
     refuse_contradiction(where, "--aspect", options.aspect if anyres else None, "anyres")
     im_start_end = get(settings, "mm_use_im_start_end", False, where)
     config = hf_config.llava_config(
@@ -177,7 +177,7 @@ def _aspect(settings: Json, where: str) -> str:
     return aspect
 
 
-def _anyres(settings: Json, tower: VisionConfig, where: str) -> AnyRes | None:
+def _anyres(settings: Json, tower: VisionConfig, where: str, widths_first: bool) -> AnyRes | None:
     """How images become tiles; None without AnyRes."""
     field = "mm_patch_merge_type"
     if settings.get("image_aspect_ratio") != "anyres":
@@ -186,7 +186,7 @@ def _anyres(settings: Json, tower: VisionConfig, where: str) -> AnyRes | None:
     merge = one_of({field: "flat"} | settings, field, MERGES, where)
     grids = get(settings, "image_grid_pinpoints", [], where)
     with in_words_of_hf(where):
-        return AnyRes(hf_config.read_grids(grids, tower.image_size, where, widths_first=True), merge)
+        return AnyRes(hf_config.read_grids(grids, tower.image_size, where, widths_first), merge)
 
 
 class _Tower(NamedTuple):

@@ -133,6 +133,8 @@ def _as_trained(options: Options, path: Path) -> Options:
 
 def _find(places: dict[str, Located], options: Options) -> Found:
     found, path = _find_merged(places, options), places["llava"].path
+    if options.grid_order and not found.config.anyres:
+        raise UserError(f"{path}: is no model with AnyRes: leave --grid-order out")
     if not options.unmerged:
         return found
     if not is_adapter(path):

@@ -221,8 +221,9 @@ def compare_logits(both: Both) -> Finding:
     import torch
 
     generator = both.generator
-    longest = min(PROMPT, generator.config.text.max_position_embeddings)
     prompt = generator.prompts.encode(both.request("a b c d e f g h " * PROMPT))
+    images_end = 1 + int(np.max(np.flatnonzero(prompt.image_feature_index != TEXT), initial=-1))
+    longest = min(max(PROMPT, images_end + PROMPT // 2), generator.config.text.max_position_embeddings)
     prompt = prompt._replace(tokens=prompt.tokens[:longest], image_feature_index=prompt.image_feature_index[:longest])
     with torch.no_grad():
         theirs = both.model(**both.inputs(prompt)).logits[0].numpy()

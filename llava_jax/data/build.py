@@ -23,7 +23,7 @@ from llava_jax.data.builder import LlavaBuilder
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
-from llava_jax.data.options import add_options, open_image_folder, require_images, text_encoder
+from llava_jax.data.options import add_options, open_image_folder, read_model, require_images, text_encoder
 from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
 from llava_jax.data.selection import images_of, open_json
@@ -198,7 +198,7 @@ def _write_texts(directory: epath.Path, source: Source) -> None:
 
 def _write_lengths(directory: epath.Path, source: Source, encode: TextEncoder) -> None:
     """Measures all samples and writes the lengths as the cache has them: opening the data set adopts them."""
-    from llava_jax.data.lengths import lengths_name, measure_once
+    from llava_jax.data.lengths import lengths_name, measure_once, stored
 
     encoded = EncodedSource(source, encode)
     path = directory / f"{lengths_name(encoded)}.npz"
@@ -206,7 +206,7 @@ def _write_lengths(directory: epath.Path, source: Source, encode: TextEncoder) -
         return
     lengths = measure_once(encoded)
     with atomic_path(path) as file, open(file, "wb") as target:
-        np.savez(target, lengths=np.stack(lengths))
+        np.savez(target, lengths=stored(encoded, lengths))
 
 
 def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike | ParquetImages, decode: bool) -> list[Shard]:
@@ -232,11 +232,12 @@ def _refuse(bad: list[BadImage]) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    source, folder = open_json(args.json), open_image_folder(args)
+    folder = open_image_folder(args)
+    source = open_json(args.json, folder)
     images = images_of(source, folder)
     if args.dataset and isinstance(images, ParquetImages):
         raise UserError(f"--dataset {args.dataset} is published as JSON and a folder, not as Parquet: leave it out")
-    settings = {"image_tokens": args.image_tokens, "max_length": args.max_length, "image_position": args.image_position}
+    settings = {"max_length": args.max_length, "image_position": args.image_position}
     build(
         source,
         images,
@@ -283,7 +284,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="do not decode images to find damaged ones (data.check does that, too)",
     )
     tokenizer = {"help": "store lengths: training with this tokenizer and the settings below does not measure them"}
-    add_options(parser, tokenizer=tokenizer, template={}, max_length={}, image_tokens={}, image_position={})
+    add_options(parser, checkpoint={}, tokenizer=tokenizer, template={}, max_length={}, image_position={})
+    add_options(parser, image_tokens={}, image_size={}, anyres={})
     parser.add_argument(
         "--beam",
         metavar="OPTIONS",
@@ -291,6 +293,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     require_images(parser, args)
+    read_model(args)
     if args.template and not args.tokenizer:
         parser.error("--template needs --tokenizer")
     return args

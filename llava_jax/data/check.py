@@ -21,8 +21,7 @@ from rich.text import Text
 from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
 from llava_jax.data.check_records import CheckedRecords, Problem
-from llava_jax.data.encoded import TextEncoder
-from llava_jax.data.options import add_options, open_image_folder, require_images
+from llava_jax.data.options import add_options, encoder_of, open_image_folder, read_model, require_images
 from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.records import load_json
 from llava_jax.data.selection import images_of
@@ -89,12 +88,15 @@ def find_problems(
     """All problems of a file and its folder of images. Sets the lengths and the padding of `report`."""
     yield from checked.read(tuple(special_tokens))
     yield from checked.duplicates()
-    yield from image_problems(checked, images, workers)
+    unreadable = set()  # samples with images that cannot be read
+    for problem in image_problems(checked, images, workers):
+        unreadable.add(problem.index)
+        yield problem
     if measuring and len(checked):
         lengths = measuring.measure(checked)
         report.lengths = measuring.describe(lengths)
         report.padding = measuring.padding(lengths)
-        yield from measuring.problems(checked, lengths)
+        yield from measuring.problems(checked, lengths, unreadable)
 
 
 def fix(checked: CheckedRecords, reasons: dict[int, list[str]], out: str) -> tuple[str, int]:
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
         special_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         measuring = _measuring(args, tokenizer)
-    checked, report, console = CheckedRecords(args.json, args.image_position), Report(), Console()
+    checked, report, console = CheckedRecords(args.json, args.image_position, images), Report(), Console()
     if checked.selected:
         images = images_of(checked.selected, images)
     if args.fix and isinstance(images, ParquetImages):
@@ -185,9 +187,8 @@ def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -
             raise
         say(f"lengths are not measured: {error}", file=sys.stderr)
         return None
-    encode = TextEncoder(
-        template, tokenizer, args.image_tokens, check_lengths.UNLIMITED, args.image_position, args.seed
-    )
+    settings = {"image_position": args.image_position, "seed": args.seed}
+    encode = encoder_of(args, template, tokenizer, max_length=check_lengths.UNLIMITED, **settings)
     return check_lengths.Measuring(encode, args.max_length, args.workers)
 
 
@@ -204,12 +205,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     tokenizer = {"help": "a Hugging Face tokenizer directory, to measure lengths"}
     length = {"default": None, "help": "report samples of more tokens"}
     add_options(parser, json={}, images={"required": False}, tokenizer=tokenizer, template={}, max_length=length)
-    add_options(parser, image_tokens={}, image_position={}, seed={})
+    add_options(parser, checkpoint={}, image_tokens={}, image_size={}, anyres={}, image_position={}, seed={})
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="default: one a core")
     parser.add_argument("--report", metavar="OUT", help="write counts, examples and lengths to OUT, as JSON")
     parser.add_argument("--fix", metavar="OUT", help="write good samples to OUT, the others to OUT's .rejects.jsonl")
     args = parser.parse_args(argv)
     require_images(parser, args)
+    read_model(args)
     for option, value in (("--max-length", args.max_length), ("--template", args.template)):
         if value is not None and not args.tokenizer:
             parser.error(f"{option} needs --tokenizer")

@@ -1,15 +1,17 @@
 """Checks the lengths of samples in tokens: which are too long, which keep no targets, and a histogram."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from llava_jax.cli import UserError
 from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.encoded import EncodedSource, TextEncoder
-from llava_jax.data.lengths import measure_once
+from llava_jax.data.features import Features
+from llava_jax.data.lengths import measure, measure_once
 from llava_jax.data.padding import padding_of_samples
 from llava_jax.data.plan import Lengths
 from llava_jax.data.template_fit import missing_marks
@@ -29,7 +31,8 @@ class Measuring:
     def measure(self, checked: CheckedRecords) -> Lengths:
         """The lengths before samples are cut; a sample that cannot be encoded has no tokens."""
         workers = self.workers if len(checked) >= IN_PROCESSES else 0
-        return measure_once(EncodedSource(checked, replace(self.encode, max_length=UNLIMITED), skip_bad=True), workers)
+        encoded = EncodedSource(checked, replace(self.encode, max_length=UNLIMITED), skip_bad=True)
+        return (measure if encoded.needs_sizes else measure_once)(encoded, workers)  # images may have changed
 
     @staticmethod
     def describe(lengths: Lengths) -> dict[str, Any]:
@@ -49,21 +52,38 @@ class Measuring:
         """The message of `padding_of_samples`; None without a maximal length."""
         return padding_of_samples(lengths, self.maximum) if self.maximum else None
 
-    def problems(self, checked: CheckedRecords, lengths: Lengths) -> Iterator[Problem]:
+    def problems(
+        self, checked: CheckedRecords, lengths: Lengths, unreadable: Collection[int] = ()
+    ) -> Iterator[Problem]:
+        """Problems of lengths, with AnyRes not of samples whose images are `unreadable`, which were reported."""
         if misfit := missing_marks(self.encode.template, self.encode.tokenizer):
             yield Problem("template", "-", misfit, -1, warning=True)
         for number in np.flatnonzero(lengths.tokens == 0).tolist():
+            if self.encode.tiling and checked.good[number] in unreadable:
+                continue
+            try:
+                self._features(checked, number)
+            except UserError as error:
+                yield Problem("image-size", checked[number].id, str(error), checked.good[number])
+                continue
             if any(role == "assistant" for role, _ in checked[number].turns):  # else it was reported
                 yield from self._nothing_learned(checked, number, UNLIMITED)
         if self.maximum is None:
             return
         for number in np.flatnonzero(lengths.tokens > self.maximum).tolist():
             length, images = int(lengths.tokens[number]), int(lengths.images[number])
-            text = length - images * self.encode.image_tokens
-            parts = f"{text} of text, {images} images of {self.encode.image_tokens}"
-            detail = f"{length} tokens ({parts}) will be cut to {self.maximum}"
+            under = sum(len(image.index) for image in self._features(checked, number))
+            tiles = f"{under} in {lengths.tiles[number]} tiles"
+            each = tiles if self.encode.tiling else self.encode.image_tokens
+            detail = (
+                f"{length} tokens ({length - under} of text, {images} images of {each}) will be cut to {self.maximum}"
+            )
             yield Problem("too-long", checked[number].id, detail, checked.good[number], warning=True)
             yield from self._nothing_learned(checked, number, self.maximum)
+
+    def _features(self, checked: CheckedRecords, number: int) -> list[Features]:
+        sample = checked[number]
+        return self.encode.features(sample, EncodedSource(checked, self.encode).sizes(number, sample))
 
     def _nothing_learned(self, checked: CheckedRecords, number: int, max_length: int) -> Iterator[Problem]:
         encoded = EncodedSource(checked, replace(self.encode, max_length=max_length))

@@ -11,7 +11,10 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, short, track
 from llava_jax.data.conversation import has_interleaved_images
+from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
+from llava_jax.data.image_folder import image_path
+from llava_jax.data.images import read_size
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
 from llava_jax.data.selection import is_one_json, open_json
@@ -49,10 +52,11 @@ class _Records:
 class CheckedRecords(Sequence[Sample]):
     """The good samples of a file: a `Source` of texts after `read` has ended."""
 
-    def __init__(self, path: epath.PathLike, image_position: str = "first"):
+    def __init__(self, path: epath.PathLike, image_position: str = "first", images: epath.PathLike = ""):
         self.path = path
         self.image_position = image_position
-        self.selected = None if is_one_json(path) else open_json(path, lenient=True)
+        self.images = images
+        self.selected = None if is_one_json(path) else open_json(path, images, lenient=True)
         self.file = None if self.selected else local_data(path)
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array
@@ -143,9 +147,14 @@ class CheckedRecords(Sequence[Sample]):
     def __getitem__(self, number: int) -> Sample:
         return self.sample(self.good[number])
 
+    def read_sizes(self, number: int, names: Sequence[str]) -> list[Size]:
+        if self.selected:
+            return self.selected.read_sizes(self.good[number], names)
+        return [read_size(image_path(self.images, name)) for name in names]
+
     def __getstate__(self) -> dict:
         """What reading processes need."""
-        names = ("path", "selected", "unit", "lines", "good", "records", "digest", "formats")
+        names = ("path", "images", "selected", "unit", "lines", "good", "records", "digest", "formats")
         return {name: self.__dict__[name] for name in names}
 
 

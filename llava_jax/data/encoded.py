@@ -106,15 +106,15 @@ class EncodedSource:
             )
         return segment
 
-    def count(self, index: int) -> tuple[int, int, int]:
-        """The positions, targets and tiles of a sample; zeros if it is bad and skipped."""
+    def count(self, index: int) -> tuple[int, int, int, int]:
+        """The `Lengths` of a sample; zeros if it is bad and skipped."""
         try:
             segment = self.segment(index, self.source[index])
         except UserError:
             if self.skip_bad:
-                return 0, 0, 0
+                return 0, 0, 0, 0
             raise
-        return len(segment.tokens), num_targets(segment), segment.num_tiles
+        return len(segment.tokens), num_targets(segment), segment.num_tiles, segment.num_images
 
     def bad_texts(self, indices: Iterable[int]) -> Iterator[BadSample]:
         """Yields those of the samples whose texts are bad."""

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from llava_jax.cli import Parser, one_line, printable, run, short, track, warn
+from llava_jax.data.features import Size
 from llava_jax.data.images import decode_image
-from llava_jax.data.options import add_options, open_image_folder, text_encoder
+from llava_jax.data.options import add_options, open_image_folder, read_model, text_encoder
 from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.selection import files_of, open_json
 from llava_jax.data.sources import Sample, Source, read_images
@@ -35,11 +36,13 @@ TARGET, IMAGE, MASKED = "bold green", "magenta", "dim"
 
 
 class ImageSize(NamedTuple):
-    """An image of a sample, upright, in pixels."""
+    """An image of a sample, upright, in pixels, and what it takes in the sequence."""
 
     name: str
     width: int
     height: int
+    tiles: int = 1
+    positions: int = 0  # 0 without AnyRes
 
 
 class Shown(NamedTuple):
@@ -77,7 +80,7 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     encode = text_encoder(
-        args, image_tokens=1, max_length=1, image_position=args.image_position, seed=args.seed
+        args, max_length=1, image_position=args.image_position, seed=args.seed
     )  # no sample is expanded or cut
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
@@ -90,6 +93,11 @@ def main(argv: list[str] | None = None) -> None:
     def shown(index: int) -> Shown:
         sample = samples[index]
         sizes = image_sizes(samples, index, sample) if shows_images else None
+        if sizes and encode.tiling:
+            features = encode.features(sample, [Size(size.width, size.height) for size in sizes])
+            sizes = [
+                size._replace(tiles=f.tiles, positions=len(f.index)) for size, f in zip(sizes, features, strict=True)
+            ]
         return Shown(sample, encode.ids(sample), sizes)
 
     if args.jsonl:
@@ -113,7 +121,8 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
                 "tokens": token_strings(encoded, tokenizer),
             }
             if images is not None:
-                line["images"] = [image._asdict() for image in images]
+                fields = ImageSize._fields[: None if images and images[0].positions else 3]
+                line["images"] = [{field: getattr(image, field) for field in fields} for image in images]
             file.write(json.dumps(line).encode() + b"\n")
 
 
@@ -125,8 +134,9 @@ def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> Non
         text = len(encoded.input_ids) - images
         ident = one_line(short(sample.id))
         console.rule(Text(f"{ident}: text tokens {text}, targets {targets}; images {images}"), align="left")
-        for name, width, height in sizes or ():
-            console.print(Text(f"{one_line(name)}: {width} x {height} pixels", IMAGE))
+        for name, width, height, tiles, positions in sizes or ():
+            taken = f", {tiles} tiles, {positions} positions" if positions else ""
+            console.print(Text(f"{one_line(name)}: {width} x {height} pixels{taken}", IMAGE))
         console.print(view(encoded, tokenizer))
 
 
@@ -140,10 +150,15 @@ def _limit(text: str) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.inspect", description=__doc__, epilog=EPILOG)
     images = {"required": False, "help": "the folder of its images: read them and show their sizes"}
-    add_options(parser, json={}, images=images, tokenizer={"required": True}, template={}, image_position={}, seed={})
+    add_options(parser, json={}, images=images, checkpoint={}, tokenizer={}, template={}, image_position={}, seed={})
+    add_options(parser, image_tokens={}, image_size={}, anyres={})
     parser.add_argument("--limit", type=_limit, metavar="N", help="show the first N samples only")
     parser.add_argument("--jsonl", metavar="OUT", help="write one JSON object a sample to OUT (- for standard output)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    read_model(args)
+    if not args.tokenizer:
+        parser.error("the following arguments are required: --tokenizer (or --checkpoint)")
+    return args
 
 
 if __name__ == "__main__":

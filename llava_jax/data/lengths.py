@@ -43,27 +43,32 @@ def measure(encoded: EncodedSource, workers: int = 0, first: int = 0, stride: in
     counts = read_ahead(starts.map(functools.partial(_counts, encoded, indices)), workers)
     if first == 0:
         counts = track(counts, f"Measuring samples, {MEASURED_TOGETHER} at a time", total=len(starts))
-    return Lengths(*np.concatenate([np.zeros((0, 3), np.int32), *counts]).T)
+    return Lengths(*np.concatenate([np.zeros((0, len(Lengths._fields)), np.int32), *counts]).T)
 
 
 def _counts(encoded: EncodedSource, indices: range, start: int) -> np.ndarray:
-    """int32[n, 3]: the counts of the next samples, from a place in `indices` on."""
+    """int32[n, 4]: the `Lengths` of the next samples, from a place in `indices` on."""
     return np.array([encoded.count(index) for index in indices[start : start + MEASURED_TOGETHER]], np.int32)
 
 
 def cached_lengths(encoded: EncodedSource) -> Lengths | None:
     """The lengths in the cache. Those with bad samples, which take no positions, count only if these are skipped."""
     found = cache.load(lengths_name(encoded))
-    stored = np.zeros(0) if found is None else found.get("lengths", np.zeros(0))
-    if stored.shape != (len(Lengths._fields), len(encoded)) or stored.dtype.kind != "i" or np.any(stored < 0):
+    parts = np.zeros(0) if found is None else found.get("lengths", np.zeros(0))
+    if parts.shape != (4 if encoded.needs_sizes else 3, len(encoded)) or parts.dtype.kind != "i" or np.any(parts < 0):
         return None
-    lengths = Lengths(*stored)
+    lengths = Lengths(*parts[:3], images=parts[-1])
     return lengths if encoded.skip_bad or lengths.tokens.all() else None
 
 
 def keep_lengths(encoded: EncodedSource, lengths: Lengths) -> None:
     """Writes the lengths to the cache."""
-    cache.save(lengths_name(encoded), lengths=np.stack(lengths))
+    cache.save(lengths_name(encoded), lengths=stored(encoded, lengths))
+
+
+def stored(encoded: EncodedSource, lengths: Lengths) -> np.ndarray:
+    """The lengths as files have them, without the images where each is one tile; int32[4, N] or int32[3, N]."""
+    return np.stack(lengths if encoded.needs_sizes else lengths[:3])
 
 
 def lengths_name(encoded: EncodedSource) -> str:

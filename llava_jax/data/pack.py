@@ -5,7 +5,6 @@ The sizes are for `config.pack`. Images are not read.
 
 import argparse
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,11 +12,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llava_jax.cli import Parser, UserError, positive, run, say, track
-from llava_jax.data.anyres import AnyRes, Tiling
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
-from llava_jax.data.options import add_options, open_image_folder, text_encoder
+from llava_jax.data.options import add_options, open_image_folder, read_model, text_encoder
 from llava_jax.data.packing import fill, image_slot_plans, pack_order
+from llava_jax.data.parquet import parquet_files
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.selection import open_json
 from llava_jax.files.writing import write_json
@@ -70,7 +69,7 @@ def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed:
             samples_a_row=1.0,
             rows=len(indices),
             positions_used=round(float(lengths.tokens.mean()) / max_length, 4),
-            image_slots_used=round(int(lengths.images.sum()) / (groups * max(layout.image_slots, 1)), 4),
+            image_slots_used=round(int(lengths.tiles.sum()) / (groups * max(layout.image_slots, 1)), 4),
             label_slots_used=round(int(lengths.targets.sum()) / (groups * layout.label_slots), 4),
         )
 
@@ -129,10 +128,10 @@ def flags(plan: Plan, samples_a_step: int) -> str:
 
 def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[str]:
     """The report as lines of text."""
-    count, images = len(lengths.tokens), lengths.images
+    count, tiles = len(lengths.tokens), lengths.tiles
     yield (
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them targets) and "
-        f"{images.mean():.2f} image slots; {np.mean(images == 0):.1%} without images"
+        f"{tiles.mean():.2f} image slots; {np.mean(tiles == 0):.1%} without images"
     )
     yield (
         f"{'rows':<12}{'length':>7}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
@@ -158,11 +157,12 @@ def main(argv: list[str] | None = None) -> None:
     from llava_jax.data.lengths import measure_once
 
     source = Built(args.built) if args.built else open_json(args.json, open_image_folder(args))
-    encode = text_encoder(args, image_tokens=args.image_tokens, max_length=args.max_length, tiling=_tiling(args))
+    encode = text_encoder(args, max_length=args.max_length)
     lengths = measure_once(EncodedSource(source, encode), args.workers)
-    longest, richest = int(lengths.tokens.max()), int(lengths.images.argmax())
-    if args.image_slots is not None and lengths.images[richest] > args.image_slots:
-        raise UserError(f"sample {source[richest].id}: has more images than --image-slots {args.image_slots}")
+    longest, richest = int(lengths.tokens.max()), int(lengths.tiles.argmax())
+    if args.image_slots is not None and lengths.tiles[richest] > args.image_slots:
+        needed = lengths.tiles[richest]
+        raise UserError(f"sample {source[richest].id}: needs {needed} slots, --image-slots is {args.image_slots}")
     found = [
         plan
         for rows_per_group in args.rows_per_group
@@ -180,16 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     say("\n".join(lines(lengths, found, args.samples_a_step)))
 
 
-def _tiling(args: argparse.Namespace) -> Tiling | None:
-    """How LLaVA-1.6 makes tiles. The mean colour does not matter for sizes."""
-    patches = math.isqrt(args.image_tokens)
-    if not args.anyres:
-        return None
-    if patches**2 != args.image_tokens or patches > args.image_size:
-        raise UserError(f"--image-tokens {args.image_tokens}: the features of a tile are no square of --image-size")
-    return Tiling(AnyRes(), args.image_size, patches, (0.5, 0.5, 0.5))
-
-
 def _numbers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
@@ -199,7 +189,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--json", metavar="F", help="LLaVA JSON or JSONL, a YAML file that names several, or Parquet")
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
-    add_options(parser, images={"required": False}, tokenizer={"required": True}, template={}, max_length={})
+    add_options(parser, images={"required": False}, checkpoint={}, tokenizer={}, template={}, max_length={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})
     parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
     parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
@@ -215,7 +205,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
     args = parser.parse_args(argv)
-    if args.anyres and not (args.images or args.built):
+    read_model(args)
+    if not args.tokenizer:
+        parser.error("the following arguments are required: --tokenizer (or --checkpoint)")
+    if args.tiling and not (args.images or args.built or parquet_files(args.json)):
         parser.error("--anyres needs --images, whose sizes count")
     return args
 

@@ -75,7 +75,7 @@ class PackedOrder(Order):
 
     def _plan(self, epoch: int) -> Rows:
         samples = self.visits(epoch)
-        groups = pack(self.lengths.tokens[samples], self.lengths.images[samples], self.room)
+        groups = pack(self.lengths.tokens[samples], self.lengths.tiles[samples], self.room)
         if self.seed is not None:
             groups = [groups[i] for i in permutation(len(groups), "groups", self.seed, epoch)]
         rows = [row for group in groups for row in group]
@@ -105,7 +105,7 @@ def fill(order: PackedOrder, epoch: int = 0) -> Fill:
     rows, room = order.epoch_rows(epoch), order.room
     groups = rows.count // room.rows_per_group
     targets = rows.sums(order.lengths.targets).reshape(groups, -1).sum(1)
-    images = int(rows.sums(order.lengths.images).sum())
+    images = int(rows.sums(order.lengths.tiles).sum())
     return Fill(
         rows=rows.count,
         groups=groups,
@@ -123,19 +123,20 @@ def pack_orders(orders: Sequence[Order], lengths: Lengths, room: Room, source: S
     Raises UserError for a sample of `source` with more images than a group has slots.
     """
     indices = np.concatenate([order.indices for order in orders])
-    richest = int(indices[np.argmax(lengths.images[indices])])
-    needed, slots = int(lengths.images[richest]), max(room.image_slots, 0)  # -1 asks for none
+    richest = int(indices[np.argmax(lengths.tiles[indices])])
+    needed, slots = int(lengths.tiles[richest]), max(room.image_slots, 0)  # -1 asks for none
     if room.image_slots == 0:
         some = dataclasses.replace(orders[0], samples=orders[0].visits(0)[:CHOSEN_BY])
         slots = max(image_slot_plans(some, lengths, room.row_length, room.rows_per_group)[0].room.image_slots, needed)
     if needed > slots:
-        raise UserError(f"sample {source[richest].id}: has {needed} images, more than image_slots={slots} of a group")
+        what = "images" if needed == lengths.images[richest] else "tiles"
+        raise UserError(f"sample {source[richest].id}: has {needed} {what}, more than image_slots={slots} of a group")
     return [pack_order(order, lengths, room.row_length, room.rows_per_group, slots) for order in orders]
 
 
 def pack_order(order: Order, lengths: Lengths, row_length: int, rows_per_group: int, image_slots: int) -> PackedOrder:
     """Packs the samples of an order. Raises ValueError if one has more images than a group has slots."""
-    most = lengths.images[order.indices].max(initial=0)
+    most = lengths.tiles[order.indices].max(initial=0)
     if most > image_slots:
         raise ValueError(f"a sample has {most} images, a group {image_slots} slots")
     return PackedOrder(
@@ -152,8 +153,8 @@ def image_slot_plans(order: Order, lengths: Lengths, row_length: int, rows_per_g
     stay free. With the number of images that groups then have, rounded down or up, fewer slots but more positions stay
     free. The best plan has the largest product of both used shares.
     """
-    visited, needed = order.visited(0), int(lengths.images[order.indices].max(initial=0))
-    tokens, images = int(lengths.tokens[visited].sum()), int(lengths.images[visited].sum())
+    visited, needed = order.visited(0), int(lengths.tiles[order.indices].max(initial=0))
+    tokens, images = int(lengths.tokens[visited].sum()), int(lengths.tiles[visited].sum())
     most = math.ceil(images * row_length * rows_per_group / max(tokens, 1))
     plans = [pack_order(order, lengths, row_length, rows_per_group, max(most, needed))]
     held = images / fill(plans[0]).groups

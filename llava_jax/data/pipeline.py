@@ -195,7 +195,7 @@ class Batches:
         """Raises UserError for a sample that takes more or less than was planned, and is not skipped."""
         if self.lengths is None or not len(text.tokens):
             return
-        planned = int(self.lengths.tokens[index]), int(self.lengths.images[index])
+        planned = int(self.lengths.tokens[index]), int(self.lengths.tiles[index])
         if (len(text.tokens), text.num_tiles) != planned:
             raise UserError(
                 f"sample {short(self.encoded.id(index))}: its images have other sizes than when they were measured: "

@@ -22,7 +22,8 @@ class Lengths(NamedTuple):
 
     tokens: np.ndarray  # positions, image tokens included
     targets: np.ndarray  # labels that the position before them predicts
-    images: np.ndarray  # image slots: one an image, with AnyRes one a tile; after truncation
+    tiles: np.ndarray  # image slots: one an image, with AnyRes one a tile
+    images: np.ndarray
 
 
 @functools.lru_cache(maxsize=4)
@@ -228,7 +229,7 @@ def _largest_groups(schedules: Sequence[tuple[Order, int]], lengths: Lengths, ro
         for epoch in range(last + 1):
             rows = order.epoch_rows(epoch)
             taken = (rest + 1) * order.batch_rows if epoch == last else rows.count
-            sums = np.stack([rows.sums(lengths.images), rows.sums(lengths.targets)])[:, :taken]
+            sums = np.stack([rows.sums(lengths.tiles), rows.sums(lengths.targets)])[:, :taken]
             padded = np.pad(sums, ((0, 0), (0, -sums.shape[1] % rows_per_group)))
             most = np.maximum(most, padded.reshape(2, -1, rows_per_group).sum(2).max(1, initial=0))
     return int(most[0]), int(most[1])

@@ -25,7 +25,8 @@ QUALITY = 70  # of JPEG
 REJECTED, UNSUPPORTED = "rejected", "with unsupported objects"  # in names of groups
 TEXT = 20_000  # characters of a sample, and again of its captions
 MAX_CHARACTERS = 100_000_000  # of all samples that are shown, images included
-MAX_BOXES = 200  # of a sample
+MAX_BOXES = 200  # of an image
+MAX_IMAGES = 10  # of a sample
 GROUPS = 100  # of reasons of rejection; further reasons share one
 
 
@@ -69,13 +70,15 @@ class Shown:
 
     def add_sample(self, sample: Sample) -> None:
         claims = self.facts.claims(sample) if self.facts else None
-        context = self._context(f"number = {self.facts.number(sample.images[0])}") if claims else None
+        numbers = map(self.facts.number, sample.images[:MAX_IMAGES]) if claims else ()
+        several = len(sample.images) > 1  # then their places in the text matter
+        turns = [text for role, text in sample.turns if role != "system"]
         self._add(
             id=sample.id,
-            image=sample.images[0] if sample.images else "",
+            images=sample.images,
             group=self.kind or kind_of(sample),
-            turns=bounded([text.replace(IMAGE_TOKEN, "").strip() for role, text in sample.turns if role != "system"]),
-            context=context,
+            turns=bounded([text if several else text.replace(IMAGE_TOKEN, "").strip() for text in turns]),
+            contexts=[self._context(f"number = {number}") for number in numbers],
             unsupported=bounded(list(claims.unsupported.values())) if claims else [],
             uncovered=bounded(sorted(claims.boxes - claims.covered)) if claims else [],
         )
@@ -84,30 +87,34 @@ class Shown:
         ident = str(reject.get("id"))
         self._add(
             id=ident,
-            image=str(reject.get("image") or ""),
+            images=[str(reject.get("image") or "")],
             group=group,
             detail=short(str(reject.get("detail") or ""), TEXT),
             answer=short((self.ledger and self.ledger.last_answer(ident)) or "", TEXT),
-            context=contexts.get(self.ledger.db, ident) if self.ledger else None,
+            contexts=[contexts.get(self.ledger.db, ident)] if self.ledger else [],
             rejected=True,
         )
 
     def _context(self, where: str) -> Context | None:
         return next(contexts.read(self.ledger.db, where=where), None)
 
-    def _add(self, context: Context | None, image: str, **fields: Any) -> None:
-        image = short(image, MAX_LENGTH)
-        if image and image not in self.thumbnails:
-            try:
-                self.thumbnails[image] = thumbnail(load_image(image_path(self.images, image)), THUMBNAIL, QUALITY)
-            except UserError:
-                self.thumbnails[image] = ""  # the page says so
+    def _add(self, images: Sequence[str], contexts: Sequence[Context | None], **fields: Any) -> None:
+        shown = []
+        for image, context in itertools.zip_longest(images[:MAX_IMAGES] or [""], contexts):
+            image, boxes = short(image, MAX_LENGTH), context.boxes[:MAX_BOXES] if context else ()
+            if image and image not in self.thumbnails:
+                try:
+                    self.thumbnails[image] = thumbnail(load_image(image_path(self.images, image)), THUMBNAIL, QUALITY)
+                except UserError:
+                    self.thumbnails[image] = ""  # the page says so
+                self.characters += len(self.thumbnails[image])
+            boxes = [box._replace(category=short(box.category)) for box in boxes]
+            shown.append({"image": image, "boxes": boxes})
         empty = {"detail": "", "answer": "", "turns": [], "unsupported": [], "uncovered": [], "rejected": False}
-        captions, boxes = (context.captions, context.boxes) if context else ((), ())
-        boxes = [box._replace(category=short(box.category)) for box in boxes[:MAX_BOXES]]
-        fields |= {"id": short(fields["id"]), "captions": bounded(captions), "boxes": boxes}
-        self.entries.append({**empty, **fields, "image": image})
-        self.characters += len(json.dumps(self.entries[-1])) + len(self.thumbnails.get(image, ""))
+        captions = [caption for context in contexts if context for caption in context.captions]
+        fields |= {"id": short(fields["id"]), "captions": bounded(captions), "more_images": shown[1:]}
+        self.entries.append({**empty, **fields, **shown[0]})
+        self.characters += len(json.dumps(self.entries[-1]))
 
 
 def select(draw: Draw, count: int, samples: Sequence[Sample], shown: Shown) -> dict[str, Any]:

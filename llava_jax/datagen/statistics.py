@@ -1,6 +1,8 @@
 """The statistics of instruction data for its report: lengths, turns, kinds of questions, first words, objects."""
 
 import array
+import functools
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -84,11 +86,12 @@ class Facts:
         return None if found is None else found[0]
 
     def claims(self, sample: Sample) -> Claims | None:
-        """The objects of a sample, None if its image has no context."""
-        found = self._find(sample.images[0]) if sample.images else None
-        if found is None:
+        """The objects of a sample, None if it has no image, or one without a context."""
+        found = [self._find(image) for image in sample.images]
+        if not found or None in found:
             return None
-        boxes, captions = self._categories(found[1]), self._categories(found[2])
+        merged = [functools.reduce(operator.or_, (image[kind] for image in found)) for kind in (1, 2)]
+        boxes, captions = map(self._categories, merged)
         supported, unsupported = set(), {}
         for role, text in sample.turns:
             for word, categories in self.finder.mentions(text) if role == "assistant" else ():

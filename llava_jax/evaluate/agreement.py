@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, warn
+from llava_jax.cli import Parser, UserError, say, warn
 from llava_jax.evaluate.answers import answer_lines, question_id
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import parse_scores
 from llava_jax.evaluate.lines import Line
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     if lacking := len(files[0].keys() | files[1].keys()) - len(known):
         warn(f"{lacking} answers have no judgement in one of the files; they are left out")
     found = agreement([files[0][key] for key in known], [files[1][key] for key in known])
-    print(json.dumps(found) if args.json else "\n".join(f"{name:<12}{value}" for name, value in found.items()))
+    say(json.dumps(found) if args.json else "\n".join(f"{name:<12}{value}" for name, value in found.items()))
 
 
 def _key(line: Line) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from llava_jax.cli import Parser, UserError, printable, short
+from llava_jax.cli import Parser, UserError, say, short
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.rules import Rule
 from llava_jax.evaluate.score import joined_answers
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps({"scores": scores, "total": len(joined.pairs), "differ": len(found), "answers": found}))
         return
-    print("  ".join(f"{name} {value}" for name, value in scores.items()))
-    print(f"{len(found)} of {len(joined.pairs)} answers differ")
+    say("  ".join(f"{name} {value}" for name, value in scores.items()))
+    say(f"{len(found)} of {len(joined.pairs)} answers differ")
     for one in found[: args.limit]:
-        print(printable(f"\n{one['question_id']}: {short(one['answer'] or '')!r}, right is {short(one['right'])!r}"))
+        say(f"\n{one['question_id']}: {short(one['answer'] or '')!r}, right is {short(one['right'])!r}")
         for name in rules:
             reading = one[name]
-            print(printable(f"  {name:<16}{reading['score']:<7.3g}{short(str(reading['said']))} ({reading['why']})"))
+            say(f"  {name:<16}{reading['score']:<7.3g}{short(str(reading['said']))} ({reading['why']})")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

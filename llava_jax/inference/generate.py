@@ -180,13 +180,19 @@ class Generator:
             if text:
                 yield text
 
-    def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray:
+    def encode_images(self, images: Sequence[ImageInput]) -> np.ndarray | list[np.ndarray]:
         """The embeddings of images as the decoder gets them: float32[N, P, D].
 
-        Raises UserError for a model with AnyRes, whose images have different numbers of features.
+        With AnyRes a list of float32[L, D], as many as each image has in a prompt of its own, newlines included.
         """
         if self.config.tiling:
-            raise UserError("a model with AnyRes has as many features of an image as its size makes: no array has them")
+            prompts = []
+            for image in map(self.prompts.read, images):
+                index, tiles = image.features
+                prompts.append(Prompt(np.zeros_like(index), index, [image], [tiles]))
+            batch = self._assemble(prompts)
+            x_BTD = self.decoder.embed(batch.tokens, batch.images, batch.image_feature_index, adapter=self._adapter)
+            return [np.asarray(x_BTD[row, : len(each.tokens)], np.float32) for row, each in enumerate(prompts)]
         pixels = np.concatenate([self.prompts.read(image).tiles for image in images])
         return np.asarray(self.decoder.encode_images(pixels, adapter=self._adapter), np.float32)
 
@@ -210,6 +216,7 @@ class Generator:
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
         """Answers a batch. Yields the new text of each answer after every dispatch, of at most `max_steps` tokens."""
+        sampling.check_plain()
         streams = [self.prompts.answer_stream(sampling, prompt.begun) for prompt in prompts]
         rows = bucket(len(prompts))
         row_sampling = None  # greedy

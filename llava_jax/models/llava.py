@@ -153,9 +153,10 @@ def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict
     return {name: jax.ShapeDtypeStruct(v.shape, kept_dtype(name, v.dtype, dtype)) for name, v in shapes.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: LlavaConfig, key: jax.Array) -> Params:
     """New float32 parameters."""
-    return jax.jit(lambda key: module_params(Llava(config, rngs=nnx.Rngs(params=key))))(key)
+    return module_params(Llava(config, rngs=nnx.Rngs(params=key)))
 
 
 def module_params(module: nnx.Module) -> Params:

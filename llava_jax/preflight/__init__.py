@@ -1,7 +1,8 @@
-"""Compiles the training step for hardware you don't have: its memory, FLOPs, bytes and least time.
+"""Compiles the training step for hardware you don't have: its memory, FLOPs, bytes, least time and predicted time.
 
-Read `report.py` first, then `compile.py`, `targets.py`, `analysis.py` and `hlo_text.py`. The package itself can be
-called: `llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` below, whatever was imported before.
+Read `report.py` first, then `compile.py`, `predict.py`, `targets.py`, `analysis.py` and `hlo_text.py`. The package
+itself can be called: `llava_jax.preflight(config, "v5e:4x4")` is the function `preflight` below, whatever was imported
+before.
 """
 
 import sys
@@ -35,7 +36,8 @@ def preflight(
         JAX, 0.75.
 
     Returns:
-      A `Report`: whether the step fits, its memory, FLOPs and collectives, and the seconds that it takes at least.
+      A `Report`: whether the step fits, its memory, FLOPs and collectives, and the seconds that it takes, predicted and
+      at least.
 
     Raises:
       UserError: there is no such target, a compiler is not installed, or options have a mistake.

@@ -1,4 +1,4 @@
-"""Compiles the training step for hardware you don't have: whether it fits, its FLOPs and bytes, and its least time.
+"""Compiles the training step for hardware you don't have: whether it fits, its FLOPs and bytes, and how long it takes.
 `python -m llava_jax.preflight --config=F[:ARGS] --target=T[,T...] [--config.KEY=VALUE ...]`.
 
 example:
@@ -6,6 +6,7 @@ example:
   python -m llava_jax.preflight --config=finetune:7b --target=v5e:4x4,v6e:2x4,h100:8
   python -m llava_jax.preflight --config=finetune:7b --target=v5e:4x4 --search=batch
   python -m llava_jax.preflight --config=finetune:13b --target=h100 --search=slice
+  python -m llava_jax.preflight --config=finetune:7b --target=v5e:4x4 --search=fastest --price=1.2 --samples=665000
 
 Targets are slices of TPU v4, v5e, v5p, v6e and 7x (`v5e:4x4`, `v5p:2x2x4`), GPUs l4, a10g, rtx4090, l40s,
 a100-40, a100, h100, h200 and b200 (`h100:8`, `h100:2x8` for two hosts) and `cpu`. Compilation is ahead of time: no such
@@ -13,6 +14,7 @@ device, no weights and no data are needed. If a recipe leaves slots to the data,
 many as fit) and every position is a target. Exits with 3 if anything does not fit.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -24,8 +26,14 @@ from llava_jax.preflight import targets
 
 TARGET = flags.DEFINE_list("target", None, "What to compile for, for example v5e:4x4,h100:8; --search=slice takes v5e.")
 SEARCH = flags.DEFINE_enum(
-    "search", None, ["batch", "slice"], "Find the most rows on a device, or the smallest slice, that fit."
+    "search",
+    None,
+    ["batch", "slice", "fastest"],
+    "Find the most rows on a device, or the smallest slice, that fit; or rows on a device, remat policy and mesh of "
+    "the shortest predicted step.",
 )
+PRICE = flags.DEFINE_float("price", None, "Of a chip for an hour: the cost of an epoch of --samples.", lower_bound=0.0)
+SAMPLES = flags.DEFINE_integer("samples", None, "Of an epoch, for --price.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object a target, one a line.")
 MEMORY_FRACTION = flags.DEFINE_float(
     "memory_fraction",
@@ -53,10 +61,18 @@ def preflight(argv: list[str] | None = None) -> int:
     targets.prepare_environment()
     from llava_jax.preflight import report, search, text  # only now: libtpu and JAX read the environment at import
 
-    find = {None: report.report, "batch": search.largest_batch, "slice": search.smallest_slice}[SEARCH.value]
+    if (PRICE.value is None) != (SAMPLES.value is None):
+        raise cli.UserError(
+            "--price and --samples belong together: the price of a chip for an hour, samples of an epoch"
+        )
+    searches = {"batch": search.largest_batch, "slice": search.smallest_slice, "fastest": search.fastest}
+    find = searches.get(SEARCH.value, report.report)
     reports = []
     for name in TARGET.value:
-        reports.append(find(CONFIG.value, name, MEMORY_FRACTION.value))
+        found = find(CONFIG.value, name, MEMORY_FRACTION.value)
+        if PRICE.value is not None and found.prediction:
+            found = dataclasses.replace(found, cost=found.epoch_cost(PRICE.value, SAMPLES.value))
+        reports.append(found)
         if JSON.value:
             print(json.dumps(reports[-1].to_json()), flush=True)
         elif len(TARGET.value) == 1:

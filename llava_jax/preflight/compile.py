@@ -20,7 +20,7 @@ from llava_jax.data.plan import Layout
 from llava_jax.models.config import PRESETS, LlavaConfig, quantized
 from llava_jax.parallel import sharding
 from llava_jax.parallel.hardware import GiB
-from llava_jax.preflight import hlo_cost, targets
+from llava_jax.preflight import hlo_cost, hlo_text, targets
 from llava_jax.preflight.targets import Target
 from llava_jax.training import builder, config_check
 from llava_jax.training.adapters import adapted
@@ -81,11 +81,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program. If the compiler ran out of memory, `cost` is None and `reason` says why, in one line."""
+    """A compiled program. If the compiler ran out of memory, `module` and `cost` are None; `reason` says why in
+    one line."""
 
     program: Program
     memory: Memory
     seconds: float
+    module: hlo_text.Module | None = None
     cost: hlo_cost.Cost | None = None
     moved: float = 0.0
     reason: str = ""
@@ -156,7 +158,8 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
         reason, needed = _out_of_memory(str(error))
         memory = _memory(program, needed, 0.0, available)
         return Compiled(program, memory, time.monotonic() - began, reason=reason)
-    cost = hlo_cost.cost(compiled.as_text())
+    module = hlo_text.parse(compiled.as_text())
+    cost = hlo_cost.module_cost(module)
     stats = compiled.memory_analysis()
     peak = stats.peak_memory_in_bytes
     if program.target.platform != "tpu":  # whose peak has temporary memory as one block
@@ -169,7 +172,7 @@ def compile_program(program: Program, memory_fraction: float | None = None) -> C
         parts = f"{peak / GiB:.2f} GiB" + (f" and a margin of {margin / GiB:.2f} GiB" if margin else "")
         reason = f"the step takes {parts}, there are {available / GiB:.2f} GiB"
     moved = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    return Compiled(program, memory, time.monotonic() - began, cost, moved, reason)
+    return Compiled(program, memory, time.monotonic() - began, module, cost, moved, reason)
 
 
 def available_memory(target: Target, memory_fraction: float | None) -> float:

@@ -139,14 +139,17 @@ class Cost:
 
 def cost(text: str) -> Cost:
     """The cost of a program, from the text of `compiled.as_text()`."""
-    module = hlo_text.parse(text)
-    return _Costs(module).computation(module.computations[module.entry], [])
+    return module_cost(hlo_text.parse(text))
+
+
+def module_cost(module: Module) -> Cost:
+    return Costs(module).computation(module.computations[module.entry], [])
 
 
 # ---------------------------------------------------------------------------------------------- costs of the graph
 
 
-class _Costs:
+class Costs:
     """The costs of a module's computations and instructions. `again`: whether the compiler added them."""
 
     def __init__(self, module: Module):
@@ -175,7 +178,7 @@ class _Costs:
             case "fusion":
                 return self.fusion(self.module.called(one, "calls"), again, orphans)
             case "call" | "async-start":
-                callee = self.module.called(one, "to_apply" if one.callee("to_apply") else "calls")
+                callee = self.module.computations[one.callees[0]]
                 values = [hlo_loops.value(self.module, computation, name, arguments) for name in one.operands]
                 return self.computation(callee, values, again)
             case "conditional":
@@ -206,9 +209,7 @@ class _Costs:
 
     def largest_branch(self, one: Instruction, again: bool) -> Cost:
         """The branch of a conditional with the most FLOPs, then bytes."""
-        branches = re.findall(r"[\w.\-]+", one.find(r"branch_computations={([^}]*)}"))
-        branches += [name for key in ("true_computation", "false_computation") if (name := one.callee(key))]
-        costs = [self.computation(self.module.computations[branch], [], again) for branch in branches]
+        costs = [self.computation(self.module.computations[branch], [], again) for branch in one.callees]
         return max(costs, key=lambda cost: (cost.flops, cost.wire))
 
     def leaf(self, computation: Computation, one: Instruction, again: bool, fused: bool = False) -> Cost:
@@ -250,7 +251,8 @@ def _is_start(fused: Computation, one: Instruction) -> bool:
 
 
 def _chain_key(one: Instruction) -> tuple:
-    return one.find(r'chain_id="(\d+)"'), one.find(r"channel_id=(\d+)"), one.opcode, one.shapes, one.op_name
+    shapes = tuple(shape._replace(space=0) for shape in one.shapes)
+    return one.find(r'chain_id="(\d+)"'), one.find(r"channel_id=(\d+)"), one.opcode, shapes, one.op_name
 
 
 def _keeps_a_slice(fused: Computation, one: Instruction) -> bool:

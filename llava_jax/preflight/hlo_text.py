@@ -18,6 +18,8 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+# Memory spaces of TPUs besides HBM.
+ON_CHIP, HOST = 1, 5
 # Operations that pass on a value or an array unchanged.
 TRANSPARENT = frozenset(
     ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier", "optimization-barrier")
@@ -27,6 +29,7 @@ TRANSPARENT = frozenset(
 class Shape(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
+    space: int = 0  # of memory, see `ON_CHIP` and `HOST`
 
     @property
     def bytes(self) -> float:
@@ -79,6 +82,13 @@ class Instruction:
     def ints(self, key: str) -> list[int]:
         """`key={1,2}` -> [1, 2]; [] if there is no such attribute."""
         return numbers(self.find(rf"\b{key}={{([\d,]*)}}"))
+
+    @property
+    def callees(self) -> list[str]:
+        """The computations that a call, the branches of a conditional or something asynchronous run."""
+        branches = re.findall(r"[\w.\-]+", self.find(r"branch_computations={([^}]*)}"))
+        keys = ("true_computation", "false_computation", "to_apply", "calls")
+        return branches + [name for key in keys if (name := self.callee(key))]
 
     def find(self, pattern: str) -> str:
         """The first group of a pattern in the attributes, "" if it is not found."""
@@ -172,8 +182,8 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", text):
-        yield Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
+    for dtype, dims, space in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{[^}]*S\((\d+)\)\})?", text):
+        yield Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim), int(space or 0))
 
 
 # -------------------------------------------------------------------------------------------------- groups of devices

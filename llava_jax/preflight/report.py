@@ -1,6 +1,7 @@
-"""The preflight report of a configuration on a target: memory, FLOPs and bytes, and the least time of a step."""
+"""The preflight report of a configuration on a target: memory, FLOPs and bytes, least and predicted time of a step."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -8,9 +9,10 @@ from ml_collections import ConfigDict
 
 from llava_jax.cli import say
 from llava_jax.parallel import sharding
-from llava_jax.preflight import text
+from llava_jax.parallel.hardware import Tpu
+from llava_jax.preflight import predict, text
 from llava_jax.preflight.analysis import hidden_parts, ideal_wire, lower_bound, remedies
-from llava_jax.preflight.compile import Compiled, Memory, build, compile_program, preset
+from llava_jax.preflight.compile import Compiled, Memory, Program, build, compile_program, preset
 from llava_jax.preflight.targets import parse
 from llava_jax.training import flops
 
@@ -50,6 +52,20 @@ class Bound:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The time of a step, predicted from the schedule of the compiled program (`predict`)."""
+
+    seconds: float
+    low: float  # a range in which published steps lay, see docs/prediction.md
+    high: float
+    mfu: dict[str, float]  # by convention of counting attention
+    tokens_per_second_per_device: float
+    exposed_communication: float  # seconds, of `seconds`
+    parts: dict[str, dict[str, float]]  # part of the model -> seconds of compute, memory and communication
+    longest: list[dict[str, Any]]  # the ten longest operations: name, part, kind, seconds each time, times
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Preflight of a configuration on a target. Bytes are those of each device."""
 
@@ -76,8 +92,12 @@ class Report:
     compiled: CompiledFlops | None = None  # None if the compiler ran out of memory
     collectives: Collectives | None = None
     bound: Bound | None = None  # None for the CPU
-    search: str = ""  # "batch" or "slice"
-    tried: dict[Any, bool] = dataclasses.field(default_factory=dict)  # rows or targets -> whether they fit
+    prediction: Prediction | None = None  # None for the CPU
+    search: str = ""  # "batch", "slice" or "fastest"
+    # Rows or targets -> whether they fit; of "fastest", overrides -> predicted seconds, None if they don't fit.
+    tried: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    overrides: tuple[str, ...] = ()  # of the fastest configuration
+    cost: dict[str, float] | None = None  # see `epoch_cost`
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints, for `json.dumps`. What does not apply is left out."""
@@ -88,8 +108,18 @@ class Report:
         }
         left_out = () if self.search else ("search", "tried")
         left_out += ("reason", "remedies") if self.fits else ()
-        left_out += tuple(name for name in ("compiled", "collectives", "bound") if values[name] is None)
+        left_out += () if self.overrides else ("overrides",)
+        optional = ("compiled", "collectives", "bound", "prediction", "cost")
+        left_out += tuple(name for name in optional if values[name] is None)
         return {name: value for name, value in values.items() if name not in left_out}
+
+    def epoch_cost(self, price: float, samples: int) -> dict[str, float]:
+        """Hours and money of an epoch, at a price of a chip for an hour, if every row is one sample."""
+        machine = parse(self.target).machine
+        chips = self.devices / (machine.cores if isinstance(machine, Tpu) else 1)
+        steps = math.ceil(samples / self.batch_rows)
+        hours = steps * self.prediction.seconds / 3600
+        return {"samples": samples, "steps": steps, "hours": hours, "money": hours * chips * price}
 
     def to_text(self) -> str:
         """The report in lines of text."""
@@ -132,7 +162,7 @@ def report(config: ConfigDict, target: str, memory_fraction: float | None = None
     )
 
 
-def _measured(compiled: Compiled) -> dict[str, CompiledFlops | Collectives | Bound | None]:
+def _measured(compiled: Compiled) -> dict[str, CompiledFlops | Collectives | Bound | Prediction | None]:
     """What the compiled text shows."""
     program, cost = compiled.program, compiled.cost
     hidden = hidden_parts(cost)
@@ -151,12 +181,13 @@ def _measured(compiled: Compiled) -> dict[str, CompiledFlops | Collectives | Bou
         ),
         "collectives": Collectives(cost.by_kind(), cost.wire, ideal, cost.wire / ideal if ideal else None),
         "bound": _bound(compiled),
+        "prediction": _prediction(compiled),
     }
 
 
 def _bound(compiled: Compiled) -> Bound | None:
     program = compiled.program
-    machine, layout, devices = program.target.machine, program.settings.layout, program.mesh.size
+    machine = program.target.machine
     if machine is None:
         return None
     seconds = lower_bound(compiled)
@@ -166,6 +197,24 @@ def _bound(compiled: Compiled) -> Bound | None:
     return Bound(
         seconds=seconds,
         peaks=peaks,
-        tokens_per_second_per_device=layout.batch_rows * layout.max_length / seconds["step"] / devices,
-        mfu=flops.mfu(program.training.flops, seconds["step"], devices, machine.flops),
+        **_speed(program, seconds["step"]),
     )
+
+
+def _prediction(compiled: Compiled) -> Prediction | None:
+    program = compiled.program
+    if program.target.machine is None:
+        return None
+    hardware = predict.hardware_of(program.target, program.mesh)
+    found = predict.summary(predict.operations(compiled.module, hardware))
+    low, high = (found["seconds"] * share for share in (hardware.rates.low, hardware.rates.high))
+    return Prediction(low=low, high=high, **found, **_speed(program, found["seconds"]))
+
+
+def _speed(program: Program, seconds: float) -> dict[str, Any]:
+    """Rates of a step that takes so many seconds."""
+    layout, devices = program.settings.layout, program.mesh.size
+    return {
+        "tokens_per_second_per_device": layout.batch_rows * layout.max_length / seconds / devices,
+        "mfu": flops.mfu(program.training.flops, seconds, devices, program.target.machine.flops),
+    }

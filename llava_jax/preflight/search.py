@@ -1,14 +1,22 @@
-"""Searches for the largest batch and the smallest target that fit."""
+"""Searches for the largest batch and the smallest target that fit, and for the fastest configuration."""
 
 import dataclasses
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from llava_jax.cli import UserError
 from llava_jax.parallel import sharding
 from llava_jax.preflight import targets
 from llava_jax.preflight.compile import available_memory, build, state_bytes
+from llava_jax.preflight.rates import rates_of
 from llava_jax.preflight.report import Report, report
+from llava_jax.training import flops
+
+# Remat policies: the ones that keep more for the backward pass, and compute less again, first.
+POLICIES = ("none", "save_qkv", "full", "offload")
+AXES = ("data", "tensor")  # of the mesh, of which two are tried, too
 
 
 def largest_batch(config: ConfigDict, name: str, memory_fraction: float | None = None) -> Report:
@@ -37,22 +45,84 @@ def smallest_slice(config: ConfigDict, kind: str, memory_fraction: float | None 
     tried: dict[str, bool] = {}
     names = targets.family(kind.partition(":")[0])
     for name in names:
-        changed, target = with_rows(config, name, rows), targets.parse(name)
-        state = state_bytes(build(changed, target))
+        larger, target = with_rows(config, name, rows), targets.parse(name)
+        state = state_bytes(build(larger, target))
         tried[name] = state < available_memory(target, memory_fraction)  # else it need not be compiled
         if tried[name] or name == names[-1]:
-            result = report(changed, name, memory_fraction)
+            result = report(larger, name, memory_fraction)
             tried[name] = result.fits
         if tried[name]:
             break
     return dataclasses.replace(result, search="slice", tried=tried)
 
 
+def fastest(config: ConfigDict, name: str, memory_fraction: float | None = None) -> Report:
+    """The report of the configuration with the shortest predicted step of `batch_rows` rows. `tried` has the predicted
+    seconds of those that were compiled, None where they do not fit.
+
+    Rows on a device at once go up from the fewest as long as they fit, first with the remat policy that computes least.
+    The next policy keeps less for the backward pass and goes on from there: with as many rows it would be slower.
+    Policies whose products alone would take longer than the best step so far are not compiled. Then other meshes with
+    what won.
+    """
+    target = targets.parse(name)
+    if target.machine is None:
+        raise UserError("--search=fastest: times are predicted for TPUs and GPUs, not for cpu")
+    found: dict[tuple[str, ...], Report] = {}
+
+    def attempt(**changes: Any) -> bool:
+        """Whether it fits."""
+        one = report(changed(config, changes), name, memory_fraction)
+        found[tuple(f"--config.{key}={value}" for key, value in changes.items())] = one
+        return one.fits
+
+    choices = row_choices(config, name)
+    for remat in POLICIES:
+        so_far = min(map(_seconds, found.values()), default=math.inf)
+        if least_seconds(changed(config, {"remat": remat}), target) < so_far:
+            while choices and attempt(remat=remat, max_rows_per_device=choices[0]):
+                choices = choices[1:]
+    best = min(found, key=lambda names: _seconds(found[names]))
+    for axis in AXES if found[best].fits and found[best].devices % 2 == 0 else ():
+        if config.mesh[axis] == 1:
+            changes = {"remat": found[best].remat, "max_rows_per_device": found[best].rows_per_device}
+            attempt(**changes, **{f"mesh.{axis}": 2})
+    best = min(found, key=lambda names: _seconds(found[names]))
+    tried = {" ".join(names): one.prediction.seconds if one.fits else None for names, one in found.items()}
+    return dataclasses.replace(found[best], search="fastest", tried=tried, overrides=best)
+
+
+def _seconds(one: Report) -> float:
+    """Predicted; more than any if it does not fit, and then by the memory needed."""
+    return one.prediction.seconds if one.fits else 1e9 + (one.memory.needed or math.inf)
+
+
+def row_choices(config: ConfigDict, name: str) -> list[int]:
+    """Rows on a device at once that divide those of a step, the fewest first."""
+    mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name)))
+    rows, group = config.batch_rows // sharding.batch_shards(mesh), config.rows_per_group
+    return [count for count in range(group, rows + 1, group) if rows % count == 0]
+
+
+def least_seconds(config: ConfigDict, target: targets.Target) -> float:
+    """Seconds of the products of a step, by formula: no prediction is less. Nothing is compiled."""
+    program = build(config, target)
+    parts = program.training.flops
+    causal = 0.5 * flops.executed_flops({"llm attention": parts["llm attention"]})
+    products = flops.executed_flops(parts, without=("llm attention",)) + causal
+    return products / program.mesh.size / (target.machine.flops * rates_of(target.machine).product)
+
+
+def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of the configuration with other values."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(changes)
+    return copy
+
+
 def with_rows(config: ConfigDict, name: str, rows: int) -> ConfigDict:
     """The configuration with `rows` rows on a device at once and, if needed, more rows in a step."""
     shards = sharding.batch_shards(sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name))))
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.max_rows_per_device = rows
-        changed.batch_rows = math.ceil(config.batch_rows / (rows * shards)) * rows * shards
-    return changed
+    batch_rows = math.ceil(config.batch_rows / (rows * shards)) * rows * shards
+    return changed(config, {"max_rows_per_device": rows, "batch_rows": batch_rows})

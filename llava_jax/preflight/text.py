@@ -1,5 +1,6 @@
 """Preflight reports as text: one report in lines, several as a table."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ from llava_jax.parallel.hardware import GiB
 from llava_jax.training.flops import model_flops
 
 if TYPE_CHECKING:
-    from llava_jax.preflight.report import Bound, Collectives, CompiledFlops, Report
+    from llava_jax.preflight.report import Bound, Collectives, CompiledFlops, Prediction, Report
 
 
 def text(report: "Report") -> str:
@@ -16,7 +17,17 @@ def text(report: "Report") -> str:
     lines += _compiled_lines(report.compiled) if report.compiled else ()
     lines += _collective_lines(report.collectives) if report.collectives else ()
     lines += _bound_lines(report.bound) if report.bound else ()
-    if report.search:
+    lines += _prediction_lines(report.prediction) if report.prediction else ()
+    if report.cost:
+        lines.append(
+            f"epoch      {report.cost['samples']:,} samples, one a row, are {report.cost['steps']:,} steps: "
+            f"{report.cost['hours']:,.3g} hours, {report.cost['money']:,.2f} at this price"
+        )
+    if report.search == "fastest":
+        lines.append(f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}")
+        for overrides, seconds in sorted(report.tried.items(), key=lambda one: one[1] or math.inf):
+            lines.append(f"  {f'{seconds:.3f} s' if seconds else 'does not fit':<14}{overrides}")
+    elif report.search:
         tried = ", ".join(f"{what} {'fits' if fits else 'does not'}" for what, fits in report.tried.items())
         lines.append(f"search     {report.search}: {tried}")
     return "\n".join(lines)
@@ -94,16 +105,32 @@ def _bound_lines(bound: "Bound") -> Iterator[str]:
     )
 
 
+def _prediction_lines(prediction: "Prediction") -> Iterator[str]:
+    yield (
+        f"predicted  {prediction.seconds:.3f} s a step, between {prediction.low:.3f} and {prediction.high:.3f} s: "
+        f"{prediction.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {prediction.mfu['full']:.1%} (full) or "
+        f"{prediction.mfu['causal']:.1%} (causal); {prediction.exposed_communication:.3f} s wait for communication"
+    )
+    yield f"  {'seconds of a step':<26}{'compute':>9}{'memory':>9}{'network':>9}"
+    for name, kinds in prediction.parts.items():
+        yield f"  {name:<26}" + "".join(f"{seconds:>9.3f}" for seconds in kinds.values())
+    yield "  longest operations"
+    for one in prediction.longest:
+        total, each = one["seconds"] * one["times"], one["seconds"] * 1e3
+        yield f"  {one['part']:<26}{total:>9.3f} s = {one['times']} x {each:.3f} ms, {one['kind']}, {one['name']}"
+
+
 def table(reports: "Sequence[Report]") -> str:
     """A line for each report."""
     lines = [
         f"{'target':<12}{'devices':>8}{'rows':>6}{'needed':>9}{'of GiB':>8}  {'fits':<5}{'FLOPs':>7}{'sent GiB':>10}"
         f"{'ideal':>7}{'step s':>8}{'bound by':>10}{'MFU':>7}"
+        f"{'predicted s':>13}{'range':>15}{'MFU':>7}"
     ]
     lines += map(_row, reports)
     lines.append(
         "rows: at once on a device; FLOPs: compiled / formula; ideal: sent / what parameters sharded over fsdp need; "
-        "step: the least time"
+        "step: the least time; predicted: docs/prediction.md"
     )
     for report in reports:
         if not report.fits:
@@ -126,4 +153,7 @@ def _row(report: "Report") -> str:
         seconds = report.bound.seconds
         slowest = max(("compute", "memory", "network"), key=seconds.get)
         line += f"{seconds['step']:>8.3f}{slowest:>10}{report.bound.mfu['full']:>7.1%}"
+    if report.prediction:
+        found = report.prediction
+        line += f"{found.seconds:>13.3f}{f'{found.low:.3f}-{found.high:.3f}':>15}{found.mfu['full']:>7.1%}"
     return line

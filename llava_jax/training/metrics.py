@@ -169,6 +169,7 @@ def _figures(metrics: Mapping[str, float]) -> Iterator[str]:
     if "mfu_full" in metrics:
         yield f"MFU {metrics['mfu_full']:.1%}"
         yield f"(causal {metrics['mfu_causal']:.1%})"
-    yield f"{metrics['images_per_second']:.1f} images/s"
+    tiles = f", {metrics['tiles_per_second']:.1f} tiles/s" if "tiles_per_second" in metrics else ""
+    yield f"{metrics['images_per_second']:.1f} images/s{tiles}"
     yield f"learned {metrics['learned_share']:.0%}"
     yield f"padding {metrics['padding_share']:.0%}"

@@ -114,6 +114,7 @@ class Reporter:
         values |= {
             "tokens_per_second": counts["tokens"] / seconds,
             "images_per_second": counts["images"] / seconds,
+            **({"tiles_per_second": counts["tiles"] / seconds} if self._run.start.model.anyres else {}),
             "learned_share": counts["targets"] / max(counts["tokens"], 1),
             "padding_share": 1 - counts["tokens"] / counts["positions"],
             "seconds": seconds,
@@ -183,11 +184,12 @@ class Reporter:
 
 
 def count_tokens(lengths: Lengths, rows: Sequence[Sequence[int]], layout: Layout) -> dict[str, int]:
-    """Tokens (image tokens included), target tokens, images and positions of a step, over all processes."""
+    """Tokens (image tokens included), target tokens, images, tiles and positions of a step, over all processes."""
     samples = [index for row in rows for index in row]
     return {
         "tokens": int(lengths.tokens[samples].sum()),
         "targets": int(lengths.targets[samples].sum()),
         "images": int(lengths.images[samples].sum()),
+        "tiles": int(lengths.tiles[samples].sum()),
         "positions": layout.batch_rows * layout.max_length,
     }

@@ -398,6 +398,7 @@ def test_bad_sources_are_refused(spoil, message, llava_dir, copy_of, tmp_path):
         (["--select-feature", "cls_patch"], "has patch, not cls_patch"),
         (["--projector-type", "linear"], "has mlp2x_gelu, not linear"),
         (["--template", "vicuna_v11"], "did you mean vicuna_v1"),
+        (["--grid-order", "original"], "is no model with AnyRes: leave --grid-order out"),
     ],
 )
 def test_flags_that_contradict_the_source_are_refused(flags, message, llava_dir, tmp_path):

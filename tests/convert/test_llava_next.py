@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
+import llava_jax
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.convert import verify
+from llava_jax.convert.hf_config import pinpoints
 from llava_jax.data.anyres import AnyRes, Grid
-from llava_jax.data.features import TEXT
+from llava_jax.data.features import TEXT, Size
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LlavaConfig
@@ -83,7 +86,8 @@ def test_there_and_back(name, tmp_path):
     exported = load(tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     generator = Generator.from_checkpoint(checkpoint)
-    for sizes in (*([size] for size in SIZES), SIZES[:3]):
+    alone = SIZES if name in ("vicuna", "qwen2 and siglip") else ()  # places of tiles do not depend on the decoder
+    for sizes in (*([size] for size in alone), SIZES[:3]):
         request = ask(sizes)
         inputs = theirs(model, generator, request)
         with torch.no_grad():
@@ -104,6 +108,21 @@ def test_there_and_back(name, tmp_path):
         np.testing.assert_allclose(found[key].numpy(), ours[key].numpy(), atol=1e-6, err_msg=key)
 
 
+def test_encoded_images_are_those_of_transformers(vicuna):
+    """In any number, each as if it were alone, with the newlines."""
+    directory, model, config = vicuna
+    pictures = ask(SIZES).images
+    loaded = llava_jax.load(directory)
+    found = loaded.encode_images(pictures, batch_size=3)
+    with torch.no_grad():
+        expected = model.get_image_features(**processor_of(config)(pictures, return_tensors="pt")).pooler_output
+    assert len(found) == len(expected) == len(SIZES)
+    for ours, theirs, size in zip(found, expected, SIZES, strict=True):
+        assert ours.dtype == np.float32 and len(ours) == len(config.tiling.features(Size(*size), False).index)
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    assert loaded.encode_images([]) == []
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout, vicuna, tmp_path):
     source, model, config = vicuna
@@ -122,7 +141,8 @@ def test_every_layout(layout, vicuna, tmp_path):
     np.testing.assert_array_equal(params["image_newline"], model.model.image_newline.detach().numpy())
 
 
-def test_verify(vicuna, tmp_path):
+def test_verify(vicuna, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "PROMPT", 16)  # tokens, fewer than the image has
     convert("import", "--llava", vicuna[0], "--output", tmp_path / "out")
     convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
     found = {finding.what: finding for finding in verify.verify(str(tmp_path / "out"), str(tmp_path / "hf"))}
@@ -200,3 +220,61 @@ def test_the_originals_files(vicuna, tmp_path):
     edit_json(tmp_path / "original" / "config.json", image_grid_pinpoints=[[24, 48], [48, 24]])
     convert("import", "--llava", tmp_path / "original", *flags[:-1], tmp_path / "tall")
     assert open_checkpoint(tmp_path / "tall").config.anyres.grids == (Grid(2, 1), Grid(1, 2))
+
+
+def original_tiles(image, pinpoints, side):
+    """`select_best_resolution` and `resize_and_pad_image` of LLaVA-NeXT's llava/mm_utils.py, then tiles of a side."""
+    width, height = image.size
+    best, most, least = None, 0, float("inf")
+    for w, h in pinpoints:
+        scale = min(w / width, h / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        if kept > most or (kept == most and w * h - kept < least):
+            best, most, least = (w, h), kept, w * h - kept
+    w, h = best
+    if w / width < h / height:
+        new = w, min(math.ceil(height * (w / width)), h)
+    else:
+        new = min(math.ceil(width * (h / height)), w), h
+    canvas = Image.new("RGB", best)
+    canvas.paste(image.resize(new), ((w - new[0]) // 2, (h - new[1]) // 2))
+    crops = [canvas.crop((x, y, x + side, y + side)) for y in range(0, h, side) for x in range(0, w, side)]
+    return np.stack([np.asarray(tile) for tile in [image.resize((side, side)), *crops]])
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+@pytest.mark.parametrize("order", ["original", "transformers", None])
+def test_small_images_get_the_tiles_that_the_weights_were_trained_with(layout, order, tmp_path):
+    """336 x 336 pixels fit 1 x 2 and 2 x 1 tiles equally well: the first of the list is taken, which is read twice."""
+    family = FAMILIES["vicuna"]
+    tokenizer = tokenizer_of(family)
+    text = dataclasses.replace(family.text, vocab_size=len(tokenizer))
+    vision = dataclasses.replace(family.vision, image_size=336, patch_size=56)
+    config = LlavaConfig(vision, text, image_aspect="anyres", anyres=AnyRes())
+    torch_model(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    processor_of(config).save_pretrained(tmp_path / "source")
+    sizes, source, flags = pinpoints(config), tmp_path / "source", []
+    if layout == "original":
+        convert("import", "--llava", source, "--output", tmp_path / "first")
+        source = tmp_path / "files"
+        flags = ["--layout", "original", "--tower", "openai/clip-vit-large-patch14-336"]
+        convert("export", "--checkpoint", tmp_path / "first", "--output", source, *flags)
+        edit_json(source / "config.json", image_grid_pinpoints=sizes)  # as the published files have them
+        reference.clip(vision, seed=1).save_pretrained(tmp_path / "clip")
+        flags = ["--vision", tmp_path / "clip"]
+    flags += ["--grid-order", order] if order else []
+    convert("import", "--llava", source, "--output", tmp_path / "out", *flags)
+    found = open_checkpoint(tmp_path / "out").config
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (336, 336, 3), np.uint8))
+    tiles = found.tiling.tiles(image, False)
+    first = {"transformers": Grid(1, 2), "original": Grid(2, 1)}[order or layout.replace("hf", "transformers")]
+    if first == Grid(2, 1):
+        np.testing.assert_array_equal(tiles, original_tiles(image, sizes, 336))
+    else:
+        expected = processor_of(config)([image], do_rescale=False, do_normalize=False)["pixel_values"][0]
+        np.testing.assert_array_equal(tiles, np.moveaxis(np.array(expected), 1, -1))
+    assert found.anyres.grids[0] == first
+    convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf")
+    again = AutoProcessor.from_pretrained(tmp_path / "hf").image_processor  # transformers follows the weights
+    assert again.image_grid_pinpoints[0] == [336 * first.rows, 336 * first.columns]

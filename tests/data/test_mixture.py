@@ -135,7 +135,7 @@ def test_each_set_with_pictures_needs_its_folder(sets, tmp_path):
     def check(*entries):
         source = open_data(config(mixture=entries))
         images = np.array([len(sample.images) for sample in source])
-        check_folders(source, Lengths(images, images, images))
+        check_folders(source, Lengths(*[images] * 4))
 
     check(*sets, {"json": str(texts)})
     with pytest.raises(UserError, match=f"{file} has samples with images: give their folder"):

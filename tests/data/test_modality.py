@@ -8,7 +8,7 @@ from llava_jax.data.plan import Lengths, Order
 
 def grouped(images, tokens, rows_per_group=1, groups=2, seed=0):
     images, tokens = np.array(images), np.array(tokens)
-    measured = Lengths(tokens, tokens // 2, images)
+    measured = Lengths(tokens, tokens // 2, images, images)
     rows = rows_per_group * groups
     return ModalityOrder(np.arange(len(images)), rows, seed, lengths=measured, rows_per_group=rows_per_group)
 

@@ -20,7 +20,7 @@ GOLDEN = (
 def lengths(samples):
     """(tokens, images) of each; every second token is a target."""
     tokens, images = (np.array(values, np.int32) for values in zip(*samples, strict=True))
-    return Lengths(tokens, tokens // 2, images)
+    return Lengths(tokens, tokens // 2, images, images)
 
 
 SAMPLES = st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, 3)), min_size=1, max_size=60)
@@ -32,7 +32,7 @@ def mixture(count, seed=0):
     images = (rng.random(count) > 1 / 16).astype(np.int32)
     texts = np.where(images, 3 + rng.gamma(2, 4, count), 8 + rng.gamma(2, 20, count)).astype(np.int32)
     tokens = np.minimum(23 * images + texts, 82).astype(np.int32)
-    return Lengths(tokens, texts // 3 + 1, images)
+    return Lengths(tokens, texts // 3 + 1, images, images)
 
 
 @given(SAMPLES, st.integers(1, 5), st.integers(3, 9), st.integers(1, 9), st.integers(0, 9) | st.none())
@@ -69,7 +69,7 @@ def test_the_plan_is_the_same_everywhere():
     code = (
         "import numpy as np; from llava_jax.data.packing import pack_order; from llava_jax.data.plan import *\n"
         "tokens = np.array([9, 9, 30, 31, 12, 5, 40, 17, 23, 9]); images = np.array([1, 0, 1, 0, 1, 0, 2, 1, 0, 1])\n"
-        "order = pack_order(Order(np.arange(10), 4, 5), Lengths(tokens, tokens, images), 40, 2, 3)\n"
+        "order = pack_order(Order(np.arange(10), 4, 5), Lengths(tokens, tokens, images, images), 40, 2, 3)\n"
         "print([order.rows(step) for step in range(4)])"
     )
     for hashes in ("0", "7"):

@@ -13,7 +13,7 @@ from llava_jax.data.plan import Lengths, Order
 
 def lengths_of(tokens, images=1) -> Lengths:
     tokens = np.asarray(tokens, np.int32)
-    return Lengths(tokens, tokens // 4, np.full(len(tokens), images, np.int32))
+    return Lengths(tokens, tokens // 4, *[np.full(len(tokens), images, np.int32)] * 2)
 
 
 def named(line: str, key: str) -> int | None:

@@ -72,7 +72,7 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(json_set, tmp_pa
     for index in (11, 3, 3, 0, 7, 6):
         assert source.read_images(index, source[index].images) == json_set.read_images(index, json_set[index].images)
     images = [len(sample.images) for sample in source]
-    check_folders(source, Lengths(*[np.array(images)] * 3))  # needs no folder
+    check_folders(source, Lengths(*[np.array(images)] * 4))  # needs no folder
 
 
 def tiny_config(**data):

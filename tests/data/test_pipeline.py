@@ -509,7 +509,9 @@ def test_tiles_and_newlines_of_a_batch(source, tiled):
             for position, wanted in zip(found[found >= 0], expected[expected >= 0], strict=True):
                 assert position % P == wanted % P
                 np.testing.assert_array_equal(slots[position // P], tiles[wanted // P])
-            assert lengths.images[index] == len(tiles) == sum(image.tiles for image in features)
+            assert lengths.images[index] == len(images) and lengths.tiles[index] == len(tiles) == sum(
+                image.tiles for image in features
+            )
     assert seen == len(source)
 
 
@@ -537,7 +539,7 @@ def test_a_bad_image_keeps_the_places_of_its_size(tmp_path, tiled):
     (tmp_path / "data.json").write_text(json.dumps([record(0, ["0.png"])]))
     encoded = EncodedSource(LlavaJson(tmp_path / "data.json", tmp_path), encode, skip_bad=True)
     lengths = measure(encoded)
-    assert lengths.images.tolist() == [5]
+    assert (lengths.images.tolist(), lengths.tiles.tolist()) == ([1], [5])
     order, sizes = Order(np.arange(1), 1, None), {"max_length": LENGTH, "image_tokens": P, "image_size": SIZE}
     layout = plan_layout([(order, 1)], lengths, rows_per_group=1, **sizes)
     ((batch, _, bad),) = Batches(encoded, decode, order, layout).iterate(0, 1)

@@ -14,7 +14,9 @@ SHAPES = {"max_length": 16, "image_tokens": 4, "image_size": 8}
 
 
 def lengths(targets, images):
-    return Lengths(tokens=np.full(len(targets), 9), targets=np.array(targets), images=np.array(images))
+    return Lengths(
+        tokens=np.full(len(targets), 9), targets=np.array(targets), tiles=np.array(images), images=np.array(images)
+    )
 
 
 def plan(schedules, lengths, rows_per_group=1, **slots):

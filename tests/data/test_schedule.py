@@ -16,7 +16,7 @@ from llava_jax.data.plan import Lengths, Order, Visits
 
 COUNT = 23
 TOKENS = np.random.default_rng(0).integers(1, 40, COUNT).astype(np.int32)
-LENGTHS = Lengths(TOKENS, TOKENS // 2, (TOKENS % 3 > 0).astype(np.int32))
+LENGTHS = Lengths(TOKENS, TOKENS // 2, *[(TOKENS % 3 > 0).astype(np.int32)] * 2)
 
 ORDERS = {
     "unpacked": Order(np.arange(COUNT), 4, 1),

@@ -98,7 +98,7 @@ def test_the_folder_of_images_is_checked_for_the_samples_that_are_taken(files):
     def check_it(strategy):
         source = open_data(config(json=mixture(("a.json", strategy))))
         images = np.array([len(sample.images) for sample in source])
-        check_folders(source, Lengths(images, images, images))
+        check_folders(source, Lengths(*[images] * 4))
 
     check_it(f"first:{len(texts)}")
     with pytest.raises(UserError, match="a.json has samples with images: give their folder"):

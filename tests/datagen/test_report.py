@@ -64,6 +64,11 @@ def test_claims_are_held_against_boxes_and_captions():
     assert facts.claims(sample("?", "a dog", image="dog.jpg")) is None
     assert facts.claims(Sample("1", (), (("user", "?"), ("assistant", "a dog")))) is None
 
+    both = Facts([context, Context("2", "dog.jpg", (), (Box("dog", 0, 0, 1, 1),))], Finder())
+    two = Sample("1", ("cat.jpg", "dog.jpg"), (("user", "<image> and <image>?"), ("assistant", "a cat, a dog, a car")))
+    assert both.claims(two).unsupported == {"car": "car"} and "dog" in both.claims(two).boxes
+    assert facts.claims(two) is None  # what is in the second image is not known
+
     statistics = Statistics(facts)
     for text in ("a dog and a spoon", "a cat", "a dog and a puppy"):
         statistics.add(sample("?", text))
@@ -191,6 +196,16 @@ def test_the_page(made):
     assert entries["r"]["rejected"] and entries["r"]["detail"] == EVIL and entries["lost"]["captions"] == []
     thumbnails = data_of(text)["thumbnails"]
     assert thumbnails["chelsea.jpg"].startswith("data:image/jpeg;base64,") and thumbnails["lost.jpg"] == ""
+
+
+def test_all_images_of_a_sample_are_shown(made):
+    turns = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "A cat."}]
+    sample = {"id": "two", "image": ["chelsea.jpg", "lost.jpg"], "conversations": turns}
+    (made / "llava.json").write_text(json.dumps([sample]))
+    shown = data_of(report(made, "--captions", made / "contexts.jsonl"))
+    (entry,) = (entry for entry in shown["entries"] if entry["id"] == "two")
+    assert [entry["image"], *(other["image"] for other in entry["more_images"])] == sample["image"]
+    assert entry["turns"][0] == "Is <image> like <image>?" and set(shown["thumbnails"]) >= set(sample["image"])
 
 
 def test_nothing_of_the_texts_is_html(made):

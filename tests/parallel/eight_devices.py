@@ -37,9 +37,12 @@ MODEL = tiny.config(
     text=TextConfig(tiny.VOCAB, 48, 96, 2, 8, 4, 8, qkv_bias=True),
 )
 
-# Adapters of the decoder and of the tower, beside the whole projector.
-LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.2, "targets": (r".*_proj", r"vision\.layers\..*")}
+# Adapters of the decoder and of the tower, beside the whole projector: of kernels whose inputs, whose outputs and whose
+# fewer heads are split. Each is half a second of the compiler.
+TARGETS = (r"llm\..*\.(q|k|o|up|down)_proj", r"vision\.layers\..*(fc1|out_proj)")
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.2, "targets": TARGETS}
 LORAS = {"lora": LORA, "dora": LORA | {"dora": True, "rslora": True}}
+EVERY_KERNEL = (r".*_proj", r"vision\.layers\..*")
 
 LAYER = re.compile(r"(vision|llm)\.layers\..+\.kernel")
 
@@ -153,7 +156,7 @@ def test_adapters_train_on_every_mesh_as_on_one_device(stage, sizes, remat, accu
 def test_adapters_are_sent_in_the_type_of_the_computation():
     """Gathered in bfloat16 like the kernels, their gradients scattered likewise; the masters are float32."""
     mesh, config = mesh_of((1, 8, 1)), make_config("finetune")
-    config.lora.update(LORAS["dora"])
+    config.lora.update(LORAS["dora"] | {"targets": EVERY_KERNEL})
     model = adapted(MODEL, config)
     _, state, frozen = start("dora", mesh, model, config)
     (batch,) = random_batches(model, 1, rows=16)
@@ -223,7 +226,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
 
 
 QUANTIZED = tiny.config(
-    text=TextConfig(tiny.VOCAB, 256, 512, 2, 8, 4, 32), lora=LoraConfig(4, 8.0, (r"llm\.layers\..*_proj",))
+    text=TextConfig(tiny.VOCAB, 256, 512, 2, 8, 4, 32), lora=LoraConfig(4, 8.0, (r"llm\.layers\..*\.(q|o|down)_proj",))
 )
 
 
@@ -369,6 +372,7 @@ def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[
     requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
     prompts = [engine.prepare(request, adapter) for adapter in chosen for request in requests]
     answers = [engine.submit(prompt, Sampling(max_new_tokens=10, logprobs=0)) for prompt in prompts]
+    answers.append(engine.submit(prompts[0], Sampling(max_new_tokens=10, logprobs=0, repetition_penalty=1.3)))
     pieces = [piece for answer in answers for piece in answer]
     engine.close()
     params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))

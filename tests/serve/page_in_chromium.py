@@ -824,7 +824,7 @@ def download(page: Page, directory: Path) -> Path:
 def test_a_download_is_a_clean_data_set_that_the_chat_loads(page, png, tmp_path):
     set_sampling(page, system="Be brief.")
     attach(page, png)
-    send(page, "What is it? ä 中 <image>")
+    send(page, "What is it? ä 中 <image> <image>")  # more marks than images: text
     wait_until_answered(page, 1)
     attach(page, png)
     send(page, "")
@@ -832,7 +832,7 @@ def test_a_download_is_a_clean_data_set_that_the_chat_loads(page, png, tmp_path)
     conversation = download(page, tmp_path)
     assert not check.main(["--json", str(conversation), "--images", str(conversation.parent)])
     loaded = transcript.load(epath.Path(conversation))
-    assert [text for _, text in loaded.turns][0::2] == ["<image>\nWhat is it? ä 中 < image>", "<image>\n"]
+    assert [text for _, text in loaded.turns][0::2] == ["<image>\nWhat is it? ä 中 < image> < image>", "<image>\n"]
     assert (loaded.turns[3][1], loaded.system) == (second, "Be brief.")
     assert [Path(file).read_bytes() for file in loaded.images] == [png.read_bytes()] * 2
     talk = chat.Conversation(None)
@@ -894,6 +894,25 @@ def test_what_the_chat_saved_is_loaded(scripted, script, png, tmp_path):
     loaded = transcript.load(epath.Path(conversation))
     assert (list(loaded.turns[:4]), loaded.system) == (turns, "")
     assert [Path(name).name for name in loaded.images] == ["1.png", "1.png"]
+
+
+def test_images_stand_where_the_text_has_their_marks(scripted, script, png):
+    """Further images come before it, and a question that is edited keeps all places."""
+    attach(scripted, png, png, png)
+    send(scripted, "Is <image> like <image>?")
+    wait_until_answered(scripted, 1)
+    (question,) = script.asked[0]["messages"][-1:]
+    assert [part.get("text", "image") for part in question["content"]] == [
+        "image",
+        "Is ",
+        "image",
+        " like ",
+        "image",
+        "?",
+    ]
+    button(scripted, "Edit").click()
+    expect(box(scripted)).to_have_value("<image>\nIs <image> like <image>\n?")
+    expect(thumbnails(scripted)).to_have_count(3)
 
 
 def llava(*texts: str, **more: Any) -> str:

@@ -3,6 +3,7 @@
 python -m tests.support.run_memory CONFIG.json WORKDIR [STOP_AFTER_STEP], as tests/training/test_loop.py does.
 """
 
+import gc
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from llava_jax.training.builder import TrainingProgram
 
 
 def main(config_file: str, workdir: str, stop: str = "0") -> None:
+    gc.set_threshold(700, 10, 10)  # as for users
     config = common.get_config()
     for key, value in json.loads(Path(config_file).read_text()).items():
         config.update_from_flattened_dict({key: value})

@@ -1,6 +1,7 @@
 """A tiny model, a tokenizer and a data set on disk, for tests of what uses them."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import write_model
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.llava import Params, init_params
+from llava_jax.models.llava import Llava, Params, module_params
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "white": (250, 250, 250)}
 TEXT = [
@@ -73,15 +75,20 @@ def config(**changes) -> LlavaConfig:
     return LlavaConfig(**{"vision": vision, "text": text, "projector_type": "mlp2x_gelu"} | changes)
 
 
+@functools.lru_cache(maxsize=32)
+def _fresh(model: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
+    """As `init_params`, whose program takes longer to compile for each model than these few numbers to compute."""
+    return jax.device_get(module_params(Llava(model, rngs=nnx.Rngs(params=jax.random.key(seed)))))
+
+
 def params(model: LlavaConfig, seed: int = 0) -> Params:
     """Fresh parameters, with adapters that change what the model computes."""
-    made = init_params(model, jax.random.key(seed))
+    made = {name: jnp.array(value) for name, value in _fresh(model, seed).items()}
     for name, value in made.items():
-        noise = jax.random.normal(jax.random.key(seed), value.shape)
         if name.endswith(".lora.b"):
-            made[name] = 0.1 * noise
+            made[name] = 0.1 * jax.random.normal(jax.random.key(seed), value.shape)
         elif name.endswith(".lora.magnitude"):  # the columns of kernels are about as long
-            made[name] = 0.15 * jnp.exp(0.3 * noise)
+            made[name] = 0.15 * jnp.exp(0.3 * jax.random.normal(jax.random.key(seed), value.shape))
     return made
 
 
@@ -101,12 +108,14 @@ def adapted_params(model: LlavaConfig) -> Params:
     return found
 
 
-def checkpoint(directory: Path, model: LlavaConfig | None = None, template: str = "v1") -> Path:
+def checkpoint(
+    directory: Path, model: LlavaConfig | None = None, template: str = "v1", params: Params | None = None
+) -> Path:
     """Writes what `convert import` would: `directory`/model."""
     model = model or config()
     tokenizer().save_pretrained(directory / "hf_tokenizer")
     description = Description(model, template)
-    save_model(directory / "model", adapted_params(model), description, str(directory / "hf_tokenizer"))
+    save_model(directory / "model", params or adapted_params(model), description, str(directory / "hf_tokenizer"))
     return directory / "model"
 
 

@@ -44,8 +44,12 @@ DEEP = tiny.config(
 )
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "save_qkv"])
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "table,remat",
+    [(table, remat) for table in TABLES for remat in ("none", "full")]
+    # What a layer computes again depends on the policy alone, how many do on the table.
+    + [(table, "save_qkv") for table in ("all", "tower", "norms", "decoder's last layers")],
+)
 def test_formula_and_state_follow_from_the_names_that_are_trained(table, remat, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", DEEP if table.endswith("layers") else tiny.config())
     config = common.get_config()

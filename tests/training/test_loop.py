@@ -297,13 +297,14 @@ def test_the_seconds_of_a_step_are_those_of_the_step(world, tmp_path, monkeypatc
 def test_a_resumed_run_takes_the_memory_of_a_fresh_one(tmp_path):
     """Of a hundred million parameters, in processes of their own: nothing but the state and what is frozen is alive,
     and at no time is there a second state, or the trainable weights of the source, beside it."""
-    text = tiny.TextConfig(tiny.VOCAB, 1024, 4096, 6, 8, 8, 128)
-    init = tiny.checkpoint(tmp_path, tiny.config(text=text))
+    model = tiny.config(text=tiny.TextConfig(tiny.VOCAB, 1024, 4096, 6, 8, 8, 128))
+    shapes, rng = abstract_params(model), np.random.default_rng(0)
+    params = {name: 0.02 * rng.standard_normal(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    init = tiny.checkpoint(tmp_path, model, params=params)
     file, images = tiny.data(tmp_path)
     config = {"stage": "finetune", "init": str(init), "data.json": str(file), "data.images": str(images)}
     config |= {"max_length": 64, "batch_rows": 2, "steps": 2, "remat": "none", "keep": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = abstract_params(tiny.config(text=text))
     frozen = sum(4 * leaf.size for name, leaf in shapes.items() if name.startswith("vision."))
     trainable = sum(4 * leaf.size for leaf in shapes.values()) - frozen
     assert trainable > 4e8

@@ -182,7 +182,7 @@ def test_packed_samples_have_the_losses_and_gradients_of_unpacked_ones(tmp_path)
                 alone = batch | {"labels": np.where(here, batch["labels"], -100)}
                 losses[index] = [float(value) for value in eval_fn(trainable, frozen, alone)]
         found.append((loss, gradients, losses))
-    assert max(map(len, packed.rows(0))) >= 3 and packed.epoch_rows(0).sums(lengths.images).max() >= 2
+    assert max(map(len, packed.rows(0))) >= 3 and packed.epoch_rows(0).sums(lengths.tiles).max() >= 2
     (loss, gradients, losses), (packed_loss, packed_gradients, packed_losses) = found
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for index in range(rows):

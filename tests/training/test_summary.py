@@ -19,7 +19,7 @@ def test_images_that_are_moved_out_of_the_text_are_told_once(capsys):
         sample("c", "<image> and <image>"),
     ]
     images = np.array([1, 2, 2, 2], np.int32)
-    lengths = Lengths(np.full(4, 50, np.int32), np.full(4, 5, np.int32), images)
+    lengths = Lengths(np.full(4, 50, np.int32), np.full(4, 5, np.int32), images, images)
     warn_of_moved_images(samples, lengths, "as_is")
     warn_of_moved_images(samples[::2], Lengths(*(part[::2] for part in lengths)), "first")
     assert capsys.readouterr().err == ""

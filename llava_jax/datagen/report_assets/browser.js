@@ -23,9 +23,12 @@ function marked(className, text, search, words) {
   return made;
 }
 
+const imagesOf = (entry) => [entry, ...entry.more_images];
+const namesOf = (entry) => imagesOf(entry).map(({ image }) => image).join(", ");
+
 function textOf(entry) {
-  const { id, image, group, detail, turns, answer, captions, unsupported } = entry;
-  return [id, image, group, detail, answer, ...turns.flat(), ...captions, ...unsupported].join("\n").toLowerCase();
+  const { id, group, detail, turns, answer, captions, unsupported } = entry;
+  return [id, namesOf(entry), group, detail, answer, ...turns.flat(), ...captions, ...unsupported].join("\n").toLowerCase();
 }
 for (const entry of data.entries) entry.text = textOf(entry);
 
@@ -53,24 +56,21 @@ function show() {
   byId("sample").replaceChildren();
   if (!shown.length) return;
   const entry = shown[at];
-  byId("sample").append(figure(entry), texts(entry));
+  const figures = element("div", "");
+  figures.append(...imagesOf(entry).map(figure));
+  byId("sample").append(figures, texts(entry));
 }
 
-function figure(entry) {
-  const uri = data.thumbnails[entry.image];
-  if (!uri) {
-    const made = element("div", "without", `no image: ${entry.image}`);
-    made.id = "image";
-    return made;
-  }
-  const made = element("div", "");
-  made.id = "image";
-  const image = element("img", "");
-  image.src = uri;
-  image.alt = entry.image;
-  made.append(image);
+function figure({ image, boxes }) {
+  const uri = data.thumbnails[image];
+  if (!uri) return element("div", "image without", `no image: ${image}`);
+  const made = element("div", "image");
+  const picture = element("img", "");
+  picture.src = uri;
+  picture.alt = image;
+  made.append(picture);
   if (byId("boxes").checked)
-    for (const [category, x1, y1, x2, y2] of entry.boxes) {
+    for (const [category, x1, y1, x2, y2] of boxes) {
       const box = element("div", "box");
       box.style.left = `${100 * x1}%`;
       box.style.top = `${100 * y1}%`;
@@ -85,7 +85,7 @@ function figure(entry) {
 function texts(entry) {
   const made = element("div", "");
   made.id = "texts";
-  made.append(element("div", "context", `${entry.group} · id ${entry.id} · ${entry.image}`));
+  made.append(element("div", "context", `${entry.group} · id ${entry.id} · ${namesOf(entry)}`));
   if (entry.rejected) made.append(element("div", "turn rejected", [entry.group, entry.detail].filter(Boolean).join(": ")));
   if (entry.answer) made.append(element("div", "turn", entry.answer));
   const search = byId("search").value.trim().toLowerCase();

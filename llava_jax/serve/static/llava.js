@@ -98,6 +98,19 @@ async function parse(text, folder, entries) {
   return { system, messages: turns.map(message) };
 }
 
+/** The parts of a question: an `<image>` of the text is the place of an image, and further images come before it. */
+export function place(text, images) {
+  const others = images.length - text.split(MARK).length + 1;
+  if (others < 0) return [...images.map((image) => ({ image })), { text }]; // marks of nothing are text
+  return split(MARK.repeat(others) + (text.trim() ? text : ""), [...images]);
+}
+
+/** The text of a question as it was typed. */
+export function typed(parts) {
+  const inText = parts.some((part, i) => part.image && parts[i - 1]?.text !== undefined);
+  return inText ? textOf(parts) : parts.flatMap((part) => part.text ?? []).join("\n");
+}
+
 /** The parts of a question, which takes its images from `images`. A line break beside a mark belongs to the mark. */
 function split(text, images) {
   return text.split(MARK).flatMap((piece, i, { length }) => {

@@ -1,7 +1,7 @@
 // The page: what is asked, what is shown and kept, and what each control does.
 
 import { chat, modelNames, unready, useKey } from "./api.js";
-import { makeImage, pack, unpack } from "./llava.js";
+import { makeImage, pack, place, typed, unpack } from "./llava.js";
 import { Growing, element } from "./markdown.js";
 import * as store from "./store.js";
 import { articleOf, forget, picture, urlOf } from "./view.js";
@@ -218,7 +218,7 @@ function empty() {
 
 /** Puts a question into the text box, before what has been written there meanwhile. */
 function fill(question) {
-  $("box").value = [textOf(question), $("box").value].filter(Boolean).join("\n");
+  $("box").value = [typed(question.parts), $("box").value].filter(Boolean).join("\n");
   attached = [...imagesOf(question), ...attached];
   draw();
   $("box").focus();
@@ -299,7 +299,7 @@ $("composer").onsubmit = (event) => {
   const [text, images, replaced] = [$("box").value.toWellFormed(), attached, editing];
   if (busy || !(text.trim() || images.length)) return;
   if (!model) return void connect();
-  const question = { role: "user", parts: [...images.map((image) => ({ image })), ...(text.trim() ? [{ text }] : [])] };
+  const question = { role: "user", parts: place(text, images) };
   empty();
   say("");
   ask(conversation.messages.slice(0, replaced ?? undefined), question, () => {
