@@ -44,7 +44,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2", *GCS],
     "cuda": ["jax[cuda12]>=0.10.2", *GCS],
     "gcs": GCS,
-    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20"],
+    "serve": ["fastapi>=0.135", "uvicorn>=0.30", "prometheus-client>=0.20", "llguidance>=1.7,<2"],
     # Excel files of answers, as MMBench's server takes them.
     "evaluate": ["openpyxl>=3.1"],
     # Weights & Biases beside TensorBoard, for runs that set config.wandb.project.

@@ -1,17 +1,20 @@
 """Continuous batching: between two dispatches, answers enter the slots of the running batch and leave them."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.data.features import TEXT
-from llava_jax.inference.answer import Alternative, Answer, Piece, TokenLogprob
+from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, TokenLogprob
+from llava_jax.inference.constraints import ConstraintFailed, Matcher
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
 from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
+from llava_jax.inference.scores import ScoreRules
 
 STEPS = 4  # tokens a dispatch: clients read along, and other requests wait to enter
 PREFILL_POSITIONS = CHUNK_SIZES[-1]  # of prompts, after which the running answers get tokens, too
@@ -27,6 +30,7 @@ class Running:
     slot: int
     stream: AnswerStream
     prompt_hash: int
+    matcher: Matcher | None = None  # of an answer with a constraint
     row: int | None = None  # of the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
 
@@ -68,10 +72,12 @@ class Batch:
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
         stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
-        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens)))
+        matcher = answer.sampling.constraint and answer.sampling.constraint.matcher()
+        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens), matcher))
 
     def step(self) -> list[Answer]:
-        """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended."""
+        """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended; an
+        answer that failed has no `finish_reason`."""
         ended = [self._end(running, "cancelled") for running in list(self.running) if running.answer.cancelled]
         positions = 0
         while positions < PREFILL_POSITIONS and (waiting := next((r for r in self.running if not r.tokens), None)):
@@ -79,8 +85,7 @@ class Batch:
                 self._begin(waiting)
             positions += waiting.remaining
             ended += self._prefill(waiting)
-        begun = [running for running in self.running if running.tokens]
-        return ended + (self._decode(begun) if begun else [])
+        return ended + self._decode([running for running in self.running if running.tokens])
 
     def _begin(self, running: Running) -> None:
         """Finds a row for a prompt. Not before its turn: the prompt before it may begin in the same way."""
@@ -94,13 +99,29 @@ class Batch:
         """Computes the next chunk of a prompt. The last one gives the first token."""
         size = chunk_size(running.remaining)
         length = min(size, running.remaining)
-        chunk = self._chunk(running, length, size)
+        rules = self._programs.no_rules[1]
+        if length == running.remaining and running.answer.sampling.changes_scores:
+            rules = self._programs.new_rules(1)
+            if failed := self._set_rules(rules, 0, running):
+                return failed
+        chunk = self._chunk(running, length, size, rules)
         sampled = self._programs.prefill(chunk, running.answer.sampling.logprobs is not None)
         running.done += length
         self._prefix_cache.update(running.row, running.cached)
         return [] if running.remaining else self._deliver(running, sampled)
 
-    def _chunk(self, running: Running, length: int, size: int) -> PromptChunk:
+    def _set_rules(self, rules: ScoreRules, row: int, running: Running) -> list[Answer]:
+        """Sets the rules of an answer's next token -> the answer, if that failed."""
+        prompt = running.prompt
+        try:
+            mask = running.matcher and running.matcher.mask()
+        except ConstraintFailed as error:
+            return [self._end(running, None, EngineError(str(error)))]
+        text = prompt.image_feature_index == TEXT
+        rules.set(row, running.answer.sampling, prompt.tokens, text, running.tokens, mask)
+        return []
+
+    def _chunk(self, running: Running, length: int, size: int, rules: ScoreRules) -> PromptChunk:
         """The next `length` positions of a prompt, padded to `size`. Encodes the tiles that are not cached."""
         patches, start = self._image_tokens, running.done
         tokens, features = np.zeros(size, np.int32), np.full(size, TEXT, np.int32)
@@ -113,7 +134,7 @@ class Batch:
         sampling = RowSampling.greedy(1)
         sampling.set(0, running.answer.sampling, running.prompt_hash)
         numbers = map(np.int32, (start, length, running.row))
-        return PromptChunk(tokens, features, *numbers, sampling, np.int32(running.prompt.adapter.index))
+        return PromptChunk(tokens, features, *numbers, sampling, np.int32(running.prompt.adapter.index), rules)
 
     def _tile(self, prompt: PreparedPrompt, tile: int) -> int:
         """The index of a tile in the cached features."""
@@ -125,21 +146,30 @@ class Batch:
 
     def _decode(self, begun: Sequence[Running]) -> list[Answer]:
         """Generates some more tokens of answers -> those that ended."""
-        B = self._programs.slots
+        B, ended, rules = self._programs.slots, [], self._programs.no_rules[self._programs.slots]
+        if any(running.answer.sampling.changes_scores for running in begun):
+            rules = self._programs.new_rules(B)
+            for running in begun:
+                if running.answer.sampling.changes_scores:
+                    ended += self._set_rules(rules, running.slot, running)
+            begun = [running for running in begun if running.answer not in ended]
+        if not begun:
+            return ended
         tokens, limits, rows, adapters = (np.zeros(B, np.int32) for _ in range(4))
         idle = np.full(B, self._programs.positions, np.int32)
-        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B), adapters)
+        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B), adapters, rules, np.zeros(B, bool))
         for running in begun:
             slot, length = running.slot, len(running.prompt.tokens)
             slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
             slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
             slots.adapters[slot] = running.prompt.adapter.index
+            slots.endless[slot] = running.answer.sampling.ignore_eos
             slots.sampling.set(slot, running.answer.sampling, running.prompt_hash)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
-        steps = STEPS if len(begun) == len(self.running) else STEPS_BETWEEN
+        constrained = any(running.matcher for running in begun)  # what is allowed depends on the token before
+        steps = STEPS if len(begun) == len(self.running) and not constrained else STEPS_BETWEEN
         sampled = self._programs.decode(slots, steps, report)
-        ended = []
         for running in begun:
             ended += self._deliver(running, Sampled(*(x[running.slot] for x in sampled)))
             if running.answer.finish_reason is None:
@@ -149,29 +179,34 @@ class Batch:
     def _deliver(self, running: Running, sampled: Sampled) -> list[Answer]:
         """Passes on the new tokens [steps] of an answer -> the answer, if it ended."""
         wanted = running.answer.sampling.logprobs
-        prompts = running.prompt.adapter.prompts
+        tokenizer = running.prompt.adapter.prompts.tokenizer
         texts, logprobs = [], []
         for step, token in enumerate(sampled.tokens.tolist()):
             if token < 0 or running.stream.finished:
                 break
             running.tokens.append(token)
             texts.append(running.stream.push(token))
-            if wanted is not None and token not in prompts.stop_ids:
-                logprobs.append(_logprob(prompts.tokenizer, Sampled(*(x[step] for x in sampled)), wanted))
+            if wanted is not None and not running.stream.stops_at(token):
+                logprobs.append(_logprob(tokenizer, Sampled(*(x[step] for x in sampled)), wanted))
+            if running.matcher and running.matcher.complete_after(token):
+                texts.append(running.stream.close())
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
         running.answer.give(Piece("".join(texts), logprobs))
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
-    def _end(self, running: Running, reason: str) -> Answer:
+    def _end(self, running: Running, reason: str | None, error: EngineError | None = None) -> Answer:
         """Frees the slot. The row of the cache keeps its contents until it is needed."""
         if running.row is not None:
             self._prefix_cache.update(running.row, running.cached)
             self._prefix_cache.release(running.row)
         self._free.append(running.slot)
         self.running.remove(running)
-        running.answer.finish(reason)
+        if error:
+            running.answer.fail(error)
+        else:
+            running.answer.finish(reason)
         return running.answer
 
 
@@ -181,7 +216,8 @@ def _logprob(tokenizer: PreTrainedTokenizerBase, sampled: Sampled, alternatives:
         return Alternative(data.decode(errors="replace"), data, float(logprob))
 
     top = map(entry, sampled.top_tokens[:alternatives], sampled.top_logprobs[:alternatives])
-    return TokenLogprob(*entry(sampled.tokens, sampled.logprobs), list(top))
+    allowed = [each for each in top if each.logprob > -math.inf]
+    return TokenLogprob(*entry(sampled.tokens, sampled.logprobs), allowed)
 
 
 def chunk_size(left: int) -> int:

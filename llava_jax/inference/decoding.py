@@ -14,6 +14,7 @@ import numpy as np
 from llava_jax.inference.prompts import PromptBatch
 from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.requests import MAX_LOGPROBS, Sampling
+from llava_jax.inference.scores import ScoreRules, allowed, ruled
 from llava_jax.models import batched_lora
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llama import KVCache
@@ -82,18 +83,19 @@ class RowSampling(NamedTuple):
     temperature: jax.Array  # float32[B]
     top_p: jax.Array  # float32[B]
     top_k: jax.Array  # int32[B]
+    min_p: jax.Array  # float32[B]
     seeds: jax.Array  # uint32[B]
     prompts: jax.Array  # uint32[B], a hash of each row's prompt
 
     @classmethod
     def greedy(cls, rows: int) -> "RowSampling":
         """Temperature 0 in all rows, as NumPy arrays for `set`."""
-        return cls(*(np.zeros(rows, dtype) for dtype in (np.float32, np.float32, np.int32, np.uint32, np.uint32)))
+        return cls(*(np.zeros(rows, dtype) for dtype in (*"ffif", np.uint32, np.uint32)))
 
     def set(self, row: int, sampling: Sampling, prompt: int) -> None:
         """Sets the options of a row, and the hash of its prompt."""
         self.temperature[row], self.top_p[row], self.top_k[row] = sampling.temperature, sampling.top_p, sampling.top_k
-        self.seeds[row], self.prompts[row] = sampling.seed, prompt
+        self.min_p[row], self.seeds[row], self.prompts[row] = sampling.min_p, sampling.seed, prompt
 
 
 def prompt_hash(tokens: np.ndarray) -> int:
@@ -110,6 +112,8 @@ class Slots(NamedTuple):
     rows: np.ndarray | None = None  # int32, their rows of the cache; None where slot b has row b
     sampling: RowSampling | None = None  # None: greedy
     adapters: np.ndarray | None = None  # int32, see `models.batched_lora`
+    rules: ScoreRules | None = None
+    endless: np.ndarray | None = None  # bool: stop tokens do not end these
 
 
 class Sampled(NamedTuple):
@@ -194,10 +198,13 @@ def decode(
         hidden_B1D, cache = model.llm.extend(x_B1D, positions_B[:, None], cache, slots.rows)
         logits_BV = model.llm.logits(hidden_B1D[:, 0])
         positions_B += 1
-        tokens_B = sample(logits_BV, positions_B, slots.sampling)
-        sampled = with_logprobs(jnp.where(working_B, tokens_B, -1), logits_BV, report)
+        tokens_B = sample(ruled(logits_BV, slots.rules, generated.tokens), positions_B, slots.sampling)
+        sampled = with_logprobs(jnp.where(working_B, tokens_B, -1), logits_BV, report, slots.rules)
         generated = jax.tree.map(lambda all_, new: all_.at[:, step].set(new), generated, sampled)
-        continues_B = working_B & (positions_B < slots.limits) & ~jnp.isin(tokens_B, stop_ids)
+        stopped_B = jnp.isin(tokens_B, stop_ids)
+        if slots.endless is not None:
+            stopped_B &= ~slots.endless
+        continues_B = working_B & (positions_B < slots.limits) & ~stopped_B
         return step + 1, tokens_B, jnp.where(continues_B, positions_B, idle), cache, generated
 
     B = len(slots.tokens)
@@ -224,6 +231,8 @@ def sample(logits_BV: jax.Array, positions_B: jax.Array, sampling: RowSampling |
         kept_BV = jax.lax.cond(
             limited_B.any(), lambda: top_k_top_p(tempered_BV, sampling.top_k, sampling.top_p), lambda: tempered_BV
         )
+        least_B = tempered_BV.max(axis=-1) + jnp.log(sampling.min_p)
+        kept_BV = jnp.where(tempered_BV >= least_B[:, None], kept_BV, -jnp.inf)
         keys_B = jax.vmap(_key)(sampling.seeds, sampling.prompts, positions_B)
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
         return jnp.where(random_B, drawn_B, greedy_B)
@@ -249,13 +258,15 @@ def _key(seed: jax.Array, prompt: jax.Array, position: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), position)
 
 
-def with_logprobs(tokens_B: jax.Array, logits_BV: jax.Array, report: jax.Array | None) -> Sampled:
-    """The tokens with their log probabilities where `report` is true."""
+def with_logprobs(
+    tokens_B: jax.Array, logits_BV: jax.Array, report: jax.Array | None, rules: ScoreRules | None = None
+) -> Sampled:
+    """The tokens with their log probabilities, among the allowed ones, where `report` is true."""
     if report is None:
         return Sampled(tokens_B)
 
     def logprobs() -> tuple[jax.Array, ...]:
-        logprobs_BV = jax.nn.log_softmax(logits_BV)
+        logprobs_BV = jax.nn.log_softmax(logits_BV if rules is None else allowed(logits_BV, rules))
         logprobs_B = jnp.take_along_axis(logprobs_BV, jnp.maximum(tokens_B, 0)[:, None], axis=1)[:, 0]
         top_logprobs, top_tokens = jax.lax.top_k(logprobs_BV, MAX_LOGPROBS)
         return logprobs_B, top_tokens, top_logprobs

@@ -33,6 +33,8 @@ class AnswerStream:
       stop_ids: tokens that end the answer.
       stop_strings: strings that end the answer, also across tokens. Neither they nor stop tokens are part of it.
       begun: text that the answer continues, with its white space. It is not returned.
+      verbatim: keeps the white space at both ends.
+      special: keeps the text of special tokens.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class AnswerStream:
         stop_ids: Collection[int] = (),
         stop_strings: Sequence[str] = (),
         begun: str = "",
+        verbatim: bool = False,
+        special: bool = False,
     ):
         self.finished = False
+        begun = begun or (":" if verbatim else "")  # SentencePiece drops the space before the first word of a text
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._stop_strings = tuple(stop_strings)
@@ -50,7 +55,11 @@ class AnswerStream:
         # ids[:decoded] are decoded already, and ids[window:decoded] are the last of these.
         self._window, self._decoded = 0, len(self._ids)
         self._held = ""  # decoded text that may be the start of a stop string, or white space at the end
-        self._begun = bool(begun)
+        self._begun, self._verbatim, self._special = bool(begun), verbatim, special
+
+    def stops_at(self, token: int) -> bool:
+        """Whether the token ends the answer."""
+        return token in self._stop_ids
 
     def push(self, token: int) -> str:
         """Adds a token -> new text. Does nothing after the answer's end."""
@@ -71,7 +80,7 @@ class AnswerStream:
             return ""
         released = self._release(self._decode_window().rstrip(_INCOMPLETE))
         if not self.finished:
-            released += self._take(len(self._held.rstrip()))
+            released += self._take(self._stripped_length(self._held))
         self.finished = True
         return released
 
@@ -84,7 +93,8 @@ class AnswerStream:
         return self._decode(self._ids[self._window :])[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": not self._special, "clean_up_tokenization_spaces": False}
+        return self._tokenizer.decode(ids, **options)
 
     def _release(self, text: str) -> str:
         self._held += text
@@ -94,7 +104,10 @@ class AnswerStream:
             self._held = self._held[: min(stops)].rstrip()
             return self._take(len(self._held))
         certain = self._held[: len(self._held) - self._partial_stop_length()]
-        return self._take(len(certain.rstrip()))
+        return self._take(self._stripped_length(certain))
+
+    def _stripped_length(self, text: str) -> int:
+        return len(text if self._verbatim else text.rstrip())
 
     def _partial_stop_length(self) -> int:
         """The length of the end of the held text that may be the start of a stop string."""

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llava_jax.checkpoint.reading import Checkpoint
-from llava_jax.cli import track
+from llava_jax.cli import UserError, track
 from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, Adapters, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull, Sink
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
-from llava_jax.inference.prefix_cache import PreparedPrompt, prepare
+from llava_jax.inference.prefix_cache import PreparedPrompt, Text, prepare, prepare_text
 from llava_jax.inference.programs import CHUNK_SIZES, Programs
 from llava_jax.inference.prompts import PromptEncoder, check_context
 from llava_jax.inference.quantization import check_quantization
@@ -47,6 +47,10 @@ class EngineStats:
 
 
 COUNTS = ("prompt_tokens", "prefix_tokens", "generated_tokens", "finished", "cancelled", "failed")
+
+
+class UnknownToken(UserError):
+    """A token in `Sampling` that the model does not have."""
 
 
 class Engine:
@@ -140,17 +144,20 @@ class Engine:
         with self._changed:
             self.ready = not self._closing
 
-    def prepare(self, request: Request, adapter: Adapter | None = None) -> PreparedPrompt:
+    def prepare(self, request: Request | Text, adapter: Adapter | None = None, special: bool = True) -> PreparedPrompt:
         """Tokenizes a request and preprocesses its images: do it once for any number of answers.
 
         Args:
-          request: to be answered.
+          request: to be answered; or a text or token ids that the answer continues, without a template.
           adapter: of `adapters`, or `base`, the default.
+          special: whether a text gets the tokenizer's BOS.
 
         Raises `UserError` where the request is malformed, or an image missing or damaged.
         """
         with self._preparing:
-            return prepare(adapter or self.base, request)
+            if isinstance(request, Request):
+                return prepare(adapter or self.base, request)
+            return prepare_text(adapter or self.base, request, special)
 
     def room(self, prompt: PreparedPrompt) -> int:
         """Positions that the prompt leaves for an answer; negative if the prompt itself does not fit."""
@@ -161,6 +168,7 @@ class Engine:
 
         Raises:
           UserError: the request is malformed, or an image missing or damaged.
+          UnknownToken: the model does not have a token of `sampling`.
           ContextExceeded: prompt and `max_new_tokens` are more than the context.
           UnknownAdapter: the prompt's adapter has been unloaded.
           QueueFull: too many requests wait already.
@@ -169,6 +177,9 @@ class Engine:
         if isinstance(prompt, Request):
             prompt = self.prepare(prompt)
         check_context(prompt.request, len(prompt.tokens), sampling.max_new_tokens, self.context)
+        for token in [*sampling.stop_token_ids, *(token for token, _ in sampling.logit_bias)]:
+            if not 0 <= token < self.config.text.vocab_size:
+                raise UnknownToken(f"token {token} is none of the model: it has 0 to {self.config.text.vocab_size - 1}")
         answer = Answer(prompt, sampling, sink)
         with self._changed:
             if self._closing:
@@ -229,7 +240,7 @@ class Engine:
         try:
             self._enter()
             for answer in self._batch.step():
-                self._count(answer)
+                self._count(answer, failed=answer.finish_reason is None)
         except Exception as error:  # raised by the device: its arrays cannot be trusted any more
             traceback.print_exception(error)
             self._fail(error)

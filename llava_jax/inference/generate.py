@@ -216,6 +216,7 @@ class Generator:
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, max_steps: int) -> Iterator[list[str]]:
         """Answers a batch. Yields the new text of each answer after every dispatch, of at most `max_steps` tokens."""
+        sampling.check_plain()
         streams = [self.prompts.answer_stream(sampling, prompt.begun) for prompt in prompts]
         rows = bucket(len(prompts))
         row_sampling = None  # greedy

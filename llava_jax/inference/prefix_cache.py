@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.features import NEWLINE
+from llava_jax.cli import UserError
+from llava_jax.data.features import NEWLINE, TEXT
 from llava_jax.inference.adapters import Adapter
 from llava_jax.inference.requests import Request
+
+Text = str | Sequence[int]  # or its token ids
 
 
 class PreparedPrompt(NamedTuple):
@@ -45,6 +48,24 @@ def prepare(adapter: Adapter, request: Request) -> PreparedPrompt:
     contents[index == NEWLINE] = np.iinfo(np.int64).min
     contents = _of_version(contents, adapter)
     return PreparedPrompt(request, prompt.tokens, index, contents, tiles, digests, adapter)
+
+
+def prepare_text(adapter: Adapter, text: Text, special: bool = True) -> PreparedPrompt:
+    """A text or token ids as they are; a text gets the tokenizer's BOS if `special`. Raises `UserError`."""
+    prompts = adapter.prompts
+    if isinstance(text, str):
+        ids = prompts.tokenizer.encode(text, add_special_tokens=special)
+    else:
+        ids, vocabulary = list(text), prompts.config.text.vocab_size
+        if unknown := [token for token in ids if not 0 <= token < vocabulary]:
+            raise UserError(f"token {unknown[0]} is none of the model: it has 0 to {vocabulary - 1}")
+        text = prompts.tokenizer.decode(ids)
+    if not ids:
+        raise UserError("the prompt is empty")
+    tokens = np.array(ids, np.int32)
+    contents = _of_version(tokens.astype(np.int64), adapter)
+    request = Request([("user", text)], begun=text)
+    return PreparedPrompt(request, tokens, np.full(len(ids), TEXT, np.int32), contents, (), (), adapter)
 
 
 def _of_version(contents: np.ndarray, adapter: Adapter) -> np.ndarray:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from llava_jax.cli import UserError
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, decode, sample, with_logprobs
 from llava_jax.inference.quantization import quantize_decoder
+from llava_jax.inference.scores import ScoreRules, ruled
 from llava_jax.models import batched_lora
 from llava_jax.models.attention import BLOCK
 from llava_jax.models.config import LoraConfig
@@ -43,6 +44,7 @@ class PromptChunk(NamedTuple):
     row: np.ndarray  # int32, of the cache
     sampling: RowSampling  # [1]
     adapter: np.ndarray  # int32, of the prompt, see `models.batched_lora`
+    rules: ScoreRules  # [1], of the token after it
 
 
 class Programs:
@@ -55,6 +57,9 @@ class Programs:
       int8: whether the decoder's weights are stored in eight bits, see `inference.quantization`.
       mesh: over which the model's parameters are sharded.
       adapters, adapter_rank: how many adapters, of which rank, there is room for, see `models.batched_lora`.
+
+    Attributes:
+      no_rules: for one row and for all slots, on the device.
 
     Raises `UserError` where the cache does not fit into memory.
     """
@@ -79,7 +84,7 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots, self.positions = slots, -(-positions // BLOCK) * BLOCK
+        self.slots, self.positions, self.vocabulary = slots, -(-positions // BLOCK) * BLOCK, text.vocab_size
         self._weights, self._structure = jax.tree.flatten(model)
         self._compiled: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
@@ -98,8 +103,11 @@ class Programs:
         self._stop_ids = np.array(stop_ids, np.int32)
 
         number, flag = np.int32(0), np.bool(False)
+        # Not committed to a device: the compiler chooses how they are sharded over a mesh.
+        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in (1, slots)}
         zeros = np.zeros(slots, np.int32)
-        all_slots = Slots(zeros, zeros, zeros, zeros, RowSampling.greedy(slots), zeros)
+        sampling, rules = RowSampling.greedy(slots), self.new_rules(slots)
+        all_slots = Slots(zeros, zeros, zeros, zeros, sampling, zeros, rules, zeros.astype(bool))
         # Each with its arguments after the model, of which the first is donated.
         self._programs: dict[str | int, tuple] = {
             ENCODE: (encode, features, image, number, number),
@@ -108,7 +116,7 @@ class Programs:
         }
         for size in CHUNK_SIZES:
             zeros = np.zeros(size, np.int32)
-            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1), number)
+            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1), number, self.new_rules(1))
             self._programs[size] = (prefill, cache, features, chunk, flag)
         self.names = list(self._programs)
         self.reset()
@@ -123,6 +131,10 @@ class Programs:
                 f"{self.slots} slots of {self.positions} positions take {wanted / 2**30:.1f} GB for keys and values, "
                 f"and {max(free, 0) / 2**30:.1f} GB are free: lower --slots or --context"
             )
+
+    def new_rules(self, rows: int) -> ScoreRules:
+        """Neutral ones, to be set."""
+        return ScoreRules.neutral(rows, self.vocabulary, self.positions)
 
     def reset(self) -> None:
         """Empties the caches."""
@@ -188,8 +200,9 @@ def prefill(
     positions_T = jnp.where(steps_T < chunk.length, chunk.start + steps_T, cache.size)
     hidden_1TD, cache = model.llm.extend(x_TD[None], positions_T[None], cache, chunk.row[None])
     logits_1V = model.llm.logits(hidden_1TD[:, chunk.length - 1])
-    tokens_1 = sample(logits_1V, (chunk.start + chunk.length)[None], chunk.sampling)
-    return with_logprobs(tokens_1, logits_1V, report), cache
+    scores_1V = ruled(logits_1V, chunk.rules, jnp.full((1, 1), -1))
+    tokens_1 = sample(scores_1V, (chunk.start + chunk.length)[None], chunk.sampling)
+    return with_logprobs(tokens_1, logits_1V, report, chunk.rules), cache
 
 
 def copy(model: Llava, cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:

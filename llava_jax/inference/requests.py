@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,22 @@ from PIL import Image
 from llava_jax.cli import UserError
 from llava_jax.data.features import Features
 
+if TYPE_CHECKING:
+    from llava_jax.inference.constraints import Constraint
+
 MAX_LOGPROBS = 20  # alternatives to a token
+MAX_BIASES = 1024  # of `Sampling.logit_bias`
+ENGINE_ONLY = {  # fields of `Sampling`, with the values that ask for nothing
+    "logprobs": None,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": (),
+    "stop_token_ids": (),
+    "ignore_eos": False,
+    "constraint": None,
+    "verbatim": False,
+}
 
 
 class PreparedImage(NamedTuple):
@@ -64,7 +79,21 @@ class Sampling:
       max_new_tokens: of an answer.
       top_k: samples among this many most likely tokens; 0 for no limit.
       stop: strings that end the answer, besides those of the template. They are not part of the answer.
-      logprobs: how many alternatives to each token are reported, None for no report. Only the engine reports them.
+      min_p: samples among the tokens that have at least this share of the most likely one's probability (Nguyen et al.
+        2024), after `top_k` and `top_p`.
+
+    Only the engine (`inference.engine`) takes these:
+      logprobs: how many alternatives to each token are reported, None for no report.
+      repetition_penalty: scores of tokens of the prompt and of the answer are divided by it, negative ones multiplied
+        (Keskar et al. 2019).
+      presence_penalty: is subtracted from the scores of tokens of the answer.
+      frequency_penalty: is subtracted from them for each time that a token was generated.
+      logit_bias: (token, what is added to its score), before the penalties.
+      stop_token_ids: tokens that end the answer, besides those of the template.
+      ignore_eos: neither the stop tokens nor the end mark of the template end the answer.
+      constraint: what the answer has to look like, see `inference.constraints`.
+      verbatim: white space at both ends and the text of the template's end mark are part of the answer; they always are
+        with a constraint.
 
     Raises `UserError` for values out of range.
     """
@@ -75,7 +104,16 @@ class Sampling:
     max_new_tokens: int = 512
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    constraint: "Constraint | None" = None
+    verbatim: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -92,6 +130,28 @@ class Sampling:
             raise UserError(f"logprobs is {self.logprobs}: it has to be 0 to {MAX_LOGPROBS}")
         if not all(self.stop):
             raise UserError("stop: an empty string would end every answer before it begins")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p is {self.min_p}: it has to be 0 (no limit) to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition-penalty is {self.repetition_penalty}: it has to be above 0")
+        if not (math.isfinite(self.presence_penalty) and math.isfinite(self.frequency_penalty)):
+            raise UserError("presence-penalty and frequency-penalty have to be finite")
+        if len(self.logit_bias) > MAX_BIASES or not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise UserError(f"logit-bias: it has to be finite numbers for at most {MAX_BIASES} tokens")
+        if self.constraint is not None and self.ignore_eos:
+            raise UserError("ignore-eos: an answer that has to look like something ends where it does")
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether other scores are sampled from than those of the model."""
+        own = self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias, self.constraint
+        return own != (1, 0, 0, (), None)
+
+    def check_plain(self) -> None:
+        """Raises `UserError` for options that only the engine takes."""
+        if self != dataclasses.replace(self, **ENGINE_ONLY):
+            names = [name for name, neutral in ENGINE_ONLY.items() if getattr(self, name) != neutral]
+            raise UserError(f"sampling with {', '.join(names)} needs the engine: llava_jax.inference.engine.Engine")
 
 
 GREEDY = Sampling()

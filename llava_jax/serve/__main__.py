@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         from llava_jax.serve.server import Server, listen
     except ImportError as error:
         raise UserError(f"{error}: pip install 'llava_jax[serve]'") from error
+    if args.image_hosts and not args.allow_remote_images:
+        raise UserError("--image-hosts is for --allow-remote-images: give it, too")
     address = listen(args.host, args.port)
     name = args.model_name or Path(args.checkpoint.rstrip("/")).name
     for adapter, _ in args.adapter:
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         name,
         api_key=api_key,
         allow_remote_images=args.allow_remote_images,
+        image_hosts=args.image_hosts,
         max_body_bytes=args.max_body_mb << 20,
         allowed_hosts=[*own_names(args.host, address), *args.allowed_hosts],
         allow_origins=args.allow_origin,
@@ -110,6 +113,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--context", type=_integer(1), metavar="N", help="positions of a prompt and its answer")
     add("--api-key-file", metavar="F", help="a file with the key that clients need; or set LLAVA_API_KEY")
     add("--allow-remote-images", action="store_true", help="fetch images from public http(s) URLs")
+    add("--image-hosts", type=hosts, default=[], metavar="NAME,...", help="with --allow-remote-images: fetch from "
+        "these hosts only: images.example.org or *.example.org")  # fmt: skip
     add("--max-body-mb", type=_integer(1, 4096), default=32, metavar="N", help="of a request with images (default: 32)")
     add("--no-page", action="store_true", help="only the API, without the web page at /")
     options.add_computation(parser)

@@ -12,8 +12,8 @@ import anyio
 from llava_jax.cli import UserError
 from llava_jax.inference.adapters import Adapter, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
-from llava_jax.inference.engine import Engine
-from llava_jax.inference.prefix_cache import PreparedPrompt
+from llava_jax.inference.engine import Engine, UnknownToken
+from llava_jax.inference.prefix_cache import PreparedPrompt, Text
 from llava_jax.inference.prompts import ContextExceeded
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.serve.errors import ApiError
@@ -22,21 +22,33 @@ from llava_jax.serve.metrics import Metrics
 PING_SECONDS = 15.0  # without data, after which a waiting client gets a comment
 
 
-async def prepare(engine: Engine, request: Request, adapter: Adapter) -> PreparedPrompt:
-    """`Engine.prepare` in a thread. Raises `ApiError`."""
+async def prepare(
+    engine: Engine, request: Request | Text, adapter: Adapter, field: str = "messages", special: bool = True
+) -> PreparedPrompt:
+    """`Engine.prepare` in a thread. Raises `ApiError` that names the `field` of the request."""
     try:
-        return await anyio.to_thread.run_sync(engine.prepare, request, adapter)
+        return await anyio.to_thread.run_sync(engine.prepare, request, adapter, special)
     except UserError as error:
-        _raise(error)
+        _raise(error, field)
 
 
 class Answers:
-    """One answer to `prompt` for each of `samplings`. The engine's thread delivers the pieces."""
+    """An answer to each of `wanted`, prompts and how they are sampled. The engine's thread delivers the pieces.
 
-    def __init__(self, engine: Engine, metrics: Metrics, prompt: PreparedPrompt, samplings: Sequence[Sampling]):
+    Args:
+      field: of the request, that has the prompt.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        wanted: Sequence[tuple[PreparedPrompt, Sampling]],
+        field: str = "messages",
+    ):
         self.answers: list[Answer] = []
         self._cancelled = False
-        self._engine, self._metrics, self._prompt, self._samplings = engine, metrics, prompt, samplings
+        self._engine, self._metrics, self._wanted, self._field = engine, metrics, wanted, field
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._start = time.monotonic()
@@ -47,11 +59,11 @@ class Answers:
             await anyio.to_thread.run_sync(self._submit)
         except BaseException as error:
             self.cancel()
-            _raise(error)
+            _raise(error, self._field)
 
     def _submit(self) -> None:
-        for index, sampling in enumerate(self._samplings):
-            self.answers.append(self._engine.submit(self._prompt, sampling, sink=functools.partial(self._put, index)))
+        for index, (prompt, sampling) in enumerate(self._wanted):
+            self.answers.append(self._engine.submit(prompt, sampling, sink=functools.partial(self._put, index)))
             if self._cancelled:  # by the event loop, which does not wait for this thread
                 return self.cancel()
 
@@ -89,17 +101,19 @@ class Answers:
             answer.cancel()
 
 
-def _raise(error: BaseException) -> NoReturn:
+def _raise(error: BaseException, field: str = "messages") -> NoReturn:
     """Raises the `ApiError` of an error of the engine, and other errors as they are."""
     match error:
         case QueueFull():
             raise ApiError(429, str(error), "queue_full", retry_after=error.retry_after) from error
         case ContextExceeded():
-            raise ApiError(400, str(error), "context_length_exceeded", "messages") from error
+            raise ApiError(400, str(error), "context_length_exceeded", field) from error
         case UnknownAdapter():  # it was unloaded just now
             raise ApiError(404, str(error), "model_not_found", "model") from error
+        case UnknownToken():
+            raise ApiError(400, str(error), "invalid_value") from error
         case UserError():
-            raise ApiError(400, str(error), "invalid_value", "messages") from error
+            raise ApiError(400, str(error), "invalid_value", field) from error
         case EngineClosed():
             raise ApiError(503, str(error), "unavailable", retry_after=5) from error
         case EngineError():

@@ -1,9 +1,12 @@
 """The HTTP side of an engine: OpenAI's API, health, metrics, and the web page."""
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -12,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from llava_jax.inference.engine import Engine
 from llava_jax.serve import errors
 from llava_jax.serve.bodies import BoundedRoute
-from llava_jax.serve.completions import Chat
+from llava_jax.serve.completions import Completions
 from llava_jax.serve.gate import Gate, Traffic
 from llava_jax.serve.hosts import Hosts
 from llava_jax.serve.images import ImageReader
@@ -20,7 +23,8 @@ from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.models import AdapterDirectory, Card, Models
 from llava_jax.serve.page import mount as mount_page
-from llava_jax.serve.schema import ChatRequest, LoadRequest, UnloadRequest
+from llava_jax.serve.responses import ResponseRequest
+from llava_jax.serve.schema import ChatRequest, Detokenize, LoadRequest, TextRequest, Tokenize, UnloadRequest
 
 MAX_BODY_BYTES = 32 << 20
 REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
@@ -33,6 +37,16 @@ class ModelList(BaseModel):
     data: list[Card]
 
 
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
 class Health(BaseModel):
     status: str
 
@@ -43,6 +57,7 @@ def create_app(
     *,
     api_key: str | None = None,
     allow_remote_images: bool = False,
+    image_hosts: Collection[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     allowed_hosts: Collection[str] = (),
     allow_origins: Collection[str] = (),
@@ -56,13 +71,14 @@ def create_app(
       model: the name that clients use for the model.
       api_key: the bearer token that clients need; None accepts all clients.
       allow_remote_images: whether images are fetched from http(s) URLs.
+      image_hosts: from which alone they are fetched; all if there are none.
       max_body_bytes: of a request.
       allowed_hosts: names of this server besides loopback names and the address that a client connects to.
       allow_origins: other sites whose pages may use the API from a browser.
       page: whether to serve the web page at `/`.
       adapter_directory: from which clients may load adapters; None if they may neither load nor unload any.
     """
-    about = "OpenAI's chat completions, answered by a LLaVA."
+    about = "OpenAI's chat completions, completions and responses, answered by a LLaVA."
     app = FastAPI(title="llava_jax", description=about, docs_url=None, redoc_url=None)  # both load scripts from a CDN
     app.router.redirect_slashes = False  # behind a TLS proxy it would redirect to http
     errors.install(app)
@@ -87,22 +103,32 @@ def create_app(
     app.add_middleware(Hosts, names=allowed_hosts, origins=allow_origins)
     app.add_middleware(Log, responded=metrics.responded)
     models = Models(engine, model)
-    chat = Chat(engine, models, metrics, ImageReader(allow_remote_images))
+    answering = Completions(engine, models, metrics, ImageReader(allow_remote_images, image_hosts))
     refused = {status: {"model": errors.ErrorResponse} for status in REFUSALS}
 
     streamed = {200: {"description": "An answer, or with `stream` its events.", "content": {"text/event-stream": {}}}}
 
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await chat.respond(body, request)
+        return await answering.chat(body, request)
 
-    app.router.add_api_route(
-        "/v1/chat/completions",
-        chat_completions,
-        methods=["POST"],
-        responses=refused | streamed,
-        response_model=ChatCompletion,
-        route_class_override=BoundedRoute,
-    )
+    async def completions(body: TextRequest, request: Request) -> Response:
+        return await answering.text(body, request)
+
+    async def responses(body: ResponseRequest, request: Request) -> Response:
+        return await answering.response(body, request)
+
+    async def tokenize(body: Tokenize, request: Request) -> Response:
+        return JSONResponse(await answering.tokenize(body))
+
+    async def detokenize(body: Detokenize, request: Request) -> Response:
+        return JSONResponse(await answering.detokenize(body))
+
+    post = functools.partial(_post, app)
+    post("/v1/chat/completions", chat_completions, refused | streamed, response_model=ChatCompletion)
+    post("/v1/completions", completions, refused | streamed, response_model=Completion)
+    post("/v1/responses", responses, refused | streamed, response_model=None)
+    post("/tokenize", tokenize, refused, response_model=TokenizeResponse)
+    post("/detokenize", detokenize, refused, response_model=DetokenizeResponse)
 
     @app.get("/v1/models", responses=refused, response_model_exclude_none=True)
     async def all_models() -> ModelList:
@@ -143,11 +169,10 @@ def _add_loading(app: FastAPI, directory: AdapterDirectory, refused: dict) -> No
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     for endpoint in (load, unload):
-        app.router.add_api_route(
-            f"/v1/{endpoint.__name__}_lora_adapter",
-            endpoint,
-            methods=["POST"],
-            responses=refused,
-            response_class=PlainTextResponse,
-            route_class_override=BoundedRoute,
-        )
+        _post(app, f"/v1/{endpoint.__name__}_lora_adapter", endpoint, refused, response_class=PlainTextResponse)
+
+
+def _post(app: FastAPI, path: str, endpoint: Callable, responses: dict, **options: Any) -> None:
+    """Adds a route whose body is bounded."""
+    options |= {"methods": ["POST"], "responses": responses, "route_class_override": BoundedRoute}
+    app.router.add_api_route(path, endpoint, **options)

@@ -102,7 +102,8 @@ def _path(location: tuple[str | int, ...], body: Any, missing: bool) -> str | No
     type_named = False  # of the current object; a type may have the name of a field
     for i, key in enumerate(location, 1):
         last = i == len(location)
-        if not (type_named or last) and isinstance(body, dict) and key in (body.get("type"), body.get("role")):
+        named = isinstance(body, dict) and key in (body.get("type"), body.get("role"))
+        if named and not (type_named or last) and (key not in body or location[i] in body):
             type_named = True
         elif isinstance(body, dict) and key in body or isinstance(body, list) and isinstance(key, int):
             path.append(str(key))

@@ -7,13 +7,14 @@ checked: a name server that answers differently the second time gains nothing.
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import httpcore2 as httpcore
 import httpx2 as httpx
 
 from llava_jax.cli import UserError
+from llava_jax.serve.hosts import matches
 
 SECONDS = 15.0  # in total: name resolution, redirects and the image
 REDIRECTS = 3
@@ -25,11 +26,12 @@ _UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses of hosts on th
 _REFUSED = [ipaddress.ip_network(line) for line in Path(__file__).with_name("refused_networks.txt").read_text().split()]
 
 
-async def fetch(url: str, max_bytes: int) -> bytes:
-    """The body at `url`. Raises `UserError` for an address that is not public, and a large, slow or missing body."""
+async def fetch(url: str, max_bytes: int, hosts: Collection[str] = ()) -> bytes:
+    """The body at `url`. Raises `UserError` for an address that is not public, a host that is not among `hosts`, if
+    there are any, and a large, slow or missing body."""
     try:
         async with asyncio.timeout(SECONDS):
-            return await _follow(url, max_bytes)
+            return await _follow(url, max_bytes, hosts)
     except TimeoutError as error:
         raise UserError(f"took more than {SECONDS:.0f} seconds") from error
     except socket.gaierror as error:
@@ -40,7 +42,7 @@ async def fetch(url: str, max_bytes: int) -> bytes:
         raise UserError("is no valid URL") from error
 
 
-async def _follow(address: str, max_bytes: int) -> bytes:
+async def _follow(address: str, max_bytes: int, hosts: Collection[str]) -> bytes:
     if len(address) > MAX_URL:
         raise UserError(f"has more than {MAX_URL} characters")
     url = httpx.URL(address)
@@ -49,6 +51,8 @@ async def _follow(address: str, max_bytes: int) -> bytes:
         for _ in range(REDIRECTS + 1):
             if url.scheme not in _SCHEMES or not url.host:
                 raise UserError("is no http or https URL")
+            if hosts and not matches(url.host.lower(), hosts):
+                raise UserError("leads to a host that this server does not fetch from")
             target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
             async with pool.stream("GET", target, headers={"Host": url.netloc.decode(), **headers}) as response:
                 location = httpx.Headers(response.headers).get("location")

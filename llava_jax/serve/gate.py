@@ -79,8 +79,8 @@ class Gate:
       max_body_bytes: of any request, whether declared or not.
     """
 
-    guarded = ("/v1/", "/metrics")
-    working = ("/v1/chat/",)
+    guarded = ("/v1/", "/metrics", "/tokenize", "/detokenize")
+    working = ("/v1/chat/", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 
     def __init__(
         self,

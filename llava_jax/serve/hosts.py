@@ -16,7 +16,7 @@ from llava_jax.serve.errors import ApiError
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?")
 _PORTS = {"http": "80", "https": "443"}
-_API = ("/v1/", "/metrics")
+_API = ("/v1/", "/metrics", "/tokenize", "/detokenize")
 
 
 class Hosts:
@@ -62,9 +62,13 @@ class Hosts:
         connected, _ = scope.get("server") or (None, None)
         if host is None or host in self.names or host == _plain(str(connected)):
             return host is not None
-        parents = host.split(".")
-        wildcards = {".".join(["*", *parents[i:]]) for i in range(1, len(parents))}
-        return bool(wildcards & self.names) or _is_loopback(host)
+        return matches(host, self.names) or _is_loopback(host)
+
+
+def matches(host: str, names: Collection[str]) -> bool:
+    """Whether `names` has the host, or `*.` with a part of it."""
+    parents = host.split(".")
+    return any(name in names for name in (host, *(".".join(["*", *parents[i:]]) for i in range(1, len(parents)))))
 
 
 def allowed_names(text: str) -> list[str]:

@@ -15,8 +15,9 @@ from llava_jax.serve.errors import ApiError
 
 
 class Card(Model):
-    """A model of OpenAI's API with what vLLM adds for an adapter: the base's name, and the adapter's directory."""
+    """A model of OpenAI's API with what vLLM adds: the context; for an adapter, the base's name and its directory."""
 
+    max_model_len: int
     parent: str | None = None
     root: str | None = None
 
@@ -47,7 +48,8 @@ class Models:
         return [self._card(adapter) for adapter in (self._engine.base, *self._engine.adapters.loaded())]
 
     def _card(self, adapter: Adapter) -> Card:
-        card = Card(id=self._base, created=self._created, object="model", owned_by="llava_jax")
+        fields = {"object": "model", "owned_by": "llava_jax", "max_model_len": self._engine.context}
+        card = Card(id=self._base, created=self._created, **fields)
         if adapter is self._engine.base:
             return card
         update = {"id": adapter.name, "created": int(adapter.loaded), "parent": self._base, "root": adapter.origin}

@@ -1,4 +1,4 @@
-"""The bodies of requests. That of `/v1/chat/completions` is the part of OpenAI's that this model can serve.
+"""The bodies of requests: the part of OpenAI's and of vLLM's that this model can serve.
 
 Fields that would change the answer in a way that is not supported are refused by name, never ignored. Fields without
 influence on the answer are accepted.
@@ -7,10 +7,14 @@ influence on the answer are accepted.
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
+
+from llava_jax.inference.constraints import KINDS
+from llava_jax.inference.requests import MAX_BIASES
 
 MAX_CHOICES = 16  # of `n`
 MAX_ITEMS = 1024  # messages of a request, parts of a message
+MAX_TOKENS = 50_000  # of a prompt as token ids
 
 # Values are dropped, since a request may be kept as long as its answer is generated.
 Ignored = Annotated[
@@ -69,7 +73,18 @@ class ImagePart(Strict):
     image_url: Annotated[ImageURL, BeforeValidator(_as_image_url, json_schema_input_type=ImageURL | str)] = Field(
         description='`{"url": ...}`, or the URL alone.'
     )
+    uuid: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="Of vLLM's API. Accepted; images are cached by their content."
+    )
     prompt_cache_breakpoint: Ignored = None
+
+
+def _parsed(value: Any) -> Any:
+    """A JSON schema, which may be sent as text."""
+    try:
+        return from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
+    except ValueError:
+        raise PydanticCustomError("json_text", "is text, but no JSON") from None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -81,6 +96,7 @@ def Several(item: Any) -> Any:
 
 
 Texts = Several(TextPart)
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]  # of a function
 
 
 class SystemMessage(Strict):
@@ -95,20 +111,103 @@ class UserMessage(Strict):
     name: Only() = None
 
 
+class CalledFunction(Strict):
+    name: Name
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"]
+    function: CalledFunction
+    index: Ignored = None
+
+
 class AssistantMessage(Strict):
     """The `message` of a response may be sent back as it is."""
 
     role: Literal["assistant"]
-    content: str | Texts
+    content: str | Texts | None = None
     name: Only() = None
     refusal: Only() = None
     audio: Only() = None
     annotations: Only([]) = None
     function_call: Only() = None
-    tool_calls: Only([]) = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "AssistantMessage":
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "an assistant's message has to have content or tool_calls")
+        return self
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(Strict):
+    """The result of a call."""
+
+    role: Literal["tool"]
+    content: str | Texts
+    tool_call_id: Annotated[str, Field(max_length=256)]
+    name: Ignored = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Strict):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Accepted; calls always follow `parameters`.")
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Strict):
+    name: str
+    description: Ignored = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="Accepted; answers always follow the schema.")
+
+
+class PlainFormat(Strict):
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+Schema = Annotated[dict[str, Any], BeforeValidator(_parsed, json_schema_input_type=dict[str, Any] | str)]
+Choices = Annotated[list[str], Field(min_length=1, max_length=1000, fail_fast=True)]
+
+
+class StructuredOutputs(Strict):
+    """Of vLLM's API: one of these."""
+
+    json_: Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
 
 
 class StreamOptions(Strict):
@@ -118,6 +217,8 @@ class StreamOptions(Strict):
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Integer(1, 2**31 - 1)
+Tokens = Annotated[list[Integer(0, 2**31 - 1)], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Any of 64 bits, also as JavaScript writes it: JSON.stringify(-(2 ** 63)) is -9223372036854776000.
 Seed = Integer(-(10**20), 10**20)
 
@@ -138,29 +239,97 @@ class UnloadRequest(Strict):
     lora_int_id: Only() = None
 
 
-class ChatRequest(Strict):
+class Generation(Strict):
+    """What chat and text completions have in common."""
+
     model: str
-    messages: Several(Message)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Integer(1, MAX_CHOICES) | None = None
-    max_completion_tokens: Count | None = Field(None, description="By default as many as the context has room for.")
-    max_tokens: Count | None = Field(None, description="The older name of `max_completion_tokens`.")
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="1 by default; 0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Integer(-1, 2**31 - 1) | None = Field(
-        None, description="Not in OpenAI's API: sample among this many most likely tokens; 0 and -1 for all."
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        Field(None, description="By token id.")
     )
     seed: Seed | None = Field(None, description="By default another each time.")
     stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
+
+    # Not in OpenAI's API, but in vLLM's.
+    top_k: Integer(-1, 2**31 - 1) | None = Field(None, description="Among this many likeliest tokens; 0 and -1: all.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop_token_ids: Annotated[list[Integer(0, 2**31 - 1)], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = Field(None, description="The older name of `structured_outputs.json`; so are others.")
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: Ignored = None
+
+    user: Ignored = None
+
+    @property
+    def answers(self) -> int:
+        return self.n or 1
+
+    @property
+    def limit(self) -> int | None:
+        """Of an answer's tokens."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """To each token that are reported; None for no report."""
+        return None
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def constraints(self) -> list[tuple[str, str, Any]]:
+        """(field, kind, value) for `inference.constraints`."""
+        given, form = self.structured_outputs, getattr(self, "response_format", None)
+        values = [
+            ("response_format", "json", {"type": "object"} if isinstance(form, ObjectFormat) else None),
+            ("response_format", "json", form.json_schema.schema_ if isinstance(form, SchemaFormat) else None),
+            ("structured_outputs", "json", given and given.json_),
+            ("structured_outputs", "json", {"type": "object"} if given and given.json_object else None),
+            *(("structured_outputs", kind, given and getattr(given, kind)) for kind in ("regex", "choice", "grammar")),
+            *((f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in KINDS),
+        ]
+        return [(field, kind, value) for field, kind, value in values if value is not None]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Generation":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
+        constraints = self.constraints()
+        if len(constraints) > 1:
+            what = "response_format, structured_outputs and guided_*: send one format for the answer"
+            raise PydanticCustomError("constraints", what)
+        if constraints and self.ignore_eos:
+            raise PydanticCustomError("ignore_eos", "ignore_eos: an answer that has a format ends where that does")
+        return self
+
+
+class ChatRequest(Generation):
+    messages: Several(Message)
+    max_completion_tokens: Count | None = Field(None, description="By default as many as the context has room for.")
     logprobs: bool | None = None
     top_logprobs: Integer(0, 20) | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = Field(
         None, description="Of vLLM's API: the answer continues a last message of the assistant, as by default."
     )
     add_generation_prompt: bool | None = Field(None, description="Of vLLM's API: the opposite.")
 
-    user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
     service_tier: Ignored = None
@@ -169,18 +338,13 @@ class ChatRequest(Strict):
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
     prediction: Ignored = None
-    parallel_tool_calls: Ignored = None
 
-    frequency_penalty: Only(0) = None
-    presence_penalty: Only(0) = None
-    repetition_penalty: Only(1) = None
-    min_p: Only(0) = None
-    logit_bias: Only({}) = None
-    response_format: Only({"type": "text"}) = None
+    chat_template: Only() = None
+    chat_template_kwargs: Only({}, {"enable_thinking": False}) = None  # no template here thinks
+    media_io_kwargs: Only({}) = None
+    mm_processor_kwargs: Only({}) = None
     modalities: Only(["text"]) = None
     audio: Only() = None
-    tools: Only([]) = None
-    tool_choice: Only("none", "auto") = None
     functions: Only([]) = None
     function_call: Only("none", "auto") = None
     reasoning_effort: Only("none") = None
@@ -188,12 +352,29 @@ class ChatRequest(Strict):
     web_search_options: Only() = None
     moderation: Only() = None
 
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    def drop_prompt(self) -> None:
+        """Frees its memory."""
+        self.messages.clear()
+
     @model_validator(mode="after")
     def _agree(self) -> "ChatRequest":
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise PydanticCustomError("tool_choice", "tool_choice needs tools")
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
         continued = self.messages[-1].role == "assistant"
@@ -204,3 +385,60 @@ class ChatRequest(Strict):
                 "continue_final_message true and add_generation_prompt false, else the opposite, or send neither",
             )
         return self
+
+
+class TextRequest(Generation):
+    """Of `/v1/completions`."""
+
+    prompt: str | Several(str) | Tokens | Several(Tokens)
+    max_tokens: Count | None = Field(None, description="16 by default, as OpenAI's.")
+    logprobs: Integer(0, 20) | None = None
+    echo: bool | None = None
+    best_of: Only(1) = None
+    suffix: Only("") = None
+
+    @property
+    def answers(self) -> int:
+        return (self.n or 1) * len(self.prompts())
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Texts, or token ids."""
+        return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+
+    def drop_prompt(self) -> None:
+        """Frees its memory."""
+        self.prompt = ""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "TextRequest":
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError("echo", "echo with logprobs: the tokens of a prompt have no log-probabilities")
+        return self
+
+
+class Tokenize(Strict):
+    """Of vLLM's `/tokenize`: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Several(Message) | None = None
+    add_special_tokens: bool | None = Field(None, description="For `prompt`; true by default.")
+    add_generation_prompt: Only(True) = None
+    return_token_strs: Only(False) = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Tokenize":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "send either prompt or messages")
+        return self
+
+
+class Detokenize(Strict):
+    """Of vLLM's `/detokenize`."""
+
+    model: str | None = None
+    tokens: Tokens

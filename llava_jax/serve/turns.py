@@ -11,6 +11,7 @@ from llava_jax.data.conversation import join_parts
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template, stop_strings
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import Message, Part, TextPart
+from llava_jax.serve.tools import MARKS, Tools
 
 
 class Turns(NamedTuple):
@@ -24,9 +25,16 @@ class Turns(NamedTuple):
 class Marks:
     """Marks that a client's text must not contain, since they would stand for an image, a turn's end or a role."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, tools: bool = False):
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        marks = {IMAGE_TOKEN, IM_START_TOKEN, IM_END_TOKEN, *special, *stop_strings(template)}
+        marks = {
+            IMAGE_TOKEN,
+            IM_START_TOKEN,
+            IM_END_TOKEN,
+            *special,
+            *stop_strings(template),
+            *(MARKS if tools else ()),
+        }
         any_mark = "|".join(re.escape(mark) for mark in marks if mark.strip())
         self._beginning = re.compile(f"(?={any_mark}).", re.DOTALL)
 
@@ -35,7 +43,9 @@ class Marks:
         return self._beginning.sub(r"\g<0> ", text)
 
 
-def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool = False) -> Turns:
+def read_messages(
+    messages: Sequence[Message], marks: Marks, interleaved: bool = False, tools: Tools | None = None
+) -> Turns:
     """Converts messages to turns. Consecutive messages of one role become one turn.
 
     Args:
@@ -43,6 +53,7 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
       marks: that texts must not contain.
       interleaved: whether images keep their places among the texts, for models that were trained so; otherwise they
         come before the text of their turn.
+      tools: their format, if messages have calls or results.
 
     Raises `ApiError` unless the messages alternate and the first is the user's.
     """
@@ -55,10 +66,13 @@ def read_messages(messages: Sequence[Message], marks: Marks, interleaved: bool =
                 raise ApiError(400, f"{field}: a system message has to be the first", "invalid_value", field)
             for field, part in parts_of(message, f"messages.{i}.content"):
                 if isinstance(part, TextPart):
-                    parts += [marks.disarm(part.text)] if part.text else []
+                    text = marks.disarm(part.text)
+                    parts += [tools.result(text) if message.role == "tool" else text] if text else []
                 else:
                     parts.append(IMAGE_TOKEN)
                     images.append((f"{field}.image_url.url", part.image_url.url))
+            for number, call in enumerate(getattr(message, "tool_calls", None) or ()):
+                parts.append(tools.call(call.function, f"messages.{i}.tool_calls.{number}", marks))
         turns.append((role, join_parts(parts) if interleaved else "\n".join(sorted(parts, key=_is_text))))
         urls += images
     if next((role for role, _ in turns if role != "system"), None) != "user":
@@ -73,7 +87,7 @@ def _is_text(part: str) -> bool:
 
 
 def _role(message: Message) -> str:
-    return "system" if message.role == "developer" else message.role
+    return {"developer": "system", "tool": "user"}.get(message.role, message.role)
 
 
 def parts_of(message: Message, field: str = "") -> Iterator[tuple[str, Part]]:
@@ -81,5 +95,5 @@ def parts_of(message: Message, field: str = "") -> Iterator[tuple[str, Part]]:
     if isinstance(message.content, str):
         yield field, TextPart(type="text", text=message.content)
     else:
-        for i, part in enumerate(message.content):
+        for i, part in enumerate(message.content or ()):
             yield f"{field}.{i}", part

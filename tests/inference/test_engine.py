@@ -16,6 +16,7 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.anyres import AnyRes
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull
+from llava_jax.inference.constraints import ConstraintFailed
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
@@ -322,3 +323,57 @@ def test_tiles_of_anyres_are_cached_and_answers_are_those_of_the_generator():
     assert found == [alone.answer([request], SHORT)[0] for request in requests]
     assert len(set(found)) > 3
     assert alone.answer(requests, SHORT) == found  # in one batch, which shares prefixes
+
+
+class Failing:
+    """A constraint whose second token takes too much work."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def matcher(self) -> "Failing":
+        return self
+
+    def mask(self) -> np.ndarray | None:
+        self.calls += 1
+        if self.calls > 1:
+            raise ConstraintFailed("too much work")
+        return None
+
+    def complete_after(self, token: int) -> bool:
+        return False
+
+
+def test_a_constraint_that_fails_fails_its_answer_alone(engine):
+    requests, stats = ragged(4), engine.stats()
+    alone = [ask(engine, request) for request in requests[:3]]
+    answers = [engine.submit(request, SHORT) for request in requests[:3]]
+    failing = engine.submit(requests[3], Sampling(max_new_tokens=12, constraint=Failing()))
+    with pytest.raises(EngineError, match="too much work"):
+        text(failing)
+    assert [text(answer) for answer in answers] == alone
+    assert (engine.stats().failed, engine.stats().busy) == (stats.failed + 1, 0)
+    assert ask(engine, requests[0]) == alone[0]
+
+
+def test_answers_do_not_change_beside_others_with_rules(engine):
+    requests = ragged(8)
+    alone = [collect(engine.submit(request, REPORTED)) for request in requests]
+    ruled = Sampling(
+        max_new_tokens=30,
+        temperature=1.0,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        logit_bias=((5, 3.0),),
+        min_p=0.1,
+    )
+    others = [engine.submit(request, ruled) for request in requests]
+    beside = [collect(answer) for answer in [engine.submit(request, REPORTED) for request in requests]]
+    assert beside == alone
+    assert [text(other) for other in others] == [ask(engine, request, ruled) for request in requests]
+
+
+def test_only_the_engine_takes_rules():
+    for field, value in (("repetition_penalty", 1.5), ("logit_bias", ((1, 2.0),)), ("ignore_eos", True)):
+        with pytest.raises(UserError, match=f"sampling with {field} needs the engine"):
+            generator().answer(ragged(1), Sampling(**{field: value}))

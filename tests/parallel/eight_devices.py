@@ -372,6 +372,7 @@ def answers_on(mesh, checkpoint, quantize) -> tuple[list[str], list[float], set[
     requests = [Request([("user", "<image>\nWhat colour is it?")], [picture]), Request([("user", "Hello")])]
     prompts = [engine.prepare(request, adapter) for adapter in chosen for request in requests]
     answers = [engine.submit(prompt, Sampling(max_new_tokens=10, logprobs=0)) for prompt in prompts]
+    answers.append(engine.submit(prompts[0], Sampling(max_new_tokens=10, logprobs=0, repetition_penalty=1.3)))
     pieces = [piece for answer in answers for piece in answer]
     engine.close()
     params = module_params(jax.tree.unflatten(engine._programs._structure, engine._programs._weights))

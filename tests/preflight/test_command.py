@@ -198,7 +198,7 @@ def test_the_largest_batch_is_found_with_few_compilations(limit, reports, monkey
     result = search.largest_batch(small_config(), "h100:4")
     assert result.rows_per_device == max(limit, 1) and result.fits == (limit > 0)
     assert result.tried == {rows: rows <= limit for rows in result.tried} and not result.tried[limit + 1]
-    assert result.batch_rows % (4 * result.rows_per_device) == 0 and len(result.tried) <= 7
+    assert result.batch_rows % (4 * result.rows_per_device) == 0 and len(result.tried) <= 8
 
 
 def test_smallest_slice(reports, monkeypatch):
@@ -312,7 +312,7 @@ def test_the_fastest_configuration_is_found_with_few_compilations(reports, monke
         )
 
     monkeypatch.setattr(search, "report", fake)
-    monkeypatch.setattr(search, "compute_seconds", lambda config, target: 0.0)
+    monkeypatch.setattr(search, "least_seconds", lambda config, target: 0.0)
     found = search.fastest(small_config(batch_rows=16), "v5e:2x2")
     assert compiled == [
         *(("none", 1, 1, 1), ("none", 2, 1, 1), ("save_qkv", 2, 1, 1), ("save_qkv", 4, 1, 1), ("full", 4, 1, 1)),
@@ -323,7 +323,7 @@ def test_the_fastest_configuration_is_found_with_few_compilations(reports, monke
     assert list(found.tried.values()).count(None) == 2 and "fastest    --config.remat=save_qkv" in found.to_text()
     assert tuple(found.to_json())[-3:] == ("search", "tried", "overrides")
     compiled.clear()  # now a policy's least time says that it cannot win
-    monkeypatch.setattr(search, "compute_seconds", lambda config, target: 1e3 * (config.remat != "none"))
+    monkeypatch.setattr(search, "least_seconds", lambda config, target: 1e3 * (config.remat != "none"))
     assert search.fastest(small_config(batch_rows=16), "v5e:2x2").remat == "none"
     assert {remat for remat, *_ in compiled} == {"none"}
 

@@ -14,19 +14,23 @@ import httpx2
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from openai.types import chat
+from openai.types import chat, shared_params
 from openai.types.chat import chat_completion_content_part_image_param as image_part
 from openai.types.chat import completion_create_params
+from openai.types.responses import response_create_params
 from serving import data_url, eventually, noise_image, serving, tiny_engine
 
 from llava_jax.inference import prompts
 from llava_jax.inference.engine import Engine, QueueFull
 from llava_jax.inference.requests import Request, Sampling
-from llava_jax.serve import answers, completions, schema
+from llava_jax.serve import answers, completions, responses, schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.app import create_app
+from llava_jax.serve.models import AdapterDirectory
 
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = {"role": "assistant", "tool_calls": [CALL]}
 BEGUN = [*HELLO, {"role": "assistant", "content": "Well, it"}]
 
 
@@ -316,6 +320,10 @@ def test_a_failure_reaches_the_client_before_and_in_the_middle_of_a_stream(clien
         (schema.UserMessage, chat.ChatCompletionUserMessageParam),
         (schema.AssistantMessage, chat.ChatCompletionAssistantMessageParam),
         (schema.AssistantMessage, chat.ChatCompletionMessage),
+        (schema.ToolMessage, chat.ChatCompletionToolMessageParam),
+        (schema.Function, shared_params.FunctionDefinition),
+        (schema.TextRequest, openai.types.completion_create_params.CompletionCreateParamsStreaming),
+        (responses.ResponseRequest, response_create_params.ResponseCreateParamsStreaming),
         (schema.TextPart, chat.ChatCompletionContentPartTextParam),
         (schema.ImagePart, chat.ChatCompletionContentPartImageParam),
         (schema.ImageURL, image_part.ImageURL),
@@ -330,9 +338,14 @@ def test_every_field_that_the_client_can_send_is_known(own, theirs):
 @pytest.mark.parametrize(
     "body, param",
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+        ({"media_io_kwargs": {"video": {"num_frames": 10**9}}}, "media_io_kwargs"),
+        ({"mm_processor_kwargs": {"max_pixels": 10**12}}, "mm_processor_kwargs"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"messages": [*HELLO, CALLED, {"role": "tool", "content": "5", "tool_call_id": "1"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "Hello", "name": "Ann"}]}, "messages.0.name"),
     ],
 )
@@ -364,7 +377,29 @@ def test_what_changes_nothing_is_accepted(client):
         ({"messages": None}, "messages", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_required_parameter"),
+        ({"messages": [{"role": "actor", "content": "x"}]}, "messages.0", "invalid_value"),
+        ({"messages": [*HELLO, {"role": "assistant"}]}, "messages.1", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name", "missing_required_parameter"),
+        ({"tool_choice": "required"}, None, "invalid_value"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "invalid_value"),
+        ({"logit_bias": {"one": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"400": 1}}, None, "invalid_value"),  # the model has 400
+        ({"stop_token_ids": [400]}, None, "invalid_value"),
+        ({"min_p": 1.5}, "min_p", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+            "missing_required_parameter",
+        ),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, None, "invalid_value"),
+        ({"guided_regex": "a", "ignore_eos": True}, None, "invalid_value"),
+        ({"guided_regex": "(a"}, "guided_regex", "invalid_value"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs", "invalid_value"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "unknown_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages.0.content.0", "invalid_value"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "messages", "invalid_value"),
@@ -382,7 +417,7 @@ def test_what_changes_nothing_is_accepted(client):
         (
             parts({"type": "image_url", "image_url": {"url": "x"}, "uuid": 1}),
             "messages.0.content.0.uuid",
-            "unknown_parameter",
+            "invalid_value",
         ),
         (parts({"type": "image_url", "image_url": {"url": 1}}), "messages.0.content.0.image_url.url", "invalid_value"),
         (parts({"type": "image_url", "image_url": 1}), "messages.0.content.0.image_url", "invalid_value"),
@@ -402,6 +437,8 @@ def test_what_changes_nothing_is_accepted(client):
         ({"top_logprobs": 3}, None, "invalid_value"),
         ({"stream_options": {"include_usage": True}}, None, "invalid_value"),
         ({"frequency": 1}, "frequency", "unknown_parameter"),
+        ({"prompt_embeds": "gASV"}, "prompt_embeds", "unknown_parameter"),
+        (parts({"type": "image_embeds", "image_embeds": "gASV"}), "messages.0.content.0", "invalid_value"),
         ({"\ud800": 1}, None, "invalid_json"),
         ({"n" * 1000: 1}, "n" * 397 + "...", "unknown_parameter"),
     ],
@@ -624,8 +661,8 @@ def test_what_is_submitted_after_its_client_left_is_cancelled(engine, app):
     """The thread that submits is not stopped by a cancelled task."""
 
     async def leave() -> Answers:
-        request, sampling = Request([("user", "Hello")]), Sampling(max_new_tokens=1900, temperature=2.0)
-        answers = Answers(engine, app.state.metrics, request, [sampling] * 3)
+        wanted = Request([("user", "Hello")]), Sampling(max_new_tokens=1900, temperature=2.0)
+        answers = Answers(engine, app.state.metrics, [wanted] * 3)
         answers.cancel()
         await answers.submit()
         return answers
@@ -723,6 +760,24 @@ def test_a_key(engine):
         assert http.get("/health").status_code == 200
         right = {"Authorization": "Bearer right"}
         assert http.post("/v1/chat/completions", json=body, headers=right).status_code == 200
+
+
+def test_every_path_but_health_and_the_schema_needs_the_key(engine, tmp_path):
+    directory = AdapterDirectory(engine, "tiny", str(tmp_path), lambda path: 1 / 0)
+    app = create_app(engine, "tiny", api_key="right", adapter_directory=directory)
+    with TestClient(app) as http:
+        answered = {
+            (route.path, method): http.request(method, route.path.replace("{name:path}", "tiny"), json={}).status_code
+            for route in app.routes
+            for method in route.methods
+        }
+        # A path that the Host header or an encoding pretends is no other path.
+        for path in ("//v1/models", "/v1/../v1/models", "/%76%31/models", "/health/../v1/models"):
+            assert http.get(path).status_code in (401, 404)
+        assert http.get("/v1/models", headers={"Host": "localhost/health?"}).status_code == 421
+    unguarded = {path for (path, _), status in answered.items() if status != 401}
+    assert unguarded == {"/health", "/openapi.json"}
+    assert len(answered) > 10
 
 
 def test_bodies_are_limited_before_they_are_read(url):

@@ -7,9 +7,11 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import tiny_engine
 
+from llava_jax.inference.constraints import KINDS
 from llava_jax.serve.app import create_app
 
 CHAT = ("POST", "/v1/chat/completions")
+WRITTEN = [("POST", path) for path in ("/v1/completions", "/v1/responses", "/tokenize", "/detokenize")]
 READ = [("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("GET", "/health"), ("GET", "/metrics")]
 
 
@@ -45,6 +47,7 @@ def fuzz(api, method: str, path: str, mode: GenerationMode, examples: int, model
     "method, path, mode, examples",
     [
         (*CHAT, GenerationMode.NEGATIVE, 100),
+        *((*operation, GenerationMode.NEGATIVE, 30) for operation in WRITTEN),
         *((*operation, GenerationMode.POSITIVE, 10) for operation in READ),
     ],
 )
@@ -57,12 +60,14 @@ def test_what_reaches_the_engine_is_answered_or_refused(api, engine):
     assert {response.status_code for response in responses} == {200, 400}
     assert engine.stats().failed == 0
     refused = [response.json()["error"] for response in responses if response.status_code == 400]
-    # What a schema cannot say: the order of roles, what an image is, which fields go together, how much is held.
-    unsaid = {None, "continue_final_message", "n"}
+    # What a schema cannot say: the order of roles, what an image is, which fields go together, how much is held, which
+    # tokens there are, what a grammar is, and whether the template has a format for tools.
+    unsaid = {None, "continue_final_message", "n", "logit_bias", "tools", "response_format", "structured_outputs"}
+    unsaid |= {f"guided_{kind}" for kind in KINDS}
     strange = [error for error in refused if error["param"] not in unsaid]
     assert all(error["param"].startswith("messages") for error in strange), strange
 
 
 def test_every_path_is_fuzzed(api):
     found = {(result.ok().method.upper(), result.ok().path) for result in api.get_all_operations()}
-    assert found == {CHAT, *READ}
+    assert found == {CHAT, *WRITTEN, *READ}

@@ -14,6 +14,8 @@ from serving import bomb, data_url, noise_image
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import ASPECTS, load_image, preprocess
+from llava_jax.data.tokenization import one_tile
+from llava_jax.inference.requests import PreparedImage
 from llava_jax.serve import fetch, images
 from llava_jax.serve.errors import ApiError
 
@@ -220,6 +222,35 @@ def test_a_picture_of_the_web(web):
     for path in ("picture", "to/|picture", f"to/http:||127.0.0.1:{web}|picture"):
         image = read(f"http://127.0.0.1:{web}/{path}", allow_remote=True)
         assert np.array_equal(np.asarray(image), square()(noise_image()))
+
+
+def test_only_some_hosts_may_be_fetched_from(web):
+    for hosts in (["127.0.0.1"], ["*.0.0.1", "example.org"]):
+        read(f"http://127.0.0.1:{web}/to/|picture", allow_remote=True, hosts=hosts)
+    for host, path in (("127.0.0.1", "picture"), ("LOCALHOST", f"to/http:||127.0.0.1:{web}|picture")):
+        what = refusal(f"http://{host}:{web}/{path}", allow_remote=True, hosts=["example.org", "*.example.org"])
+        assert "a host that this server does not fetch from" in what
+
+
+def test_an_image_is_decoded_once_for_all_that_send_its_bytes(monkeypatch):
+    calls = []
+
+    def preprocess(image: Image.Image) -> PreparedImage:
+        calls.append(image.size)
+        return PreparedImage(np.zeros((1, 8, 8, 3), np.uint8), one_tile(4))
+
+    async def read_all() -> None:
+        reader = images.ImageReader()
+        first, second = data_url(noise_image(0)), data_url(noise_image(1))
+        for url, settings in ((first, "a"), (first.replace("image/png", "image/x"), "a"), (first, "b"), (first, None)):
+            await reader.read([("here", url)], preprocess, settings)
+        assert len(calls) == 3
+        monkeypatch.setattr(images, "CACHE_BYTES", 2 * 8 * 8 * 3)  # of two: a third takes the place of the oldest
+        for url in (second, first):
+            await reader.read([("here", url)], preprocess, "a")
+        assert len(calls) == 5
+
+    asyncio.run(read_all())
 
 
 @pytest.mark.parametrize(
