@@ -12,6 +12,7 @@ import anyio
 from llava_jax.cli import UserError
 from llava_jax.inference.adapters import Adapter, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.inference.constraints import ConstraintFailed
 from llava_jax.inference.engine import Engine, UnknownToken
 from llava_jax.inference.prefix_cache import PreparedPrompt, Text
 from llava_jax.inference.prompts import ContextExceeded
@@ -116,6 +117,9 @@ def _raise(error: BaseException, field: str = "messages") -> NoReturn:
             raise ApiError(400, str(error), "invalid_value", field) from error
         case EngineClosed():
             raise ApiError(503, str(error), "unavailable", retry_after=5) from error
+        case ConstraintFailed():
+            what = f"the format of the answer takes too much work ({error}): make it simpler"
+            raise ApiError(400, what, "invalid_value") from error
         case EngineError():
             raise ApiError(500, "the answer failed: the server's log has the details", "internal_error") from error
     raise error
