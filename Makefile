@@ -94,8 +94,8 @@ $(VENV)-scorers/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-scorers
 	$(VENV)-scorers/bin/pip install --quiet --upgrade pip
 	$(VENV)-scorers/bin/pip install --quiet -e '.[evaluate]' pytest pytest-timeout pytest-xdist hypothesis pandas \
-	  torch==2.13.0 accelerate datasets evaluate levenshtein loguru numexpr openai python-dotenv requests sacrebleu sty \
-	  tabulate tenacity tqdm validators
+	  torch==2.13.0 accelerate datasets evaluate levenshtein loguru numexpr openai python-dotenv pytz requests sacrebleu \
+	  sty tabulate tenacity tqdm validators
 	$(VENV)-scorers/bin/pip install --quiet --no-deps lmms_eval==0.7.3 ms_vlmeval==0.0.20
 
 $(VENV)-docs/.ready:

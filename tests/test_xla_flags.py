@@ -25,7 +25,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 """
 TOPOLOGIES = {
-    "v5e": {"platform": "tpu", "topology_name": "v5e:2x4"},
     "v6e": {"platform": "tpu", "topology_name": "v6e:2x4"},
     "gpu": {"platform": "cuda", "topology_name": "h100", "topology": "1x1x8", "target_config": H100},
 }

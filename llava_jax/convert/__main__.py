@@ -44,7 +44,7 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("--llm", metavar="DIR", help="a LLaMA, Mistral, Qwen or Phi-3 with its tokenizer, or a GGUF file of one")
+    add("--llm", metavar="DIR", help="a LLaMA, Mistral, Qwen, Phi-3 or Gemma 3 with its tokenizer, or as GGUF")
     add("--vision", metavar="DIR", help="a CLIP or SigLIP, or its vision tower; with --llava if that has none")
     add("--projector", metavar="FILE", help="a projector, safetensors or .bin (default: a fresh one)")
     add("--llava", metavar="DIR", help="a LLaVA of transformers, or of the original: a complete model, an adapter, a "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError, shown
-from llava_jax.convert.hf_text import text_part, write_text
+from llava_jax.convert.hf_text import is_tied, text_part, write_text
 from llava_jax.convert.hf_tokenizer import SpecialTokens
 from llava_jax.data.anyres import GRIDS, AnyRes, Grid
 from llava_jax.models.config import CLIP_L_14_336, LlavaConfig, VisionConfig
@@ -204,4 +204,4 @@ def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> i
 
 
 def _is_tied(config: Json, text: Json, where: str) -> bool:
-    return any(get(part, "tie_word_embeddings", False, where) for part in (config, text))
+    return get(config, "tie_word_embeddings", False, where) or is_tied(text, f"{where}, text_config")

@@ -25,13 +25,19 @@ _ROPE_FIELDS = {
 
 def read_text(config: Json, where: str) -> TextConfig:
     """A decoder by itself. Raises UserError naming what is unsupported."""
-    return text_part(config, where, tied=get(config, "tie_word_embeddings", False, where))
+    return text_part(config, where, tied=is_tied(config, where))
+
+
+def is_tied(config: Json, where: str) -> bool:
+    """Whether the `config.json` of a decoder says that its embeddings are tied."""
+    family = FAMILIES[one_of(config, "model_type", FAMILIES, where)]
+    return get(family.defaults | config, "tie_word_embeddings", False, where)
 
 
 def text_part(config: Json, where: str, tied: bool) -> TextConfig:
     """The same for a part of a larger model, which says elsewhere whether embeddings are tied."""
     family = FAMILIES[one_of(config, "model_type", FAMILIES, where)]
-    config = family.defaults | config
+    config = family.plain(family.defaults | config, where)
     require(config, _FIXED | _UNKNOWN | family.fixed, where)
     layer_types = get(config, "layer_types", [], where)
     if any(layer_type != "full_attention" for layer_type in layer_types):

@@ -171,7 +171,7 @@ def is_lines(path: epath.PathLike) -> bool:
         value = loads(first, strict=False)
     except ValueError:
         return False
-    return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in IDS))
+    return isinstance(value, dict) and (bool(rest.strip()) or any(name in value for name in (*IDS, "doc_id")))
 
 
 def read_json(path: epath.PathLike) -> Any:

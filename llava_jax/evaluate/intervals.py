@@ -5,6 +5,7 @@ to Evals", 2024). Independent answers that are right or wrong have Wilson's inte
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,9 +54,9 @@ def of_score(rule: Rule, terms: Sequence[Term]) -> dict[str, Any]:
         return {}
     values = []
     for drawn in draws(len(clusters), RESAMPLES, 0):
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with warnings.catch_warnings(action="ignore"):  # all drawn terms of a part may be 0 of 0
             shares = got[:, drawn].sum(-1) / of[:, drawn].sum(-1)
-        total = np.nansum(shares, 0) if rule.sums else np.nanmean(shares, 0)
+            total = np.nansum(shares, 0) if rule.sums else np.nanmean(shares, 0)
         values.append(got[:, drawn].sum((0, -1)) if rule.counts else rule.points * total)
     sampled = np.concatenate(values)
     low, high = np.nanquantile(sampled, [0.025, 0.975])

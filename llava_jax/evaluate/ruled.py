@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import Answer, by_key, check_asked, question_id
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, check_asked, question_id
 from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
@@ -57,7 +57,7 @@ class _Labels(Labels):
 
     skipped: frozenset[str] = frozenset()
 
-    def answers(self, lines: Sequence[Line], names: Sequence[str] = files.IDS) -> dict[str, Answer]:
+    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
         counted = [line for line in lines if self.key(line) not in self.skipped]
         if len(counted) < len(lines):
             warn(f"{lines[0].where}: {len(lines) - len(counted)} answers to questions that are not scored are left out")

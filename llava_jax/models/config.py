@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from llava_jax.cli import shown
 from llava_jax.data.anyres import AnyRes, Tiling
@@ -34,6 +34,8 @@ LIMITS = {
     "layer_norm_eps": (0.0, 1.0),
     "rms_norm_eps": (0.0, 1.0),
     "rope_theta": (1e-6, 1e15),
+    "local_rope_theta": (1e-6, 1e15),
+    "global_every": (1, 1001),
     "factor": (1e-6, 1e6),
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
@@ -164,6 +166,14 @@ class RopeScaling:
             raise ValueError(f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor")
 
 
+class Span(NamedTuple):
+    """What a layer's tokens see: itself and `window` - 1 earlier ones, or all; and how their positions are rotated."""
+
+    window: int | None
+    theta: float
+    scaling: RopeScaling | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """LLaMA decoder (Touvron et al. 2023, section 2.2), and what other families have besides."""
@@ -190,6 +200,14 @@ class TextConfig:
         require_multiple("head_dim", self.head_dim, "a rotated pair,", 2)
         if self.family is not None:
             require_registered("family", self.family, FAMILIES)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Those of all layers; `span_of` says which a layer has."""
+        return (Span(self.sliding_window, self.rope_theta, self.rope_scaling),)
+
+    def span_of(self, layer: int) -> int:
+        return 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TextConfig":

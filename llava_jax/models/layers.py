@@ -105,10 +105,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(features))
 
+    @property
+    def weight(self) -> jax.Array:
+        return self.scale[...]
+
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-        return (y * broadcast_last(self.scale[...], y)).astype(x.dtype)
+        return (y * broadcast_last(self.weight, y)).astype(x.dtype)
 
 
 def broadcast_last(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -3,16 +3,18 @@
 Axes: B batch, T queries, S keys, D embed, F mlp, N heads, K key/value heads, H head width, V vocabulary, C cache rows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.attention import attention_by_head, cached_attention, within_window
-from llava_jax.models.config import TextConfig
+from llava_jax.models.config import Span, TextConfig
 from llava_jax.models.execution import LAYER_INPUT, QKV, SINGLE, Execution
 from llava_jax.models.layers import WEIGHT_INIT, Linear, RMSNorm, finish, stack_layers, unstack_layers
 from llava_jax.models.registry import FAMILIES
@@ -35,10 +37,10 @@ class Llama(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        layer = FAMILIES[config.family or "llama"].layer
-        self.layers = stack_layers(lambda rngs: layer(config, rngs=rngs), config.num_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        family = FAMILIES[config.family or "llama"]
+        self.embed_tokens = family.embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = stack_layers(lambda rngs: family.layer(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = family.norm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
 
@@ -49,14 +51,26 @@ class Llama(nnx.Module):
 
         Positions (int32) restart in every segment; a token sees itself and the earlier tokens of its segment.
         """
-        rotation = self.rotation(positions_BT)
+        config, spans = self.config, self.config.spans
+        rotations = [self.rotation(positions_BT, span) for span in spans]
+        numbers = () if len(spans) == 1 else (jnp.int32(0),)  # of the next layer, where layers see different spans
+        span_of_L = np.array([config.span_of(i) for i in range(config.num_layers)], np.int32)
 
-        def step(x_BTD: jax.Array, layer: LlamaLayer) -> jax.Array:
-            layer = execution.gather("llm.layers", layer)
-            return layer(checkpoint_name(x_BTD, LAYER_INPUT), rotation, segment_ids_BT, execution)
+        def step(carry: tuple[jax.Array, ...], layer: LlamaLayer) -> tuple[jax.Array, ...]:
+            x_BTD, *numbers = carry
+            layer, x_BTD = execution.gather("llm.layers", layer), checkpoint_name(x_BTD, LAYER_INPUT)
+            if not numbers:
+                return (layer(x_BTD, rotations[0], segment_ids_BT, execution),)
+
+            def run(x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], window: int | None) -> jax.Array:
+                return layer(x_BTD, rotation, segment_ids_BT, execution, window)
+
+            runs = [functools.partial(run, rotation=r, window=s.window) for r, s in zip(rotations, spans, strict=True)]
+            return jax.lax.switch(jnp.asarray(span_of_L)[numbers[0]], runs, x_BTD), numbers[0] + 1
 
         with jax.named_scope("llama_layers"):
-            return self.norm(execution.scan_layers(step, x_BTD, self.layers, self.config.num_layers))
+            x_BTD, *_ = execution.scan_layers(step, (x_BTD, *numbers), self.layers, config.num_layers)
+            return self.norm(x_BTD)
 
     def extend(
         self,
@@ -76,30 +90,33 @@ class Llama(nnx.Module):
           cache: of the tokens before; None where these are the first, at positions 0 ... T - 1: S is T then.
           rows_B: the row of the cache that holds each sequence; None where sequence b is row b.
         """
-        rotation, window = self.rotation(positions_BT), self.config.sliding_window
+        spans = self.config.spans
+        rotations = [self.rotation(positions_BT, span) for span in spans]
         B, T = positions_BT.shape
         queries, keys = (jnp.arange(T)[None], T) if cache is None else (positions_BT, cache.size)
-        seen_BTS = within_window(queries[:, :, None] - jnp.arange(keys)[None, None], window)
+        before_BTS = queries[:, :, None] - jnp.arange(keys)[None, None]
+        seen = [within_window(before_BTS, span.window) for span in spans]
         rows_B11 = jnp.arange(B).reshape(B, 1, 1) if rows_B is None else rows_B.reshape(B, 1, 1)
         entries = (rows_B11, jnp.arange(self.config.num_kv_heads)[None, :, None], positions_BT[:, None])
 
-        def attend(q_BTNH: jax.Array, k_CKSH: jax.Array, v_CKSH: jax.Array) -> jax.Array:
+        def attend(q_BTNH: jax.Array, k_CKSH: jax.Array, v_CKSH: jax.Array, span: int) -> jax.Array:
             if rows_B is not None:
-                return cached_attention(q_BTNH, k_CKSH, v_CKSH, rows_B, positions_BT, window)
+                return cached_attention(q_BTNH, k_CKSH, v_CKSH, rows_B, positions_BT, spans[span].window)
             # The rows of a batch are about as long as each other: looking at all S positions at once is faster then.
             k_RSH, v_RSH = (x.reshape(-1, *x.shape[2:]) for x in (k_CKSH, v_CKSH))
             with jax.named_scope("attention"):
-                return attention_by_head(q_BTNH, k_RSH, v_RSH, seen_BTS)
+                return attention_by_head(q_BTNH, k_RSH, v_RSH, seen[span])
 
         new_cache = []
         for i, layer in enumerate(self.each_layer()):
-            q_BTNH, *new = layer.queries_keys_values(x_BTD, rotation)
+            span = self.config.span_of(i)
+            q_BTNH, *new = layer.queries_keys_values(x_BTD, rotations[span])
             k_CKSH, v_CKSH = (x_BTKH.swapaxes(1, 2) for x_BTKH in new)
             if cache is not None:
                 k_CKSH = cache.k[i].at[entries].set(k_CKSH, mode="drop")
                 v_CKSH = cache.v[i].at[entries].set(v_CKSH, mode="drop")
             new_cache.append((k_CKSH, v_CKSH))
-            x_BTD = layer.after_attention(x_BTD, attend(q_BTNH, k_CKSH, v_CKSH))
+            x_BTD = layer.after_attention(x_BTD, attend(q_BTNH, k_CKSH, v_CKSH, span))
         return self.norm(x_BTD), KVCache(*zip(*new_cache, strict=True))
 
     def unstack_layers(self, transposed: bool = False) -> None:
@@ -131,16 +148,17 @@ class Llama(nnx.Module):
         kernel_DV, hidden = self.head(hidden)
         return vocabulary_scores(hidden, kernel_DV)
 
-    def rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rotation(self, positions: jax.Array, span: Span | None = None) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [B, T, 1, H/2] of the rotary embedding (Su et al. 2021), angles in float32."""
-        angles = positions.astype(jnp.float32)[..., None, None] * rotary_frequencies(self.config)[None, None, None]
+        frequencies = rotary_frequencies(self.config, span or self.config.spans[0])
+        angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotary_frequencies(config: TextConfig) -> jax.Array:
+def rotary_frequencies(config: TextConfig, span: Span) -> jax.Array:
     """Radians a position, float32[H/2]."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
+    frequencies, scaling = 1.0 / span.theta**exponents, span.scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -249,6 +267,8 @@ def replace_linears(layer: LlamaLayer, make: Callable[[Linear], nnx.Module]) -> 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
+    activation = staticmethod(jax.nn.silu)
+
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(D, F, bias=False, rngs=rngs)
@@ -256,4 +276,4 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(F, D, bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

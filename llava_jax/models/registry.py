@@ -26,5 +26,5 @@ def _modules(package: str, *names: str) -> dict[str, str]:
 
 # By `VisionConfig.kind`, the `model_type` of transformers, and a regular expression of `LlavaConfig.projector_type`.
 TOWERS = Registry("vision tower", _modules("towers", "clip", "siglip"))
-FAMILIES = Registry("decoder family", _modules("families", "llama", "mistral", "qwen2", "qwen3", "phi3"))
+FAMILIES = Registry("decoder family", _modules("families", "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text"))
 PROJECTORS = Registry("projector", {r"linear|mlp([1-9]\d?)x_gelu": "llava_jax.models.projectors.mlp"}, key="pattern")

@@ -68,7 +68,7 @@ GPU = Rates(
 
 
 # Machines of which predictions were compared with measurements, and `low` and `high` of the others.
-COMPARED, ELSEWHERE = ("v5e", "h100"), (0.6, 1.6)
+COMPARED, ELSEWHERE = ("v5e", "v5p", "h100"), (0.6, 1.6)
 
 
 def rates_of(machine: Tpu | Gpu) -> Rates:

@@ -10,6 +10,7 @@ from llava_jax.cli import UserError
 from llava_jax.parallel import sharding
 from llava_jax.preflight import targets
 from llava_jax.preflight.compile import available_memory, build, state_bytes
+from llava_jax.preflight.rates import rates_of
 from llava_jax.preflight.report import Report, report
 from llava_jax.training import flops
 
@@ -61,7 +62,8 @@ def fastest(config: ConfigDict, name: str, memory_fraction: float | None = None)
 
     Rows on a device at once go up from the fewest as long as they fit, first with the remat policy that computes least.
     The next policy keeps less for the backward pass and goes on from there: with as many rows it would be slower.
-    Policies that compute so much more that they cannot win are not compiled. Then other meshes with what won.
+    Policies whose products alone would take longer than the best step so far are not compiled. Then other meshes with
+    what won.
     """
     target = targets.parse(name)
     if target.machine is None:
@@ -74,16 +76,12 @@ def fastest(config: ConfigDict, name: str, memory_fraction: float | None = None)
         found[tuple(f"--config.{key}={value}" for key, value in changes.items())] = one
         return one.fits
 
-    def cannot_win(least: float) -> bool:
-        """Whether a configuration is slower even if it comes as close to its least seconds as the best one so far."""
-        times = [(one.prediction.seconds, one.bound.seconds["compute"]) for one in found.values() if one.fits]
-        return bool(times) and least * min(time / bound for time, bound in times) > min(times)[0]
-
     choices = row_choices(config, name)
     for remat in POLICIES:
-        least = compute_seconds(changed(config, {"remat": remat}), target)
-        while choices and not cannot_win(least) and attempt(remat=remat, max_rows_per_device=choices[0]):
-            choices = choices[1:]
+        so_far = min(map(_seconds, found.values()), default=math.inf)
+        if least_seconds(changed(config, {"remat": remat}), target) < so_far:
+            while choices and attempt(remat=remat, max_rows_per_device=choices[0]):
+                choices = choices[1:]
     best = min(found, key=lambda names: _seconds(found[names]))
     for axis in AXES if found[best].fits and found[best].devices % 2 == 0 else ():
         if config.mesh[axis] == 1:
@@ -106,10 +104,13 @@ def row_choices(config: ConfigDict, name: str) -> list[int]:
     return [count for count in range(group, rows + 1, group) if rows % count == 0]
 
 
-def compute_seconds(config: ConfigDict, target: targets.Target) -> float:
-    """The least seconds of computation of a step, by formula: nothing is compiled."""
+def least_seconds(config: ConfigDict, target: targets.Target) -> float:
+    """Seconds of the products of a step, by formula: no prediction is less. Nothing is compiled."""
     program = build(config, target)
-    return flops.executed_flops(program.training.flops) / program.mesh.size / target.machine.flops
+    parts = program.training.flops
+    causal = 0.5 * flops.executed_flops({"llm attention": parts["llm attention"]})
+    products = flops.executed_flops(parts, without=("llm attention",)) + causal
+    return products / program.mesh.size / (target.machine.flops * rates_of(target.machine).product)
 
 
 def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:

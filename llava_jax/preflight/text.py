@@ -21,7 +21,7 @@ def text(report: "Report") -> str:
     if report.cost:
         lines.append(
             f"epoch      {report.cost['samples']:,} samples, one a row, are {report.cost['steps']:,} steps: "
-            f"{report.cost['hours']:.1f} hours, {report.cost['money']:,.2f} at this price"
+            f"{report.cost['hours']:,.3g} hours, {report.cost['money']:,.2f} at this price"
         )
     if report.search == "fastest":
         lines.append(f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}")

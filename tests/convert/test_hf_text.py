@@ -38,6 +38,21 @@ PUBLISHED = {
         "resid_pdrop": 0.0,
         "attention_bias": False,
     },
+    # gemma-3-270m
+    "gemma3_text": {
+        "hidden_size": 640,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "_sliding_window_pattern": 6,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1000000.0,
+        "rope_scaling": None,
+        "query_pre_attn_scalar": 256,
+    },
     # Qwen3-0.6B
     "qwen3": {
         "hidden_size": 1024,
@@ -73,6 +88,8 @@ def test_what_tells_families_apart():
     assert qwen2.qkv_bias and qwen2.sliding_window is None
     assert (qwen3.family, qwen3.qkv_bias, qwen3.sliding_window, qwen3.head_dim) == ("qwen3", False, None, 128)
     assert (phi3.family, phi3.sliding_window) == ("phi3", 2047)
+    gemma3 = found["gemma3_text"]
+    assert (gemma3.global_every, gemma3.local_rope_theta, gemma3.tie_word_embeddings) == (6, 1e4, True)
     assert read_text({"model_type": "mistral", "sliding_window": None}, "").sliding_window is None  # v0.2
 
 

@@ -57,6 +57,8 @@ PUBLISHED = {
         "The assistant gives helpful and honest answers."
     ),
     "chatml_direct": MPT.format(system="Answer the questions."),
+    "gemma": "<start_of_turn>user\n<image>\nq1<end_of_turn>\n<start_of_turn>model\na1<end_of_turn>\n"
+    "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\na2<end_of_turn>\n",
     "plain": "<image>a1\na2\n",
 }
 

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from built_sets import run
@@ -106,6 +108,24 @@ def test_inspect_shows_tiles_and_positions(data, tmp_path, capsys):
     assert [image["tiles"] for image in lines[-1]["images"]] == [1, 1]  # several="base"
     inspect.main([*flags, "--limit", "1"])
     assert "0.png: 12 x 12 pixels, 3 tiles, " in capsys.readouterr().out
+
+
+def test_images_inside_parquet_have_the_same_lengths(data, tmp_path):
+    checkpoint = tiny.checkpoint(tmp_path, MODELS["anyres"])
+    rows = json.loads(data[0].read_text())
+    for row in rows:
+        names = row.pop("image")
+        files = [(data[1] / name).read_bytes() for name in ([names] if isinstance(names, str) else names)]
+        row["images"] = [{"bytes": file, "path": None} for file in files]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "mixture.yaml").write_text(f"datasets:\n  - json_path: {data[0]}\n")
+    found = []
+    for file, more in ((data[0], ["--images", str(data[1])]), (tmp_path / "data.parquet", []),
+                       (tmp_path / "mixture.yaml", ["--images", str(data[1])])):  # fmt: skip
+        flags = ["--json", str(file), *more, "--checkpoint", str(checkpoint), "--image-position", "as_is"]
+        assert check.main([*flags, "--report", str(tmp_path / "report.json")]) == 0
+        found.append(json.loads((tmp_path / "report.json").read_text())["lengths"])
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

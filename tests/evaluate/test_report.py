@@ -49,7 +49,7 @@ def test_intervals_are_those_of_theory():
     rng = np.random.default_rng(0)
     first = rng.random(400) < 0.6
     second = first | (rng.random(400) < 0.1)
-    values, differences = bootstrap(np.array([first, second], float), np.ones((2, 400)), 4000, [0])
+    values, differences, _ = bootstrap(np.array([first, second], float), np.ones((2, 400)), 4000, [0])
     value, low, high = dataclasses.astuple(values[0])
     assert value == 100 * first.mean()
     error = 100 * np.sqrt(first.mean() * (1 - first.mean()) / 400)
@@ -62,7 +62,7 @@ def test_intervals_are_those_of_theory():
 
 def test_ratios_and_failures():
     """Judged answers: the ratio of the sums, as `score` has it; what failed weighs nothing."""
-    values, differences = bootstrap(np.array([[7.0, 4.5, 0.0]]), np.array([[8.0, 9.0, 0.0]]), 500, seed_of(0, "a"))
+    values, differences, _ = bootstrap(np.array([[7.0, 4.5, 0.0]]), np.array([[8.0, 9.0, 0.0]]), 500, seed_of(0, "a"))
     assert values[0].value == pytest.approx(100 * 11.5 / 17)
     assert 50 <= values[0].low < values[0].high <= 87.5
     assert bootstrap(np.zeros((1, 2)), np.zeros((1, 2)), 10, [0])[0] == [None]

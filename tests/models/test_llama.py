@@ -19,6 +19,7 @@ from llava_jax.convert.names import to_ours
 from llava_jax.models.attention import causal_segment_mask
 from llava_jax.models.config import LLAMA_7B, LLAMA_13B, RopeScaling, TextConfig
 from llava_jax.models.families import family_of
+from llava_jax.models.families.gemma3_text import Gemma3Config
 from llava_jax.models.llama import Llama, LlamaLayer, rotary_frequencies, rotate
 
 CONFIG = reference.TEXT
@@ -96,7 +97,9 @@ def test_500_tokens_of_every_family_equal_transformers(name):
     np.testing.assert_allclose(our_logits(model, tokens), torch_logits(torch_model, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["linear", "llama3", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["linear", "llama3", "mistral", "qwen2", "qwen3", "phi3"]
+)  # Gemma 3 has other parameters
 def test_what_tells_a_family_apart_matters(name):
     """So that the test above would notice its absence."""
     config, tokens = reference.TEXTS[name], random_tokens(1, 500)
@@ -113,10 +116,10 @@ def test_rotary_frequencies_equal_those_of_llama_3_1():
         CONFIG, head_dim=128, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
     )
     expected = LlamaRotaryEmbedding(reference.torch_text_config(config)).inv_freq.numpy()
-    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
-    ratio = np.asarray(rotary_frequencies(config) / plain)
+    plain = rotary_frequencies(config, config.spans[0]._replace(scaling=None))
+    ratio = np.asarray(rotary_frequencies(config, config.spans[0]) / plain)
     assert (ratio == 1).sum() > 20 and np.isclose(ratio, 1 / 8).sum() > 20 and len(np.unique(ratio.round(3))) > 5
-    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=2e-6)
+    np.testing.assert_allclose(rotary_frequencies(config, config.spans[0]), expected, rtol=2e-6)
 
 
 def test_theta_and_norm_epsilon_matter():
@@ -231,8 +234,18 @@ def decode(model, tokens, positions, cache):
         (reference.TEXTS["qwen2"], False),
         (reference.TEXTS["qwen2"], True),
         (reference.TEXTS["qwen3"], False),
+        (dataclasses.replace(reference.TEXTS["gemma3_text"], sliding_window=5), None),
+        (dataclasses.replace(reference.TEXTS["gemma3_text"], sliding_window=5), True),
     ],
-    ids=["plain", "window", "unstacked with biases", "transposed with biases", "unstacked with norms of heads"],
+    ids=[
+        "plain",
+        "window",
+        "unstacked with biases",
+        "transposed with biases",
+        "unstacked with norms of heads",
+        "windows of some layers",
+        "transposed with windows of some layers",
+    ],
 )
 def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, transposed):
     _, model = pair(config)
@@ -257,7 +270,7 @@ def test_prefill_and_decode_equal_the_full_forward_in_a_ragged_batch(config, tra
         np.testing.assert_allclose(decoded[:, 0], expected[np.arange(3), positions], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_gradients_equal_transformers(family):
     torch_model, model = pair(dataclasses.replace(reference.TEXTS[family], tie_word_embeddings=True))
     config = model.config
@@ -300,6 +313,12 @@ PUBLISHED = {
     "Phi-3-mini-4k": (
         TextConfig(32064, 3072, 8192, 32, 32, 32, 96, sliding_window=2047, family="phi3"),
         3_821_079_552,
+    ),
+    "gemma-3-270m": (
+        Gemma3Config(
+            262144, 640, 2048, 18, 4, 1, 256, sliding_window=512, tie_word_embeddings=True, family="gemma3_text"
+        ),
+        268_098_176,
     ),
     "Mistral-7B-v0.1": (TextConfig(32000, 4096, 14336, 32, 32, 8, 128, sliding_window=4096), 7_241_732_096),
     "Qwen2-7B": (TextConfig(152064, 3584, 18944, 28, 28, 4, 128, qkv_bias=True), 7_615_616_512),

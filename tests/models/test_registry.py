@@ -51,7 +51,8 @@ def test_what_is_not_registered_is_refused_by_name():
     with pytest.raises(ValueError, match="kind resnet: is no such vision tower; choose from clip, siglip; a module"):
         VisionConfig(32, 64, 3, 4, image_size=16, patch_size=8, kind="resnet")
     with pytest.raises(
-        ValueError, match="family gpt2: is no such decoder family; choose from llama, mistral, qwen2, qwen3, phi3;"
+        ValueError,
+        match="family gpt2: is no such decoder family; choose from llama, mistral, qwen2, qwen3, phi3, gemma3_text;",
     ):
         TextConfig(9, 8, 8, 1, 1, 1, 8, family="gpt2")
 

@@ -52,6 +52,16 @@ FAMILIES = {
         dataclasses.replace(reference.SIGLIP, image_size=48, patch_size=16),
         "bilinear",
     ),
+    "gemma 3 and siglip2": Family(
+        dataclasses.replace(reference.TEXTS["gemma3_text"], num_kv_heads=1),
+        "gemma",
+        "<end_of_turn>",
+        "<bos>",
+        ("<start_of_turn>",),
+        "",
+        dataclasses.replace(reference.SIGLIP, image_size=48, patch_size=16),
+        "bilinear",
+    ),
     "phi3 with several layers of siglip": Family(
         reference.TEXTS["phi3"],
         "phi_3",

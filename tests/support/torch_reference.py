@@ -6,13 +6,15 @@ import numpy as np
 import torch
 import transformers
 from transformers import LlavaForConditionalGeneration
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from llava_jax.convert.names import to_ours
 from llava_jax.models.config import LlavaConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.models.families import family_of, head_entries
+from llava_jax.models.families.gemma3_text import Gemma3Config
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.projectors import projector_kind
-from llava_jax.models.registry import TOWERS
+from llava_jax.models.registry import FAMILIES, TOWERS
 
 # Few of everything, and no two widths alike where the architecture lets them differ.
 VISION = VisionConfig(32, 56, num_layers=4, num_heads=4, image_size=24, patch_size=8)
@@ -31,6 +33,11 @@ TEXTS = {
     "qwen2": dataclasses.replace(TEXT, qkv_bias=True, rms_norm_eps=1e-6),
     "phi3": dataclasses.replace(TEXT, sliding_window=16, family="phi3"),
     "qwen3": dataclasses.replace(TEXT, head_dim=12, rms_norm_eps=1e-6, family="qwen3"),
+    "gemma3_text": Gemma3Config(
+        **dataclasses.asdict(TEXT)
+        | {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 16, "family": "gemma3_text", "global_every": 2}
+        | {"tie_word_embeddings": True}
+    ),
 }
 SIGLIP = dataclasses.replace(
     VISION, image_size=30, num_heads=2, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", kind="siglip"
@@ -74,6 +81,8 @@ def torch_text_config(config: TextConfig) -> transformers.PreTrainedConfig:
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
     }
+    if config.family == "gemma3_text":
+        fields |= FAMILIES["gemma3_text"].write_fields(config)
     if config.family:
         fields |= {"sliding_window": config.sliding_window, "pad_token_id": None}
         return transformers.AutoConfig.for_model(config.family, **fields)
@@ -108,9 +117,14 @@ def torch_llava_config(config: LlavaConfig) -> transformers.LlavaConfig:
 
 def text_config_of(hf: transformers.PreTrainedConfig) -> TextConfig:
     """What transformers reads, as ours."""
-    rope = dict(hf.rope_parameters)
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    return TextConfig(
+    rope, kind, more = dict(hf.rope_parameters), TextConfig, {}
+    if hf.model_type == "gemma3_text":
+        kind, local = Gemma3Config, rope["sliding_attention"]
+        every = 1 + hf.layer_types.index("full_attention")
+        more = {"local_rope_theta": local["rope_theta"], "global_every": every}
+        rope = dict(rope["full_attention"])
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    return kind(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
@@ -122,10 +136,11 @@ def text_config_of(hf: transformers.PreTrainedConfig) -> TextConfig:
         rms_norm_eps=hf.rms_norm_eps,
         tie_word_embeddings=hf.tie_word_embeddings,
         max_position_embeddings=hf.max_position_embeddings,
-        rope_scaling=None if kind == "default" else RopeScaling(kind, **rope),
+        rope_scaling=None if rope_type == "default" else RopeScaling(rope_type, **rope),
         qkv_bias=hf.model_type == "qwen2",
         sliding_window=getattr(hf, "sliding_window", None),
         family=hf.model_type if hf.model_type not in ("llama", "mistral", "qwen2") else None,
+        **more,
     )
 
 
@@ -149,10 +164,12 @@ def vision_config_of(hf: transformers.PreTrainedConfig) -> VisionConfig:
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Fills every parameter so that each one matters: signals keep their size, biases are not 0, norms not 1."""
     generator = torch.Generator().manual_seed(seed)
+    gemma = [part.weight for part in module.modules() if isinstance(part, Gemma3RMSNorm)]  # which adds 1 to them
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name or "layrnorm" in name:
-            noise = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+            adds_one = any(parameter is weight for weight in gemma)
+            noise = 0.3 * noise + (1.0 if name.endswith("weight") and not adds_one else 0.0)
         elif parameter.ndim > 1:
             noise /= np.sqrt(np.prod(parameter.shape[1:]))
         parameter.copy_(noise)

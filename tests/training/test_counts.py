@@ -40,12 +40,10 @@ def counts(monkeypatch):
 def test_a_run_compiles_and_copies_no_more_than_it_did(world, tmp_path, counts):
     jax.clear_caches()
     loop.train(run_config(world, steps=STEPS), str(tmp_path / "run"))
-    print(dict(counts))
     first = dict(counts)
     counts.clear()
     jax.clear_caches()
     loop.train(run_config(world, steps=2 * STEPS), str(tmp_path / "longer"))
-    print(dict(counts))
     a_step = {name: (counts[name] - first[name]) / STEPS for name in counts}
-    assert a_step == {"programs": 0, "batches": 1, "arrays": 2}  # the loss and the norm of the gradient
-    assert first["programs"] <= 20
+    assert a_step == {"programs": 0, "batches": 1, "arrays": 3}  # the loss, the norm of the gradient, a learning rate
+    assert first["programs"] <= 15

@@ -118,7 +118,8 @@ class HallusionBench(RuledBenchmark):
             parts = ident.split("_")
             place |= dict(zip(PLACE[2:], [*parts[3:6], "", "", ""], strict=False))
             place |= {"subcategory": str(files.first(row, "l2-category", "l2_category") or "")}
-        place["visual_input"] = str(row.get("visual_input", "1"))
+        shown = "0" if place["category"] == "VS" and place["figure_id"] == "0" else "1"
+        place["visual_input"] = str(row.get("visual_input", shown))
         right = files.text(line, "gt_answer", "answer").lower()
         answers = ({"1": "yes", "0": "no"}.get(right, right),)
         cluster = "_".join(place[name] for name in PLACE[:3])

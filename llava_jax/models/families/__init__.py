@@ -7,7 +7,8 @@ from flax import nnx
 from llava_jax.models.config import TextConfig
 from llava_jax.models.hf_fields import Json
 from llava_jax.models.hf_names import TABLE, TRANSPOSE, Entry, linears, stacked
-from llava_jax.models.llama import LlamaLayer
+from llava_jax.models.layers import RMSNorm
+from llava_jax.models.llama import Embedding, LlamaLayer
 from llava_jax.models.registry import FAMILIES, registers
 
 
@@ -18,6 +19,7 @@ class Family:
       name: the `model_type` of transformers, and what `TextConfig.family` calls it.
       hf_class: its model class in transformers, `...ForCausalLM`.
       layer: the Flax module of a layer: `models.llama.LlamaLayer`, or a subclass that computes differently.
+      norm, embedding: those of the norm after the last layer, and of the table of words.
       config_class: `TextConfig`, or a subclass with more fields.
       defaults: where transformers' configuration class differs from LLaMA's.
       fixed: fields of its `config.json` that change the computation, with the only value supported.
@@ -28,6 +30,8 @@ class Family:
     name: str
     hf_class: str
     layer: type[nnx.Module] = LlamaLayer
+    norm: type[nnx.Module] = RMSNorm
+    embedding: type[nnx.Module] = Embedding
     config_class: type[TextConfig] = TextConfig
     defaults: Json = {}
     fixed: Json = {}
@@ -40,6 +44,10 @@ class Family:
         Checkpoints name every family but the three oldest, which are told by their fields.
         """
         return config.family == self.name
+
+    def plain(self, json: Json, where: str) -> Json:
+        """Its `config.json` with LLaMA's fields where others mean the same."""
+        return json
 
     def read_fields(self, json: Json, where: str) -> dict[str, object]:
         """Fields of `config_class` that LLaMA's `config.json` does not have."""
