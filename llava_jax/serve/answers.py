@@ -10,6 +10,7 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
+from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
 from llava_jax.inference.constraints import ConstraintFailed
@@ -53,6 +54,11 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._start = time.monotonic()
+
+    @property
+    def template(self) -> Template:
+        """Of the first prompt."""
+        return self.answers[0].prompt.adapter.prompts.template
 
     async def submit(self) -> None:
         """Submits all to the engine, or none. Raises `ApiError`."""

@@ -313,7 +313,7 @@ TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "functi
 @pytest.fixture
 def known(monkeypatch):
     """The tiny model's template counts as one with a format for tools."""
-    monkeypatch.setattr(tools, "TEMPLATES", ("v1", "llava_v1"))
+    monkeypatch.setitem(tools.FORMATS, "v1", tools.Tools)
 
 
 def test_a_tool_is_called(client, known):
