@@ -26,7 +26,7 @@ class Car(BaseModel):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    with tiny_engine(tmp_path_factory.mktemp("endpoints"), slots=3, queue=8) as engine:
+    with tiny_engine(tmp_path_factory.mktemp("endpoints"), slots=4, queue=8) as engine:
         yield engine
 
 
