@@ -139,7 +139,7 @@ STEPS = {
     ),
     "llama2-70b v5p-512": Published(
         "Llama-2-70B", LLAMA2_70B, "v5p:4x8x8", 4, 4096, "all but gate and up", 4 * 4096 / 692,
-        "MaxText, docs/reference/models/tiering.md",
+        "MaxText, tiering.md of its docs",
     ),
     "llama2-7b 8 h100, 4 rows": Published(
         "Llama-2-7B", LLAMA2_7B, "h100:8", 4, 4096, "everything", by_mfu(LLAMA2_7B, 4, 4096, 492e12),

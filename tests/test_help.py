@@ -116,7 +116,7 @@ def test_a_word_that_is_no_command_is_named(capsys):
 
 
 def test_a_command_without_its_benchmark_is_an_error_that_names_it(capsys):
-    with pytest.raises(UserError, match="^answers.jsonl: is no such benchmark; choose from llava-bench, mm-vet, sci"):
+    with pytest.raises(UserError, match="^answers.jsonl: is no such benchmark; choose from hallusionbench, llava-b"):
         evaluate(["judge", "answers.jsonl"])
     with pytest.raises(UserError, match="^'questions answers.jsonl' is no command") as error:
         evaluate(["questions", "answers.jsonl"])
