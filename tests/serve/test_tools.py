@@ -178,10 +178,10 @@ ROME = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_
 STOP = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
 
 
-def accepts(tokenizer, text: str, template: str = "chatml", **options) -> bool:
+def accepts(constraints: Constraints, text: str, template: str = "chatml", **options) -> bool:
     """Whether an answer may be `text`."""
     body = ChatRequest.model_validate({"model": "m", "messages": [ASKED], "tools": TOOLS} | options)
-    constraints = Constraints(Prompts(tokenizer), len(tokenizer))
+    tokenizer = constraints._prompts.tokenizer
     matcher = constraints.compile("grammar", tools_of(body, get_template(template)).grammar(tokenizer)).matcher()
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     for number, token in enumerate(tokens):
@@ -199,7 +199,7 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
     tokenizer = load_tokenizer(smollm2_dir)
     if added:  # as Qwen's
         tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("<tool_call>", "</tool_call>")])
-    bad = ROME.replace("Rome", "Paris")
+    constraints, bad = Constraints(Prompts(tokenizer), len(tokenizer)), ROME.replace("Rome", "Paris")
     for text, auto, required, one in [
         ("It is warm.", True, False, False),
         (ROME, True, True, True),
@@ -209,14 +209,15 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
         (f"Let me see.\n{bad}", False, False, False),
         (ROME[:-3], False, False, False),
     ]:
-        assert accepts(tokenizer, text) == auto, text
-        assert accepts(tokenizer, text, tool_choice="required") == required, text
-        assert accepts(tokenizer, text, tool_choice="required", parallel_tool_calls=False) == one, text
+        assert accepts(constraints, text) == auto, text
+        assert accepts(constraints, text, tool_choice="required") == required, text
+        assert accepts(constraints, text, tool_choice="required", parallel_tool_calls=False) == one, text
     named = {"tool_choice": {"type": "function", "function": {"name": "stop"}}}
-    assert accepts(tokenizer, STOP, **named) and not accepts(tokenizer, ROME, **named)
+    assert accepts(constraints, STOP, **named) and not accepts(constraints, ROME, **named)
 
 
 def test_answers_of_llama_are_text_or_a_call(smollm2_tokenizer):
+    constraints = Constraints(Prompts(smollm2_tokenizer), len(smollm2_tokenizer))
     rome = '{"name": "weather", "parameters": {"city": "Rome"}}'
     for text, auto, required in [
         ("It is {warm}.", True, False),
@@ -225,8 +226,8 @@ def test_answers_of_llama_are_text_or_a_call(smollm2_tokenizer):
         (rome.replace("Rome", "Paris"), False, False),
         ("", True, False),
     ]:
-        assert accepts(smollm2_tokenizer, text, "llama_3") == auto, text
-        assert accepts(smollm2_tokenizer, text, "llama_3", tool_choice="required") == required, text
+        assert accepts(constraints, text, "llama_3") == auto, text
+        assert accepts(constraints, text, "llama_3", tool_choice="required") == required, text
     for answer, released, names in [(rome, "", ["weather"]), ("It is {", "It is {", []), (rome[:8], rome[:8], [])]:
         parser, text = LlamaCallParser(True), ""
         for character in answer:
