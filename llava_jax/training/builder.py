@@ -87,6 +87,10 @@ def build(
     Raises UserError if the configuration doesn't fit the mesh or the batches.
     """
     stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
+    if mesh.size > 1 and len(model.text.spans) > 1:
+        raise UserError(
+            f"{model.text.family} trains on one device only: on several its gradients are not those of one yet"
+        )
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
     groups = optim.trained(stored if trains_unused else used_params(model, stored), config)

@@ -5,6 +5,8 @@ import pytest
 import tiny
 from training_runs import run_config, stop_at
 
+from llava_jax.cli import UserError
+from llava_jax.models.families.gemma3_text import Gemma3Config
 from llava_jax.preflight import compile, targets
 from llava_jax.training import builder, loop
 
@@ -45,3 +47,12 @@ def test_a_program_describes_the_arrays_that_training_makes():
     made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding, leaf.weak_type), state)
     assert described.step == made.step and described.optimizer == made.optimizer
     assert {leaf.sharding for leaf in program.batch.values()} == {builder.sharding.batch_sharding(mesh)}
+
+
+def test_layers_that_see_different_windows_train_on_one_device_alone():
+    text = Gemma3Config(tiny.VOCAB, 48, 96, 2, 4, 2, 12, sliding_window=4, family="gemma3_text")
+    config, model = run_config({"init": "", "json": "", "images": ""}), tiny.config(text=text)
+    layout = compile.worst_layout(config, model)
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), builder.sharding.AXES)
+    with pytest.raises(UserError, match="gemma3_text trains on one device only"):
+        builder.build(config, model, layout, mesh, steps=6)
