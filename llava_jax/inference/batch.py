@@ -116,7 +116,7 @@ class Batch:
         try:
             mask = running.matcher and running.matcher.mask()
         except ConstraintFailed as error:
-            return [self._end(running, None, EngineError(str(error)))]
+            return [self._end(running, None, error)]
         text = prompt.image_feature_index == TEXT
         rules.set(row, running.answer.sampling, prompt.tokens, text, running.tokens, mask)
         return []
