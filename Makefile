@@ -39,7 +39,7 @@ test-compat: $(VENV)/.dev $(COMPAT:%=$(VENV)-compat/%/.ready)
 # Compares the rules of `score --as` with the toolkits' own code. They are installed without their dependencies, which
 # are those of all models; what their scorers import is listed here.
 test-scorers: $(VENV)-scorers/.ready
-	$(VENV)-scorers/bin/python -W ignore -m pytest -n 0 -q tests/evaluate/toolkits.py
+	$(VENV)-scorers/bin/python -W ignore -m pytest --noconftest -n 0 -q tests/evaluate/toolkits.py
 
 # The wheel and the source archive of a release, in dist/.
 dist: $(BIN)/python setup.py llava_jax

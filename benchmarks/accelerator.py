@@ -397,7 +397,29 @@ def _train(what: str, model: Any, recipe: str, overrides: dict[str, Any]) -> Res
     )
     used = f"{result['peak'] / GiB:.2f}" if result["peak"] else "?"
     say(f"  peak memory {used} GiB; the compiler said {said / GiB:.2f}")
+    result["predicted"] = _predicted(compiled.as_text())
+    if isinstance(result["predicted"], float):
+        say(f"  preflight predicts {1e3 * result['predicted']:.1f} ms")
     return result
+
+
+def _predicted(text: str) -> float | str | None:
+    """Seconds of a step as preflight predicts them; None for machines that it doesn't know, an error as its text."""
+    import jax
+
+    from llava_jax.parallel.hardware import GPUS, TPUS
+    from llava_jax.preflight import hlo_text, predict
+    from llava_jax.preflight.rates import rates_of
+
+    kind = jax.local_devices()[0].device_kind
+    machine = next((one for one in (*TPUS.values(), *GPUS.values()) if one.kind == kind), None)
+    if machine is None:
+        return None
+    hardware = predict.Hardware(machine, rates_of(machine), (1, 1), [(0, 0)])
+    try:
+        return predict.summary(predict.operations(hlo_text.parse(text), hardware))["seconds"]
+    except Exception as error:  # what was measured is not lost
+        return f"{type(error).__name__}: {error}"
 
 
 def _share(rate: float) -> str:

@@ -1,7 +1,5 @@
 """A real pretrained model: SmolLM2-135M-Instruct comes in as GGUF, computes what transformers computes, and talks."""
 
-import io
-import sys
 from pathlib import Path
 
 import jax
@@ -56,14 +54,10 @@ def test_english_is_continued_as_by_transformers(checkpoint, smollm2_gguf):
     assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() < 1e-4
 
 
-def test_it_talks(checkpoint, capsys, monkeypatch):
-    """Of prompts of equal length, so that few programs are compiled."""
-    countries = {"France": "Paris", "Italy": "Rome"}
-    lines = (f"What is the capital of {country}?\n/reset\n" for country in countries)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
-    assert not chat.main(["--checkpoint", str(checkpoint.root), "--max-new-tokens", "16"])
-    for capital, said in zip(countries.values(), capsys.readouterr().out.splitlines(), strict=True):
-        assert capital in said
+def test_it_talks(checkpoint, capsys):
+    question = "What is the capital of France?"
+    chat.main(["--checkpoint", str(checkpoint.root), "--prompt", question, "--max-new-tokens", "24"])
+    assert "Paris" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -30,7 +30,8 @@ def render(
     """Renders turns to the text that the model is trained on.
 
     Args:
-      turns: (role, text), 'user' and 'assistant' in turn, the user first. A turn of 'system' may come before them.
+      turns: (role, text), 'user' and 'assistant' in turn, the user first. A turn of 'system' may come before them, and
+        where the template has a place for results of tools, a later one of the user may be of 'tool' instead.
         Text None in a last turn of the assistant leaves it open: the text is then the prompt of an answer, with which
         the training text begins.
       system: the system prompt if `turns` have none; None for the template's own, "" for no system prompt.
@@ -46,9 +47,10 @@ def render(
     parts = [template.head.replace("{system}", system) if system else template.bare_head]
     length, spans = len(parts[0]), []
     for i, (role, text) in enumerate(turns):
-        _check_turn(i, role, text, last=i == len(turns) - 1)
-        if role == "user":
-            before, after = template.question
+        asks = "tool" if role == "tool" and i and template.result else "user"
+        _check_turn(i, role, text, asks, last=i == len(turns) - 1)
+        if role == asks:
+            before, after = template.question if role == "user" else template.result
             if i:
                 before = template.between + before
             added = [before, _question(text, template), after]
@@ -148,8 +150,8 @@ def _clean(text: str, template: Template) -> str:
     return text.strip() if template.strip else text
 
 
-def _check_turn(i: int, role: str, text: str | None, last: bool) -> None:
-    expected = "user" if i % 2 == 0 else "assistant"
+def _check_turn(i: int, role: str, text: str | None, asks: str, last: bool) -> None:
+    expected = asks if i % 2 == 0 else "assistant"
     if role != expected:
         raise UserError(f"turn {i + 1} is of {role!r} where {expected!r} was expected: user and assistant take turns")
     if text is None and not (last and role == "assistant"):

@@ -38,6 +38,7 @@ class Template:
     between: str = ""  # before every question but the first
     image: str = IMAGE_TOKEN  # the mark of an image
     strip: bool = False  # whether to strip the white space around the text of a turn
+    result: tuple[str, str] = ()  # before and after the result of a tool, where that is no question
     captions: bool = False  # whether to drop all of a question but its image marks
     special: tuple[str, ...] = ()  # marks that have to be single tokens
 

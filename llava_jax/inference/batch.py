@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_jax.data.features import TEXT
 from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, TokenLogprob
 from llava_jax.inference.constraints import ConstraintFailed, Matcher
-from llava_jax.inference.decoding import RowSampling, Sampled, Slots, prompt_hash
+from llava_jax.inference.decoding import RowSampling, Sampled, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
 from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
@@ -116,7 +116,7 @@ class Batch:
         try:
             mask = running.matcher and running.matcher.mask()
         except ConstraintFailed as error:
-            return [self._end(running, None, EngineError(str(error)))]
+            return [self._end(running, None, error)]
         text = prompt.image_feature_index == TEXT
         rules.set(row, running.answer.sampling, prompt.tokens, text, running.tokens, mask)
         return []
@@ -146,20 +146,19 @@ class Batch:
 
     def _decode(self, begun: Sequence[Running]) -> list[Answer]:
         """Generates some more tokens of answers -> those that ended."""
-        B, ended, rules = self._programs.slots, [], self._programs.no_rules[self._programs.slots]
-        if any(running.answer.sampling.changes_scores for running in begun):
-            rules = self._programs.new_rules(B)
-            for running in begun:
-                if running.answer.sampling.changes_scores:
-                    ended += self._set_rules(rules, running.slot, running)
-            begun = [running for running in begun if running.answer not in ended]
         if not begun:
-            return ended
-        tokens, limits, rows, adapters = (np.zeros(B, np.int32) for _ in range(4))
-        idle = np.full(B, self._programs.positions, np.int32)
-        slots = Slots(tokens, idle, limits, rows, RowSampling.greedy(B), adapters, rules, np.zeros(B, bool))
-        for running in begun:
-            slot, length = running.slot, len(running.prompt.tokens)
+            return []
+        B = next(size for size in self._programs.sizes if size >= len(begun))
+        slots, ended = self._programs.idle_slots(B), []
+        if any(running.answer.sampling.changes_scores for running in begun):
+            slots = slots._replace(rules=self._programs.new_rules(B))
+        placed = list(enumerate(begun))
+        for slot, running in list(placed):
+            if running.answer.sampling.changes_scores and (failed := self._set_rules(slots.rules, slot, running)):
+                ended += failed
+                placed.remove((slot, running))
+        for slot, running in placed:
+            length = len(running.prompt.tokens)
             slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
             slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
@@ -170,8 +169,8 @@ class Batch:
         constrained = any(running.matcher for running in begun)  # what is allowed depends on the token before
         steps = STEPS if len(begun) == len(self.running) and not constrained else STEPS_BETWEEN
         sampled = self._programs.decode(slots, steps, report)
-        for running in begun:
-            ended += self._deliver(running, Sampled(*(x[running.slot] for x in sampled)))
+        for slot, running in placed:
+            ended += self._deliver(running, Sampled(*(x[slot] for x in sampled)))
             if running.answer.finish_reason is None:
                 self._prefix_cache.update(running.row, running.cached)
         return ended

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax.cli import UserError
+from llava_jax.inference.answer import EngineError
 from llava_jax.inference.prompts import PromptEncoder
 
 MAX_CHARACTERS = 256 << 10  # of a schema, a grammar or all choices
@@ -27,7 +28,7 @@ JSON_OPTIONS = {
 }
 
 
-class ConstraintFailed(Exception):
+class ConstraintFailed(EngineError):
     """The tokens that a constraint allows took too much work to find."""
 
 

@@ -111,6 +111,7 @@ class Engine:
         self._changed = threading.Condition()  # guards the fields below
         self._waiting: collections.deque[Answer] = collections.deque()
         self._closing, self._draining = False, True
+        self._unprobed = False  # whether the sizes of dispatches are to be found out
         self._counts = collections.Counter()
         self._answer_seconds = 1.0  # a moving mean
         self._batch = self._new_batch()
@@ -142,6 +143,9 @@ class Engine:
         for name in track(self._programs.names, "compiling"):
             self._programs.compile(name)
         with self._changed:
+            self._unprobed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closing or not self._unprobed)
             self.ready = not self._closing
 
     def prepare(self, request: Request | Text, adapter: Adapter | None = None, special: bool = True) -> PreparedPrompt:
@@ -230,6 +234,7 @@ class Engine:
         finally:  # also where the restart after a failure failed: no client may wait forever
             with self._changed:
                 self._closing, self.ready = True, False
+                self._changed.notify_all()
                 left = list(self._waiting)
                 self._waiting.clear()
             for answer in left:
@@ -238,6 +243,8 @@ class Engine:
 
     def _step(self) -> None:
         try:
+            if self._unprobed and not self._batch.running:
+                self._probe()
             self._enter()
             for answer in self._batch.step():
                 self._count(answer, failed=answer.finish_reason is None)
@@ -248,11 +255,20 @@ class Engine:
     def _wait(self) -> bool:
         """Waits for work; False once the engine is closing and has none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._batch.running or self._closing)
+            self._changed.wait_for(lambda: self._waiting or self._batch.running or self._closing or self._unprobed)
             if self._closing and not self._draining:
                 for answer in [*self._waiting, *(running.answer for running in self._batch.running)]:
                     answer.cancel()
-            return bool(self._waiting or self._batch.running)
+            return bool(self._waiting or self._batch.running or (self._unprobed and not self._closing))
+
+    def _probe(self) -> None:
+        try:
+            self._programs.find_sizes()
+            self.clear_caches()
+        finally:
+            with self._changed:
+                self._unprobed = False
+                self._changed.notify_all()
 
     def _enter(self) -> None:
         """Fills the free slots, and removes cancelled requests from the queue."""

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llava_jax.cli import UserError
+from llava_jax.data.features import TEXT
 from llava_jax.inference.decoding import RowSampling, Sampled, Slots, decode, sample, with_logprobs
 from llava_jax.inference.quantization import quantize_decoder
 from llava_jax.inference.scores import ScoreRules, ruled
@@ -30,6 +31,7 @@ from llava_jax.models.llava import Llava, Params
 from llava_jax.parallel.sharding import FSDP_RINGS, RULES, axis_sizes, replicated
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
+ROWS = (2, 4, 8, 16, 32)  # that a dispatch of `decode` may have, besides all slots; CPUs sum differently for one row
 MAX_STEPS = 8  # tokens of an answer that one call of `decode` can generate
 DECODE, ENCODE, COPY = "decode", "encode", "copy"
 
@@ -59,7 +61,8 @@ class Programs:
       adapters, adapter_rank: how many adapters, of which rank, there is room for, see `models.batched_lora`.
 
     Attributes:
-      no_rules: for one row and for all slots, on the device.
+      sizes: rows that a dispatch of `decode` may have; all slots, and after `find_sizes` also fewer.
+      no_rules: for so many rows, on the device.
 
     Raises `UserError` where the cache does not fit into memory.
     """
@@ -104,16 +107,17 @@ class Programs:
 
         number, flag = np.int32(0), np.bool(False)
         # Not committed to a device: the compiler chooses how they are sharded over a mesh.
-        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in (1, slots)}
-        zeros = np.zeros(slots, np.int32)
-        sampling, rules = RowSampling.greedy(slots), self.new_rules(slots)
-        all_slots = Slots(zeros, zeros, zeros, zeros, sampling, zeros, rules, zeros.astype(bool))
+        self.sizes = [slots]
+        fewer = [size for size in ROWS if size < slots]
+        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in {1, *fewer, slots}}
         # Each with its arguments after the model, of which the first is donated.
         self._programs: dict[str | int, tuple] = {
             ENCODE: (encode, features, image, number, number),
-            DECODE: (functools.partial(decode, max_steps=MAX_STEPS), cache, all_slots, self._stop_ids, number, flag),
             COPY: (copy, cache, number, number),
         }
+        for size in (*fewer, slots):
+            some_slots, program = self.idle_slots(size), functools.partial(decode, max_steps=MAX_STEPS)
+            self._programs[f"{DECODE} {size}"] = (program, cache, some_slots, self._stop_ids, number, flag)
         for size in CHUNK_SIZES:
             zeros = np.zeros(size, np.int32)
             chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1), number, self.new_rules(1))
@@ -135,6 +139,33 @@ class Programs:
     def new_rules(self, rows: int) -> ScoreRules:
         """Neutral ones, to be set."""
         return ScoreRules.neutral(rows, self.vocabulary, self.positions)
+
+    def idle_slots(self, rows: int) -> Slots:
+        """Neutral ones, to be set."""
+        tokens, limits, places, adapters = (np.zeros(rows, np.int32) for _ in range(4))
+        idle, endless = np.full(rows, self.positions, np.int32), np.zeros(rows, bool)
+        rules = self.no_rules[rows]
+        return Slots(tokens, idle, limits, places, RowSampling.greedy(rows), adapters, rules, endless)
+
+    def find_sizes(self) -> None:
+        """Finds out with how many rows a dispatch gives the same bits as one with all slots: texts must not depend on
+        other requests. Overwrites a row of the cache."""
+        if min(ROWS) >= self.slots:
+            return
+        tokens = np.random.default_rng(0).integers(0, self.vocabulary, CHUNK_SIZES[-1], np.int32)
+        length = min(len(tokens), self.positions - MAX_STEPS)
+        numbers = (np.int32(0), np.int32(length), np.int32(0))
+        text = np.full(len(tokens), TEXT, np.int32)
+        self.prefill(PromptChunk(tokens, text, *numbers, RowSampling.greedy(1), np.int32(0), self.no_rules[1]), True)
+        expected = self._probe(self.slots, tokens[0], length)
+        same = [size for size in ROWS if size < self.slots and self._probe(size, tokens[0], length) == expected]
+        self.sizes = [*same, self.slots]
+
+    def _probe(self, rows: int, token: int, position: int) -> bytes:
+        """The tokens and log probabilities that follow the one at a position of the cache's first row."""
+        slots = self.idle_slots(rows)
+        slots.tokens[0], slots.positions[0], slots.limits[0], slots.endless[0] = token, position, self.positions, True
+        return b"".join(np.asarray(x[0]).tobytes() for x in self.decode(slots, MAX_STEPS - 1, True))
 
     def reset(self) -> None:
         """Empties the caches."""
@@ -172,8 +203,9 @@ class Programs:
         return jax.device_get(sampled)
 
     def decode(self, slots: Slots, steps: int, report: bool) -> Sampled:
-        """Generates at most `steps` tokens in every slot -> [B, MAX_STEPS]."""
-        sampled, self.cache = self.compile(DECODE)(self.cache, slots, self._stop_ids, np.int32(steps), np.bool(report))
+        """Generates at most `steps` tokens in every slot, as many as one of `sizes` -> [B, MAX_STEPS]."""
+        program = self.compile(f"{DECODE} {len(slots.tokens)}")
+        sampled, self.cache = program(self.cache, slots, self._stop_ids, np.int32(steps), np.bool(report))
         return jax.device_get(sampled)
 
     def copy(self, source: int, target: int) -> None:

@@ -107,6 +107,20 @@ class Hardware(NamedTuple):
                 links += 2.0 if length % self.machine.wraps == 0 else 2 * (length - 1) / length
         return self.rates.latency + one.wire / (max(links, 1.0) * self.machine.link * self.rates.link)
 
+    def links(self, one: Collective, instruction: Instruction) -> list[str]:
+        """The links that a collective takes: those along axes of the slice, of a permutation in one direction."""
+        if isinstance(self.machine, Gpu):
+            return ["network"]
+        steps = hlo_text.numbers(instruction.find(r"source_target_pairs={{(\d+,\d+)}"))
+        if steps:
+            source, target = (self.positions[device] for device in steps)
+            moves = [(b - a, length) for a, b, length in zip(source, target, self.shape, strict=True)]
+            # The shorter way around a ring.
+            return [f"{axis} {move % length <= length // 2}" for axis, (move, length) in enumerate(moves) if move]
+        devices = [self.positions[device] for device in one.group]
+        axes = [axis for axis in range(len(self.shape)) if len({position[axis] for position in devices}) > 1]
+        return [f"{axis} {forward}" for axis in axes for forward in (True, False)]
+
 
 def hardware_of(target: Target, mesh: Mesh) -> Hardware:
     """The devices of a mesh on a target."""
@@ -150,7 +164,7 @@ class _Schedule:
     def computation(self, computation: Computation, arguments: list) -> list[Operation]:
         """`arguments`: the known values of the computation's parameters, see `hlo_loops`."""
         now, found = 0.0, []
-        free: collections.Counter[str] = collections.Counter()  # resource -> when it is free
+        free: dict[str, float] = collections.defaultdict(float)  # resource -> when it is free
         ends: dict[str, float] = {}  # of what goes on
 
         def add(new: Sequence[Operation]) -> None:
@@ -168,8 +182,9 @@ class _Schedule:
                 kind = COMMUNICATION if self.collectives(computation, one.operands) else MEMORY
                 add([Operation(one.name, part(self.module, one), kind, max((going or 0.0) - now, 0.0))])
             elif started := self.start(computation, one):
-                resource, seconds = started
-                free[resource] = ends[one.name] = max(now, free[resource]) + seconds
+                resources, seconds = started
+                ends[one.name] = max(now, *(free[resource] for resource in resources)) + seconds
+                free |= dict.fromkeys(resources, ends[one.name])
             else:
                 if one.opcode not in FREE:
                     add([self.operation(computation, one)])
@@ -199,19 +214,20 @@ class _Schedule:
             return True
         return one.opcode == "fusion" and self.calls_custom(one, "AsyncCollectiveDone")
 
-    def start(self, computation: Computation, one: Instruction) -> tuple[str, float] | None:
-        """The resource that something asynchronous takes from here on, and for how many seconds."""
+    def start(self, computation: Computation, one: Instruction) -> tuple[list[str], float] | None:
+        """The resources that something asynchronous takes from here on, and for how many seconds."""
         if one.opcode.endswith("-start") or (one.opcode == "fusion" and self.calls_custom(one, "AsyncCollectiveStart")):
             sent = self.cost(computation, one).collectives
             if one.opcode.removesuffix("-start") in COPIES:
                 size, spaces = one.shapes[1].bytes, {shape.space for shape in one.shapes[:2]}
                 if hlo_text.HOST in spaces:
-                    return "host", size / self.hardware.rates.host
-                return "memory", self.hardware.memory(size * (1 if hlo_text.ON_CHIP in spaces else 2))
+                    return ["host"], size / self.hardware.rates.host
+                return ["memory"], self.hardware.memory(size * (1 if hlo_text.ON_CHIP in spaces else 2))
             if sent:
-                return "network", sum(self.hardware.collective(each) * each.times for each in sent)
+                links = [link for each in sent for link in self.hardware.links(each, one)]
+                return links, sum(self.hardware.collective(each) * each.times for each in sent)
             if one.opcode == "async-start":
-                return "other", sum(each.total for each in self.called(computation, one, []))
+                return ["other"], sum(each.total for each in self.called(computation, one, []))
         return None
 
     def collectives(self, computation: Computation, operands: Sequence[str]) -> bool:

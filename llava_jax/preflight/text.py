@@ -26,7 +26,7 @@ def text(report: "Report") -> str:
     if report.search == "fastest":
         lines.append(f"fastest    {' '.join(report.overrides) if report.fits else 'none fits'}")
         for overrides, seconds in sorted(report.tried.items(), key=lambda one: one[1] or math.inf):
-            lines.append(f"  {f'{seconds:.3f} s' if seconds else 'does not fit':<14}{overrides}")
+            lines.append(f"  {f'{seconds:.4g} s' if seconds else 'does not fit':<14}{overrides}")
     elif report.search:
         tried = ", ".join(f"{what} {'fits' if fits else 'does not'}" for what, fits in report.tried.items())
         lines.append(f"search     {report.search}: {tried}")

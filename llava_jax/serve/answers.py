@@ -10,8 +10,10 @@ from typing import NoReturn
 import anyio
 
 from llava_jax.cli import UserError
+from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, UnknownAdapter
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, Piece, QueueFull
+from llava_jax.inference.constraints import ConstraintFailed
 from llava_jax.inference.engine import Engine, UnknownToken
 from llava_jax.inference.prefix_cache import PreparedPrompt, Text
 from llava_jax.inference.prompts import ContextExceeded
@@ -52,6 +54,11 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue()
         self._start = time.monotonic()
+
+    @property
+    def template(self) -> Template:
+        """Of the first prompt."""
+        return self.answers[0].prompt.adapter.prompts.template
 
     async def submit(self) -> None:
         """Submits all to the engine, or none. Raises `ApiError`."""
@@ -116,6 +123,9 @@ def _raise(error: BaseException, field: str = "messages") -> NoReturn:
             raise ApiError(400, str(error), "invalid_value", field) from error
         case EngineClosed():
             raise ApiError(503, str(error), "unavailable", retry_after=5) from error
+        case ConstraintFailed():
+            what = f"the format of the answer takes too much work ({error}): make it simpler"
+            raise ApiError(400, what, "invalid_value") from error
         case EngineError():
             raise ApiError(500, "the answer failed: the server's log has the details", "internal_error") from error
     raise error

@@ -186,7 +186,7 @@ class Completions:
 
     def _refuse_more_than_held(self, n: int) -> None:
         if n > (most := self._engine.capacity):
-            what = f"n is {n}, but this server holds {most} answers at a time, those that wait included: lower it"
+            what = f"n: {n} answers, but this server holds {most} at a time, those that wait included: ask for fewer"
             raise ApiError(400, what, "invalid_value", "n")
 
     def _refuse_long(self, length: int, field: str) -> None:

@@ -66,9 +66,9 @@ class Hosts:
 
 
 def matches(host: str, names: Collection[str]) -> bool:
-    """Whether `names` has the host, or `*.` with a part of it."""
+    """Whether `names` has the host, `*.` with a part of it, or `*`."""
     parents = host.split(".")
-    return any(name in names for name in (host, *(".".join(["*", *parents[i:]]) for i in range(1, len(parents)))))
+    return any(name in names for name in ("*", host, *(".".join(["*", *parents[i:]]) for i in range(1, len(parents)))))
 
 
 def allowed_names(text: str) -> list[str]:

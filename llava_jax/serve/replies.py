@@ -27,7 +27,7 @@ from llava_jax.inference.answer import Piece, TokenLogprob
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import ChatRequest, TextRequest
-from llava_jax.serve.tools import Call, CallParser
+from llava_jax.serve.tools import Call, parser_of
 
 
 class Reply(abc.ABC):
@@ -99,7 +99,7 @@ class ChatReply(Reply):
         super().__init__(answers)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self._with_usage, self._with_logprobs = body.with_usage, bool(body.logprobs)
-        self._parsers = [CallParser(body.calls_tools) for _ in answers.answers]
+        self._parsers = [parser_of(body, answers.template) for _ in answers.answers]
 
     async def completion(self) -> str:
         """Log-probabilities become text as they arrive, which takes much less memory."""

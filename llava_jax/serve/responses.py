@@ -27,7 +27,7 @@ from llava_jax.serve.answers import Answers
 from llava_jax.serve.errors import ApiError, from_validation
 from llava_jax.serve.replies import Reply
 from llava_jax.serve.schema import Ignored, Only, Several, Strict
-from llava_jax.serve.tools import Call, CallParser
+from llava_jax.serve.tools import Call, parser_of
 
 _DATA = TypeAdapter(dict[str, Any])  # of an event
 
@@ -238,7 +238,7 @@ class ResponseReply(Reply):
             if hasattr(value := self._head[name], "model_dump"):
                 self._head[name] = value.model_dump(by_alias=True, exclude_none=True)
         request.input = ""  # up to 32 MB, not needed while the answer is generated
-        self._parser = CallParser(chat.calls_tools)
+        self._parser = parser_of(chat, answers.template)
         self._text, self._message, self._number = "", f"msg_{uuid.uuid4().hex}", 0
 
     async def completion(self) -> str:

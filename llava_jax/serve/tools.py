@@ -1,7 +1,8 @@
 """Calls of tools, for chat templates that have a format for them: how a prompt presents tools, calls and results, how
 an answer that calls is constrained, and how it is read.
 
-The format of `chatml` and `qwen3` is that of Qwen2.5, Qwen3 and Hermes: `<tool_call>` around JSON.
+The format of `chatml` and `qwen3` is that of Qwen2.5, Qwen3 and Hermes, `<tool_call>` around JSON; that of `llama_3` is
+Llama 3.1's, an answer that is JSON.
 """
 
 import json
@@ -18,7 +19,6 @@ from llava_jax.inference.prompts import PromptEncoder
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import CalledFunction, ChatRequest, NamedTool, Tool
 
-TEMPLATES = ("chatml", "qwen3")
 if TYPE_CHECKING:
     from llava_jax.serve.turns import Marks
 
@@ -41,15 +41,28 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
+LLAMA_SYSTEM = "Environment: ipython\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA_INSTRUCTIONS = """\
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.\
+Do not use variables.
+
+"""
+
 
 class Tools:
-    """The tools of a request, or none if it only has earlier calls and results.
+    """The tools of a request, or none if it only has earlier calls and results; in the format of Qwen and Hermes.
 
     Args:
       tools: that the answer may call.
       required: whether the answer has to be calls and nothing else.
       parallel: whether it may have several calls; without `required` it always may.
     """
+
+    role = "user"  # of results
+    arguments = "arguments"  # the key of a call's
 
     def __init__(self, tools: Sequence[Tool], required: bool, parallel: bool):
         self._tools, self._required, self._parallel = tools, required, parallel
@@ -58,15 +71,13 @@ class Tools:
         """The turns with a system prompt that presents the tools, whose texts are free of `marks`."""
         if not self._tools:
             return turns
-        if turns[0][0] == "system":
-            system, turns = turns[0][1], turns[1:]
-        else:
-            own = prompts.template.system
-            system = default_system(prompts.tokenizer) if own is None else own
-        functions = [tool.function.model_dump(exclude={"strict"}, exclude_unset=True) for tool in self._tools]
-        listed = "\n".join(_json({"type": "function", "function": function}) for function in functions)
-        parts = (system, INSTRUCTIONS.format(tools=marks.disarm(listed)))
+        system, turns = _split_system(turns, prompts)
+        parts = (system, INSTRUCTIONS.format(tools=marks.disarm("\n".join(map(_json, self._described())))))
         return [("system", "\n\n".join(filter(None, parts))), *turns]
+
+    def _described(self) -> list[dict]:
+        functions = (tool.function.model_dump(exclude={"strict"}, exclude_unset=True) for tool in self._tools)
+        return [{"type": "function", "function": function} for function in functions]
 
     def call(self, function: CalledFunction, field: str, marks: "Marks") -> str:
         """A call of an earlier answer. Raises `ApiError`."""
@@ -75,7 +86,11 @@ class Tools:
         except ValueError as error:
             field = f"{field}.function.arguments"
             raise ApiError(400, f"{field}: it has to be JSON", "invalid_value", field) from error
-        return f'{CALL[0]}\n{{"name": "{function.name}", "arguments": {marks.disarm(_json(arguments))}}}\n{CALL[1]}'
+        call = f'{{"name": "{function.name}", "{self.arguments}": {marks.disarm(_json(arguments))}}}'
+        return self._marked(call)
+
+    def _marked(self, call: str) -> str:
+        return f"{CALL[0]}\n{call}\n{CALL[1]}"
 
     def result(self, text: str) -> str:
         """The result of a call."""
@@ -85,20 +100,58 @@ class Tools:
         """What answers may be, as llguidance reads it: calls have the schemas of their arguments."""
         # A mark that is a token of its own stands without quotes.
         begin, end = (mark if mark in tokenizer.get_added_vocab() else _json(mark) for mark in CALL)
-        names = " | ".join(f"f{number}" for number in range(len(self._tools)))
-        rules = []
-        for number, tool in enumerate(self._tools):
-            head = _json(f'{{"name": "{tool.function.name}", "arguments": ')
-            schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": JSON_OPTIONS}
-            rules += [f'f{number}: {head} a{number} "}}"', f"a{number}: %json {json.dumps(schema)}"]
-        rules.append(f'call: "\\n" ({names}) "\\n" {end}')
+        call = f'call: "\\n" function "\\n" {end}'
         if self._required:
             more = f' ("\\n" {begin} call)*' if self._parallel else ""
             start = [f"start: {begin} call{more}"]
         else:
             lazy = "" if begin == CALL[0] else "[lazy]"
             start = ["start: (begun call)* rest", f"begun{lazy}: TEXT {begin}", "rest: TEXT", r"TEXT: /(.|\n)*/"]
-        return "\n".join([*start, *rules])
+        return "\n".join([*start, call, *self._functions()])
+
+    def _functions(self) -> list[str]:
+        """The rules of a call without marks, `function`."""
+        rules = ["function: " + " | ".join(f"f{number}" for number in range(len(self._tools)))]
+        for number, tool in enumerate(self._tools):
+            head = _json(f'{{"name": "{tool.function.name}", "{self.arguments}": ')
+            schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": JSON_OPTIONS}
+            rules += [f'f{number}: {head} a{number} "}}"', f"a{number}: %json {json.dumps(schema)}"]
+        return rules
+
+
+class LlamaTools(Tools):
+    """In the format of Llama 3.1: the first question presents the tools, and an answer is one call or text."""
+
+    role, arguments = "tool", "parameters"
+
+    def introduced(self, turns: list[tuple[str, str]], prompts: PromptEncoder, marks: "Marks") -> list[tuple[str, str]]:
+        if not self._tools:
+            return turns
+        system, ((role, question), *turns) = _split_system(turns, prompts)
+        listed = "".join(f"{json.dumps(each, ensure_ascii=False, indent=4)}\n\n" for each in self._described())
+        question = LLAMA_INSTRUCTIONS + marks.disarm(listed) + question
+        return [("system", LLAMA_SYSTEM + system), (role, question), *turns]
+
+    def _marked(self, call: str) -> str:
+        return call
+
+    def result(self, text: str) -> str:
+        return _json(text)
+
+    def grammar(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        start = ["start: function"] if self._required else ["start: function | TEXT?", r"TEXT: /[^{](.|\n)*/"]
+        return "\n".join([*start, *self._functions()])
+
+
+FORMATS = {"chatml": Tools, "qwen3": Tools, "llama_3": LlamaTools}  # by template
+
+
+def _split_system(turns: list[tuple[str, str]], prompts: PromptEncoder) -> tuple[str, list[tuple[str, str]]]:
+    """The system prompt, by default the template's, and the other turns."""
+    if turns[0][0] == "system":
+        return turns[0][1], turns[1:]
+    own = prompts.template.system
+    return default_system(prompts.tokenizer) if own is None else own, turns
 
 
 def tools_of(body: ChatRequest, template: Template) -> Tools | None:
@@ -107,11 +160,11 @@ def tools_of(body: ChatRequest, template: Template) -> Tools | None:
     if not (body.calls_tools or past):
         return None
     field = "tools" if body.calls_tools else "messages"
-    if template.name not in TEMPLATES:
+    if (form := FORMATS.get(template.name)) is None:
         what = f"{field}: template {template.name} has no format for tools and their calls: leave them out"
         raise ApiError(400, what, "unsupported_parameter", field)
     if not body.calls_tools:
-        return Tools((), False, False)
+        return form((), False, False)
     if body.constraints():
         what = "tools: an answer can call tools or have a format: leave one out, or send tool_choice none"
         raise ApiError(400, what, "unsupported_parameter", "tools")
@@ -122,13 +175,19 @@ def tools_of(body: ChatRequest, template: Template) -> Tools | None:
             what = f"tool_choice: no tool is named {choice.function.name}"
             raise ApiError(400, what, "invalid_value", "tool_choice")
     parallel = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
-    return Tools(tools, choice == "required" or isinstance(choice, NamedTool), parallel)
+    return form(tools, choice == "required" or isinstance(choice, NamedTool), parallel)
 
 
 class Call(NamedTuple):
     id: str
     name: str
     arguments: str  # JSON
+
+
+def parser_of(body: ChatRequest, template: Template) -> "CallParser":
+    """Of an answer to `body`."""
+    llama = FORMATS.get(template.name) is LlamaTools
+    return (LlamaCallParser if llama else CallParser)(body.calls_tools)
 
 
 class CallParser:
@@ -184,10 +243,29 @@ class CallParser:
         return new
 
 
+class LlamaCallParser(CallParser):
+    """Of an answer that is a call as a whole, or text."""
+
+    def push(self, text: str) -> tuple[str, list[Call]]:
+        if not self.active:
+            return text, []
+        self._held += text
+        if not self._held.startswith("{"):
+            released, self._held = self._held, ""
+            self.active = not released  # the rest is text, too
+            return released, []
+        try:
+            new = [_parsed(self._held)]
+        except ValueError:  # it is not complete
+            return "", []
+        self._held = ""
+        return "", self._found(new)
+
+
 def _parsed(text: str) -> Call:
     """A call, of which the grammar made sure that it is one."""
     call = json.loads(text)
-    return Call(f"call_{uuid.uuid4().hex[:24]}", call["name"], _json(call["arguments"]))
+    return Call(f"call_{uuid.uuid4().hex[:24]}", call["name"], _json(call.get("arguments", call.get("parameters"))))
 
 
 def _json(value: object) -> str:

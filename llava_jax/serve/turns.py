@@ -58,7 +58,7 @@ def read_messages(
     Raises `ApiError` unless the messages alternate and the first is the user's.
     """
     turns, urls = [], []
-    for role, group in itertools.groupby(enumerate(messages), key=lambda item: _role(item[1])):
+    for role, group in itertools.groupby(enumerate(messages), key=lambda item: _role(item[1], tools)):
         parts, images = [], []
         for i, message in group:
             if role == "system" and i:
@@ -86,8 +86,8 @@ def _is_text(part: str) -> bool:
     return part != IMAGE_TOKEN  # no text is equal to it: it would be disarmed
 
 
-def _role(message: Message) -> str:
-    return {"developer": "system", "tool": "user"}.get(message.role, message.role)
+def _role(message: Message, tools: Tools | None) -> str:
+    return {"developer": "system", "tool": tools and tools.role}.get(message.role, message.role)
 
 
 def parts_of(message: Message, field: str = "") -> Iterator[tuple[str, Part]]:

@@ -15,9 +15,10 @@ from configs import common
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
 from llava_jax.evaluate.benchmarks import BENCHMARKS
-from llava_jax.evaluate.in_training import Evaluation, choose
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.in_training import Evaluation, answer_line, choose, flatten, request
+from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.training import loop
+from tests.evaluate.test_dataset_files import BLUE, RED, parquet
 from tests.parallel.test_distributed import Run
 
 STEPS = 80
@@ -159,3 +160,18 @@ def test_two_processes_answer_what_one_does(world: dict[str, str], tmp_path: Pat
                 for run in runs)  # fmt: skip
     assert one == two and len(one) == 10
     assert runs[0].metrics("easy-vqa/accuracy") == runs[1].metrics("easy-vqa/accuracy")
+
+
+def test_a_file_with_questions_images_and_labels(tmp_path: Path):
+    """All questions about an image are asked or none."""
+    rows = [{"question": f"{i}?", "options": ["x", "y"], "answer": "1", "image": {"bytes": RED if i < 2 else BLUE}}
+            for i in range(3)]  # fmt: skip
+    file, benchmark = parquet(tmp_path / "test.parquet", rows), BENCHMARKS["ai2d"]
+    asked = choose(read_questions([file], "", benchmark.questions), benchmark, limit=1, seed=1)
+    assert {question.images for question in asked} in ({(RED,)}, {(BLUE,)})
+    assert len(request(asked[0], tmp_path).images) == 1
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.benchmark, evaluation.labels, evaluation.questions = benchmark, [file], asked
+    lines = [answer_line(number, question, "B", 7) for number, question in enumerate(asked)]
+    scores = flatten("ai2d/", benchmark.score(evaluation._pairs(lines)))
+    assert (scores["ai2d/score"], scores["ai2d/total"]) == (100.0, len(asked))

@@ -71,3 +71,12 @@ def test_a_stop_token_ends_the_text_and_is_no_part_of_it(llama_tokenizer, length
     word = llama_tokenizer.encode("word", add_special_tokens=False)
     stream = AnswerStream(llama_tokenizer, stop_ids=[eos])
     assert "".join(pieces_of(stream, word * length + [eos] + word)) == " ".join(["word"] * length)
+
+
+@pytest.mark.parametrize("text", [" A ", "A", '\n{"a": 1}\n', "  two  spaces"])
+def test_verbatim_answers_keep_the_white_space_at_both_ends(tokenizer, text):
+    before = tokenizer.encode(":", add_special_tokens=False)
+    ids = tokenizer.encode(f":{text}", add_special_tokens=False)
+    assert ids[: len(before)] == before
+    stream = AnswerStream(tokenizer, verbatim=True)
+    assert "".join(map(stream.push, ids[len(before) :])) + stream.close() == text

@@ -369,11 +369,32 @@ def test_answers_do_not_change_beside_others_with_rules(engine):
     )
     others = [engine.submit(request, ruled) for request in requests]
     beside = [collect(answer) for answer in [engine.submit(request, REPORTED) for request in requests]]
-    assert beside == alone
+    assert [text for text, _ in beside] == [text for text, _ in alone]
+    for (_, logprobs), (_, expected) in zip(beside, alone, strict=True):  # prompts were cached in the meantime
+        np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
     assert [text(other) for other in others] == [ask(engine, request, ruled) for request in requests]
 
 
 def test_only_the_engine_takes_rules():
     for field, value in (("repetition_penalty", 1.5), ("logit_bias", ((1, 2.0),)), ("ignore_eos", True)):
         with pytest.raises(UserError, match=f"sampling with {field} needs the engine"):
-            generator().answer(ragged(1), Sampling(**{field: value}))
+            generator().answer(ragged(1), Sampling(max_new_tokens=5, **{field: value}))
+
+
+def test_a_dispatch_has_fewer_rows_only_where_that_gives_the_same_bits(engine, monkeypatch):
+    programs, sizes = engine._programs, []
+    assert programs.sizes[-1] == programs.slots == 4
+    expected = programs._probe(4, 7, 0)
+    for size in programs.sizes:
+        assert programs._probe(size, 7, 0) == expected
+    engine.clear_caches()  # the probes wrote into them
+    decode = programs.decode
+    monkeypatch.setattr(
+        programs, "decode", lambda slots, *rest: sizes.append(len(slots.tokens)) or decode(slots, *rest)
+    )
+    monkeypatch.setattr(programs, "sizes", [2, 4])
+    list(engine.submit(ragged(1)[0], SHORT))
+    assert set(sizes) == {2}
+    answers = [engine.submit(request, SHORT) for request in ragged(4)]
+    assert all(list(answer) for answer in answers)
+    assert 4 in sizes

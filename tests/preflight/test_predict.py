@@ -48,6 +48,26 @@ def test_a_group_has_the_links_of_the_axes_along_which_it_extends():
     assert ring.collective(around) == pytest.approx(latency + size * 2 * 15 / 16 / (2 * link))
 
 
+def test_links_of_different_directions_and_axes_are_others():
+    """Along a ring of 4, from 0 to 3 is the way back."""
+    hardware = V5E._replace(
+        machine=TPUS["v5p"], shape=(4, 4, 4), positions=[(at // 16, at // 4 % 4, at % 4) for at in range(64)]
+    )
+    permute = Collective("collective-permute", "bf16", 1.0, (0, 1, 2, 3), 1)
+
+    def links(pairs: str) -> list[str]:
+        attributes = f", source_target_pairs={{{pairs}}}"
+        return hardware.links(
+            permute, hlo_text.Instruction("p", "collective-permute-start", (), True, (), "", attributes)
+        )
+
+    assert links("{0,1},{1,2},{2,3},{3,0}") == ["2 True"] and links("{0,3},{1,0},{2,1},{3,2}") == ["2 False"]
+    assert links("{0,16},{16,32}") == ["0 True"]
+    both = Collective("all-gather", "bf16", 1.0, tuple(range(16)), 1)
+    gather = hlo_text.Instruction("g", "all-gather-start", (), True, (), "", "")
+    assert hardware.links(both, gather) == ["1 True", "1 False", "2 True", "2 False"]
+
+
 def test_gpus_on_several_hosts_share_the_network():
     inside = Collective("all-gather", "bf16", 8e9, tuple(range(8)), 1)
     across = Collective("all-gather", "bf16", 80e9, tuple(range(16)), 1)

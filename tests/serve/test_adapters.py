@@ -105,7 +105,7 @@ def test_the_models_name_chooses_the_adapter(world, app, http):
 
 def test_adapters_are_listed_with_their_base(http):
     base, red = http.get("/v1/models").json()["data"]
-    assert set(base) == {"id", "created", "object", "owned_by"}
+    assert set(base) == {"id", "created", "object", "owned_by", "max_model_len"}
     assert (red["id"], red["parent"], red["root"].endswith("below/red")) == ("red", "tiny", True)
     assert http.get("/v1/models/red").json() == red
     assert http.get("/v1/models/blue").status_code == 404

@@ -355,6 +355,30 @@ def test_what_would_change_the_answer_and_cannot_is_refused_by_name(http, body, 
     assert param in error["message"]
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        # Open WebUI with everything set in a model's parameters: backend/open_webui/utils/payload.py
+        {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.7, "top_p": 0.9, "min_p": 0.05,
+         "top_k": 40, "max_tokens": None, "frequency_penalty": 0.1, "presence_penalty": 0.0, "seed": 42, "stop": ["x"],
+         "logit_bias": {"5": -3}, "response_format": {"type": "json_object"}},
+        # Continue: packages/openai-adapters/src/apis/OpenAI.ts
+        {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 50, "temperature": 0, "top_p": 1,
+         "frequency_penalty": 0, "presence_penalty": 0, "stop": ["x"],
+         "prediction": {"type": "content", "content": "y"}},
+        # lmms-eval: models/chat/async_openai.py
+        {"max_completion_tokens": 50, "temperature": 0, "response_format": {"type": "text"}, "tools": [],
+         "chat_template_kwargs": {"enable_thinking": False}},
+        # vllm bench serve
+        {"max_completion_tokens": 50, "ignore_eos": True, "temperature": 0.0, "repetition_penalty": 1.0, "stream": True,
+         "stream_options": {"include_usage": True}},
+    ],
+)  # fmt: skip
+def test_requests_of_front_ends_and_harnesses_are_answered(http, sent):
+    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO} | sent)
+    assert response.status_code == 200, response.text
+
+
 def test_what_changes_nothing_is_accepted(client):
     expected = create(client).choices[0].message.content
     harmless = {

@@ -191,6 +191,8 @@ def test_options_of_hosts():
         ]
     )
     assert (args.allowed_hosts, args.allow_origin) == (["a.example.org", "*.b"], ["https://x", "http://y:1"])
+    with pytest.raises(UserError, match="--image-hosts is for --allow-remote-images: give it, too"):
+        command.main(["--checkpoint", "nowhere", "--image-hosts", "a.example.org"])
 
 
 def test_numbers_out_of_range(capsys):

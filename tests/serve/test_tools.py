@@ -10,7 +10,7 @@ from llava_jax.data.templates import get_template
 from llava_jax.inference.constraints import Constraints
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.schema import ChatRequest
-from llava_jax.serve.tools import CallParser, tools_of
+from llava_jax.serve.tools import CallParser, LlamaCallParser, tools_of
 from llava_jax.serve.turns import Marks, read_messages
 
 CITY = {
@@ -97,6 +97,49 @@ Rain
     )
 
 
+LLAMA = """\
+<|start_header_id|>system<|end_header_id|>
+
+Environment: ipython
+Cutting Knowledge Date: December 2023
+Today Date: 26 Jul 2024
+
+Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.Do not use \
+variables.
+
+{
+    "type": "function",
+    "function": {
+        "name": "stop"
+    }
+}
+
+Stop!<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "stop", "parameters": {"now": true}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>
+
+"It is \\"off\\""<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+"""
+
+
+def test_a_prompt_is_that_of_llamas_own_template(smollm2_tokenizer):
+    """As `apply_chat_template` of Llama 3.1's template writes it; the tokenizer adds BOS."""
+    stop = {"id": "a", "type": "function", "function": {"name": "stop", "arguments": '{"now":true}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Stop!"},
+        {"role": "assistant", "tool_calls": [stop]},
+        {"role": "tool", "tool_call_id": "a", "content": 'It is "off"'},
+    ]
+    assert prompt(smollm2_tokenizer, messages, "llama_3", tools=TOOLS[1:]) == LLAMA
+
+
 def test_without_tools_that_may_be_called_there_are_none_in_the_prompt(smollm2_tokenizer):
     assert "tool" not in prompt(smollm2_tokenizer, [{"role": "user", "content": "Hi"}], tools=TOOLS, tool_choice="none")
     called = [ASKED, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "a", "content": "7"}]
@@ -108,7 +151,7 @@ def test_without_tools_that_may_be_called_there_are_none_in_the_prompt(smollm2_t
     "template, options, message",
     [
         ("v1", {"tools": TOOLS}, "tools: template v1 has no format for tools"),
-        ("llama_3", {"tools": TOOLS}, "tools: template llama_3 has no format"),
+        ("zephyr", {"tools": TOOLS}, "tools: template zephyr has no format"),
         (
             "chatml",
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
@@ -135,11 +178,11 @@ ROME = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_
 STOP = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
 
 
-def accepts(tokenizer, text: str, **options) -> bool:
+def accepts(constraints: Constraints, text: str, template: str = "chatml", **options) -> bool:
     """Whether an answer may be `text`."""
     body = ChatRequest.model_validate({"model": "m", "messages": [ASKED], "tools": TOOLS} | options)
-    constraints = Constraints(Prompts(tokenizer), len(tokenizer))
-    matcher = constraints.compile("grammar", tools_of(body, get_template("chatml")).grammar(tokenizer)).matcher()
+    tokenizer = constraints._prompts.tokenizer
+    matcher = constraints.compile("grammar", tools_of(body, get_template(template)).grammar(tokenizer)).matcher()
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     for number, token in enumerate(tokens):
         if not matcher.mask()[token // 32] >> token % 32 & 1:
@@ -156,7 +199,7 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
     tokenizer = load_tokenizer(smollm2_dir)
     if added:  # as Qwen's
         tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("<tool_call>", "</tool_call>")])
-    bad = ROME.replace("Rome", "Paris")
+    constraints, bad = Constraints(Prompts(tokenizer), len(tokenizer)), ROME.replace("Rome", "Paris")
     for text, auto, required, one in [
         ("It is warm.", True, False, False),
         (ROME, True, True, True),
@@ -166,11 +209,33 @@ def test_answers_are_text_and_calls_or_calls_alone(smollm2_dir, added):
         (f"Let me see.\n{bad}", False, False, False),
         (ROME[:-3], False, False, False),
     ]:
-        assert accepts(tokenizer, text) == auto, text
-        assert accepts(tokenizer, text, tool_choice="required") == required, text
-        assert accepts(tokenizer, text, tool_choice="required", parallel_tool_calls=False) == one, text
+        assert accepts(constraints, text) == auto, text
+        assert accepts(constraints, text, tool_choice="required") == required, text
+        assert accepts(constraints, text, tool_choice="required", parallel_tool_calls=False) == one, text
     named = {"tool_choice": {"type": "function", "function": {"name": "stop"}}}
-    assert accepts(tokenizer, STOP, **named) and not accepts(tokenizer, ROME, **named)
+    assert accepts(constraints, STOP, **named) and not accepts(constraints, ROME, **named)
+
+
+def test_answers_of_llama_are_text_or_a_call(smollm2_tokenizer):
+    constraints = Constraints(Prompts(smollm2_tokenizer), len(smollm2_tokenizer))
+    rome = '{"name": "weather", "parameters": {"city": "Rome"}}'
+    for text, auto, required in [
+        ("It is {warm}.", True, False),
+        (rome, True, True),
+        (f"{rome} {rome}", False, False),
+        (rome.replace("Rome", "Paris"), False, False),
+        ("", True, False),
+    ]:
+        assert accepts(constraints, text, "llama_3") == auto, text
+        assert accepts(constraints, text, "llama_3", tool_choice="required") == required, text
+    for answer, released, names in [(rome, "", ["weather"]), ("It is {", "It is {", []), (rome[:8], rome[:8], [])]:
+        parser, text = LlamaCallParser(True), ""
+        for character in answer:
+            text += parser.push(character)[0]
+        assert text + parser.close() == released
+        assert [(call.name, json.loads(call.arguments)) for call in parser.calls] == [
+            (name, {"city": "Rome"}) for name in names
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------- the parser
