@@ -163,7 +163,8 @@ setup() {
   local archive=/tmp/llava_jax.tar.gz copied=0
   "$DRY_RUN" || archive="$(mktemp)" || return
   run tar -czf "$archive" -C "$ROOT" --exclude='./.venv*' --exclude=./.git --exclude=./runs --exclude=./run \
-    --exclude=./dist --exclude=./build --exclude=./site --exclude=./.pytest_cache --exclude=./.hypothesis --exclude=__pycache__ . &&
+    --exclude=./dist --exclude=./build --exclude=./site \
+    --exclude=./.pytest_cache --exclude=./.hypothesis --exclude=__pycache__ . &&
     run gcloud compute tpus tpu-vm scp "$archive" "$NAME:llava_jax.tar.gz" \
       --project="$PROJECT" --zone="$ZONE" --worker=all || copied=$?
   run rm "$archive"

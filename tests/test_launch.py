@@ -181,7 +181,7 @@ def test_tpu_vm_asks_sets_up_and_trains_on_all_workers():
     assert created[: len(queued) + 2] == [*queued, "create", "llava"]
     assert option(created, "node-id") == "llava" and option(created, "accelerator-type") == "v5litepod-16"
     assert option(created, "runtime-version") == "v2-alpha-tpuv5-lite" and "--spot" in created
-    assert packed[0] == "tar" and "--exclude=./.venv" in packed
+    assert packed[0] == "tar" and "--exclude=./.venv*" in packed
     ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "llava"]
     for command, worker in ((installed, "all"), (stopped, "all"), (started, "all"), (followed, "0"), (asked, "0")):
         assert command[: len(ssh)] == ssh and option(command, "worker") == worker
