@@ -96,7 +96,7 @@ def look(entry: Entry, data: Path) -> Found:
     patterns = [*entry.options.values()] if entry.options else entry.labels or ()
     labels = questions if entry.labels == () else _files(folder, patterns)
     lacking = [] if questions else [" or ".join(entry.questions)]
-    lacking += [] if labels or entry.labels is None and not entry.options else [" or ".join(patterns)]
+    lacking += [] if labels or not patterns else [" or ".join(patterns)]
     return Found(entry, folder, questions, labels, ", ".join(lacking) and f"{folder}: has no {', '.join(lacking)}")
 
 
