@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.preflight import targets
 
-targets.prepare_environment()
+targets.prepare_environment()  # before JAX is imported
 
 import jax  # noqa: E402
 from jax.experimental.pallas.ops.tpu import splash_attention as splash  # noqa: E402
@@ -288,7 +288,7 @@ seen, whose error it took from 39 to 26 %: its layers are split over a `tensor` 
 
 `low` and `high` of a prediction are {tpu} of it on TPUs, {gpu} on GPUs; {inside} of the {all} published steps lie
 between them. They are wide because few steps were compared, and none with images, adapters or quantized weights. On
-machines that are in neither table they are {other}."""
+other machines they are {other}."""
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:

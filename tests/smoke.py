@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE / "support"))
+sys.path.append(str(HERE / "support"))  # of the clone, without its package
 
 import tiny  # noqa: E402
 

@@ -130,11 +130,19 @@ class Tiling:
         """Tiles of an image at most, the base included."""
         return 1 + max(map(math.prod, self.anyres.grids))
 
-    @property
-    def most_features(self) -> int:
-        """Features of an image at most, newlines included."""
-        g, newline = self.patches, self.anyres.newline
-        return max((1 + math.prod(grid)) * g * g + newline * grid.rows * g for grid in self.anyres.grids)
+    def most_tiles_in(self, positions: int) -> int:
+        """Tiles of the images that so many positions hold, at most.
+
+        Thin images have many tiles for their features: without padding, one row or one column of the map may be left.
+        """
+        g, P = self.patches, self.patches**2
+
+        def tiles_in(grid: Grid) -> int:
+            rows, columns = grid.rows * g, grid.columns * g
+            of_map = min(columns + 1, 2 * rows) if self.anyres.newline else rows * columns
+            return positions // (P + of_map) * (1 + math.prod(grid))
+
+        return max(self.most_tiles, *map(tiles_in, self.anyres.grids))
 
     def features(self, size: Size, several: bool) -> Features:
         """The features of an image of this size; `several`: whether its sample has more than one.

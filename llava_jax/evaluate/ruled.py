@@ -83,7 +83,7 @@ class RuledBenchmark(Benchmark):
         cls.rule = cls.rules.get(cls.default_rule)
 
     def item(self, line: Line, number: int) -> Item:
-        """The item in a row."""
+        """The item in a row. Each benchmark has its own."""
         raise NotImplementedError
 
     def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[str | bytes, ...]]]:

@@ -128,13 +128,15 @@ def worst_layout(config: ConfigDict, model: LlavaConfig) -> Layout:
     """The largest batch that a configuration allows. Slots that depend on data are one image a row (of packed rows as
     many as fit), and every position."""
     length = config_check.row_length(config)
-    tiles, tokens = (model.tiling.most_tiles, model.tiling.most_features) if model.tiling else (1, model.image_tokens)
-    images = (max(length // tokens, 1) if config.pack else 1) * tiles
+    if model.tiling:
+        slots = model.tiling.most_tiles_in(length) if config.pack else model.tiling.most_tiles
+    else:
+        slots = max(length // model.image_tokens, 1) if config.pack else 1
     return Layout(
         batch_rows=config.batch_rows,
         rows_per_group=config.rows_per_group,
         max_length=length,
-        image_slots=max(config.image_slots or config.rows_per_group * images, 0),
+        image_slots=max(config.image_slots or config.rows_per_group * slots, 0),
         label_slots=config.label_slots or config.rows_per_group * length,
         image_tokens=model.image_tokens,
         image_size=model.vision.image_size,

@@ -63,8 +63,8 @@ def vicuna(tmp_path_factory):
 def ask(sizes):
     """A request with images of these sizes."""
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
-    return Request([("user", "<image>\n" * len(sizes) + QUESTION)], pictures)
+    images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+    return Request([("user", "<image>\n" * len(sizes) + QUESTION)], images)
 
 
 def theirs(model, generator, request):
@@ -111,11 +111,11 @@ def test_there_and_back(name, tmp_path):
 def test_encoded_images_are_those_of_transformers(vicuna):
     """In any number, each as if it were alone, with the newlines."""
     directory, model, config = vicuna
-    pictures = ask(SIZES).images
+    images = ask(SIZES).images
     loaded = llava_jax.load(directory)
-    found = loaded.encode_images(pictures, batch_size=3)
+    found = loaded.encode_images(images, batch_size=3)
     with torch.no_grad():
-        expected = model.get_image_features(**processor_of(config)(pictures, return_tensors="pt")).pooler_output
+        expected = model.get_image_features(**processor_of(config)(images, return_tensors="pt")).pooler_output
     assert len(found) == len(expected) == len(SIZES)
     for ours, theirs, size in zip(found, expected, SIZES, strict=True):
         assert ours.dtype == np.float32 and len(ours) == len(config.tiling.features(Size(*size), False).index)

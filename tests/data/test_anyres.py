@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -81,6 +81,19 @@ def test_counts_are_those_of_the_processor(width, height):
         assert min(width / height, height / width) < 1 / G
         return
     assert len(index) == PROCESSOR._get_number_of_features(height, width, S, S) - 1
+
+
+@settings(max_examples=1000, deadline=None)
+@given(SIDES, SIDES, st.sampled_from(anyres.MERGES), st.integers(3000, 20_000))
+@example(336, 336, "spatial_unpad", 8192)  # three tiles of few features
+@example(2000, 84, "spatial_unpad", 8192)
+def test_no_images_of_a_row_have_more_tiles(width, height, merge, positions):
+    one = tiling(merge=merge)
+    try:
+        found = one.features(Size(width, height), False)
+    except UserError:
+        return
+    assert positions // len(found.index) * found.tiles <= one.most_tiles_in(positions)
 
 
 @settings(max_examples=50, deadline=None)

@@ -154,13 +154,12 @@ def test_packed_rows_may_be_longer_and_hold_as_many_images_as_fit():
 
 
 def test_the_worst_rows_with_anyres_have_all_tiles():
-    """Of LLaVA-1.6: a base, 2 x 2 tiles, and 48 rows of the map with newlines."""
+    """Of LLaVA-1.6: a base and 2 x 2 tiles. Packed rows may have thin images, of which one row of the map is left."""
     model, config = PRESETS["llava-v1.6-vicuna-7b"], llava_next.get_config("7b")
-    assert (model.tiling.most_tiles, model.tiling.most_features) == (5, 2928)
     assert ahead.worst_layout(config, model).image_slots == 5
     with config.unlocked():
         config.update(pack=True, row_length=8192, rows_per_group=2)
-    assert ahead.worst_layout(config, model).image_slots == 2 * 2 * 5
+    assert ahead.worst_layout(config, model).image_slots == 2 * (8192 // (576 + 49)) * 5
 
 
 def test_libtpu_says_what_does_not_fit():

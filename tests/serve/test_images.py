@@ -178,11 +178,11 @@ def test_an_image_that_takes_more_than_there_is():
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """`/picture`, and what a server may do instead of sending one."""
+    """`/image`, and what a server may do instead of sending one."""
 
     def do_GET(self):
         match self.path.split("/")[1]:
-            case "picture":
+            case "image":
                 self._send(200, base64.b64decode(data_url(noise_image()).partition(",")[2]))
             case "to":
                 self._send(302, location=self.path.removeprefix("/to/").replace("|", "/"))
@@ -219,15 +219,15 @@ def web(monkeypatch):
 
 
 def test_a_picture_of_the_web(web):
-    for path in ("picture", "to/|picture", f"to/http:||127.0.0.1:{web}|picture"):
+    for path in ("image", "to/|image", f"to/http:||127.0.0.1:{web}|image"):
         image = read(f"http://127.0.0.1:{web}/{path}", allow_remote=True)
         assert np.array_equal(np.asarray(image), square()(noise_image()))
 
 
 def test_only_some_hosts_may_be_fetched_from(web):
     for hosts in (["127.0.0.1"], ["*.0.0.1", "example.org"], ["*"]):
-        read(f"http://127.0.0.1:{web}/to/|picture", allow_remote=True, hosts=hosts)
-    for host, path in (("127.0.0.1", "picture"), ("LOCALHOST", f"to/http:||127.0.0.1:{web}|picture")):
+        read(f"http://127.0.0.1:{web}/to/|image", allow_remote=True, hosts=hosts)
+    for host, path in (("127.0.0.1", "image"), ("LOCALHOST", f"to/http:||127.0.0.1:{web}|image")):
         what = refusal(f"http://{host}:{web}/{path}", allow_remote=True, hosts=["example.org", "*.example.org"])
         assert "a host that this server does not fetch from" in what
 
