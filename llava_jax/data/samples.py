@@ -141,7 +141,7 @@ def system_prompt(value: dict, first: str = "") -> str | Fault:
     """The system prompt of an object, or its `first` turn if that is one; "" for the template's own."""
     prompts = {"the first turn": first, **{key: value[key] for key in ("system", "system_prompt") if key in value}}
     for key, text in prompts.items():
-        if not isinstance(text, str | None) or not _encodable(text or ""):
+        if not isinstance(text, str | None) or not is_encodable(text or ""):
             return Fault("structure", f"`{key}` is no text but {_shown(text)}")
     said = {key: text for key, text in prompts.items() if (text or "").strip()}
     if len(set(said.values())) > 1:
@@ -166,7 +166,7 @@ def _plain_turns(sentences: list) -> list[tuple[str, str]] | None:
     """Role and text of turns that have `from` and `value` alone, as nearly all have; None if a turn is different."""
     try:
         turns = [(ROLES[sentence["from"]], sentence["value"]) for sentence in sentences if len(sentence) == 2]
-        plain = len(turns) == len(sentences) and all(text.isascii() or _encodable(text) for _, text in turns)
+        plain = len(turns) == len(sentences) and all(text.isascii() or is_encodable(text) for _, text in turns)
     except (KeyError, TypeError, AttributeError):
         return None
     return turns if plain else None
@@ -191,7 +191,7 @@ def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> 
     if not isinstance(text, str):
         fault("structure", f"`{content}` of turn {number} is no text but {_shown(text)}")
         text = ""
-    elif not _encodable(text):
+    elif not is_encodable(text):
         fault("structure", f"`{content}` of turn {number} is no valid Unicode: it holds half a surrogate pair")
     for detail in unsupported.unread_turn_keys(sentence, answers=role == "assistant"):
         fault("key", f"turn {number}: {detail}")
@@ -301,7 +301,8 @@ def _all_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether a text is valid Unicode, without half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from PIL import ExifTags, Image
 
 from llava_jax.cli import UserError, short, track
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import FORMATS
+from llava_jax.data.images import read_size
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import record_value
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco
-from llava_jax.datagen.contexts import Box, Context, make_box, make_captions
+from llava_jax.datagen.contexts import Box, Context, make_box
 from llava_jax.files.reading import require_regular
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import is_remote
@@ -86,7 +85,8 @@ def _fill(
     for where, record in track(found, f"reading contexts of {file}"):
         try:
             name, texts = record["image"], record["captions"]
-            captions = make_captions([texts] if isinstance(texts, str) else texts)
+            lines = (" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts))
+            captions = tuple(line.encode(errors="replace").decode() for line in lines if line)
             if not captions:
                 left_out["no caption"] += 1
                 continue
@@ -117,21 +117,10 @@ def _boxes(record: Any, images: epath.PathLike) -> Iterator[Box]:
         return
     width, height = record.get("width"), record.get("height")
     if not (width and height):
-        width, height = image_size(image_path(images, record["image"]))
+        width, height = read_size(image_path(images, record["image"]))
     for box in boxes:
         if made := make_box(str(box["category"]), tuple(map(float, box["bbox"])), float(width), float(height)):
             yield made
-
-
-def image_size(path: epath.Path) -> tuple[int, int]:
-    """Width and height of an image in its EXIF orientation."""
-    require_regular(path)
-    try:
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
-        raise UserError(f"image {path}: cannot be read for its size: {error}") from error
 
 
 def _in_folder(images: epath.PathLike, name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.cli import track
+from llava_jax.data.samples import conversation
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.duplicates import near_duplicates
@@ -82,11 +83,10 @@ def find_duplicates(ledger: Ledger, limit: int | None) -> None:
 
 def sample(context: Context, turns: Turns, seed: int) -> dict[str, Any]:
     """A LLaVA sample. The image is before or after the first question, by seed and id."""
-    values = [text for turn in turns for text in turn]
-    values[0] = with_image(values[0], seed, context.id)
-    roles = ("human", "gpt")
-    conversation = [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
-    return {"id": context.id, "image": context.image, "conversations": conversation}
+    (question, answer), *others = turns
+    turns = [(with_image(question, seed, context.id), answer), *others]
+    spoken = [said for turn in turns for said in zip(("user", "assistant"), turn, strict=True)]
+    return {"id": context.id, "image": context.image, "conversations": conversation(spoken)}
 
 
 def _line(value: Any) -> bytes:

@@ -5,7 +5,7 @@ import functools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -195,8 +195,3 @@ def tree(first_words: dict[tuple[str, ...], int], limit: int) -> tuple[Branch, .
             after[words[0]][words[1:]] += count
     ordered = sorted(after.items(), key=lambda item: (-item[1].total(), item[0]))[:limit]
     return tuple(Branch(word, rest.total(), tree(rest, limit)) for word, rest in ordered)
-
-
-def categories_of(contexts: Iterable[Context]) -> Iterator[str]:
-    """The categories of all boxes."""
-    yield from dict.fromkeys(box.category for context in contexts for box in context.boxes)
