@@ -31,9 +31,8 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
     def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
         self.shards = shards
         self.workers = workers or os.cpu_count()  # threads that write
-        self.bad_images: list[
-            BadImage
-        ] = []  # found by `download_and_prepare`; with any of these the set is not finished
+        # Found by `download_and_prepare`; with any of these the set is not finished.
+        self.bad_images: list[BadImage] = []
         super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:

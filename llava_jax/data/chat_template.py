@@ -10,12 +10,10 @@ import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_jax.cli import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llava_jax.data.tokenizer_files import Tokenizer
 
 CPU_SECONDS = 5
 MEMORY = 512 * 2**20  # bytes
@@ -24,7 +22,7 @@ MAX_CHARACTERS = 2**20  # of a rendered conversation
 Messages = list[dict[str, Any]]  # roles user, assistant and system
 
 
-def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrainedTokenizerBase") -> list[str | None]:
+def render_chats(chats: list[Messages], chat_template: Any, tokenizer: Tokenizer) -> list[str | None]:
     """The text of each conversation, with the prompt of an answer where it ends with a question.
 
     Args:

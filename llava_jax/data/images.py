@@ -179,8 +179,7 @@ class EncodedImage:
                 runs = min(len(self._data), MAX_BMP_RUNS) if image.format == "BMP" else 0  # Pillow reads each by itself
                 image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128 + runs
             image.load()
-            image = _upright(image)
-            return to_rgb(image)
+            return to_rgb(_upright(image))
 
 
 def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -259,15 +258,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _band_to_rgb(image)
     result = Image.new("RGB", image.size)  # in bands, which bounds the memory of intermediate images
     for start in range(0, image.height, _BAND_ROWS):
-        result.paste(
-            _band_to_rgb(image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))), (0, start)
-        )
+        band = image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))
+        result.paste(_band_to_rgb(band), (0, start))
     return result
 
 
 def _band_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = _eight_bit(image)
+    if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I in older Pillows
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise UserError("floating-point pixels have no agreed range: save it with 8 bits a channel")
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their alpha
@@ -405,14 +406,6 @@ def refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raises UserError for more pixels than are allocated."""
     if width * height > max_pixels:
         raise UserError(f"{width} x {height} pixels are more than {max_pixels}: crop it, shrink it or remove it")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey (modes I;16 and its byte orders, or I in older Pillows) to 8-bit grey."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -24,10 +24,8 @@ from llava_jax.data.sources import Sample, Source, read_images
 from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
+from llava_jax.data.tokenizer_files import Tokenizer
 from llava_jax.files.writing import atomic_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
@@ -53,14 +51,14 @@ class Shown(NamedTuple):
     images: list[ImageSize] | None  # None without --images
 
 
-def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def token_strings(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
     """The name of every token in the vocabulary; `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
-def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
+def view(encoded: Encoded, tokenizer: Tokenizer) -> Text:
     """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
     for (is_image, is_target), run_of_ids in itertools.groupby(
@@ -79,9 +77,8 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    encode = text_encoder(
-        args, max_length=1, image_position=args.image_position, seed=args.seed
-    )  # no sample is expanded or cut
+    # No sample is expanded or cut, so any `max_length` will do.
+    encode = text_encoder(args, max_length=1, image_position=args.image_position, seed=args.seed)
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
     samples = open_json(args.json, open_image_folder(args))
@@ -111,7 +108,7 @@ def image_sizes(samples: Source, index: int, sample: Sample) -> list[ImageSize]:
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 
-def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: Tokenizer) -> None:
     with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else atomic_file(out) as file:
         for sample, encoded, images in samples:
             line = {
@@ -126,7 +123,7 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _show(samples: Iterator[Shown], tokenizer: Tokenizer) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded, sizes in samples:
         targets = int((encoded.labels != IGNORE_INDEX).sum())

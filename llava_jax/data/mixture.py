@@ -43,8 +43,11 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     for name, entry in entries:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
             raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
-    weights = [_weight(name, entry.get("weight", 1.0)) for name, entry in entries]
-    return Mixture([_open(name, entry, data, lenient) for name, entry in entries], weights)
+        weight = entry.get("weight", 1.0)
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
+    sources = [_open(name, entry, data, lenient) for name, entry in entries]
+    return Mixture(sources, [float(entry.get("weight", 1.0)) for _, entry in entries])
 
 
 def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) -> Source:
@@ -57,12 +60,6 @@ def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) 
         return Built(given["built"])
     images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
     return open_json(given["json"], images, lenient)
-
-
-def _weight(name: str, weight: Any) -> float:
-    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
-    return float(weight)
 
 
 def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:

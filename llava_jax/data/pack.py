@@ -191,19 +191,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
     add_options(parser, images={"required": False}, checkpoint={}, tokenizer={}, template={}, max_length={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})
-    parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
-    parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
-    parser.add_argument(
-        "--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)"
-    )
-    parser.add_argument(
-        "--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of samples")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)"
-    )
-    parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
+    add = parser.add_argument
+    add("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
+    add("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
+    add("--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)")
+    add("--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)")
+    add("--seed", type=int, default=0, help="seed of the order of samples")
+    add("--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)")
+    add("--json-out", metavar="F", help="also write the report as JSON")
     args = parser.parse_args(argv)
     read_model(args)
     if not args.tokenizer:

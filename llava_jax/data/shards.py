@@ -30,7 +30,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image
-from llava_jax.data.parquet import ParquetImages, read_named
+from llava_jax.data.parquet import ImageSource, ParquetImages, read_named
 from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
@@ -66,7 +66,7 @@ class Shard:
     """A shard to write. It is pickled for workers of Beam."""
 
     output: str  # the directory of the data set, local or remote
-    images: epath.PathLike | ParquetImages  # the folder that names are relative to, see `image_folder.ImageFolder`
+    images: ImageSource
     index: int
     count: int  # of all shards
     begin: int  # its samples are the bytes from `begin` to `end` of `text.jsonl`

@@ -45,18 +45,13 @@ def refuse_pointers_below(directory: str | os.PathLike) -> None:
             refuse_pointer_file(file)
 
 
-def encoding_of(head: bytes) -> str:
-    """The Unicode encoding of text, by its byte order mark or its first four bytes, which in JSON are ASCII."""
-    return json.detect_encoding(head)
-
-
 def to_utf8(data: bytes, name: str | os.PathLike) -> bytes:
     """The bytes of a text file in UTF-8 without a byte order mark; UTF-16 and UTF-32 are converted.
 
     UTF-8 is returned unchecked. Raises `UserError` for Git LFS pointers and broken UTF-16.
     """
     refuse_pointer(data, name)
-    encoding = encoding_of(data[:4])
+    encoding = json.detect_encoding(data[:4])  # by the byte order mark or the first four bytes, in JSON ASCII
     if encoding.startswith("utf-8"):
         return data.removeprefix(b"\xef\xbb\xbf")
     try:

@@ -25,13 +25,12 @@ def atomic_file(out: epath.PathLike) -> Iterator[BinaryIO]:
       UserError: the system refuses to write.
     """
     target = epath.Path(out if is_remote(out) else os.path.realpath(out))
-    with _as_user_error(out):
-        if not is_remote(target) and os.path.exists(target) and not os.path.isfile(target):
-            with open(target, "wb") as file:  # or an IsADirectoryError
-                yield file
-        else:
-            with replacing(target) as file:
-                yield file
+    irregular = not is_remote(target) and os.path.exists(target) and not os.path.isfile(target)
+    try:
+        with open(target, "wb") if irregular else replacing(target) as file:  # or an IsADirectoryError
+            yield file
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -76,14 +75,6 @@ def _temporary(name: str) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             if path.exists():
                 path.unlink()
-
-
-@contextlib.contextmanager
-def _as_user_error(out: epath.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def write_json(out: epath.PathLike, value: Any, ensure_ascii: bool = True) -> None:

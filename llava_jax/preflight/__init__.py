@@ -56,12 +56,7 @@ def preflight(
 
 
 class _CallablePackage(ModuleType):
-    def __call__(
-        self, config: "ConfigDict | str | os.PathLike", target: str, *, memory_fraction: float | None = None
-    ) -> "Report":
-        return preflight(config, target, memory_fraction=memory_fraction)
-
-    __call__.__doc__ = preflight.__doc__
+    __call__ = staticmethod(preflight)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -194,11 +194,7 @@ def _bound(compiled: Compiled) -> Bound | None:
     peaks = {"flops": machine.flops, "memory": machine.bandwidth, "network": program.target.send_rate}
     if program.target.platform == "gpu":
         peaks["between_hosts"] = machine.network
-    return Bound(
-        seconds=seconds,
-        peaks=peaks,
-        **_speed(program, seconds["step"]),
-    )
+    return Bound(seconds=seconds, peaks=peaks, **_speed(program, seconds["step"]))
 
 
 def _prediction(compiled: Compiled) -> Prediction | None:
