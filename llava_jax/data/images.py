@@ -126,21 +126,21 @@ def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> 
         raise
 
 
-def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, name: str = "from memory") -> Image.Image:
     """Decodes an image file (JPEG, PNG, WebP, ...) to upright RGB. Its size is checked before it is decoded.
 
     Raises:
       UserError: the data is no image, truncated, corrupt, too large, or has no agreed meaning in RGB.
     """
-    return open_image(data, name, max_pixels).decode()
+    return open_image(data, name).decode()
 
 
-def load_pixels(image: Image.Image, name: str = "from memory") -> Image.Image:
+def load_pixels(image: Image.Image) -> Image.Image:
     """Decodes an image that Pillow has only opened, upright as `load_image` has it; other images stay as they are.
 
     Raises UserError, also if its file is closed.
     """
-    with _errors(name):
+    with _errors("from memory"):
         image.load()
         return _upright(image) if isinstance(image, ImageFile.ImageFile) else image
 

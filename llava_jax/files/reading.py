@@ -103,9 +103,9 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool =
     return parse_json(read_bytes(path, limit), path, strict=strict)
 
 
-def read_object(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
+def read_object(path: str | os.PathLike, *, strict: bool = True) -> dict[str, Any]:
     """The JSON object in a file. Raises `UserError` as `read_json` does, and if the value is not an object."""
-    value = read_json(path, limit=limit, strict=strict)
+    value = read_json(path, strict=strict)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value

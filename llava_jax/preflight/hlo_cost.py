@@ -187,10 +187,8 @@ class Costs:
                 return self.leaf(computation, one, again)
 
     def loop(self, computation: Computation, one: Instruction, arguments: list, again: bool) -> Cost:
-        body = self.module.called(one, "body")
-        state = hlo_loops.initial_state(self.module, computation, one, arguments)
-        trips = hlo_loops.trip_count(self.module, one, state)
-        iteration = self.computation(body, [hlo_loops.invariants(body, state)], again)
+        body, known, trips = hlo_loops.unrolled(self.module, computation, one, arguments)
+        iteration = self.computation(body, known, again)
         return Cost.sum([Cost(unknown_loops=(one.name,)), iteration]) if trips is None else iteration * trips
 
     def fusion(self, fused: Computation, again: bool, orphans: set) -> Cost:

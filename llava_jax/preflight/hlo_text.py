@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"
+)  # fmt: skip
 # Memory spaces of TPUs besides HBM.
 ON_CHIP, HOST = 1, 5
 # Operations that pass on a value or an array unchanged.

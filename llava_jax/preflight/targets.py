@@ -16,7 +16,7 @@ from typing import Any
 
 from llava_jax import xla_flags
 from llava_jax.cli import UserError
-from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu, tpu_send_rate
+from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu
 
 GPUS_PER_HOST = 8
 EXAMPLES = (
@@ -59,7 +59,7 @@ class Target:
     def send_rate(self) -> float | None:
         """Bytes/s that a device can send to its neighbours, all links busy."""
         if isinstance(self.machine, Tpu):
-            return tpu_send_rate(self.machine, "x".join(map(str, self.shape)))
+            return sum(map(self.machine.links, self.shape)) * self.machine.link
         return self.machine.link if self.machine else None
 
     @property

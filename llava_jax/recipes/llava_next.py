@@ -7,7 +7,7 @@ scripts/train/direct_finetune_clip.sh; its global batch is not published.
 from ml_collections import ConfigDict
 
 from llava_jax.recipes import common
-from llava_jax.recipes.arguments import CHOICES
+from llava_jax.recipes.arguments import CHOICES, set_size
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,8 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"{arg!r} is none of {', '.join(CHOICES['size'])}")
     config = common.get_config()
     config.stage = "finetune"
-    config.default_model = f"llava-v1.6-vicuna-{arg or '7b'}"
-    config.model = config.default_model if arg else ""
+    set_size(config, "v1.6-vicuna", arg or None)
     config.template = "v1"
     config.image_aspect = "anyres"
     config.max_length = 4096
