@@ -126,12 +126,13 @@ def image_names(value: dict) -> tuple[str, ...] | Fault:
     given = []
     for key in ("image", "images"):
         images = value.get(key)
-        if not (images is None or isinstance(images, str) or _all_strings(images)):
+        names = [images] if isinstance(images, str) else [] if images is None else images
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             return Fault("structure", f"`image` is neither a name nor a list of names but {_shown(images)}")
+        if any(map(_URL.match, names)):
+            return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
         if images:
-            if any(map(_URL.match, [images] if isinstance(images, str) else images)):
-                return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
-            given.append((images,) if isinstance(images, str) else tuple(images))
+            given.append(tuple(names))
     if len(given) == 2 and given[0] != given[1]:
         return Fault("key", f"`image` is {_shown(value['image'])}, but `images` {_shown(value['images'])}: keep one")
     return given[0] if given else ()
@@ -295,10 +296,6 @@ def _conversation_faults(turns: Sequence[tuple[str, str]], images: tuple[str, ..
 
 def _structure(detail: str) -> Reading:
     return Reading([Fault("structure", detail)])
-
-
-def _all_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def is_encodable(text: str) -> bool:

@@ -70,7 +70,11 @@ def template_of(tokenizer: Tokenizer) -> Template | None:
         return None
     chats = [[{"role": role, "content": text} for role, text in turns] for turns in _CHATS]
     rendered = render_chats(chats, tokenizer.chat_template, tokenizer)
-    return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer, rendered)), None)
+    for template in TEMPLATES.values():
+        *alike, with_system = (_alike(template, tokenizer, *each) for each in zip(_CHATS, rendered, strict=True))
+        if all(alike) and with_system is not False:
+            return template
+    return None
 
 
 def chosen_template(
@@ -116,14 +120,9 @@ def _others(template: Template, tokenizer: Tokenizer) -> str:
 _CHATS = ((_QUESTION,), (_QUESTION, _ANSWER), (_QUESTION, _ANSWER, _QUESTION), (("system", "s"), _QUESTION))
 
 
-def _renders_as(template: Template, tokenizer: Tokenizer, rendered: list[str | None]) -> bool:
-    """Whether the template renders `_CHATS` as the chat template rendered them."""
-    *alike, with_system = (_alike(template, tokenizer, *each) for each in zip(_CHATS, rendered, strict=True))
-    return all(alike) and with_system is not False
-
-
 def _alike(template: Template, tokenizer: Tokenizer, turns: Sequence[Turn], rendered: str | None) -> bool | None:
-    """The same for one conversation, with the prompt of an answer after a question. None if it does not render."""
+    """Whether the template renders a conversation, with the prompt of an answer after a question, as the chat template
+    `rendered` it. None if that does not render it."""
     if rendered is None:
         return None
     system = default_system(tokenizer) if template.system is None else None

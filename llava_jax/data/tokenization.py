@@ -215,17 +215,13 @@ def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: Tokenizer
         # gives that token: a prompt that ends with "\n" is followed by "\n", not by "\n\n". So it is cut there.
         uncut, chunks = chunks, _tokenize(text, cuts, tokenizer)
         _require_same_text(uncut, chunks, text[cuts[0] :], tokenizer)
-    return _joined(chunks, [_overlap(chunk, spans) & ~chunk.added for chunk in chunks])
-
-
-def _joined(chunks: list[_Chunk], targets: list[np.ndarray]) -> Encoded:
     ids, labels = [], []
-    for chunk, mask in zip(chunks, targets, strict=True):
+    for chunk in chunks:
         if chunk.after_image:
             ids.append([IMAGE_TOKEN_INDEX])
             labels.append([IGNORE_INDEX])
         ids.append(chunk.ids)
-        labels.append(np.where(mask, chunk.ids, IGNORE_INDEX))
+        labels.append(np.where(_overlap(chunk, spans) & ~chunk.added, chunk.ids, IGNORE_INDEX))
     return Encoded(np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32))
 
 

@@ -56,9 +56,8 @@ def run_batches(
         async with batches.api:
             refused = await batches.collect()  # of an earlier run
             while held := batches.make(requests(refused)):
-                say(
-                    f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr
-                )
+                what = f"{held} requests go out in batches; interrupted, the same command resumes"
+                say(f"{prefix}{what}", file=sys.stderr)
                 refused = await batches.collect()
 
     asyncio.run(rounds())
