@@ -98,6 +98,6 @@ def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig)
             | "gather" >> beam.combiners.ToList()
             | "report" >> beam.Map(lambda bad: found.write_text(json.dumps(bad)))
         )
-    bad = [BadImage(*values) for values in json.loads(found.read_text())]
+    bad = [(ident, detail) for ident, detail in json.loads(found.read_text())]
     found.unlink()
     return bad

@@ -43,12 +43,7 @@ class ImageSize(NamedTuple):
     positions: int = 0  # 0 without AnyRes
 
 
-class Shown(NamedTuple):
-    """A sample to show."""
-
-    sample: Sample
-    encoded: Encoded
-    images: list[ImageSize] | None  # None without --images
+Shown = tuple[Sample, Encoded, list[ImageSize] | None]  # a sample, and its images, None without --images
 
 
 def token_strings(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
@@ -83,19 +78,16 @@ def main(argv: list[str] | None = None) -> None:
         warn(misfit)
     samples = open_json(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
-
     inside = any(isinstance(file.images, ParquetImages) for file in files_of(samples))
-    shows_images = args.images is not None or inside
 
     def shown(index: int) -> Shown:
         sample = samples[index]
-        sizes = image_sizes(samples, index, sample) if shows_images else None
+        sizes = image_sizes(samples, index, sample) if args.images is not None or inside else None
         if sizes and encode.tiling:
             features = encode.features(sample, [Size(size.width, size.height) for size in sizes])
-            sizes = [
-                size._replace(tiles=f.tiles, positions=len(f.index)) for size, f in zip(sizes, features, strict=True)
-            ]
-        return Shown(sample, encode.ids(sample), sizes)
+            pairs = zip(sizes, features, strict=True)
+            sizes = [size._replace(tiles=taken.tiles, positions=len(taken.index)) for size, taken in pairs]
+        return sample, encode.ids(sample), sizes
 
     if args.jsonl:
         _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), encode.tokenizer)

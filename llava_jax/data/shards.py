@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -54,11 +54,7 @@ FEATURES = tfds.features.FeaturesDict(
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
 
 
-class BadImage(NamedTuple):
-    """A sample, and why an image of it cannot be read."""
-
-    id: str
-    detail: str
+BadImage = tuple[str, str]  # the id of a sample, and why an image of it cannot be read
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
                 if stopped():
                     raise InterruptedError
                 images = [_read_image(shard, name) for name in sample.images]
-                bad += [BadImage(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
+                bad += [(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
                 if not bad:
                     writer.write(serialize(sample, images))
         if bad:

@@ -106,12 +106,9 @@ class Report:
             "parts": values["flops"],
             "model": {convention: flops.model_flops(self.flops, convention) for convention in flops.CONVENTIONS},
         }
-        left_out = () if self.search else ("search", "tried")
-        left_out += ("reason", "remedies") if self.fits else ()
-        left_out += () if self.overrides else ("overrides",)
-        optional = ("compiled", "collectives", "bound", "prediction", "cost")
-        left_out += tuple(name for name in optional if values[name] is None)
-        return {name: value for name, value in values.items() if name not in left_out}
+        optional = {field.name for field in dataclasses.fields(self) if field.default is not dataclasses.MISSING}
+        optional = (optional | {"tried"}) - (set() if self.fits else {"remedies"})
+        return {name: value for name, value in values.items() if value or name not in optional}
 
     def epoch_cost(self, price: float, samples: int) -> dict[str, float]:
         """Hours and money of an epoch, at a price of a chip for an hour, if every row is one sample."""
