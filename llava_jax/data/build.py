@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
-from llava_jax.data.builder import LlavaBuilder
+from llava_jax.data.builder import describe, write_in_threads, write_on_beam
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
@@ -52,7 +51,7 @@ def build(
     decode: bool = True,
     published: Published | None = None,
     encode: TextEncoder | None = None,
-    beam: tfds.download.DownloadConfig | None = None,
+    beam: Any = None,
 ) -> None:
     """Builds a data set, or continues to.
 
@@ -63,7 +62,7 @@ def build(
       decode: whether to decode all images, to find damaged ones.
       published: the published data set that `source` has to equal.
       encode: how training encodes samples; if given, their lengths are stored, too.
-      beam: options to run it on Apache Beam.
+      beam: `PipelineOptions` to run it on Apache Beam.
 
     Raises:
       UserError: images are missing, damaged or outside the folder, the source isn't `published`, `output` holds
@@ -77,10 +76,11 @@ def build(
         if encode:
             _write_lengths(directory, source, encode)
         planned = _shards(manifest, output, images, decode)
-        builder = LlavaBuilder(planned, published.name if published else "custom", workers)
-        builder.download_and_prepare(download_config=beam)
-    if builder.bad_images:
-        _refuse(builder.bad_images)
+        bad = write_on_beam(planned, beam) if beam else write_in_threads(planned, workers)
+        if not bad:
+            describe(planned, published.name if published else "custom")
+    if bad:
+        _refuse(bad)
 
 
 def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str, Any] | None:
@@ -237,17 +237,17 @@ def main(argv: list[str] | None = None) -> None:
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
         encode=text_encoder(args, **settings) if args.tokenizer else None,
-        beam=_beam_config(args.beam) if args.beam else None,
+        beam=_beam_options(args.beam) if args.beam else None,
     )
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
-def _beam_config(options: str) -> tfds.download.DownloadConfig:
+def _beam_options(options: str) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("--beam needs Apache Beam: pip install 'llava_jax[beam]'") from None
-    return tfds.download.DownloadConfig(beam_options=PipelineOptions([f"--{word}" for word in options.split(",")]))
+    return PipelineOptions([f"--{word}" for word in options.split(",")])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
