@@ -10,11 +10,10 @@ Boxes are in pixels. Boxes of crowds, which are not single objects, are left out
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +145,26 @@ def _digest(file: Path) -> str:
 def _coco(
     db: sqlite3.Connection, files: dict[str, Path], captions: str, instances: str | None
 ) -> Iterator[tuple[str, Any]]:
+    categories: dict[Any, str] = {}
+
+    def insert(table: str, *values: Any) -> None:
+        db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)
+
+    def insert_image(image: dict[str, Any]) -> None:
+        insert("image", None, image["id"], image["file_name"], image.get("width"), image.get("height"))
+
+    def insert_box(annotation: dict[str, Any]) -> None:
+        if not annotation.get("iscrowd"):
+            x, y, width, height = annotation["bbox"]
+            insert("box", annotation["image_id"], categories[annotation["category_id"]], x, y, width, height)
+
     for statement in COCO.split(";"):
         db.execute(statement)
-    for number, (where, image) in enumerate(_items(files[captions], captions, "images")):
-        with _named(where):
-            row = [number, image["id"], image["file_name"], image.get("width"), image.get("height")]
-            db.execute("INSERT INTO image VALUES (?, ?, ?, ?, ?)", row)
-    for where, annotation in _items(files[captions], captions, "annotations"):
-        with _named(where):
-            db.execute("INSERT INTO caption VALUES (?, ?)", [annotation["image_id"], annotation["caption"]])
+    _each(files[captions], captions, "images", insert_image)
+    _each(files[captions], captions, "annotations", lambda one: insert("caption", one["image_id"], one["caption"]))
     if instances:
-        _coco_boxes(db, files[instances], instances)
+        _each(files[instances], instances, "categories", lambda one: categories.update({one["id"]: one["name"]}))
+        _each(files[instances], instances, "annotations", insert_box)
     for statement in INDEXES.split(";"):
         db.execute(statement)
     for id, image, width, height in db.execute("SELECT id, name, width, height FROM image ORDER BY number"):
@@ -168,32 +176,15 @@ def _coco(
         yield f"{captions}: image {id}", record
 
 
-def _coco_boxes(db: sqlite3.Connection, file: Path, name: str) -> None:
-    categories = {}
-    for where, category in _items(file, name, "categories"):
-        with _named(where):
-            categories[category["id"]] = category["name"]
-    for where, annotation in _items(file, name, "annotations"):
-        with _named(where):
-            if not annotation.get("iscrowd"):
-                x, y, width, height = annotation["bbox"]
-                row = [annotation["image_id"], categories[annotation["category_id"]], x, y, width, height]
-                db.execute("INSERT INTO box VALUES (?, ?, ?, ?, ?, ?)", row)
-
-
-def _items(file: Path, name: str, key: str) -> Iterator[tuple[str, Any]]:
-    """The members of a list of a COCO file, and their places in it. Raises `UserError` if there are none."""
+def _each(file: Path, name: str, key: str, read: Callable[[dict[str, Any]], None]) -> None:
+    """Reads the members of a list of a COCO file. Raises `UserError` if there are none, or naming one that is not as
+    COCO has it."""
     number = -1
     for number, item in enumerate(track(coco_items(file, name, key), f"reading {key} of {name}")):
-        yield f"{name}: {key}[{number}]", item
+        try:
+            read(item)
+        except FAULTS as error:
+            detail = f"is not as COCO has it: {type(error).__name__} {error}"
+            raise UserError(f"{name}: {key}[{number}]: {detail}") from error
     if number < 0:
         raise UserError(f"{name}: holds no `{key}`: COCO's captions and instances were expected")
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Turns errors of a record into a `UserError` that names its place."""
-    try:
-        yield
-    except FAULTS as error:
-        raise UserError(f"{where}: is not as COCO has it: {type(error).__name__} {error}") from error
