@@ -87,8 +87,10 @@ class CheckedRecords(Sequence[Sample]):
                 sample = Sample(ident, reading.images, from_first_question(reading.turns))
                 content = hash(sample)
                 self._add(sample, record.index)
-                yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
-                yield from _text_problems(sample, special_tokens, record.index)
+                if len(reading.turns) > len(sample.turns):
+                    detail = "begins with an answer, which training drops"
+                    yield Problem("order", ident, detail, record.index, warning=True)
+                yield from _turn_problems(sample, special_tokens, record.index)
                 for text in unread_texts(value, [text for _, text in sample.turns]):
                     detail = f"`{text}` is not read, and no turn says the same"
                     yield Problem("key", ident, detail, record.index, warning=True)
@@ -152,14 +154,9 @@ def _first_equal(hashes: array.array) -> np.ndarray:
     return first[inverse]
 
 
-def _order_problems(sample: Sample, began_with_answer: bool, index: int) -> Iterator[Problem]:
-    if began_with_answer:
-        yield Problem("order", sample.id, "begins with an answer, which training drops", index, warning=True)
+def _turn_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
     if sample.turns and sample.turns[-1][0] == "user":
         yield Problem("order", sample.id, "ends with a question that has no answer", index, warning=True)
-
-
-def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
     questions = 0
     for role, text in sample.turns:
         questions += role == "user"

@@ -52,14 +52,11 @@ class Collective:
         """Bytes that a device sends to other hosts each time, at least, if the devices of a host share the work.
         `host[d]` is the host of device d."""
         hosts = len({host[device] for device in self.group})
-        if hosts == 1:
-            return 0.0
-        away = (hosts - 1) / hosts
         if self.kind == "collective-permute":
-            return self.payload
+            return self.payload * (hosts > 1)
         if self.kind == "all-to-all":
-            return self.payload * away
-        return self.payload * away * hosts / len(self.group) * (2 if self.kind == "all-reduce" else 1)
+            return self.payload * (hosts - 1) / hosts
+        return self.payload * (hosts - 1) / len(self.group) * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +178,9 @@ class Costs:
                 callee = self.module.computations[one.callees[0]]
                 values = [hlo_loops.value(self.module, computation, name, arguments) for name in one.operands]
                 return self.computation(callee, values, again)
-            case "conditional":
-                return self.largest_branch(one, again)
+            case "conditional":  # the branch with the most FLOPs, then bytes
+                branches = [self.computation(self.module.computations[name], [], again) for name in one.callees]
+                return max(branches, key=lambda cost: (cost.flops, cost.wire))
             case _:
                 return self.leaf(computation, one, again)
 
@@ -204,11 +202,6 @@ class Costs:
             else:
                 costs.append(self.leaf(fused, one, again, fused=True))
         return Cost.sum(costs)
-
-    def largest_branch(self, one: Instruction, again: bool) -> Cost:
-        """The branch of a conditional with the most FLOPs, then bytes."""
-        costs = [self.computation(self.module.computations[branch], [], again) for branch in one.callees]
-        return max(costs, key=lambda cost: (cost.flops, cost.wire))
 
     def leaf(self, computation: Computation, one: Instruction, again: bool, fused: bool = False) -> Cost:
         """An instruction that calls no computation."""
@@ -263,9 +256,8 @@ def _keeps_a_slice(fused: Computation, one: Instruction) -> bool:
 
 def _dot_flops(one: Instruction, lhs: Shape) -> float:
     """2 x outputs x contracted. cuBLAS calls keep the numbers of the dimensions in their configuration."""
-    contracted = one.ints("lhs_contracting_dims")
-    if one.is_gemm:
-        contracted = hlo_text.numbers(one.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]'))
+    pattern = r'"lhs_contracting_dimensions":\[([^\]]*)\]' if one.is_gemm else r"\blhs_contracting_dims={([\d,]*)}"
+    contracted = hlo_text.numbers(one.find(pattern))
     return 2 * math.prod(one.shapes[0].dims) * math.prod(lhs.dims[dim] for dim in contracted)
 
 

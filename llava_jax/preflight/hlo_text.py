@@ -78,10 +78,6 @@ class Instruction:
         """The name of the computation that it calls as `key`."""
         return self.find(rf"\b{key}=%?([\w.\-]+)")
 
-    def ints(self, key: str) -> list[int]:
-        """`key={1,2}` -> [1, 2]; [] if there is no such attribute."""
-        return numbers(self.find(rf"\b{key}={{([\d,]*)}}"))
-
     @property
     def callees(self) -> list[str]:
         """The computations that a call, the branches of a conditional or something asynchronous run."""
