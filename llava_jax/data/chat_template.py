@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from llava_jax.cli import UserError
@@ -77,8 +78,7 @@ def _render() -> None:
 
 def _limit() -> None:
     if os.path.exists("/proc/self/statm"):  # macOS has none, and limits no memory either
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (round(cpu.ru_utime + cpu.ru_stime) + CPU_SECONDS,) * 2)
