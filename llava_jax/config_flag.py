@@ -44,7 +44,7 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
 
 
 def _find_recipe(argv: list[str]) -> tuple[list[str], str]:
-    """The arguments, with `--config=NAME` and `--config NAME` as `--config=PATH` of the recipe's file, and this file."""
+    """The arguments, with `--config NAME` and `--config=NAME` as `--config=PATH` of the recipe, and its file."""
     found, file, arguments = [], "", iter(argv)
     for argument in arguments:
         if argument in ("--config", "-config"):
