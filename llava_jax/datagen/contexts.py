@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("contexts.sql").read_text(encoding="utf-8")
+PENDING = "id NOT IN (SELECT task FROM results)"  # the SQL condition of contexts without a verdict
 CHUNK = 256  # contexts read at a time
 
 

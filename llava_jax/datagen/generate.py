@@ -19,6 +19,7 @@ from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
 from llava_jax.datagen import contexts
 from llava_jax.datagen.asking import ask_in_batches, ask_singly
+from llava_jax.datagen.contexts import PENDING
 from llava_jax.datagen.estimate import estimate_lines
 from llava_jax.datagen.load import load
 from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
@@ -32,7 +33,6 @@ from llava_jax.llm_api.settings import Settings, Work
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
-PENDING = "id NOT IN (SELECT task FROM results)"
 SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as in the paper
 EPILOG = """examples:
   python -m llava_jax.datagen {kind} --captions captions_train2017.json \\
@@ -70,7 +70,8 @@ def main(kind: str, argv: list[str]) -> int:
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
-            return estimate(recipe, ledger, job.settings, args.limit)
+            say(*estimate_lines(recipe, ledger, job.settings, args.limit), sep="\n")
+            return 0
         ledger.identify({**recipe.identity(), "model": args.model, "body": job.settings.body})
         return generate(recipe, ledger, job, args)
     except sqlite3.OperationalError as error:  # as a full disk
@@ -145,13 +146,6 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
         raise UserError(f"no context has the id {id!r}")
     for message in next_step(recipe, context, []).messages:
         say(f"--- {message['role']}\n{message['content']}\n")
-    return 0
-
-
-def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
-    pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
-    for line in estimate_lines(recipe, ledger, pending, count, settings.max_completion_tokens, settings.prices):
-        say(line)
     return 0
 
 
