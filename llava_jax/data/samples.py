@@ -233,13 +233,8 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
 
 def _image_of(part: dict) -> str | None:
     """The name in a part like {"type": "image", "image": NAME} or {"type": "image_url", "image_url": {"url": NAME}}."""
-    for key in _NAMES:
-        held = part.get(key)
-        if isinstance(held, dict):
-            held = held.get("url")
-        if isinstance(held, str):
-            return held
-    return None
+    held = (value.get("url") if isinstance(value, dict) else value for value in map(part.get, _NAMES))
+    return next((name for name in held if isinstance(name, str)), None)
 
 
 def _unread_of_image(part: dict, name: str | None) -> str | None:

@@ -73,8 +73,7 @@ def _temporary(name: str) -> Iterator[epath.Path]:
         yield path
     finally:
         with contextlib.suppress(OSError):
-            if path.exists():
-                path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def write_json(out: epath.PathLike, value: Any, ensure_ascii: bool = True) -> None:

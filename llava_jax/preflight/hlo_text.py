@@ -19,6 +19,7 @@ COLLECTIVES = (
 )  # fmt: skip
 # Memory spaces of TPUs besides HBM.
 ON_CHIP, HOST = 1, 5
+_PARENTHESIS = re.compile(r"[()]")
 # Operations that pass on a value or an array unchanged.
 TRANSPARENT = frozenset(
     ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier", "optimization-barrier")
@@ -166,13 +167,10 @@ def _instruction(name: str, rest: str) -> Instruction | None:
 def _closing(text: str, opening: int) -> int:
     """The position of the parenthesis that closes the one at `opening`."""
     depth = 0
-    for position in range(opening, len(text)):
-        if text[position] == "(":
-            depth += 1
-        elif text[position] == ")":
-            depth -= 1
-            if depth == 0:
-                return position
+    for found in _PARENTHESIS.finditer(text, opening):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
     return len(text)
 
 
