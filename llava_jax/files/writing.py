@@ -88,17 +88,14 @@ def atomic_list(out: epath.PathLike, lines: bool) -> Iterator[Callable[[bytes], 
 
     Yields a function that appends the JSON text of one value.
     """
-    opening, between, closing = (b"", b"\n", b"\n") if lines else (b"[\n", b",\n", b"\n]\n")
+    count = 0
+
+    def add(value: bytes) -> None:
+        nonlocal count
+        file.write(value + b"\n" if lines else (b",\n" if count else b"[\n") + value)
+        count += 1
+
     with atomic_file(out) as file:
-        separator = opening
-
-        def add(value: bytes) -> None:
-            nonlocal separator
-            file.write(separator + value)
-            separator = between
-
         yield add
-        if separator is opening and not lines:
-            file.write(opening)
-        if separator is between or not lines:
-            file.write(closing)
+        if not lines:
+            file.write(b"\n]\n" if count else b"[\n\n]\n")
