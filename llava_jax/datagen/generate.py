@@ -51,14 +51,9 @@ def main(kind: str, argv: list[str]) -> int:
     open_image_folder(args)
     if is_remote(args.output):
         raise UserError(f"{args.output}: has to be a local directory: the ledger is a SQLite database")
-    recipe = Recipe(
-        kind,
-        load_prompts(Path(args.prompts) if args.prompts else OURS / kind),
-        args.boxes,
-        args.attempts,
-        None if args.language == "any" else args.language,
-        args.seed,
-    )
+    prompts = load_prompts(Path(args.prompts) if args.prompts else OURS / kind)
+    language = None if args.language == "any" else args.language
+    recipe = Recipe(kind, prompts, args.boxes, args.attempts, language, args.seed)
     asks = args.show is None and not args.dry_run
     job = work(args, args.model or "", asks)
     if asks and recipe.language:

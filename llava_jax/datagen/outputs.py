@@ -1,6 +1,7 @@
 """Writes the samples and the rejects of a ledger in the order of the contexts, not in that of the answers."""
 
 import collections
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,12 +68,11 @@ def read_results(ledger: Ledger, limit: int | None = None) -> Iterator[Result]:
 
 def find_duplicates(ledger: Ledger, limit: int | None) -> None:
     """Rejects near-duplicates of the samples of earlier contexts, and accepts those that are none any more."""
-    good = [(result.context.id, result.reason) for result in read_results(ledger, limit) if result.reason in GOOD]
-    texts = (
-        " ".join(text for turn in result.turns for text in turn)
-        for result in read_results(ledger, limit)
-        if result.reason in GOOD
-    )
+    def read_good() -> Iterator[Result]:
+        return (result for result in read_results(ledger, limit) if result.reason in GOOD)
+
+    good = [(result.context.id, result.reason) for result in read_good()]
+    texts = (" ".join(itertools.chain(*result.turns)) for result in read_good())
     duplicates = near_duplicates(track(texts, "looking for near-duplicates", len(good)))
     ledger.revise(
         (task, wanted)

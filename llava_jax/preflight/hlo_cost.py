@@ -125,9 +125,8 @@ class Cost:
         """A row for each kind and dtype: `kind, dtype, count, payload, wire` (bytes of a step), most wire first."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
         for one in self.collectives:
-            row = rows.setdefault(
-                (one.kind, one.dtype), {"kind": one.kind, "dtype": one.dtype, "count": 0, "payload": 0.0, "wire": 0.0}
-            )
+            empty = {"kind": one.kind, "dtype": one.dtype, "count": 0, "payload": 0.0, "wire": 0.0}
+            row = rows.setdefault((one.kind, one.dtype), empty)
             row["count"] += one.times
             row["payload"] += one.payload * one.times
             row["wire"] += one.wire * one.times

@@ -177,16 +177,13 @@ def _measured(compiled: Compiled) -> dict[str, CompiledFlops | Collectives | Bou
             loops_of_unknown_length=list(cost.unknown_loops),
         ),
         "collectives": Collectives(cost.by_kind(), cost.wire, ideal, cost.wire / ideal if ideal else None),
-        "bound": _bound(compiled),
-        "prediction": _prediction(compiled),
+        "bound": _bound(compiled) if program.target.machine else None,
+        "prediction": _prediction(compiled) if program.target.machine else None,
     }
 
 
-def _bound(compiled: Compiled) -> Bound | None:
-    program = compiled.program
-    machine = program.target.machine
-    if machine is None:
-        return None
+def _bound(compiled: Compiled) -> Bound:
+    program, machine = compiled.program, compiled.program.target.machine
     seconds = lower_bound(compiled)
     peaks = {"flops": machine.flops, "memory": machine.bandwidth, "network": program.target.send_rate}
     if program.target.platform == "gpu":
@@ -194,10 +191,8 @@ def _bound(compiled: Compiled) -> Bound | None:
     return Bound(seconds=seconds, peaks=peaks, **_speed(program, seconds["step"]))
 
 
-def _prediction(compiled: Compiled) -> Prediction | None:
+def _prediction(compiled: Compiled) -> Prediction:
     program = compiled.program
-    if program.target.machine is None:
-        return None
     hardware = predict.hardware_of(program.target, program.mesh)
     found = predict.summary(predict.operations(compiled.module, hardware))
     low, high = (found["seconds"] * share for share in (hardware.rates.low, hardware.rates.high))
