@@ -68,6 +68,7 @@ def read_results(ledger: Ledger, limit: int | None = None) -> Iterator[Result]:
 
 def find_duplicates(ledger: Ledger, limit: int | None) -> None:
     """Rejects near-duplicates of the samples of earlier contexts, and accepts those that are none any more."""
+
     def read_good() -> Iterator[Result]:
         return (result for result in read_results(ledger, limit) if result.reason in GOOD)
 
