@@ -27,6 +27,8 @@ from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_loops, hlo_text
 from llava_jax.preflight.hlo_text import TRANSPARENT, Computation, Instruction, Module, Shape
 
+# The window of a convolution: its fields and their values along axes of which nothing is said.
+WINDOW = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
 # Custom calls that compute nothing.
 BOOKKEEPING = ("AllocateBuffer", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
 
@@ -263,22 +265,19 @@ def _dot_flops(one: Instruction, lhs: Shape) -> float:
 def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
     """2 x batch x features in x features out x pairs of output and kernel positions inside the input."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
-    fields = dict(re.findall(r"(\w+)=(\S+)", one.find(r"window={([^}]*)}")))
+    window = WINDOW | dict(re.findall(r"(\w+)=(\S+)", one.find(r"window={([^}]*)}")))
     spatial = sorted(label for label in lhs_labels if label.isdigit())
     pairs = 1
     for at, label in enumerate(spatial):
-
-        def field(name: str, default: str, at: int = at) -> str:
-            return fields[name].split("x")[at] if name in fields else default
-
+        stride, pad, lhs_dilation, rhs_dilation = ((window[name].split("x") * len(spatial))[at] for name in WINDOW)
         pairs *= _pairs_inside(
             inputs=lhs.dims[lhs_labels.index(label)],
             kernel=rhs.dims[rhs_labels.index(label)],
             outputs=one.shapes[0].dims[out_labels.index(label)],
-            stride=int(field("stride", "1")),
-            before=int(field("pad", "0_0").split("_")[0]),
-            lhs_dilation=int(field("lhs_dilate", "1")),
-            rhs_dilation=int(field("rhs_dilate", "1")),
+            stride=int(stride),
+            before=int(pad.split("_")[0]),
+            lhs_dilation=int(lhs_dilation),
+            rhs_dilation=int(rhs_dilation),
         )
     batch = lhs.dims[lhs_labels.index("b")] // int(one.find(r"batch_group_count=(\d+)") or 1)
     features = rhs.dims[rhs_labels.index("i")] * rhs.dims[rhs_labels.index("o")]
