@@ -1,9 +1,15 @@
 """Transformers' `config.json` of a decoder, and ours. What a family has besides LLaMA's is in models/families."""
 
+import math
+
+import jax
+from flax import nnx
+
 from llava_jax.cli import UserError, shown
 from llava_jax.models.config import RopeScaling, TextConfig, require_multiple
 from llava_jax.models.families import family_of
 from llava_jax.models.hf_fields import Json, get, in_words_of_hf, one_of, part, require
+from llava_jax.models.llama import Llama
 from llava_jax.models.registry import FAMILIES
 
 # Fields that change the computation, with the only value supported in any family: the first are written, too, the
@@ -67,8 +73,8 @@ def text_part(config: Json, where: str, tied: bool) -> TextConfig:
 
 def num_parameters(config: TextConfig) -> int:
     """How many numbers the matrices of a decoder have, counting the embeddings but not the vocabulary projection."""
-    per_layer = sum(family_of(config).products(config).values()) / 2
-    return config.hidden_size * config.vocab_size + config.num_layers * int(per_layer)
+    shapes = jax.tree.leaves(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)).layers))
+    return config.hidden_size * config.vocab_size + sum(math.prod(leaf.shape) for leaf in shapes if len(leaf.shape) > 2)
 
 
 def write_text(config: TextConfig, source: Json, dtype: str) -> Json:

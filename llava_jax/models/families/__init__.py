@@ -82,19 +82,6 @@ class Family:
         """Matrices of its files (`qkv_proj`) that hold several of the entries' -> the rows of each, in their order."""
         return {}
 
-    def products(self, config: TextConfig) -> dict[str, float]:
-        """Forward FLOPs of a token in a layer's products with weights, which have twice as many numbers as weights.
-
-        The names are those of `training.flops.RECOMPUTED`.
-        """
-        D, H = config.hidden_size, config.head_dim
-        return {
-            "qkv": 2.0 * D * (config.num_heads + 2 * config.num_kv_heads) * H,
-            "output": 2.0 * config.num_heads * H * D,
-            "gate_up": 2.0 * D * 2 * config.intermediate_size,
-            "down": 2.0 * config.intermediate_size * D,
-        }
-
 
 register = registers(FAMILIES)
 

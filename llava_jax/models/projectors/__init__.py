@@ -30,11 +30,7 @@ class ProjectorKind(ABC):
 
     @abstractmethod
     def entries(self, projector_type: str) -> list[Entry]:
-        """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`)."""
-
-    @abstractmethod
-    def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
-        """[in, out] of each product with weights, in their order; for counting FLOPs."""
+        """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`), layer by layer."""
 
 
 register = registers(PROJECTORS)

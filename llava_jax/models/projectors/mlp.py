@@ -65,6 +65,3 @@ class MlpKind(ProjectorKind):
     def entries(self, projector_type: str) -> list[Entry]:
         names = [f"linear_{i}" for i in range(1, self.num_layers(projector_type) + 1)]
         return [entry for name in names for entry in linear(f"projector.{name}", name)]
-
-    def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
-        return [(in_features, features)] + [(features, features)] * (self.num_layers(projector_type) - 1)

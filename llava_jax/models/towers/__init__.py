@@ -111,12 +111,5 @@ class Tower:
             "hidden_act": config.hidden_act,
         }
 
-    def flops(self, config: VisionConfig, layers: int) -> tuple[float, float]:
-        """Forward FLOPs of one image through `layers` layers: (products with weights, attention)."""
-        D, P, S = config.hidden_size, config.num_patches, config.num_tokens
-        patches = 2.0 * P * 3 * config.patch_size**2 * D
-        layer = 2.0 * S * (4 * D * D + 2 * D * config.intermediate_size)
-        return patches + layers * layer, layers * 4.0 * S**2 * D
-
 
 register = registers(TOWERS)
