@@ -70,7 +70,8 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def product_and_factors(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The forward rule of a product, which saves both factors."""
     return x @ kernel, (x, kernel)
 
 
@@ -79,7 +80,7 @@ def _project_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
     return dy @ kernel.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
 
 
-project.defvjp(_project_forward, _project_backward)
+project.defvjp(product_and_factors, _project_backward)
 
 
 class LayerNorm(nnx.Module):

@@ -77,7 +77,7 @@ def config(**changes) -> LlavaConfig:
 
 @functools.lru_cache(maxsize=32)
 def _fresh(model: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
-    """As `init_params`, whose program takes longer to compile for each model than these few numbers to compute."""
+    """Not jitted: the program of each model takes longer to compile than these few numbers to compute."""
     return jax.device_get(module_params(Llava(model, rngs=nnx.Rngs(params=jax.random.key(seed)))))
 
 

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from flax import nnx
 
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
-from llava_jax.models.hf_fields import Json, get, in_words_of_hf, require
+from llava_jax.models.hf_fields import Json, get_all, in_hf, in_words_of_hf, require
 from llava_jax.models.hf_names import OIHW_TO_HWIO, TABLE, Entry, layer_norm, linears, stacked
 from llava_jax.models.registry import TOWERS, registers
 
+# Fields of all towers, with transformers' defaults; the last ones are in `Tower.defaults`.
+_FIELDS = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12, "image_size": 224}
+_FIELDS |= {"patch_size": 0, "layer_norm_eps": 0.0, "hidden_act": ""}
 # Fields of a `vision_config` that change the computation, with the only value supported.
 _FIXED = {"num_channels": 3, "attention_dropout": 0.0}
 
@@ -80,17 +83,8 @@ class Tower:
         json = self.defaults | json
         require(json, _FIXED | self.fixed, where)
         with in_words_of_hf(where):
-            fields = {
-                "hidden_size": get(json, "hidden_size", 768, where),
-                "intermediate_size": get(json, "intermediate_size", 3072, where),
-                "num_layers": get(json, "num_hidden_layers", 12, where),
-                "num_heads": get(json, "num_attention_heads", 12, where),
-                "image_size": get(json, "image_size", 224, where),
-                "patch_size": get(json, "patch_size", 0, where),
-                "layer_norm_eps": get(json, "layer_norm_eps", 0.0, where),
-                "hidden_act": get(json, "hidden_act", "", where),
-            }
-            return self.config_class(kind=self.name, **(fields | self.read_fields(json, where)))
+            fields = get_all(json, _FIELDS, where) | self.read_fields(json, where)
+            return self.config_class(kind=self.name, **fields)
 
     def read_fields(self, json: Json, where: str) -> dict[str, object]:
         """Fields of `config_class` that other towers do not have, or that their `config.json` calls otherwise."""
@@ -98,18 +92,7 @@ class Tower:
 
     def write(self, config: VisionConfig) -> Json:
         """The `vision_config` of an export; the inverse of `read`."""
-        return {
-            **(_FIXED | self.fixed),
-            "model_type": self.model_type,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "layer_norm_eps": config.layer_norm_eps,
-            "hidden_act": config.hidden_act,
-        }
+        return _FIXED | self.fixed | {"model_type": self.model_type} | in_hf(config, _FIELDS)
 
 
 register = registers(TOWERS)
