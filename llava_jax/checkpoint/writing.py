@@ -93,30 +93,22 @@ def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
     Object stores cannot rename directories: a remote one is filled in place, by one process at a time. So write the
     file that makes it valid last.
     """
-    if is_remote(directory):
-        with hold(directory):
-            refuse_existing(directory)
-            with _removed_on_error(directory):
-                yield directory
-        return
-    refuse_existing(directory)
-    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    with _removed_on_error(partial):
-        yield partial
-        refuse_existing(directory)  # another process may have made it in the meantime
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-
-
-@contextlib.contextmanager
-def _removed_on_error(directory: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _remove(directory)
-        raise
+    remote, partial = is_remote(directory), directory
+    with hold(directory) if remote else contextlib.nullcontext():
+        refuse_existing(directory)
+        if not remote:
+            partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
+            partial.mkdir(parents=True)
+        try:
+            yield partial
+            if not remote:
+                refuse_existing(directory)  # another process may have made it in the meantime
+                if directory.exists():
+                    directory.rmdir()
+                partial.rename(directory)
+        except BaseException:
+            _remove(partial)
+            raise
 
 
 def _remove(directory: epath.Path) -> None:
