@@ -5,13 +5,13 @@ Sums are computed in float32 and rounded once, one layer after the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.checkpoint.reading import Checkpoint, first_device
+from llava_jax.checkpoint.reading import Checkpoint, DtypeOf, ShardingOf, as_stored, first_device
 from llava_jax.models import lora
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.llava import Params, abstract_params
@@ -85,18 +85,15 @@ class Merged(Checkpoint):
         return name in self.adapters or super().is_computed(name)
 
     def load(
-        self,
-        names: Iterable[str] | None = None,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+        self, names: Iterable[str] | None = None, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device
     ) -> Params:
         wanted = list(abstract_params(self.config) if names is None else names)
         params = super().load([name for name in wanted if name not in self.adapters], dtype, sharding)
         for name in (name for name in wanted if name in self.adapters):
-            params[name] = self._load_adapted(name, dtype(name, self.abstract()[name].dtype), sharding or first_device)
+            params[name] = self._load_adapted(name, dtype(name, self.abstract()[name].dtype), sharding)
         return {name: params[name] for name in wanted}
 
-    def _load_adapted(self, name: str, dtype: jnp.dtype, place: Callable[[str], jax.sharding.Sharding]) -> jax.Array:
+    def _load_adapted(self, name: str, dtype: jnp.dtype, place: ShardingOf) -> jax.Array:
         adapter = {part: self.adapted.read(its_name) for part, its_name in self.adapters[name].items()}
         given = {"config": self.adapted.config.lora, "dtype": dtype}
         if name in self._converted:

@@ -42,6 +42,17 @@ from llava_jax.models.quantized import PART, PARTS, dequantize_stack, linear_of,
 from llava_jax.remote import is_remote, may_read
 
 MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
+# How parameters are loaded: by its name, the type of each, which may depend on the stored one, and its sharding.
+DtypeOf = Callable[[str, jnp.dtype], jnp.dtype]
+ShardingOf = Callable[[str], jax.sharding.Sharding]
+
+
+def as_stored(name: str, stored: jnp.dtype) -> jnp.dtype:
+    return stored
+
+
+def first_device(name: str) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 class Held(NamedTuple):
@@ -89,10 +100,6 @@ class Checkpoint:
     def template(self) -> str:
         return self.description.template
 
-    def with_image_position(self, position: str) -> "Checkpoint":
-        """The same, for prompts with images at this position of a turn instead of that of training."""
-        return self._with_model(image_position=position)
-
     def quantized(self, base_dtype: str) -> "Checkpoint":
         """The same with quantized weights, see `models.quantized`: if it has plain ones, these are quantized when they
         are read. "" is the type that the checkpoint has.
@@ -105,13 +112,14 @@ class Checkpoint:
                 f"{self.root}: its language model is {stored}, and config.base_dtype is {base_dtype}: give "
                 f"--config.base_dtype={stored}, or start from a checkpoint that is not quantized"
             )
-        return self._with_model(base_dtype=wanted or stored)
+        return self.with_model(base_dtype=wanted or stored)
 
     def dequantized(self) -> "Checkpoint":
         """The same as a plain model, whose weights are the dequantized ones."""
-        return dataclasses.replace(self._with_model(base_dtype=""), rounded=self.config.base_dtype or self.rounded)
+        return dataclasses.replace(self.with_model(base_dtype=""), rounded=self.config.base_dtype or self.rounded)
 
-    def _with_model(self, **fields: Any) -> "Checkpoint":
+    def with_model(self, **fields: Any) -> "Checkpoint":
+        """The same with other values of fields of `LlavaConfig`."""
         model = dataclasses.replace(self.config, **fields)
         return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
@@ -135,7 +143,14 @@ class Checkpoint:
         if has_copy(self.root, source):
             return open_checkpoint(frozen_copy(self.root, source))
         if not (may_read(source.relative, self.root) and may_read(source.path, self.root)):
-            raise UserError(self._unnamed(source))
+            command = f"copy --output DIR --checkpoint {self.root}"
+            if self.step is not None:
+                command = f"copy-frozen --checkpoint {self.root}"
+            raise UserError(
+                f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names but you "
+                f"did not, so it is not read. If you trust that address, copy them: python -m llava_jax.convert "
+                f"{command} --source {source.path}"
+            )
         for path in (self.root / source.relative, epath.Path(source.path)):
             if path.exists():
                 found = open_checkpoint(path)
@@ -144,16 +159,6 @@ class Checkpoint:
         raise UserError(
             f"{self.root}: its frozen parameters come from {source.path}, which no longer exists or has been "
             "overwritten; put the original back (convert copy-frozen would have copied them into the workdir)"
-        )
-
-    def _unnamed(self, source: Source) -> str:
-        command = f"copy --output DIR --checkpoint {self.root}"
-        if self.step is not None:
-            command = f"copy-frozen --checkpoint {self.root}"
-        return (
-            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names but you did "
-            f"not, so it is not read. If you trust that address, copy them: python -m llava_jax.convert {command} "
-            f"--source {source.path}"
         )
 
     @functools.cached_property
@@ -253,7 +258,7 @@ class Checkpoint:
     def _read_converted(self, name: str, layer: int, exact: bool) -> np.ndarray:
         """A parameter of one layer of a linear layer that is quantized or dequantized."""
         linear, base_dtype = self._converted[name], self.rounded or self.config.base_dtype
-        if self._holds(f"{linear}.codes"):
+        if f"{linear}.codes" in self._held:
             parts = {part: self._read_held(f"{linear}.{part}", layer) for part in PARTS[base_dtype]}
         else:
             parts = quantize(self._read_held(f"{linear}.kernel", layer), base_dtype)
@@ -285,26 +290,19 @@ class Checkpoint:
         """Whether a parameter is not stored as it is read."""
         return name in self._converted
 
-    def _holds(self, name: str) -> bool:
-        return name in self._held
-
     def load(
-        self,
-        names: Iterable[str] | None = None,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+        self, names: Iterable[str] | None = None, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device
     ) -> Params:
         """Reads the named parameters or pieces (all by default), each in `dtype(name, stored type)`.
 
-        Each is sharded by `sharding(name)` while it is read, or put on the first device.
+        Each is sharded by `sharding(name)` while it is read.
         """
         self.check()
         wanted = dict.fromkeys(abstract_params(self.config) if names is None else names)
-        place = sharding or first_device
         stored, plain = self.abstract(), [name for name in wanted if name not in self._converted]
-        params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), place(n)) for n in plain})
+        params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), sharding(n)) for n in plain})
         for linear in sorted({self._converted[name] for name in wanted.keys() & self._converted}):
-            params |= self._load_converted(linear, dtype, place)
+            params |= self._load_converted(linear, dtype, sharding)
         return {name: params[name] for name in wanted}
 
     def _load_held(self, targets: Mapping[str, tuple[jnp.dtype, jax.sharding.Sharding]]) -> Params:
@@ -323,7 +321,7 @@ class Checkpoint:
                 params |= {name: loaded[name] for name in here}
         return {name: params[name] if name in params else self._read_rows(name, leaf) for name, leaf in wanted.items()}
 
-    def _load_converted(self, linear: str, dtype: Callable, place: Callable) -> Params:
+    def _load_converted(self, linear: str, dtype: DtypeOf, place: ShardingOf) -> Params:
         """The parameters of one stack of linear layers, quantized or dequantized."""
         parts, kernel = self._load_parts(linear, place), f"{linear}.kernel"
         if not self.rounded:
@@ -331,12 +329,12 @@ class Checkpoint:
         leaf = self.abstract()[kernel]
         return {kernel: dequantize_stack(parts, leaf.update(dtype=dtype(kernel, leaf.dtype), sharding=place(kernel)))}
 
-    def _load_parts(self, linear: str, place: Callable) -> dict[str, jax.Array]:
+    def _load_parts(self, linear: str, place: ShardingOf) -> dict[str, jax.Array]:
         """The quantized parts of one stack of linear layers; if it is to be dequantized, on every device."""
         base_dtype, kernel = self.rounded or self.config.base_dtype, f"{linear}.kernel"
         names = [f"{linear}.{part}" for part in PARTS[base_dtype]]
         everywhere = unsharded(place(kernel if self.rounded else names[0]))
-        if self._holds(names[0]):
+        if names[0] in self._held:
             held = self._load_held({name: (self._held[name].dtype, everywhere) for name in names})
             return {part: held[f"{linear}.{part}"] for part in PARTS[base_dtype]}
         stored = self._held[kernel]
@@ -384,11 +382,6 @@ class Checkpoint:
         whole = pieces.whole(name)
         everything = (part.start, part.stop) == (0, *self._held[whole].shape[:1])
         return whole if everything else pieces.piece(whole, part.start, part.stop)
-
-
-def first_device(name: str) -> jax.sharding.Sharding:
-    """The default sharding of every parameter."""
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:

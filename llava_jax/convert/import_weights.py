@@ -10,17 +10,17 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.reading import DtypeOf, ShardingOf, as_stored, first_device
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, say, track, warn
 from llava_jax.convert.adapter import is_adapter, open_adapter, trained_with, unmerged
@@ -88,14 +88,9 @@ class ImportedModel:
         """As that of a checkpoint: this is a plain model."""
         return self
 
-    def load(
-        self,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
-    ) -> Params:
+    def load(self, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device) -> Params:
         """All parameters, converted one by one. Arguments as those of `Checkpoint.load`."""
         shapes, slices_of_all = _parameters(self.found, seed=0)
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params: Params = {}
         for name, layer, values in slices_of_all:
             target = dtype(name, shapes[name].dtype)
@@ -105,7 +100,7 @@ class ImportedModel:
                 array = np.empty(shapes[name].shape, target) if layer == 0 else array
                 array[layer] = values
             if layer is None or layer == len(array) - 1:
-                params[name] = jax.device_put(array, sharding(name) if sharding else first)
+                params[name] = jax.device_put(array, sharding(name))
         return {name: params[name] for name in abstract_params(self.config)}
 
 
@@ -148,7 +143,7 @@ def _find(places: dict[str, Located], options: Options) -> Found:
 
 
 def _find_merged(places: dict[str, Located], options: Options) -> Found:
-    path, base, vision = places["llava"].path, _path(places, "base"), _path(places, "vision")
+    path, base, vision = (places[name].path if name in places else None for name in ("llava", "base", "vision"))
     adapter = is_adapter(path)
     # An adapter of a LLaVA of transformers usually comes without the model's config.json.
     if is_original((read_if_there if adapter else read_object)(path / "config.json")):
@@ -164,10 +159,6 @@ def _find_merged(places: dict[str, Located], options: Options) -> Found:
 
 def _located(**sources: str | None) -> dict[str, Located]:
     return {name: locate(source, f"--{name}") for name, source in sources.items() if source}
-
-
-def _path(places: dict[str, Located], name: str) -> Path | None:
-    return places[name].path if name in places else None
 
 
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:

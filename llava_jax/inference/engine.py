@@ -15,7 +15,7 @@ import traceback
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, first_device
 from llava_jax.cli import UserError, track
 from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, Adapters, UnknownAdapter
@@ -130,7 +130,7 @@ class Engine:
     ) -> "Engine":
         """Loads the weights of a checkpoint in `dtype` (see `generate.default_dtype`), sharded over `mesh` as in
         training. `options` are those of the class."""
-        model = load_model(checkpoint, dtype, mesh and mesh_sharding(checkpoint.config, mesh))
+        model = load_model(checkpoint, dtype, mesh_sharding(checkpoint.config, mesh) if mesh else first_device)
         return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), mesh=mesh, **options)
 
     @property

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llava_jax.checkpoint.merged import merged
-from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, ShardingOf, first_device
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
@@ -45,15 +45,14 @@ STREAM_STEPS = 4  # tokens a dispatch of `Generator.stream`
 HEADROOM = 128  # positions for the answer that a cache has at least when it is made or grows
 
 
-Sharding = Callable[[str], jax.sharding.Sharding]  # of a parameter, by its name
-
-
 def default_dtype() -> jnp.dtype:
     """float32 on CPUs and bfloat16 on other devices."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sharding: Sharding | None = None) -> Llava:
+def load_model(
+    checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sharding: ShardingOf = first_device
+) -> Llava:
     """Loads the weights of a checkpoint in `dtype` (see `default_dtype`), by default on the first device.
 
     Adapters are added to them, so that they cost nothing afterwards.
@@ -63,14 +62,10 @@ def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sha
     return build(checkpoint.config, params, dtype)
 
 
-def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
+def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> ShardingOf:
     """Shards the parameters over a mesh as training does."""
     shapes = abstract_params(dataclasses.replace(config, base_dtype=""))
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
-
-
-def _on_device(device: jax.Device) -> Sharding:
-    return lambda name: SingleDeviceSharding(device)
 
 
 def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh | None:
@@ -141,11 +136,10 @@ class Generator:
           adapters: of the checkpoint, by name.
         """
         check_quantization(quantize)
-        sharded, sharding = _mesh(devices, mesh), None
-        if sharded:
+        if sharded := _mesh(devices, mesh):
             sharding = mesh_sharding(checkpoint.config, sharded)
-        elif devices:
-            sharding = _on_device(devices[0])
+        else:
+            sharding = (lambda name: SingleDeviceSharding(devices[0])) if devices else first_device
         model = load_model(checkpoint, dtype, sharding)
         if adapters:
             with jax.default_device(devices[0] if devices else None):
