@@ -17,14 +17,7 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert import adapter, hf_config
 from llava_jax.convert.adapter import base_name, is_adapter, open_adapter, with_adapter
-from llava_jax.convert.found import (
-    Found,
-    Options,
-    check_tensors,
-    check_tied_head,
-    projector_type,
-    refuse_contradiction,
-)
+from llava_jax.convert.found import Found, Options, check_tensors, check_tied_head, projector_type, refuse_contradiction
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
