@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.data.features import TEXT
 from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, TokenLogprob
-from llava_jax.inference.constraints import ConstraintFailed, Matcher
+from llava_jax.inference.constraints import Constraint, ConstraintFailed
 from llava_jax.inference.decoding import RowSampling, Sampled, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
@@ -30,7 +30,7 @@ class Running:
     slot: int
     stream: AnswerStream
     prompt_hash: int
-    matcher: Matcher | None = None  # of an answer with a constraint
+    matcher: Constraint | None = None  # of an answer with a constraint
     row: int | None = None  # of the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
 
@@ -72,7 +72,7 @@ class Batch:
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
         stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
-        matcher = answer.sampling.constraint and answer.sampling.constraint.matcher()
+        matcher = answer.sampling.constraint and answer.sampling.constraint.copy()
         self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens), matcher))
 
     def step(self) -> list[Answer]:

@@ -33,32 +33,14 @@ class ConstraintFailed(EngineError):
 
 
 class Constraint:
-    """A compiled constraint. Raises `UserError` where `grammar` is malformed or takes too much work.
-
-    Args:
-      tokens: of the model, see `Constraints`.
-      grammar: of llguidance.
-      what: the kind of constraint, for errors.
-    """
-
-    def __init__(self, tokens: Any, grammar: str, what: str):
-        import llguidance
-
-        limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        self._matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
-        if self._matcher.is_error():
-            raise UserError(f"{what}: {_shortened(self._matcher.get_error())}")
-
-    def matcher(self) -> "Matcher":
-        """For one answer."""
-        return Matcher(self._matcher.deep_copy())
-
-
-class Matcher:
-    """The constraint of one answer, token by token."""
+    """A compiled constraint, an `LLMatcher`, which follows one answer token by token."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
+
+    def copy(self) -> "Constraint":
+        """For another answer."""
+        return Constraint(self._matcher.deep_copy())
 
     def mask(self) -> np.ndarray:
         """Bits of the tokens that are allowed next, uint32[V / 32]. Raises `ConstraintFailed`."""
@@ -86,8 +68,16 @@ class Constraints:
         self._lock, self._tokens = threading.Lock(), None
 
     def compile(self, kind: str, value: Any) -> Constraint:
-        """Compiles `value`, which one of `KINDS` describes. Raises `UserError`."""
-        return Constraint(self.tokens(), KINDS[kind](value), kind)
+        """Compiles `value`, which one of `KINDS` describes. Raises `UserError` where it is malformed or takes too much
+        work."""
+        tokens = self.tokens()
+        import llguidance
+
+        limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = llguidance.LLMatcher(tokens, KINDS[kind](value), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(f"{kind}: {_shortened(matcher.get_error())}")
+        return Constraint(matcher)
 
     def tokens(self) -> Any:
         """The vocabulary as llguidance has it; the first call takes a large part of a second. Raises `UserError`."""
