@@ -17,7 +17,7 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert import adapter, hf_config
 from llava_jax.convert.adapter import base_name, is_adapter, open_adapter, with_adapter
-from llava_jax.convert.found import Found, Options, check_tensors, check_tied_head, projector_type, refuse_contradiction
+from llava_jax.convert.found import Found, Options, check_tensors, projector_type, refuse_contradiction
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
@@ -88,13 +88,8 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     parts = ("llm", "head", "projector", "newline") + (() if tower.source else ("vision",))
     held = [(vision, tower.source, ("vision",))] if tower.source else []
     check_tensors(config, (directory, source, parts), *held)
-    check_tied_head(directory, source, config)
     hf = {
-        "config": {
-            "text_config": text_json,
-            "vision_config": tower.json,
-            "mm_use_im_start_end": im_start_end,
-        },
+        "config": {"text_config": text_json, "vision_config": tower.json, "mm_use_im_start_end": im_start_end},
         "generation_config": read_generation(directory) or model.generation,
     }
     sources = dict.fromkeys(parts, source) | ({"vision": tower.source} if tower.source else {})

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from llava_jax.checkpoint.writing import check_free
 from llava_jax.cli import track
 from llava_jax.convert.read_ahead import read_ahead
 from llava_jax.convert.stored_tensor import NAMES
-from llava_jax.convert.tensors import INDEX, WEIGHTS, write_json
+from llava_jax.convert.tensors import INDEX, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -39,17 +40,19 @@ def write_shards(directory: Path, tensors: Sequence[Tensor], max_bytes: int = MA
 
     Raises UserError if the disk has too little room for all of them, before the first is written.
     """
-    total_bytes = sum(tensor.nbytes for tensor in tensors)
-    check_free(directory, total_bytes)
-    shards = _split(tensors, max_bytes)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [WEIGHTS]
-    else:
-        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
-        write_json(directory / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-    for file, shard in zip(files, shards, strict=True):
-        write_file(directory / file, shard)
+    check_free(directory, sum(tensor.nbytes for tensor in tensors))
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    if split.is_sharded:
+        write_json(directory / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    for file, names in split.filename_to_tensors.items():
+        # Those of wider types first, so that each is aligned.
+        write_file(directory / file, sorted(map(by_name.get, names), key=lambda tensor: -tensor.dtype.itemsize))
 
 
 def write_file(path: Path, tensors: Sequence[Tensor]) -> None:
@@ -65,18 +68,6 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
     array = tensor.read()
     assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _split(tensors: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """The tensors of each file: in their order, but those of wider types first, so that each is aligned."""
-    shards, size = [[]], 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
 
 def _header(tensors: Iterable[Tensor]) -> bytes:

@@ -83,9 +83,10 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     except _Refused as error:
         raise UserError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, KeyError):
+        wrong = "it is cut short" if _is_zip(path) else "it is no zip"
         raise UserError(
-            f"{path}: not a whole file of torch.save ({_guess(path)}); download it again, or if it is of torch before "
-            "1.6, load and save it with a newer one"
+            f"{path}: not a whole file of torch.save ({wrong}); download it again, or if it is of torch before 1.6, "
+            "load and save it with a newer one"
         ) from None
     except PermissionError:
         raise
@@ -216,8 +217,9 @@ def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:
     lengths = (storage.length, tensor.offset, *tensor.shape, *tensor.strides)
     if not all(type(length) is int and 0 <= length < MAX_LENGTH for length in lengths):
         raise _Refused(f"damaged, {name} has no such shape, strides or offset; download it again")
+    stored_bytes = storage.length * NUMBERS[storage.dtype].itemsize
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < _bytes(storage):
+    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < stored_bytes:
         raise _Refused(f"the numbers of {name} are not in it; download it again")
     if math.prod(tensor.shape) and max(last, math.prod(tensor.shape) - 1) >= storage.length:
         raise _Refused(f"{name} is larger than what is stored of it; download it again")
@@ -250,13 +252,6 @@ def _is_contiguous(tensor: _Tensor) -> bool:
     return True
 
 
-def _bytes(storage: _Storage) -> int:
-    return storage.length * NUMBERS[storage.dtype].itemsize
-
-
-def _guess(path: Path) -> str:
+def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK":
-        return "it is cut short"
-    return "it is no zip"
+        return file.read(2) == b"PK"
