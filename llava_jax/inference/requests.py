@@ -17,17 +17,8 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20  # alternatives to a token
 MAX_BIASES = 1024  # of `Sampling.logit_bias`
-ENGINE_ONLY = {  # fields of `Sampling`, with the values that ask for nothing
-    "logprobs": None,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": (),
-    "stop_token_ids": (),
-    "ignore_eos": False,
-    "constraint": None,
-    "verbatim": False,
-}
+ENGINE_ONLY = ("logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+ENGINE_ONLY += ("stop_token_ids", "ignore_eos", "constraint", "verbatim")  # fields of `Sampling`
 
 
 class PreparedImage(NamedTuple):
@@ -149,8 +140,7 @@ class Sampling:
 
     def check_plain(self) -> None:
         """Raises `UserError` for options that only the engine takes."""
-        if self != dataclasses.replace(self, **ENGINE_ONLY):
-            names = [name for name, neutral in ENGINE_ONLY.items() if getattr(self, name) != neutral]
+        if names := [name for name in ENGINE_ONLY if getattr(self, name) != getattr(Sampling, name)]:
             raise UserError(f"sampling with {', '.join(names)} needs the engine: llava_jax.inference.engine.Engine")
 
 
