@@ -1,5 +1,6 @@
 """The published projectors: one linear layer (the paper), or several with GELU between them (LLaVA-1.5: two)."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -11,9 +12,7 @@ from llava_jax.models.hf_names import Entry, linear
 from llava_jax.models.layers import Linear
 from llava_jax.models.projectors import ProjectorKind, register
 
-
-def exact_gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class Mlp(nnx.Module):
