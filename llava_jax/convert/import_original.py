@@ -30,7 +30,7 @@ from llava_jax.convert.language_model import (
 )
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
-from llava_jax.convert.sums import is_difference, with_base
+from llava_jax.convert.stored_tensor import is_difference, with_base
 from llava_jax.convert.tensors import has_weights, open_directory
 from llava_jax.data.anyres import MERGES, AnyRes
 from llava_jax.files.reading import read_object

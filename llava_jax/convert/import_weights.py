@@ -31,7 +31,7 @@ from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.names import entries_of, slices
-from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.stored_tensor import read_ahead
 from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template, choose_template
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
@@ -263,7 +263,10 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts.get(part, ())]
-    fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
+    fresh: Params = {}
+    if "projector" not in found.sources:  # a new one for stage 1, float32
+        projector = build_projector(found.config, nnx.Rngs(params=jax.random.key(seed)))
+        fresh = {f"projector.{name}": value for name, value in module_params(projector).items()}
     wanted = abstract_params(found.config)
     shapes = {
         entry.name: found.sources[part].abstract(part, entry, wanted[entry.name].shape) for part, entry in entries
@@ -276,9 +279,3 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     ] + [((name, None), functools.partial(np.asarray, value)) for name, value in fresh.items()]
     values = track(read_ahead(read for _, read in reads), "converting weights", len(reads))
     return shapes, ((*place, array) for (place, _), array in zip(reads, values, strict=True))
-
-
-def fresh_projector(config: LlavaConfig, seed: int) -> Params:
-    """A new projector for stage 1, float32."""
-    projector = build_projector(config, nnx.Rngs(params=jax.random.key(seed)))
-    return {f"projector.{name}": value for name, value in module_params(projector).items()}

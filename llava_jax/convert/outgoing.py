@@ -15,7 +15,7 @@ from llava_jax.checkpoint.writing import new_directory
 from llava_jax.cli import UserError
 from llava_jax.convert.names import entries_of, to_hf_tensor
 from llava_jax.convert.shards import Tensor
-from llava_jax.convert.sums import resized
+from llava_jax.convert.stored_tensor import resized
 from llava_jax.models.hf_names import Entry
 
 PARTS = ("vision", "projector", "newline", "llm", "head")

@@ -15,8 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from llava_jax.checkpoint.writing import check_free
 from llava_jax.cli import track
-from llava_jax.convert.read_ahead import read_ahead
-from llava_jax.convert.stored_tensor import NAMES
+from llava_jax.convert.stored_tensor import NAMES, read_ahead
 from llava_jax.convert.tensors import INDEX, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -28,7 +28,7 @@ from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
-from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.stored_tensor import read_ahead
 from llava_jax.data.chat_template import render_chats
 from llava_jax.data.features import TEXT
 from llava_jax.data.templates import IMAGE_TOKEN

@@ -104,9 +104,8 @@ class PromptEncoder:
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
         """Decodes the tokens of an answer that continues `begun`."""
         stop_ids = [*(() if sampling.ignore_eos else self.stop_ids), *sampling.stop_token_ids]
-        constrained = (
-            sampling.constraint is not None
-        )  # special tokens are in the answer only if the constraint has them
+        # Special tokens are in the answer only if the constraint has them.
+        constrained = sampling.constraint is not None
         verbatim = sampling.verbatim or constrained
         stops = [*(() if sampling.ignore_eos or verbatim else self.stop_strings), *sampling.stop]
         return AnswerStream(self.tokenizer, stop_ids, stops, begun, verbatim, special=constrained)
