@@ -123,7 +123,11 @@ def _open(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, StoredTe
         _check(name, value, entries.get(value.storage.entry))
     if sum(math.prod(tensor.shape) for tensor in held.values()) > size:
         raise _Refused("its tensors have more numbers than it has bytes, since they share them: it is not opened")
-    return {name: _stored(path, entries[tensor.storage.entry], tensor) for name, tensor in held.items()}
+    offsets = {name: entries[tensor.storage.entry].header_offset for name, tensor in held.items()}
+    return {
+        name: StoredTensor(tensor.shape, tensor.storage.dtype, functools.partial(_read, path, offsets[name], tensor))
+        for name, tensor in held.items()
+    }
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -223,10 +227,6 @@ def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:
         raise _Refused(f"the numbers of {name} are not in it; download it again")
     if math.prod(tensor.shape) and max(last, math.prod(tensor.shape) - 1) >= storage.length:
         raise _Refused(f"{name} is larger than what is stored of it; download it again")
-
-
-def _stored(path: Path, entry: zipfile.ZipInfo, tensor: _Tensor) -> StoredTensor:
-    return StoredTensor(tensor.shape, tensor.storage.dtype, functools.partial(_read, path, entry.header_offset, tensor))
 
 
 def _read(path: Path, header_offset: int, tensor: _Tensor) -> np.ndarray:

@@ -186,10 +186,5 @@ class Reporter:
 def count_tokens(lengths: Lengths, rows: Sequence[Sequence[int]], layout: Layout) -> dict[str, int]:
     """Tokens (image tokens included), target tokens, images, tiles and positions of a step, over all processes."""
     samples = [index for row in rows for index in row]
-    return {
-        "tokens": int(lengths.tokens[samples].sum()),
-        "targets": int(lengths.targets[samples].sum()),
-        "images": int(lengths.images[samples].sum()),
-        "tiles": int(lengths.tiles[samples].sum()),
-        "positions": layout.batch_rows * layout.max_length,
-    }
+    counts = {name: int(counts[samples].sum()) for name, counts in lengths._asdict().items()}
+    return counts | {"positions": layout.batch_rows * layout.max_length}
