@@ -16,23 +16,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax import remote
+from llava_jax.checkpoint import format
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
-from llava_jax.checkpoint.format import (
-    DESCRIPTION,
-    DIGEST,
-    EMA,
-    PARAMS,
-    STEPS,
-    Description,
-    Source,
-    absolute,
-    digest,
-    finished_steps,
-    frozen_copy,
-    has_copy,
-    read_description,
-)
 from llava_jax.cli import UserError, short
 from llava_jax.files.reading import read_object
 from llava_jax.models import pieces
@@ -87,7 +73,7 @@ class Checkpoint:
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
     name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
-    description: Description
+    description: format.Description
     tokenizer_dir: epath.Path
     step: int | None = None
     rounded: str = ""  # see `dequantized`
@@ -139,9 +125,9 @@ class Checkpoint:
         own = tuple(self.stored)
         return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
 
-    def _open(self, source: Source) -> "Checkpoint":
-        if has_copy(self.root, source):
-            return open_checkpoint(frozen_copy(self.root, source))
+    def _open(self, source: format.Source) -> "Checkpoint":
+        if format.has_copy(self.root, source):
+            return open_checkpoint(format.frozen_copy(self.root, source))
         if not (may_read(source.relative, self.root) and may_read(source.path, self.root)):
             command = f"copy --output DIR --checkpoint {self.root}"
             if self.step is not None:
@@ -358,7 +344,7 @@ class Checkpoint:
 
         return jax.make_array_from_callback(like.shape, like.sharding, shard)
 
-    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
+    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[format.Source, ...]:
         """The sources with which a checkpoint in `directory` refers to these parameters: those that hold them."""
         linears = {self._converted.get(name) for name in names} - {None}
         stored = [name for name in names if name not in self._converted]
@@ -370,11 +356,11 @@ class Checkpoint:
             if not here:
                 continue
             path = holder.root if holder.step is None else holder.weights
-            address = os.fspath(absolute(path))
+            address = os.fspath(format.absolute(path))
             # Between a bucket and a disk, or two buckets, there is no relative path.
             local = not (is_remote(path) or is_remote(directory))
             relative = os.path.relpath(address, os.path.abspath(directory)) if local else address
-            sources.append(Source(address, relative, holder.description.id, here))
+            sources.append(format.Source(address, relative, holder.description.id, here))
         return tuple(sources)
 
     def _name_of(self, name: str, part: Held) -> str:
@@ -407,7 +393,7 @@ def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruc
 def is_checkpoint(path: str) -> bool:
     """Whether a path that the user named leads to a checkpoint. Nothing else is read from object stores."""
     remote.name(path)
-    return is_remote(path) or any((Path(path) / entry).exists() for entry in (DESCRIPTION, STEPS))
+    return is_remote(path) or any((Path(path) / entry).exists() for entry in (format.DESCRIPTION, format.STEPS))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -415,34 +401,34 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises UserError if it is none of these.
     """
-    path = absolute(path)
+    path = format.absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint{_other_steps(path)}")
-    if (path / "params").exists() and (path / DESCRIPTION).exists():
-        return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
-    if (path / STEPS).exists():
-        steps = finished_steps(path / STEPS)
+    if (path / "params").exists() and (path / format.DESCRIPTION).exists():
+        return Checkpoint(path, path / "params", None, format.read_description(path), path / "tokenizer")
+    if (path / format.STEPS).exists():
+        steps = format.finished_steps(path / format.STEPS)
         if not steps:
             raise UserError(f"{path}: a workdir without a finished checkpoint")
-        return _open_step(path / STEPS / str(steps[-1]))
+        return _open_step(path / format.STEPS / str(steps[-1]))
     if path.name.isdecimal() and ocp.is_orbax_checkpoint(path):
         return _open_step(path)
     raise UserError(
-        f"{path}: neither the output of `convert import` (no {DESCRIPTION} and params/) nor a training workdir "
+        f"{path}: neither the output of `convert import` (no {format.DESCRIPTION} and params/) nor a training workdir "
         "(no checkpoints/) nor one step of it"
     )
 
 
 def open_step(workdir: epath.Path, step: int) -> Checkpoint:
     """The same for a certain step. Raises UserError that lists the steps if it does not exist."""
-    path = absolute(workdir) / STEPS / str(step)
+    path = format.absolute(workdir) / format.STEPS / str(step)
     if not path.exists():
         raise UserError(f"{workdir}: has no step {step}{_other_steps(path)}")
     return _open_step(path)
 
 
 def _other_steps(path: epath.Path) -> str:
-    steps = finished_steps(path.parent) if path.parent.name == STEPS else []
+    steps = format.finished_steps(path.parent) if path.parent.name == format.STEPS else []
     return f": the steps there are {', '.join(map(str, steps))}" if steps else ""
 
 
@@ -450,13 +436,13 @@ def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
         found = ocp.checkpointables_metadata(path)
         metadata = dict(found.custom_metadata or {})
-    stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
-    if "format" not in metadata or stored not in (None, digest(metadata)):
+    stored = metadata.pop(format.DIGEST, None)  # steps of earlier versions have none
+    if "format" not in metadata or stored not in (None, format.digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):
-        description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
-    weights = EMA if EMA in found.metadata else PARAMS
+        description = format.Description.from_json(metadata | _earlier(metadata, root), where=str(path))
+    weights = format.EMA if format.EMA in found.metadata else format.PARAMS
     return Checkpoint(root, path, weights, description, root / "tokenizer", step=int(path.name))
 
 
