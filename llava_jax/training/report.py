@@ -13,10 +13,10 @@ from llava_jax.cli import UserError, say
 from llava_jax.data.plan import Layout, Lengths
 from llava_jax.parallel import distributed
 from llava_jax.parallel.hardware import peak_flops
-from llava_jax.training import flops, optim, tracking
+from llava_jax.training import flops, optim
 from llava_jax.training.bad_samples import BadSamples, bad_texts
 from llava_jax.training.goodput import Goodput
-from llava_jax.training.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen
+from llava_jax.training.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen, start_tracking
 from llava_jax.training.profiling import Profile
 from llava_jax.training.setup import Run
 
@@ -53,7 +53,7 @@ class Reporter:
         self.profile = Profile(run.workdir, config.profile.start, config.profile.steps)
         self._writer = self._screen = None
         if distributed.is_first():
-            self._writer = MetricsWriter(run.workdir, start, tracking.start(config, run.workdir), check_lock)
+            self._writer = MetricsWriter(run.workdir, start, start_tracking(config, run.workdir), check_lock)
             self._screen = Screen(start, run.steps)
         self._rates = optim.reported_rates(config, run.steps)
         self._flops = run.program.flops
