@@ -15,8 +15,7 @@ from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith, base_
 from llava_jax.convert.export import export_model, identity
 from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.names import entries_of
-from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
-from llava_jax.convert.shards import Tensor, write_file
+from llava_jax.convert.outgoing import PARTS, Tensor, new_export, tensors_of, write_file
 from llava_jax.convert.tensors import write_json
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.families import family_of
