@@ -40,15 +40,12 @@ def _plain(adapted: Checkpoint, added: bool) -> "Merged":
 
 @dataclasses.dataclass(frozen=True)
 class Merged(Checkpoint):
-    """Attributes:
-    adapted: the checkpoint with its adapters.
-    added: whether these are added to the weights, or left out.
-    changes: of each kernel or layer that was read, the sum of squares of what its adapter added, and of what rounding
-      to the stored type changed.
-    """
+    """A checkpoint with adapters as a model without."""
 
-    adapted: Checkpoint = None
-    added: bool = True
+    adapted: Checkpoint = None  # with its adapters
+    added: bool = True  # whether these are added to the weights, or left out
+    # Of each kernel or layer that was read, the sum of squares of what its adapter added, and of what rounding to the
+    # stored type changed.
     changes: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property

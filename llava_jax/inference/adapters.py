@@ -17,19 +17,12 @@ MAX_NAME = 200  # characters
 
 
 class AdapterWeights(NamedTuple):
-    """An adapter as it is read from files, in host memory.
+    """An adapter as it is read from files, in host memory."""
 
-    Attributes:
-      lora: its rank and scale.
-      params: see `models.batched_lora.write`.
-      prompts: the template and the image settings that it was trained with; None for those of the base.
-      origin: its directory.
-    """
-
-    lora: LoraConfig
-    params: Params
-    prompts: PromptEncoder | None = None
-    origin: str = ""
+    lora: LoraConfig  # its rank and scale
+    params: Params  # see `models.batched_lora.write`
+    prompts: PromptEncoder | None = None  # the template and image settings of its training; None for those of the base
+    origin: str = ""  # its directory
 
 
 def max_rank(adapters: Mapping[str, AdapterWeights]) -> int:

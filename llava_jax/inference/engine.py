@@ -54,35 +54,24 @@ class UnknownToken(UserError):
 
 
 class Engine:
-    """Args:
-    model: its layers are rearranged for decoding; use it only through the engine from then on.
-    prompts: the tokenizer and template of the model.
-    slots: answers at a time.
-    context: positions of a prompt and its answer; by default as many as the model has.
-    queue: requests that may wait for a slot.
-    kept: rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
-      by default half as many as slots.
-    images: for how many images, or tiles of AnyRes, the features are cached.
-    quantize: "int8" stores the decoder's weights in eight bits.
-    mesh: over which the model's parameters are sharded.
-    adapters: how many adapters can be loaded at a time, into `Engine.adapters`, and
-    adapter_rank: their largest rank. Memory is taken for all of them.
-    """
+    """A model that answers the requests of `submit`, many at a time."""
 
     def __init__(
         self,
-        model: Llava,
-        prompts: PromptEncoder,
+        model: Llava,  # its layers are rearranged for decoding; use it only through the engine from then on
+        prompts: PromptEncoder,  # the tokenizer and template of the model
         *,
-        slots: int = 8,
-        context: int | None = None,
-        queue: int = 64,
+        slots: int = 8,  # answers at a time
+        context: int | None = None,  # positions of a prompt and its answer; by default as many as the model has
+        queue: int = 64,  # requests that may wait for a slot
+        # Rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
+        # by default half as many as slots.
         kept: int | None = None,
-        images: int = 64,
-        quantize: str | None = None,
-        mesh: Mesh | None = None,
-        adapters: int = 0,
-        adapter_rank: int = 0,
+        images: int = 64,  # for how many images, or tiles of AnyRes, the features are cached
+        quantize: str | None = None,  # "int8" stores the decoder's weights in eight bits
+        mesh: Mesh | None = None,  # over which the model's parameters are sharded
+        adapters: int = 0,  # how many can be loaded at a time, into `Engine.adapters`; memory is taken for all of them
+        adapter_rank: int = 0,  # the largest that they may have
     ):
         check_quantization(quantize)
         self.config = model.config

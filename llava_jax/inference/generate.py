@@ -85,13 +85,6 @@ class Generator:
       prompts: the tokenizer and template of the model.
       quantize: "int8" stores the weights of the language model in eight bits.
       adapters: by name; the model has room for them (`models.batched_lora.attach`).
-
-    Attributes:
-      config: of the model.
-      prompts: tokenizes requests and preprocesses images.
-      decoder: the compiled programs; `decoder.compile` adds more.
-      adapters: by name, see `with_adapter`.
-      computing: seconds in which the device computed.
     """
 
     def __init__(
@@ -101,16 +94,15 @@ class Generator:
         quantize: str | None = None,
         adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
     ):
-        self.config = model.config
-        self.prompts = prompts
-        self.decoder = decoding.Decoder(model, quantize)
-        self.adapters = Adapters(
+        self.config, self.prompts = model.config, prompts
+        self.decoder = decoding.Decoder(model, quantize)  # the compiled programs; `decoder.compile` adds more
+        self.adapters = Adapters(  # by name, see `with_adapter`
             Adapter("", prompts), len(adapters), max_rank(adapters), self.decoder.set_adapter, used=set
         )
         for name, weights in adapters.items():
             self.adapters.load(name, weights)
         self._adapter = np.zeros(1, np.int32) if adapters else None
-        self.computing = 0.0
+        self.computing = 0.0  # seconds in which the device computed
 
     @classmethod
     def from_checkpoint(

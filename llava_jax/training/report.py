@@ -31,21 +31,15 @@ class Reporter:
 
     The metrics of a step are read when the next one is on the device, which so never waits for the host. Every process
     checks that the loss is finite; process 0 writes.
-
-    Args:
-      checkpoints: for the message about a loss that is not finite.
-      goodput: its clock says what steps take.
-      callbacks: called by process 0 with all that is written.
-      check_lock: raises UserError if the lock of the workdir is lost; called before anything is written.
     """
 
     def __init__(
         self,
         run: Run,
-        checkpoints: TrainingCheckpoints,
-        goodput: Goodput,
-        callbacks: Sequence[Callback],
-        check_lock: Callable[[], None],
+        checkpoints: TrainingCheckpoints,  # for the message about a loss that is not finite
+        goodput: Goodput,  # its clock says what steps take
+        callbacks: Sequence[Callback],  # called by process 0 with all that is written
+        check_lock: Callable[[], None],  # raises UserError if the lock is lost; called before anything is written
     ):
         config, start = run.config, run.start.step
         self._run, self._checkpoints, self._goodput = run, checkpoints, goodput

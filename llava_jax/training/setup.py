@@ -32,20 +32,15 @@ from llava_jax.training.workdir import claim, fingerprint, set_aside
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run before its parameters are loaded.
-
-    Attributes:
-      benchmark: the questions to answer while training, if any.
-      description: what its checkpoints say about themselves.
-    """
+    """A run before its parameters are loaded."""
 
     config: ConfigDict
     workdir: epath.Path
     start: Start
     data: RunData
-    benchmark: Evaluation | None
+    benchmark: Evaluation | None  # the questions to answer while training, if any
     program: TrainingProgram
-    description: Description
+    description: Description  # what its checkpoints say about themselves
 
     @property
     def steps(self) -> int:

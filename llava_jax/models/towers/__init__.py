@@ -17,43 +17,30 @@ _FIXED = {"num_channels": 3, "attention_dropout": 0.0}
 
 
 class Tower:
-    """A kind of vision tower. Subclasses set the attributes and override the methods where they differ from a ViT.
+    """A kind of vision tower. Subclasses set the attributes and override the methods where they differ from a ViT."""
 
-    Attributes:
-      name: what `VisionConfig.kind` calls it.
-      module: the Flax module. `module(config, rngs=rngs)` has the stacked `layers` (`layers.stack_layers`), and maps
-        (float[N, image_size, image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D]; for
-        several numbers of layers, to their states side by side, as `clip.run_layers` does.
-      config_class: `VisionConfig`, or a subclass with more fields.
-      class_token: whether the first of the S tokens is no patch.
-      model_type: of the tower's `config.json` in transformers.
-      whole_model_type: of a model of transformers that the tower is the `vision_config` of, if there is one.
-      defaults: what transformers' configuration class has where a `config.json` says nothing of these fields.
-      fixed: fields of its `config.json` that change the computation, with the only value supported.
-      hf_prefix: what a LLaVA of transformers puts before the names of its tensors.
-      image_mean, image_std: of its training images, RGB in 0..1; used where no preprocessor_config.json says.
-      image_aspect: "resize" if its own image processor stretches images to a square, else None.
-      unused: prefixes of our parameters that no feature depends on; they are stored for exports, and never trained.
-      ignored: patterns of tensors that transformers has in such a tower and that no feature depends on.
-      original: towers that the original LLaVA knows by their names on the Hub; a kind without any has none there.
-      parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
-    """
-
-    name: str
+    name: str  # what `VisionConfig.kind` calls it
+    # `module(config, rngs=rngs)` has the stacked `layers` (`layers.stack_layers`), and maps (float[N, image_size,
+    # image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D]; for several numbers of
+    # layers, to their states side by side, as `clip.run_layers` does.
     module: type[nnx.Module]
-    config_class: type[VisionConfig] = VisionConfig
-    class_token = False
-    model_type: str
-    whole_model_type: str | None = None
+    config_class: type[VisionConfig] = VisionConfig  # or a subclass with more fields
+    class_token = False  # whether the first of the S tokens is no patch
+    model_type: str  # of the tower's `config.json` in transformers
+    whole_model_type: str | None = None  # of a model of transformers that it is the `vision_config` of, if there is one
+    # What transformers' configuration class has where a `config.json` says nothing of these fields.
     defaults: Json = {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
-    fixed: Json = {}
-    hf_prefix = "vision_tower.vision_model."
+    fixed: Json = {}  # fields of its `config.json` that change the computation, with the only value supported
+    hf_prefix = "vision_tower.vision_model."  # of the names of its tensors in a LLaVA of transformers
+    # Of its training images, RGB in 0..1; used where no preprocessor_config.json says.
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
-    image_aspect: str | None = None
+    image_aspect: str | None = None  # "resize" if its own image processor stretches images to a square
+    # Prefixes of our parameters that no feature depends on; they are stored for exports, and never trained.
     unused: tuple[str, ...] = ("vision.post_layernorm.",)
-    ignored: tuple[str, ...] = ()
-    original: Mapping[str, VisionConfig] = {}
+    ignored: tuple[str, ...] = ()  # patterns of tensors of transformers in such a tower that no feature depends on
+    original: Mapping[str, VisionConfig] = {}  # towers that the original LLaVA knows by their names on the Hub
+    # Of parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
     def entries(self, config: VisionConfig) -> list[Entry]:
