@@ -78,20 +78,14 @@ def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh
 
 
 class Generator:
-    """A model that answers requests.
-
-    Args:
-      model: its layers are rearranged for decoding; use it only through the generator from then on.
-      prompts: the tokenizer and template of the model.
-      quantize: "int8" stores the weights of the language model in eight bits.
-      adapters: by name; the model has room for them (`models.batched_lora.attach`).
-    """
+    """A model that answers requests."""
 
     def __init__(
         self,
-        model: Llava,
-        prompts: PromptEncoder,
-        quantize: str | None = None,
+        model: Llava,  # its layers are rearranged for decoding; use it only through the generator from then on
+        prompts: PromptEncoder,  # the tokenizer and template of the model
+        quantize: str | None = None,  # "int8" stores the weights of the language model in eight bits
+        # By name; the model has room for them (`models.batched_lora.attach`).
         adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
     ):
         self.config, self.prompts = model.config, prompts
@@ -107,26 +101,16 @@ class Generator:
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: Checkpoint,
-        template: Template | None = None,
-        dtype: jnp.dtype | str | None = None,
-        devices: Sequence[jax.Device] = (),
+        checkpoint: Checkpoint,  # its weights are read now
+        template: Template | None = None,  # instead of the checkpoint's
+        dtype: jnp.dtype | str | None = None,  # of weights and computation; see `default_dtype`
+        devices: Sequence[jax.Device] = (),  # the weights are sharded over these; by default they lie on the first one
         *,
-        mesh: Mapping[str, int] | None = None,
-        quantize: str | None = None,
-        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
+        mesh: Mapping[str, int] | None = None,  # sizes of its axes; by default each layer is split over all devices
+        quantize: str | None = None,  # as that of the class
+        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),  # of the checkpoint, by name
     ) -> "Generator":
-        """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`).
-
-        Args:
-          checkpoint: its weights are read now.
-          template: instead of the checkpoint's.
-          dtype: of weights and computation; see `default_dtype`.
-          devices: the weights are sharded over these; by default they lie on the first device.
-          mesh: sizes of the axes that the weights are sharded over; by default each layer is split over all devices.
-          quantize: "int8" stores the weights of the language model in eight bits.
-          adapters: of the checkpoint, by name.
-        """
+        """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`)."""
         check_quantization(quantize)
         if sharded := _mesh(devices, mesh):
             sharding = mesh_sharding(checkpoint.config, sharded)

@@ -67,25 +67,16 @@ class TrainingProgram:
 def build(
     config: ConfigDict,
     model: LlavaConfig,
-    layout: Layout,
-    mesh: Mesh,
-    steps: int,
+    layout: Layout,  # the shapes of the batches
+    mesh: Mesh,  # the devices to run on or, for ahead-of-time compilation, those of a topology
+    steps: int,  # the length of the learning rate schedule
+    # Shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
     stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    # Whether parameters that no feature depends on may be trained, as earlier versions did.
     trains_unused: bool = False,
 ) -> TrainingProgram:
-    """The program of a run.
-
-    Args:
-      config: the configuration of the run.
-      model: the model to train.
-      layout: the shapes of its batches.
-      mesh: the devices to run on or, for ahead-of-time compilation, those of a topology.
-      steps: the length of the learning rate schedule.
-      stored: shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
-      trains_unused: whether parameters that no feature depends on may be trained, as earlier versions did.
-
-    Raises UserError if the configuration doesn't fit the mesh or the batches.
-    """
+    """The program of a run that trains a model. Raises UserError if the configuration doesn't fit the mesh or the
+    batches."""
     stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)
