@@ -23,19 +23,9 @@ from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
 from llava_jax.files.reading import require_regular
 
-# Names of torch's storages in pickles -> the type of their numbers, a key of `NUMBERS`.
-STORAGES = {
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
+# Torch's words for the types of `NUMBERS`, in their order; and the names of its storages in pickles -> these types.
+_WORDS = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+STORAGES = {f"{word}Storage": dtype for word, dtype in zip(_WORDS, NUMBERS, strict=True)}
 _STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
 _NAMES = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", *_STORAGES}
 _LOCAL_HEADER = 30  # bytes of an entry's header in a zip before the name

@@ -73,11 +73,7 @@ class Llama(nnx.Module):
             return self.norm(x_BTD)
 
     def extend(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        cache: KVCache | None = None,
-        rows_B: jax.Array | None = None,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
         """T more tokens of B sequences -> hidden states [B, T, D], and the cache with their keys and values.
 

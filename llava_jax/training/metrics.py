@@ -32,11 +32,7 @@ class MetricsWriter:
     """
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        start_step: int,
-        tracker: Any | None = None,
-        check: Callable[[], None] = lambda: None,
+        self, workdir: epath.Path, start_step: int, tracker: Any | None = None, check: Callable[[], None] = lambda: None
     ):
         self.workdir, self.check = workdir, check
         self.local = new_local() if is_remote(workdir) else workdir
