@@ -55,16 +55,11 @@ def new_export(output: str) -> Iterator[Path]:
 def tensors_of(
     checkpoint: Checkpoint,
     dtype: str | None,
-    name_of: Callable[[str, str], str],
+    name_of: Callable[[str, str], str],  # (part, leaf name) -> the name in the export
     parts: tuple[str, ...] = PARTS,
-    rows: int | None = None,
+    rows: int | None = None,  # of embeddings and head; new ones are the mean of the others; by default as stored
 ) -> Iterator[Tensor]:
-    """The tensors of some parts of a model, not read yet, in `dtype` or in their stored types.
-
-    Args:
-      name_of: (part, leaf name) -> the name in the export.
-      rows: number of rows of embeddings and head; new ones are the mean of the others. By default as stored.
-    """
+    """The tensors of some parts of a model, not read yet, in `dtype` or in their stored types."""
     stored = checkpoint.abstract()
     entries = entries_of(checkpoint.config)
     for part in parts:
