@@ -29,22 +29,12 @@ from llava_jax.training.loss import CHUNK as LABEL_CHUNK
 
 Sizes = Mapping[str, int]  # of kernels by name, in numbers
 CONVENTIONS = ("full", "causal")
-# Remat policy -> the products of a decoder layer that the backward pass computes again. The last product of a layer is
-# not computed again, since the backward pass does not need its result.
-RECOMPUTED: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "full": ("qkv", "attention", "output", "gate_up"),
-    "save_qkv": ("attention", "output", "gate_up"),
-    "offload": ("qkv", "attention", "output", "gate_up"),
-}
-# The linear layers of a decoder layer -> the product that they are part of.
-PRODUCTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
-    "o_proj": "output",
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
-    "down_proj": "down",
-}
-# The last product of a layer of the towers, as `down` is of the decoder's.
+# Remat policy -> what of a decoder layer the backward pass computes again: attention, and results of linear layers, but
+# not that of the last one, `down_proj`, which it does not need.
+_AFTER_QKV = ("attention", "o_proj", "gate_proj", "up_proj")
+_ALL = ("q_proj", "k_proj", "v_proj", *_AFTER_QKV)
+RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (), "full": _ALL, "save_qkv": _AFTER_QKV, "offload": _ALL}
+# The last product of a layer of the towers, as `down_proj` is of the decoder's.
 LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
 
 
@@ -183,7 +173,7 @@ def _vision(model: LlavaConfig, sizes: Sizes, weights: Sizes, backward: float, r
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
     later = sum(forward.values()) - forward.get("vision.patch_embedding.kernel", 0.0)
     again = later - forward.get(LAST_OF_TOWER, 0.0) if recomputed else 0.0
-    part = Part(sum(forward.values()), later * backward, sum(products(weights).values()), again * backward)
+    part = Part(sum(forward.values()), later * backward, sum(products(weights).values(), 0.0), again * backward)
     attention = 4.0 * vision.num_tokens**2 * vision.hidden_size * model.vision_layers_used
     return part, _attention(attention, backward, recomputed)
 
@@ -258,16 +248,16 @@ def _adapters(
 def _is_recomputed(linear: str, remat: str) -> bool:
     """Whether a layer's backward pass computes the result of a linear layer again."""
     if linear.startswith("llm."):
-        return PRODUCTS.get(linear.rpartition(".")[2]) in RECOMPUTED[remat]
+        return linear.rpartition(".")[2] in RECOMPUTED[remat]
     return f"{linear}.kernel" != LAST_OF_TOWER
 
 
 def _decoder(sizes: Sizes, weights: Sizes, backward: float, remat: str) -> Part:
     """One token through all layers, without attention."""
-    layers, gradients = ({n: 2.0 * s for n, s in of.items() if n.startswith("llm.layers.")} for of in (sizes, weights))
-    again = sum(product for name, product in layers.items() if _is_recomputed(name.removesuffix(".kernel"), remat))
-    forward = sum(layers.values())
-    return Part(forward, forward * backward, sum(gradients.values()), again * backward)
+    layers, trained = ({name: of[name] for name in of if name.startswith("llm.layers.")} for of in (sizes, weights))
+    again = 2.0 * sum(size for name, size in layers.items() if _is_recomputed(name.removesuffix(".kernel"), remat))
+    forward = 2.0 * sum(layers.values())
+    return Part(forward, forward * backward, 2.0 * sum(trained.values()), again * backward)
 
 
 def _attention(forward: float, backward: float, recomputed: Collection[str]) -> Part:
