@@ -74,7 +74,8 @@ class Constraints:
         import llguidance
 
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = llguidance.LLMatcher(tokens, KINDS[kind](value), log_level=0, limits=limits)
+        grammar = KINDS[kind](llguidance.LLMatcher, value)
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(f"{kind}: {_shortened(matcher.get_error())}")
         return Constraint(matcher)
@@ -92,37 +93,33 @@ class Constraints:
             return self._tokens
 
 
-def _json(schema: Mapping[str, Any]) -> str:
+# The functions below turn a value into a grammar, with the class `llguidance.LLMatcher`.
+
+
+def _json(matcher: Any, schema: Mapping[str, Any]) -> str:
     """A JSON schema."""
-    import llguidance
-
-    text = _bounded(json.dumps(schema), "json")
-    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    return matcher.grammar_from_json_schema(_bounded(json.dumps(schema), "json"), overrides=JSON_OPTIONS)
 
 
-def _regex(pattern: str) -> str:
+def _regex(matcher: Any, pattern: str) -> str:
     """A regular expression for all of the answer, in Rust's syntax."""
-    import llguidance
-
-    return llguidance.LLMatcher.grammar_from_regex(_bounded(pattern, "regex", MAX_REGEX))
+    return matcher.grammar_from_regex(_bounded(pattern, "regex", MAX_REGEX))
 
 
-def _choice(choices: Sequence[str]) -> str:
+def _choice(matcher: Any, choices: Sequence[str]) -> str:
     """Texts of which the answer is one."""
     if not 0 < len(choices) <= MAX_CHOICES or not all(choices):
         raise UserError(f"choice: it has to be 1 to {MAX_CHOICES} texts that are not empty")
     text = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return _grammar(f"start: {_bounded(text, 'choice')}")
+    return _grammar(matcher, f"start: {_bounded(text, 'choice')}")
 
 
-def _grammar(grammar: str) -> str:
+def _grammar(matcher: Any, grammar: str) -> str:
     """A grammar in Lark's syntax, as llguidance reads it."""
-    import llguidance
-
-    return llguidance.LLMatcher.grammar_from_lark(_bounded(grammar, "grammar"))
+    return matcher.grammar_from_lark(_bounded(grammar, "grammar"))
 
 
-KINDS: dict[str, Callable[[Any], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
+KINDS: dict[str, Callable[[Any, Any], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
 
 
 def _bounded(text: str, what: str, limit: int = MAX_CHARACTERS) -> str:
