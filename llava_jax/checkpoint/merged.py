@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.checkpoint.reading import Checkpoint, DtypeOf, ShardingOf, as_stored, first_device
 from llava_jax.models import lora
 from llava_jax.models.config import LoraConfig
-from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.llava import Params, Shapes, abstract_params
 from llava_jax.models.quantized import Parts, dequantize, linear_of
 
 
@@ -62,7 +62,7 @@ class Merged(Checkpoint):
         added, lost = (sum(column) for column in zip(*self.changes, strict=True))
         return (lost / added) ** 0.5 if added else 0.0
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract(self) -> Shapes:
         return {name: leaf for name, leaf in super().abstract().items() if not lora.PARAMETER.fullmatch(name)}
 
     def read(self, name: str, layer: int | None = None, exact: bool = False) -> np.ndarray:

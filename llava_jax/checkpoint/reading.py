@@ -23,7 +23,7 @@ from llava_jax.cli import UserError, short
 from llava_jax.files.reading import read_object
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, quantized
-from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.models.llava import Params, Shapes, abstract_params, check_names
 from llava_jax.models.quantized import PART, PARTS, dequantize_stack, linear_of, quantize, unsharded
 from llava_jax.remote import is_remote, may_read
 
@@ -110,7 +110,7 @@ class Checkpoint:
         return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
     @functools.cached_property
-    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def stored(self) -> Shapes:
         """Names, shapes and types of the parameters in this checkpoint, without those of its sources."""
         with readable(self.weights):
             if self.name is None:
@@ -171,7 +171,7 @@ class Checkpoint:
         raise damaged(self.weights, f"it lacks {name}")
 
     @functools.cached_property
-    def _held(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _held(self) -> Shapes:
         """Names, shapes and stored types of the whole parameters that are stored, those of the sources included.
 
         The type of a stack whose layers are in several checkpoints is one that holds the types of all.
@@ -182,7 +182,7 @@ class Checkpoint:
             shapes[name] = jax.ShapeDtypeStruct((parts[-1].stop, *parts[0].leaf.shape[1:]), dtype)
         return shapes
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract(self) -> Shapes:
         """Names, shapes and stored types of all parameters, those of the sources included."""
         held = dict(self._held)
         wanted = {name: leaf for name, leaf in abstract_params(self.config).items() if name not in held}
@@ -293,7 +293,7 @@ class Checkpoint:
 
     def _load_held(self, targets: Mapping[str, tuple[jnp.dtype, jax.sharding.Sharding]]) -> Params:
         """Reads parameters or pieces that are stored under these names in a type and with a sharding."""
-        wanted: dict[str, jax.ShapeDtypeStruct] = {}
+        wanted: Shapes = {}
         for name, (dtype, sharding) in targets.items():
             leaf = self._held[pieces.whole(name)]
             start, stop = pieces.rows(name, leaf)
@@ -379,7 +379,7 @@ def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def refuse_inflated(directory: epath.Path, stored: Shapes) -> None:
     """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
     any size could be claimed."""
     if is_remote(directory):

@@ -37,7 +37,7 @@ from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template, cho
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params, build_projector, module_params
+from llava_jax.models.llava import Params, Shapes, abstract_params, build_projector, module_params
 from llava_jax.models.quantized import PART, linear_of, quantize
 from llava_jax.remote import new_local
 
@@ -173,9 +173,7 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     return found.config
 
 
-def _quantized(
-    model: LlavaConfig, shapes: dict[str, jax.ShapeDtypeStruct], slices_of_all: Iterator[Slice]
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+def _quantized(model: LlavaConfig, shapes: Shapes, slices_of_all: Iterator[Slice]) -> tuple[Shapes, Iterator[Slice]]:
     """The same parameters, with the kernels quantized that a quantized model has in parts, one layer at a time."""
     wanted = abstract_params(model)
     parts = {name: leaf for name, leaf in wanted.items() if PART.fullmatch(name)}
@@ -259,7 +257,7 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
     return found
 
 
-def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+def _parameters(found: Found, seed: int) -> tuple[Shapes, Iterator[Slice]]:
     """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts.get(part, ())]

@@ -25,6 +25,7 @@ from llava_jax.models.quantized import kept_dtype, quantize_linears
 from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of parameters by name, with types and maybe shardings
 NEWLINE_PARAMETER = "image_newline"  # of models with AnyRes
 
 
@@ -133,7 +134,7 @@ def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Arr
 
 
 @functools.cache
-def _abstract(config: LlavaConfig, dtype: str) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+def _abstract(config: LlavaConfig, dtype: str) -> tuple[nnx.GraphDef, Shapes]:
     module = nnx.eval_shape(lambda: Llava(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
     return graphdef, _flat(state)
@@ -143,7 +144,7 @@ def _flat(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
 
 
-def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> Shapes:
     """Names and shapes of a model's parameters, without allocating them: of type `dtype`, unless they are quantized."""
     shapes = _abstract(config, "float32")[1]
     return {name: jax.ShapeDtypeStruct(v.shape, kept_dtype(name, v.dtype, dtype)) for name, v in shapes.items()}
@@ -205,7 +206,7 @@ def used_params(config: LlavaConfig, shapes: Mapping[str, Any]) -> dict[str, Any
     return {name: leaf for name, leaf in parts.items() if is_used(name)}
 
 
-def check_names(params: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+def check_names(params: dict, shapes: Shapes) -> None:
     """Raises ValueError unless `params` has exactly these names and shapes."""
     problems = [f"missing {name}" for name in shapes if name not in params]
     problems += [f"unexpected {name}" for name in params if name not in shapes]

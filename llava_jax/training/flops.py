@@ -17,12 +17,10 @@ import math
 import operator
 from collections.abc import Collection, Mapping
 
-import jax
-
 from llava_jax.data.plan import Layout
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, Shapes, abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
@@ -122,7 +120,7 @@ def _depths(model: LlavaConfig) -> dict[str, int]:
     return {"vision.layers": model.vision_layers_used, "llm.layers": model.text.num_layers}
 
 
-def _plain_shapes(model: LlavaConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _plain_shapes(model: LlavaConfig) -> Shapes:
     """Quantized or not, kernels take part in the same products."""
     return abstract_params(dataclasses.replace(model, base_dtype=""))
 
