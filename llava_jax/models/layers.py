@@ -15,22 +15,16 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]. An adapter may be added, see `models.lora`."""
+    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out], which `init` draws; by default N(0, 0.02) and 0.
+
+    An adapter may be added, see `models.lora`.
+    """
 
     lora: nnx.Module | None = None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        kernel_init: Initializer = WEIGHT_INIT,
-        bias_init: Initializer = jax.nn.initializers.zeros,
-    ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,))) if bias else None
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, init: Initializer | None = None):
+        self.kernel = nnx.Param((init or WEIGHT_INIT)(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param((init or nnx.initializers.zeros)(rngs.params(), (outputs,))) if bias else None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:

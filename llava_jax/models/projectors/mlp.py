@@ -19,19 +19,12 @@ class Mlp(nnx.Module):
     """linear_1, then (activation, linear_i) for i = 2 ... N. The first widens to the decoder's width."""
 
     def __init__(
-        self,
-        num_layers: int,
-        in_features: int,
-        features: int,
-        activation: Callable[[jax.Array], jax.Array] = exact_gelu,
-        *,
-        rngs: nnx.Rngs,
+        self, num_layers: int, in_features: int, features: int, activation: Callable = exact_gelu, *, rngs: nnx.Rngs
     ):
         self.num_layers, self.activation = num_layers, activation
         for i in range(1, num_layers + 1):
             fan_in = in_features if i == 1 else features
-            init = torch_uniform(fan_in)
-            layer = Linear(fan_in, features, bias=True, rngs=rngs, kernel_init=init, bias_init=init)
+            layer = Linear(fan_in, features, bias=True, rngs=rngs, init=torch_uniform(fan_in))
             setattr(self, f"linear_{i}", layer)
 
     def __call__(self, x: jax.Array) -> jax.Array:
