@@ -15,9 +15,9 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out], which `init` draws; by default N(0, 0.02) and 0.
+    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]. An adapter may be added, see `models.lora`.
 
-    An adapter may be added, see `models.lora`.
+    `init` draws both; by default kernels are N(0, 0.02) and biases 0.
     """
 
     lora: nnx.Module | None = None

@@ -200,16 +200,12 @@ def _adapters(
     model: LlavaConfig,
     layout: Layout,
     trainable: Collection[str],
-    backward: Mapping[str, float],
+    backward: Mapping[str, float],  # of "vision" and "llm", see above
     remat: str,
     passes: int,
 ) -> Part:
     """All adapters in one step: y = x W + s (x A) B. DoRA multiplies A by B in each pass, to measure the columns of
-    W + s A B, and computes x W again with dropout.
-
-    Args:
-      backward: of "vision" and "llm", the share of the layers that gradients of activations pass through.
-    """
+    W + s A B, and computes x W again with dropout."""
     lora, images = model.lora, layout.groups * layout.image_slots
     shapes, depths = abstract_params(model), _depths(model)
     tokens = {
