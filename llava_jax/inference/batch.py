@@ -27,7 +27,6 @@ class Running:
     """An answer in a slot."""
 
     answer: Answer
-    slot: int
     stream: AnswerStream
     prompt_hash: int
     matcher: Constraint | None = None  # of an answer with a constraint
@@ -62,18 +61,17 @@ class Batch:
     def __init__(self, programs: Programs, image_tokens: int, rows: int, tiles: int):
         self._programs, self._image_tokens = programs, image_tokens
         self._prefix_cache, self._tiles = PrefixCache(rows), LruIndex(tiles)
-        self._free = list(range(programs.slots))[::-1]
         self.running: list[Running] = []
 
     @property
     def full(self) -> bool:
-        return not self._free
+        return len(self.running) == self._programs.slots
 
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
         stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
         matcher = answer.sampling.constraint and answer.sampling.constraint.copy()
-        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens), matcher))
+        self.running.append(Running(answer, stream, prompt_hash(answer.prompt.tokens), matcher))
 
     def step(self) -> list[Answer]:
         """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended; an
@@ -200,7 +198,6 @@ class Batch:
         if running.row is not None:
             self._prefix_cache.update(running.row, running.cached)
             self._prefix_cache.release(running.row)
-        self._free.append(running.slot)
         self.running.remove(running)
         if error:
             running.answer.fail(error)
