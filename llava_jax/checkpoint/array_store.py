@@ -31,12 +31,12 @@ MAX_PENDING_BYTES = 2**29  # of writes that have not reached the disk; a larger 
 CHECKSUM = {"name": "crc32c"}  # the codec of Zarr that appends a CRC-32C to each chunk and verifies it when it is read
 
 
-_WITHOUT_CHECKSUM = tensorstore_utils._build_zarr3_metadata
+WITHOUT_CHECKSUM = tensorstore_utils._build_zarr3_metadata
 
 
 def _with_checksum(*args: Any, **options: Any) -> dict[str, Any]:
     """Adds `CHECKSUM` to the codecs of Orbax, whose own checksums cover the indices but not the data."""
-    array = _WITHOUT_CHECKSUM(*args, **options)
+    array = WITHOUT_CHECKSUM(*args, **options)
     for sharding in array["codecs"]:
         sharding["configuration"]["codecs"].append(CHECKSUM)
     return array
