@@ -58,9 +58,9 @@ class Running:
 class Batch:
     """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, image_tokens: int, rows: int, tiles: int):
-        self._programs, self._image_tokens = programs, image_tokens
-        self._prefix_cache, self._tiles = PrefixCache(rows), LruIndex(tiles)
+    def __init__(self, programs: Programs):
+        self._programs = programs
+        self._prefix_cache, self._tiles = PrefixCache(programs.rows), LruIndex(programs.images)
         self.running: list[Running] = []
 
     @property
@@ -121,7 +121,7 @@ class Batch:
 
     def _chunk(self, running: Running, length: int, size: int, rules: ScoreRules) -> PromptChunk:
         """The next `length` positions of a prompt, padded to `size`. Encodes the tiles that are not cached."""
-        patches, start = self._image_tokens, running.done
+        patches, start = self._programs.image_tokens, running.done
         tokens, features = np.zeros(size, np.int32), np.full(size, TEXT, np.int32)
         tokens[:length] = running.prompt.tokens[start : start + length]
         index = running.prompt.image_feature_index[start : start + length]

@@ -78,15 +78,14 @@ class Engine:
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
-        self._rows = slots + (slots // 2 if kept is None else kept)
         most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
-        self._images = max(images, (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles)  # those of a chunk
+        in_a_chunk = (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles
         self._programs = Programs(
             model,
             slots=slots,
-            rows=self._rows,
+            rows=slots + (slots // 2 if kept is None else kept),
             positions=self.context,
-            images=self._images,
+            images=max(images, in_a_chunk),
             stop_ids=prompts.stop_ids,
             int8=quantize == "int8",
             mesh=mesh,
@@ -103,7 +102,7 @@ class Engine:
         self._unprobed = False  # whether the sizes of dispatches are to be found out
         self._counts = collections.Counter()
         self._answer_seconds = 1.0  # a moving mean
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -197,7 +196,7 @@ class Engine:
 
     def clear_caches(self) -> None:
         """Empties the prefix cache and forgets the features of images. Only while nothing runs."""
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests. Finishes the accepted ones, or cancels them without `drain`; then returns."""
@@ -205,9 +204,6 @@ class Engine:
             self._closing, self._draining, self.ready = True, drain and self._draining, False
             self._changed.notify_all()
         self._thread.join()
-
-    def _new_batch(self) -> Batch:
-        return Batch(self._programs, self.config.image_tokens, self._rows, self._images)
 
     def _used(self) -> set[Adapter]:
         with self._changed:
@@ -227,7 +223,7 @@ class Engine:
                 left = list(self._waiting)
                 self._waiting.clear()
             for answer in left:
-                self._count(answer, failed=True)
+                self._count(answer)
                 answer.fail(EngineClosed("the engine broke down"))
 
     def _step(self) -> None:
@@ -236,7 +232,7 @@ class Engine:
                 self._probe()
             self._enter()
             for answer in self._batch.step():
-                self._count(answer, failed=answer.finish_reason is None)
+                self._count(answer)
         except Exception as error:  # raised by the device: its arrays cannot be trusted any more
             traceback.print_exception(error)
             self._fail(error)
@@ -270,9 +266,9 @@ class Engine:
             answer.finish("cancelled")
             self._count(answer)
 
-    def _count(self, answer: Answer, failed: bool = False) -> None:
+    def _count(self, answer: Answer) -> None:
         with self._changed:
-            outcome = "failed" if failed else "cancelled" if answer.finish_reason == "cancelled" else "finished"
+            outcome = {None: "failed", "cancelled": "cancelled"}.get(answer.finish_reason, "finished")
             self._counts[outcome] += 1
             self._counts["prompt_tokens"] += answer.prompt_tokens
             self._counts["prefix_tokens"] += answer.prefix_tokens
@@ -283,10 +279,10 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """Fails the running answers, and starts again with empty caches."""
         failed = [running.answer for running in self._batch.running]
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
         for answer in failed:
             failure = EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}")
             failure.__cause__ = error
-            self._count(answer, failed=True)
+            self._count(answer)
             answer.fail(failure)
         self._programs.reset()

@@ -75,7 +75,8 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots, self.positions, self.vocabulary = slots, -(-positions // BLOCK) * BLOCK, text.vocab_size
+        self.slots, self.rows, self.positions = slots, rows, -(-positions // BLOCK) * BLOCK
+        self.images, self.image_tokens, self.vocabulary = images, model.config.image_tokens, text.vocab_size
         self._weights, self._structure = jax.tree.flatten(model)
         self._compiled: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
@@ -87,7 +88,7 @@ class Programs:
         )
         self._check_memory(2 * text.num_layers, entries, mesh)
         cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
-        features_shape = (images, model.config.image_tokens, text.hidden_size)
+        features_shape = (images, self.image_tokens, text.hidden_size)
         features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
         image = np.zeros((model.config.vision.image_size, model.config.vision.image_size, 3), np.uint8)
         self._shapes = cache, features
