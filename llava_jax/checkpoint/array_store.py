@@ -60,9 +60,7 @@ class ArrayWriter:
             ocp.save(directory, {name: jnp.zeros((), array.dtype) for name, array in arrays.items()})
         self._stores = {name: _create(directory / TREE / name, name, array) for name, array in arrays.items()}
         self._left = {name: math.prod(array.shape) for name, array in arrays.items()}
-        self._pending: collections.deque[tuple[ts.WriteFutures, int]] = (
-            collections.deque()
-        )  # writes, each with its bytes
+        self._pending = collections.deque()  # writes that have not ended, each with its bytes
 
     def __enter__(self) -> "ArrayWriter":
         return self
