@@ -237,7 +237,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
         _require_shape(adapter, name, places[place].hf_shape(shapes[places[place].name].shape))
         held[place] = tensor
 
-    modules: dict[tuple[str, Entry], dict[str, str]] = {}  # of each stack, by leaf name
+    modules: dict[tuple[str, Entry], dict[str, Tensors]] = {}  # of each stack, by leaf name
     for module in adapter.layers:
         place = place_of(f"{module}.weight", ADAPTED)
         if module.rpartition(".")[2] in family_of(config.text).fused(config.text):
@@ -248,14 +248,14 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
         if not _is_linear(entry):
             raise UserError(f"{adapter.where}: adapts {module}, which works in the weights only; {_merge_it(adapter)}")
         _require_fit(adapter, module, entry.hf_shape(shapes[entry.name].shape))
-        modules.setdefault((place[0], entry), {})[place[1]] = module
+        modules.setdefault((place[0], entry), {})[place[1]] = adapter.layers[module]
     lora = _common_lora(adapter, config, {entry.name for _, entry in modules})
     for (part_name, entry), by_leaf in modules.items():
-        like = adapter.layers[next(iter(by_leaf.values()))]
+        like = next(iter(by_leaf.values()))
         for leaf in entry.leaves():
             if leaf not in by_leaf and lora.dora:
                 raise UserError(f"{adapter.where}: use_dora, but only some layers are adapted; {_merge_it(adapter)}")
-            tensors = adapter.layers[by_leaf[leaf]] if leaf in by_leaf else {k: _zeros(t) for k, t in like.items()}
+            tensors = by_leaf.get(leaf) or {name: _zeros(tensor) for name, tensor in like.items()}
             for name, _ in LORA.values():
                 if (kind := name.removesuffix(".weight")) in tensors:
                     held[part_name, f"{leaf.removesuffix('.weight')}.{name}"] = tensors[kind]
