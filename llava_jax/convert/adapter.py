@@ -287,9 +287,8 @@ def _common_lora(adapter: Adapter, config: LlavaConfig, kernels: set[str]) -> Lo
     if len(found) > 1:
         values = "; ".join(f"{lora.rank} and {lora.alpha:g} of {module}" for lora, module in [*found.items()][:2])
         raise UserError(f"{adapter.where}: r and lora_alpha differ ({values}); {_merge_it(adapter)}")
-    layers = [entry.name for entries in entries_of(config).values() for entry in entries if _is_linear(entry)]
-    layers = [name.removesuffix(".kernel") for name in layers]
-    adapted = [name for name in layers if f"{name}.kernel" in kernels]
+    linear = [entry.name for entries in entries_of(config).values() for entry in entries if _is_linear(entry)]
+    layers, adapted = ([name.removesuffix(".kernel") for name in linear if name in of] for of in (linear, kernels))
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in adapted))
     if [name for name in layers if is_target(name, targets)] != adapted:
         targets = tuple(adapted)

@@ -75,7 +75,8 @@ def has_identity(source: Source, config: LlavaConfig) -> bool:
 
 
 def check_tensors(config: LlavaConfig, *held: tuple[Path, Source, tuple[str, ...]]) -> None:
-    """Raises UserError that lists what is wrong with the tensors of these (path, source, parts)."""
+    """Raises UserError that lists what is wrong with the tensors of these (path, source, parts), or names a tied head
+    that is not the embeddings."""
     found = [(path, source.problems(config, parts)) for path, source, parts in held]
     if problems := [f"{path}: {'; '.join(problems)}" for path, problems in found if problems]:
         raise UserError("; ".join(problems))
