@@ -103,10 +103,7 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     refuse_contradiction(where, "--select-feature", options.select_feature, config.select_feature)
     linear = config.projector_type == "linear"  # stored as two layers, of which the second is the identity
     config = dataclasses.replace(
-        config,
-        projector_type="mlp2x_gelu" if linear else config.projector_type,
-        image_aspect=aspect,
-        **images.fields,
+        config, projector_type="mlp2x_gelu" if linear else config.projector_type, image_aspect=aspect, **images.fields
     )
     parts = ("llm", "head", "projector", "newline", "vision")
     check_tensors(config, (directory, source, parts))

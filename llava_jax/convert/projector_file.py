@@ -63,9 +63,7 @@ def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
         _add_tokens(directory, NEW_TOKENS[len(NEW_TOKENS) - added :], old.shape[0], file.path)
 
     return model._replace(
-        config=model.config | {"vocab_size": rows},
-        tensors=model.tensors | tensors,
-        write_tokenizer=write_tokenizer,
+        config=model.config | {"vocab_size": rows}, tensors=model.tensors | tensors, write_tokenizer=write_tokenizer
     )
 
 

@@ -67,11 +67,7 @@ def in_words_of_hf(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {words}") from None
 
 
-_WORDS = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-}
+_WORDS = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
 def check_generation(values: Json, where: str) -> Json:
