@@ -56,12 +56,8 @@ class Constraint:
 
 
 class Constraints:
-    """Compiles constraints for a model's tokenizer. For use from any thread.
-
-    Args:
-      prompts: of the model.
-      vocabulary: of the model, at least that of its tokenizer.
-    """
+    """Compiles constraints for a model's tokenizer, whose vocabulary may be smaller than the model's. For use from any
+    thread."""
 
     def __init__(self, prompts: PromptEncoder, vocabulary: int):
         self._prompts, self._vocabulary = prompts, vocabulary
