@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_jax.data.features import TEXT
 from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, TokenLogprob
-from llava_jax.inference.constraints import ConstraintFailed, Matcher
+from llava_jax.inference.constraints import Constraint, ConstraintFailed
 from llava_jax.inference.decoding import RowSampling, Sampled, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
 from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
@@ -27,10 +27,9 @@ class Running:
     """An answer in a slot."""
 
     answer: Answer
-    slot: int
     stream: AnswerStream
     prompt_hash: int
-    matcher: Matcher | None = None  # of an answer with a constraint
+    matcher: Constraint | None = None  # of an answer with a constraint
     row: int | None = None  # of the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
 
@@ -59,21 +58,20 @@ class Running:
 class Batch:
     """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, image_tokens: int, rows: int, tiles: int):
-        self._programs, self._image_tokens = programs, image_tokens
-        self._prefix_cache, self._tiles = PrefixCache(rows), LruIndex(tiles)
-        self._free = list(range(programs.slots))[::-1]
+    def __init__(self, programs: Programs):
+        self._programs = programs
+        self._prefix_cache, self._tiles = PrefixCache(programs.rows), LruIndex(programs.images)
         self.running: list[Running] = []
 
     @property
     def full(self) -> bool:
-        return not self._free
+        return len(self.running) == self._programs.slots
 
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
         stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
-        matcher = answer.sampling.constraint and answer.sampling.constraint.matcher()
-        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens), matcher))
+        matcher = answer.sampling.constraint and answer.sampling.constraint.copy()
+        self.running.append(Running(answer, stream, prompt_hash(answer.prompt.tokens), matcher))
 
     def step(self) -> list[Answer]:
         """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended; an
@@ -123,7 +121,7 @@ class Batch:
 
     def _chunk(self, running: Running, length: int, size: int, rules: ScoreRules) -> PromptChunk:
         """The next `length` positions of a prompt, padded to `size`. Encodes the tiles that are not cached."""
-        patches, start = self._image_tokens, running.done
+        patches, start = self._programs.image_tokens, running.done
         tokens, features = np.zeros(size, np.int32), np.full(size, TEXT, np.int32)
         tokens[:length] = running.prompt.tokens[start : start + length]
         index = running.prompt.image_feature_index[start : start + length]
@@ -200,7 +198,6 @@ class Batch:
         if running.row is not None:
             self._prefix_cache.update(running.row, running.cached)
             self._prefix_cache.release(running.row)
-        self._free.append(running.slot)
         self.running.remove(running)
         if error:
             running.answer.fail(error)

@@ -52,34 +52,22 @@ class PromptChunk(NamedTuple):
 class Programs:
     """The programs below compiled for a model, with the KV cache and the cached features of images.
 
-    Args:
-      model: its layers are rearranged for decoding.
-      slots, rows, images: B, C (at least B) and I; S is at least `positions`.
-      stop_ids: tokens that end answers.
-      int8: whether the decoder's weights are stored in eight bits, see `inference.quantization`.
-      mesh: over which the model's parameters are sharded.
-      adapters, adapter_rank: how many adapters, of which rank, there is room for, see `models.batched_lora`.
-
-    Attributes:
-      sizes: rows that a dispatch of `decode` may have; all slots, and after `find_sizes` also fewer.
-      no_rules: for so many rows, on the device.
-
     Raises `UserError` where the cache does not fit into memory.
     """
 
     def __init__(
         self,
-        model: Llava,
+        model: Llava,  # its layers are rearranged for decoding
         *,
-        slots: int,
-        rows: int,
-        positions: int,
-        images: int,
-        stop_ids: list[int],
-        int8: bool = False,
-        mesh: Mesh | None = None,
-        adapters: int = 0,
-        adapter_rank: int = 0,
+        slots: int,  # B
+        rows: int,  # C, at least B
+        positions: int,  # S, which is rounded up
+        images: int,  # I
+        stop_ids: list[int],  # tokens that end answers
+        int8: bool = False,  # whether the decoder's weights are stored in eight bits, see `inference.quantization`
+        mesh: Mesh | None = None,  # over which the model's parameters are sharded
+        adapters: int = 0,  # how many there is room for, see `models.batched_lora`
+        adapter_rank: int = 0,  # the largest that they may have
     ):
         text = model.config.text
         if adapters:
@@ -87,7 +75,8 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots, self.positions, self.vocabulary = slots, -(-positions // BLOCK) * BLOCK, text.vocab_size
+        self.slots, self.rows, self.positions = slots, rows, -(-positions // BLOCK) * BLOCK
+        self.images, self.image_tokens, self.vocabulary = images, model.config.image_tokens, text.vocab_size
         self._weights, self._structure = jax.tree.flatten(model)
         self._compiled: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
@@ -99,16 +88,16 @@ class Programs:
         )
         self._check_memory(2 * text.num_layers, entries, mesh)
         cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
-        features_shape = (images, model.config.image_tokens, text.hidden_size)
+        features_shape = (images, self.image_tokens, text.hidden_size)
         features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
         image = np.zeros((model.config.vision.image_size, model.config.vision.image_size, 3), np.uint8)
         self._shapes = cache, features
         self._stop_ids = np.array(stop_ids, np.int32)
 
         number, flag = np.int32(0), np.bool(False)
-        # Not committed to a device: the compiler chooses how they are sharded over a mesh.
-        self.sizes = [slots]
+        self.sizes = [slots]  # rows that a dispatch of `decode` may have; after `find_sizes` also fewer
         fewer = [size for size in ROWS if size < slots]
+        # For so many rows. Not committed to a device: the compiler chooses how they are sharded over a mesh.
         self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in {1, *fewer, slots}}
         # Each with its arguments after the model, of which the first is donated.
         self._programs: dict[str | int, tuple] = {

@@ -44,22 +44,13 @@ class ScoreRules(NamedTuple):
     def set(
         self,
         row: int,
-        sampling: Sampling,
-        prompt: np.ndarray,
-        is_text: np.ndarray,
-        answer: Sequence[int],
-        mask: np.ndarray | None,
+        sampling: Sampling,  # has the biases and penalties
+        prompt: np.ndarray,  # tokens int32[L]
+        is_text: np.ndarray,  # bool[L], false where an image is
+        answer: Sequence[int],  # the tokens that are generated so far
+        mask: np.ndarray | None,  # bits of the allowed tokens, uint32[V / 32]; None for all
     ) -> None:
-        """Sets the rules of a row.
-
-        Args:
-          row: of the arrays.
-          sampling: has the biases and penalties.
-          prompt: tokens int32[L].
-          is_text: bool[L], false where an image is.
-          answer: the tokens that are generated so far.
-          mask: bits of the allowed tokens, uint32[V / 32]; None for all.
-        """
+        """Sets the rules of a row of the arrays."""
         self.active[...] = True
         for number, (token, bias) in enumerate(sampling.logit_bias):
             self.biased[row, number], self.biases[row, number] = token, bias

@@ -331,7 +331,7 @@ class Failing:
     def __init__(self):
         self.calls = 0
 
-    def matcher(self) -> "Failing":
+    def copy(self) -> "Failing":
         return self
 
     def mask(self) -> np.ndarray | None:
