@@ -103,6 +103,7 @@ class Benchmark:
       fields: fields of a line that hold what is scored; the first one present counts.
       ids: a regular expression that all its question ids match. A submission refuses other ids.
       own_fields: fields that only answers to this benchmark have.
+      several_files: whether a submission may have several files of questions.
       judge: how a language model judges answers.
       reference: how a language model writes reference answers.
       score_commands: `score` commands with options of their own.
@@ -126,6 +127,7 @@ class Benchmark:
     fields: Sequence[str] = TEXTS
     ids = ""
     own_fields: Sequence[str] = ()
+    several_files = False
     judge: ModelTask | None = None
     reference: ModelTask | None = None
     score_commands: Sequence[ScoreCommand] = ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, check_asked, question_id
+from llava_jax.evaluate.answers import TEXTS, Answer, check_asked, question_id
 from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
@@ -15,7 +15,8 @@ from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
 
 VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
-REPLIES = ("content", "extraction", "review", "gpt4v_output_gpt_check")  # fields with what a judge said of an answer
+# Fields with what a judge said of an answer; `content` is last, since lmms-eval's logs have the judge's prompt in it.
+REPLIES = ("review", "extraction", "res", "extracted", "gpt4v_output_gpt_check", "content")
 Prompt = Callable[[Item], str]
 
 
@@ -75,6 +76,7 @@ class RuledBenchmark(Benchmark):
     prompts: Mapping[str, Prompt] = {}
     prompt = LMMS
     default_rule = OFFICIAL
+    several_files = True
     shares_images = False
     unscored: Sequence[str] = ()
     prediction = "prediction"
@@ -86,7 +88,7 @@ class RuledBenchmark(Benchmark):
         """The item in a row. Each benchmark has its own."""
         raise NotImplementedError
 
-    def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[str | bytes, ...]]]:
+    def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[files.Image, ...]]]:
         """The items of a file with their images, which are read on demand, or if they tell what is shared."""
         own = images or self.shares_images
         found = files.numbered(path, own)
@@ -94,7 +96,7 @@ class RuledBenchmark(Benchmark):
         if own and str(path).endswith((".tsv", ".xlsx")):
             found = list(found)
             by_index = {str(line.value.get("index")): str(line.value.get("image")) for _, line in found}
-        kept: dict[str, tuple[str | bytes, ...]] = {}  # equal images are in memory once
+        kept: dict[str, tuple[files.Image, ...]] = {}  # equal images are in memory once
         for number, line in found:
             item, shown = self.item(line, number), files.images(line.value, line.where, by_index) if own else ()
             if shown and (images or not item.cluster):
@@ -114,12 +116,18 @@ class RuledBenchmark(Benchmark):
         kinds = self._scored([item for item, _ in found])
         for item, images in found:
             if item.kind in kinds:
+                if not images and self.shows(item):
+                    raise UserError(f"{item.where}: has no image: is it a table of predictions, which lacks them?")
                 text = self.prompts[self.prompt](item)
                 shown, marked = self.placed(text, images)
                 extra = {"category": item.kind} if item.kind else {}
                 yield Question(item.id, text, shown, extra, marked)
 
-    def placed(self, text: str, images: tuple[str | bytes, ...]) -> tuple[tuple[str | bytes, ...], str]:
+    def shows(self, item: Item) -> bool:
+        """Whether a question is about an image, as all are but some of HallusionBench."""
+        return True
+
+    def placed(self, text: str, images: tuple[files.Image, ...]) -> tuple[tuple[files.Image, ...], str]:
         """The images that are shown with a prompt, and the prompt with `<image>`s if these are not at its beginning."""
         return images, ""
 
@@ -137,16 +145,22 @@ class RuledBenchmark(Benchmark):
         def name(ident: str, kind: str) -> str:
             return ident if len(of_id.get(ident, ())) < 2 else f"{kind} {ident}"
 
+        def named(line: Line) -> str:
+            ident, kind = self.answer_id(line), str(line.value.get("category", ""))
+            if len(known := of_id.get(ident, set())) > 1 and kind not in known:
+                sets = " or ".join(sorted(known))
+                raise UserError(f"{line.where}: question {ident} may be of {sets}: give the labels of one of them")
+            return name(ident, kind)
+
         rows = {item.number: item for item in entries if item.kind in kinds}
         by_row = len(rows) == sum(item.kind in kinds for item in entries)
 
         def key(line: Line) -> str:
             if "doc_id" in line.value and not any(field in line.value for field in (*files.IDS, "image")):
                 return self._of_row(line, rows if by_row else {}, name)
-            return name(self.answer_id(line), str(line.value.get("category", "")))
+            return named(line)
 
-        named = ((name(item.id, item.kind), item._replace(number=0), item.where) for item in entries)
-        items = once(((key, item._replace(where=""), where) for key, item, where in named),
+        items = once(((name(item.id, item.kind), item._replace(number=0, where=""), item.where) for item in entries),
                      "question {key} has another label before")  # fmt: skip
         replies = {key(line): str(files.first(line.value, *REPLIES)) for line in lines
                    if files.first(line.value, *REPLIES) is not None}  # fmt: skip
@@ -157,7 +171,7 @@ class RuledBenchmark(Benchmark):
 
     def _of_row(self, line: Line, rows: Mapping[int, Item], name: Callable[[str, str], str]) -> str:
         """The key of an answer of lmms-eval's log, which has the number of a row and the right answer (`target`)."""
-        item, target = rows.get(_number(line)), str(line.value.get("target", ""))
+        item, target = rows.get(_number(line)), self.target(line)
         if item is None:
             raise UserError(f"{line.where}: doc_id {line.value['doc_id']}: the labels have no such row")
         if target and item.answers and target.strip() not in {*item.answers, str(list(item.answers)), item.right[3:]}:
@@ -167,25 +181,37 @@ class RuledBenchmark(Benchmark):
             )
         return name(item.id, item.kind)
 
+    def target(self, line: Line) -> str:
+        """The right answer in a line of lmms-eval's log."""
+        return str(line.value.get("target", ""))
+
     def score(self, pairs: Pairs) -> Scores:
         return self.rules[self.default_rule].scores(self.default_rule, pairs)
 
     def groups(self, pairs: Pairs) -> Iterator[Group]:
         return groups_of(self.rules[self.default_rule], pairs)
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def handed_in(self, lines: Sequence[Line], own: str | Sequence[str]) -> dict[str, tuple[Item, Answer]]:
+        """The answers by question id, with their items in the benchmark's own files."""
+        own = [own] if isinstance(own, str) else own
+        found = self.read_labels(own, lines, ())
+        answers = found.answers(lines, self.fields)
+        check_asked(answers, found, ", ".join(own))
+        if len({found[key].id for key in answers}) < len(answers):
+            kinds = ", ".join(sorted({found[key].kind for key in answers}))
+            raise UserError(f"{', '.join(own)}: have several sets ({kinds}): hand in each by itself")
+        return {found[key].id: (found[key], answer) for key, answer in answers.items()}
+
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The rows of the benchmark's own file without images, with the answers, as VLMEvalKit reads them."""
         if own is None:
             raise UserError(
                 "--labels: the benchmark's own file is needed, since its rows are handed in with the answers"
             )
-        items = {item.id: item for item, _ in self.read(own)}
-        answers = by_key(lines, self.answer_id)
-        check_asked(answers, items, own)
         rows = [
-            {name: value for name, value in items[ident].more.items() if name not in files.IMAGES}
-            | {"index": items[ident].more.get("index", ident), self.prediction: answer.text or ""}
-            for ident, answer in answers.items()
+            {name: value for name, value in item.more.items() if name not in files.IMAGES}
+            | {"index": item.more.get("index", ident), self.prediction: answer.text or ""}
+            for ident, (item, answer) in self.handed_in(lines, own).items()
         ]
         return json.dumps(rows, ensure_ascii=False, default=str).encode() + b"\n"
 

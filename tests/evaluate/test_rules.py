@@ -9,8 +9,10 @@ import pytest
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import rule_options as options
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.comparison import bootstrap
+from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.intervals import wilson
 from tests.evaluate.test_suite import answer, jsonl, write
 
@@ -64,6 +66,48 @@ def test_letters_that_toolkits_read_differently(tmp_path: Path, capsys: pytest.C
             assert scored["score"] == explained["scores"][toolkit] == round(100 * right / len(rows), 2)
         assert scored["rule"].startswith(toolkit)
         assert {"by", "total", "failed", "unparsed"} < scored.keys()
+
+
+LETTERED = dict(zip("ABCD", OPTIONS, strict=True))
+
+
+@pytest.mark.parametrize("read,text,letter", [
+    (options.mmmu, "(A), no: (C). Or (A)", "A"),  # the last one
+    (options.mmmu, "A or B", "B"), (options.mmmu, "B.'", ""), (options.mmmu, "'B'.", "B"),  # marks in their order
+    (options.mmmu, "12 cm, not a red dog, I would say", "A"),  # the last option's text, of more than five words
+    (options.mmmu, "12 cm, it is", ""), (options.mmmu, "A: none of them, as far as I know", "D"),
+    (options.mmmu_pro, "Answer: A\nAnswer: (C)", "C"), (options.mmmu_pro, "Answer: A or C", "C"),
+    (options.mmmu_pro, "Answer: none. So A. B", "B"), (options.mmmu_pro, "I say C.D", "D"),
+    (options.mmmu_pro, "answer: BAD A.", "A"),
+])  # fmt: skip
+def test_options_as_the_authors_of_mmmu_read_them(read: Any, text: str, letter: str):
+    """By hand, from reading `parse_multi_choice_response` in eval/eval_utils.py and mmmu-pro/evaluate.py."""
+    assert read(text, LETTERED)[0] == letter
+
+
+@pytest.mark.parametrize("text,right", [
+    ("b", True), ("Both", True), ("(B)", True), ("Option B", True), ("The answer is b.", True), ("\nB", True),
+    (" the answer is (B)", False), ("The answer is:B", False), ("(", False), ("AB", False),
+])  # fmt: skip
+def test_mmstars_own_rule(text: str, right: bool):
+    """By hand, from reading its `MMStar_eval`."""
+    assert (options.mmstar(text, "B")[0] == "B") == right
+
+
+@pytest.mark.parametrize("kind,extraction,right,precision,equal", [
+    ("text", "(b) It is.", "Cat", None, True), ("text", "Ca", "Cat", None, True), ("text", "12", "Cat", None, True),
+    ("text", "E", "Cat", None, True), ("text", "b", "Cat", None, True),  # the first of the most similar texts
+    ("text", "", "Cat", None, False), ("integer", "4.9", "4", None, True), ("integer", "4 cm", "4", None, False),
+    ("float", "1.25", "1.2", 1.0, True), ("float", "1", "1.0", 1.0, True), ("float", "1.204", "1.2", 2.0, True),
+    ("list", "[1, 2]", "[1, 2]", None, True), ("list", "[1,2]", "[1, 2]", None, False),
+    ("list", " [1, 2]", "[1, 2]", None, False),
+])  # fmt: skip
+def test_extractions_as_the_authors_of_mathvista_score_them(kind, extraction, right, precision, equal):
+    """By hand, from reading `normalize_extracted_answer` and `safe_equal` in evaluation/calculate_score.py."""
+    shown = tuple(OPTIONS) if kind == "text" else ()
+    item = Item("1", "?", shown, (right,), kind="multi_choice" if shown else kind, more={"precision": precision},
+                reply=extraction)  # fmt: skip
+    assert BENCHMARKS["mathvista"].rules["official"].read("?", item).score == equal
 
 
 def test_mmstar_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -172,6 +216,8 @@ def test_wilder_needs_reviews(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lmms["score"] == 42.1  # 8 - 1 + 1 of 10 - 1 + 10
     with pytest.raises(UserError, match="--as vlmevalkit: LLaVA-Bench-Wilder has official, lmms-eval"):
         run(tmp_path, capsys, "wilder", rows, given, "--as", "vlmevalkit")
+    with pytest.raises(UserError, match="line 1: has no review, nor has any other answer: `judge wilder` writes them"):
+        run(tmp_path, capsys, "wilder", rows, dict.fromkeys(range(3), "a"))
 
 
 def test_mmmu_pro_is_the_mean_of_two_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
