@@ -8,7 +8,7 @@ from typing import Any
 from llava_jax.cli import Parser, UserError, say, short, warn
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.rules import Rule
-from llava_jax.evaluate.score import joined_answers
+from llava_jax.evaluate.score import read
 
 EPILOG = f"""example:
   python -m llava_jax.evaluate explain mmstar --answers answers.jsonl --labels MMStar.tsv --as official lmms-eval
@@ -32,9 +32,7 @@ def differences(rules: dict[str, Rule], pairs: Sequence[tuple[Any, Any]], names:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    benchmark, _, _, joined, names = joined_answers(
-        args.benchmark, args.answers, args.labels, args.questions, args.partial
-    )
+    benchmark, _, _, joined, names = read(args.benchmark, args.answers, args.labels, args.questions, args.partial)
     chosen = args.rules or list(benchmark.rules)
     scores = {}
     for name in chosen:

@@ -22,7 +22,7 @@ from llava_jax.cli import Parser, UserError, printable, say, track, warn
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
-from llava_jax.evaluate.score import score
+from llava_jax.evaluate.score import read
 from llava_jax.evaluate.tables import aligned
 from llava_jax.files.writing import atomic_file
 
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 SUITES = {
     "v1.5": (
-        Entry("vqav2", ("llava_vqav2_*.jsonl",), None, "test2015"),
+        Entry("vqav2", ("llava_vqav2_*test-dev2015.jsonl", "llava_vqav2_*.jsonl"), None, "test2015"),
         Entry("gqa", ("llava_gqa_*.jsonl",), ("**/testdev_balanced_questions.json",), "data/images", "accuracy"),
         Entry("vizwiz", ("llava_test.jsonl",), None, "test"),
         Entry("scienceqa", ("llava_test_CQM-A.json",), None, "images/test", "IMG",
@@ -69,8 +69,9 @@ SUITES = {
     "2026": (
         Entry("mmmu", ("*.tsv", "*/validation-*.parquet", "validation-*.parquet")), Entry("mmmu-pro"), Entry("mmstar"),
         Entry("ai2d"), Entry("chartqa", ("*.tsv", "*.parquet", "*/*.parquet", "test_*.json"), images="png"),
-        Entry("docvqa", ("*.tsv", "validation-*.parquet", "*/validation-*.parquet", "val_*.json")),
-        Entry("infovqa", ("*.tsv", "validation-*.parquet", "*/validation-*.parquet", "*val*.json")), Entry("ocrbench"),
+        Entry("docvqa", ("*.tsv", "validation-*.parquet", "DocVQA/validation-*.parquet", "val_*.json")),
+        Entry("infovqa", ("*.tsv", "validation-*.parquet", "InfographicVQA/validation-*.parquet", "*val*.json")),
+        Entry("ocrbench"),
         Entry("mathvista", ("*.tsv", "testmini-*.parquet", "*/testmini-*.parquet", "testmini.json")),
         Entry("realworldqa"), Entry("hallusionbench"), Entry("wilder", labels=None), Entry("pope", (
             "llava_pope_test.jsonl",), ("coco_pope_*.json", "coco/coco_pope_*.json"), "val2014", "f1"),
@@ -97,6 +98,8 @@ def look(entry: Entry, data: Path) -> Found:
     labels = questions if entry.labels == () else _files(folder, patterns)
     lacking = [] if questions else [" or ".join(entry.questions)]
     lacking += [] if labels or not patterns else [" or ".join(patterns)]
+    if questions and PurePath(questions[0]).suffix in (".json", ".jsonl") and not (folder / entry.images).is_dir():
+        lacking.append(f"folder {entry.images} of images")
     return Found(entry, folder, questions, labels, ", ".join(lacking) and f"{folder}: has no {', '.join(lacking)}")
 
 
@@ -123,10 +126,12 @@ def scores_of(found: Found, answers: Path, outcomes: Path) -> Iterator[dict[str,
         who = f"judge {benchmark.name}" if benchmark.judge else f"submission {benchmark.name}"
         yield {"benchmark": benchmark.name, "rule": "", "score": None, "note": f"answered; next: {who}"}
         return
+    asked = found.questions if entry.labels else []  # they have images' names for outcomes, and other ids
+    answered = None
     for rule in benchmark.rules or ("",):
         try:
-            asked = found.questions if entry.labels else []  # they have images' names for outcomes, and other ids
-            scores, results = score(benchmark.name, str(answers), found.labels, asked, rule=rule or None)
+            answered = answered or read(benchmark.name, str(answers), found.labels, asked)
+            scores, results = answered.score(rule or None)
         except UserError as error:  # such as a rule that needs another form of the labels
             yield {"benchmark": benchmark.name, "rule": rule, "score": None, "note": str(error)}
             continue
