@@ -4,7 +4,7 @@ scoring by toolkit. A subclass says how a row becomes an `Item`, and has the two
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from llava_jax.cli import UserError, short, warn
+from llava_jax.cli import UserError, warn
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import TEXTS, Answer, check_asked, question_id
 from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
@@ -13,6 +13,7 @@ from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
 from llava_jax.evaluate.lines import Line, once
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
+from llava_jax.evaluate.toolkit_rows import row_of
 
 VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
 # Fields with what a judge said of an answer; `content` is last, since lmms-eval's logs have the judge's prompt in it.
@@ -157,7 +158,8 @@ class RuledBenchmark(Benchmark):
 
         def key(line: Line) -> str:
             if "doc_id" in line.value and not any(field in line.value for field in (*files.IDS, "image")):
-                return self._of_row(line, rows if by_row else {}, name)
+                item = row_of(line, rows if by_row else {}, _right, self.target(line))
+                return name(item.id, item.kind)
             return named(line)
 
         items = once(((name(item.id, item.kind), item._replace(number=0, where=""), item.where) for item in entries),
@@ -169,21 +171,9 @@ class RuledBenchmark(Benchmark):
         found.skipped = frozenset(ident for ident, (item, _) in items.items() if item.kind not in kinds)
         return found
 
-    def _of_row(self, line: Line, rows: Mapping[int, Item], name: Callable[[str, str], str]) -> str:
-        """The key of an answer of lmms-eval's log, which has the number of a row and the right answer (`target`)."""
-        item, target = rows.get(_number(line)), self.target(line)
-        if item is None:
-            raise UserError(f"{line.where}: doc_id {line.value['doc_id']}: the labels have no such row")
-        if target and item.answers and target.strip() not in {*item.answers, str(list(item.answers)), item.right[3:]}:
-            raise UserError(
-                f"{line.where}: doc_id {line.value['doc_id']} has the right answer {short(target)!r}, but that row of "
-                f"the labels has {short(item.answers[0])!r}: they are of another version or in another order"
-            )
-        return name(item.id, item.kind)
-
     def target(self, line: Line) -> str:
         """The right answer in a line of lmms-eval's log."""
-        return str(line.value.get("target", ""))
+        return str(line.value.get("target") or "")
 
     def score(self, pairs: Pairs) -> Scores:
         return self.rules[self.default_rule].scores(self.default_rule, pairs)
@@ -216,11 +206,9 @@ class RuledBenchmark(Benchmark):
         return json.dumps(rows, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def _number(line: Line) -> int:
-    number = line.value["doc_id"]
-    if not str(number).isdecimal():
-        raise UserError(f"{line.where}: doc_id {short(str(number))} is no number of a row")
-    return int(number)
+def _right(item: Item) -> list[str]:
+    """What lmms-eval's logs may have as the right answer."""
+    return [*item.answers, str(list(item.answers)), item.right[3:]] if item.answers else []
 
 
 def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:
