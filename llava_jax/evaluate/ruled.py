@@ -4,16 +4,16 @@ scoring by toolkit. A subclass says how a row becomes an `Item`, and has the two
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from llava_jax.cli import UserError, warn
+from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import TEXTS, Answer, check_asked, question_id
+from llava_jax.evaluate.answers import Answer, check_asked, question_id
 from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
-from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
-from llava_jax.evaluate.toolkit_rows import row_of
+from llava_jax.evaluate.toolkit_rows import Row, labels_of, target_of
 
 VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
 # Fields with what a judge said of an answer; `content` is last, since lmms-eval's logs have the judge's prompt in it.
@@ -52,18 +52,6 @@ def short_answer(item: Item) -> str:
 
 
 CHOICE = {VLMEVAL: vlmevalkit_choice, VLMEVAL_API: vlmevalkit_api_choice}
-
-
-class _Labels(Labels):
-    """Labels of which some need no answer: those of `skipped` keys."""
-
-    skipped: frozenset[str] = frozenset()
-
-    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-        counted = [line for line in lines if self.key(line) not in self.skipped]
-        if len(counted) < len(lines):
-            warn(f"{lines[0].where}: {len(lines) - len(counted)} answers to questions that are not scored are left out")
-        return super().answers(counted, names)
 
 
 class RuledBenchmark(Benchmark):
@@ -137,43 +125,18 @@ class RuledBenchmark(Benchmark):
         return question_id(line)
 
     def labels(self, entries: Sequence[Item], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-        """By id; items of several kinds with the same id also by kind, which is the `category` of an answer."""
         kinds = self._scored(entries)
-        of_id: dict[str, set[str]] = {}
-        for item in entries:
-            of_id.setdefault(item.id, set()).add(item.kind)
-
-        def name(ident: str, kind: str) -> str:
-            return ident if len(of_id.get(ident, ())) < 2 else f"{kind} {ident}"
-
-        def named(line: Line) -> str:
-            ident, kind = self.answer_id(line), str(line.value.get("category", ""))
-            if len(known := of_id.get(ident, set())) > 1 and kind not in known:
-                sets = " or ".join(sorted(known))
-                raise UserError(f"{line.where}: question {ident} may be of {sets}: give the labels of one of them")
-            return name(ident, kind)
-
-        rows = {item.number: item for item in entries if item.kind in kinds}
-        by_row = len(rows) == sum(item.kind in kinds for item in entries)
-
-        def key(line: Line) -> str:
-            if "doc_id" in line.value and not any(field in line.value for field in (*files.IDS, "image")):
-                item = row_of(line, rows if by_row else {}, _right, self.target(line))
-                return name(item.id, item.kind)
-            return named(line)
-
-        items = once(((name(item.id, item.kind), item._replace(number=0, where=""), item.where) for item in entries),
-                     "question {key} has another label before")  # fmt: skip
-        replies = {key(line): str(files.first(line.value, *REPLIES)) for line in lines
-                   if files.first(line.value, *REPLIES) is not None}  # fmt: skip
-        found = _Labels({ident: item._replace(reply=replies.get(ident)) for ident, (item, _) in items.items()
-                         if item.kind in kinds}, key)  # fmt: skip
-        found.skipped = frozenset(ident for ident, (item, _) in items.items() if item.kind not in kinds)
-        return found
+        rows = [Row(item.id, (item._replace(number=0, where=""),), _right(item), item.number, item.kind, item.where)
+                for item in entries]  # fmt: skip
+        found = labels_of(rows, self.answer_id, self.target)
+        replies = {found.key(line): str(reply) for line in lines
+                   if (reply := files.first(line.value, *REPLIES)) is not None}  # fmt: skip
+        scored = {key: item._replace(reply=replies.get(key)) for key, item in found.items() if item.kind in kinds}
+        return Labels(scored, found.key, skipped=found.keys() - scored.keys())
 
     def target(self, line: Line) -> str:
         """The right answer in a line of lmms-eval's log."""
-        return str(line.value.get("target") or "")
+        return target_of(line)
 
     def score(self, pairs: Pairs) -> Scores:
         return self.rules[self.default_rule].scores(self.default_rule, pairs)

@@ -256,8 +256,8 @@ def test_the_release_benchmarks_by_other_rules(tmp_path: Path, capsys: pytest.Ca
 TABLES = {  # rows of VLMEvalKit's predictions, and the score by its rule
     "pope": ([{"index": 1, "category": "random,popular", "answer": "Yes", "prediction": "yes", "image_path": "1.jpg"},
               {"index": 2, "category": "random", "answer": "No", "prediction": "Yes.", "image_path": "1.jpg"}], 80.0),
-    "mme": ([{"index": i, "category": "OCR", "answer": right, "prediction": "yes", "image_path": "OCR/7.jpg"}
-             for i, right in enumerate(["Yes", "No"])], 50.0),
+    "mme": ([{"index": i, "category": "OCR", "answer": right, "prediction": "yes", "image_path": "OCR/7.jpg",
+              "question": f"{i}?"} for i, right in enumerate(["Yes", "No"])], 50.0),
     "textvqa": ([{"index": 1, "answer": str(["a"] * 10), "prediction": "A"},
                  {"index": 2, "answer": str(["b"] * 10), "prediction": "A"}], 50.0),
     "gqa": ([{"index": i, "answer": "red", "prediction": text} for i, text in enumerate(["Red", "Red."])], 50.0),
@@ -266,21 +266,22 @@ TABLES = {  # rows of VLMEvalKit's predictions, and the score by its rule
 
 @pytest.mark.parametrize("name", TABLES)
 def test_release_benchmarks_in_the_toolkits_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
-    """VLMEvalKit's predictions have the labels; lmms-eval's logs number the Hub's rows, whose ids repeat."""
+    """VLMEvalKit's predictions have the labels; lmms-eval's logs number the Hub's rows, whose ids may repeat."""
     rows, expected = TABLES[name]
     table, log = tmp_path / "llava.tsv", tmp_path / "log.jsonl"
     write(table, "\n".join("\t".join(map(str, row)) for row in [list(rows[0]), *map(list, map(dict.values, rows))]))
     parquet = tmp_path / "test-00000-of-00001.parquet"
     columns = [{column: cell for column, cell in row.items() if column not in ("index", "prediction")} for row in rows]
-    pq.write_table(pa.Table.from_pylist([row | {"question_id": "1"} for row in columns]), parquet)
-    target = {} if name == "textvqa" else {"target": rows[0]["answer"]}
-    lines = [{"doc_id": i, "resps": [row["prediction"]], "score": {"question_id": "1"}} for i, row in enumerate(rows)]
-    write(log, jsonl([lines[0] | target, lines[1]]))
+    repeats = name in ("pope", "mme")
+    ids = [{"question_id": "1" if repeats else str(i)} for i in range(len(rows))]
+    pq.write_table(pa.Table.from_pylist([row | ident for row, ident in zip(columns, ids, strict=True)]), parquet)
+    lines = [{"doc_id": i, "resps": [row["prediction"]], "score": ids[i]} for i, row in enumerate(rows)]
+    write(log, jsonl([lines[0] | {"target": rows[0]["answer"]}, lines[1]]))
     for answers, labels in ((table, table), (log, parquet)):
         evaluate.main(["score", name, f"--answers={answers}", f"--labels={labels}", "--json", "--as", "vlmevalkit"])
         scores = json.loads(capsys.readouterr().out)
         assert (scores["score"], scores["total"]) == (expected, 3 if name == "pope" else 2)
-    if target:
+    if repeats:
         write(log, jsonl([lines[0] | {"target": "other"}, lines[1]]))
         with pytest.raises(
             UserError, match="line 1: doc_id 0 has the right answer 'other', but that row of the labels"

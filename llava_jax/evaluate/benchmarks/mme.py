@@ -129,12 +129,16 @@ def _yes_or_no(answer: str, where: str) -> str:
 LABEL_FORMATS.add(LabelFormat("mme", "MME's folder", ("mme",), read))
 
 
-def _of_row(line: Line) -> tuple[list[Label], list[str]]:
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     right = files.text(line, "answer")
     image, category = files.text(line, "image_path", "question_id"), files.text(line, "category")
     if not any(category in names for names in PARTS.values()):
         raise UserError(f"{line.where}: its category {category} is none of MME's")
-    return [Label(category, PurePath(image).stem, _yes_or_no(right, line.where))], [right]
+    return (
+        [Label(category, PurePath(image).stem, _yes_or_no(right, line.where))],
+        [right],
+        str(line.value.get("question", "")),
+    )
 
 
 add_rows("mme", _of_row)

@@ -117,13 +117,17 @@ def _category(path: str) -> str:
 LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
 
 
-def _of_row(line: Line) -> tuple[list[Label], list[str]]:
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     """The samplings that a row is of are in one text."""
     answer, image = files.text(line, "answer"), files.first(line.value, "image_path", "image_source")
     if (right := answer.strip().lower()) not in ("yes", "no"):
         raise UserError(f"{line.where}: the answer is {answer}, neither yes nor no")
     samplings = str(line.value.get("category") or "").split(",")
-    return [Label(sampling.strip(), right == "yes", str(image or "")) for sampling in samplings], [answer]
+    return (
+        [Label(sampling.strip(), right == "yes", str(image or "")) for sampling in samplings],
+        [answer],
+        ",".join(samplings),
+    )
 
 
 add_rows("pope", _of_row)

@@ -102,11 +102,11 @@ def _soft(words: Callable[[str], str]) -> Callable[[str, Label], Reading]:
 LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
 
 
-def _of_row(line: Line) -> tuple[list[Label], list[str]]:
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     people = files.listing(files.first(line.value, "answers", "answer"))
     if not people:
         raise UserError(f"{line.where}: has no answers of people")
-    return [Label(tuple(people))], []
+    return [Label(tuple(people))], [], ""
 
 
 add_rows("textvqa", _of_row)

@@ -94,10 +94,10 @@ LABEL_FORMATS.add(LabelFormat("vizwiz", "the challenge's annotations", ("vizwiz"
 LABEL_FORMATS.add(LabelFormat("gqa", "GQA's questions with `answer`", ("gqa",), read_gqa))
 
 
-def _of_gqa_row(line: Line) -> tuple[list[Label], list[str]]:
+def _of_gqa_row(line: Line) -> tuple[list[Label], list[str], str]:
     right, types = files.text(line, "answer"), line.value.get("types")
     structure = types.get("structural") if isinstance(types, dict) else None
-    return [Label((right,), "" if structure is None else "open" if structure == "query" else "binary")], [right]
+    return [Label((right,), "" if structure is None else "open" if structure == "query" else "binary")], [right], ""
 
 
 add_rows("gqa", _of_gqa_row)
