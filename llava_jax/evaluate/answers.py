@@ -197,13 +197,18 @@ class Joined(NamedTuple):
 def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epath.PathLike) -> None:
     """Raises `UserError` for an answer to a question that is not in the benchmark's file `own`. Warns of questions
     without an answer."""
-    unknown = [ident for ident in answers if ident not in asked]
-    if unknown:
-        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
+    if unknown := _unknown(answers, asked):
+        where, named = unknown
+        raise UserError(f"{where}: {own} has no question {named}: are the answers to another benchmark?")
     missing = [ident for ident in asked if ident not in answers]
     if missing:
         warn(f"{len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first")
+
+
+def _unknown(answers: Mapping[str, Answer], known: Collection[str]) -> tuple[str, str] | None:
+    """Where the first answer with another id than these is, and what names it and the number of others."""
+    ids = [ident for ident in answers if ident not in known]
+    return (answers[ids[0]].where, ids[0] + f" (and {len(ids) - 1} more)" * (len(ids) > 1)) if ids else None
 
 
 def join(
@@ -215,14 +220,11 @@ def join(
     is None for a command without `--partial`.
     """
     advice = "all have to be answered, and no others" if partial is None else "--partial scores what is there"
-    unknown = [ident for ident in answers if ident not in labels]
     missing = [ident for ident in labels if ident not in answers]
     messages = []
-    if unknown:
-        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        messages.append(
-            f"{where}: question {unknown[0]}{more} has none of the {len(labels)} labels: are they of another version?"
-        )
+    if unknown := _unknown(answers, labels):
+        where, named = unknown
+        messages.append(f"{where}: question {named} has none of the {len(labels)} labels: are they of another version?")
     if missing:
         messages.append(f"{path}: has no answer to {len(missing)} of {len(labels)} questions, {missing[0]} the first")
     for message in messages:
@@ -232,7 +234,7 @@ def join(
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:
         raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")
-    counts = {"missing": len(missing), "unknown": len(unknown)}
+    counts = {"missing": len(missing), "unknown": len(answers.keys() - labels.keys())}
     return Joined(pairs, {name: count for name, count in counts.items() if count})
 
 

@@ -215,12 +215,11 @@ def write(output: Path, name: str, suite: str, rows: Sequence[dict[str, Any]]) -
 
 def main(argv: list[str] | None = None) -> None:
     args, of_predict = _parse(argv)
-    wanted = args.benchmarks or [entry.benchmark for entry in SUITES[args.suite]]
-    entries = [entry for entry in SUITES[args.suite] if entry.benchmark in wanted]
-    if unknown := set(wanted) - {entry.benchmark for entry in entries}:
-        known = ", ".join(entry.benchmark for entry in SUITES[args.suite])
+    entries = {entry.benchmark: entry for entry in SUITES[args.suite]}
+    if unknown := set(args.benchmarks or ()) - entries.keys():
+        known = ", ".join(entries)
         raise UserError(f"--benchmarks {min(unknown)}: is not in the table {args.suite}, which has {known}")
-    found = [look(entry, Path(args.data)) for entry in entries]
+    found = [look(entry, Path(args.data)) for name, entry in entries.items() if name in (args.benchmarks or entries)]
     there = [one for one in found if not one.missing]
     for one in found:
         if one.missing:
@@ -245,20 +244,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _predict(found: Found, answers: Path, options: Sequence[str]) -> None:
     images = found.folder / found.entry.images
-    command = [
-        sys.executable,
-        "-m",
-        "llava_jax.evaluate",
-        "predict",
-        found.entry.benchmark,
-        "--output",
-        str(answers),
-        "--images",
-        str(images if images.is_dir() else found.folder),
-        *options,
-        "--questions",
-        *found.questions,
-    ]
+    images = images if images.is_dir() else found.folder
+    command = [sys.executable, "-m", "llava_jax.evaluate", "predict", found.entry.benchmark, f"--output={answers}",
+               f"--images={images}", *options, "--questions", *found.questions]  # fmt: skip
     if code := subprocess.run(command, check=False).returncode:
         raise UserError(f"{found.entry.benchmark}: predict ended with status {code}; the same command resumes")
 
