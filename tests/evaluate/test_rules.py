@@ -178,6 +178,8 @@ def test_mathvista_with_and_without_a_judge(tmp_path: Path, capsys: pytest.Captu
     judged |= {"0": {"text": "?", "content": "eigth"}, "4": {"text": "?", "content": "[1, 2]"}}
     found = [run(tmp_path, capsys, "mathvista", MATH, judged, "--as", toolkit)["score"] for toolkit in TOOLKITS]
     assert found == [100.0, 80.0, 20.0]  # the option that is most similar, which VLMEvalKit does not look for
+    extracted = {ident: {"text": "?", "res": right} for ident, right in given.items()}  # as VLMEvalKit writes it
+    assert run(tmp_path, capsys, "mathvista", MATH, extracted, "--as", "vlmevalkit")["score"] == 40.0
 
 
 def illusion(figure: int, question: int, right: int, category: str = "VD") -> dict[str, Any]:
@@ -208,6 +210,11 @@ def test_hallusionbench(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert official["unparsed"] == 1
     judged = {ident: {"text": text, "content": "Incorrect."} for ident, text in given.items()}
     assert run(tmp_path, capsys, "hallusionbench", rows, judged)["score"] == 0.0
+    read = {ident: {"text": "It may be.", "extracted": "Yes"} for ident in given}  # by VLMEvalKit's judge
+    scores = [
+        run(tmp_path, capsys, "hallusionbench", rows, read, "--as", toolkit)["by"]["aAcc"] for toolkit in TOOLKITS
+    ]
+    assert scores == [50.0, 33.33, 33.33]
 
 
 def test_wilder_needs_reviews(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
