@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -172,7 +172,7 @@ def _leaves(file: "pq.ParquetFile") -> Iterator[tuple[str, bool]]:
         yield leaf.path, leaf.physical_type == "BYTE_ARRAY" and not text
 
 
-def open_file(path: Path) -> "pq.ParquetFile":
+def open_file(path: Path | IO[bytes]) -> "pq.ParquetFile":
     import pyarrow.parquet as pq  # takes a third of a second
 
     return pq.ParquetFile(path, memory_map=True, pre_buffer=False)

@@ -3,8 +3,11 @@ it."""
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from llava_jax.cli import UserError, one_line
 from llava_jax.data.parquet import Rows, open_file
@@ -43,7 +46,8 @@ def content(image: bytes | StoredImage) -> bytes:
 
 
 def row_count(path: str) -> int:
-    return _open(path).metadata.num_rows
+    """The number of rows; of a remote file only its end is read."""
+    return _open(path, lambda path: epath.Path(path).open("rb")).metadata.num_rows
 
 
 def parquet_rows(path: str, leave_out: tuple[str, ...] = ()) -> Iterator[Line]:
@@ -76,11 +80,12 @@ def _stored(path: str, column: str, row: int, cell: Any, place: int = 0) -> Any:
     return cell
 
 
-def _open(path: str) -> Any:
+def _open(path: str, local: Callable[[str], Any] = cache.local_file) -> Any:
     require_regular(path)
-    file = cache.local_file(path)
-    refuse_pointer_file(file)
+    refuse_pointer_file(Path(path))
     try:
-        return open_file(file)
+        return open_file(local(path))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow raises nearly anything on damaged files
         raise UserError(f"{path}: is no Parquet file: {one_line(str(error))}") from error
