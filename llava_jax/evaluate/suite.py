@@ -12,13 +12,14 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
 
-from llava_jax.cli import Parser, UserError, printable, say, track, warn
+from llava_jax.cli import Parser, UserError, printable, say, time_left, warn
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
@@ -231,7 +232,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     output, rows = Path(args.output), []
     output.mkdir(parents=True, exist_ok=True)
-    for one in track(there, f"benchmarks of {args.suite}", every=0.0):
+    begun = time.monotonic()
+    for done, one in enumerate(there):  # the bar of each `predict` has the terminal
+        left = f", {time_left((time.monotonic() - begun) / done * (len(there) - done))} left" if done else ""
+        say(f"{done + 1}/{len(there)}{left}: {one.entry.benchmark}", file=sys.stderr)
         answers = output / f"{one.entry.benchmark}.jsonl"
         _predict(one, answers, of_predict)
         if answers.exists():  # on other hosts than the first it may not be
