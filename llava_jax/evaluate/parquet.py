@@ -16,6 +16,7 @@ from llava_jax.files import cache
 from llava_jax.files.reading import refuse_pointer_file, require_regular
 
 ROWS = 64  # read at a time, images included
+MAX_OPEN = 8  # columns of files that a thread has open
 _OPENED = threading.local()
 
 
@@ -33,6 +34,8 @@ class StoredImage(NamedTuple):
         opened, name = _OPENED.__dict__, f"{self.column} {self.path}"
         try:
             if name not in opened:
+                if len(opened) >= MAX_OPEN:
+                    opened.pop(next(iter(opened)))  # the one that was opened first
                 opened[name] = Rows(cache.local_file(self.path), self.column)
             value = opened[name].read(self.row)[self.place]
         except Exception as error:  # pyarrow raises nearly anything on damaged files

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import parquet as stored
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.parquet import StoredImage, content, parquet_rows
 from llava_jax.evaluate.questions import Question, read_questions
@@ -118,6 +120,16 @@ def test_images_stay_in_parquet(tmp_path: Path):
     Path(file).write_bytes(b"PAR1")
     with pytest.raises(UserError, match="a.parquet: row 0: its image cannot be read"):
         first._replace(path=str(tmp_path / "../" / tmp_path.name / "a.parquet")).read()
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also if the questions are of the 30 files of MMMU."""
+    opened = types.SimpleNamespace()
+    monkeypatch.setattr(stored, "_OPENED", opened)
+    files = [parquet(tmp_path / f"{i}.parquet", [ai2d(RED if i % 2 else BLUE, "0")]) for i in range(20)]
+    images = [asked("ai2d", file)[0].images[0] for file in files]
+    assert [content(image) for image in (*images, *images)] == [BLUE, RED] * 20
+    assert len(vars(opened)) == stored.MAX_OPEN
 
 
 def test_several_images_and_official_files(tmp_path: Path):
