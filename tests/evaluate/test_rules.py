@@ -296,6 +296,15 @@ def test_release_benchmarks_in_the_toolkits_files(tmp_path: Path, capsys: pytest
             evaluate.main(["score", name, f"--answers={log}", f"--labels={parquet}"])
 
 
+@pytest.mark.parametrize("name,row", [
+    ("docvqa", {"questionId": "1", "question": "?"}), ("mathvista", MATH[1] | {"answer": "", "pid": "1"}),
+    ("mmmu", exam(1)[0] | {"id": "1", "answer": "?"}),
+])  # fmt: skip
+def test_test_sets_have_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, row: dict[str, Any]):
+    with pytest.raises(UserError, match="line 1: the right answer is not public: `submission` writes"):
+        run(tmp_path, capsys, name, [row], {"1": "B"})
+
+
 def test_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     low, high = wilson(8, 10)
     assert (round(low, 2), round(high, 2)) == (49.02, 94.33)  # as in Wilson's tables
