@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
 
 Pairs = Sequence[tuple[Answer, Any]]  # answers with their labels
 Scores = dict[str, Any]  # numbers by name; `by_...` holds those of categories

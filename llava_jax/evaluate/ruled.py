@@ -7,7 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, check_asked, question_id
-from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
+from llava_jax.evaluate.benchmark import (
+    LETTER,
+    LETTER_CN,
+    SHORT,
+    Benchmark,
+    Group,
+    Labels,
+    Pairs,
+    Scores,
+    groups_of,
+    register,
+)
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
 from llava_jax.evaluate.lines import Line
@@ -18,6 +29,7 @@ from llava_jax.evaluate.toolkit_rows import Row, labels_of, target_of
 VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
 # Fields with what a judge said of an answer; `content` is last, since lmms-eval's logs have the judge's prompt in it.
 REPLIES = ("review", "extraction", "res", "extracted", "gpt4v_output_gpt_check", "content")
+DIRECTLY = "Answer the question directly."
 Prompt = Callable[[Item], str]
 
 
@@ -32,7 +44,10 @@ def lettered(item: Item, form: str = "{}. {}") -> str:
 def vlmevalkit_choice(item: Item) -> str:
     """The prompt of VLMEvalKit's LLaVA class for questions with options."""
     hint = f"{item.more['hint']}\n" if item.more.get("hint") else ""
-    return f"{hint}{item.question}{lettered(item)}\n{LETTER if item.options else 'Answer the question directly.'}"
+    text = f"{hint}{item.question}{lettered(item)}"
+    chinese = any("\u4e00" <= mark <= "\u9fff" for mark in text)
+    asks = (LETTER_CN if chinese else LETTER) if item.options else ("请直接回答问题。" if chinese else DIRECTLY)
+    return f"{text}\n{asks}"
 
 
 def vlmevalkit_api_choice(item: Item) -> str:

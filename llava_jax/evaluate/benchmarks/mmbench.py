@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, by_key, check_asked, percent, percent_by, question_id
-from llava_jax.evaluate.benchmark import LETTER, Benchmark, Labels, groups_of, register
+from llava_jax.evaluate.benchmark import LETTER, LETTER_CN, Benchmark, Labels, groups_of, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
@@ -17,7 +17,6 @@ from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rul
 from llava_jax.evaluate.sheets import read_sheet, xlsx
 
 LETTERS = "ABCD"
-LETTER_CN = "请直接回答选项字母。"
 ROUND = 1_000_000  # rows whose index differs by a multiple of it are rotations of the same question
 PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
