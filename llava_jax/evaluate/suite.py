@@ -120,7 +120,8 @@ def scores_of(found: Found, answers: Path, outcomes: Path) -> Iterator[dict[str,
         parser = Parser(prog="score")
         command.add_arguments(parser)
         named = [part for name, pattern in entry.options.items() for part in (name, str(found.folder / pattern))]
-        scores, _ = command.score(parser.parse_args(["--answers", str(answers), *named]))
+        scores, results = command.score(parser.parse_args(["--answers", str(answers), *named]))
+        write_outcomes(outcomes / f"{benchmark.name}{SUFFIX}", results)
         yield _row(entry, "official", scores, scores.get(entry.headline))
         return
     if entry.labels is None:
@@ -243,6 +244,9 @@ def main(argv: list[str] | None = None) -> None:
             write(output, args.name, args.suite, rows)
     if rows:
         print(printable(aligned([row[:-1] for row in cells(rows)], left=2)))
+        for row in rows:
+            if row["score"] is None:
+                say(f"{row['benchmark']} {row['rule']}".rstrip() + f": {row['note']}")
         say(f"{output / 'README.md'}: {len(rows)} scores", file=sys.stderr)
 
 
