@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
-from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
+from llava_jax.evaluate.answers import TEXTS, Answer, percent, percent_by
+from llava_jax.evaluate.label_formats import Entry, LabelFormat, Labels, read_labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import ModelTask
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.toolkit_rows import Row, labels_of
 from llava_jax.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,29 +27,10 @@ if TYPE_CHECKING:
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
 
-Key = Callable[[Line], str]
 Pairs = Sequence[tuple[Answer, Any]]  # answers with their labels
 Scores = dict[str, Any]  # numbers by name; `by_...` holds those of categories
-
-
-class Labels(dict[str, Any]):
-    """Labels by key, and how to get the key of an answer from its line: by default it is the question's id.
-
-    `again` maps the keys of repeated questions to the key of the first one. If only the first one is answered, the
-    answer counts for all of them.
-    """
-
-    def __init__(self, labels: Mapping[str, Any], key: Key = question_id, again: Mapping[str, str] | None = None):
-        super().__init__(labels)
-        self.key = key
-        self.again = again or {}
-
-    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-        """The answers in lines, by key. Raises `UserError` for two different answers with the same key."""
-        answers = by_key(lines, self.key, names)
-        shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
-        return answers | shared
 
 
 class Group(NamedTuple):
@@ -103,6 +85,7 @@ class Benchmark:
       fields: fields of a line that hold what is scored; the first one present counts.
       ids: a regular expression that all its question ids match. A submission refuses other ids.
       own_fields: fields that only answers to this benchmark have.
+      several_files: whether a submission may have several files of questions.
       judge: how a language model judges answers.
       reference: how a language model writes reference answers.
       score_commands: `score` commands with options of their own.
@@ -126,6 +109,7 @@ class Benchmark:
     fields: Sequence[str] = TEXTS
     ids = ""
     own_fields: Sequence[str] = ()
+    several_files = False
     judge: ModelTask | None = None
     reference: ModelTask | None = None
     score_commands: Sequence[ScoreCommand] = ()
@@ -156,7 +140,9 @@ class Benchmark:
         self, paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question], form: LabelFormat | None = None
     ) -> Labels:
         """The labels in files, for these answers. `form` is the format of the files; by default they tell it."""
-        return self.labels([entry for path in paths for entry in read_labels(path, self.name, form)], lines, asked)
+        entries = [entry for path in paths for entry in read_labels(path, self.name, form)]
+        rows = [entry for entry in entries if isinstance(entry, Row)]
+        return labels_of(rows) if rows else self.labels(entries, lines, asked)
 
     def scored_as(self, name: str) -> "Benchmark":
         """The benchmark scored by a toolkit's rule. Raises `UserError` if there is none with this name."""
@@ -207,4 +193,5 @@ def register(benchmark: type[Benchmark]) -> type[Benchmark]:
 def by_kind(values: Sequence[tuple[str, float]]) -> Scores:
     """The scores of a benchmark whose questions are of several kinds, from (kind, accuracy of an answer)."""
     accuracy = percent(sum(value for _, value in values), len(values))
-    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
+    kinds = percent_by(sorted((kind, value) for kind, value in values if kind))
+    return {"accuracy": accuracy, "by_kind": kinds, "total": len(values)}

@@ -10,13 +10,15 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
+import PIL.Image
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError, say, short, warn
 from llava_jax.data.image_folder import folder_of, image_path
 from llava_jax.data.images import read_image
 from llava_jax.evaluate.answer_file import AnswerFile
+from llava_jax.evaluate.dataset_files import Image
+from llava_jax.evaluate.parquet import content
 from llava_jax.evaluate.questions import MARK, Question, system_turns
 from llava_jax.files.reading import refuse_pointer
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
@@ -102,13 +104,13 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
     return [*system, {"role": "user", "content": content}]
 
 
-def _data_url(image: str | bytes, folder: epath.PathLike) -> str:
-    data = image if isinstance(image, bytes) else read_image(image_path(folder, image))
+def _data_url(image: Image, folder: epath.PathLike) -> str:
+    data = read_image(image_path(folder, image)) if isinstance(image, str) else content(image)
     name = image if isinstance(image, str) else "in the file"
     refuse_pointer(data, f"image {name}")
     try:
-        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
-    except UnidentifiedImageError as error:
+        kind = PIL.Image.open(io.BytesIO(data)).get_format_mimetype()
+    except PIL.UnidentifiedImageError as error:
         raise UserError(f"image {name}: is no image that can be read") from error
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 

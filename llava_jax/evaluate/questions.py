@@ -15,7 +15,9 @@ from llava_jax.data.samples import Fault, image_names, parse_sample, record_valu
 from llava_jax.data.templates import IMAGE_TOKEN as MARK
 from llava_jax.data.unsupported import foreign_mark, unread_keys, unread_texts
 from llava_jax.evaluate.answers import is_lines, read_json
+from llava_jax.evaluate.dataset_files import Image
 from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.parquet import content
 
 Key = tuple[str, str, str, int]
 Read = TypeVar("Read")
@@ -30,7 +32,7 @@ class Question(NamedTuple):
 
     id: Any  # as it is in the file
     text: str
-    images: tuple[str | bytes, ...] = ()  # names relative to the folder of images, or the content of image files
+    images: tuple[Image, ...] = ()  # names relative to the folder of images, or the content of image files
     extra: dict[str, Any] = {}  # further fields of the answer's line
     marked_text: str = ""
     system: str = ""  # the system prompt; "" for the template's own
@@ -165,7 +167,7 @@ def read_images(question: Question, folder: epath.PathLike, read: Callable[[Any]
     """`read(image or path)` for each of the question's images. Its errors and those of names get the question's id."""
     try:
         return [
-            read(decode_image(image) if isinstance(image, bytes) else image_path(folder, image))
+            read(image_path(folder, image) if isinstance(image, str) else decode_image(content(image)))
             for image in question.images
         ]
     except UserError as error:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, percent, question_id
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
@@ -17,6 +18,7 @@ from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import yes_or_no
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
+from llava_jax.evaluate.toolkit_rows import add_rows
 
 SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 SAMPLINGS = ("adversarial", "popular", "random")
@@ -113,6 +115,22 @@ def _category(path: str) -> str:
 
 
 LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
+
+
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
+    """The samplings that a row is of are in one text."""
+    answer, image = files.text(line, "answer"), files.first(line.value, "image_path", "image_source")
+    if (right := answer.strip().lower()) not in ("yes", "no"):
+        raise UserError(f"{line.where}: the answer is {answer}, neither yes nor no")
+    samplings = str(line.value.get("category") or "").split(",")
+    return (
+        [Label(sampling.strip(), right == "yes", str(image or "")) for sampling in samplings],
+        [answer],
+        ",".join(samplings),
+    )
+
+
+add_rows("pope", _of_row)
 
 
 @register

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import PurePath
 
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import by_key, check_asked
+from llava_jax.evaluate.answers import by_key
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rule_texts import anls, contains, relaxed
@@ -72,11 +72,10 @@ class _Documents(RuledBenchmark):
         ident = str(files.first(row, "questionId", *files.IDS) or number)
         return files.item(line, number, id=ident, options=(), categories=kinds, cluster=page)
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The array that the challenge's server takes."""
-        answers = by_key(lines, self.answer_id)
-        if own:
-            check_asked(answers, {item.id: item for item, _ in self.read(own)}, own)
+        answers = by_key(lines, self.answer_id) if own is None else \
+            {ident: answer for ident, (_, answer) in self.handed_in(lines, own).items()}  # fmt: skip
         rows = [{"questionId": int(ident) if ident.isdecimal() else ident, "answer": answer.text or ""}
                 for ident, answer in answers.items()]  # fmt: skip
         return json.dumps(rows, ensure_ascii=False).encode() + b"\n"

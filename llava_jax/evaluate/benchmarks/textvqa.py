@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.benchmarks.vqa import Label
@@ -18,6 +19,7 @@ from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import vqa_words
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule, plain
+from llava_jax.evaluate.toolkit_rows import add_rows
 from llava_jax.evaluate.vqa_answers import soft_accuracy, submitted
 
 AMONG_TOKENS = re.compile(r"^OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
@@ -98,6 +100,16 @@ def _soft(words: Callable[[str], str]) -> Callable[[str, Label], Reading]:
 
 
 LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
+
+
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
+    people = files.listing(files.first(line.value, "answers", "answer"))
+    if not people:
+        raise UserError(f"{line.where}: has no answers of people")
+    return [Label(tuple(people))], [], ""
+
+
+add_rows("textvqa", _of_row)
 
 
 @register

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, register
 from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, listed
@@ -13,6 +14,7 @@ from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.rule_options import PUNCTUATION
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule, plain
+from llava_jax.evaluate.toolkit_rows import add_rows
 from llava_jax.evaluate.vqa_answers import official, soft_accuracy, submitted
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -90,6 +92,15 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
 LABEL_FORMATS.add(LabelFormat("vqav2", "the challenge's annotations", ("vqav2",), read_vqav2))
 LABEL_FORMATS.add(LabelFormat("vizwiz", "the challenge's annotations", ("vizwiz",), read_vizwiz))
 LABEL_FORMATS.add(LabelFormat("gqa", "GQA's questions with `answer`", ("gqa",), read_gqa))
+
+
+def _of_gqa_row(line: Line) -> tuple[list[Label], list[str], str]:
+    right, types = files.text(line, "answer"), line.value.get("types")
+    structure = types.get("structural") if isinstance(types, dict) else None
+    return [Label((right,), "" if structure is None else "open" if structure == "query" else "binary")], [right], ""
+
+
+add_rows("gqa", _of_gqa_row)
 
 
 @register
