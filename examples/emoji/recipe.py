@@ -147,7 +147,8 @@ def report(root: Path, summary: dict) -> str:
     return f"""
 {table(summary)}
 {summary["questions"]:,} questions after {summary["seconds"]["total"] / 60:.1f} minutes: {times}
-every answer with its image: {root}/report/report.html; some of them: {root}/emoji.png; everything as numbers: {root}/summary.json
+every answer with its image: {root}/report/report.html; some of them: {root}/emoji.png
+everything as numbers: {root}/summary.json
 
   {talk}
   {summary["chat"][ASK_NAME]}
