@@ -19,7 +19,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config.clip_norm = 1.0  # an untrained projector makes large gradients in a trained language model
     if stage == "pretrain":
         config.template = "plain"
-        config.max_length = 64
+        config.max_length = 56
         config.batch_rows = 16
         config.learning_rate = 5e-3
     elif stage == "finetune":

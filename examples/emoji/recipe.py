@@ -20,7 +20,7 @@ from llava_jax.files.writing import atomic_file
 ROOT, SHORT = Path("runs/emoji"), Path("runs/emoji-short")
 ANSWERS = {  # whose answers are scored, by file; the last is the assistant
     "frequent": "the most frequent answer",
-    "pixels": "nearest neighbour, 16 x 16 pixels",
+    "pixels": "nearest neighbour, 8 x 8 pixels",
     "clip": "the CLIP by itself, zero-shot",
     "assistant": "the assistant",
 }

@@ -103,11 +103,13 @@ def train(
     optimizer = muon(params, LEARNING_RATE, epochs * steps)
     state, began, shown = (params, optimizer.init(params)), time.monotonic(), 0.0
     order = random.Random(seed)
+    batches = epoch_of(drawings, order, steps, batch)
     for epoch in range(epochs):
-        pixels, numbers = epoch_of(drawings, order, steps, batch)
         seen = SEEN if epoch < epochs - epochs // 10 else 1.0
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), epoch), steps)
-        state, loss = run_epoch(optimizer, seen, state, texts, (pixels, numbers, keys))
+        state, loss = run_epoch(optimizer, seen, state, texts, (*batches, keys))
+        batches = epoch_of(drawings, order, steps, batch)  # while the epoch is computed
+        loss.block_until_ready()
         now = time.monotonic() - began
         if now - shown >= 10 or epoch + 1 == epochs:
             left = time_left(now / (epoch + 1) * (epochs - epoch - 1))
