@@ -88,17 +88,24 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def root(stored, tmp_path_factory):
-    """What the steps before the language model make."""
+    """Images, questions and conversations."""
     directory, made = stored
     root = tmp_path_factory.mktemp("root")
     with pytest.MonkeyPatch.context() as patch:
         use(patch, made)
-        patch.setattr(tower, "CONFIG", TINY)
-        patch.setattr(tower, "LAYERS", 2)
         data.main(["--root", str(root), "--packages", str(directory)])
         teacher.main(["--root", str(root)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def answered(root):
+    """With a tower, and the answers of the baselines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tower, "CONFIG", TINY)
+        patch.setattr(tower, "LAYERS", 2)
         tower.main(["--root", str(root), "--epochs", "30"])
-        baselines.main(["--root", str(root)])
+    baselines.main(["--root", str(root)])
     return root
 
 
@@ -247,17 +254,17 @@ def test_the_tower_that_transformers_loads_embeds_as_the_one_that_is_trained(roo
     assert 1e-3 < np.abs(some - expected).max() < 1
 
 
-def test_the_tower_learns_what_it_is_shown(root):
-    zero_shot = json.loads((root / "clip/zero_shot.json").read_text())
+def test_the_tower_learns_what_it_is_shown(answered):
+    zero_shot = json.loads((answered / "clip/zero_shot.json").read_text())
     assert np.mean([zero_shot[id][0] == name for id, name in zip(IDS, NAMES, strict=True)]) > 0.7
     assert set(zero_shot) == set(IDS) and {kind for _, kind in zero_shot.values()} <= set(KINDS.values())
 
 
-def test_baselines_answer_the_questions(root, tmp_path, capsys):
-    questions = str(root / "data/questions.jsonl")
+def test_baselines_answer_the_questions(answered, tmp_path, capsys):
+    questions = str(answered / "data/questions.jsonl")
     found = {}
     for name in ("frequent", "pixels", "clip"):
-        evaluate(["score", "exact", f"--answers={root}/answers/{name}.jsonl", "--labels", questions, "--json"])
+        evaluate(["score", "exact", f"--answers={answered}/answers/{name}.jsonl", "--labels", questions, "--json"])
         found[name] = json.loads(capsys.readouterr().out)
         assert found[name]["total"] == 3 * len(NAMES)
     assert found["frequent"]["by_category"] == {"kind": 42.86, "name": 14.29, "yes or no": 57.14}
@@ -316,12 +323,12 @@ def test_the_summary_is_a_table(outputs, tmp_path):
     assert "21 questions after 0.3 minutes" in shown and "Hot dog." in shown and lines[-1] in shown
 
 
-def test_the_gallery_shows_answers(root, tmp_path):
-    outcomes = root / "outcomes/assistant"
-    questions = str(root / "data/questions.jsonl")
-    evaluate(["score", "exact", f"--answers={root}/answers/pixels.jsonl", "--labels", questions,
+def test_the_gallery_shows_answers(answered, tmp_path):
+    outcomes = answered / "outcomes/assistant"
+    questions = str(answered / "data/questions.jsonl")
+    evaluate(["score", "exact", f"--answers={answered}/answers/pixels.jsonl", "--labels", questions,
               "--questions", questions, "--outcomes", f"{outcomes}/emoji.outcomes.jsonl"])  # fmt: skip
-    gallery.main(["--root", str(root), "--output", str(tmp_path / "emoji.png")])
+    gallery.main(["--root", str(answered), "--output", str(tmp_path / "emoji.png")])
     image = np.asarray(Image.open(tmp_path / "emoji.png").convert("RGB"))
     for colour in (gallery.RIGHT, COLOURS[0]):  # a text and an emoji
         rgb = Image.new("RGB", (1, 1), colour).getpixel((0, 0))

@@ -31,6 +31,7 @@ from examples.emoji.drawing import between, variation
 from llava_jax.cli import Parser, run, say, time_left
 from llava_jax.files.writing import atomic_file
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.execution import SINGLE
 from llava_jax.models.llava import Params, module_params, normalize
 from llava_jax.models.towers.clip import ClipVision, run_layers
 
@@ -189,7 +190,7 @@ def embed_images(params: Params, images: jax.Array, key: jax.Array | None = None
         patches_NPD = jnp.take_along_axis(patches_NPD, kept[..., None], axis=1)
     class_token = tower.class_token(N, patches_NPD.dtype) + positions[None, :1]
     tokens = tower.pre_layernorm(jnp.concatenate([class_token, patches_NPD], axis=1))
-    features_NPD = run_layers(tower.layers, tokens, LAYERS)[:, 1:]
+    features_NPD = run_layers(tower.layers, tokens, LAYERS, SINGLE)[:, 1:]
     features_NPD *= jax.lax.rsqrt(jnp.square(features_NPD).mean(-1, keepdims=True) + 1e-6)
     return unit(features_NPD @ params["projection.kernel"]).mean(1)
 
