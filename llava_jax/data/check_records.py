@@ -70,7 +70,7 @@ class CheckedRecords(Sequence[Sample]):
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
         """Reads the file; yields the problems of single records."""
-        for record in track(self._selected() if self.selected else scan(self.file, self.path), "reading samples"):
+        for record in self._selected() if self.selected else scan(self.file, self.path, show="reading samples"):
             self.unit, _, line = record.where.rpartition(" ")
             self.lines.append(int(line))
             self.starts.append(record.start)
@@ -83,7 +83,7 @@ class CheckedRecords(Sequence[Sample]):
     def _selected(self) -> Iterator[Record]:
         """The records of several files, with their indices in all of them."""
         self.records = _Records(self.selected)
-        for index in range(len(self.selected)):
+        for index in track(range(len(self.selected)), "reading samples"):
             yield self.selected.record(index)._replace(index=index)
 
     def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:

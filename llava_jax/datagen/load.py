@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 from PIL import ExifTags, Image
 
-from llava_jax.cli import UserError, short, track
+from llava_jax.cli import UserError, short
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import FORMATS
 from llava_jax.data.records import local_data, scan
@@ -71,7 +71,8 @@ def load(
         elif instances:
             raise UserError(f"{captions}: has its own boxes: do not give {instances}")
         else:
-            found = ((record.where, record_value(record)) for record in scan(files[captions], captions))
+            records = scan(files[captions], captions, show=f"reading contexts of {captions}")
+            found = ((record.where, record_value(record)) for record in records)
         left_out = _fill(ledger.db, found, captions, images, anywhere)
         ledger.db.execute("INSERT INTO contexts_of VALUES (?, ?)", [digests, json.dumps(left_out)])
     return left_out
@@ -83,7 +84,7 @@ def _fill(
     """Inserts contexts into the table. `found` yields the origin of each, for errors, and its record as in JSONL."""
     left_out: collections.Counter[str] = collections.Counter()
     number = 0
-    for where, record in track(found, f"reading contexts of {file}"):
+    for where, record in found:
         try:
             name, texts = record["image"], record["captions"]
             captions = make_captions([texts] if isinstance(texts, str) else texts)
@@ -195,7 +196,7 @@ def _coco_boxes(db: sqlite3.Connection, file: Path, name: str) -> None:
 def _items(file: Path, name: str, key: str) -> Iterator[tuple[str, Any]]:
     """The members of a list of a COCO file, and their places in it. Raises `UserError` if there are none."""
     number = -1
-    for number, item in enumerate(track(coco_items(file, name, key), f"reading {key} of {name}")):
+    for number, item in enumerate(coco_items(file, name, key, show=True)):
         yield f"{name}: {key}[{number}]", item
     if number < 0:
         raise UserError(f"{name}: holds no `{key}`: COCO's captions and instances were expected")
