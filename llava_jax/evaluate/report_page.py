@@ -33,7 +33,9 @@ def page(
 ) -> str:
     """The page, with at most `limit` questions and `MAX_CHARACTERS` of them; those on which the runs differ most come
     first. `images` is the folder of their images, or false for a page without images."""
-    assets = jinja2.PackageLoader("llava_jax.evaluate", "report_assets")
+    assets = jinja2.ChoiceLoader(
+        [jinja2.PackageLoader(*place) for place in (("llava_jax.evaluate", "report_assets"), ("llava_jax", "style"))]
+    )
     templates = jinja2.Environment(
         loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_bounded
     )
