@@ -15,6 +15,7 @@ from llava_jax.datagen.sunburst import arcs
 from llava_jax.evaluate import report_page
 from llava_jax.evaluate.comparison import Case, Interval, Row
 from llava_jax.evaluate.outcomes import Outcome
+from llava_jax.evaluate.suite import as_html
 
 PACKAGE = Path(llava_jax.__file__).parent
 BASE = (PACKAGE / "style/base.css").read_text()
@@ -124,7 +125,11 @@ def evaluation_report(directory: Path) -> str:
     return report_page.page(runs, [row], [case], {}, b"", None, 10)
 
 
-@pytest.mark.parametrize("make", [chat_page, data_report, evaluation_report])
+def suite_page(directory: Path) -> str:
+    return as_html("a: 2026", [{"benchmark": "quiz", "rule": "official", "score": 50.0}])
+
+
+@pytest.mark.parametrize("make", [chat_page, data_report, evaluation_report, suite_page])
 def test_pages_are_accessible(make, tmp_path):
     text = make(tmp_path)
     page = Page(text)

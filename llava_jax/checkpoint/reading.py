@@ -33,7 +33,7 @@ from llava_jax.checkpoint.format import (
     has_copy,
     read_description,
 )
-from llava_jax.cli import UserError, short
+from llava_jax.cli import UserError, short, track
 from llava_jax.files.reading import read_object
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, quantized
@@ -303,7 +303,8 @@ class Checkpoint:
         place = sharding or first_device
         stored, plain = self.abstract(), [name for name in wanted if name not in self._converted]
         params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), place(n)) for n in plain})
-        for linear in sorted({self._converted[name] for name in wanted.keys() & self._converted}):
+        linears = sorted({self._converted[name] for name in wanted.keys() & self._converted})
+        for linear in track(linears, "converting weights") if linears else ():
             params |= self._load_converted(linear, dtype, place)
         return {name: params[name] for name in wanted}
 
