@@ -60,8 +60,11 @@ class CheckedRecords(Sequence[Sample]):
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
         """Reads the file; yields the problems of single records."""
-        records = map(self.record, range(len(self.selected))) if self.selected else scan(self.file, self.path)
-        for record in track(records, "reading samples"):
+        if self.selected:
+            records = map(self.record, track(range(len(self.selected)), "reading samples"))
+        else:
+            records = scan(self.file, self.path, show="reading samples")
+        for record in records:
             self.unit, _, line = record.where.rpartition(" ")
             self.lines.append(int(line))
             self.starts.append(record.start)

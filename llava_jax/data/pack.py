@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.cli import Parser, UserError, positive, run, say, track
+from llava_jax.cli import Parser, UserError, narrowed, positive, run, say, track, wrapped
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.options import add_options, open_image_folder, read_model, text_encoder
@@ -128,17 +128,18 @@ def lines(lengths: Lengths, plans: list[Plan], samples_a_step: int) -> Iterator[
         f"{count:,} samples of {lengths.tokens.mean():.0f} tokens ({lengths.targets.mean():.0f} of them targets) and "
         f"{tiles.mean():.2f} image slots; {np.mean(tiles == 0):.1%} without images"
     )
-    yield (
+    table = [
         f"{'rows':<12}{'length':>7}{'group':>7}{'image slots':>13}{'label slots':>13}{'samples a row':>15}"
         f"{'positions used':>16}{'image slots used':>18}{'label slots used':>18}{'seconds':>9}"
-    )
+    ]
     for plan in plans:
-        yield (
+        table.append(
             f"{plan.kind:<12}{plan.row_length:>7}{plan.rows_per_group:>7}{plan.image_slots:>12}"
             f"{'*' if plan.best else ' '}{plan.label_slots:>13}{plan.samples_a_row:>15.2f}{plan.positions_used:>16.1%}"
             f"{plan.image_slots_used:>18.1%}{plan.label_slots_used:>18.1%}"
             f"{plan.seconds or '-':>9}"
         )
+    yield from narrowed(table, beside=12, cut=67)
     chosen = suggested(plans)
     step = flags(chosen, samples_a_step)
     rows = int(step.rpartition("=")[2])
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = suggested(found)
         report = {"samples": len(source), "plans": [asdict(plan) for plan in found], "suggested": asdict(chosen)}
         write_json(args.json_out, report)
-    say("\n".join(lines(lengths, found, args.samples_a_step)))
+    say(wrapped("\n".join(lines(lengths, found, args.samples_a_step))))
 
 
 def _numbers(text: str) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, short, track
+from llava_jax.cli import UserError, short
 from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.image_folder import image_path
@@ -119,7 +119,7 @@ def _index(path: epath.PathLike, lenient: bool, texts: Path | None) -> tuple[Rec
     index = cache.load(name)
     if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
-        for record in track(scan(file, path), f"reading {path}"):
+        for record in scan(file, path, show=f"reading {path}"):
             try:
                 digest.update(repr(parse_sample(record)).encode())
             except UserError:

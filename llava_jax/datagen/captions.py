@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from llava_jax.cli import Parser, UserError, say, track
+from llava_jax.cli import Parser, UserError, say
 from llava_jax.data.samples import conversation
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
@@ -31,7 +31,7 @@ def expand(caption: Caption, style: str, seed: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     count = 0
-    captions = track(read_captions(args.captions, args.keys, args.skip_bad), "expanding captions")
+    captions = read_captions(args.captions, args.keys, args.skip_bad, show="expanding captions")
     with atomic_list(args.output, lines=args.output.endswith(".jsonl")) as add:
         for caption in captions:
             add(json.dumps(expand(caption, args.style, args.seed), ensure_ascii=False).encode())

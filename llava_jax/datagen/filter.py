@@ -120,7 +120,7 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     method, extract = extractor(args.phrases, args.workers)
-    captions = track(read_captions(args.captions, args.keys, args.skip_bad), "counting noun phrases")
+    captions = read_captions(args.captions, args.keys, args.skip_bad, show="counting noun phrases")
     index = build_index(extract(caption.text for caption in captions))
     selected = select(index, args.least, args.most, args.seed)
     if not selected.any():

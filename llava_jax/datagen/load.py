@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.cli import UserError, short, track
+from llava_jax.cli import UserError, short
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import read_size
 from llava_jax.data.records import local_data, scan
@@ -69,7 +69,8 @@ def load(
         elif instances:
             raise UserError(f"{captions}: has its own boxes: do not give {instances}")
         else:
-            found = ((record.where, record_value(record)) for record in scan(files[captions], captions))
+            records = scan(files[captions], captions, show=f"reading contexts of {captions}")
+            found = ((record.where, record_value(record)) for record in records)
         left_out = _fill(ledger.db, found, captions, images, anywhere)
         ledger.db.execute("INSERT INTO contexts_of VALUES (?, ?)", [digests, json.dumps(left_out)])
     return left_out
@@ -81,7 +82,7 @@ def _fill(
     """Inserts contexts into the table. `found` yields the origin of each, for errors, and its record as in JSONL."""
     left_out: collections.Counter[str] = collections.Counter()
     number = 0
-    for where, record in track(found, f"reading contexts of {file}"):
+    for where, record in found:
         try:
             name, texts = record["image"], record["captions"]
             lines = (" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts))
@@ -180,7 +181,7 @@ def _each(file: Path, name: str, key: str, read: Callable[[dict[str, Any]], None
     """Reads the members of a list of a COCO file. Raises `UserError` if there are none, or naming one that is not as
     COCO has it."""
     number = -1
-    for number, item in enumerate(track(coco_items(file, name, key), f"reading {key} of {name}")):
+    for number, item in enumerate(coco_items(file, name, key, show=True)):
         try:
             read(item)
         except FAULTS as error:

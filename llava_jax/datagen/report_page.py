@@ -31,16 +31,18 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
       rejects: the number of rejects for each reason.
       browser: the data of `browser.js`: `entries`, `thumbnails` (data URIs by name), `groups` (names and sizes).
     """
-    assets = jinja2.PackageLoader("llava_jax.datagen", "report_assets")
+    assets = jinja2.ChoiceLoader(
+        [jinja2.PackageLoader(*place) for place in (("llava_jax.datagen", "report_assets"), ("llava_jax", "style"))]
+    )
     templates = jinja2.Environment(loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"shown": _shown, "short": short, "source_hash": _source_hash}
     templates.policies["json.dumps_kwargs"] = {}  # keys in their order
-    style, script = (assets.get_source(templates, name)[0] for name in ("style.css", "browser.js"))
+    base, own, script = (assets.get_source(templates, name)[0] for name in ("base.css", "style.css", "browser.js"))
     lengths = sorted(statistics.lengths.items())
     questions, first_words = statistics.questions, statistics.first_words
     return templates.get_template("report.html").render(
         title=title,
-        style=style,
+        style=base + own,
         script=script,
         facts=facts,
         rejects=[(reason, n, _share(n, rejects.total())) for reason, n in rejects.most_common(MAX_ROWS)],
