@@ -21,6 +21,7 @@ from llava_jax.data.selection import is_one_json, open_json
 from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
 MAX_ID = 500  # characters of an id in a line
+INTERLEAVED = "has text between the images of a turn, which are moved before it: image_position=as_is keeps them"
 
 
 class Problem(NamedTuple):
@@ -98,8 +99,7 @@ class CheckedRecords(Sequence[Sample]):
                     detail = f"`{text}` is not read, and no turn says the same"
                     yield Problem("key", ident, detail, record.index, warning=True)
                 if self.image_position != "as_is" and has_interleaved_images(sample.turns):
-                    detail = "has text between the images of a turn, which are moved before it: image_position=as_is "
-                    yield Problem("image-position", ident, f"{detail}keeps them", record.index, warning=True)
+                    yield Problem("image-position", ident, INTERLEAVED, record.index, warning=True)
         self.ids.append(key)
         self.contents.append(content)
 
@@ -121,6 +121,7 @@ class CheckedRecords(Sequence[Sample]):
             yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
 
     def record(self, index: int) -> Record:
+        """A record, with its index in all files or its line in the only one."""
         if self.selected:
             return self.selected.record(index)._replace(index=index)
         return Record(f"{self.unit} {self.lines[index]}", index, 0, 0, self.records[index])

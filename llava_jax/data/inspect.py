@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(misfit)
     samples = open_json(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
-    inside = any(isinstance(file.images, ParquetImages) for file in files_of(samples))
+    inside = any(isinstance(file.images, ParquetImages) for file, _ in files_of(samples))
 
     def shown(index: int) -> Shown:
         sample = samples[index]

@@ -119,13 +119,16 @@ def is_one_json(path: epath.PathLike) -> bool:
     return not is_yaml(path) and several(path) == [path] and not parquet_files(path)
 
 
-def files_of(source: Source) -> Iterator[Source]:
-    """The files that a source is of."""
+def files_of(source: Source) -> Iterator[tuple[Source, np.ndarray]]:
+    """The files that a source is of, and for each the indices in the source of the samples that are of it; int64[n]."""
     if isinstance(source, Joined):
-        for part in source.sources:
-            yield from files_of(part)
+        for part, start in zip(source.sources, source.starts, strict=False):
+            yield from ((file, start + indices) for file, indices in files_of(part))
+    elif isinstance(source, Subset):
+        for file, indices in files_of(source.source):
+            yield file, np.flatnonzero(np.isin(source.indices, indices))
     else:
-        yield from files_of(source.source) if isinstance(source, Subset) else (source,)
+        yield source, np.arange(len(source))
 
 
 def images_of(source: Source, folder: ImageFolder) -> ImageFolder | ParquetImages:
@@ -133,14 +136,13 @@ def images_of(source: Source, folder: ImageFolder) -> ImageFolder | ParquetImage
 
     Raises `UserError` if there are several such places.
     """
-    inside = {id(file.images): file.images for file in files_of(source) if isinstance(file.images, ParquetImages)}
-    if not inside:
-        return folder
-    if len(inside) > 1 or not all(isinstance(file.images, ParquetImages) for file in files_of(source)):
+    places = {id(file.images): file.images for file, _ in files_of(source)}.values()
+    inside = [place for place in places if isinstance(place, ParquetImages)]
+    if inside and len(places) > 1:
         raise UserError(
             "has images at several places: check or build each set by itself, and train on a mixture of them"
         )
-    return next(iter(inside.values()))
+    return inside[0] if inside else folder
 
 
 def is_yaml(path: epath.PathLike) -> bool:

@@ -94,9 +94,8 @@ def _load(directory: Path, files: dict[str, dict[str, Any]]) -> Tokenizer:
 
     model_file = directory / "tokenizer.model"
     config = files.get("tokenizer_config.json", {})
-    safe = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer.json" in files:
-        tokenizer = AutoTokenizer.from_pretrained(directory, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if isinstance(tokenizer, LlamaTokenizer):
             if config.get("legacy") is None:  # transformers 4 does what the file says, 5 ignores it
                 tokenizer.legacy = sentencepiece_model.begins_every_part(files["tokenizer.json"])
@@ -113,8 +112,11 @@ def _load(directory: Path, files: dict[str, dict[str, Any]]) -> Tokenizer:
         return tokenizer
     is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
     if not (is_llama and model_file.exists()):
-        return AutoTokenizer.from_pretrained(directory, **safe)
-    tokenizer = LlamaTokenizer.from_pretrained(directory, add_bos_token=config.get("add_bos_token", True), **safe)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    bos = config.get("add_bos_token", True)
+    tokenizer = LlamaTokenizer.from_pretrained(
+        directory, add_bos_token=bos, local_files_only=True, trust_remote_code=False
+    )
     sentencepiece_model.follow(sentencepiece_model.read_model(model_file), tokenizer, model_file)
     return tokenizer
 

@@ -117,7 +117,9 @@ def _boxes(record: Any, images: epath.PathLike) -> Iterator[Box]:
         return
     width, height = record.get("width"), record.get("height")
     if not (width and height):
-        width, height = read_size(image_path(images, record["image"]))
+        path = image_path(images, record["image"])
+        require_regular(path)
+        width, height = read_size(path)
     for box in boxes:
         if made := make_box(str(box["category"]), tuple(map(float, box["bbox"])), float(width), float(height)):
             yield made

@@ -56,7 +56,12 @@ def preflight(
 
 
 class _CallablePackage(ModuleType):
-    __call__ = staticmethod(preflight)
+    def __call__(
+        self, config: "ConfigDict | str | os.PathLike", target: str, *, memory_fraction: float | None = None
+    ) -> "Report":
+        return preflight(config, target, memory_fraction=memory_fraction)
+
+    __call__.__doc__ = preflight.__doc__
 
 
 sys.modules[__name__].__class__ = _CallablePackage
