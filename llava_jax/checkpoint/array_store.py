@@ -126,10 +126,7 @@ def read_chunks(array: ts.TensorStore) -> Iterator[tuple[tuple[slice, ...], np.n
     takes longer than the rest of an export.
     """
     shape, chunk = array.shape, array.chunk_layout.read_chunk.shape
-    axis = next((axis for axis in range(array.rank) if chunk[axis] < shape[axis]), None)
-    if axis is None:
-        yield (slice(None),) * array.rank, array.read().result()
-        return
+    axis = next((axis for axis in range(array.rank) if chunk[axis] < shape[axis]), 0)
     for start in range(0, shape[axis], chunk[axis]):
         index = [slice(None)] * array.rank
         index[axis] = slice(start, min(start + chunk[axis], shape[axis]))

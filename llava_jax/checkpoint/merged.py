@@ -32,9 +32,8 @@ def without_adapters(checkpoint: Checkpoint) -> Checkpoint:
 
 def _plain(adapted: Checkpoint, added: bool) -> "Merged":
     adapted.check()
-    fields = {field.name: getattr(adapted, field.name) for field in dataclasses.fields(adapted)}
-    model = dataclasses.replace(adapted.config, lora=None)
-    fields["description"] = dataclasses.replace(adapted.description, model=model)
+    plain = adapted.with_model(lora=None)
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return Merged(**fields, adapted=adapted, added=added)
 
 

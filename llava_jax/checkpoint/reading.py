@@ -62,7 +62,7 @@ class Held(NamedTuple):
         return self._replace(start=first, stop=max(first, last), offset=self.offset + first - self.start)
 
     def open(self) -> ts.TensorStore:
-        array = open_array(self.holder.weights / (self.holder.name or TREE), self.stored)
+        array = open_array(self.holder.weights / self.holder.name, self.stored)
         return array[self.offset : self.offset + self.stop - self.start][ts.d[0].translate_to[0]]
 
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
+    name: str  # of the weights inside it: `TREE`, which is all of an import, `ema` or `params`
     description: format.Description
     tokenizer_dir: epath.Path
     step: int | None = None
@@ -113,10 +113,7 @@ class Checkpoint:
     def stored(self) -> Shapes:
         """Names, shapes and types of the parameters in this checkpoint, without those of its sources."""
         with readable(self.weights):
-            if self.name is None:
-                metadata = ocp.metadata(self.weights).metadata
-            else:
-                metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
+            metadata = ocp.metadata(self.weights, self.name).metadata
             return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
 
     @functools.cached_property
@@ -304,7 +301,9 @@ class Checkpoint:
             tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
             here = {name for name in wanted.keys() & tree if self.rows(name) == [holder.own(name)]}
             if here:
-                loaded = holder._read(tree | {name: wanted[name] for name in here})
+                with readable(holder.weights):
+                    tree |= {name: wanted[name] for name in here}
+                    loaded = ocp.load(holder.weights, tree, checkpointable_name=holder.name)
                 params |= {name: loaded[name] for name in here}
         return {name: params[name] if name in params else self._read_rows(name, leaf) for name, leaf in wanted.items()}
 
@@ -330,12 +329,6 @@ class Checkpoint:
         if not _divides(target, stored.shape):
             target = everywhere
         return quantize(self._load_held({kernel: (stored.dtype, target)})[kernel], base_dtype, like)
-
-    def _read(self, tree: dict[str, Any]) -> Params:
-        with readable(self.weights):
-            if self.name is None:
-                return ocp.load(self.weights, tree)
-            return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
 
     def _read_rows(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """A parameter that no checkpoint stores as it is: some layers of a stack, or layers of several checkpoints."""
@@ -406,7 +399,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint{_other_steps(path)}")
     if (path / "params").exists() and (path / format.DESCRIPTION).exists():
-        return Checkpoint(path, path / "params", None, format.read_description(path), path / "tokenizer")
+        return Checkpoint(path, path / "params", TREE, format.read_description(path), path / "tokenizer")
     if (path / format.STEPS).exists():
         steps = format.finished_steps(path / format.STEPS)
         if not steps:

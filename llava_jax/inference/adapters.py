@@ -47,7 +47,7 @@ class UnknownAdapter(UserError):
     """There is no adapter of this name, or not any more."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Adapters:
     """The loaded adapters by name. For use from any thread."""
 

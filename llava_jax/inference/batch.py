@@ -169,8 +169,6 @@ class Batch:
         sampled = self._programs.decode(slots, steps, report)
         for slot, running in placed:
             ended += self._deliver(running, Sampled(*(x[slot] for x in sampled)))
-            if running.answer.finish_reason is None:
-                self._prefix_cache.update(running.row, running.cached)
         return ended
 
     def _deliver(self, running: Running, sampled: Sampled) -> list[Answer]:
@@ -190,13 +188,13 @@ class Batch:
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
+        self._prefix_cache.update(running.row, running.cached)
         running.answer.give(Piece("".join(texts), logprobs))
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
     def _end(self, running: Running, reason: str | None, error: EngineError | None = None) -> Answer:
         """Frees the slot. The row of the cache keeps its contents until it is needed."""
         if running.row is not None:
-            self._prefix_cache.update(running.row, running.cached)
             self._prefix_cache.release(running.row)
         self.running.remove(running)
         if error:
