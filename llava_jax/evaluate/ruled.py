@@ -17,10 +17,8 @@ from llava_jax.evaluate.benchmark import (
     Pairs,
     Scores,
     groups_of,
-    register,
 )
 from llava_jax.evaluate.dataset_files import LETTERS, Item
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
@@ -91,6 +89,9 @@ class RuledBenchmark(Benchmark):
     def item(self, line: Line, number: int) -> Item:
         """The item in a row. Each benchmark has its own."""
         raise NotImplementedError
+
+    def entries(self, path: str) -> list[Item]:
+        return [item for item, _ in self.read(path)]
 
     def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[files.Image, ...]]]:
         """The items of a file with their images, which are read on demand, or if they tell what is shared."""
@@ -187,13 +188,3 @@ class RuledBenchmark(Benchmark):
 def _right(item: Item) -> list[str]:
     """What lmms-eval's logs may have as the right answer."""
     return [*item.answers, str(list(item.answers)), item.right[3:]] if item.answers else []
-
-
-def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:
-    """Class decorator that adds a benchmark and the format of its files."""
-    register(benchmark)
-    one = benchmark()
-    LABEL_FORMATS.add(LabelFormat(
-        one.name, one.label_files, (one.name,), lambda path: [item for item, _ in one.read(path)]
-    ))  # fmt: skip
-    return benchmark

@@ -23,9 +23,11 @@ class Row(NamedTuple):
     where: str = ""
 
 
-def add_rows(benchmark: str, read: Callable[[Line], tuple[Sequence[Any], Collection[str], str]]) -> None:
-    """Adds the format of a benchmark's labels in such files. `read` gives the labels of a row, the right answers in it,
-    and its kind."""
+OfRow = Callable[[Line], tuple[Sequence[Any], Collection[str], str]]  # to the labels, right answers and kind of a row
+
+
+def add_rows(benchmark: str, read: OfRow) -> None:
+    """Adds the format of a benchmark's labels in such files."""
 
     def rows(path: str) -> Iterator[Row]:
         for number, line in files.numbered(path, images=False):

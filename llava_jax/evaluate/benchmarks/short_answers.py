@@ -7,10 +7,11 @@ from pathlib import PurePath
 
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import by_key
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rule_texts import anls, contains, relaxed
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, register_ruled, short_answer
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, short_answer
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule
 
 SHORT_ANSWER = {VLMEVAL: short_answer, VLMEVAL_API: short_answer}
@@ -28,7 +29,7 @@ def best(text: str, item: Item) -> Reading:
     return max((relaxed(text.strip(), one) for one in item.answers), key=lambda reading: reading.score)
 
 
-@register_ruled
+@register
 class ChartQa(RuledBenchmark):
     name, what = "chartqa", "ChartQA: relaxed accuracy, of human and of augmented questions"
     label_files = "the official `test_human.json` and `test_augmented.json`, the Hub's Parquet, VLMEvalKit's TSV"
@@ -81,14 +82,14 @@ class _Documents(RuledBenchmark):
         return json.dumps(rows, ensure_ascii=False).encode() + b"\n"
 
 
-@register_ruled
+@register
 class DocVqa(_Documents):
     name, what = "docvqa", "DocVQA: ANLS"
     label_files = "the challenge's JSON, the Hub's Parquet, VLMEvalKit's TSV"
     kinds, page = ("question_types",), ("ucsf_document_id", "ucsf_document_page_no")
 
 
-@register_ruled
+@register
 class InfoVqa(_Documents):
     name, what = "infovqa", "InfographicVQA: ANLS"
     label_files = DocVqa.label_files
@@ -108,7 +109,7 @@ def ocr(text: str, item: Item, formula: str, fold: bool = False) -> Reading:
                                                     item.more.get("dataset")), fold)  # fmt: skip
 
 
-@register_ruled
+@register
 class OcrBench(RuledBenchmark):
     name, what = "ocrbench", "OCRBench: the number of answers, of 1,000, that contain a right one"
     label_files = "the official `OCRBench.json`, the Hub's Parquet, VLMEvalKit's TSV"
