@@ -68,11 +68,13 @@ CHOICE = {VLMEVAL: vlmevalkit_choice, VLMEVAL_API: vlmevalkit_api_choice}
 
 
 class RuledBenchmark(Benchmark):
-    """Attributes:
-    prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
-    shares_images: whether several questions share an image that only its content identifies.
-    unscored: kinds of items that are neither asked nor scored, if there are others.
-    prediction: the field of a submission that has the answer.
+    """A benchmark that is asked and scored as several toolkits do it. A subclass has `item` and the tables.
+
+    Attributes:
+      prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
+      shares_images: whether several questions share an image that only its content identifies.
+      unscored: kinds of items that are neither asked nor scored, if there are others.
+      prediction: the field of a submission that has the answer.
     """
 
     prompts: Mapping[str, Prompt] = {}

@@ -58,7 +58,7 @@ def labels_of(
     for row in rows:
         kinds.setdefault(row.id, set()).add(row.kind)
     by_number = {row.number: row for row in rows}
-    if len(by_number) < len(rows):  # several files number their rows anew
+    if len(by_number) < len(rows):  # of several files
         by_number = {}
 
     def name(ident: str, kind: str) -> str:
@@ -91,6 +91,8 @@ def _numbered(line: Line, rows: Mapping[int, Row], target: str) -> tuple[str, st
     number = str(line.value["doc_id"])
     if not number.isdecimal():
         raise UserError(f"{line.where}: doc_id {short(number)} is no number of a row")
+    if not rows:
+        raise UserError(f"{line.where}: doc_id {number} may be of several files of labels: give one of them")
     if (row := rows.get(int(number))) is None:
         raise UserError(f"{line.where}: doc_id {number}: the labels have no such row")
     if target and row.right and target.strip() not in row.right:

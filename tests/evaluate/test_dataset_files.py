@@ -211,6 +211,10 @@ def test_logs_of_lmms_eval(tmp_path: Path):
     write(tmp_path / "samples_ai2d.jsonl", jsonl([LOGS[0] | {"doc_id": 5}]))
     with pytest.raises(UserError, match="line 1: doc_id 5: the labels have no such row"):
         score("ai2d", log, [rows], [])
+    charts = [write(tmp_path / f"test_{kind}.json", [{"imgname": "1.png", "query": "?", "label": "A"}])
+              for kind in ("human", "augmented")]  # fmt: skip
+    with pytest.raises(UserError, match="line 1: doc_id 5 may be of several files of labels: give one of them"):
+        score("chartqa", log, charts, [])
     inner = {"mmstar": {"question_id": 9, "l2_category": "x", "score": 1.0}}
     row = {"index": 9, "question": "?", "answer": "A", "category": "c", "l2_category": "x"}
     star = write(tmp_path / "star.json", [row])
