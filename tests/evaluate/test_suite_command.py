@@ -117,7 +117,7 @@ def test_the_judge_of_wilder_sees_the_image(tmp_path: Path):
     judged, _ = judge(tmp_path, "wilder", [answer("a", "A cat.")], labels, reply)
     assert judged[0]["content"] == "10 8\nFine."
     image, text = seen[0]
-    assert image["image_url"]["url"].startswith("data:image")
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert "[Assistant 1]\nA dog.\n\n[Assistant 2]\nA cat." in text["text"]
 
 
