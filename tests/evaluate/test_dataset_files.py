@@ -298,6 +298,11 @@ def test_errors_name_the_row(tmp_path: Path):
         asked("docvqa", write(tmp_path / "b.json", [{"answers": ["x"]}]))
     with pytest.raises(UserError, match="line 2: its image is neither base64 nor the name of an image: '!!'"):
         asked("ocrbench", tsv(tmp_path / "c.tsv", [{"index": 0, "image": "!!", "question": "?", "answer": "x"}]))
+    table = tsv(tmp_path / "AI2D_TEST.tsv", [{"index": 0, "question": "?", "A": "x", "B": "y", "answer": "A"}])
+    for name, message in (("mmstar", "has no l2_category or l2-category"), ("docvqa", "has options"),
+                          ("chartqa", "'AI2D_TEST.tsv: line 2' is no kind of ChartQA")):  # fmt: skip
+        with pytest.raises(UserError, match=f"line 2: {message}: is it a file of another benchmark"):
+            asked(name, table)
     with pytest.raises(UserError, match="is no Parquet file"):
         asked("ocrbench", write(tmp_path / "d.parquet", "x"))
     with pytest.raises(UserError, match="question 0: has no options: --as vlmevalkit needs VLMEvalKit's own table"):

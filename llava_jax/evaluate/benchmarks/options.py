@@ -47,10 +47,10 @@ class MmStar(RuledBenchmark):
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
-        row = line.value
-        categories = [str(files.first(row, name, name.replace("_", "-")) or "") for name in ("category", "l2_category")]
+        axis = files.text(line, "l2_category", "l2-category")
+        categories = (*filter(None, [str(line.value.get("category") or "")]), axis)
         answers = (files.text(line, "answer").strip().upper(),)
-        return files.item(line, number, answers=answers, categories=tuple(filter(None, categories)))
+        return files.item(line, number, answers=answers, categories=categories)
 
 
 def _with_options(item: Item) -> Item:
