@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
@@ -69,7 +70,7 @@ local model serves as well as any other: python -m llava_jax.serve."""
         cases = []
         for answer, item in joined.pairs:
             asked = answer.text is not None and item.reply is None and self.needs(answer.text, item)
-            messages = self._messages(answer.text or "", item, shown.get(item.id, ())) if asked else None
+            messages = partial(self._messages, answer.text, item, shown.get(item.id, ())) if asked else None
             cases.append(Case(item.id, messages, Asked(answer, item, line_at[answer.where])))
         return [cases], self.prompt
 
