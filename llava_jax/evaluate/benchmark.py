@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import TEXTS, Answer, percent, percent_by
-from llava_jax.evaluate.label_formats import Entry, LabelFormat, Labels, read_labels, unique
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, Labels, read_labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import ModelTask
 from llava_jax.evaluate.questions import Question
-from llava_jax.evaluate.toolkit_rows import Row, labels_of
+from llava_jax.evaluate.toolkit_rows import OfRow, Row, add_rows, labels_of
 from llava_jax.registry import Registry
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Benchmark:
     Attributes:
       name: on the command line and in file names.
       what: its title, a colon and its score, in a few words.
-      label_files: the files that its score needs, if these have no `LabelFormat`.
+      label_files: the files that its score needs, in a few words.
       suffix: text after each question, as in the v1.5 release.
       max_new_tokens: of an answer.
       fields: fields of a line that hold what is scored; the first one present counts.
@@ -94,6 +94,9 @@ class Benchmark:
       prompts: how toolkits ask, by name, for `predict --prompt`: item -> text.
 
     Methods that are None here are those that some benchmarks do not have:
+      entries: path -> the entries of one of the `label_files`. Other forms of labels are a `LabelFormat` each.
+      of_row: a row of the toolkits' files -> its labels, the right answers in it, and what tells it from other rows
+        with its id.
       questions: path -> the questions of a file in the benchmark's own format.
       score: answers with their labels -> scores.
       groups: answers with their labels -> those that are scored together, if not each by itself.
@@ -118,6 +121,8 @@ class Benchmark:
     prompts: Mapping[str, Callable[[Any], str]] = {}
     rule: "Rule | None" = None  # that `scored_as` chose
 
+    entries: Callable[[str], Iterable[Any]] | None = None
+    of_row: OfRow | None = None
     questions: Callable[[str], Iterable[Question]] | None = None
     score: Callable[[Pairs], Scores] | None = None
     groups: Callable[[Pairs], Iterable[Group]] | None = None
@@ -185,8 +190,12 @@ BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 
 
 def register(benchmark: type[Benchmark]) -> type[Benchmark]:
-    """Class decorator that adds a benchmark."""
-    BENCHMARKS.add(benchmark())
+    """Class decorator that adds a benchmark, and the formats of its labels."""
+    one = BENCHMARKS.add(benchmark())
+    if one.entries:
+        LABEL_FORMATS.add(LabelFormat(one.name, one.label_files, (one.name,), one.entries))
+    if one.of_row:
+        add_rows(one.name, one.of_row)
     return benchmark
 
 

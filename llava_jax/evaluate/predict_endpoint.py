@@ -2,25 +2,18 @@
 answer is paid for twice."""
 
 import argparse
-import base64
-import io
 import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-import PIL.Image
 from etils import epath
 
 from llava_jax.cli import UserError, say, short, warn
-from llava_jax.data.image_folder import folder_of, image_path
-from llava_jax.data.images import read_image
+from llava_jax.data.image_folder import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.dataset_files import Image
-from llava_jax.evaluate.parquet import content
-from llava_jax.evaluate.questions import MARK, Question, system_turns
-from llava_jax.files.reading import refuse_pointer
+from llava_jax.evaluate.questions import MARK, Question, data_url, system_turns
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
 
@@ -94,7 +87,7 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
     if not question.images:
         return [*system, {"role": "user", "content": question.text}]
     try:
-        urls = [_data_url(image, folder) for image in question.images]
+        urls = [data_url(image, folder) for image in question.images]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
@@ -102,17 +95,6 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
     parts = [{"type": "text", "text": text} if text else None for text in texts]
     content = [part for pair in zip_longest(parts, images) for part in pair if part]
     return [*system, {"role": "user", "content": content}]
-
-
-def _data_url(image: Image, folder: epath.PathLike) -> str:
-    data = read_image(image_path(folder, image)) if isinstance(image, str) else content(image)
-    name = image if isinstance(image, str) else "in the file"
-    refuse_pointer(data, f"image {name}")
-    try:
-        kind = PIL.Image.open(io.BytesIO(data)).get_format_mimetype()
-    except PIL.UnidentifiedImageError as error:
-        raise UserError(f"image {name}: is no image that can be read") from error
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _work(args: argparse.Namespace) -> Work:

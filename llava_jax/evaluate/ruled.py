@@ -17,10 +17,8 @@ from llava_jax.evaluate.benchmark import (
     Pairs,
     Scores,
     groups_of,
-    register,
 )
 from llava_jax.evaluate.dataset_files import LETTERS, Item
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
@@ -70,11 +68,13 @@ CHOICE = {VLMEVAL: vlmevalkit_choice, VLMEVAL_API: vlmevalkit_api_choice}
 
 
 class RuledBenchmark(Benchmark):
-    """Attributes:
-    prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
-    shares_images: whether several questions share an image that only its content identifies.
-    unscored: kinds of items that are neither asked nor scored, if there are others.
-    prediction: the field of a submission that has the answer.
+    """A benchmark that is asked and scored as several toolkits do it. A subclass has `item` and the tables.
+
+    Attributes:
+      prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
+      shares_images: whether several questions share an image that only its content identifies.
+      unscored: kinds of items that are neither asked nor scored, if there are others.
+      prediction: the field of a submission that has the answer.
     """
 
     prompts: Mapping[str, Prompt] = {}
@@ -91,6 +91,9 @@ class RuledBenchmark(Benchmark):
     def item(self, line: Line, number: int) -> Item:
         """The item in a row. Each benchmark has its own."""
         raise NotImplementedError
+
+    def entries(self, path: str) -> list[Item]:
+        return [item for item, _ in self.read(path)]
 
     def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[files.Image, ...]]]:
         """The items of a file with their images, which are read on demand, or if they tell what is shared."""
@@ -187,13 +190,3 @@ class RuledBenchmark(Benchmark):
 def _right(item: Item) -> list[str]:
     """What lmms-eval's logs may have as the right answer."""
     return [*item.answers, str(list(item.answers)), item.right[3:]] if item.answers else []
-
-
-def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:
-    """Class decorator that adds a benchmark and the format of its files."""
-    register(benchmark)
-    one = benchmark()
-    LABEL_FORMATS.add(LabelFormat(
-        one.name, one.label_files, (one.name,), lambda path: [item for item, _ in one.read(path)]
-    ))  # fmt: skip
-    return benchmark

@@ -1,8 +1,8 @@
 """A language model reads or grades the answers to a benchmark, where its toolkits have one do so."""
 
 import argparse
-import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
@@ -10,7 +10,7 @@ from llava_jax.evaluate.answers import Answer, answer_lines, join, refuse_questi
 from llava_jax.evaluate.dataset_files import Image, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import Case, ModelTask
-from llava_jax.evaluate.parquet import content
+from llava_jax.evaluate.questions import data_url
 from llava_jax.evaluate.rule_options import vlmevalkit
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ local model serves as well as any other: python -m llava_jax.serve."""
         cases = []
         for answer, item in joined.pairs:
             asked = answer.text is not None and item.reply is None and self.needs(answer.text, item)
-            messages = self._messages(answer.text or "", item, shown.get(item.id, ())) if asked else None
+            messages = partial(self._messages, answer.text, item, shown.get(item.id, ())) if asked else None
             cases.append(Case(item.id, messages, Asked(answer, item, line_at[answer.where])))
         return [cases], self.prompt
 
@@ -90,8 +90,7 @@ local model serves as well as any other: python -m llava_jax.serve."""
         )  # fmt: skip
         if not images:
             return [{"role": "user", "content": text}]
-        urls = [f"data:image;base64,{base64.b64encode(content(one)).decode()}" for one in images]
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
     def line(self, about: Asked, outcome: "Outcome | None", by: Mapping[str, str]) -> dict[str, Any]:

@@ -23,9 +23,11 @@ class Row(NamedTuple):
     where: str = ""
 
 
-def add_rows(benchmark: str, read: Callable[[Line], tuple[Sequence[Any], Collection[str], str]]) -> None:
-    """Adds the format of a benchmark's labels in such files. `read` gives the labels of a row, the right answers in it,
-    and its kind."""
+OfRow = Callable[[Line], tuple[Sequence[Any], Collection[str], str]]  # to the labels, right answers and kind of a row
+
+
+def add_rows(benchmark: str, read: OfRow) -> None:
+    """Adds the format of a benchmark's labels in such files."""
 
     def rows(path: str) -> Iterator[Row]:
         for number, line in files.numbered(path, images=False):
@@ -56,7 +58,7 @@ def labels_of(
     for row in rows:
         kinds.setdefault(row.id, set()).add(row.kind)
     by_number = {row.number: row for row in rows}
-    if len(by_number) < len(rows):  # several files number their rows anew
+    if len(by_number) < len(rows):  # of several files
         by_number = {}
 
     def name(ident: str, kind: str) -> str:
@@ -89,6 +91,8 @@ def _numbered(line: Line, rows: Mapping[int, Row], target: str) -> tuple[str, st
     number = str(line.value["doc_id"])
     if not number.isdecimal():
         raise UserError(f"{line.where}: doc_id {short(number)} is no number of a row")
+    if not rows:
+        raise UserError(f"{line.where}: doc_id {number} may be of several files of labels: give one of them")
     if (row := rows.get(int(number))) is None:
         raise UserError(f"{line.where}: doc_id {number}: the labels have no such row")
     if target and row.right and target.strip() not in row.right:

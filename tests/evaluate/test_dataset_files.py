@@ -211,6 +211,10 @@ def test_logs_of_lmms_eval(tmp_path: Path):
     write(tmp_path / "samples_ai2d.jsonl", jsonl([LOGS[0] | {"doc_id": 5}]))
     with pytest.raises(UserError, match="line 1: doc_id 5: the labels have no such row"):
         score("ai2d", log, [rows], [])
+    charts = [write(tmp_path / f"test_{kind}.json", [{"imgname": "1.png", "query": "?", "label": "A"}])
+              for kind in ("human", "augmented")]  # fmt: skip
+    with pytest.raises(UserError, match="line 1: doc_id 5 may be of several files of labels: give one of them"):
+        score("chartqa", log, charts, [])
     inner = {"mmstar": {"question_id": 9, "l2_category": "x", "score": 1.0}}
     row = {"index": 9, "question": "?", "answer": "A", "category": "c", "l2_category": "x"}
     star = write(tmp_path / "star.json", [row])
@@ -294,6 +298,11 @@ def test_errors_name_the_row(tmp_path: Path):
         asked("docvqa", write(tmp_path / "b.json", [{"answers": ["x"]}]))
     with pytest.raises(UserError, match="line 2: its image is neither base64 nor the name of an image: '!!'"):
         asked("ocrbench", tsv(tmp_path / "c.tsv", [{"index": 0, "image": "!!", "question": "?", "answer": "x"}]))
+    table = tsv(tmp_path / "AI2D_TEST.tsv", [{"index": 0, "question": "?", "A": "x", "B": "y", "answer": "A"}])
+    for name, message in (("mmstar", "has no l2_category or l2-category"), ("docvqa", "has options"),
+                          ("chartqa", "'AI2D_TEST.tsv: line 2' is no kind of ChartQA")):  # fmt: skip
+        with pytest.raises(UserError, match=f"line 2: {message}: is it a file of another benchmark"):
+            asked(name, table)
     with pytest.raises(UserError, match="is no Parquet file"):
         asked("ocrbench", write(tmp_path / "d.parquet", "x"))
     with pytest.raises(UserError, match="question 0: has no options: --as vlmevalkit needs VLMEvalKit's own table"):

@@ -131,7 +131,7 @@ ASKED = [
     ("mmmu", "mmmu/mmmu_val", EXAM), ("mmmu-pro", "mmmu_pro/mmmu_pro_standard", EXAM),
     ("mmmu", "mmmu/mmmu_val", EXAM | {"options": "[]", "question_type": "open"}),
     ("mmmu-pro", "mmmu_pro/mmmu_pro_vision", {"options": "['x', 'y']", "answer": "A"}),
-    ("mmstar", "mmstar/mmstar", {"question": " Which?\nOptions: A: x, B: y", "answer": "A"}),
+    ("mmstar", "mmstar/mmstar", {"question": " Which?\nOptions: A: x, B: y", "answer": "A", "l2_category": "c"}),
     ("ai2d", "ai2d/ai2d", {"question": "Which?", "options": ["x", "y"], "answer": "1"}),
     ("chartqa", "chartqa/chartqa", {"question": "How many?", "answer": "1", "type": "human_test"}),
     ("docvqa", "docvqa/docvqa_val", {"question": "Who?", "answers": ["x"], "questionId": "1"}),

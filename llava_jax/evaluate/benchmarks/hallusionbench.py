@@ -4,10 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from llava_jax.evaluate import dataset_files as files
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rule_texts import yes_or_no
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, register_ruled
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 
@@ -92,7 +93,7 @@ def vlmevalkit_terms(cases: Sequence[Case]) -> Iterable[Term]:
         )
 
 
-@register_ruled
+@register
 class HallusionBench(RuledBenchmark):
     name, what = "hallusionbench", "HallusionBench: right answers, figures and questions"
     label_files = "the official `HallusionBench.json`, the Hub's Parquet, VLMEvalKit's TSV"

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import TEXTS, by_key
-from llava_jax.evaluate.benchmark import LETTER
+from llava_jax.evaluate.benchmark import LETTER, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_options import alone, vlmevalkit
 from llava_jax.evaluate.rule_texts import distance
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, lettered, register_ruled
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, lettered
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule
 
@@ -159,7 +159,7 @@ PROMPT = (
 WITHOUT = "without a judge's replies only the option or the number alone is read"
 
 
-@register_ruled
+@register
 class MathVista(RuledBenchmark):
     name, what = "mathvista", "MathVista: right options and numbers, extracted by a judge"
     label_files = "the official `testmini.json`, the Hub's Parquet, VLMEvalKit's TSV"

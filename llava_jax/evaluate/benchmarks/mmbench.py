@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, by_key, check_asked, percent, percent_by, question_id
 from llava_jax.evaluate.benchmark import LETTER, LETTER_CN, Benchmark, Labels, groups_of, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, unique
+from llava_jax.evaluate.label_formats import field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_options import mmbench_lmms, vlmevalkit
@@ -131,12 +131,10 @@ def _decoded(image: str, where: str) -> bytes:
         raise UserError(f"{where}: its image is no base64") from error
 
 
-LABEL_FORMATS.add(LabelFormat("mmbench", "MMBench's table with `answer`", ("mmbench", "mmbench-cn"), read))
-
-
 @register
 class MMBench(Benchmark):
     name, what = "mmbench", "MMBench: right in all rotations of the options"
+    label_files, entries = "MMBench's table with `answer`", staticmethod(read)
     suffix = LETTER
     own_fields = ("round_id",)
     rules = RULES

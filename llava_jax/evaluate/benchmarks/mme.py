@@ -11,12 +11,11 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, by_key, check_asked
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Group, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
+from llava_jax.evaluate.label_formats import unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import yes_or_no
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
-from llava_jax.evaluate.toolkit_rows import add_rows
 
 PARTS = {
     "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
@@ -126,9 +125,6 @@ def _yes_or_no(answer: str, where: str) -> str:
     return answer
 
 
-LABEL_FORMATS.add(LabelFormat("mme", "MME's folder", ("mme",), read))
-
-
 def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     right = files.text(line, "answer")
     image, category = files.text(line, "image_path", "question_id"), files.text(line, "category")
@@ -141,12 +137,10 @@ def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     )
 
 
-add_rows("mme", _of_row)
-
-
 @register
 class Mme(Benchmark):
     name, what = "mme", "MME: perception and cognition, accuracy and accuracy+"
+    label_files, entries, of_row = "MME's folder", staticmethod(read), staticmethod(_of_row)
     suffix = SHORT
     rules = {
         OFFICIAL: _rule("yes or no in the first four characters", read_answer, ("perception",)),

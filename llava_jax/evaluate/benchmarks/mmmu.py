@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate import rule_options as read
-from llava_jax.evaluate.benchmark import LETTER, SHORT
+from llava_jax.evaluate.benchmark import LETTER, SHORT, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.matching import UNREAD, chosen, matched
 from llava_jax.evaluate.rule_texts import mmmu_open
-from llava_jax.evaluate.ruled import CHOICE, VLMEVAL_API, RuledBenchmark, lettered, register_ruled
+from llava_jax.evaluate.ruled import CHOICE, VLMEVAL_API, RuledBenchmark, lettered
 from llava_jax.evaluate.ruled_judge import matcher
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term, each
 
@@ -103,7 +103,7 @@ def _official_prompt(item: Item) -> str:
     return f"{item.question}\n\n{options}\n\n{LETTER}" if item.options else f"{item.question}\n\n{SHORT}"
 
 
-@register_ruled
+@register
 class Mmmu(_Exam):
     name, what = "mmmu", "MMMU: right answers to questions of 30 subjects"
     label_files = "the Hub's Parquet (one file for each subject or all), VLMEvalKit's TSV"
@@ -166,7 +166,7 @@ def _pro_vlmevalkit(item: Item) -> str:
     return f"Question: {item.question}\nOptions:{lettered(item)}\n{direct}"
 
 
-@register_ruled
+@register
 class MmmuPro(_Exam):
     name, what = "mmmu-pro", "MMMU-Pro: right options, the mean of the standard and the vision set"
     label_files = "the Hub's Parquet of one set or several, VLMEvalKit's TSV"

@@ -13,12 +13,11 @@ from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, percent, question_id
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
+from llava_jax.evaluate.label_formats import Entry, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import yes_or_no
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
-from llava_jax.evaluate.toolkit_rows import add_rows
 
 SHARES = ("f1", "accuracy", "precision", "recall", "yes_ratio")
 SAMPLINGS = ("adversarial", "popular", "random")
@@ -114,9 +113,6 @@ def _category(path: str) -> str:
     return PurePath(path).stem.removeprefix(PREFIX)
 
 
-LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
-
-
 def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     """The samplings that a row is of are in one text."""
     answer, image = files.text(line, "answer"), files.first(line.value, "image_path", "image_source")
@@ -130,12 +126,10 @@ def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
     )
 
 
-add_rows("pope", _of_row)
-
-
 @register
 class Pope(Benchmark):
     name, what = "pope", "POPE: F1 of yes, over three samplings"
+    label_files, entries, of_row = "`coco_pope_*.json`", staticmethod(read), staticmethod(_of_row)
     suffix = SHORT
     rules = {
         OFFICIAL: Rule("mean of F1 over the samplings; yes unless the first sentence has no or not", official,

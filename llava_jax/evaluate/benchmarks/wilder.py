@@ -5,10 +5,11 @@ from functools import partial
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import parse_scores
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.ruled import RuledBenchmark, bare, register_ruled
+from llava_jax.evaluate.ruled import RuledBenchmark, bare
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, Case, Reading, Rule, Term
 
@@ -45,7 +46,7 @@ def terms(
         yield Term(case.label.id, (case,), model, reference, "", case.label.categories, case.label.cluster)
 
 
-@register_ruled
+@register
 class Wilder(RuledBenchmark):
     name, what = "wilder", "LLaVA-Bench-Wilder: scores by a judge, relative to the reference"
     label_files = "the Hub's Parquet"
