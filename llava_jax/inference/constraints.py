@@ -14,6 +14,7 @@ import numpy as np
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import EngineError
 from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import WORD
 
 MAX_CHARACTERS = 256 << 10  # of a schema, a grammar or all choices
 MAX_REGEX = 4096  # characters
@@ -44,6 +45,7 @@ class Constraint:
     def __init__(self, tokens: Any, grammar: str, what: str):
         import llguidance
 
+        self._words = -(-tokens.vocab_size // WORD)
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         self._matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
         if self._matcher.is_error():
@@ -51,24 +53,34 @@ class Constraint:
 
     def matcher(self) -> "Matcher":
         """For one answer."""
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._words)
 
 
 class Matcher:
-    """The constraint of one answer, token by token."""
+    """The constraint of one answer, token by token; `words` is the length of a mask."""
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def __init__(self, matcher: Any, words: int):
+        self._matcher, self._words, self._mask = matcher, words, None
 
     def mask(self) -> np.ndarray:
         """Bits of the tokens that are allowed next, uint32[V / 32]. Raises `ConstraintFailed`."""
-        data = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise ConstraintFailed(_shortened(self._matcher.get_error()))
-        return np.frombuffer(data, np.uint32)
+        if self._mask is None:
+            data = self._matcher.compute_bitmask()
+            if self._matcher.is_error():
+                raise ConstraintFailed(_shortened(self._matcher.get_error()))
+            self._mask = np.frombuffer(data, np.uint32, self._words)  # a word more where V is a multiple of 32
+        return self._mask
+
+    def allows(self, token: int) -> bool:
+        """Whether a token is allowed next. False where that takes too much work, for which `mask` raises."""
+        try:
+            return bool(self.mask()[token // WORD] >> token % WORD & 1)
+        except ConstraintFailed:
+            return False
 
     def complete_after(self, token: int) -> bool:
         """Adds an allowed token -> whether nothing can follow."""
+        self._mask = None
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and not self._matcher.is_error()
 

@@ -23,7 +23,7 @@ from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueF
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, Text, prepare, prepare_text
-from llava_jax.inference.programs import CHUNK_SIZES, Programs
+from llava_jax.inference.programs import CHUNK_SIZES, PIECES, Programs
 from llava_jax.inference.prompts import PromptEncoder, check_context
 from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import Request, Sampling
@@ -91,7 +91,8 @@ class Engine:
         self.slots, self.ready = slots, False
         self._rows = slots + (slots // 2 if kept is None else kept)
         most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
-        self._images = max(images, (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles)  # those of a chunk
+        cut = 2 * min(slots, PIECES)  # of each prompt, one image before a chunk and one after it
+        self._images = max(images, (CHUNK_SIZES[-1] // self.config.image_tokens + cut) * most_tiles)  # those of a chunk
         self._programs = Programs(
             model,
             slots=slots,

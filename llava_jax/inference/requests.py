@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20  # alternatives to a token
 MAX_BIASES = 1024  # of `Sampling.logit_bias`
+WORD = 32  # tokens whose bits are in a number of a mask
 ENGINE_ONLY = {  # fields of `Sampling`, with the values that ask for nothing
     "logprobs": None,
     "repetition_penalty": 1.0,
