@@ -155,17 +155,13 @@ def as_chat(body: ResponseRequest) -> schema.ChatRequest:
     choice = body.tool_choice
     if isinstance(choice, NamedToolItem):
         choice = {"type": "function", "function": {"name": choice.name}}
-    value = {
-        "model": body.model,
+    same = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
+    value = {name: getattr(body, name) for name in same} | {
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
         "response_format": form,
         "tools": tools,
         "tool_choice": choice,
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "stream": body.stream,
     }
     try:
         return schema.ChatRequest.model_validate(value)
