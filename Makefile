@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step takes a tenth less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test test-beam test-browser test-compat test-scorers test-wheel dist docs notebooks lint clean
+.PHONY: install quickstart test bench test-beam test-browser test-compat test-scorers test-wheel dist docs notebooks lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
@@ -18,6 +18,10 @@ install: $(VENV)/.dev
 # longest file, one test in a process of its own, would come last.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+
+# All benchmarks beside their peers, an hour and more on an otherwise idle machine. torch.compile needs a C++ compiler.
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench.py
 
 # Apache Beam needs older libraries, so it has its own environment.
 test-beam: $(VENV)-beam/.ready
@@ -109,6 +113,10 @@ $(VENV)-docs/.ready:
 
 $(VENV)/.browser: setup.py $(VENV)/.dev
 	$(BIN)/pip install --quiet -e '.[browser]'
+	touch $@
+
+$(VENV)/.bench: setup.py $(VENV)/.dev
+	$(BIN)/pip install --quiet -e '.[bench]'
 	touch $@
 
 $(VENV)-compat/%/.ready:

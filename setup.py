@@ -57,6 +57,8 @@ EXTRAS = {
     "torch-import": ["torch==2.13.0", "gguf>=0.10", "accelerate>=1"],
     # The easy-vqa data set.
     "quickstart": ["easy-vqa>=1.0"],
+    # llama.cpp as a peer of the benchmarks.
+    "bench": ["xllamacpp>=2026.10"],
     # Drives an installed browser in the tests of the web page; axe-core finds accessibility problems.
     "browser": ["playwright>=1.50", "axe-playwright-python>=0.1.8"],
     # Compilers for hardware you don't have: no device is used.

@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 
+import figures
 import numpy as np
+from figures import Figure
 from PIL import Image
 from synthetic import SIZES, photographs
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -43,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--turns", type=int, default=5, help="measured turns of a side, after one to warm up")
     parser.add_argument("--images", type=int, default=40, help="images of each kind")
+    figures.add_option(parser)
     args = parser.parse_args(argv)
-    rng, differing = np.random.default_rng(0), 0
+    rng, differing, found = np.random.default_rng(0), 0, []
     for kind, sizes in (("COCO", SIZES), ("documents", DOCUMENTS)):
         files = [encoded(size, rng) for size in drawn(sizes, args.images, rng)]
         differing += sum(not np.array_equal(ours(data), theirs(data, normalized=False)) for data in files)
@@ -58,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         for name, values in seconds.items():
             middle = statistics.median(values)
             print(f"{kind:<10} {name:<13} {middle:6.1f} ms an image (median), {min(values):.1f} (best)")
+        rates = {name: [1e3 / value for value in seconds[name]] for name in ("llava_jax", "transformers")}
+        found.append(Figure(f"tiles of LLaVA-1.6, sizes of {kind}, one thread", "images/s", rates))
         own, full, raw = map(statistics.median, seconds.values())
         print(f"{kind:<10} {full / own:.2f} x, as bytes {raw / own:.2f} x; pixels of {len(files)} images are compared")
+    figures.write(args.json, found)
     report_fill(rng)
     if differing:
         print(f"error: the pixels of {differing} images differ", file=sys.stderr)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
 from data_sides import (
     IMAGE_TOKENS,
     LENGTH,
@@ -35,6 +36,7 @@ from data_sides import (
     peer_processor,
     peer_text,
 )
+from figures import Figure
 
 from llava_jax import cli
 from llava_jax.data.images import decode_image, preprocess
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--aspect", choices=("square", "pad"), default="square", help="CLIP's crop, or LLaVA 1.5's padding"
     )
+    figures.add_option(parser)
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as name:
@@ -85,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         setting = f"{args.workers} workers each, {os.cpu_count()} cores, aspect {args.aspect}"
         print(f"\n{setting}; medians of {args.turns} turns")
         report_speed(turns)
+        rates = {name: [1e3 / turn.clock for turn in found] for name, found in turns.items()}
+        figures.write(args.json, [Figure(f"reading stage 2's samples, aspect {args.aspect}", "samples/s", rates)])
         report_stages(turns, our_stages(task), peer_stages(task, processor))
         report_tokens(task)
     if differing:

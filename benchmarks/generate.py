@@ -1,22 +1,25 @@
 """Greedy decoding beside `LlavaForConditionalGeneration.generate`, on this machine.
 
-Both sides have the same random float32 weights and the same prompts, a picture and a question; each runs in a process
-of its own, and the runs alternate, so that other load hits both. The prompt's own computation is not counted. Each id
+All sides have the same random float32 weights and the same prompts, an image and a question; each runs in a process
+of its own, and the runs alternate, so that other load hits all. With --compile, torch also runs a forward pass that
+`torch.compile` compiled, with a static cache. The prompt's own computation is not counted. Each id
 must be the likeliest for torch too, given those before it; of two that are equal to rounding either will do. What a
 machine can decode at most is its memory bandwidth over the bytes that every token has to read: the bandwidth is
 measured between the runs, by reading a large buffer from all cores.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import figures
 import numpy as np
+from figures import Figure, read_bandwidth
 from peers import CONFIG, TINY, Side, our_parameters, torch_model
 
 from llava_jax import cli
@@ -24,8 +27,8 @@ from llava_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig
 from llava_jax.models.llava import abstract_params
 
 QUESTION, ANSWER = 80, 65  # tokens; the first one of the answer belongs to the prompt
-BUFFER = 2**28  # bytes
 SCALE = 0.1  # of the weights; with those of the start of a training, a model repeats its last token
+COMPILED = "torch.compile"
 TIE = 1e-3  # difference of logits below which rounding decides
 
 
@@ -45,13 +48,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="batch sizes")
     parser.add_argument("--runs", type=int, default=7, help="measured runs a side, after one to warm up")
+    parser.add_argument("--compile", action="store_true", help="a third side: torch.compile")
+    figures.add_option(parser)
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
     args = parser.parse_args(argv)
 
     config = TINY if args.tiny else CONFIG
-    sides = {name: Side(start, config) for name, start in {"llava_jax": jax_side, "torch": torch_side}.items()}
+    starts = {"llava_jax": jax_side, "torch": torch_side}
+    if args.compile:
+        starts[COMPILED] = functools.partial(torch_side, compiled=True)
+    sides = {name: Side(start, config) for name, start in starts.items()}
     print(f"prompts of {config.image_tokens + QUESTION} tokens, {ANSWER} generated; {os.cpu_count()} cores; float32")
-    wrong = [rows for rows in args.rows if not compare(sides, rows, args.runs, config)]
+    found = {rows: compare(sides, rows, args.runs, config) for rows in args.rows}
+    figures.write(args.json, [figure for figure, _ in found.values()])
+    wrong = [rows for rows, (_, right) in found.items() if not right]
     for name, side in sides.items():
         print(f"{name}: peak memory {side.stop() / 2**30:.2f} GiB")
     if wrong:
@@ -59,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def compare(sides: dict[str, Side], rows: int, runs: int, config: LlavaConfig) -> bool:
-    """Prints the speeds at a batch size; -> whether the ids are right."""
+def compare(sides: dict[str, Side], rows: int, runs: int, config: LlavaConfig) -> tuple[Figure, bool]:
+    """Prints the speeds at a batch size; -> these, and whether the ids are right."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     bandwidths, equal, worst = [], 0, 0.0
     for run in range(runs + 1):
         results = {name: side.call((rows, run))[0] for name, side in sides.items()}
-        ours, theirs = (result.ids for result in results.values())
+        ours, theirs = (results[name].ids for name in ("llava_jax", "torch"))
         equal += (ours == theirs).all(axis=1).sum()
         worst = max(worst, sides["torch"].call((rows, run, ours))[0])
         if run:
@@ -86,17 +96,8 @@ def compare(sides: dict[str, Side], rows: int, runs: int, config: LlavaConfig) -
         f"so the best possible is {bound:.1f} tokens/s",
         flush=True,
     )
-    return worst < TIE
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that all cores together read of a buffer larger than any cache."""
-    buffer = np.ones(BUFFER // 4, np.float32)
-    with ThreadPoolExecutor() as pool:
-        parts = np.array_split(buffer, os.cpu_count())
-        before = time.perf_counter()
-        list(pool.map(np.sum, parts))
-        return buffer.nbytes / (time.perf_counter() - before)
+    what = f"greedy decoding, {rows} row{'s' * (rows > 1)}, float32"
+    return Figure(what, "tokens/s", speeds, bound, "reading the decoder's weights once a step"), worst < TIE
 
 
 def bytes_per_step(rows: int, config: LlavaConfig) -> int:
@@ -150,8 +151,8 @@ def jax_side(config: LlavaConfig) -> Callable[[tuple[int, int]], Run]:
     return generate
 
 
-def torch_side(config: LlavaConfig) -> Callable[[tuple], Run | float]:
-    """transformers' `generate` with its default cache and attention.
+def torch_side(config: LlavaConfig, compiled: bool = False) -> Callable[[tuple], Run | float]:
+    """transformers' `generate` with its default cache and attention, or with a static cache and compiled.
 
     Called with ids that were generated elsewhere, the function tells by how much the logit of one of them is below the
     highest one, at most.
@@ -161,6 +162,9 @@ def torch_side(config: LlavaConfig) -> Callable[[tuple], Run | float]:
     model = torch_model(config, SCALE).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    options = {}
+    if compiled:
+        model.forward, options = torch.compile(model.forward, dynamic=False), {"cache_implementation": "static"}
 
     def prompts(rows: int, run: int) -> dict[str, torch.Tensor]:
         questions, images = random_prompts(rows, run, config)
@@ -184,6 +188,7 @@ def torch_side(config: LlavaConfig) -> Callable[[tuple], Run | float]:
             max_new_tokens=ANSWER,
             do_sample=False,
             stopping_criteria=[note_time],
+            **options,
         )
         return Run(output[:, inputs["input_ids"].shape[1] :].numpy(), times[-1] - times[0])
 

@@ -1,8 +1,9 @@
 """The step of stage 2 with adapters (LoRA) beside the full step and beside PEFT's on torch, on this machine.
 
 All train the model of `train_step.py` in float32 on the same batches: the full step projector and decoder, the others
-the projector and adapters of all linear layers of the decoder. Each runs in a process of its own, and they take turns,
-so that other load hits all. Our losses must agree with PEFT's at every step.
+the projector and adapters of all linear layers of the decoder. With --wide the decoder has four layers of TinyLlama's
+width. Each side runs in a process of its own, and they take turns, so that other load hits all. Our losses must agree
+with PEFT's at every step.
 
 Beside the ratio of the times stands that of the FLOPs: those of the formula of `llava_jax.training.flops`.
 """
@@ -14,12 +15,13 @@ import os
 import statistics
 import sys
 
-from peers import CONFIG, TINY, Side
-from train_step import LENGTH, LOSS_TOLERANCE, ROWS, is_trained, jax_step, layout_of, torch_step
+import figures
+from figures import Figure
+from peers import CONFIG, TINY, WIDE, Side
+from train_step import LENGTH, LOSS_TOLERANCE, ROWS, jax_step, step_flops, torch_step
 
 from llava_jax import cli
 from llava_jax.models.config import LlavaConfig, LoraConfig
-from llava_jax.models.llava import abstract_params
 from llava_jax.training import flops
 
 FULL = "full"
@@ -39,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4, help="measured turns of a side, after one to warm up")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of a turn")
     parser.add_argument("--no-peft", action="store_true", help="only llava_jax")
+    parser.add_argument("--wide", action="store_true", help="a model whose decoder has most of the FLOPs")
+    figures.add_option(parser)
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
     args = parser.parse_args(argv)
 
-    model = TINY if args.tiny else CONFIG
+    model = TINY if args.tiny else WIDE if args.wide else CONFIG
     ours, theirs = {FULL: model}, {}
     for rank in args.ranks:
         adapted = dataclasses.replace(model, lora=LoraConfig(rank, 2.0 * rank, TARGETS))
@@ -58,11 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         median, best = statistics.median(seconds[name]), min(seconds[name])
         line = f"{name:<12} {median:6.2f} s (median), {best:6.2f} s (best), {side.stop() / 2**30:5.2f} GiB"
         if name in ours and name != FULL:
-            share = executed(ours[name], args.remat) / executed(model, args.remat)
+            share = step_flops(ours[name], args.remat) / step_flops(model, args.remat)
             line += f"; of full: {ratio(seconds[name], seconds[FULL])}, FLOPs {share:.3f}"
         if (peft := f"PEFT {name.split()[0]}") in theirs:
             line += f"; of PEFT: {ratio(seconds[name], seconds[peft])}"
         print(line)
+    figures.write(args.json, [compared(name, seconds, model) for name in ours if f"PEFT {name.split()[0]}" in theirs])
     worst = max(
         (abs(a - b) for name in theirs for a, b in zip(losses[name], losses[name.removeprefix("PEFT ")], strict=True)),
         default=0.0,
@@ -72,6 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the losses differ by more than {LOSS_TOLERANCE}", file=sys.stderr)
         return 1
     return 0
+
+
+def compared(name: str, seconds: dict[str, list[float]], model: LlavaConfig) -> Figure:
+    peft = f"PEFT {name.split()[0]}"
+    sides = {"llava_jax": seconds[name], "PEFT on torch": seconds[peft], "the full step of llava_jax": seconds[FULL]}
+    what = f"a step with LoRA, {name}, width {model.text.hidden_size}, {ROWS} rows of {LENGTH} tokens, float32"
+    return Figure(what, "s", sides)
 
 
 def measure(sides: dict[str, Side], turns: int, steps: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -91,11 +103,6 @@ def measure(sides: dict[str, Side], turns: int, steps: int) -> tuple[dict[str, l
 
 def ratio(one: list[float], other: list[float]) -> str:
     return f"{statistics.median(one) / statistics.median(other):.2f} x (median), {min(one) / min(other):.2f} x (best)"
-
-
-def executed(config: LlavaConfig, remat: str) -> float:
-    trainable = [name for name in abstract_params(config) if is_trained(config, name)]
-    return flops.executed_flops(flops.step_flops(config, layout_of(config), trainable, remat))
 
 
 if __name__ == "__main__":

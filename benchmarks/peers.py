@@ -23,6 +23,8 @@ CONFIG = LlavaConfig(
     VisionConfig(768, 3072, num_layers=12, num_heads=12, image_size=224, patch_size=16),
     TextConfig(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0, tie_word_embeddings=True),
 )
+# Four layers of TinyLlama's width: the decoder's products have most of the FLOPs, as in large models.
+WIDE = dataclasses.replace(CONFIG, text=TextConfig(32000, 2048, 5632, 4, 32, 4, 64))
 TINY = LlavaConfig(
     VisionConfig(64, 96, num_layers=3, num_heads=4, image_size=224, patch_size=16),
     TextConfig(512, 48, 96, 2, 6, 2, 8, rope_theta=100000.0, tie_word_embeddings=True),

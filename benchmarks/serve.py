@@ -18,8 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
 import numpy as np
-from generate import SCALE, TIE, read_bandwidth
+from figures import Figure, read_bandwidth
+from generate import SCALE, TIE
 from peers import CONFIG, Side, entries, our_parameters, torch_model
 from PIL import Image
 
@@ -35,6 +37,7 @@ ANSWER = 65  # tokens; the first one of the answer belongs to the prompt
 WORDS = 60  # of the question
 CONCURRENT = 8
 CONTEXT = 768
+ALONE, LIMIT = "one request", "reading the decoder's float32 weights once a token"
 ENGINES: dict[str, dict[str, Any]] = {
     "float32, 8 slots": {"slots": 8},
     "float32, 1 slot": {"slots": 1},
@@ -67,16 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="measured runs a side, after one to warm up")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that the benchmark runs")
+    figures.add_option(parser)
     parser.add_argument("--no-accuracy", action="store_true", help="speed alone")
     args = parser.parse_args(argv)
 
     print(f"one picture and a question, {ANSWER} tokens generated; {os.cpu_count()} cores", flush=True)
     config = TINY if args.tiny else CONFIG
     torch = Side(torch_side, config)
-    rows, bandwidths, worst = [], [], 0.0
+    rows, bandwidths, worst, found = [], [], 0.0, []
     for name in args.engines:
-        row, bandwidth, shortfall = compare(name, torch, args.runs, config)
+        row, bandwidth, shortfall, measured = compare(name, torch, args.runs, config)
         rows.append(row)
+        found += measured
         bandwidths += bandwidth
         worst = max(worst, shortfall)
     print(f"transformers: peak memory {torch.stop() / 2**30:.2f} GiB\n")
@@ -84,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     limit = max(bandwidths) / decoder_bytes(config)
+    alone = f"the server's engine, {ALONE}"
+    found = [figure._replace(limit=limit, limited_by=LIMIT) if alone in figure.what else figure for figure in found]
+    figures.write(args.json, found)
     print(
         f"\nmemory is read at {max(bandwidths) / 1e9:.1f} GB/s (best), {statistics.median(bandwidths) / 1e9:.1f} "
         f"(median): reading the float32 weights of the decoder once a token, that is {limit:.1f} tokens/s at best"
@@ -95,8 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if worst >= TIE else 0
 
 
-def compare(name: str, torch: Side, runs: int, config: LlavaConfig) -> tuple[str, list[float], float]:
-    """-> a line of the table, bandwidths between the runs, and by how much an id in float32 is not the likeliest."""
+def compare(name: str, torch: Side, runs: int, config: LlavaConfig) -> tuple[str, list[float], float, list[Figure]]:
+    """-> a line of the table, bandwidths between the runs, by how much an id in float32 is not the likeliest, and the
+    figures."""
     ours = Side(EngineSide(ENGINES[name]), config)
     alone, theirs, ours_next, theirs_next, together, bandwidths, worst = [], [], [], [], [], [], 0.0
     for run in range(runs + 1):
@@ -121,7 +130,25 @@ def compare(name: str, torch: Side, runs: int, config: LlavaConfig) -> tuple[str
         f"| {total / one_by_one:.2f} x | {first:.2f} s | {first / their_first:.2f} x of {their_first:.2f} s "
         f"| {following:.2f} s | {following / their_following:.2f} x of {their_following:.2f} s |"
     )
-    return line, bandwidths, worst
+    pairs = {
+        f"{ALONE}, {name}": ("tokens/s", [run.decoding for run in alone], [run.decoding for run in theirs]),
+        f"{CONCURRENT} requests at a time, {name}": (
+            "tokens/s",
+            together,
+            [len(run.ids) / run.last for run in theirs],
+        ),
+        f"first token, {name}": ("s", [run.first for run in alone], [run.first for run in theirs]),
+        f"first token of the next turn, {name}": (
+            "s",
+            [run.first for run in ours_next],
+            [run.first for run in theirs_next],
+        ),
+    }
+    found = [
+        Figure(f"the server's engine, {what}", unit, {"llava_jax": our, "transformers": their})
+        for what, (unit, our, their) in pairs.items()
+    ]
+    return line, bandwidths, worst, found
 
 
 def decoder_bytes(config: LlavaConfig) -> int:
@@ -201,13 +228,13 @@ class EngineSide(NamedTuple):
             first, text = finish(engine.submit(request, sampling))
             return first, finish(engine.submit(second_turn(request, text), Sampling(max_new_tokens=2)))[0]
 
-        def together(run: int) -> tuple[float, list[Run]]:
-            requests = [first_turn(1000 * (run + 1) + number) for number in range(CONCURRENT)]
+        def together(run: int, count: int = CONCURRENT) -> tuple[float, list[Run]]:
+            requests = [first_turn(1000 * (run + 1) + number) for number in range(count)]
             before = time.monotonic()
             answers = [finish(answer)[0] for answer in [engine.submit(request, sampling) for request in requests]]
             return time.monotonic() - before, answers
 
-        return lambda argument: {"turns": turns, "together": together}[argument[0]](argument[1])
+        return lambda argument: {"turns": turns, "together": together}[argument[0]](*argument[1:])
 
 
 def torch_side(config: LlavaConfig) -> Callable[[tuple], Any]:

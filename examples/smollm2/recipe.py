@@ -17,7 +17,7 @@ from llava_jax.files.writing import atomic_file
 
 ROOT = Path("runs/smollm2")
 TEXT_QUESTION = "What is the capital of France?"
-LORA = ("--config.lora.rank=16", "--config.learning_rate=2e-3")
+LORA = ("--config.lora.rank=16", "--config.learning_rate=1e-3")
 VARIANTS = {  # of stage 2, by workdir: options of its command
     "finetune": (),
     "lora": LORA,
