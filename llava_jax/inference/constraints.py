@@ -34,7 +34,7 @@ class ConstraintFailed(EngineError):
 
 
 class Constraint:
-    """A compiled constraint, an `LLMatcher`, which follows one answer token by token; `words` is the length of a mask."""
+    """A compiled constraint, an `LLMatcher`, which follows one answer by tokens; `words` is the length of a mask."""
 
     def __init__(self, matcher: Any, words: int):
         self._matcher, self._words, self._mask = matcher, words, None
