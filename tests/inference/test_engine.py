@@ -485,7 +485,7 @@ def test_an_answer_beside_a_constraint_takes_no_more_dispatches(engine, constrai
 class Anything:
     """A constraint that allows all tokens."""
 
-    def matcher(self) -> "Anything":
+    def copy(self) -> "Anything":
         return self
 
     def mask(self) -> None:
