@@ -1,4 +1,4 @@
-"""Runs the benchmarks beside their peers, and writes docs/benchmarks.md: `make bench`.
+"""Runs the benchmarks beside their peers, and writes the page `benchmarks` of the docs: `make bench`.
 
 Each benchmark alternates its sides, so that other load hits all of them; run it on an otherwise idle machine all the
 same. What has been measured is kept in runs/bench and not measured again; delete the folder to begin anew.
@@ -23,7 +23,8 @@ from llava_jax import cli
 from llava_jax.files.writing import atomic_file
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOT = Path("docs/benchmarks.md"), Path("docs/images/benchmarks.svg")
+DOCS = Path("docs")
+PAGE, PLOT = DOCS / "benchmarks.md", DOCS / "images/benchmarks.svg"
 COMMANDS = {  # name -> its arguments
     "train_step": ("train_step.py", "--compile"),
     "packing": ("packing.py",),

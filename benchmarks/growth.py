@@ -1,4 +1,4 @@
-"""Writes docs/growth.md: how memory and time grow with rows, positions, images, devices, samples and slots.
+"""Writes the page `growth` of the docs: how memory and time grow with rows, positions, images, devices, samples, slots.
 
     python benchmarks/growth.py
 
@@ -27,7 +27,8 @@ from llava_jax.data.plan import Lengths, Order
 from llava_jax.files.writing import atomic_file
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOT = Path("docs/growth.md"), Path("docs/images/growth.svg")
+DOCS = Path("docs")
+PAGE, PLOT = DOCS / "growth.md", DOCS / "images/growth.svg"
 RECIPE = "finetune.py:7b"
 
 
