@@ -63,6 +63,7 @@ def test_a_recipe_registers_what_its_model_needs(tmp_path):
     done = run_python(tmp_path, "-m", "llava_jax.main", "--config=without.py", "--workdir=without")
     assert done.returncode == 1 and "projector_type is 'mlp2x_silu', not 'linear' or" in done.stderr
     assert "a module that registers another one has to be imported first" in done.stderr
+    assert "damaged" not in done.stderr
     (tmp_path / "recipe.py").write_text(RECIPE.format(register="import my_projector"))
     done = run_python(tmp_path, "-m", "llava_jax.main", "--config=recipe.py", "--workdir=run")
     assert done.returncode == 0, done.stderr[-5000:]

@@ -19,7 +19,7 @@ from llava_jax import remote
 from llava_jax.checkpoint import format
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
-from llava_jax.cli import UserError, short
+from llava_jax.cli import UserError, short, track
 from llava_jax.files.reading import read_object
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, quantized
@@ -284,7 +284,8 @@ class Checkpoint:
         wanted = dict.fromkeys(abstract_params(self.config) if names is None else names)
         stored, plain = self.abstract(), [name for name in wanted if name not in self._converted]
         params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), sharding(n)) for n in plain})
-        for linear in sorted({self._converted[name] for name in wanted.keys() & self._converted}):
+        linears = sorted({self._converted[name] for name in wanted.keys() & self._converted})
+        for linear in track(linears, "converting weights") if linears else ():
             params |= self._load_converted(linear, dtype, sharding)
         return {name: params[name] for name in wanted}
 

@@ -14,6 +14,7 @@ import numpy as np
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import EngineError
 from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import WORD
 
 MAX_CHARACTERS = 256 << 10  # of a schema, a grammar or all choices
 MAX_REGEX = 4096  # characters
@@ -33,24 +34,34 @@ class ConstraintFailed(EngineError):
 
 
 class Constraint:
-    """A compiled constraint, an `LLMatcher`, which follows one answer token by token."""
+    """A compiled constraint, an `LLMatcher`, which follows one answer by tokens; `words` is the length of a mask."""
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def __init__(self, matcher: Any, words: int):
+        self._matcher, self._words, self._mask = matcher, words, None
 
     def copy(self) -> "Constraint":
         """For another answer."""
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self._matcher.deep_copy(), self._words)
 
     def mask(self) -> np.ndarray:
         """Bits of the tokens that are allowed next, uint32[V / 32]. Raises `ConstraintFailed`."""
-        data = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise ConstraintFailed(_shortened(self._matcher.get_error()))
-        return np.frombuffer(data, np.uint32)
+        if self._mask is None:
+            data = self._matcher.compute_bitmask()
+            if self._matcher.is_error():
+                raise ConstraintFailed(_shortened(self._matcher.get_error()))
+            self._mask = np.frombuffer(data, np.uint32, self._words)  # a word more where V is a multiple of 32
+        return self._mask
+
+    def allows(self, token: int) -> bool:
+        """Whether a token is allowed next. False where that takes too much work, for which `mask` raises."""
+        try:
+            return bool(self.mask()[token // WORD] >> token % WORD & 1)
+        except ConstraintFailed:
+            return False
 
     def complete_after(self, token: int) -> bool:
         """Adds an allowed token -> whether nothing can follow."""
+        self._mask = None
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
@@ -74,7 +85,7 @@ class Constraints:
         matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(f"{kind}: {_shortened(matcher.get_error())}")
-        return Constraint(matcher)
+        return Constraint(matcher, -(-tokens.vocab_size // WORD))
 
     def tokens(self) -> Any:
         """The vocabulary as llguidance has it; the first call takes a large part of a second. Raises `UserError`."""

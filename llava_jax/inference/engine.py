@@ -23,7 +23,7 @@ from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueF
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, Text, prepare, prepare_text
-from llava_jax.inference.programs import CHUNK_SIZES, Programs
+from llava_jax.inference.programs import CHUNK_SIZES, PIECES, Programs
 from llava_jax.inference.prompts import PromptEncoder, check_context
 from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import Request, Sampling
@@ -79,7 +79,7 @@ class Engine:
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
         most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
-        in_a_chunk = (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles
+        in_a_chunk = (CHUNK_SIZES[-1] // self.config.image_tokens + 2 * min(slots, PIECES)) * most_tiles
         self._programs = Programs(
             model,
             slots=slots,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20  # alternatives to a token
 MAX_BIASES = 1024  # of `Sampling.logit_bias`
+WORD = 32  # tokens whose bits are in a number of a mask
 ENGINE_ONLY = ("logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 ENGINE_ONLY += ("stop_token_ids", "ignore_eos", "constraint", "verbatim")  # fields of `Sampling`
 
