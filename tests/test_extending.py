@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 DOCS = Path("docs/extending.md")
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,14 +55,10 @@ def get_config():
 def test_a_recipe_registers_what_its_model_needs(tmp_path):
     definitions = examples()["A projector"].partition("\nmodel = ")[0]
     (tmp_path / "my_projector.py").write_text(definitions)
-    make = """
-import my_projector, tiny
-from pathlib import Path
-tiny.checkpoint(Path("."), tiny.config(projector_type="mlp2x_silu"))
-tiny.data(Path("."), samples=4)
-"""
-    done = run_python(tmp_path, "-c", make)
-    assert done.returncode == 0, done.stderr[-5000:]
+    checkpoint = tiny.checkpoint(tmp_path, tiny.config(projector_type="mlp2x_gelu"))
+    description = checkpoint / "llava.json"  # of parameters with the names and shapes that the other projector has
+    description.write_text(description.read_text().replace("mlp2x_gelu", "mlp2x_silu"))
+    tiny.data(tmp_path, samples=4)
     (tmp_path / "without.py").write_text(RECIPE.format(register=""))
     done = run_python(tmp_path, "-m", "llava_jax.main", "--config=without.py", "--workdir=without")
     assert done.returncode == 1 and "projector_type is 'mlp2x_silu', not 'linear' or" in done.stderr

@@ -113,7 +113,7 @@ class Checkpoint:
     def stored(self) -> Shapes:
         """Names, shapes and types of the parameters in this checkpoint, without those of its sources."""
         with readable(self.weights):
-            metadata = ocp.metadata(self.weights, self.name).metadata
+            metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
             return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
 
     @functools.cached_property
