@@ -2,7 +2,8 @@
 
 A file is JSONL with an object for each answer (`question_id` and `text`, or other names of these fields), a JSON array
 of such objects, one object `{question id: answer}`, or a table (TSV, XLSX, Parquet) with the columns `index` and
-`prediction`. These are the forms of the original, of VLMEvalKit and of benchmarks' own scripts; logs of lmms-eval are read, too.
+`prediction`. These are the forms of the original, of VLMEvalKit and of benchmarks' own scripts; logs of lmms-eval are
+read, too.
 """
 
 import json
