@@ -83,6 +83,9 @@ EXTRAS = {
         "pydantic-extra-types>=2",
         "pycountry>=24",
         "tiktoken>=0.7",
+        # Run the notebooks.
+        "nbclient>=0.11",
+        "ipykernel>=7.4",
     ],
 }
 EXTRAS["test"] += EXTRAS["quickstart"] + EXTRAS["evaluate"] + EXTRAS["wandb"] + EXTRAS["phrases"] + GCS

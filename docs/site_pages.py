@@ -31,6 +31,7 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
 
 def _linked(text: str, source: str, config: MkDocsConfig) -> str:
     """The text of a file of the repository with its links as the site has them. Raises ValueError for a broken one."""
+    folder = "." if source in PAGES else os.path.relpath(os.path.dirname(source), "docs")
 
     def replaced(match: re.Match) -> str:
         mark, shown, target, anchor = match.groups()
@@ -40,7 +41,8 @@ def _linked(text: str, source: str, config: MkDocsConfig) -> str:
         if not (ROOT / path).exists():
             raise ValueError(f"{source}: the link to {target} is broken")
         if path in PAGES or path.startswith("docs/"):
-            return f"{mark}[{shown}]({PAGES.get(path, path.removeprefix('docs/'))}{anchor or ''})"
+            page = os.path.relpath(PAGES.get(path, path.removeprefix("docs/")), folder)
+            return f"{mark}[{shown}]({page}{anchor or ''})"
         return f"[{shown}]({config.repo_url}/blob/main/{path})" if config.repo_url else shown
 
     return LINK.sub(replaced, text)

@@ -1,14 +1,17 @@
 """What every command shares: its environment, one-line errors, exit statuses and progress."""
 
 import argparse
+import contextlib
 import datetime
 import glob
 import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -209,17 +212,13 @@ class Parser(argparse.ArgumentParser):
 
 def expand_home(value: Any) -> Any:
     """The value with `~` at the beginning of paths replaced by the home directory."""
-    match value:
-        case str():
-            return os.path.expanduser(value)
-        case Path():
-            return value.expanduser()
-        case list() | tuple():
-            return type(value)(map(expand_home, value))
-        case dict():
-            return {key: expand_home(each) for key, each in value.items()}
-        case _:
-            return value
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    return {key: expand_home(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def positive(text: str) -> int:
@@ -252,8 +251,13 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 def draws_bars(console: Console) -> bool:
-    """Whether a bar is drawn anew in its place: on terminals, and in notebooks that have ipywidgets."""
-    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    """Whether a bar is drawn anew in its place: on terminals, and in notebooks that have ipywidgets.
+
+    Where FORCE_COLOR is set, as in the cells of notebooks, rich takes any file for a terminal.
+    """
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal and console.file.isatty()
 
 
 def time_left(seconds: float) -> str:
@@ -271,24 +275,66 @@ def fitting(parts: Iterable[str], width: int) -> str:
     return line
 
 
-def track(iterable: Iterable[Item], description: str, total: int | None = None, every: float = 10.0) -> Iterator[Item]:
-    """Yields the items, with a progress bar on a terminal or in a notebook, else a line every `every` seconds."""
+def columns(file: TextIO | None = None) -> int | None:
+    """The columns of the terminal that a file (standard output) is; None for another file, unless COLUMNS is set."""
+    on_terminal = (file or sys.stdout).isatty() or os.environ.get("COLUMNS")
+    return shutil.get_terminal_size().columns if on_terminal else None
+
+
+def wrapped(text: str, file: TextIO | None = None) -> str:
+    """A text of lines that begin with a label, for a terminal: what does not fit continues below, right of the label.
+    Other files get the lines as they are."""
+    if (width := columns(file)) is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * min(len(re.match(r"\s*\S+\s{2,}|\s*", line)[0]), width // 2)
+        wrap = textwrap.TextWrapper(width, subsequent_indent=indent, replace_whitespace=False, break_on_hyphens=False)
+        lines += wrap.wrap(line) or [""]
+    return "\n".join(lines)
+
+
+def narrowed(table: list[str], beside: int, cut: int) -> list[str]:
+    """The lines of a table, the first of which is its head. Where the terminal is too narrow, what follows character
+    `cut` stands below, beside the first `beside` characters of each line."""
+    if not (width := columns()) or max(map(len, table)) <= width:
+        return table
+    return [*(line[:cut].rstrip() for line in table), "", *(line[:beside] + line[cut:] for line in table)]
+
+
+def track(
+    iterable: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    every: float = 10.0,
+    share: Callable[[Item], float] | None = None,
+) -> Iterator[Item]:
+    """Yields the items, with a progress bar on a terminal or in a notebook, else a line every `every` seconds.
+
+    Where their number isn't known, `share` gives the part of the whole that is done with an item, such as the part of a
+    file that is read; the total is estimated from it.
+    """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
-    description = one_line(description)
-    console = Console(stderr=True)
-    if draws_bars(console):
-        with progress_bar(console) as bar:
-            yield from bar.track(iterable, total=total, description=description)
-        return
+    description, console = one_line(description), Console(stderr=True)
     start = last = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            left = f"{time_left((now - start) / done * (total - done))} left" if total else f"{now - start:.0f} s"
-            print(f"{done}/{total or '?'}, {left}: {description}", file=sys.stderr, flush=True)
+    with progress_bar(console) if draws_bars(console) else contextlib.nullcontext() as bar:
+        task = bar.add_task(description, total=total) if bar else None
+        for done, item in enumerate(bar.track(iterable, total, task_id=task) if bar else iterable, 1):
+            yield item
+            now = time.monotonic()
+            if now - last < (1.0 if bar else every):
+                continue
+            last, known = now, total
+            if share:
+                known = max(done, round(done / max(share(item), 1e-6)))
+            if not bar:
+                left = f"{time_left((now - start) / done * (known - done))} left" if known else f"{now - start:.0f} s"
+                print(f"{done}/{known or '?'}, {left}: {description}", file=sys.stderr, flush=True)
+            elif share:
+                bar.update(task, total=known)
+        if bar and share:
+            bar.update(task, total=bar.tasks[0].completed)
 
 
 if COMMAND in os.environ:  # a worker, in which nothing calls `prepare`

@@ -22,8 +22,9 @@ from rich.console import Console
 import llava_jax
 from llava_jax import cli
 from llava_jax.data import check
+from llava_jax.data.records import scan
 from llava_jax.datagen.generate import conversation
-from llava_jax.evaluate import judge, report, score
+from llava_jax.evaluate import judge, report, score, tables
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 
 
@@ -170,6 +171,43 @@ def test_elsewhere_lines_tell_how_many_and_the_time_left_first(capsys, monkeypat
     clock = iter([0.0, 10.0])
     assert list(cli.track(iter("a"), "reading samples")) == ["a"]
     assert capsys.readouterr().err == "1/?, 10 s: reading samples\n"
+
+
+def test_the_number_of_records_of_a_file_is_estimated_from_the_part_that_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text('{"a": 1}\n' * 4)
+    clock = iter([0.0, 10.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    assert len(list(scan(tmp_path / "lines.jsonl", "lines.jsonl", show="reading lines"))) == 4
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("1/4, 0:00:30 left: reading lines", "4/4, 0:00:00 left: reading lines")
+
+
+def test_tables_and_lines_fit_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    head = f"{'target':<12}{'rows':>30}{'time':>30}{'cost':>30}"
+    table = cli.narrowed([head, head.replace("time", "4.12")], beside=12, cut=72)
+    assert [line.split() for line in table] == [
+        ["target", "rows", "time"], ["target", "rows", "4.12"], [], ["target", "cost"], ["target", "cost"]
+    ]  # fmt: skip
+    cells = [["benchmark", "category", *("a rather long name of a run",) * 4], ["quiz", "all", *"1234"]]
+    lines = tables.aligned(cells, left=2).split("\n")
+    assert [line.split()[-1] for line in lines if "quiz" in line] == ["2", "4"]
+    text = cli.wrapped(f"time       {'a second ' * 30}\n\n  compute{'1.0':>9}")
+    first, second, *_, last = text.split("\n")
+    assert (
+        first.startswith("time       a second")
+        and second.startswith(" " * 11 + "second")
+        and last.endswith("compute      1.0")
+    )
+    assert max(map(len, [*table, *lines, *text.split("\n")])) <= 80
+    monkeypatch.delenv("COLUMNS")
+    assert cli.wrapped("a " * 100) == "a " * 100  # in a file or a pipe
+
+
+def test_bars_are_drawn_on_terminals_only(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in the cells of notebooks
+    console = Console(file=io.StringIO())
+    assert console.is_terminal and not cli.draws_bars(console)
 
 
 def test_what_standard_output_lacks_is_escaped(monkeypatch):

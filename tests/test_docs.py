@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "launch/README.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
@@ -30,8 +30,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_in_the_site():
-    nav = re.findall(r": (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(nav) == sorted([*(page.stem for page in (ROOT / "docs").glob("*.md")), "index", "launch"])
+    nav = re.findall(r": ([\w/]+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(nav) == sorted([*pages, "index", "launch"])
 
 
 @pytest.mark.parametrize("name", ["masks", "rows", "shards"])

@@ -66,6 +66,7 @@ tiny.data(Path("."), samples=4)
     done = run_python(tmp_path, "-m", "llava_jax.main", "--config=without.py", "--workdir=without")
     assert done.returncode == 1 and "projector_type is 'mlp2x_silu', not 'linear' or" in done.stderr
     assert "a module that registers another one has to be imported first" in done.stderr
+    assert "damaged" not in done.stderr
     (tmp_path / "recipe.py").write_text(RECIPE.format(register="import my_projector"))
     done = run_python(tmp_path, "-m", "llava_jax.main", "--config=recipe.py", "--workdir=run")
     assert done.returncode == 0, done.stderr[-5000:]

@@ -13,6 +13,7 @@ from etils import epath
 from llava_jax.checkpoint.format import STEPS, finished_steps
 from llava_jax.cli import UserError
 from llava_jax.files.reading import refuse_pointers_below
+from llava_jax.models.config import REGISTER_FIRST
 
 
 def mute_failures_of_orbax() -> None:
@@ -47,6 +48,8 @@ def readable(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if REGISTER_FIRST in str(error):
+            raise UserError(f"{path}: {error}") from error
         refuse_pointers_below(path)
         raise damaged(path, _cause(error)) from error
 

@@ -31,7 +31,7 @@ from llava_jax.files.lock import entries
 from llava_jax.files.reading import loads, read_bytes, to_utf8
 from llava_jax.files.writing import write_json
 from llava_jax.models import hf_fields
-from llava_jax.models.config import LlavaConfig
+from llava_jax.models.config import REGISTER_FIRST, LlavaConfig
 from llava_jax.remote import is_remote
 
 DESCRIPTION = "llava.json"
@@ -109,7 +109,8 @@ def read_description(directory: epath.Path) -> Description:
     try:
         return Description.from_json(loads(text, strict=False), where=str(file))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged description ({error!r}); import it again") from None
+        problem = str(error) if REGISTER_FIRST in str(error) else f"damaged description ({error!r}); import it again"
+        raise UserError(f"{file}: {problem}") from None
 
 
 def write_description(directory: epath.Path, description: Description) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Union
 
 from etils import epath
 
@@ -26,6 +26,7 @@ from llava_jax.remote import is_remote
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
+ImageSource = Union[epath.PathLike, "ParquetImages"]  # the folder or the files that image names refer to
 IMAGES = ("image", "images")  # columns
 ROWS = 256  # texts read at a time
 
@@ -44,7 +45,7 @@ def parquet_files(path: epath.PathLike) -> list[epath.PathLike]:
     return sorted(map(os.fspath, epath.Path(path).glob("*.parquet")))
 
 
-def read_named(images: "epath.PathLike | ParquetImages", name: str) -> bytes:
+def read_named(images: ImageSource, name: str) -> bytes:
     """The bytes of an image in a folder or in Parquet files. Raises `UserError` naming it."""
     return images.read(name) if isinstance(images, ParquetImages) else read_image(image_path(images, name))
 

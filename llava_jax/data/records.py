@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, track
 from llava_jax.files import cache
-from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, encoding_of, loads, refuse_pointer, require_regular
+from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, loads, refuse_pointer, require_regular
 from llava_jax.remote import is_remote, new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
@@ -96,7 +96,7 @@ def local_data(path: epath.PathLike) -> Path:
     refuse_pointer(head, path)
     if kind := next((kind for start, kind in _BINARY.items() if head.startswith(start)), None):
         raise UserError(f"{path}: is {kind}; a JSON array of samples, or one a line, was expected")
-    encoding = encoding_of(head[:4])
+    encoding = json.detect_encoding(head[:4])
     if encoding.startswith("utf-8"):
         return file
     return cache.derived("utf8", os.path.abspath(file), lambda target: _write_utf8(file, encoding, target, path))
@@ -111,8 +111,8 @@ def _write_utf8(file: Path, encoding: str, target: Path, name: epath.PathLike) -
         raise broken(name, encoding, error) from error
 
 
-def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
-    """The records of a local file in order. Errors call the file `name`.
+def scan(file: Path, name: epath.PathLike, show: str = "") -> Iterator[Record]:
+    """The records of a local file in order. Errors call the file `name`, and progress, if it is shown, `show`.
 
     Lines of JSONL and records that are not ASCII are not parsed, so that a bad line hides no other one.
 
@@ -120,6 +120,13 @@ def scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
       UserError: the file is no JSON array where it should be one, a record is too long, there is no record, or an
         object is spread over several lines instead of being a line of JSONL.
     """
+    if not show:
+        return _scan(file, name)
+    size = file.stat().st_size
+    return track(_scan(file, name), show, share=lambda record: record.stop / size)
+
+
+def _scan(file: Path, name: epath.PathLike) -> Iterator[Record]:
     with file.open("rb") as data:
         begin = len(BOM) if data.read(len(BOM)) == BOM else 0
         data.seek(begin)

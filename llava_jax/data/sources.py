@@ -16,12 +16,12 @@ from typing import Protocol, TypeVar
 import numpy as np
 from etils import epath
 
-from llava_jax.cli import UserError, short, track
+from llava_jax.cli import UserError, short
 from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import open_image, read_size
-from llava_jax.data.parquet import ParquetImages, read_named
+from llava_jax.data.parquet import ImageSource, ParquetImages, read_named
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
@@ -58,11 +58,7 @@ class LlavaJson(Sequence[Sample]):
     """
 
     def __init__(
-        self,
-        path: epath.PathLike,
-        images: epath.PathLike | ParquetImages = "",
-        lenient: bool = False,
-        texts: Path | None = None,
+        self, path: epath.PathLike, images: ImageSource = "", lenient: bool = False, texts: Path | None = None
     ):
         self.path = path
         self.images = images
@@ -123,7 +119,7 @@ def _index(path: epath.PathLike, lenient: bool, texts: Path | None) -> tuple[Rec
     index = cache.load(name)
     if index is None or not _is_index(index, file):
         starts, stops, digest = array.array("q"), array.array("q"), hashlib.sha256()
-        for record in track(scan(file, path), f"reading {path}"):
+        for record in scan(file, path, show=f"reading {path}"):
             try:
                 digest.update(repr(parse_sample(record)).encode())
             except UserError:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import ijson
 from etils import epath
 
-from llava_jax.cli import UserError, one_line, say
+from llava_jax.cli import UserError, one_line, say, track
 from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.samples import ROLES, record_value
+from llava_jax.data.samples import ROLES, is_encodable, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
 
 CAPTION_KEYS = ("caption", "blip_caption")
@@ -30,7 +30,11 @@ class Caption(NamedTuple):
 
 
 def read_captions(
-    path: epath.PathLike, keys: tuple[str, ...] = CAPTION_KEYS, skip_bad: bool = False, quiet: bool = False
+    path: epath.PathLike,
+    keys: tuple[str, ...] = CAPTION_KEYS,
+    skip_bad: bool = False,
+    quiet: bool = False,
+    show: str = "",
 ) -> Iterator[Caption]:
     """The captions of a file, in their order.
 
@@ -40,13 +44,14 @@ def read_captions(
     Args:
       skip_bad: whether to leave out the records without a caption.
       quiet: whether not to print a line `bad-caption, file: line, what is wrong` for each of these.
+      show: what the progress is called; by default none is shown.
 
     Raises:
       UserError: for a file that is damaged; at the end, if there were bad records, unless `skip_bad`.
     """
     file = local_data(path)
     bad = 0
-    for record in _coco_records(file, path) if is_coco(file) else scan(file, path):
+    for record in _coco_records(file, path, bool(show)) if is_coco(file) else scan(file, path, show):
         try:
             caption = _parse(record, keys)
         except UserError as error:
@@ -95,10 +100,8 @@ def _caption(value: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
 def _clean(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: its caption is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: its caption is no valid Unicode: it holds half a surrogate pair") from None
+    if not is_encodable(text):
+        raise UserError(f"{where}: its caption is no valid Unicode: it holds half a surrogate pair")
     if not text.strip():
         raise UserError(f"{where}: its caption is empty")
     for token in SPECIAL_TOKENS:
@@ -116,10 +119,10 @@ def is_coco(file: Path) -> bool:
         return bool(_COCO.match(data.read(4096)))
 
 
-def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
-    names = {image.get("id"): image.get("file_name") for image in coco_items(file, name, "images")}
+def _coco_records(file: Path, name: epath.PathLike, show: bool) -> Iterator[Record]:
+    names = {image.get("id"): image.get("file_name") for image in coco_items(file, name, "images", show)}
     index = -1
-    for index, annotation in enumerate(coco_items(file, name, "annotations")):
+    for index, annotation in enumerate(coco_items(file, name, "annotations", show)):
         ident = annotation.get("id", index)
         value = {"id": ident, "image": names.get(annotation.get("image_id")), "caption": annotation.get("caption")}
         yield Record(f"{name}: annotation {ident}", index, 0, 0, value)
@@ -127,11 +130,14 @@ def _coco_records(file: Path, name: epath.PathLike) -> Iterator[Record]:
         raise UserError(f"{name}: holds no `annotations`")
 
 
-def coco_items(file: Path, name: epath.PathLike, key: str) -> Iterator[dict[str, Any]]:
-    """The members of a list of a COCO file, which errors call `name`."""
+def coco_items(file: Path, name: epath.PathLike, key: str, show: bool = False) -> Iterator[dict[str, Any]]:
+    """The members of a list of a COCO file, which errors and progress, if it is shown, call `name`."""
     with file.open("rb") as data:
         try:
-            for item in ijson.items(data, f"{key}.item", use_float=True):
+            items, size = ijson.items(data, f"{key}.item", use_float=True), file.stat().st_size
+            if show:
+                items = track(items, f"reading {key} of {name}", share=lambda item: data.tell() / size)
+            for item in items:
                 if not isinstance(item, dict):
                     raise UserError(f"{name}: `{key}` holds what is no object: {str(item)[:40]}")
                 yield item

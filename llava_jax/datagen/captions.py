@@ -9,7 +9,8 @@ import argparse
 import json
 import sys
 
-from llava_jax.cli import Parser, UserError, say, track
+from llava_jax.cli import Parser, UserError, say
+from llava_jax.data.samples import conversation
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
 from llava_jax.files.writing import atomic_list
@@ -22,16 +23,15 @@ STYLES = {"brief": BRIEF, "detailed": DETAILED}
 
 def expand(caption: Caption, style: str, seed: int) -> dict[str, object]:
     """The sample of a caption."""
-    instruction = pick(STYLES[style], "instruction", seed, caption.id)
-    question = with_image(instruction, seed, caption.id)
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption.text}]
+    question = with_image(pick(STYLES[style], "instruction", seed, caption.id), seed, caption.id)
+    turns = conversation([("user", question), ("assistant", caption.text)])
     return {"id": caption.id, "image": caption.image, "conversations": turns}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     count = 0
-    captions = track(read_captions(args.captions, args.keys, args.skip_bad), "expanding captions")
+    captions = read_captions(args.captions, args.keys, args.skip_bad, show="expanding captions")
     with atomic_list(args.output, lines=args.output.endswith(".jsonl")) as add:
         for caption in captions:
             add(json.dumps(expand(caption, args.style, args.seed), ensure_ascii=False).encode())

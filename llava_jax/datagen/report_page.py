@@ -31,16 +31,18 @@ def page(title: str, facts: Sequence[tuple[str, str]], statistics: Statistics, r
       rejects: the number of rejects for each reason.
       browser: the data of `browser.js`: `entries`, `thumbnails` (data URIs by name), `groups` (names and sizes).
     """
-    assets = jinja2.PackageLoader("llava_jax.datagen", "report_assets")
+    assets = jinja2.ChoiceLoader(
+        [jinja2.PackageLoader(*place) for place in (("llava_jax.datagen", "report_assets"), ("llava_jax", "style"))]
+    )
     templates = jinja2.Environment(loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"shown": _shown, "short": short, "source_hash": _source_hash}
     templates.policies["json.dumps_kwargs"] = {}  # keys in their order
-    style, script = (assets.get_source(templates, name)[0] for name in ("style.css", "browser.js"))
+    base, own, script = (assets.get_source(templates, name)[0] for name in ("base.css", "style.css", "browser.js"))
     lengths = sorted(statistics.lengths.items())
     questions, first_words = statistics.questions, statistics.first_words
     return templates.get_template("report.html").render(
         title=title,
-        style=style,
+        style=base + own,
         script=script,
         facts=facts,
         rejects=[(reason, n, _share(n, rejects.total())) for reason, n in rejects.most_common(MAX_ROWS)],
@@ -62,13 +64,9 @@ def _source_hash(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    match value:
-        case float():
-            return f"{value:,.1f}"
-        case int():
-            return f"{value:,}"
-        case _:
-            return short(str(value), 1000)
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else short(str(value), 1000)
 
 
 def _share(part: int, whole: int) -> str:

@@ -55,7 +55,7 @@ def _arc(start: float, width: float, ring: int, hue: float, words: str, branch: 
     return Arc(
         f"M{_at(outer, start)} A{outer} {outer} 0 {large} 1 {_at(outer, stop)} "
         f"L{_at(inner, stop)} A{inner} {inner} 0 {large} 0 {_at(inner, start)} Z",
-        f"hsl({hue:.0f},55%,{62 + 9 * ring}%)",
+        f"hsl({hue:.0f},55%,{68 + 7 * ring}%)",  # light enough for dark labels
         f"{words}: {branch.count}",
         branch.word[:13] if width * centre >= MIN_LABELLED else "",
         f"translate({_at(centre, middle)}) rotate({turn:.1f})",

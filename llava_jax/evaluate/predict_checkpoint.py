@@ -73,7 +73,7 @@ def _answer(
         say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
     checkpoint, template = open_model(args)
     if asking.image_last:
-        checkpoint = checkpoint.with_image_position("as_is")
+        checkpoint = checkpoint.with_model(image_position="as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
 
     def one_by_one() -> Iterator[Question]:

@@ -22,6 +22,17 @@ MAX_ROWS = 200  # of the table and the chart; report.json has all
 MAX_CHARACTERS = 100_000_000  # of all questions, their images included
 
 
+def _bounded(value: Any) -> Any:
+    """Shortens texts. HTML, which has a class of its own, stays as it is."""
+    return short(value, MAX_TEXT) if type(value) is str else value
+
+
+_FOLDERS = [jinja2.PackageLoader("llava_jax.evaluate", "report_assets"), jinja2.PackageLoader("llava_jax", "style")]
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.ChoiceLoader(_FOLDERS), autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_bounded
+)
+
+
 def page(
     runs: Sequence[str],
     rows: Sequence[Row],
@@ -33,11 +44,7 @@ def page(
 ) -> str:
     """The page, with at most `limit` questions and `MAX_CHARACTERS` of them; those on which the runs differ most come
     first. `images` is the folder of their images, or false for a page without images."""
-    assets = jinja2.PackageLoader("llava_jax.evaluate", "report_assets")
-    templates = jinja2.Environment(
-        loader=assets, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_bounded
-    )
-    article = templates.get_template("article.html")
+    article = TEMPLATES.get_template("article.html")
     articles, groups, room = [], [], MAX_CHARACTERS
     for case in track(sorted(cases, key=lambda case: -case.spread)[:limit], "writing the page"):
         of_case = _groups(case)
@@ -47,8 +54,8 @@ def page(
             break
         articles.append(text)
         groups += of_case
-    script = assets.get_source(templates, "questions.js")[0]
-    return templates.get_template("report.html").render(
+    script = TEMPLATES.loader.get_source(TEMPLATES, "questions.js")[0]
+    return TEMPLATES.get_template("report.html").render(
         runs=runs,
         rows=rows[:MAX_ROWS],
         judges=judges,
@@ -59,11 +66,6 @@ def page(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def _bounded(value: Any) -> Any:
-    """Shortens texts. HTML, which has a class of its own, stays as it is."""
-    return short(value, MAX_TEXT) if type(value) is str else value
 
 
 def _groups(case: Case) -> list[str]:

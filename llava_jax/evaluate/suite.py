@@ -7,7 +7,6 @@ A benchmark has a folder of its own in --data, named as below, with the files th
 import argparse
 import csv
 import fnmatch
-import html
 import io
 import json
 import subprocess
@@ -23,6 +22,7 @@ from llava_jax.cli import Parser, UserError, printable, say, time_left, warn
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
+from llava_jax.evaluate.report_page import TEMPLATES
 from llava_jax.evaluate.score import read
 from llava_jax.evaluate.tables import aligned
 from llava_jax.files.writing import atomic_file
@@ -175,15 +175,8 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_html(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    head, *body = ([html.escape(text) for text in row] for row in cells(rows))
-    lines = [f"<tr>{''.join(f'<td>{text}</td>' for text in row)}</tr>" for row in body]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        "<style>body{font:16px sans-serif;margin:2em}td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid}"
-        f"</style><h1>{html.escape(title)}</h1><table><tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"
-        + "\n".join(lines)
-        + "</table></html>\n"
-    )
+    head, *lines = cells(rows)
+    return TEMPLATES.get_template("suite.html").render(title=title, head=head, rows=lines)
 
 
 def model_card(name: str, suite: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -68,17 +68,17 @@ def preflight(argv: list[str] | None = None) -> int:
     searches = {"batch": search.largest_batch, "slice": search.smallest_slice, "fastest": search.fastest}
     find = searches.get(SEARCH.value, report.report)
     reports = []
-    for name in TARGET.value:
+    for name in cli.track(TARGET.value, "compiling", every=0.0) if len(TARGET.value) > 1 else TARGET.value:
         found = find(CONFIG.value, name, MEMORY_FRACTION.value)
         if PRICE.value is not None and found.prediction:
             found = dataclasses.replace(found, cost=found.epoch_cost(PRICE.value, SAMPLES.value))
         reports.append(found)
         if JSON.value:
-            print(json.dumps(reports[-1].to_json()), flush=True)
+            print(json.dumps(found.to_json()), flush=True)
         elif len(TARGET.value) == 1:
-            cli.say(reports[-1].to_text())
+            cli.say(cli.wrapped(found.to_text()))
     if not JSON.value and len(TARGET.value) > 1:
-        cli.say(text.table(reports))
+        cli.say(cli.wrapped(text.table(reports)))
     return 0 if all(report.fits for report in reports) else UNFIT
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from llava_jax.cli import narrowed
 from llava_jax.parallel.hardware import GiB
 from llava_jax.training.flops import model_flops
 
@@ -57,9 +58,7 @@ def _memory_lines(report: "Report") -> Iterator[str]:
     if report.fits:
         yield f"fits       {(memory.available - memory.needed) / GiB:.2f} GiB to spare"
     else:
-        over = ""
-        if memory.needed is not None:
-            over = f", {(memory.needed - memory.available) / GiB:.2f} GiB too much"
+        over = f", {(memory.needed - memory.available) / GiB:.2f} GiB too much" if memory.needed is not None else ""
         yield f"unfit      {report.reason}{over}"
         yield f"try        {' or '.join(report.remedies) or 'a larger machine'}; --search=batch|slice tries more"
 
@@ -121,13 +120,14 @@ def _prediction_lines(prediction: "Prediction") -> Iterator[str]:
 
 
 def table(reports: "Sequence[Report]") -> str:
-    """A line for each report."""
+    """A line for each report, or two on a narrow terminal."""
     lines = [
         f"{'target':<12}{'devices':>8}{'rows':>6}{'needed':>9}{'of GiB':>8}  {'fits':<5}{'FLOPs':>7}{'sent GiB':>10}"
         f"{'ideal':>7}{'step s':>8}{'bound by':>10}{'MFU':>7}"
         f"{'predicted s':>13}{'range':>15}{'MFU':>7}"
     ]
     lines += map(_row, reports)
+    lines = narrowed(lines, beside=12, cut=74)  # the target; all but times
     lines.append(
         "rows: at once on a device; FLOPs: compiled / formula; ideal: sent / what parameters sharded over fsdp need; "
         "step: the least time; predicted: docs/prediction.md"

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
 FOLDER = Path(__file__).with_name("static")
+FILES = sorted([*FOLDER.iterdir(), FOLDER.parents[1] / "style/base.css"])  # the reports have the same base
 TYPES = {  # `mimetypes` has different tables on different machines
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -24,7 +25,7 @@ def mount(app: FastAPI, max_body_bytes: int) -> None:
       app: gets the routes.
       max_body_bytes: of a request; the page refuses larger ones before it sends them.
     """
-    for file in sorted(FOLDER.iterdir()):
+    for file in FILES:
         if file.suffix in TYPES:
             body = file.read_bytes().replace(b"{max_body_bytes}", str(max_body_bytes).encode())
             path = "/" if file.name == "index.html" else f"/static/{file.name}"

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from llava_jax.checkpoint.format import needed
-from llava_jax.cli import one_line, printable, say, short, track, warn
+from llava_jax.cli import one_line, printable, say, short, track, warn, wrapped
 from llava_jax.data.conversation import has_interleaved_images
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.inspect import view
@@ -54,7 +54,7 @@ def print_summary(run: Run, state: TrainState, frozen: Params) -> None:
     if not distributed.is_first():
         return
     data, config = run.data, run.config
-    say("\n".join(run_summary(run, state, frozen)), file=sys.stderr, flush=True)
+    say(wrapped("\n".join(run_summary(run, state, frozen)), sys.stderr), file=sys.stderr, flush=True)
     samples, lengths = data.encoded.source, data.lengths
     warn_of_moved_images(samples, lengths, config.image_position)
     first = next(index for index in data.order.visits(0) if lengths.tokens[index])

@@ -1,4 +1,4 @@
-"""The report's browser of samples in Chromium: `make test-browser` runs this."""
+"""The reports in Chromium: `make test-browser` runs this."""
 
 import json
 import os
@@ -6,7 +6,11 @@ import re
 import shutil
 import subprocess
 
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 from report_files import report, write_files
+from test_style import data_report, evaluation_report
 
 
 def test_the_browser_of_samples(tmp_path):
@@ -39,3 +43,18 @@ def test_the_browser_of_samples(tmp_path):
     of_conversations = ["1 / 1 1 ", "1 / 1 0 "]  # with and without boxes
     searched = ["1 / 1 0 puppy", "none 0 ", "1 / 5 0 "]
     assert log == ["1 / 5 1 ", *of_conversations, "1 / 2 0 ", "2 / 2 0 ", "1 / 5 0 ", *searched, "1 / 1 0 puppy"]
+
+
+@pytest.mark.parametrize("make", [data_report, evaluation_report])
+def test_the_reports_are_accessible_in_both_themes(make, tmp_path):
+    (tmp_path / "page.html").write_text(make(tmp_path))
+    chromium = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for theme in ("light", "dark"):
+            page = browser.new_page(color_scheme=theme, bypass_csp=True)
+            page.goto(f"file://{tmp_path / 'page.html'}")
+            assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+            found = Axe().run(page).response["violations"]
+            assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
+        browser.close()

@@ -14,8 +14,7 @@ from llava_jax.serve import page
 from llava_jax.serve.app import create_app
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(page.FOLDER.iterdir())
-SOURCES = {file.name: file.read_text() for file in FILES}
+SOURCES = {file.name: file.read_text() for file in page.FILES}
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def path_of(file: Path) -> str:
     return "/" if file.name == "index.html" else f"/static/{file.name}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", page.FILES, ids=lambda file: file.name)
 def test_files_are_served_with_their_types_and_nothing_may_be_added_to_them(client, file):
     response = client.get(path_of(file))
     types = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
@@ -112,5 +111,6 @@ def test_only_three_paths_of_the_server_are_asked():
 def test_all_files_are_in_a_wheel(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    built = {file.name: file.read_text() for file in (tmp_path / "llava_jax/serve/static").iterdir()}
+    folders = [tmp_path / "llava_jax" / name for name in ("serve/static", "style")]
+    built = {file.name: file.read_text() for folder in folders for file in folder.iterdir()}
     assert built == SOURCES
