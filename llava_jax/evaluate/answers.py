@@ -1,8 +1,9 @@
 """Answers in files of several formats, and their join with labels.
 
 A file is JSONL with an object for each answer (`question_id` and `text`, or other names of these fields), a JSON array
-of such objects, one object `{question id: answer}`, or a table (TSV, XLSX) with the columns `index` and `prediction`.
-These are the forms of the original, of VLMEvalKit and of benchmarks' own scripts; logs of lmms-eval are read, too.
+of such objects, one object `{question id: answer}`, or a table (TSV, XLSX, Parquet) with the columns `index` and
+`prediction`. These are the forms of the original, of VLMEvalKit and of benchmarks' own scripts; logs of lmms-eval are
+read, too.
 """
 
 import json
@@ -184,7 +185,7 @@ def read_json(path: epath.PathLike) -> Any:
     """The value in a file. Raises `UserError` if it is not JSON or if an object has a key twice. An array may have NaN,
     which VLMEvalKit writes for the empty cells of a table."""
     text = read_text(path)
-    return parse_json(text, path, strict=not text.lstrip().startswith("["))
+    return parse_json(text, path, strict=not (text.lstrip().startswith("[") and "NaN" in text))
 
 
 class Joined(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from llava_jax.cli import Parser, UserError, say, short, warn
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.rules import Rule
-from llava_jax.evaluate.score import read
+from llava_jax.evaluate.score import add_files, read_files
 
 EPILOG = f"""example:
   python -m llava_jax.evaluate explain mmstar --answers answers.jsonl --labels MMStar.tsv --as official lmms-eval
@@ -32,7 +32,7 @@ def differences(rules: dict[str, Rule], pairs: Sequence[tuple[Any, Any]], names:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    benchmark, _, _, joined, names = read(args.benchmark, args.answers, args.labels, args.questions, args.partial)
+    benchmark, _, _, joined, names = read_files(args)
     chosen = args.rules or list(benchmark.rules)
     scores = {}
     for name in chosen:
@@ -62,13 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.evaluate explain", description=__doc__, epilog=EPILOG)
+    add_files(parser)
     add = parser.add_argument
-    add("benchmark", metavar="BENCH", help="one of those below")
-    add("--answers", required=True, metavar="F", help="as for score")
-    add("--labels", required=True, nargs="+", metavar="F", help="as for score")
-    add("--questions", nargs="+", default=[], metavar="F", help="as for score")
     add("--as", dest="rules", nargs="+", metavar="NAME", help="the rules to compare (default: all)")
-    add("--partial", action="store_true", help="compare on an incomplete set")
     add("--limit", type=int, default=50, metavar="N", help="answers that are printed (default: 50); --json has all")
     add("--json", action="store_true", help="print one object on one line")
     return parser.parse_args(argv)

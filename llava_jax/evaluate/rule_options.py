@@ -5,11 +5,12 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
+from llava_jax.evaluate.answers import API_FAILED
+
 Options = Mapping[str, str]
 Choice = tuple[str, str]
 
 NONE = ("", "no option found")
-API_FAILED = "Failed to obtain answer via API"
 REFUSALS = (
     "Sorry, I can't help with images of people yet.", "I can't process this file.",
     "I'm sorry, but without the image provided", "Cannot determine the answer",
@@ -24,6 +25,13 @@ def stripped(text: str, marks: str) -> str:
     return text
 
 
+def by_text(text: str, options: Options) -> Choice:
+    """The only option whose text the answer has, in any case."""
+    lower = text.lower()
+    named = [letter for letter, option in options.items() if option.lower() in lower]
+    return (named[0], "the only option whose text it has") if len(named) == 1 else NONE
+
+
 def vlmevalkit(text: str, options: Options) -> Choice:
     """`can_infer` of VLMEvalKit's matching_util.py: a letter that is the only one, else an option's text."""
     if API_FAILED not in text:
@@ -35,11 +43,9 @@ def vlmevalkit(text: str, options: Options) -> Choice:
             return letters[0], "the only letter, among the last four words"
         if not letters and "Z" in words:
             return "Z", "the word Z"
-    lower = text.lower()
-    if len(lower) > 2 * sum(map(len, options.values())):
+    if len(text.lower()) > 2 * sum(map(len, options.values())):
         return "", "longer than twice all options"
-    named = [letter for letter, option in options.items() if option.lower() in lower]
-    return (named[0], "the only option whose text it has") if len(named) == 1 else NONE
+    return by_text(text, options)
 
 
 PHRASES = (
@@ -148,8 +154,7 @@ def mmbench_lmms(text: str, options: Options) -> Choice:
             letters = [letter for letter in "ABCDE" if f"{before}{letter}{after}" in words]
             if len(letters) == 1:
                 return letters[0], f"the only {before}X{after}"
-    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
-    return (named[0], "the only option whose text it has") if len(named) == 1 else NONE
+    return by_text(text, options)
 
 
 def scienceqa_lmms(text: str) -> Choice:

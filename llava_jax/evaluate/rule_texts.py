@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from llava_jax.evaluate.rules import Reading
-from llava_jax.evaluate.vqa_answers import ARTICLES, CONTRACTIONS, NUMBERS
+from llava_jax.evaluate.vqa_answers import on_one_line, without_marks, words
 
 # ---------------------------------------------------------------------------------------------------------- numbers
 
@@ -84,34 +84,26 @@ def folded(text: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------- yes or no
 
-VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
-COMMA_IN_NUMBER = re.compile(r"\d,\d")
 STOP = re.compile(r"(?<!\d)\.(?!\d)")
 
 
 @functools.lru_cache(1 << 17)
-def without_marks(text: str) -> str:
-    """VLMEvalKit's `process_punctuation`, which keeps a full stop next to a digit."""
-    number, result = COMMA_IN_NUMBER.search(text) is not None, text
-    for mark in VQA_MARKS:
-        nothing = number or f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if nothing else " ")
-    return STOP.sub("", result, count=re.UNICODE.value)  # the flag of 32 is passed as the count
+def between_words(text: str) -> str:
+    """VLMEvalKit's `process_punctuation`: as the challenge's, but a full stop next to a digit stays."""
+    return without_marks(text, STOP)
 
 
 def yes_or_no(text: str) -> str | None:
     """VLMEvalKit's `YOrN_Extraction`: the one of the words yes and no that the answer has; None if both or neither."""
-    words = without_marks(text.lower()).split()
-    said = [word for word in ("yes", "no") if word in words]
+    found = between_words(text.lower()).split()
+    said = [word for word in ("yes", "no") if word in found]
     return said[0] if len(said) == 1 else None
 
 
 @functools.lru_cache(1 << 17)
 def vqa_words(text: str) -> str:
-    """VLMEvalKit's `process_answer` for TextVQA: its own punctuation step, then numbers, articles and contractions."""
-    text = without_marks(text.replace("\n", " ").replace("\t", " ").strip())
-    words = [word for word in (NUMBERS.get(word, word) for word in text.lower().split()) if word not in ARTICLES]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+    """VLMEvalKit's `process_answer` for TextVQA."""
+    return words(between_words(on_one_line(text)))
 
 
 # --------------------------------------------------------------------------------------------- MMMU's open questions

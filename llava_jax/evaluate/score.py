@@ -96,26 +96,34 @@ def _judges(lines: Sequence[Line]) -> dict[str, str]:
     return {name: ", ".join(sorted(values)) for name, values in known.items() if values}
 
 
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `read_files`."""
+    add = parser.add_argument
+    add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
+    add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (`score --help` has "
+        "them); of mm-vet, the judge's grades")  # fmt: skip
+    add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
+    add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell it)")
+    add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and tell "
+        "the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip
+    add("--partial", action="store_true", help="take an incomplete set, and report how much is missing")
+
+
+def read_files(args: argparse.Namespace) -> Answered:
+    return read(args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format)
+
+
 class Score(ScoreCommand):
     name, what, epilog = "", str(__doc__), EPILOG
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_files(parser)
         add = parser.add_argument
-        add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
-        add("--answers", required=True, metavar="F", help="answers by `predict` or in another form (below); of "
-            "mm-vet, the judge's grades")  # fmt: skip
-        add("--labels", required=True, nargs="+", metavar="F", help="the benchmark's own files")
-        add("--label-format", metavar="NAME", help="a known one, or MODULE:NAME of your own (default: the files tell "
-            "it)")  # fmt: skip
         add("--as", dest="rule", metavar="NAME", help="the rule of a toolkit: official, lmms-eval or vlmevalkit")
-        add("--questions", nargs="+", default=[], metavar="F", help="the questions: they add images to outcomes, and "
-            "tell the questions of pope and vizwiz if ids are not those of the labels")  # fmt: skip
-        add("--partial", action="store_true", help="score an incomplete set, and report how much is missing")
         add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
 
     def score(self, args: argparse.Namespace) -> tuple[Scores, Iterator[Outcome]]:
-        files = (args.benchmark, args.answers, args.labels, args.questions)
-        return read(*files, args.partial, args.label_format).score(args.rule)
+        return read_files(args).score(args.rule)
 
     def table(self, scores: Scores) -> str:
         return "\n".join(_rows(scores))

@@ -15,6 +15,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.evaluate.lines import Line, read_text
+from llava_jax.evaluate.lines import read_bytes as read_utf8
 from llava_jax.files.reading import read_bytes, refuse_pointer
 
 SUFFIXES = (".tsv", ".xlsx")
@@ -54,8 +55,12 @@ def _objects(names: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) ->
 
 def _tsv(path: epath.PathLike) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(sys.maxsize)  # images are among the fields
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
-    return ((f"{path}: line {reader.line_num}", row) for row in reader if row)
+    lines = io.TextIOWrapper(io.BytesIO(read_utf8(path)), "utf-8", newline="")  # StringIO would take four times as much
+    reader = csv.reader(lines, delimiter="\t")
+    try:
+        yield from ((f"{path}: line {reader.line_num}", row) for row in reader if row)
+    except UnicodeDecodeError:
+        read_text(path)  # raises an error with the line
 
 
 def _xlsx(path: epath.PathLike) -> Iterator[tuple[str, Sequence[str | None]]]:

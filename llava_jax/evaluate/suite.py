@@ -112,14 +112,15 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[str]:
     return []
 
 
-def scores_of(found: Found, answers: Path, outcomes: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a benchmark: its score by each rule, or why there is none."""
+def scores_of(found: Found, answers: Path, outcomes: Path, partial: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a benchmark: its score by each rule, or why there is none. `partial` scores an incomplete set."""
     entry, benchmark = found.entry, find(found.entry.benchmark, "what")
     if entry.options:
         command: ScoreCommand = benchmark.score_commands[0]
         parser = Parser(prog="score")
         command.add_arguments(parser)
         named = [part for name, pattern in entry.options.items() for part in (name, str(found.folder / pattern))]
+        named += ["--partial"] if partial else []
         scores, results = command.score(parser.parse_args(["--answers", str(answers), *named]))
         write_outcomes(outcomes / f"{benchmark.name}{SUFFIX}", results)
         yield _row(entry, "official", scores, scores.get(entry.headline))
@@ -132,7 +133,7 @@ def scores_of(found: Found, answers: Path, outcomes: Path) -> Iterator[dict[str,
     answered = None
     for rule in benchmark.rules or ("",):
         try:
-            answered = answered or read(benchmark.name, str(answers), found.labels, asked)
+            answered = answered or read(benchmark.name, str(answers), found.labels, asked, partial)
             scores, results = answered.score(rule or None)
         except UserError as error:  # such as a rule that needs another form of the labels
             yield {"benchmark": benchmark.name, "rule": rule, "score": None, "note": str(error)}
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         answers = output / f"{one.entry.benchmark}.jsonl"
         _predict(one, answers, of_predict)
         if answers.exists():  # on other hosts than the first it may not be
-            rows += scores_of(one, answers, output / "outcomes")
+            rows += scores_of(one, answers, output / "outcomes", args.partial)
             write(output, args.name, args.suite, rows)
     if rows:
         print(printable(aligned([row[:-1] for row in cells(rows)], left=2)))
@@ -275,6 +276,7 @@ Folders in --data and their files:
     add("--name", metavar="NAME", help="of the model in the table (default: the checkpoint's folder, or --model)")
     add("--dry-run", action="store_true", help="only report which files are there")
     args, of_predict = parser.parse_known_args(argv)
+    args.partial = any(option.partition("=")[0] == "--limit" for option in of_predict)
     given = dict(zip(of_predict, of_predict[1:], strict=False))
     args.name = args.name or given.get("--model") or PurePath(given.get("--checkpoint", "model").rstrip("/")).name
     return args, of_predict

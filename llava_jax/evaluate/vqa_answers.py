@@ -24,33 +24,33 @@ MAX_STOPS = 32  # that are removed: the challenges' code passes a flag of this v
 @functools.lru_cache(1 << 17)
 def official(text: str) -> str:
     """An answer as the VQA challenge compares it."""
-    return _words(_without_marks(_on_one_line(text)))
+    return words(without_marks(on_one_line(text)))
 
 
 @functools.lru_cache(1 << 17)
 def submitted(text: str) -> str:
     """An answer as the published models submitted it to the challenges, and as TextVQA compares it."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return _words(_without_marks(_on_one_line(text.strip())))
+    return words(without_marks(on_one_line(text.strip())))
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _without_marks(text: str) -> str:
+def without_marks(text: str, stop: re.Pattern[str] = STOP) -> str:
     number = COMMA_IN_NUMBER.search(text) is not None
     without = text
     for mark in MARKS:
         if mark in text:
             nothing = number or f"{mark} " in text or f" {mark}" in text
             without = without.replace(mark, "" if nothing else " ")
-    return STOP.sub("", without, count=MAX_STOPS)
+    return stop.sub("", without, count=MAX_STOPS)
 
 
-def _words(text: str) -> str:
-    words = (NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+def words(text: str) -> str:
+    numbered = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in numbered if word not in ARTICLES)
 
 
 def soft_accuracy(answer: str | None, answers: Sequence[str]) -> float:

@@ -47,6 +47,11 @@ def test_a_table_with_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert sorted(file.name for file in (output / "outcomes").iterdir()) == [
         "ai2d.outcomes.jsonl", "mathvista.outcomes.jsonl",
     ]  # fmt: skip
+    with ScriptedLLM(reply=lambda body: "B") as server:  # the first questions only
+        few = [option.replace(str(output), f"{output}2") for option in command[:-2]]
+        evaluate.main([*few, "--endpoint", server.url, "--model", "tiny-llava", "--limit=1"])
+    rows = json.loads((tmp_path / "out2/results.json").read_text())["rows"]
+    assert [(row["benchmark"], row["score"]) for row in rows] == [("ai2d", 100.0)] * 3
     evaluate.main([*command, "--dry-run"])
     assert "ai2d: " in capfd.readouterr().out
     with pytest.raises(UserError, match="--benchmarks mm-vet: is not in the table 2026, which has mmmu, "):

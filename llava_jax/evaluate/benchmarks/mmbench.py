@@ -12,13 +12,12 @@ from llava_jax.evaluate.benchmark import LETTER, LETTER_CN, Benchmark, Labels, g
 from llava_jax.evaluate.label_formats import field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
-from llava_jax.evaluate.rule_options import mmbench_lmms, vlmevalkit
+from llava_jax.evaluate.rule_options import MARKS, by_text, mmbench_lmms, vlmevalkit
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 from llava_jax.evaluate.sheets import read_sheet, xlsx
 
 LETTERS = "ABCD"
 ROUND = 1_000_000  # rows whose index differs by a multiple of it are rotations of the same question
-PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
 class Label(NamedTuple):
@@ -34,12 +33,11 @@ def choose(text: str, options: Mapping[str, str]) -> str:
     It is the only one whose letter is a word of the answer (except `A` in more than three words, which may be an
     article), else the only one whose text is in the answer.
     """
-    words = text.translate(PUNCTUATION).split()
+    words = text.translate(MARKS).split()
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and not ("A" in words and len(words) > 3):
         return letters[0]
-    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
-    return named[0] if len(named) == 1 else ""
+    return by_text(text, options)[0]
 
 
 def _rule(what: str, read: Callable[[str, Mapping[str, str]], tuple[str, str]]) -> Rule:
