@@ -7,10 +7,14 @@ export JAX_PLATFORMS ?= cpu
 # Large arrays in huge pages: on CPUs a training step takes a tenth less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: install quickstart test bench test-beam test-browser test-compat test-scorers test-wheel dist docs notebooks lint clean
+.PHONY: install quickstart emoji test bench test-beam test-browser test-compat test-scorers test-wheel dist docs notebooks lint clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m examples.easy_vqa.quickstart
+
+# An assistant that talks about emoji, on images that npm fetches (docs/emoji.md).
+emoji: $(VENV)/.dev
+	$(BIN)/python -m examples.emoji.recipe
 
 install: $(VENV)/.dev
 

@@ -31,7 +31,7 @@ from llava_jax import cli
 from llava_jax.convert.hf_text import write_text
 from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.names import entries_of
-from llava_jax.convert.shards import Tensor, write_shards
+from llava_jax.convert.outgoing import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 from llava_jax.models.config import PRESETS, LlavaConfig
 from llava_jax.models.llava import abstract_params

@@ -16,7 +16,7 @@ from llava_jax.convert.names import entries_of, to_ours
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params
-from llava_jax.models.quantized import quantized_params
+from llava_jax.models.quantized import linear_of, quantize
 
 # SmolLM2-135M's shape with a CLIP ViT-B/16 tower.
 CONFIG = LlavaConfig(
@@ -82,7 +82,12 @@ def our_parameters(config: LlavaConfig, scale: float = INITIAL) -> Iterator[tupl
     """The names and values of our parameters. A quantized base is quantized from the same values."""
     if config.base_dtype:
         plain = dict(our_parameters(dataclasses.replace(config, base_dtype=""), scale))
-        yield from quantized_params(plain, abstract_params(config), config.base_dtype).items()
+        for name, value in plain.items():
+            if name in abstract_params(config):
+                yield name, value
+            else:
+                parts = quantize(value, config.base_dtype)
+                yield from ((f"{linear_of(name)}.{part}", codes) for part, codes in parts.items())
         return
     shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     for prefix, entry in entries(config):

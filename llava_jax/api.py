@@ -35,6 +35,10 @@ Prompt = str | Sequence[Turn]
 its text; those of a conversation without any `<image>` come before its first question."""
 
 
+Images = ImageInput | Sequence[ImageInput] | None
+Known = dict[int, tuple[ImageInput, Image.Image]]  # the images that were made of arrays, and these, by their `id`
+
+
 class SamplingOptions(TypedDict, total=False):
     """How an answer is sampled. Values out of range raise `UserError`.
 
@@ -259,12 +263,7 @@ class Model:
         return np.asarray(scores)[np.arange(len(tokens) - begin), tokens[begin:]]
 
     def _request(
-        self,
-        prompt: Prompt,
-        images: ImageInput | Sequence[ImageInput] | None,
-        system: str | None = None,
-        answer: str = "",
-        known: dict[int, tuple[ImageInput, Image.Image]] | None = None,
+        self, prompt: Prompt, images: Images, system: str | None = None, answer: str = "", known: Known | None = None
     ) -> Request:
         opened = _images(images, {} if known is None else known)
         turns = [("user", prompt)] if isinstance(prompt, str) else [_turn(turn) for turn in prompt]
@@ -327,23 +326,18 @@ def load(
         raise UserError(f"dtype is {dtype!r}: choose {' or '.join(DTYPES)}")
     checkpoint = _open(os.path.expanduser(os.fspath(source)))
     chosen = choose_template(template, checkpoint.template)
-    read = {
-        name: read_for(os.path.expanduser(os.fspath(directory)), checkpoint, template)
-        for name, directory in (adapters or {}).items()
-    }
-    return Model(
-        Generator.from_checkpoint(checkpoint, chosen, dtype, devices, mesh=mesh, quantize=quantize, adapters=read)
-    )
+    folders = {name: os.path.expanduser(os.fspath(folder)) for name, folder in (adapters or {}).items()}
+    read = {name: read_for(folder, checkpoint, template) for name, folder in folders.items()}
+    options = {"mesh": mesh, "quantize": quantize, "adapters": read}
+    return Model(Generator.from_checkpoint(checkpoint, chosen, dtype, devices, **options))
 
 
 def _open(source: str) -> Checkpoint | ImportedModel:
     """A checkpoint of ours, or a LLaVA of Hugging Face."""
-    if is_checkpoint(source):
-        return open_checkpoint(source)
     path = Path(source)
-    if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-        return open_llava(source)
-    return open_llava(source) if not path.exists() and hub.is_name(source) else open_checkpoint(source)
+    is_directory = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+    is_hf = is_directory or (not path.exists() and hub.is_name(source))
+    return open_llava(source) if is_hf and not is_checkpoint(source) else open_checkpoint(source)
 
 
 def _sampling(generator: Generator, request: Request, options: SamplingOptions) -> Sampling:
@@ -366,10 +360,8 @@ def _turn(turn: Turn) -> tuple[str, str]:
     return pair
 
 
-def _images(
-    images: ImageInput | Sequence[ImageInput] | None, known: dict[int, tuple[ImageInput, Image.Image]]
-) -> list[ImageInput]:
-    """The images as the generator takes them. `known` has those of arrays by `id`, so that equal ones stay the same."""
+def _images(images: Images, known: Known) -> list[ImageInput]:
+    """The images as the generator takes them. Those of an array that is `known` stay the same."""
     if images is None:
         return []
     if isinstance(images, Image.Image | str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4):
@@ -377,7 +369,7 @@ def _images(
     return [_image(image, known) for image in images]
 
 
-def _image(image: ImageInput, known: dict[int, tuple[ImageInput, Image.Image]]) -> ImageInput:
+def _image(image: ImageInput, known: Known) -> ImageInput:
     if isinstance(image, str | os.PathLike):
         return os.path.expanduser(image)
     if isinstance(image, Image.Image):

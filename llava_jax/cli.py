@@ -212,17 +212,13 @@ class Parser(argparse.ArgumentParser):
 
 def expand_home(value: Any) -> Any:
     """The value with `~` at the beginning of paths replaced by the home directory."""
-    match value:
-        case str():
-            return os.path.expanduser(value)
-        case Path():
-            return value.expanduser()
-        case list() | tuple():
-            return type(value)(map(expand_home, value))
-        case dict():
-            return {key: expand_home(each) for key, each in value.items()}
-        case _:
-            return value
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    return {key: expand_home(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def positive(text: str) -> int:

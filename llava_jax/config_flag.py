@@ -25,8 +25,7 @@ _LOCKED = re.compile(r'Key "(.*?)" does not exist(?:.*Did you mean "(.*?)")?', r
 
 def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
     """Parses the flags, with `~` expanded in paths. Raises UserError, one line, for every mistake."""
-    argv = _find_recipe([_expand_home(argument) for argument in argv])
-    file = _recipe_file(argv)
+    argv, file = _find_recipe([_expand_home(argument) for argument in argv])
     try:
         remaining = flags.FLAGS(argv)
         missing = [f"--{flag.name}" for flag in required if flag.value is None]
@@ -44,22 +43,17 @@ def parse_flags(argv: list[str], required: Sequence[flags.FlagHolder]) -> None:
         raise UserError(f"{' and '.join(missing)} must be given; see --help")
 
 
-def _find_recipe(argv: list[str]) -> list[str]:
-    """`--config=NAME` and `--config NAME` as `--config=PATH` of the recipe's file."""
-    found, arguments = [], iter(argv)
+def _find_recipe(argv: list[str]) -> tuple[list[str], str]:
+    """The arguments, with `--config NAME` and `--config=NAME` as `--config=PATH` of the recipe, and its file."""
+    found, file, arguments = [], "", iter(argv)
     for argument in arguments:
         if argument in ("--config", "-config"):
             argument = "=".join((argument, *itertools.islice(arguments, 1)))
         if match := re.match(r"--?config=(?=.)", argument):
-            argument = f"--config={recipes.find(argument[match.end() :])}"
+            recipe = recipes.find(argument[match.end() :])
+            file, argument = recipe.partition(":")[0], f"--config={recipe}"
         found.append(argument)
-    return found
-
-
-def _recipe_file(argv: Sequence[str]) -> str:
-    """The value of --config without the argument after the colon; "" if it is not given."""
-    files = [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
-    return files[-1].partition(":")[0] if files else ""
+    return found, file
 
 
 def _expand_home(argument: str) -> str:

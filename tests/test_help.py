@@ -53,6 +53,7 @@ COMMANDS = {
     "llava_jax.evaluate": ["", *EVALUATE, *OF_BENCHMARKS, "questions"],
     "examples.easy_vqa.quickstart": [""],
     "examples.smollm2.recipe": [""],
+    "examples.emoji.recipe": [""],
 }
 # Shows its own messages for each, and what of HEAVY was imported by then.
 RUN = """

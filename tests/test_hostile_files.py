@@ -32,7 +32,7 @@ from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import find_original
 from llava_jax.convert.language_model import read_generation
-from llava_jax.convert.shards import Tensor
+from llava_jax.convert.outgoing import Tensor
 from llava_jax.convert.tensors import open_directory
 from llava_jax.convert.torch_save import save_torch
 from llava_jax.data.sentencepiece_model import read_model

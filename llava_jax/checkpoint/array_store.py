@@ -6,10 +6,9 @@ ordinary checkpoint: `orbax.checkpoint` loads it on any number of hosts and devi
 """
 
 import collections
-import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,21 +31,18 @@ MAX_PENDING_BYTES = 2**29  # of writes that have not reached the disk; a larger 
 CHECKSUM = {"name": "crc32c"}  # the codec of Zarr that appends a CRC-32C to each chunk and verifies it when it is read
 
 
-def _with_checksum(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+WITHOUT_CHECKSUM = tensorstore_utils._build_zarr3_metadata
+
+
+def _with_checksum(*args: Any, **options: Any) -> dict[str, Any]:
     """Adds `CHECKSUM` to the codecs of Orbax, whose own checksums cover the indices but not the data."""
-
-    @functools.wraps(build)
-    def metadata(*args: Any, **options: Any) -> dict[str, Any]:
-        array = build(*args, **options)
-        for sharding in array["codecs"]:
-            sharding["configuration"]["codecs"].append(CHECKSUM)
-        return array
-
-    return metadata
+    array = WITHOUT_CHECKSUM(*args, **options)
+    for sharding in array["codecs"]:
+        sharding["configuration"]["codecs"].append(CHECKSUM)
+    return array
 
 
-# Orbax has no option for this.
-tensorstore_utils._build_zarr3_metadata = _with_checksum(tensorstore_utils._build_zarr3_metadata)
+tensorstore_utils._build_zarr3_metadata = _with_checksum  # Orbax has no option for this
 
 
 class ArrayWriter:
@@ -64,8 +60,7 @@ class ArrayWriter:
             ocp.save(directory, {name: jnp.zeros((), array.dtype) for name, array in arrays.items()})
         self._stores = {name: _create(directory / TREE / name, name, array) for name, array in arrays.items()}
         self._left = {name: math.prod(array.shape) for name, array in arrays.items()}
-        self._pending = collections.deque()
-        self._pending_bytes = 0
+        self._pending = collections.deque()  # writes that have not ended, each with its bytes
 
     def __enter__(self) -> "ArrayWriter":
         return self
@@ -81,7 +76,7 @@ class ArrayWriter:
 
     def write(self, name: str, layer: int | None, values: np.ndarray) -> None:
         """Writes one layer (index of the first axis) of an array, or all of it. Do not change `values` afterwards."""
-        while self._pending and self._pending_bytes + values.nbytes > MAX_PENDING_BYTES:
+        while self._pending and sum(size for _, size in self._pending) + values.nbytes > MAX_PENDING_BYTES:
             if error := self._wait():
                 raise error
         store = self._stores[name] if layer is None else self._stores[name][layer]
@@ -89,14 +84,11 @@ class ArrayWriter:
             raise ValueError(f"{name} is {values.dtype}{values.shape}, not {store.dtype.name}{store.shape}")
         written = store.write(values, can_reference_source_data_indefinitely=True)
         self._pending.append((written, values.nbytes))
-        self._pending_bytes += values.nbytes
         self._left[name] -= values.size
 
     def _wait(self) -> Exception | None:
         """Waits for the oldest write and returns its error, if it failed."""
-        written, size = self._pending.popleft()
-        self._pending_bytes -= size
-        return written.exception()
+        return self._pending.popleft()[0].exception()
 
 
 def layer_by_layer() -> ocp.Context:
@@ -134,10 +126,7 @@ def read_chunks(array: ts.TensorStore) -> Iterator[tuple[tuple[slice, ...], np.n
     takes longer than the rest of an export.
     """
     shape, chunk = array.shape, array.chunk_layout.read_chunk.shape
-    axis = next((axis for axis in range(array.rank) if chunk[axis] < shape[axis]), None)
-    if axis is None:
-        yield (slice(None),) * array.rank, array.read().result()
-        return
+    axis = next((axis for axis in range(array.rank) if chunk[axis] < shape[axis]), 0)
     for start in range(0, shape[axis], chunk[axis]):
         index = [slice(None)] * array.rank
         index[axis] = slice(start, min(start + chunk[axis], shape[axis]))

@@ -5,16 +5,16 @@ Sums are computed in float32 and rounded once, one layer after the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.checkpoint.reading import Checkpoint, first_device
+from llava_jax.checkpoint.reading import Checkpoint, DtypeOf, ShardingOf, as_stored, first_device
 from llava_jax.models import lora
 from llava_jax.models.config import LoraConfig
-from llava_jax.models.llava import Params, abstract_params
+from llava_jax.models.llava import Params, Shapes, abstract_params
 from llava_jax.models.quantized import Parts, dequantize, linear_of
 
 
@@ -32,23 +32,19 @@ def without_adapters(checkpoint: Checkpoint) -> Checkpoint:
 
 def _plain(adapted: Checkpoint, added: bool) -> "Merged":
     adapted.check()
-    fields = {field.name: getattr(adapted, field.name) for field in dataclasses.fields(adapted)}
-    model = dataclasses.replace(adapted.config, lora=None)
-    fields["description"] = dataclasses.replace(adapted.description, model=model)
+    plain = adapted.with_model(lora=None)
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return Merged(**fields, adapted=adapted, added=added)
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged(Checkpoint):
-    """Attributes:
-    adapted: the checkpoint with its adapters.
-    added: whether these are added to the weights, or left out.
-    changes: of each kernel or layer that was read, the sum of squares of what its adapter added, and of what rounding
-      to the stored type changed.
-    """
+    """A checkpoint with adapters as a model without."""
 
-    adapted: Checkpoint = None
-    added: bool = True
+    adapted: Checkpoint = None  # with its adapters
+    added: bool = True  # whether these are added to the weights, or left out
+    # Of each kernel or layer that was read, the sum of squares of what its adapter added, and of what rounding to the
+    # stored type changed.
     changes: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -65,7 +61,7 @@ class Merged(Checkpoint):
         added, lost = (sum(column) for column in zip(*self.changes, strict=True))
         return (lost / added) ** 0.5 if added else 0.0
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract(self) -> Shapes:
         return {name: leaf for name, leaf in super().abstract().items() if not lora.PARAMETER.fullmatch(name)}
 
     def read(self, name: str, layer: int | None = None, exact: bool = False) -> np.ndarray:
@@ -85,18 +81,15 @@ class Merged(Checkpoint):
         return name in self.adapters or super().is_computed(name)
 
     def load(
-        self,
-        names: Iterable[str] | None = None,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+        self, names: Iterable[str] | None = None, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device
     ) -> Params:
         wanted = list(abstract_params(self.config) if names is None else names)
         params = super().load([name for name in wanted if name not in self.adapters], dtype, sharding)
         for name in (name for name in wanted if name in self.adapters):
-            params[name] = self._load_adapted(name, dtype(name, self.abstract()[name].dtype), sharding or first_device)
+            params[name] = self._load_adapted(name, dtype(name, self.abstract()[name].dtype), sharding)
         return {name: params[name] for name in wanted}
 
-    def _load_adapted(self, name: str, dtype: jnp.dtype, place: Callable[[str], jax.sharding.Sharding]) -> jax.Array:
+    def _load_adapted(self, name: str, dtype: jnp.dtype, place: ShardingOf) -> jax.Array:
         adapter = {part: self.adapted.read(its_name) for part, its_name in self.adapters[name].items()}
         given = {"config": self.adapted.config.lora, "dtype": dtype}
         if name in self._converted:

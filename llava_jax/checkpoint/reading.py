@@ -16,32 +16,29 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from llava_jax import remote
+from llava_jax.checkpoint import format
 from llava_jax.checkpoint.array_store import TREE, open_array, read_chunks
 from llava_jax.checkpoint.errors import damaged, readable
-from llava_jax.checkpoint.format import (
-    DESCRIPTION,
-    DIGEST,
-    EMA,
-    PARAMS,
-    STEPS,
-    Description,
-    Source,
-    absolute,
-    digest,
-    finished_steps,
-    frozen_copy,
-    has_copy,
-    read_description,
-)
 from llava_jax.cli import UserError, short, track
 from llava_jax.files.reading import read_object
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, quantized
-from llava_jax.models.llava import Params, abstract_params, check_names
+from llava_jax.models.llava import Params, Shapes, abstract_params, check_names
 from llava_jax.models.quantized import PART, PARTS, dequantize_stack, linear_of, quantize, unsharded
 from llava_jax.remote import is_remote, may_read
 
 MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
+# How parameters are loaded: by its name, the type of each, which may depend on the stored one, and its sharding.
+DtypeOf = Callable[[str, jnp.dtype], jnp.dtype]
+ShardingOf = Callable[[str], jax.sharding.Sharding]
+
+
+def as_stored(name: str, stored: jnp.dtype) -> jnp.dtype:
+    return stored
+
+
+def first_device(name: str) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 class Held(NamedTuple):
@@ -65,7 +62,7 @@ class Held(NamedTuple):
         return self._replace(start=first, stop=max(first, last), offset=self.offset + first - self.start)
 
     def open(self) -> ts.TensorStore:
-        array = open_array(self.holder.weights / (self.holder.name or TREE), self.stored)
+        array = open_array(self.holder.weights / self.holder.name, self.stored)
         return array[self.offset : self.offset + self.stop - self.start][ts.d[0].translate_to[0]]
 
 
@@ -75,8 +72,8 @@ class Checkpoint:
 
     root: epath.Path  # the directory of an import, or the workdir
     weights: epath.Path  # the Orbax directory
-    name: str | None  # of the weights inside it (`ema` or `params`), None if it holds nothing else
-    description: Description
+    name: str  # of the weights inside it: `TREE`, which is all of an import, `ema` or `params`
+    description: format.Description
     tokenizer_dir: epath.Path
     step: int | None = None
     rounded: str = ""  # see `dequantized`
@@ -88,10 +85,6 @@ class Checkpoint:
     @property
     def template(self) -> str:
         return self.description.template
-
-    def with_image_position(self, position: str) -> "Checkpoint":
-        """The same, for prompts with images at this position of a turn instead of that of training."""
-        return self._with_model(image_position=position)
 
     def quantized(self, base_dtype: str) -> "Checkpoint":
         """The same with quantized weights, see `models.quantized`: if it has plain ones, these are quantized when they
@@ -105,24 +98,22 @@ class Checkpoint:
                 f"{self.root}: its language model is {stored}, and config.base_dtype is {base_dtype}: give "
                 f"--config.base_dtype={stored}, or start from a checkpoint that is not quantized"
             )
-        return self._with_model(base_dtype=wanted or stored)
+        return self.with_model(base_dtype=wanted or stored)
 
     def dequantized(self) -> "Checkpoint":
         """The same as a plain model, whose weights are the dequantized ones."""
-        return dataclasses.replace(self._with_model(base_dtype=""), rounded=self.config.base_dtype or self.rounded)
+        return dataclasses.replace(self.with_model(base_dtype=""), rounded=self.config.base_dtype or self.rounded)
 
-    def _with_model(self, **fields: Any) -> "Checkpoint":
+    def with_model(self, **fields: Any) -> "Checkpoint":
+        """The same with other values of fields of `LlavaConfig`."""
         model = dataclasses.replace(self.config, **fields)
         return dataclasses.replace(self, description=dataclasses.replace(self.description, model=model))
 
     @functools.cached_property
-    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def stored(self) -> Shapes:
         """Names, shapes and types of the parameters in this checkpoint, without those of its sources."""
         with readable(self.weights):
-            if self.name is None:
-                metadata = ocp.metadata(self.weights).metadata
-            else:
-                metadata = ocp.checkpointables_metadata(self.weights).metadata[self.name]
+            metadata = ocp.metadata(self.weights, self.name).metadata
             return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in metadata.items()}
 
     @functools.cached_property
@@ -131,11 +122,18 @@ class Checkpoint:
         own = tuple(self.stored)
         return [(self, own)] + [(self._open(source), source.names) for source in self.description.sources]
 
-    def _open(self, source: Source) -> "Checkpoint":
-        if has_copy(self.root, source):
-            return open_checkpoint(frozen_copy(self.root, source))
+    def _open(self, source: format.Source) -> "Checkpoint":
+        if format.has_copy(self.root, source):
+            return open_checkpoint(format.frozen_copy(self.root, source))
         if not (may_read(source.relative, self.root) and may_read(source.path, self.root)):
-            raise UserError(self._unnamed(source))
+            command = f"copy --output DIR --checkpoint {self.root}"
+            if self.step is not None:
+                command = f"copy-frozen --checkpoint {self.root}"
+            raise UserError(
+                f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names but you "
+                f"did not, so it is not read. If you trust that address, copy them: python -m llava_jax.convert "
+                f"{command} --source {source.path}"
+            )
         for path in (self.root / source.relative, epath.Path(source.path)):
             if path.exists():
                 found = open_checkpoint(path)
@@ -144,16 +142,6 @@ class Checkpoint:
         raise UserError(
             f"{self.root}: its frozen parameters come from {source.path}, which no longer exists or has been "
             "overwritten; put the original back (convert copy-frozen would have copied them into the workdir)"
-        )
-
-    def _unnamed(self, source: Source) -> str:
-        command = f"copy --output DIR --checkpoint {self.root}"
-        if self.step is not None:
-            command = f"copy-frozen --checkpoint {self.root}"
-        return (
-            f"{self.root}: its frozen parameters are at {short(source.path)}, which this checkpoint names but you did "
-            f"not, so it is not read. If you trust that address, copy them: python -m llava_jax.convert {command} "
-            f"--source {source.path}"
         )
 
     @functools.cached_property
@@ -180,7 +168,7 @@ class Checkpoint:
         raise damaged(self.weights, f"it lacks {name}")
 
     @functools.cached_property
-    def _held(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _held(self) -> Shapes:
         """Names, shapes and stored types of the whole parameters that are stored, those of the sources included.
 
         The type of a stack whose layers are in several checkpoints is one that holds the types of all.
@@ -191,7 +179,7 @@ class Checkpoint:
             shapes[name] = jax.ShapeDtypeStruct((parts[-1].stop, *parts[0].leaf.shape[1:]), dtype)
         return shapes
 
-    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract(self) -> Shapes:
         """Names, shapes and stored types of all parameters, those of the sources included."""
         held = dict(self._held)
         wanted = {name: leaf for name, leaf in abstract_params(self.config).items() if name not in held}
@@ -253,7 +241,7 @@ class Checkpoint:
     def _read_converted(self, name: str, layer: int, exact: bool) -> np.ndarray:
         """A parameter of one layer of a linear layer that is quantized or dequantized."""
         linear, base_dtype = self._converted[name], self.rounded or self.config.base_dtype
-        if self._holds(f"{linear}.codes"):
+        if f"{linear}.codes" in self._held:
             parts = {part: self._read_held(f"{linear}.{part}", layer) for part in PARTS[base_dtype]}
         else:
             parts = quantize(self._read_held(f"{linear}.kernel", layer), base_dtype)
@@ -285,32 +273,25 @@ class Checkpoint:
         """Whether a parameter is not stored as it is read."""
         return name in self._converted
 
-    def _holds(self, name: str) -> bool:
-        return name in self._held
-
     def load(
-        self,
-        names: Iterable[str] | None = None,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
+        self, names: Iterable[str] | None = None, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device
     ) -> Params:
         """Reads the named parameters or pieces (all by default), each in `dtype(name, stored type)`.
 
-        Each is sharded by `sharding(name)` while it is read, or put on the first device.
+        Each is sharded by `sharding(name)` while it is read.
         """
         self.check()
         wanted = dict.fromkeys(abstract_params(self.config) if names is None else names)
-        place = sharding or first_device
         stored, plain = self.abstract(), [name for name in wanted if name not in self._converted]
-        params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), place(n)) for n in plain})
+        params = self._load_held({n: (dtype(n, stored[pieces.whole(n)].dtype), sharding(n)) for n in plain})
         linears = sorted({self._converted[name] for name in wanted.keys() & self._converted})
         for linear in track(linears, "converting weights") if linears else ():
-            params |= self._load_converted(linear, dtype, place)
+            params |= self._load_converted(linear, dtype, sharding)
         return {name: params[name] for name in wanted}
 
     def _load_held(self, targets: Mapping[str, tuple[jnp.dtype, jax.sharding.Sharding]]) -> Params:
         """Reads parameters or pieces that are stored under these names in a type and with a sharding."""
-        wanted: dict[str, jax.ShapeDtypeStruct] = {}
+        wanted: Shapes = {}
         for name, (dtype, sharding) in targets.items():
             leaf = self._held[pieces.whole(name)]
             start, stop = pieces.rows(name, leaf)
@@ -320,11 +301,13 @@ class Checkpoint:
             tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
             here = {name for name in wanted.keys() & tree if self.rows(name) == [holder.own(name)]}
             if here:
-                loaded = holder._read(tree | {name: wanted[name] for name in here})
+                with readable(holder.weights):
+                    tree |= {name: wanted[name] for name in here}
+                    loaded = ocp.load(holder.weights, tree, checkpointable_name=holder.name)
                 params |= {name: loaded[name] for name in here}
         return {name: params[name] if name in params else self._read_rows(name, leaf) for name, leaf in wanted.items()}
 
-    def _load_converted(self, linear: str, dtype: Callable, place: Callable) -> Params:
+    def _load_converted(self, linear: str, dtype: DtypeOf, place: ShardingOf) -> Params:
         """The parameters of one stack of linear layers, quantized or dequantized."""
         parts, kernel = self._load_parts(linear, place), f"{linear}.kernel"
         if not self.rounded:
@@ -332,12 +315,12 @@ class Checkpoint:
         leaf = self.abstract()[kernel]
         return {kernel: dequantize_stack(parts, leaf.update(dtype=dtype(kernel, leaf.dtype), sharding=place(kernel)))}
 
-    def _load_parts(self, linear: str, place: Callable) -> dict[str, jax.Array]:
+    def _load_parts(self, linear: str, place: ShardingOf) -> dict[str, jax.Array]:
         """The quantized parts of one stack of linear layers; if it is to be dequantized, on every device."""
         base_dtype, kernel = self.rounded or self.config.base_dtype, f"{linear}.kernel"
         names = [f"{linear}.{part}" for part in PARTS[base_dtype]]
         everywhere = unsharded(place(kernel if self.rounded else names[0]))
-        if self._holds(names[0]):
+        if names[0] in self._held:
             held = self._load_held({name: (self._held[name].dtype, everywhere) for name in names})
             return {part: held[f"{linear}.{part}"] for part in PARTS[base_dtype]}
         stored = self._held[kernel]
@@ -347,12 +330,6 @@ class Checkpoint:
             target = everywhere
         return quantize(self._load_held({kernel: (stored.dtype, target)})[kernel], base_dtype, like)
 
-    def _read(self, tree: dict[str, Any]) -> Params:
-        with readable(self.weights):
-            if self.name is None:
-                return ocp.load(self.weights, tree)
-            return ocp.load_checkpointables(self.weights, {self.name: tree})[self.name]
-
     def _read_rows(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """A parameter that no checkpoint stores as it is: some layers of a stack, or layers of several checkpoints."""
 
@@ -361,7 +338,7 @@ class Checkpoint:
 
         return jax.make_array_from_callback(like.shape, like.sharding, shard)
 
-    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[Source, ...]:
+    def sources_of(self, names: Iterable[str], directory: epath.Path) -> tuple[format.Source, ...]:
         """The sources with which a checkpoint in `directory` refers to these parameters: those that hold them."""
         linears = {self._converted.get(name) for name in names} - {None}
         stored = [name for name in names if name not in self._converted]
@@ -373,11 +350,11 @@ class Checkpoint:
             if not here:
                 continue
             path = holder.root if holder.step is None else holder.weights
-            address = os.fspath(absolute(path))
+            address = os.fspath(format.absolute(path))
             # Between a bucket and a disk, or two buckets, there is no relative path.
             local = not (is_remote(path) or is_remote(directory))
             relative = os.path.relpath(address, os.path.abspath(directory)) if local else address
-            sources.append(Source(address, relative, holder.description.id, here))
+            sources.append(format.Source(address, relative, holder.description.id, here))
         return tuple(sources)
 
     def _name_of(self, name: str, part: Held) -> str:
@@ -385,11 +362,6 @@ class Checkpoint:
         whole = pieces.whole(name)
         everything = (part.start, part.stop) == (0, *self._held[whole].shape[:1])
         return whole if everything else pieces.piece(whole, part.start, part.stop)
-
-
-def first_device(name: str) -> jax.sharding.Sharding:
-    """The default sharding of every parameter."""
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
@@ -401,7 +373,7 @@ def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def refuse_inflated(directory: epath.Path, stored: Shapes) -> None:
     """Raises UserError if a local directory is far smaller than the arrays that its metadata claims, since arrays of
     any size could be claimed."""
     if is_remote(directory):
@@ -415,7 +387,7 @@ def refuse_inflated(directory: epath.Path, stored: dict[str, jax.ShapeDtypeStruc
 def is_checkpoint(path: str) -> bool:
     """Whether a path that the user named leads to a checkpoint. Nothing else is read from object stores."""
     remote.name(path)
-    return is_remote(path) or any((Path(path) / entry).exists() for entry in (DESCRIPTION, STEPS))
+    return is_remote(path) or any((Path(path) / entry).exists() for entry in (format.DESCRIPTION, format.STEPS))
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -423,34 +395,34 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises UserError if it is none of these.
     """
-    path = absolute(path)
+    path = format.absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint{_other_steps(path)}")
-    if (path / "params").exists() and (path / DESCRIPTION).exists():
-        return Checkpoint(path, path / "params", None, read_description(path), path / "tokenizer")
-    if (path / STEPS).exists():
-        steps = finished_steps(path / STEPS)
+    if (path / "params").exists() and (path / format.DESCRIPTION).exists():
+        return Checkpoint(path, path / "params", TREE, format.read_description(path), path / "tokenizer")
+    if (path / format.STEPS).exists():
+        steps = format.finished_steps(path / format.STEPS)
         if not steps:
             raise UserError(f"{path}: a workdir without a finished checkpoint")
-        return _open_step(path / STEPS / str(steps[-1]))
+        return _open_step(path / format.STEPS / str(steps[-1]))
     if path.name.isdecimal() and ocp.is_orbax_checkpoint(path):
         return _open_step(path)
     raise UserError(
-        f"{path}: neither the output of `convert import` (no {DESCRIPTION} and params/) nor a training workdir "
+        f"{path}: neither the output of `convert import` (no {format.DESCRIPTION} and params/) nor a training workdir "
         "(no checkpoints/) nor one step of it"
     )
 
 
 def open_step(workdir: epath.Path, step: int) -> Checkpoint:
     """The same for a certain step. Raises UserError that lists the steps if it does not exist."""
-    path = absolute(workdir) / STEPS / str(step)
+    path = format.absolute(workdir) / format.STEPS / str(step)
     if not path.exists():
         raise UserError(f"{workdir}: has no step {step}{_other_steps(path)}")
     return _open_step(path)
 
 
 def _other_steps(path: epath.Path) -> str:
-    steps = finished_steps(path.parent) if path.parent.name == STEPS else []
+    steps = format.finished_steps(path.parent) if path.parent.name == format.STEPS else []
     return f": the steps there are {', '.join(map(str, steps))}" if steps else ""
 
 
@@ -458,13 +430,13 @@ def _open_step(path: epath.Path) -> Checkpoint:
     with readable(path):
         found = ocp.checkpointables_metadata(path)
         metadata = dict(found.custom_metadata or {})
-    stored = metadata.pop(DIGEST, None)  # steps of earlier versions have none
-    if "format" not in metadata or stored not in (None, digest(metadata)):
+    stored = metadata.pop(format.DIGEST, None)  # steps of earlier versions have none
+    if "format" not in metadata or stored not in (None, format.digest(metadata)):
         raise damaged(path, "its _CHECKPOINT_METADATA is cut off, altered or missing")
     root = path.parent.parent
     with readable(path):
-        description = Description.from_json(metadata | _earlier(metadata, root), where=str(path))
-    weights = EMA if EMA in found.metadata else PARAMS
+        description = format.Description.from_json(metadata | _earlier(metadata, root), where=str(path))
+    weights = format.EMA if format.EMA in found.metadata else format.PARAMS
     return Checkpoint(root, path, weights, description, root / "tokenizer", step=int(path.name))
 
 

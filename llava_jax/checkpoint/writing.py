@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -19,18 +18,14 @@ from llava_jax.cli import UserError
 from llava_jax.data.tokenizer_files import MAX_BYTES
 from llava_jax.files.lock import entries, hold
 from llava_jax.files.reading import read_bytes
-from llava_jax.models.llava import abstract_params, check_names
+from llava_jax.models.llava import Shapes, abstract_params, check_names
 from llava_jax.remote import is_remote
 
 Slice = tuple[str, int | None, np.ndarray]  # a parameter's name, a layer of it or None for all of it, the values
 
 
 def write_model(
-    directory: str | os.PathLike,
-    shapes: dict[str, jax.ShapeDtypeStruct],
-    slices: Iterable[Slice],
-    description: Description,
-    tokenizer_dir: str,
+    directory: str | os.PathLike, shapes: Shapes, slices: Iterable[Slice], description: Description, tokenizer_dir: str
 ) -> None:
     """Writes a model from slices that together are parameters of these shapes and types.
 
@@ -45,15 +40,11 @@ def write_model(
 
 
 def write_parameters(
-    directory: epath.Path,
-    shapes: dict[str, jax.ShapeDtypeStruct],
-    slices: Iterable[Slice],
-    description: Description,
-    tokenizer_dir: str | None = None,
+    directory: epath.Path, shapes: Shapes, slices: Iterable[Slice], description: Description, tokenizer_dir: str = ""
 ) -> None:
     """Writes some parameters of a model, for checkpoints that have it as a source."""
     with new_directory(directory) as partial:
-        if tokenizer_dir is not None:
+        if tokenizer_dir:
             copy_tokenizer(epath.Path(tokenizer_dir), partial / "tokenizer")
         if not is_remote(partial):
             check_free(partial, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()))
@@ -93,30 +84,22 @@ def new_directory(directory: epath.Path) -> Iterator[epath.Path]:
     Object stores cannot rename directories: a remote one is filled in place, by one process at a time. So write the
     file that makes it valid last.
     """
-    if is_remote(directory):
-        with hold(directory):
-            refuse_existing(directory)
-            with _removed_on_error(directory):
-                yield directory
-        return
-    refuse_existing(directory)
-    partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    with _removed_on_error(partial):
-        yield partial
-        refuse_existing(directory)  # another process may have made it in the meantime
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-
-
-@contextlib.contextmanager
-def _removed_on_error(directory: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _remove(directory)
-        raise
+    remote, partial = is_remote(directory), directory
+    with hold(directory) if remote else contextlib.nullcontext():
+        refuse_existing(directory)
+        if not remote:
+            partial = directory.parent / f".{directory.name}.partial-{uuid.uuid4().hex[:8]}"
+            partial.mkdir(parents=True)
+        try:
+            yield partial
+            if not remote:
+                refuse_existing(directory)  # another process may have made it in the meantime
+                if directory.exists():
+                    directory.rmdir()
+                partial.rename(directory)
+        except BaseException:
+            _remove(partial)
+            raise
 
 
 def _remove(directory: epath.Path) -> None:

@@ -237,7 +237,7 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
         _require_shape(adapter, name, places[place].hf_shape(shapes[places[place].name].shape))
         held[place] = tensor
 
-    modules: dict[tuple[str, Entry], dict[str, str]] = {}  # of each stack, by leaf name
+    modules: dict[tuple[str, Entry], dict[str, Tensors]] = {}  # of each stack, by leaf name
     for module in adapter.layers:
         place = place_of(f"{module}.weight", ADAPTED)
         if module.rpartition(".")[2] in family_of(config.text).fused(config.text):
@@ -248,14 +248,14 @@ def unmerged(adapter: Adapter, config: LlavaConfig) -> tuple[LoraConfig, dict[Pl
         if not _is_linear(entry):
             raise UserError(f"{adapter.where}: adapts {module}, which works in the weights only; {_merge_it(adapter)}")
         _require_fit(adapter, module, entry.hf_shape(shapes[entry.name].shape))
-        modules.setdefault((place[0], entry), {})[place[1]] = module
+        modules.setdefault((place[0], entry), {})[place[1]] = adapter.layers[module]
     lora = _common_lora(adapter, config, {entry.name for _, entry in modules})
     for (part_name, entry), by_leaf in modules.items():
-        like = adapter.layers[next(iter(by_leaf.values()))]
+        like = next(iter(by_leaf.values()))
         for leaf in entry.leaves():
             if leaf not in by_leaf and lora.dora:
                 raise UserError(f"{adapter.where}: use_dora, but only some layers are adapted; {_merge_it(adapter)}")
-            tensors = adapter.layers[by_leaf[leaf]] if leaf in by_leaf else {k: _zeros(t) for k, t in like.items()}
+            tensors = by_leaf.get(leaf) or {name: _zeros(tensor) for name, tensor in like.items()}
             for name, _ in LORA.values():
                 if (kind := name.removesuffix(".weight")) in tensors:
                     held[part_name, f"{leaf.removesuffix('.weight')}.{name}"] = tensors[kind]
@@ -287,9 +287,8 @@ def _common_lora(adapter: Adapter, config: LlavaConfig, kernels: set[str]) -> Lo
     if len(found) > 1:
         values = "; ".join(f"{lora.rank} and {lora.alpha:g} of {module}" for lora, module in [*found.items()][:2])
         raise UserError(f"{adapter.where}: r and lora_alpha differ ({values}); {_merge_it(adapter)}")
-    layers = [entry.name for entries in entries_of(config).values() for entry in entries if _is_linear(entry)]
-    layers = [name.removesuffix(".kernel") for name in layers]
-    adapted = [name for name in layers if f"{name}.kernel" in kernels]
+    linear = [entry.name for entries in entries_of(config).values() for entry in entries if _is_linear(entry)]
+    layers, adapted = ([name.removesuffix(".kernel") for name in linear if name in of] for of in (linear, kernels))
     targets = tuple(dict.fromkeys(name.rpartition(".")[2] for name in adapted))
     if [name for name in layers if is_target(name, targets)] != adapted:
         targets = tuple(adapted)

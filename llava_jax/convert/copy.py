@@ -8,9 +8,7 @@ missing ones into the workdir, which then resumes without the other checkpoint.
 import dataclasses
 import os
 import uuid
-from collections.abc import Iterator, Mapping
-
-import jax
+from collections.abc import Iterator
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import FROZEN, frozen_copy, has_copy, needed
@@ -19,6 +17,7 @@ from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.checkpoint.writing import Slice, write_model, write_parameters
 from llava_jax.cli import UserError, track
 from llava_jax.files.lock import hold
+from llava_jax.models.llava import Shapes
 
 
 def copy(path: str | os.PathLike, output: str | os.PathLike) -> None:
@@ -61,7 +60,7 @@ def copy_frozen(path: str | os.PathLike) -> list[str]:
     return copied
 
 
-def _slices(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[Slice]:
+def _slices(checkpoint: Checkpoint, shapes: Shapes) -> Iterator[Slice]:
     places = [
         (name, layer)
         for name, leaf in shapes.items()

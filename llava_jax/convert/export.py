@@ -21,8 +21,7 @@ from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.fused import joined
 from llava_jax.convert.hf_tokenizer import SpecialTokens, choose_special_tokens, write_tokenizer
 from llava_jax.convert.layouts import EXPORT_PREFIXES
-from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
-from llava_jax.convert.shards import Tensor, write_shards
+from llava_jax.convert.outgoing import PARTS, Tensor, common_dtype, new_export, tensors_of, write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.data.template_fit import end_of_answer, missing_marks
 from llava_jax.data.templates import get_template, stop_strings, with_im_start_end

@@ -14,8 +14,7 @@ from llava_jax.checkpoint.writing import copy_tokenizer
 from llava_jax.cli import UserError
 from llava_jax.convert.hf_processor import write_generation
 from llava_jax.convert.hf_text import write_text
-from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of
-from llava_jax.convert.shards import write_shards
+from llava_jax.convert.outgoing import PARTS, common_dtype, new_export, tensors_of, write_shards
 from llava_jax.convert.tensors import write_json
 from llava_jax.convert.torch_save import save_torch
 from llava_jax.data.template_fit import end_of_answer

@@ -13,9 +13,9 @@ from llava_jax.checkpoint.writing import check_free, refuse_existing
 from llava_jax.cli import UserError, warn
 from llava_jax.convert.adapter import SETTINGS, TRAINED_WITH, TrainedWith, base_fields
 from llava_jax.convert.export import export_model, identity
+from llava_jax.convert.layouts import EXPORT_PREFIXES
 from llava_jax.convert.names import entries_of
-from llava_jax.convert.outgoing import PARTS, new_export, tensors_of
-from llava_jax.convert.shards import Tensor, write_file
+from llava_jax.convert.outgoing import PARTS, Tensor, new_export, tensors_of, write_file
 from llava_jax.convert.tensors import write_json
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.families import family_of
@@ -32,13 +32,7 @@ NAMES = {
         "vision": "model.vision_tower.vision_model.",
         "head": "",
     },
-    "4.51": {
-        "llm": "language_model.model.",
-        "projector": "multi_modal_projector.",
-        "newline": "",
-        "vision": "vision_tower.vision_model.",
-        "head": "language_model.",
-    },
+    "4.51": EXPORT_PREFIXES,
 }
 WITHOUT_LLM = r".*(vision_tower|multi_modal_projector).*"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank, by default 16
@@ -71,9 +65,7 @@ def export_peft(checkpoint_path: str, output: str, base: str | None = None, tran
         raise UserError(f"{output}: --base and --output are one directory: the adapter and its base need two")
     if base:
         export_model(without_adapters(checkpoint), base)
-    settings = _settings(checkpoint, lora, adapted, saved) | {
-        "base_model_name_or_path": base or _base_name(checkpoint),
-    }
+    settings = _settings(checkpoint, lora, adapted, saved) | {"base_model_name_or_path": base or _base_name(checkpoint)}
     with new_export(output) as directory:
         tensors = list(_tensors(checkpoint, NAMES[transformers], bool(saved)))
         check_free(directory, sum(tensor.nbytes for tensor in tensors))
@@ -131,15 +123,9 @@ def _settings(checkpoint: Checkpoint, lora: LoraConfig, adapted: set[str], saved
 def _target_modules(checkpoint: Checkpoint, adapted: set[str], short: bool) -> set[str]:
     """Ends of the names of adapted layers that no other layers have, in any version of transformers; with `short` of
     none in the language model."""
-    prefixes = {
-        "llm": "language_model.",
-        "projector": "multi_modal_projector.",
-        "newline": "",
-        "vision": "",
-        "head": "",
-    }
+    prefixes = {"llm": "language_model.", "projector": "multi_modal_projector."}
     layers = {
-        prefixes[part] + leaf.removesuffix(".weight")
+        prefixes.get(part, "") + leaf.removesuffix(".weight")
         for part, entries in entries_of(checkpoint.config).items()
         for entry in entries
         if entry.name.removesuffix(".kernel") in adapted and entry.name.endswith(".kernel")

@@ -66,7 +66,7 @@ def _is_stored_as(projector_type: str, leaves: set[str]) -> bool:
     return any({leaf for e in kind.entries(projector_type) for leaf in e.leaves()} == leaves for kind in kinds)
 
 
-def ends_in_identity(source: Source, config: LlavaConfig) -> bool:
+def has_identity(source: Source, config: LlavaConfig) -> bool:
     """Whether linear_2 of two is the identity, as transformers' files have it for a linear projector."""
     if config.projector_type != "mlp2x_gelu":
         return False
@@ -74,18 +74,17 @@ def ends_in_identity(source: Source, config: LlavaConfig) -> bool:
     return np.array_equal(weight, np.eye(len(weight), dtype=weight.dtype)) and not bias.any()
 
 
-def check_tied_head(where: Path | str, source: Source, config: LlavaConfig) -> None:
-    if config.text.tie_word_embeddings and TIED_HEAD in source:
-        head, embeddings = source.get(*TIED_HEAD), source.get("llm", "embed_tokens.weight")
-        if head.dtype != embeddings.dtype or not np.array_equal(head, embeddings):
-            raise UserError(f"{where}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
-
-
 def check_tensors(config: LlavaConfig, *held: tuple[Path, Source, tuple[str, ...]]) -> None:
-    """Raises UserError that lists what is wrong with the tensors of these (path, source, parts)."""
+    """Raises UserError that lists what is wrong with the tensors of these (path, source, parts), or names a tied head
+    that is not the embeddings."""
     found = [(path, source.problems(config, parts)) for path, source, parts in held]
     if problems := [f"{path}: {'; '.join(problems)}" for path, problems in found if problems]:
         raise UserError("; ".join(problems))
+    for path, source, parts in held:
+        if "head" in parts and config.text.tie_word_embeddings and TIED_HEAD in source:
+            head, embeddings = source.get(*TIED_HEAD), source.get("llm", "embed_tokens.weight")
+            if head.dtype != embeddings.dtype or not np.array_equal(head, embeddings):
+                raise UserError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
 
 
 def refuse_contradiction(where: str, flag: str, requested: Any, found: Any) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.cli import UserError
-from llava_jax.convert.shards import Tensor
+from llava_jax.convert.outgoing import Tensor
 from llava_jax.convert.stored_tensor import StoredTensor, Tensors
 from llava_jax.models.config import TextConfig
 from llava_jax.models.families import family_of

@@ -74,6 +74,7 @@ def read_llava(config: Json, where: str, widths_first: bool = False) -> LlavaCon
         config, "vision_config", TOWERS["clip"].write(CLIP_L_14_336), where
     )
     text = {"model_type": "llama"} | part(config, "text_config", where)
+    tied = get(config, "tie_word_embeddings", False, where) or is_tied(text, f"{where}, text_config")
     tower = _read_tower(vision, f"{where}, vision_config")
     activation = one_of({"projector_hidden_act": "gelu"} | config, "projector_hidden_act", hf_projectors(), where)
     anyres = None
@@ -87,7 +88,7 @@ def read_llava(config: Json, where: str, widths_first: bool = False) -> LlavaCon
         image_aspect="anyres" if anyres else "pad",
         anyres=anyres,
         vision=tower,
-        text=text_part(text, f"{where}, text_config", tied=_is_tied(config, text, where)),
+        text=text_part(text, f"{where}, text_config", tied=tied),
         select_layer=_select_layers(config, tower, where),
         select_feature=_select_feature(config, tower, where),
         projector_type=hf_projectors()[activation],
@@ -201,7 +202,3 @@ def select_layer(config: Json, field: str, tower: VisionConfig, where: str) -> i
     if not -tower.num_layers - 1 <= layer <= tower.num_layers:
         raise UserError(f"{where}: {field} is {shown(layer)}, but the vision tower has {tower.num_layers} layers")
     return layer
-
-
-def _is_tied(config: Json, text: Json, where: str) -> bool:
-    return get(config, "tie_word_embeddings", False, where) or is_tied(text, f"{where}, text_config")

@@ -108,17 +108,14 @@ def write_processor(config: LlavaConfig, image_token: str) -> Json:
 
 
 def write_generation(
-    source: Json, tokenizer: PreTrainedTokenizerBase, end_id: int | None, end_texts: list[str]
+    source: Json,  # that of the import; may be empty
+    # Of the export. The source overrides its `bos_token_id` and `eos_token_id`, not its `pad_token_id`.
+    tokenizer: PreTrainedTokenizerBase,
+    end_id: int | None,  # the token that ends an answer; it is added to `eos_token_id`
+    # Texts that end an answer if there is no such token: `stop_strings`, for which `generate` needs the tokenizer.
+    end_texts: list[str],
 ) -> Json:
-    """The `generation_config.json`: that of the source, without the fields that save_pretrained refuses.
-
-    Args:
-      source: that of the import; may be empty.
-      tokenizer: that of the export. The source overrides its `bos_token_id` and `eos_token_id`, not its `pad_token_id`.
-      end_id: the token that ends an answer; it is added to `eos_token_id`.
-      end_texts: texts that end an answer if there is no such token: `stop_strings`, for which `generate` needs the
-        tokenizer.
-    """
+    """The `generation_config.json`: that of the source, without the fields that save_pretrained refuses."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     values = {name: id for name in names if (id := getattr(tokenizer, name)) is not None}
     values |= {field: value for field, value in source.items() if value is not None and not field.startswith("_")}

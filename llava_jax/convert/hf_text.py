@@ -1,11 +1,20 @@
 """Transformers' `config.json` of a decoder, and ours. What a family has besides LLaMA's is in models/families."""
 
+import math
+
+import jax
+from flax import nnx
+
 from llava_jax.cli import UserError, shown
 from llava_jax.models.config import RopeScaling, TextConfig, require_multiple
 from llava_jax.models.families import family_of
-from llava_jax.models.hf_fields import Json, get, in_words_of_hf, one_of, part, require
+from llava_jax.models.hf_fields import Json, get, get_all, in_hf, in_words_of_hf, one_of, part, require
+from llava_jax.models.llama import Llama
 from llava_jax.models.registry import FAMILIES
 
+# Fields of all decoders, with the defaults of transformers' LLaMA.
+_FIELDS = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32}
+_FIELDS |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 # Fields that change the computation, with the only value supported in any family: the first are written, too, the
 # others are not, since no version of transformers has them in these models.
 _FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
@@ -44,31 +53,19 @@ def text_part(config: Json, where: str, tied: bool) -> TextConfig:
         raise UserError(f"{where}: layer_types are {shown(layer_types)}; only 'full_attention' is supported")
     theta, scaling = _rope(config, where)
     with in_words_of_hf(where):
-        hidden_size = get(config, "hidden_size", 4096, where)
-        num_heads = get(config, "num_attention_heads", 32, where)
+        fields = get_all(config, _FIELDS, where)
+        width, heads = fields["hidden_size"], fields["num_heads"]
         if config.get("head_dim") is None:
-            require_multiple("hidden_size", hidden_size, "num_heads", num_heads)
-        return family.config_class(
-            vocab_size=get(config, "vocab_size", 32000, where),
-            hidden_size=hidden_size,
-            intermediate_size=get(config, "intermediate_size", 11008, where),
-            num_layers=get(config, "num_hidden_layers", 32, where),
-            num_heads=num_heads,
-            num_kv_heads=get(config, "num_key_value_heads", num_heads, where),
-            head_dim=get(config, "head_dim", hidden_size // max(1, num_heads), where),
-            rope_theta=theta,
-            rms_norm_eps=get(config, "rms_norm_eps", 1e-6, where),
-            tie_word_embeddings=tied,
-            max_position_embeddings=get(config, "max_position_embeddings", 2048, where),
-            rope_scaling=scaling,
-            **family.read_fields(config, where),
-        )
+            require_multiple("hidden_size", width, "num_heads", heads)
+        fields |= get_all(config, {"num_kv_heads": heads, "head_dim": width // max(1, heads)}, where)
+        fields |= {"rope_theta": theta, "rope_scaling": scaling, "tie_word_embeddings": tied}
+        return family.config_class(**fields | family.read_fields(config, where))
 
 
 def num_parameters(config: TextConfig) -> int:
     """How many numbers the matrices of a decoder have, counting the embeddings but not the vocabulary projection."""
-    per_layer = sum(family_of(config).products(config).values()) / 2
-    return config.hidden_size * config.vocab_size + config.num_layers * int(per_layer)
+    shapes = jax.tree.leaves(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)).layers))
+    return config.hidden_size * config.vocab_size + sum(math.prod(leaf.shape) for leaf in shapes if len(leaf.shape) > 2)
 
 
 def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
@@ -81,19 +78,9 @@ def write_text(config: TextConfig, source: Json, dtype: str) -> Json:
     return {
         "architectures": [family.hf_class],  # vLLM finds its decoder by it
         "model_type": family.name,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        **in_hf(config, (*_FIELDS, "num_kv_heads", "head_dim", "rope_theta", "tie_word_embeddings")),
         "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
         **(_FIXED | family.fixed | family.write_fields(config)),

@@ -58,14 +58,9 @@ def choose_special_tokens(
     if None not in (own, index) and own != index:
         raise UserError(f"the source's image_token_index is {index}, but its tokenizer gives {IMAGE_TOKEN} id {own}")
     tokens = {id: token for token, id in vocab.items()}
-    added = {}
-    if own is None:
-        id = max(tokens) + 1 if index is None else index
-        image = ImageToken(id, tokens.get(id, IMAGE_TOKEN))
-        if id not in tokens:
-            added[image.text] = id
-    else:
-        image = ImageToken(own, IMAGE_TOKEN)
+    id = next(id for id in (own, index, max(tokens) + 1) if id is not None)
+    image = ImageToken(id, tokens.get(id, IMAGE_TOKEN))
+    added = {} if id in tokens else {image.text: id}
     pad = tokenizer.pad_token
     if pad is None or pad == tokenizer.unk_token:
         pad = PAD_TOKEN

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from httpx2 import HTTPError
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, snapshot_download
 
 from llava_jax.cli import UserError, say
 from llava_jax.convert.hf_tokenizer import TOKENIZER_FILES
@@ -70,17 +64,17 @@ def _downloaded(repository: str, revision: str | None, flag: str) -> Path:
         others = _ONLY_TORCH if any(path.glob("*.safetensors")) else _TORCH + _ONLY_TORCH
         # By its commit, so that all files are of the same one.
         snapshot_download(repository, revision=path.name, allow_patterns=list(others))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
         raise UserError(f"{what}: its owner grants access: ask at {page}, and set HF_TOKEN to your token") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UserError(
             f"{what}: no such directory, and {constants.ENDPOINT} has no such model, or a private one: set HF_TOKEN to "
             "your token"
         ) from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise UserError(f"{what}: there is no branch, tag or commit {revision} of it") from None
-    except (LocalEntryNotFoundError, HTTPError) as error:
+    except (errors.LocalEntryNotFoundError, HTTPError) as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise UserError(
             f"{what}: {constants.ENDPOINT} cannot be reached or broke off ({reason}): the same command again downloads "

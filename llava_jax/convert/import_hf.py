@@ -8,15 +8,7 @@ from pathlib import Path
 from llava_jax.cli import UserError, say, shown
 from llava_jax.convert import hf_config
 from llava_jax.convert.adapter import base_name, open_adapter, require_base, with_adapter
-from llava_jax.convert.found import (
-    Found,
-    Options,
-    check_tensors,
-    check_tied_head,
-    ends_in_identity,
-    projector_type,
-    refuse_contradiction,
-)
+from llava_jax.convert.found import Found, Options, check_tensors, has_identity, projector_type, refuse_contradiction
 from llava_jax.convert.fused import split
 from llava_jax.convert.hf_processor import ImageSettings, read_image_settings
 from llava_jax.convert.hf_text import read_text
@@ -54,13 +46,9 @@ def find_backbones(llm: Path, vision: Path, projector: Path | None, options: Opt
     )
     held = [(llm, sources["llm"], ("llm", "head")), (vision, sources["vision"], ("vision",))]
     check_tensors(config, *held, *([(projector, sources["projector"], ("projector",))] if file else []))
-    check_tied_head(llm, sources["llm"], config)
-    if file and ends_in_identity(sources["projector"], config):
+    if file and has_identity(sources["projector"], config):
         config = dataclasses.replace(config, projector_type="linear")
-    hf = {
-        "config": {"text_config": model.config, "vision_config": tower_json},
-        "generation_config": model.generation,
-    }
+    hf = {"config": {"text_config": model.config, "vision_config": tower_json}, "generation_config": model.generation}
     return Found(config, sources | {"head": sources["llm"]}, hf, model.write_tokenizer, trained=False)
 
 
@@ -115,16 +103,12 @@ def find_llava(directory: Path, options: Options, adapter: Path | None = None) -
     refuse_contradiction(where, "--select-feature", options.select_feature, config.select_feature)
     linear = config.projector_type == "linear"  # stored as two layers, of which the second is the identity
     config = dataclasses.replace(
-        config,
-        projector_type="mlp2x_gelu" if linear else config.projector_type,
-        image_aspect=aspect,
-        **images.fields,
+        config, projector_type="mlp2x_gelu" if linear else config.projector_type, image_aspect=aspect, **images.fields
     )
     parts = ("llm", "head", "projector", "newline", "vision")
     check_tensors(config, (directory, source, parts))
-    check_tied_head(directory, source, config)
     if linear:
-        if not ends_in_identity(source, config):
+        if not has_identity(source, config):
             raise UserError(
                 f"{where}: projector_hidden_act is 'linear', but linear_2 is not the identity: not supported"
             )

@@ -12,19 +12,11 @@ All but the first also need the decoder.
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.convert import adapter, hf_config
 from llava_jax.convert.adapter import base_name, is_adapter, open_adapter, with_adapter
-from llava_jax.convert.found import (
-    Found,
-    Options,
-    check_tensors,
-    check_tied_head,
-    projector_type,
-    refuse_contradiction,
-)
+from llava_jax.convert.found import Found, Options, check_tensors, projector_type, refuse_contradiction
 from llava_jax.convert.hf_processor import ImageSettings
 from llava_jax.convert.hf_text import read_text
 from llava_jax.convert.import_hf import open_tower, read_tower
@@ -37,7 +29,7 @@ from llava_jax.convert.language_model import (
 )
 from llava_jax.convert.layouts import CONSTANTS, ORIGINAL, Source
 from llava_jax.convert.projector_file import open_projector, with_new_tokens
-from llava_jax.convert.sums import is_difference, with_base
+from llava_jax.convert.stored_tensor import is_difference, with_base
 from llava_jax.convert.tensors import has_weights, open_directory
 from llava_jax.data.anyres import MERGES, AnyRes
 from llava_jax.files.reading import read_object
@@ -68,20 +60,20 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
     model, trained = _decoder(directory, settings, base, options.unmerged)
     text_json = _text_json(model.config)
     text = read_text(text_json, model.where)
-    tower = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
-    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + TOWERS[tower.config.kind].ignored)
+    tower, tower_json, images, tower_source = _tower(directory, settings, vision, Source(model.tensors, ORIGINAL))
+    source = Source(model.tensors, ORIGINAL, dropped=CONSTANTS + TOWERS[tower.kind].ignored)
     kind = projector_type(source, directory, options.projector_type)
     refuse_contradiction(where, "mm_projector_type", get(settings, "mm_projector_type", kind, where), kind)
-    select_layer = hf_config.select_layer(settings, "mm_vision_select_layer", tower.config, where)
+    select_layer = hf_config.select_layer(settings, "mm_vision_select_layer", tower, where)
     select_feature = get(settings, "mm_vision_select_feature", "patch", where)
     refuse_contradiction(where, "--select-layer", options.select_layer, select_layer)
     refuse_contradiction(where, "--select-feature", options.select_feature, select_feature)
-    anyres = _anyres(settings, tower.config, where, widths_first=options.grid_order != "transformers")
+    anyres = _anyres(settings, tower, where, widths_first=options.grid_order != "transformers")
     refuse_contradiction(where, "--aspect", options.aspect if anyres else None, "anyres")
     im_start_end = get(settings, "mm_use_im_start_end", False, where)
     config = hf_config.llava_config(
         where,
-        vision=tower.config,
+        vision=tower,
         text=text,
         projector_type=kind,
         select_layer=select_layer,
@@ -90,21 +82,16 @@ def find_original(directory: Path, base: Path | None, vision: Path | None, optio
         image_position=get(settings, IMAGE_POSITION, "first", where),
         image_aspect="anyres" if anyres else options.aspect or _aspect(settings, where),
         anyres=anyres,
-        **tower.images.fields,
+        **images.fields,
     )
-    parts = ("llm", "head", "projector", "newline") + (() if tower.source else ("vision",))
-    held = [(vision, tower.source, ("vision",))] if tower.source else []
+    parts = ("llm", "head", "projector", "newline") + (() if tower_source else ("vision",))
+    held = [(vision, tower_source, ("vision",))] if tower_source else []
     check_tensors(config, (directory, source, parts), *held)
-    check_tied_head(directory, source, config)
     hf = {
-        "config": {
-            "text_config": text_json,
-            "vision_config": tower.json,
-            "mm_use_im_start_end": im_start_end,
-        },
+        "config": {"text_config": text_json, "vision_config": tower_json, "mm_use_im_start_end": im_start_end},
         "generation_config": read_generation(directory) or model.generation,
     }
-    sources = dict.fromkeys(parts, source) | ({"vision": tower.source} if tower.source else {})
+    sources = dict.fromkeys(parts, source) | ({"vision": tower_source} if tower_source else {})
     return Found(config, sources, hf, model.write_tokenizer, trained)
 
 
@@ -189,25 +176,21 @@ def _anyres(settings: Json, tower: VisionConfig, where: str, widths_first: bool)
         return AnyRes(hf_config.read_grids(grids, tower.image_size, where, widths_first), merge)
 
 
-class _Tower(NamedTuple):
-    config: VisionConfig
-    json: Json
-    images: ImageSettings
-    source: Source | None  # None if the model's files have its weights
-
-
-def _tower(directory: Path, settings: Json, vision: Path | None, model: Source) -> _Tower:
+def _tower(
+    directory: Path, settings: Json, vision: Path | None, model: Source
+) -> tuple[VisionConfig, Json, ImageSettings, Source | None]:
+    """As `read_tower`, and the weights of the tower; None if the model's files have them."""
     inside = bool(model.leaves("vision"))
     if vision:
-        config, json, images = read_tower(vision)
-        return _Tower(config, json, images, None if inside else open_tower(vision, config))
+        config, *rest = read_tower(vision)
+        return config, *rest, None if inside else open_tower(vision, config)
     if not inside:
         raise UserError(
             f"{directory}: has no vision tower: give --vision DIR, that of {settings.get('mm_vision_tower')}"
         )
     json, clip = _openai_clip(model, directory), TOWERS["clip"]
     images = ImageSettings(clip.image_mean, clip.image_std, aspect=None)
-    return _Tower(clip.read(json, str(directory)), json, images, None)
+    return clip.read(json, str(directory)), json, images, None
 
 
 def _openai_clip(model: Source, directory: Path) -> Json:

@@ -10,17 +10,17 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.format import Description
+from llava_jax.checkpoint.reading import DtypeOf, ShardingOf, as_stored, first_device
 from llava_jax.checkpoint.writing import Slice, refuse_existing, write_model
 from llava_jax.cli import UserError, say, track, warn
 from llava_jax.convert.adapter import is_adapter, open_adapter, trained_with, unmerged
@@ -31,13 +31,13 @@ from llava_jax.convert.import_hf import find_adapted_llava, find_backbones, find
 from llava_jax.convert.import_original import find_original, is_original
 from llava_jax.convert.language_model import read_if_there
 from llava_jax.convert.names import entries_of, slices
-from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.stored_tensor import read_ahead
 from llava_jax.data.template_fit import chosen_template, missing_marks, require_fit
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, Template, choose_template
 from llava_jax.data.tokenization import load_tokenizer, require_tokens
 from llava_jax.files.reading import read_object
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params, build_projector, module_params
+from llava_jax.models.llava import Params, Shapes, abstract_params, build_projector, module_params
 from llava_jax.models.quantized import PART, linear_of, quantize
 from llava_jax.remote import new_local
 
@@ -88,14 +88,9 @@ class ImportedModel:
         """As that of a checkpoint: this is a plain model."""
         return self
 
-    def load(
-        self,
-        dtype: Callable[[str, jnp.dtype], jnp.dtype] = lambda name, stored: stored,
-        sharding: Callable[[str], jax.sharding.Sharding] | None = None,
-    ) -> Params:
+    def load(self, dtype: DtypeOf = as_stored, sharding: ShardingOf = first_device) -> Params:
         """All parameters, converted one by one. Arguments as those of `Checkpoint.load`."""
         shapes, slices_of_all = _parameters(self.found, seed=0)
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         params: Params = {}
         for name, layer, values in slices_of_all:
             target = dtype(name, shapes[name].dtype)
@@ -105,7 +100,7 @@ class ImportedModel:
                 array = np.empty(shapes[name].shape, target) if layer == 0 else array
                 array[layer] = values
             if layer is None or layer == len(array) - 1:
-                params[name] = jax.device_put(array, sharding(name) if sharding else first)
+                params[name] = jax.device_put(array, sharding(name))
         return {name: params[name] for name in abstract_params(self.config)}
 
 
@@ -148,7 +143,7 @@ def _find(places: dict[str, Located], options: Options) -> Found:
 
 
 def _find_merged(places: dict[str, Located], options: Options) -> Found:
-    path, base, vision = places["llava"].path, _path(places, "base"), _path(places, "vision")
+    path, base, vision = (places[name].path if name in places else None for name in ("llava", "base", "vision"))
     adapter = is_adapter(path)
     # An adapter of a LLaVA of transformers usually comes without the model's config.json.
     if is_original((read_if_there if adapter else read_object)(path / "config.json")):
@@ -166,10 +161,6 @@ def _located(**sources: str | None) -> dict[str, Located]:
     return {name: locate(source, f"--{name}") for name, source in sources.items() if source}
 
 
-def _path(places: dict[str, Located], name: str) -> Path | None:
-    return places[name].path if name in places else None
-
-
 def _save(found: Found, output: str, options: Options, places: dict[str, Located]) -> LlavaConfig:
     with tempfile.TemporaryDirectory() as scratch:
         found, description = _described(found, Path(scratch), options, places)
@@ -182,9 +173,7 @@ def _save(found: Found, output: str, options: Options, places: dict[str, Located
     return found.config
 
 
-def _quantized(
-    model: LlavaConfig, shapes: dict[str, jax.ShapeDtypeStruct], slices_of_all: Iterator[Slice]
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+def _quantized(model: LlavaConfig, shapes: Shapes, slices_of_all: Iterator[Slice]) -> tuple[Shapes, Iterator[Slice]]:
     """The same parameters, with the kernels quantized that a quantized model has in parts, one layer at a time."""
     wanted = abstract_params(model)
     parts = {name: leaf for name, leaf in wanted.items() if PART.fullmatch(name)}
@@ -268,11 +257,14 @@ def _fitting(found: Found, tokenizer: PreTrainedTokenizerBase, fit_rows: bool) -
     return found
 
 
-def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator[Slice]]:
+def _parameters(found: Found, seed: int) -> tuple[Shapes, Iterator[Slice]]:
     """Shapes and types of all parameters, and their values, which are read one slice after the other."""
     parts = entries_of(found.config)
     entries = [(part, entry) for part in found.sources for entry in parts.get(part, ())]
-    fresh = {} if "projector" in found.sources else fresh_projector(found.config, seed)
+    fresh: Params = {}
+    if "projector" not in found.sources:  # a new one for stage 1, float32
+        projector = build_projector(found.config, nnx.Rngs(params=jax.random.key(seed)))
+        fresh = {f"projector.{name}": value for name, value in module_params(projector).items()}
     wanted = abstract_params(found.config)
     shapes = {
         entry.name: found.sources[part].abstract(part, entry, wanted[entry.name].shape) for part, entry in entries
@@ -285,9 +277,3 @@ def _parameters(found: Found, seed: int) -> tuple[dict[str, jax.ShapeDtypeStruct
     ] + [((name, None), functools.partial(np.asarray, value)) for name, value in fresh.items()]
     values = track(read_ahead(read for _, read in reads), "converting weights", len(reads))
     return shapes, ((*place, array) for (place, _), array in zip(reads, values, strict=True))
-
-
-def fresh_projector(config: LlavaConfig, seed: int) -> Params:
-    """A new projector for stage 1, float32."""
-    projector = build_projector(config, nnx.Rngs(params=jax.random.key(seed)))
-    return {f"projector.{name}": value for name, value in module_params(projector).items()}

@@ -22,8 +22,7 @@ import numpy as np
 
 from llava_jax.cli import UserError
 from llava_jax.convert.names import entries_of
-from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors
-from llava_jax.convert.sums import with_rows
+from llava_jax.convert.stored_tensor import NUMBERS, WEIGHTS, StoredTensor, Tensors, with_rows
 from llava_jax.models.config import LlavaConfig
 from llava_jax.models.hf_names import Entry
 from llava_jax.models.llava import abstract_params

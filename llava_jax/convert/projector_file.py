@@ -11,8 +11,7 @@ from typing import NamedTuple
 from llava_jax.cli import UserError
 from llava_jax.convert.adapter import without_peft
 from llava_jax.convert.language_model import LanguageModel
-from llava_jax.convert.stored_tensor import StoredTensor, Tensors
-from llava_jax.convert.sums import concatenated, with_rows
+from llava_jax.convert.stored_tensor import StoredTensor, Tensors, concatenated, with_rows
 from llava_jax.convert.tensors import open_files
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
@@ -64,9 +63,7 @@ def with_new_tokens(model: LanguageModel, file: ProjectorFile) -> LanguageModel:
         _add_tokens(directory, NEW_TOKENS[len(NEW_TOKENS) - added :], old.shape[0], file.path)
 
     return model._replace(
-        config=model.config | {"vocab_size": rows},
-        tensors=model.tensors | tensors,
-        write_tokenizer=write_tokenizer,
+        config=model.config | {"vocab_size": rows}, tensors=model.tensors | tensors, write_tokenizer=write_tokenizer
     )
 
 

@@ -69,14 +69,11 @@ def open_safetensors(path: Path) -> Tensors:
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     tensors = parse_json(header, f"{path}, its header")
     tensors.pop("__metadata__", None)
-    return {
-        name: _stored(path, 8 + length, fields["dtype"], tuple(fields["shape"]), fields["data_offsets"][0])
-        for name, fields in tensors.items()
-    }
-
-
-def _stored(path: Path, start: int, dtype: str, shape: tuple[int, ...], offset: int) -> StoredTensor:
-    return StoredTensor(shape, dtype, functools.partial(read_numbers, path, start + offset, dtype, shape))
+    held: Tensors = {}
+    for name, fields in tensors.items():
+        dtype, shape, offset = fields["dtype"], tuple(fields["shape"]), 8 + length + fields["data_offsets"][0]
+        held[name] = StoredTensor(shape, dtype, functools.partial(read_numbers, path, offset, dtype, shape))
+    return held
 
 
 def _open_shards(index: Path) -> Tensors:

@@ -23,19 +23,9 @@ from llava_jax.cli import UserError
 from llava_jax.convert.stored_tensor import NUMBERS, StoredTensor, read_numbers
 from llava_jax.files.reading import require_regular
 
-# Names of torch's storages in pickles -> the type of their numbers, a key of `NUMBERS`.
-STORAGES = {
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
+# Torch's words for the types of `NUMBERS`, in their order; and the names of its storages in pickles -> these types.
+_WORDS = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+STORAGES = {f"{word}Storage": dtype for word, dtype in zip(_WORDS, NUMBERS, strict=True)}
 _STORAGES = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
 _NAMES = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", *_STORAGES}
 _LOCAL_HEADER = 30  # bytes of an entry's header in a zip before the name
@@ -83,9 +73,10 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     except _Refused as error:
         raise UserError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, KeyError):
+        wrong = "it is cut short" if _is_zip(path) else "it is no zip"
         raise UserError(
-            f"{path}: not a whole file of torch.save ({_guess(path)}); download it again, or if it is of torch before "
-            "1.6, load and save it with a newer one"
+            f"{path}: not a whole file of torch.save ({wrong}); download it again, or if it is of torch before 1.6, "
+            "load and save it with a newer one"
         ) from None
     except PermissionError:
         raise
@@ -122,7 +113,11 @@ def _open(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, StoredTe
         _check(name, value, entries.get(value.storage.entry))
     if sum(math.prod(tensor.shape) for tensor in held.values()) > size:
         raise _Refused("its tensors have more numbers than it has bytes, since they share them: it is not opened")
-    return {name: _stored(path, entries[tensor.storage.entry], tensor) for name, tensor in held.items()}
+    offsets = {name: entries[tensor.storage.entry].header_offset for name, tensor in held.items()}
+    return {
+        name: StoredTensor(tensor.shape, tensor.storage.dtype, functools.partial(_read, path, offsets[name], tensor))
+        for name, tensor in held.items()
+    }
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -216,15 +211,12 @@ def _check(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None) -> None:
     lengths = (storage.length, tensor.offset, *tensor.shape, *tensor.strides)
     if not all(type(length) is int and 0 <= length < MAX_LENGTH for length in lengths):
         raise _Refused(f"damaged, {name} has no such shape, strides or offset; download it again")
+    stored_bytes = storage.length * NUMBERS[storage.dtype].itemsize
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < _bytes(storage):
+    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size < stored_bytes:
         raise _Refused(f"the numbers of {name} are not in it; download it again")
     if math.prod(tensor.shape) and max(last, math.prod(tensor.shape) - 1) >= storage.length:
         raise _Refused(f"{name} is larger than what is stored of it; download it again")
-
-
-def _stored(path: Path, entry: zipfile.ZipInfo, tensor: _Tensor) -> StoredTensor:
-    return StoredTensor(tensor.shape, tensor.storage.dtype, functools.partial(_read, path, entry.header_offset, tensor))
 
 
 def _read(path: Path, header_offset: int, tensor: _Tensor) -> np.ndarray:
@@ -250,13 +242,6 @@ def _is_contiguous(tensor: _Tensor) -> bool:
     return True
 
 
-def _bytes(storage: _Storage) -> int:
-    return storage.length * NUMBERS[storage.dtype].itemsize
-
-
-def _guess(path: Path) -> str:
+def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK":
-        return "it is cut short"
-    return "it is no zip"
+        return file.read(2) == b"PK"

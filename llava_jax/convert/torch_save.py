@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_jax.checkpoint.writing import check_free
-from llava_jax.convert.shards import Tensor, tensor_bytes
+from llava_jax.convert.outgoing import Tensor, tensor_bytes
 from llava_jax.convert.stored_tensor import NAMES
 from llava_jax.convert.torch_files import STORAGES
 

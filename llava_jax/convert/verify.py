@@ -28,7 +28,7 @@ from llava_jax.convert.import_hf import find_llava
 from llava_jax.convert.import_original import is_original
 from llava_jax.convert.names import entries_of
 from llava_jax.convert.outgoing import cast, read_tensor
-from llava_jax.convert.read_ahead import read_ahead
+from llava_jax.convert.stored_tensor import read_ahead
 from llava_jax.data.chat_template import render_chats
 from llava_jax.data.features import TEXT
 from llava_jax.data.templates import IMAGE_TOKEN
@@ -118,11 +118,9 @@ def compare_tensors(checkpoint: Checkpoint, found: Found) -> Finding:
             return 0.0
         return float(np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()) or np.finfo(np.float32).tiny
 
-    reads = [lambda place=place: difference(place) for place in places]
-    apart = {}
-    for (_, _, _, leaf), value in zip(places, track(read_ahead(reads), "comparing tensors", len(places)), strict=True):
-        if value != 0:  # NaN too
-            apart[leaf] = value
+    reads = read_ahead(functools.partial(difference, place) for place in places)
+    values = track(reads, "comparing tensors", len(places))
+    apart = {leaf: value for (*_, leaf), value in zip(places, values, strict=True) if value != 0}  # NaN too
     worst = sorted(apart, key=apart.get, reverse=True)[:SHOWN]
     named = ", ".join(f"{leaf} by {apart[leaf]:.3g}" for leaf in worst)
     return Finding("tensors", not apart, f"{len(apart)} of {len(places)}: {named}" if apart else f"{len(places)}")

@@ -58,11 +58,8 @@ class AnyRes:
         if not 0 < len(self.grids) <= MAX_GRIDS:
             raise ValueError(f"grids: there are {len(self.grids)}, not 1 to {MAX_GRIDS}")
         for grid in self.grids:
-            if (
-                len(grid) != 2
-                or not all(type(side) is int and side > 0 for side in grid)
-                or math.prod(grid) > MAX_TILES
-            ):
+            is_grid = len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)
+            if not is_grid or math.prod(grid) > MAX_TILES:
                 raise ValueError(f"grids: {grid!r} is not rows and columns of at most {MAX_TILES} tiles")
         if self.merge not in MERGES:
             raise ValueError(f"merge is {self.merge!r}, not one of {', '.join(MERGES)}")
@@ -173,19 +170,16 @@ def _features(anyres: AnyRes, size: Size | None, s: int, g: int) -> Features:
     else:
         image_map = tiles.reshape(grid.rows, grid.columns, g, g).swapaxes(1, 2).reshape(grid.rows * g, grid.columns * g)
         if anyres.newline:
-            image_map = _without_padding(image_map, size, kept_map(size, grid, g))
-            image_map = np.pad(image_map, ((0, 0), (0, 1)), constant_values=NEWLINE)
+            rows, columns = kept_map(size, grid, g)
+            if not rows or not columns:
+                raise _too_thin(size)
+            top, left = (image_map.shape[0] - rows) // 2, (image_map.shape[1] - columns) // 2
+            kept = image_map[top : top + rows, left : left + columns]
+            image_map = np.pad(kept, ((0, 0), (0, 1)), constant_values=NEWLINE)
         index = np.append(base, image_map)
     index = index.astype(np.int32)
     index.flags.writeable = False
     return Features(index, 1 + math.prod(grid))
-
-
-def _without_padding(image_map: np.ndarray, size: Size, kept: tuple[int, int]) -> np.ndarray:
-    if 0 in kept:
-        raise _too_thin(size)
-    (top, left) = ((whole - part) // 2 for whole, part in zip(image_map.shape, kept, strict=True))
-    return image_map[top : top + kept[0], left : left + kept[1]]
 
 
 def fitted(size: Size, grid: Grid, s: int) -> Size:

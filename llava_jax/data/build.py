@@ -15,17 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from llava_jax.cli import Parser, UserError, one_line, positive, run, say, short, track
-from llava_jax.data.builder import LlavaBuilder
+from llava_jax.data.builder import describe, write_in_threads, write_on_beam
 from llava_jax.data.encoded import EncodedSource, TextEncoder
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import in_any_spelling
 from llava_jax.data.options import add_options, open_image_folder, read_model, require_images, text_encoder
-from llava_jax.data.parquet import ParquetImages
-from llava_jax.data.published import PUBLISHED, Published, count_problems, explain_missing, folder_problems
+from llava_jax.data.parquet import ImageSource, ParquetImages
+from llava_jax.data.published import PUBLISHED, Published, explain_missing, problems
 from llava_jax.data.selection import images_of, open_json
 from llava_jax.data.shards import MANIFEST, OFFSETS, TEXT, BadImage, Shard, line_of, read_manifest
 from llava_jax.data.sources import Source
@@ -44,7 +43,7 @@ STATS_AT_ONCE = 1000
 
 def build(
     source: Source,
-    images: epath.PathLike | ParquetImages,
+    images: ImageSource,
     output: str,
     *,
     shards: int = 0,
@@ -52,7 +51,7 @@ def build(
     decode: bool = True,
     published: Published | None = None,
     encode: TextEncoder | None = None,
-    beam: tfds.download.DownloadConfig | None = None,
+    beam: Any = None,
 ) -> None:
     """Builds a data set, or continues to.
 
@@ -63,7 +62,7 @@ def build(
       decode: whether to decode all images, to find damaged ones.
       published: the published data set that `source` has to equal.
       encode: how training encodes samples; if given, their lengths are stored, too.
-      beam: options to run it on Apache Beam.
+      beam: `PipelineOptions` to run it on Apache Beam.
 
     Raises:
       UserError: images are missing, damaged or outside the folder, the source isn't `published`, `output` holds
@@ -77,10 +76,11 @@ def build(
         if encode:
             _write_lengths(directory, source, encode)
         planned = _shards(manifest, output, images, decode)
-        builder = LlavaBuilder(planned, published.name if published else "custom", workers)
-        builder.download_and_prepare(download_config=beam)
-    if builder.bad_images:
-        _refuse(builder.bad_images)
+        bad = write_on_beam(planned, beam) if beam else write_in_threads(planned, workers)
+        if not bad:
+            describe(planned, published.name if published else "custom")
+    if bad:
+        _refuse(bad)
 
 
 def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str, Any] | None:
@@ -101,11 +101,7 @@ def _read_manifest(directory: epath.Path, digest: str, shards: int) -> dict[str,
 
 
 def _begin(
-    directory: epath.Path,
-    source: Source,
-    images: epath.PathLike | ParquetImages,
-    shards: int,
-    published: Published | None,
+    directory: epath.Path, source: Source, images: ImageSource, shards: int, published: Published | None
 ) -> dict[str, Any]:
     """Checks that all images exist, and writes the texts and the manifest. From then on a build can be resumed."""
     uses: collections.Counter[str] = collections.Counter()
@@ -116,12 +112,8 @@ def _begin(
         for name in sample.images:
             users.setdefault(name, sample.id)
         text_only += not sample.images
-    if published:
-        problems = [*folder_problems(published, epath.Path(images)), *count_problems(published, len(source), text_only)]
-        if problems:
-            raise UserError(
-                f"not {published.name} as published (without --dataset any is built): {'; '.join(problems)}"
-            )
+    if published and (found := "; ".join(problems(published, epath.Path(images), len(source), text_only))):
+        raise UserError(f"not {published.name} as published (without --dataset any is built): {found}")
     size = _total_bytes(images, uses, users)
     manifest = {
         "digest": source.digest,
@@ -137,9 +129,7 @@ def _begin(
     return manifest
 
 
-def _total_bytes(
-    images: epath.PathLike | ParquetImages, uses: collections.Counter[str], users: Mapping[str, str]
-) -> int:
+def _total_bytes(images: ImageSource, uses: collections.Counter[str], users: Mapping[str, str]) -> int:
     """The bytes of the images, each as often as it is used. Raises `UserError` if any is missing."""
     if isinstance(images, ParquetImages):
         return sum(file.stat().st_size for file in images.files.values())
@@ -209,7 +199,7 @@ def _write_lengths(directory: epath.Path, source: Source, encode: TextEncoder) -
         np.savez(target, lengths=stored(encoded, lengths))
 
 
-def _shards(manifest: dict[str, Any], output: str, images: epath.PathLike | ParquetImages, decode: bool) -> list[Shard]:
+def _shards(manifest: dict[str, Any], output: str, images: ImageSource, decode: bool) -> list[Shard]:
     """The shards of a manifest, with equal numbers of samples."""
     with (epath.Path(output) / OFFSETS).open("rb") as file:
         offsets = np.load(io.BytesIO(file.read()))
@@ -247,50 +237,37 @@ def main(argv: list[str] | None = None) -> None:
         decode=not args.no_decode,
         published=next((known for known in PUBLISHED if known.name == args.dataset), None),
         encode=text_encoder(args, **settings) if args.tokenizer else None,
-        beam=_beam_config(args.beam) if args.beam else None,
+        beam=_beam_options(args.beam) if args.beam else None,
     )
     say(f"{args.output}: built; train on it with --config.data.built={args.output}", file=sys.stderr)
 
 
-def _beam_config(options: str) -> tfds.download.DownloadConfig:
+def _beam_options(options: str) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("--beam needs Apache Beam: pip install 'llava_jax[beam]'") from None
-    return tfds.download.DownloadConfig(beam_options=PipelineOptions([f"--{word}" for word in options.split(",")]))
+    return PipelineOptions([f"--{word}" for word in options.split(",")])
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m llava_jax.data.build", description=__doc__, epilog=EPILOG)
     add_options(parser, json={}, images={"required": False})
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="D",
-        help="directory of the data set: a new one, or one whose build is continued",
-    )
-    parser.add_argument(
-        "--dataset",
-        choices=[known.name for known in PUBLISHED],
-        help="check that the data is the complete published data set",
-    )
-    parser.add_argument(
-        "--shards", type=positive, default=0, metavar="N", help="default: one for each 256 MiB of images, at most 512"
-    )
-    parser.add_argument("--workers", type=positive, default=0, metavar="N", help="threads (default: one a core)")
-    parser.add_argument(
-        "--no-decode",
-        action="store_true",
-        help="do not decode images to find damaged ones (data.check does that, too)",
-    )
+    add = parser.add_argument
+    add("--output", required=True, metavar="D",
+        help="directory of the data set: a new one, or one whose build is continued")  # fmt: skip
+    add("--dataset", choices=[known.name for known in PUBLISHED],
+        help="check that the data is the complete published data set")  # fmt: skip
+    add("--shards", type=positive, default=0, metavar="N",
+        help="default: one for each 256 MiB of images, at most 512")  # fmt: skip
+    add("--workers", type=positive, default=0, metavar="N", help="threads (default: one a core)")
+    add("--no-decode", action="store_true",
+        help="do not decode images to find damaged ones (data.check does that, too)")  # fmt: skip
     tokenizer = {"help": "store lengths: training with this tokenizer and the settings below does not measure them"}
     add_options(parser, checkpoint={}, tokenizer=tokenizer, template={}, max_length={}, image_position={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})
-    parser.add_argument(
-        "--beam",
-        metavar="OPTIONS",
-        help="options to write on Apache Beam, such as runner=DataflowRunner,project=P,region=R",
-    )
+    add("--beam", metavar="OPTIONS",
+        help="options to write on Apache Beam, such as runner=DataflowRunner,project=P,region=R")  # fmt: skip
     args = parser.parse_args(argv)
     require_images(parser, args)
     read_model(args)

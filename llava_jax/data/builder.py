@@ -1,7 +1,7 @@
-"""The TFDS builder: writes LLaVA JSON and images to ArrayRecord shards, on the cores of this machine or on Apache Beam.
+"""Writes shards of LLaVA JSON and images, on the cores of this machine or on Apache Beam, and describes them for TFDS.
 
-TFDS's own `download_and_prepare` works in a directory that it deletes when it is interrupted. This one works in place
-and writes `dataset_info.json`, which makes the directory a TFDS data set, last. So an interrupted build can continue.
+TFDS's own `download_and_prepare` works in a directory that it deletes when it is interrupted. Here shards are written
+in place, and `dataset_info.json`, which makes the directory a TFDS data set, last. So an interrupted build can go on.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -22,19 +23,11 @@ BAD_IMAGES = "bad_pictures.json"  # that workers of Beam found
 
 
 class LlavaBuilder(FileReaderBuilder, skip_registration=True):
-    """Writes `shards` and their description; `tfds.builder_from_directory` reads the result."""
+    """The builder of TFDS that describes a data set; `tfds.builder_from_directory` reads the result."""
 
     name = "llava"
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="custom", description="Data in LLaVA's format."), *PUBLISHED]
-
-    def __init__(self, shards: Sequence[Shard], config: str = "custom", workers: int = 0):
-        self.shards = shards
-        self.workers = workers or os.cpu_count()  # threads that write
-        self.bad_images: list[
-            BadImage
-        ] = []  # found by `download_and_prepare`; with any of these the set is not finished
-        super().__init__(data_dir=shards[0].output, config=config, file_format="array_record")
 
     def _build_data_dir(self, given_data_dir: str) -> tuple[str, str]:
         return given_data_dir, given_data_dir  # without a folder for name, configuration and version
@@ -47,35 +40,34 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-    def download_and_prepare(self, *, download_config: tfds.download.DownloadConfig | None = None) -> None:
-        """Writes the missing shards, on Beam if the configuration has `beam_runner` or `beam_options`."""
-        self._download_and_prepare(None, download_config or tfds.download.DownloadConfig())
+    def _download_and_prepare(self, *_: Any) -> None:
+        raise NotImplementedError  # the shards are written by the functions below
 
-    def _download_and_prepare(self, dl_manager: None, download_config: tfds.download.DownloadConfig) -> None:
-        if download_config.beam_runner or download_config.beam_options:
-            self.bad_images = write_on_beam(self.shards, download_config)
-        else:
-            self.bad_images = write_in_threads(self.shards, self.workers)
-        if self.bad_images:
-            return
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=self.data_path, dataset_name=self.name, split="train", filetype_suffix="array_record"
-        )
-        split = tfds.core.SplitInfo(
-            name="train",
-            shard_lengths=[shard.samples for shard in self.shards],
-            num_bytes=sum(shard.path.stat().length for shard in self.shards),
-            filename_template=template,
-        )
-        self.info.set_splits(tfds.core.SplitDict([split]))
-        self.info.write_to_directory(self.data_path)
+
+def describe(shards: Sequence[Shard], config: str) -> None:
+    """Writes the description of complete shards."""
+    builder = LlavaBuilder(data_dir=shards[0].output, config=config, file_format="array_record")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=builder.data_path, dataset_name=builder.name, split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[shard.samples for shard in shards],
+        num_bytes=sum(shard.path.stat().length for shard in shards),
+        filename_template=template,
+    )
+    builder.info.set_splits(tfds.core.SplitDict([split]))
+    builder.info.write_to_directory(builder.data_path)
 
 
 def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadImage]:
-    """Threads are enough: files are read, images decoded and records written without the interpreter's lock."""
+    """Writes the missing shards; with bad images, which are returned, the set is not finished.
+
+    Threads are enough: files are read, images decoded and records written without the interpreter's lock.
+    """
     bad: list[BadImage] = []
     leave = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = [pool.submit(write_shard, shard, leave.is_set) for shard in shards]
         try:
             for future in track(as_completed(futures), "writing shards", len(futures)):
@@ -87,11 +79,12 @@ def write_in_threads(shards: Sequence[Shard], workers: int) -> list[BadImage]:
     return bad
 
 
-def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig) -> list[BadImage]:
+def write_on_beam(shards: Sequence[Shard], options: Any) -> list[BadImage]:
+    """The same on Beam, with `PipelineOptions`."""
     import apache_beam as beam
 
     found = epath.Path(shards[0].output) / BAD_IMAGES
-    with beam.Pipeline(runner=config.beam_runner, options=config.beam_options) as pipeline:
+    with beam.Pipeline(options=options) as pipeline:
         _ = (
             pipeline
             | "shards" >> beam.Create(shards)
@@ -100,6 +93,6 @@ def write_on_beam(shards: Sequence[Shard], config: tfds.download.DownloadConfig)
             | "gather" >> beam.combiners.ToList()
             | "report" >> beam.Map(lambda bad: found.write_text(json.dumps(bad)))
         )
-    bad = [BadImage(*values) for values in json.loads(found.read_text())]
+    bad = [(ident, detail) for ident, detail in json.loads(found.read_text())]
     found.unlink()
     return bad

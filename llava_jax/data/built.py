@@ -54,9 +54,7 @@ class Built(Sequence[Sample]):
             instructions = tfds.builder_from_directory(self.path).info.splits["train"].file_instructions
         except Exception as error:  # TFDS raises nearly anything on damaged files
             raise UserError(f"{path}: TFDS cannot read it ({type(error).__name__}: {error}): build it again") from error
-        shards = [
-            directory / os.path.basename(shard.filename) for shard in instructions
-        ]  # the folder that it names may have moved
+        shards = [directory / os.path.basename(shard.filename) for shard in instructions]  # its folder may have moved
         names = [directory / TEXT, directory / OFFSETS, *shards]
         self._text, self._offsets, *shards = map(os.fspath, cache.local_files(names))
         instructions = [dataclasses.replace(i, filename=f) for i, f in zip(instructions, shards, strict=True)]

@@ -10,12 +10,12 @@ import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from llava_jax.cli import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llava_jax.data.tokenizer_files import Tokenizer
 
 CPU_SECONDS = 5
 MEMORY = 512 * 2**20  # bytes
@@ -24,7 +24,7 @@ MAX_CHARACTERS = 2**20  # of a rendered conversation
 Messages = list[dict[str, Any]]  # roles user, assistant and system
 
 
-def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrainedTokenizerBase") -> list[str | None]:
+def render_chats(chats: list[Messages], chat_template: Any, tokenizer: Tokenizer) -> list[str | None]:
     """The text of each conversation, with the prompt of an answer where it ends with a question.
 
     Args:
@@ -46,7 +46,7 @@ def render_chats(chats: list[Messages], chat_template: Any, tokenizer: "PreTrain
 
 @functools.lru_cache
 def _rendered(request: str) -> tuple[str | None, ...]:
-    command = [sys.executable, "-P", "-c", f"from {__name__} import _render; _render()"]
+    command = [sys.executable, "-P", "-c", f"from {__name__} import _render; _render({CPU_SECONDS})"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = subprocess.run(command, input=request.encode(), capture_output=True, env=environment)
     if child.returncode:
@@ -58,30 +58,28 @@ def _rendered(request: str) -> tuple[str | None, ...]:
     return tuple(json.loads(child.stdout))
 
 
-def _render() -> None:
+def _render(cpu_seconds: int) -> None:
     """The process: reads a request from standard input, writes the texts to standard output."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     request = json.load(sys.stdin)
-    _limit()
-    texts = []
-    for chat in request["chats"]:
-        try:
-            asks = chat[-1]["role"] == "user"
-            (text,), _ = render_jinja_template(
-                [chat], chat_template=request["template"], add_generation_prompt=asks, **request["tokens"]
-            )
-        except Exception:  # a template may raise anything
-            text = None
-        texts.append(None if text is None or len(text) > MAX_CHARACTERS else text)
-    json.dump(texts, sys.stdout)
+    _limit(cpu_seconds)
+    json.dump([_text(chat, request, render_jinja_template) for chat in request["chats"]], sys.stdout)
 
 
-def _limit() -> None:
+def _text(chat: Messages, request: dict[str, Any], render: Callable[..., Any]) -> str | None:
+    asks = chat[-1]["role"] == "user"
+    try:
+        (text,), _ = render([chat], chat_template=request["template"], add_generation_prompt=asks, **request["tokens"])
+    except Exception:  # a template may raise anything
+        return None
+    return text if len(text) <= MAX_CHARACTERS else None
+
+
+def _limit(cpu_seconds: int) -> None:
     if os.path.exists("/proc/self/statm"):  # macOS has none, and limits no memory either
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     cpu = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (round(cpu.ru_utime + cpu.ru_stime) + CPU_SECONDS,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (round(cpu.ru_utime + cpu.ru_stime) + cpu_seconds,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

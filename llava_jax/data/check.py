@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etils import epath
 from rich.console import Console
 from rich.text import Text
 
@@ -22,17 +21,16 @@ from llava_jax.cli import Parser, UserError, positive, run, say, short, track
 from llava_jax.data.check_images import image_problems
 from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.options import add_options, encoder_of, open_image_folder, read_model, require_images
-from llava_jax.data.parquet import ParquetImages
+from llava_jax.data.parquet import ImageSource, ParquetImages
 from llava_jax.data.records import load_json
 from llava_jax.data.selection import images_of
 from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.data.tokenizer_files import Tokenizer
 from llava_jax.files.writing import atomic_file, atomic_list, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from llava_jax.data.check_lengths import Measuring
 
 EPILOG = """example:
@@ -79,7 +77,7 @@ def histogram_lines(lengths: dict[str, Any], width: int = 40) -> Iterator[str]:
 
 def find_problems(
     checked: CheckedRecords,
-    images: epath.PathLike | ParquetImages,
+    images: ImageSource,
     report: Report,
     special_tokens: Iterable[str] = LLAMA_SPECIAL_TOKENS,
     measuring: "Measuring | None" = None,
@@ -114,12 +112,12 @@ def fix(checked: CheckedRecords, reasons: dict[int, list[str]], out: str) -> tup
             if index in reasons:
                 rejected.write(_reject(checked, index, reasons[index]))
             else:
-                keep(checked.records[index])
+                keep(checked.record(index).value)
     return rejects, count - len(reasons)
 
 
 def _reject(checked: CheckedRecords, index: int, reasons: list[str]) -> bytes:
-    data = checked.records[index]
+    data = checked.record(index).value
     try:
         ident, record = checked.id(index), load_json(data, "")
     except UserError:  # no JSON: as text
@@ -176,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if report.counts else 0
 
 
-def _measuring(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> "Measuring | None":
+def _measuring(args: argparse.Namespace, tokenizer: Tokenizer) -> "Measuring | None":
     """How to measure lengths; None, with a message, if no option asks for lengths and the template is unknown."""
     from llava_jax.data import check_lengths  # imports Grain, which takes seconds
 

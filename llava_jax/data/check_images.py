@@ -17,7 +17,7 @@ from llava_jax.cli import UserError, track
 from llava_jax.data.check_records import CheckedRecords, Problem
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import decode_image, in_any_spelling, load_image
-from llava_jax.data.parquet import ParquetImages
+from llava_jax.data.parquet import ImageSource, ParquetImages
 from llava_jax.data.samples import Fault
 from llava_jax.files import cache
 
@@ -47,7 +47,7 @@ class GoodImages:
             file.write(np.array(keys, np.uint64).tobytes())
 
 
-def image_problems(checked: CheckedRecords, folder: epath.PathLike | ParquetImages, workers: int) -> Iterator[Problem]:
+def image_problems(checked: CheckedRecords, folder: ImageSource, workers: int) -> Iterator[Problem]:
     """The faults of the images in a folder, for each sample that names them. No image is read twice."""
     good = GoodImages("" if isinstance(folder, ParquetImages) else folder)
     order = np.argsort(np.array(checked.names), kind="stable")
@@ -72,7 +72,7 @@ def image_problems(checked: CheckedRecords, folder: epath.PathLike | ParquetImag
                 yield Problem(fault.kind, checked.id(index), fault.detail, index)
 
 
-def _look(folder: epath.PathLike | ParquetImages, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
+def _look(folder: ImageSource, name: str, good: GoodImages) -> tuple[Fault | None, int | None]:
     """The fault of an image, or its key if it is good and not cached yet. Those inside Parquet have no key."""
     if isinstance(folder, ParquetImages):
         try:

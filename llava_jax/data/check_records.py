@@ -18,10 +18,10 @@ from llava_jax.data.images import read_size
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, from_first_question, parse_sample, read_sample, sample_id, sample_value
 from llava_jax.data.selection import is_one_json, open_json
-from llava_jax.data.sources import Source
 from llava_jax.data.unsupported import READ, doubtful_mark, unread_texts
 
 MAX_ID = 500  # characters of an id in a line
+INTERLEAVED = "has text between the images of a turn, which are moved before it: image_position=as_is keeps them"
 
 
 class Problem(NamedTuple):
@@ -39,16 +39,6 @@ class Problem(NamedTuple):
         return line.encode(errors="backslashreplace").decode()
 
 
-class _Records:
-    """The values of the records of a source."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.source.record(index).value
-
-
 class CheckedRecords(Sequence[Sample]):
     """The good samples of a file: a `Source` of texts after `read` has ended."""
 
@@ -58,6 +48,7 @@ class CheckedRecords(Sequence[Sample]):
         self.images = images
         self.selected = None if is_one_json(path) else open_json(path, images, lenient=True)
         self.file = None if self.selected else local_data(path)
+        self.records: RecordFile | None = None
         self.starts, self.stops = array.array("q"), array.array("q")
         self.lines = array.array("q")  # line numbers of JSONL, indices in an array
         self.unit = ""  # "line" or "sample"
@@ -70,7 +61,11 @@ class CheckedRecords(Sequence[Sample]):
 
     def read(self, special_tokens: Iterable[str]) -> Iterator[Problem]:
         """Reads the file; yields the problems of single records."""
-        for record in self._selected() if self.selected else scan(self.file, self.path, show="reading samples"):
+        if self.selected:
+            records = map(self.record, track(range(len(self.selected)), "reading samples"))
+        else:
+            records = scan(self.file, self.path, show="reading samples")
+        for record in records:
             self.unit, _, line = record.where.rpartition(" ")
             self.lines.append(int(line))
             self.starts.append(record.start)
@@ -79,12 +74,6 @@ class CheckedRecords(Sequence[Sample]):
         if not self.selected:
             self.records = RecordFile(self.file, np.array(self.starts), np.array(self.stops))
         self.digest = self._digest.hexdigest()
-
-    def _selected(self) -> Iterator[Record]:
-        """The records of several files, with their indices in all of them."""
-        self.records = _Records(self.selected)
-        for index in track(range(len(self.selected)), "reading samples"):
-            yield self.selected.record(index)._replace(index=index)
 
     def _read_record(self, record: Record, special_tokens: Iterable[str]) -> Iterator[Problem]:
         key = content = hash(("record", record.index))  # equal to no other
@@ -102,13 +91,15 @@ class CheckedRecords(Sequence[Sample]):
                 sample = Sample(ident, reading.images, from_first_question(reading.turns))
                 content = hash(sample)
                 self._add(sample, record.index)
-                yield from _order_problems(sample, len(reading.turns) > len(sample.turns), record.index)
-                yield from _text_problems(sample, special_tokens, record.index)
+                if len(reading.turns) > len(sample.turns):
+                    detail = "begins with an answer, which training drops"
+                    yield Problem("order", ident, detail, record.index, warning=True)
+                yield from _turn_problems(sample, special_tokens, record.index)
                 for text in unread_texts(value, [text for _, text in sample.turns]):
                     detail = f"`{text}` is not read, and no turn says the same"
                     yield Problem("key", ident, detail, record.index, warning=True)
-                if self.image_position != "as_is":
-                    yield from _place_problems(sample, record.index)
+                if self.image_position != "as_is" and has_interleaved_images(sample.turns):
+                    yield Problem("image-position", ident, INTERLEAVED, record.index, warning=True)
         self.ids.append(key)
         self.contents.append(content)
 
@@ -126,20 +117,23 @@ class CheckedRecords(Sequence[Sample]):
             same = first_content[index] != index
             first = int((first_content if same else first_id)[index])
             what = "is the same as" if same else "has other turns or images than, and the id of,"
-            detail = f"{self.where(index)} has the id of {self.where(first)}: it {what} that one"
+            detail = f"{self.record(index).where} has the id of {self.record(first).where}: it {what} that one"
             yield Problem("duplicate-id", self.id(index), detail, index, warning=not same)
 
-    def where(self, index: int) -> str:
-        return self.selected.record(index).where if self.selected else f"{self.unit} {self.lines[index]}"
+    def record(self, index: int) -> Record:
+        """A record, with its index in all files or its line in the only one."""
+        if self.selected:
+            return self.selected.record(index)._replace(index=index)
+        return Record(f"{self.unit} {self.lines[index]}", index, 0, 0, self.records[index])
 
     def id(self, index: int) -> str:
         """The id of a record."""
-        record = Record(self.where(index), index, 0, 0, self.records[index])
+        record = self.record(index)
         return sample_id(record, sample_value(record))
 
     def sample(self, index: int) -> Sample:
         """The sample at record `index`."""
-        return parse_sample(Record(self.where(index), index, 0, 0, self.records[index]))
+        return parse_sample(self.record(index))
 
     def __len__(self) -> int:
         return len(self.good)
@@ -164,14 +158,9 @@ def _first_equal(hashes: array.array) -> np.ndarray:
     return first[inverse]
 
 
-def _order_problems(sample: Sample, began_with_answer: bool, index: int) -> Iterator[Problem]:
-    if began_with_answer:
-        yield Problem("order", sample.id, "begins with an answer, which training drops", index, warning=True)
+def _turn_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
     if sample.turns and sample.turns[-1][0] == "user":
         yield Problem("order", sample.id, "ends with a question that has no answer", index, warning=True)
-
-
-def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) -> Iterator[Problem]:
     questions = 0
     for role, text in sample.turns:
         questions += role == "user"
@@ -185,9 +174,3 @@ def _text_problems(sample: Sample, special_tokens: Iterable[str], index: int) ->
             yield Problem("marks", sample.id, detail, index, warning=True)
     if not any(role == "assistant" for role, _ in sample.turns):
         yield Problem("nothing-learned", sample.id, "has no answer to learn from", index)
-
-
-def _place_problems(sample: Sample, index: int) -> Iterator[Problem]:
-    if has_interleaved_images(sample.turns):
-        detail = "has text between the images of a turn, which are moved before it: image_position=as_is keeps them"
-        yield Problem("image-position", sample.id, detail, index, warning=True)

@@ -12,6 +12,8 @@ from llava_jax.cli import UserError
 from llava_jax.data.templates import EMPTY_THOUGHTS, IMAGE_TOKEN, THOUGHTS, Template
 
 IMAGE_POSITIONS = ("random", "first", "as_is")
+Turn = tuple[str, str]  # role and text
+OpenTurn = tuple[str, str | None]  # whose text may be absent, see `render`
 
 
 class Rendered(NamedTuple):
@@ -24,9 +26,7 @@ class Rendered(NamedTuple):
     target_spans: list[tuple[int, int]]
 
 
-def render(
-    turns: Sequence[tuple[str, str | None]], template: Template, system: str | None = None, begun: str = ""
-) -> Rendered:
+def render(turns: Sequence[OpenTurn], template: Template, system: str | None = None, begun: str = "") -> Rendered:
     """Renders turns to the text that the model is trained on.
 
     Args:
@@ -67,13 +67,13 @@ def render(
     return Rendered("".join(parts), spans)
 
 
-def check_system(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+def check_system(turns: Sequence[OpenTurn], template: Template) -> None:
     """Raises `UserError` if `render` would drop a system prompt, because the template has no place for one."""
     if turns and turns[0][0] == "system" and turns[0][1] and "{system}" not in template.head:
         raise UserError(f"template {template.name} has no place for a system prompt: remove it or take another")
 
 
-def check_thoughts(turns: Sequence[tuple[str, str | None]], template: Template) -> None:
+def check_thoughts(turns: Sequence[OpenTurn], template: Template) -> None:
     """Raises `UserError` if an answer has thoughts, but the template says before each that there are none."""
     if EMPTY_THOUGHTS in template.reply:
         for role, text in turns:
@@ -84,9 +84,7 @@ def check_thoughts(turns: Sequence[tuple[str, str | None]], template: Template) 
                 )
 
 
-def place_images(
-    turns: Sequence[tuple[str, str]], position: str, seed: int, sample_id: str
-) -> tuple[tuple[str, str], ...]:
+def place_images(turns: Sequence[Turn], position: str, seed: int, sample_id: str) -> tuple[Turn, ...]:
     """Moves the image marks of each turn to where the recipe wants them. None is dropped.
 
     `first` puts them before the text, `<image>\\n` for each, as published since v1.0 (which merges several marks into
@@ -102,7 +100,7 @@ def place_images(
     return tuple((role, _place(text, last=last and i == first)) for i, (role, text) in enumerate(turns))
 
 
-def has_interleaved_images(turns: Sequence[tuple[str, str]]) -> bool:
+def has_interleaved_images(turns: Sequence[Turn]) -> bool:
     """Whether a turn has text between its images, which `first` and `random` move before it."""
     return any(any(map(str.strip, text.split(IMAGE_TOKEN)[1:-1])) for _, text in turns)
 
@@ -116,7 +114,7 @@ def join_parts(parts: Sequence[str]) -> str:
     return text
 
 
-def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list[tuple[str, str]]:
+def place_prompt_images(turns: Sequence[Turn], position: str) -> list[Turn]:
     """Moves the image marks of a prompt to where a model trained with `position` expects them.
 
     `as_is` changes nothing. Otherwise they come before the text of their turn, as with `first` in `place_images`; a
@@ -124,11 +122,11 @@ def place_prompt_images(turns: Sequence[tuple[str, str]], position: str) -> list
     """
     if position == "as_is":
         return list(turns)
-    return [(role, text if _begins_with_images(text) else _place(text, last=False)) for role, text in turns]
-
-
-def _begins_with_images(text: str) -> bool:
-    return text.startswith(f"{IMAGE_TOKEN}\n" * text.count(IMAGE_TOKEN))
+    line = f"{IMAGE_TOKEN}\n"
+    return [
+        (role, text if text.startswith(line * text.count(IMAGE_TOKEN)) else _place(text, last=False))
+        for role, text in turns
+    ]
 
 
 def _place(text: str, last: bool) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,7 @@ from llava_jax.data.sources import Sample, Source, image_sizes
 from llava_jax.data.template_fit import require_fit
 from llava_jax.data.templates import Template
 from llava_jax.data.tokenization import IGNORE_INDEX, Encoded, Segment, encode_sample, expand, one_tile
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llava_jax.data.tokenizer_files import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class TextEncoder:
     """
 
     template: Template
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     image_tokens: int
     max_length: int
     image_position: str = "first"

@@ -73,11 +73,8 @@ def name_fault(name: str, allow_absolute: bool = False) -> str | None:
 
 def add_allow_absolute(parser: argparse.ArgumentParser) -> None:
     """Adds the option of all commands that read images by names in files."""
-    parser.add_argument(
-        "--allow-absolute-images",
-        action="store_true",
-        help="read images with absolute names, too, wherever they are",
-    )
+    what = "read images with absolute names, too, wherever they are"
+    parser.add_argument("--allow-absolute-images", action="store_true", help=what)
 
 
 def folder_of(args: argparse.Namespace) -> ImageFolder:

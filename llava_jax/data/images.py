@@ -24,7 +24,7 @@ import stat
 import struct
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
@@ -126,21 +126,21 @@ def in_any_spelling(look: Callable[[epath.Path], T], path: str | epath.Path) -> 
         raise
 
 
-def decode_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, name: str = "from memory") -> Image.Image:
     """Decodes an image file (JPEG, PNG, WebP, ...) to upright RGB. Its size is checked before it is decoded.
 
     Raises:
       UserError: the data is no image, truncated, corrupt, too large, or has no agreed meaning in RGB.
     """
-    return open_image(data, name, max_pixels).decode()
+    return open_image(data, name).decode()
 
 
-def load_pixels(image: Image.Image, name: str = "from memory") -> Image.Image:
+def load_pixels(image: Image.Image) -> Image.Image:
     """Decodes an image that Pillow has only opened, upright as `load_image` has it; other images stay as they are.
 
     Raises UserError, also if its file is closed.
     """
-    with _errors(name):
+    with _errors("from memory"):
         image.load()
         return _upright(image) if isinstance(image, ImageFile.ImageFile) else image
 
@@ -179,8 +179,7 @@ class EncodedImage:
                 runs = min(len(self._data), MAX_BMP_RUNS) if image.format == "BMP" else 0  # Pillow reads each by itself
                 image.fp.reads_left = MAX_READS + image.height + len(self._data) // 128 + runs
             image.load()
-            image = _upright(image)
-            return to_rgb(image)
+            return to_rgb(_upright(image))
 
 
 def open_image(data: bytes, name: str = "from memory", max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -259,15 +258,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _band_to_rgb(image)
     result = Image.new("RGB", image.size)  # in bands, which bounds the memory of intermediate images
     for start in range(0, image.height, _BAND_ROWS):
-        result.paste(
-            _band_to_rgb(image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))), (0, start)
-        )
+        band = image.crop((0, start, image.width, min(start + _BAND_ROWS, image.height)))
+        result.paste(_band_to_rgb(band), (0, start))
     return result
 
 
 def _band_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = _eight_bit(image)
+    if image.mode.startswith("I"):  # 16-bit grey: I;16 and its byte orders, or I in older Pillows
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
         raise UserError("floating-point pixels have no agreed range: save it with 8 bits a channel")
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their alpha
@@ -328,47 +329,34 @@ def _resize_and_crop(image: Image.Image, size: int, kernel: Image.Resampling) ->
     short, long = sorted(image.size)
     resized = int(size * long / short)
     refuse_huge(*((resized, height) if width > height else (size, resized)))
-    part = _part_that_resizes_alone(long, resized, size, kernel)
-    first = (resized - size) // 2 - part.start
+    part, made = _part_that_resizes_alone(long, resized, size, kernel)
+    first = (resized - size) // 2 - made.start
     if width > height:
-        box = (part.first, 0, part.last, height)
-        image = image.resize((part.stop - part.start, height), kernel, box)
+        image = image.resize((made.stop - made.start, height), kernel, (part.start, 0, part.stop, height))
         return resize(image.crop((first, 0, first + size, height)), size, size, kernel)
-    box = (0, part.first, width, part.last)
-    image = image.resize((size, part.stop - part.start), kernel, box)
+    image = image.resize((size, made.stop - made.start), kernel, (0, part.start, width, part.stop))
     return image.crop((0, first, size, first + size))
 
 
-class _Part(NamedTuple):
-    """Pixels first, ..., last - 1 of an axis, from which pixels start, ..., stop - 1 of the resized axis are made."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
-
-
 @functools.lru_cache(maxsize=4096)
-def _part_that_resizes_alone(length: int, resized: int, size: int, kernel: Image.Resampling) -> _Part:
-    """The smallest known part of an axis that Pillow resizes bit-equally to the complete axis.
+def _part_that_resizes_alone(length: int, resized: int, size: int, kernel: Image.Resampling) -> tuple[slice, slice]:
+    """The smallest known part of an axis that Pillow resizes bit-equally to the complete axis, and what it makes of it.
 
     It holds the centre `size` pixels of the resized axis. Pillow takes boxes in float32, so the part has to begin and
     end with a pixel, and has pixel weights of 22 bits: resizing single pixels of that value shows whether they agree.
     """
     step = resized // math.gcd(length, resized)  # each `step` resized pixels are made of an integral number of pixels
     left = (resized - size) // 2
-    start, stop = left // step * step, -(-(left + size) // step) * step
-    complete, part = (
-        _Part(0, length, 0, resized),
-        _Part(start * length // resized, stop * length // resized, start, stop),
-    )
-    if part == complete or resized >= 100 * size:  # of an image 100 times as tall as wide columns come first
+    made = slice(left // step * step, -(-(left + size) // step) * step)
+    part = slice(made.start * length // resized, made.stop * length // resized)
+    complete = slice(0, length), slice(0, resized)
+    if (part, made) == complete or resized >= 100 * size:  # of an image 100 times as tall as wide columns come first
         return complete
     window = 2 * math.ceil(2 * max(length / resized, 1)) + 3  # more pixels than a resized pixel is made of
     ones = Image.fromarray(np.int32(np.arange(length) % window == np.arange(window)[:, None]) << 22)
     together = ones.resize((resized, window), kernel)
-    alone = ones.resize((stop - start, window), kernel, (part.first, 0, part.last, window))
-    return part if np.array_equal(np.asarray(together)[:, start:stop], np.asarray(alone)) else complete
+    alone = ones.resize((made.stop - made.start, window), kernel, (part.start, 0, part.stop, window))
+    return (part, made) if np.array_equal(np.asarray(together)[:, made], np.asarray(alone)) else complete
 
 
 def _pad_and_resize(
@@ -405,14 +393,6 @@ def refuse_huge(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Raises UserError for more pixels than are allocated."""
     if width * height > max_pixels:
         raise UserError(f"{width} x {height} pixels are more than {max_pixels}: crop it, shrink it or remove it")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Converts 16-bit grey (modes I;16 and its byte orders, or I in older Pillows) to 8-bit grey."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise UserError("32-bit pixels have no agreed range: save it with 8 bits a channel")
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -24,10 +24,8 @@ from llava_jax.data.sources import Sample, Source, read_images
 from llava_jax.data.template_fit import missing_marks
 from llava_jax.data.templates import IMAGE_TOKEN
 from llava_jax.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded
+from llava_jax.data.tokenizer_files import Tokenizer
 from llava_jax.files.writing import atomic_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EPILOG = """example:
   python -m llava_jax.data.inspect --json data.json --tokenizer vicuna-7b-v1.5 --template v1 --limit 3
@@ -45,22 +43,17 @@ class ImageSize(NamedTuple):
     positions: int = 0  # 0 without AnyRes
 
 
-class Shown(NamedTuple):
-    """A sample to show."""
-
-    sample: Sample
-    encoded: Encoded
-    images: list[ImageSize] | None  # None without --images
+Shown = tuple[Sample, Encoded, list[ImageSize] | None]  # a sample, and its images, None without --images
 
 
-def token_strings(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def token_strings(encoded: Encoded, tokenizer: Tokenizer) -> list[str]:
     """The name of every token in the vocabulary; `<image>` for an image."""
     is_text = encoded.input_ids != IMAGE_TOKEN_INDEX
     names = iter(tokenizer.convert_ids_to_tokens(encoded.input_ids[is_text].tolist()))
     return [next(names) if text else IMAGE_TOKEN for text in is_text]
 
 
-def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
+def view(encoded: Encoded, tokenizer: Tokenizer) -> Text:
     """The text of a sample in colours; the targets are also between ⟦ and ⟧, for output without colours."""
     text = Text()
     for (is_image, is_target), run_of_ids in itertools.groupby(
@@ -79,26 +72,22 @@ def view(encoded: Encoded, tokenizer: "PreTrainedTokenizerBase") -> Text:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    encode = text_encoder(
-        args, max_length=1, image_position=args.image_position, seed=args.seed
-    )  # no sample is expanded or cut
+    # No sample is expanded or cut, so any `max_length` will do.
+    encode = text_encoder(args, max_length=1, image_position=args.image_position, seed=args.seed)
     if misfit := missing_marks(encode.template, encode.tokenizer):
         warn(misfit)
     samples = open_json(args.json, open_image_folder(args))
     count = len(samples) if args.limit is None else min(args.limit, len(samples))
-
-    inside = any(isinstance(file.images, ParquetImages) for file in files_of(samples))
-    shows_images = args.images is not None or inside
+    inside = any(isinstance(file.images, ParquetImages) for file, _ in files_of(samples))
 
     def shown(index: int) -> Shown:
         sample = samples[index]
-        sizes = image_sizes(samples, index, sample) if shows_images else None
+        sizes = image_sizes(samples, index, sample) if args.images is not None or inside else None
         if sizes and encode.tiling:
             features = encode.features(sample, [Size(size.width, size.height) for size in sizes])
-            sizes = [
-                size._replace(tiles=f.tiles, positions=len(f.index)) for size, f in zip(sizes, features, strict=True)
-            ]
-        return Shown(sample, encode.ids(sample), sizes)
+            pairs = zip(sizes, features, strict=True)
+            sizes = [size._replace(tiles=taken.tiles, positions=len(taken.index)) for size, taken in pairs]
+        return sample, encode.ids(sample), sizes
 
     if args.jsonl:
         _write_jsonl(args.jsonl, map(shown, track(range(count), "encoding samples")), encode.tokenizer)
@@ -111,7 +100,7 @@ def image_sizes(samples: Source, index: int, sample: Sample) -> list[ImageSize]:
     return read_images(samples, index, sample, lambda data, name: ImageSize(name, *decode_image(data, name).size))
 
 
-def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: Tokenizer) -> None:
     with contextlib.nullcontext(sys.stdout.buffer) if out == "-" else atomic_file(out) as file:
         for sample, encoded, images in samples:
             line = {
@@ -126,7 +115,7 @@ def _write_jsonl(out: str, samples: Iterator[Shown], tokenizer: "PreTrainedToken
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def _show(samples: Iterator[Shown], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _show(samples: Iterator[Shown], tokenizer: Tokenizer) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for sample, encoded, sizes in samples:
         targets = int((encoded.labels != IGNORE_INDEX).sum())

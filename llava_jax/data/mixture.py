@@ -5,7 +5,7 @@ A mixture is a source: the samples of one set after those of another. `plan.Visi
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from llava_jax.data.built import Built
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.parquet import ParquetImages
 from llava_jax.data.plan import Lengths, Visits
-from llava_jax.data.selection import Joined, Subset, open_json
+from llava_jax.data.selection import Joined, files_of, open_json
 from llava_jax.data.sources import LlavaJson, Source
 
 KEYS = {"json", "images", "built", "weight"}
@@ -43,8 +43,11 @@ def open_data(data: ConfigDict, lenient: bool = False) -> Source:
     for name, entry in entries:
         if not isinstance(entry, Mapping) or not entry.keys() <= KEYS:
             raise UserError(f"{name} is {entry!r}: it has to be a dict of {', '.join(sorted(KEYS))}")
-    weights = [_weight(name, entry.get("weight", 1.0)) for name, entry in entries]
-    return Mixture([_open(name, entry, data, lenient) for name, entry in entries], weights)
+        weight = entry.get("weight", 1.0)
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
+    sources = [_open(name, entry, data, lenient) for name, entry in entries]
+    return Mixture(sources, [float(entry.get("weight", 1.0)) for _, entry in entries])
 
 
 def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) -> Source:
@@ -57,12 +60,6 @@ def _open(name: str, given: Mapping[str, Any], data: ConfigDict, lenient: bool) 
         return Built(given["built"])
     images = ImageFolder(given.get("images", ""), data.get("allow_absolute_images", False))
     return open_json(given["json"], images, lenient)
-
-
-def _weight(name: str, weight: Any) -> float:
-    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise UserError(f"{name}: a weight has to be a number above 0, not {weight!r}")
-    return float(weight)
 
 
 def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits:
@@ -79,22 +76,9 @@ def visits(source: Source, chosen: np.ndarray, seed: int) -> np.ndarray | Visits
 
 def check_folders(source: Source, lengths: Lengths) -> None:
     """Raises `UserError` if samples have images but there is no folder of images."""
-    for part, images in _parts(source, lengths.images):
-        if isinstance(part, LlavaJson) and not isinstance(part.images, ParquetImages) and images.any():
-            if not part.images:
-                raise UserError(f"{part.path} has samples with images: give their folder (--config.data.images=...)")
-            if not epath.Path(part.images).is_dir():
-                raise UserError(f"{part.images}: no such folder of images (of {part.path})")
-
-
-def _parts(source: Source, values: np.ndarray) -> Iterator[tuple[Source, np.ndarray]]:
-    """The files of a source, and the values of the samples that are of each."""
-    if isinstance(source, Joined):
-        for part, start, stop in zip(source.sources, source.starts, source.starts[1:], strict=False):
-            yield from _parts(part, values[start:stop])
-    elif isinstance(source, Subset):
-        every = np.zeros(len(source.source), values.dtype)
-        every[source.indices] = values
-        yield from _parts(source.source, every)
-    else:
-        yield source, values
+    for file, indices in files_of(source):
+        if isinstance(file, LlavaJson) and not isinstance(file.images, ParquetImages) and lengths.images[indices].any():
+            if not file.images:
+                raise UserError(f"{file.path} has samples with images: give their folder (--config.data.images=...)")
+            if not epath.Path(file.images).is_dir():
+                raise UserError(f"{file.images}: no such folder of images (of {file.path})")

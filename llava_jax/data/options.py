@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 
@@ -16,10 +16,8 @@ from llava_jax.data.parquet import parquet_files
 from llava_jax.data.template_fit import chosen_template
 from llava_jax.data.templates import Template, with_im_start_end
 from llava_jax.data.tokenization import load_tokenizer
+from llava_jax.data.tokenizer_files import Tokenizer
 from llava_jax.files.reading import read_object
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What `select_feature` of a checkpoint adds to the patches of an image, in the towers that are here.
 _TOWERS = ("clip", "siglip")
@@ -132,9 +130,7 @@ def text_encoder(args: argparse.Namespace, **settings: Any) -> TextEncoder:
     return encoder_of(args, chosen_template(args.template, tokenizer, args.tokenizer), tokenizer, **settings)
 
 
-def encoder_of(
-    args: argparse.Namespace, template: Template, tokenizer: "PreTrainedTokenizerBase", **settings: Any
-) -> TextEncoder:
+def encoder_of(args: argparse.Namespace, template: Template, tokenizer: Tokenizer, **settings: Any) -> TextEncoder:
     """The same with a template and a tokenizer that are open."""
     template = with_im_start_end(template, args.im_start_end)
     return TextEncoder(template, tokenizer, args.image_tokens, tiling=args.tiling, **settings)

@@ -5,9 +5,11 @@ The sizes are for `config.pack`. Images are not read.
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from llava_jax.cli import Parser, UserError, narrowed, positive, run, say, track
 from llava_jax.data.encoded import EncodedSource
 from llava_jax.data.modality import ModalityOrder
 from llava_jax.data.options import add_options, open_image_folder, read_model, text_encoder
-from llava_jax.data.packing import fill, image_slot_plans, pack_order
+from llava_jax.data.packing import Fill, Room, fill, image_slot_plans, pack_order
 from llava_jax.data.parquet import parquet_files
 from llava_jax.data.plan import Lengths, Order, plan_layout
 from llava_jax.data.selection import open_json
@@ -60,18 +62,11 @@ def unpacked_plans(lengths: Lengths, max_length: int, rows_per_group: int, seed:
         schedule, sizes = [(order, order.epoch_steps(0))], {"image_tokens": 1, "image_size": 1}
         layout = plan_layout(schedule, lengths, rows_per_group=rows_per_group, max_length=max_length, **sizes)
         groups = len(indices) / rows_per_group
-        yield Plan(
-            kind=kind,
-            row_length=max_length,
-            rows_per_group=rows_per_group,
-            image_slots=layout.image_slots,
-            label_slots=layout.label_slots,
-            samples_a_row=1.0,
-            rows=len(indices),
-            positions_used=round(float(lengths.tokens.mean()) / max_length, 4),
-            image_slots_used=round(int(lengths.tiles.sum()) / (groups * max(layout.image_slots, 1)), 4),
-            label_slots_used=round(int(lengths.targets.sum()) / (groups * layout.label_slots), 4),
-        )
+        tokens = float(lengths.tokens.mean()) / max_length
+        images = int(lengths.tiles.sum()) / (groups * max(layout.image_slots, 1))
+        labels = int(lengths.targets.sum()) / (groups * layout.label_slots)
+        full = Fill(len(indices), math.ceil(groups), 1.0, tokens, images, labels, layout.label_slots)
+        yield _plan(kind, Room(max_length, rows_per_group, layout.image_slots), full)
 
 
 def packed_plans(
@@ -87,21 +82,21 @@ def packed_plans(
         packed[0].epoch_rows(0)
     seconds = (time.process_time() - began) / len(packed)
     for plan in packed:
-        full = fill(plan)
-        yield Plan(
-            kind="packed",
-            row_length=row_length,
-            rows_per_group=rows_per_group,
-            image_slots=plan.room.image_slots,
-            label_slots=full.label_slots,
-            samples_a_row=round(full.samples_a_row, 3),
-            rows=full.rows,
-            positions_used=round(full.tokens, 4),
-            image_slots_used=round(full.images, 4),
-            label_slots_used=round(full.labels, 4),
-            seconds=round(seconds, 2),
-            best=plan is packed[0],
-        )
+        yield _plan("packed", plan.room, fill(plan), seconds=round(seconds, 2), best=plan is packed[0])
+
+
+def _plan(kind: str, room: Room, full: Fill, **planned: Any) -> Plan:
+    return Plan(
+        kind,
+        *room,
+        full.label_slots,
+        samples_a_row=round(full.samples_a_row, 3),
+        rows=full.rows,
+        positions_used=round(full.tokens, 4),
+        image_slots_used=round(full.images, 4),
+        label_slots_used=round(full.labels, 4),
+        **planned,
+    )
 
 
 def suggested(plans: list[Plan]) -> Plan:
@@ -192,19 +187,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--built", metavar="DIR", help="a data set made by llava_jax.data.build")
     add_options(parser, images={"required": False}, checkpoint={}, tokenizer={}, template={}, max_length={})
     add_options(parser, image_tokens={}, image_size={}, anyres={})
-    parser.add_argument("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
-    parser.add_argument("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
-    parser.add_argument(
-        "--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)"
-    )
-    parser.add_argument(
-        "--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of samples")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)"
-    )
-    parser.add_argument("--json-out", metavar="F", help="also write the report as JSON")
+    add = parser.add_argument
+    add("--row-length", type=_numbers, metavar="T,...", help="positions of a row (--max-length)")
+    add("--rows-per-group", type=_numbers, default=[4], metavar="R,...", help="rows of a group (4)")
+    add("--image-slots", type=positive, metavar="I", help="image slots of a group (default: the best number)")
+    add("--samples-a-step", type=positive, default=128, metavar="N", help="samples of a step, for the suggestion (128)")
+    add("--seed", type=int, default=0, help="seed of the order of samples")
+    add("--workers", type=int, default=0, metavar="N", help="processes that measure lengths (0: threads)")
+    add("--json-out", metavar="F", help="also write the report as JSON")
     args = parser.parse_args(argv)
     read_model(args)
     if not args.tokenizer:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Union
 
 from etils import epath
 
@@ -26,6 +26,7 @@ from llava_jax.remote import is_remote
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
+ImageSource = Union[epath.PathLike, "ParquetImages"]  # the folder or the files that image names refer to
 IMAGES = ("image", "images")  # columns
 ROWS = 256  # texts read at a time
 
@@ -44,7 +45,7 @@ def parquet_files(path: epath.PathLike) -> list[epath.PathLike]:
     return sorted(map(os.fspath, epath.Path(path).glob("*.parquet")))
 
 
-def read_named(images: "epath.PathLike | ParquetImages", name: str) -> bytes:
+def read_named(images: ImageSource, name: str) -> bytes:
     """The bytes of an image in a folder or in Parquet files. Raises `UserError` naming it."""
     return images.read(name) if isinstance(images, ParquetImages) else read_image(image_path(images, name))
 
@@ -63,7 +64,7 @@ class ParquetImages:
         rows = self._threads.__dict__
         try:
             if file not in rows:
-                rows[file] = _Rows(self.files[file])
+                rows[file] = Rows(self.files[file])
             images = rows[file].read(int(row))
             data = images[int(number)]
             data = data["bytes"] if isinstance(data, dict) else data
@@ -82,12 +83,12 @@ class ParquetImages:
         self._threads = threading.local()
 
 
-class _Rows:
-    """The images of the rows of a file, of ascending rows without reading anything twice."""
+class Rows:
+    """The images of the rows of a file in a column, of ascending rows without reading anything twice."""
 
-    def __init__(self, path: Path):
-        self.file = _open(path)
-        self.column = image_column(self.file)
+    def __init__(self, path: Path, column: str | None = None):
+        self.file = open_file(path)
+        self.column = column or image_column(self.file)
         metadata = self.file.metadata
         groups = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
         self.starts = [0, *itertools.accumulate(groups)]
@@ -126,7 +127,7 @@ def texts(path: epath.PathLike) -> tuple[Path, bool]:
     file = cache.local_file(path)
     refuse_pointer_file(file)
     try:
-        embedded = image_column(_open(file)) is not None
+        embedded = image_column(open_file(file)) is not None
         name = os.path.basename(path)
         return cache.derived("parquet", os.path.abspath(file), lambda target: _write(file, name, target)), embedded
     except UserError as error:
@@ -138,7 +139,7 @@ def texts(path: epath.PathLike) -> tuple[Path, bool]:
 
 def _write(path: Path, name: str, target: Path) -> None:
     """Writes the rows of a file to `target`. Instead of the bytes of images they have names."""
-    file = _open(path)
+    file = open_file(path)
     column, leaves = image_column(file), list(_leaves(file))
     chosen, at_once = [leaf for leaf, binary in leaves if not binary], ROWS
     if column and not any(leaf.split(".")[0] == column for leaf in chosen):  # no paths, which would show how many
@@ -172,7 +173,7 @@ def _leaves(file: "pq.ParquetFile") -> Iterator[tuple[str, bool]]:
         yield leaf.path, leaf.physical_type == "BYTE_ARRAY" and not text
 
 
-def _open(path: Path) -> "pq.ParquetFile":
+def open_file(path: Path | IO[bytes]) -> "pq.ParquetFile":
     import pyarrow.parquet as pq  # takes a third of a second
 
     return pq.ParquetFile(path, memory_map=True, pre_buffer=False)

@@ -119,10 +119,11 @@ class StepBatch(NamedTuple):
     bad: list[BadSample]
 
 
+@dataclass(eq=False)
 class Batches:
     """The batches of a run by step: `batches[k]`, or read ahead, `batches.iterate(start, stop)`.
 
-    Args:
+    Attributes:
       encoded: the samples; its `skip_bad` says what happens to bad ones.
       decode: as `ImageDecoder` does.
       order: which samples are in the rows of a step.
@@ -131,22 +132,16 @@ class Batches:
       lengths: of all samples, with which `layout` was planned. With AnyRes they depend on files that may have changed.
     """
 
-    def __init__(
-        self,
-        encoded: EncodedSource,
-        decode: Callable[..., np.ndarray],
-        order: Order,
-        layout: Layout,
-        groups: Sequence[int] | None = None,
-        lengths: Lengths | None = None,
-    ):
-        self.encoded = encoded
-        self.decode = decode
-        self.order = order
-        self.layout = layout
-        self.lengths = lengths
-        per_group = layout.rows_per_group
-        chosen = range(layout.groups) if groups is None else groups
+    encoded: EncodedSource
+    decode: Callable[..., np.ndarray]
+    order: Order
+    layout: Layout
+    groups: Sequence[int] | None = None
+    lengths: Lengths | None = None
+
+    def __post_init__(self) -> None:
+        per_group = self.layout.rows_per_group
+        chosen = range(self.layout.groups) if self.groups is None else self.groups
         self.rows = [row for group in chosen for row in range(group * per_group, (group + 1) * per_group)]
 
     def __getitem__(self, step: int) -> Batch:

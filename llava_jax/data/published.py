@@ -27,15 +27,11 @@ _FILE = Path(__file__).with_name("published.toml")
 PUBLISHED = tuple(Published(**fields) for fields in tomllib.loads(_FILE.read_text(encoding="utf-8"))["data_sets"])
 
 
-def folder_problems(published: Published, images: epath.Path) -> Iterator[str]:
-    """Messages about missing folders of images."""
+def problems(published: Published, images: epath.Path, samples: int, text_only: int) -> Iterator[str]:
+    """Messages about missing folders of images, and about numbers of samples that differ from the published ones."""
     for folder, origin in published.folders.items():
         if not (images / folder).is_dir():
             yield f"{images / folder} is missing: it holds {origin}"
-
-
-def count_problems(published: Published, samples: int, text_only: int) -> Iterator[str]:
-    """Messages about numbers of samples that differ from the published ones."""
     if samples != published.samples:
         yield f"{samples:,} samples where {published.json} of {published.source} has {published.samples:,}"
     elif published.text_only not in (-1, text_only):

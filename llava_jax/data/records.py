@@ -15,7 +15,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, track
 from llava_jax.files import cache
-from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, encoding_of, loads, refuse_pointer, require_regular
+from llava_jax.files.reading import MAX_DEPTH, POINTER, broken, loads, refuse_pointer, require_regular
 from llava_jax.remote import is_remote, new_local
 
 BLOCK = 4 * 2**20  # bytes read at a time
@@ -96,7 +96,7 @@ def local_data(path: epath.PathLike) -> Path:
     refuse_pointer(head, path)
     if kind := next((kind for start, kind in _BINARY.items() if head.startswith(start)), None):
         raise UserError(f"{path}: is {kind}; a JSON array of samples, or one a line, was expected")
-    encoding = encoding_of(head[:4])
+    encoding = json.detect_encoding(head[:4])
     if encoding.startswith("utf-8"):
         return file
     return cache.derived("utf8", os.path.abspath(file), lambda target: _write_utf8(file, encoding, target, path))

@@ -126,12 +126,13 @@ def image_names(value: dict) -> tuple[str, ...] | Fault:
     given = []
     for key in ("image", "images"):
         images = value.get(key)
-        if not (images is None or isinstance(images, str) or _all_strings(images)):
+        names = [images] if isinstance(images, str) else [] if images is None else images
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             return Fault("structure", f"`image` is neither a name nor a list of names but {_shown(images)}")
+        if any(map(_URL.match, names)):
+            return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
         if images:
-            if any(map(_URL.match, [images] if isinstance(images, str) else images)):
-                return Fault("structure", f"`{key}` is {_shown(images)}, a URL: save the image to a file and name that")
-            given.append((images,) if isinstance(images, str) else tuple(images))
+            given.append(tuple(names))
     if len(given) == 2 and given[0] != given[1]:
         return Fault("key", f"`image` is {_shown(value['image'])}, but `images` {_shown(value['images'])}: keep one")
     return given[0] if given else ()
@@ -141,7 +142,7 @@ def system_prompt(value: dict, first: str = "") -> str | Fault:
     """The system prompt of an object, or its `first` turn if that is one; "" for the template's own."""
     prompts = {"the first turn": first, **{key: value[key] for key in ("system", "system_prompt") if key in value}}
     for key, text in prompts.items():
-        if not isinstance(text, str | None) or not _encodable(text or ""):
+        if not isinstance(text, str | None) or not is_encodable(text or ""):
             return Fault("structure", f"`{key}` is no text but {_shown(text)}")
     said = {key: text for key, text in prompts.items() if (text or "").strip()}
     if len(set(said.values())) > 1:
@@ -166,7 +167,7 @@ def _plain_turns(sentences: list) -> list[tuple[str, str]] | None:
     """Role and text of turns that have `from` and `value` alone, as nearly all have; None if a turn is different."""
     try:
         turns = [(ROLES[sentence["from"]], sentence["value"]) for sentence in sentences if len(sentence) == 2]
-        plain = len(turns) == len(sentences) and all(text.isascii() or _encodable(text) for _, text in turns)
+        plain = len(turns) == len(sentences) and all(text.isascii() or is_encodable(text) for _, text in turns)
     except (KeyError, TypeError, AttributeError):
         return None
     return turns if plain else None
@@ -191,7 +192,7 @@ def _turn(number: int, sentence: Any, faults: list[Fault], named: list[str]) -> 
     if not isinstance(text, str):
         fault("structure", f"`{content}` of turn {number} is no text but {_shown(text)}")
         text = ""
-    elif not _encodable(text):
+    elif not is_encodable(text):
         fault("structure", f"`{content}` of turn {number} is no valid Unicode: it holds half a surrogate pair")
     for detail in unsupported.unread_turn_keys(sentence, answers=role == "assistant"):
         fault("key", f"turn {number}: {detail}")
@@ -232,13 +233,8 @@ def _joined(number: int, parts: list, faults: list[Fault], named: list[str]) -> 
 
 def _image_of(part: dict) -> str | None:
     """The name in a part like {"type": "image", "image": NAME} or {"type": "image_url", "image_url": {"url": NAME}}."""
-    for key in _NAMES:
-        held = part.get(key)
-        if isinstance(held, dict):
-            held = held.get("url")
-        if isinstance(held, str):
-            return held
-    return None
+    held = (value.get("url") if isinstance(value, dict) else value for value in map(part.get, _NAMES))
+    return next((name for name in held if isinstance(name, str)), None)
 
 
 def _unread_of_image(part: dict, name: str | None) -> str | None:
@@ -297,11 +293,8 @@ def _structure(detail: str) -> Reading:
     return Reading([Fault("structure", detail)])
 
 
-def _all_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether a text is valid Unicode, without half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

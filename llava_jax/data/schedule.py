@@ -38,9 +38,7 @@ def write(order: Order, start: int, stop: int, directory: Path) -> Schedule:
         first, last = (min(number * order.batch_rows, rows.count) for number in (step, step + taken))
         samples.append(rows.samples[rows.starts[first] : rows.starts[last]])
         held = np.diff(rows.starts[first : last + 1])
-        counts.append(
-            np.pad(held, (0, taken * order.batch_rows - len(held)))
-        )  # the last step of an epoch ends with empty rows
+        counts.append(np.pad(held, (0, taken * order.batch_rows - len(held))))  # an epoch ends with empty rows
         epoch, step, left = epoch + 1, 0, left - taken
     np.save(directory / SAMPLES, np.concatenate(samples))
     np.save(directory / STARTS, np.cumsum(np.concatenate(counts)))

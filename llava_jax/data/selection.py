@@ -37,8 +37,32 @@ _PART = re.compile(r"(first|end|random):(\d{1,15})(%?)")
 _KEYS = {"json_path", "sampling_strategy"}
 
 
-class Joined(Sequence[Sample]):
-    """The samples of several sources, one source after the other: a `Source`."""
+class _View(Sequence[Sample]):
+    """A `Source` whose samples are those of other sources."""
+
+    def find(self, index: int) -> tuple[Source, int]:
+        """The source of a sample, and its index there."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        source, index = self.find(index)
+        return source[index]
+
+    def record(self, index: int) -> Record:
+        source, index = self.find(index)
+        return source.record(index)
+
+    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
+        source, index = self.find(index)
+        return source.read_images(index, names)
+
+    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
+        source, index = self.find(index)
+        return source.read_sizes(index, names)
+
+
+class Joined(_View):
+    """The samples of several sources, one source after the other."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
@@ -48,30 +72,14 @@ class Joined(Sequence[Sample]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> Sample:
-        source, index = self._find(index)
-        return source[index]
-
-    def record(self, index: int) -> Record:
-        source, index = self._find(index)
-        return source.record(index)
-
-    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        source, index = self._find(index)
-        return source.read_images(index, names)
-
-    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
-        source, index = self._find(index)
-        return source.read_sizes(index, names)
-
-    def _find(self, index: int) -> tuple[Source, int]:
+    def find(self, index: int) -> tuple[Source, int]:
         index = range(len(self))[index]
         number = bisect.bisect_right(self.starts, index) - 1
         return self.sources[number], index - self.starts[number]
 
 
-class Subset(Sequence[Sample]):
-    """Some samples of a source, by their indices: a `Source`."""
+class Subset(_View):
+    """Some samples of a source, by their indices."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source = source
@@ -81,17 +89,8 @@ class Subset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[int(self.indices[index])]
-
-    def record(self, index: int) -> Record:
-        return self.source.record(int(self.indices[index]))
-
-    def read_images(self, index: int, names: Sequence[str]) -> list[bytes]:
-        return self.source.read_images(int(self.indices[index]), names)
-
-    def read_sizes(self, index: int, names: Sequence[str]) -> list[Size]:
-        return self.source.read_sizes(int(self.indices[index]), names)
+    def find(self, index: int) -> tuple[Source, int]:
+        return self.source, int(self.indices[index])
 
 
 class Entry(NamedTuple):
@@ -120,13 +119,16 @@ def is_one_json(path: epath.PathLike) -> bool:
     return not is_yaml(path) and several(path) == [path] and not parquet_files(path)
 
 
-def files_of(source: Source) -> Iterator[Source]:
-    """The files that a source is of."""
+def files_of(source: Source) -> Iterator[tuple[Source, np.ndarray]]:
+    """The files that a source is of, and for each the indices in the source of the samples that are of it; int64[n]."""
     if isinstance(source, Joined):
-        for part in source.sources:
-            yield from files_of(part)
+        for part, start in zip(source.sources, source.starts, strict=False):
+            yield from ((file, start + indices) for file, indices in files_of(part))
+    elif isinstance(source, Subset):
+        for file, indices in files_of(source.source):
+            yield file, np.flatnonzero(np.isin(source.indices, indices))
     else:
-        yield from files_of(source.source) if isinstance(source, Subset) else (source,)
+        yield source, np.arange(len(source))
 
 
 def images_of(source: Source, folder: ImageFolder) -> ImageFolder | ParquetImages:
@@ -134,14 +136,13 @@ def images_of(source: Source, folder: ImageFolder) -> ImageFolder | ParquetImage
 
     Raises `UserError` if there are several such places.
     """
-    inside = {id(file.images): file.images for file in files_of(source) if isinstance(file.images, ParquetImages)}
-    if not inside:
-        return folder
-    if len(inside) > 1 or not all(isinstance(file.images, ParquetImages) for file in files_of(source)):
+    places = {id(file.images): file.images for file, _ in files_of(source)}.values()
+    inside = [place for place in places if isinstance(place, ParquetImages)]
+    if inside and len(places) > 1:
         raise UserError(
             "has images at several places: check or build each set by itself, and train on a mixture of them"
         )
-    return next(iter(inside.values()))
+    return inside[0] if inside else folder
 
 
 def is_yaml(path: epath.PathLike) -> bool:

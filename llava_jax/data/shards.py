@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,7 +30,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from llava_jax.cli import UserError
 from llava_jax.data.images import decode_image
-from llava_jax.data.parquet import ParquetImages, read_named
+from llava_jax.data.parquet import ImageSource, ParquetImages, read_named
 from llava_jax.data.samples import ROLES, Sample, conversation
 from llava_jax.files.reading import read_object
 from llava_jax.files.writing import atomic_path
@@ -54,11 +54,7 @@ FEATURES = tfds.features.FeaturesDict(
 _SERIALIZER = ExampleSerializer(FEATURES.get_serialized_info())
 
 
-class BadImage(NamedTuple):
-    """A sample, and why an image of it cannot be read."""
-
-    id: str
-    detail: str
+BadImage = tuple[str, str]  # the id of a sample, and why an image of it cannot be read
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Shard:
     """A shard to write. It is pickled for workers of Beam."""
 
     output: str  # the directory of the data set, local or remote
-    images: epath.PathLike | ParquetImages  # the folder that names are relative to, see `image_folder.ImageFolder`
+    images: ImageSource
     index: int
     count: int  # of all shards
     begin: int  # its samples are the bytes from `begin` to `end` of `text.jsonl`
@@ -101,7 +97,7 @@ def write_shard(shard: Shard, stopped: Callable[[], bool] = lambda: False) -> li
                 if stopped():
                     raise InterruptedError
                 images = [_read_image(shard, name) for name in sample.images]
-                bad += [BadImage(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
+                bad += [(sample.id, str(fault)) for fault in images if isinstance(fault, UserError)]
                 if not bad:
                     writer.write(serialize(sample, images))
         if bad:

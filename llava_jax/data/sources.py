@@ -21,7 +21,7 @@ from llava_jax.data.features import Size
 from llava_jax.data.formats import FORMATS
 from llava_jax.data.image_folder import image_path
 from llava_jax.data.images import open_image, read_size
-from llava_jax.data.parquet import ParquetImages, read_named
+from llava_jax.data.parquet import ImageSource, ParquetImages, read_named
 from llava_jax.data.records import Record, RecordFile, local_data, scan
 from llava_jax.data.samples import Sample, parse_sample
 from llava_jax.files import cache
@@ -58,11 +58,7 @@ class LlavaJson(Sequence[Sample]):
     """
 
     def __init__(
-        self,
-        path: epath.PathLike,
-        images: epath.PathLike | ParquetImages = "",
-        lenient: bool = False,
-        texts: Path | None = None,
+        self, path: epath.PathLike, images: ImageSource = "", lenient: bool = False, texts: Path | None = None
     ):
         self.path = path
         self.images = images

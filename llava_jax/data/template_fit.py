@@ -2,19 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, say
 from llava_jax.data.chat_template import render_chats
-from llava_jax.data.conversation import render
+from llava_jax.data.conversation import Turn, render
 from llava_jax.data.templates import EMPTY_THOUGHTS, TEMPLATES, Template, get_template
 from llava_jax.data.tokenization import IGNORE_INDEX, default_system, encode_turns
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llava_jax.data.tokenizer_files import Tokenizer
 
 _QUESTION, _ANSWER = ("user", "What is it?"), ("assistant", "A cat")
 # Beginnings that tokenizers treat differently. `encode_turns` handles white space in each sample.
@@ -23,7 +20,7 @@ _ANSWERS = (
 )  # fmt: skip
 
 
-def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> None:
+def require_fit(template: Template, tokenizer: Tokenizer) -> None:
     """Checks that training texts begin with the ids of their prompt, and that the labels begin right after it.
 
     Raises UserError naming the template and the tokens for which that fails: the model would learn to continue another
@@ -45,7 +42,7 @@ def require_fit(template: Template, tokenizer: "PreTrainedTokenizerBase") -> Non
             )
 
 
-def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def missing_marks(template: Template, tokenizer: Tokenizer) -> str | None:
     """A message if a mark of the template, such as the end of an answer, is no token of the tokenizer; else None.
 
     Here answers still end at the text of the end mark, but an exported model does not stop in other programs.
@@ -60,24 +57,28 @@ def missing_marks(template: Template, tokenizer: "PreTrainedTokenizerBase") -> s
     return f"template {template.name} does not fit the tokenizer: {pieces}{end}; {_others(template, tokenizer)}"
 
 
-def end_of_answer(template: Template, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def end_of_answer(template: Template, tokenizer: Tokenizer) -> int | None:
     """The token that ends an answer in a training text; None if several tokens do."""
     labels = encode_turns([_QUESTION, ("assistant", "A cat")], template, tokenizer).labels
     last = int(labels[labels != IGNORE_INDEX][-1])
     return last if tokenizer.decode([last]) in (template.end, template.end.strip()) else None
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
+def template_of(tokenizer: Tokenizer) -> Template | None:
     """The template that renders like the tokenizer's own chat template; None if none does or it has none."""
     if not tokenizer.chat_template:
         return None
     chats = [[{"role": role, "content": text} for role, text in turns] for turns in _CHATS]
     rendered = render_chats(chats, tokenizer.chat_template, tokenizer)
-    return next((template for template in TEMPLATES.values() if _renders_as(template, tokenizer, rendered)), None)
+    for template in TEMPLATES.values():
+        *alike, with_system = (_alike(template, tokenizer, *each) for each in zip(_CHATS, rendered, strict=True))
+        if all(alike) and with_system is not False:
+            return template
+    return None
 
 
 def chosen_template(
-    name: str | None, tokenizer: "PreTrainedTokenizerBase", where: epath.PathLike, default: str | None = None
+    name: str | None, tokenizer: Tokenizer, where: epath.PathLike, default: str | None = None
 ) -> Template:
     """The template `name` or, for None, the one of the tokenizer's chat template, or else the default.
 
@@ -96,7 +97,7 @@ def chosen_template(
     return own
 
 
-def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _missing(template: Template, tokenizer: Tokenizer) -> list[str]:
     vocab = tokenizer.get_vocab()
     return [
         mark
@@ -105,7 +106,7 @@ def _missing(template: Template, tokenizer: "PreTrainedTokenizerBase") -> list[s
     ]
 
 
-def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _others(template: Template, tokenizer: Tokenizer) -> str:
     """Which template to choose instead."""
     own = template_of(tokenizer)
     if own is not None and own.name != template.name:
@@ -116,24 +117,12 @@ def _others(template: Template, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 # Conversations that tell the templates apart. Some chat templates refuse system prompts.
-_CHATS = (
-    (_QUESTION,),
-    (_QUESTION, _ANSWER),
-    (_QUESTION, _ANSWER, _QUESTION),
-    (("system", "s"), _QUESTION),
-)
+_CHATS = ((_QUESTION,), (_QUESTION, _ANSWER), (_QUESTION, _ANSWER, _QUESTION), (("system", "s"), _QUESTION))
 
 
-def _renders_as(template: Template, tokenizer: "PreTrainedTokenizerBase", rendered: list[str | None]) -> bool:
-    """Whether the template renders `_CHATS` as the chat template rendered them."""
-    *alike, with_system = (_alike(template, tokenizer, *each) for each in zip(_CHATS, rendered, strict=True))
-    return all(alike) and with_system is not False
-
-
-def _alike(
-    template: Template, tokenizer: "PreTrainedTokenizerBase", turns: Sequence[tuple[str, str]], rendered: str | None
-) -> bool | None:
-    """The same for one conversation, with the prompt of an answer after a question. None if it does not render."""
+def _alike(template: Template, tokenizer: Tokenizer, turns: Sequence[Turn], rendered: str | None) -> bool | None:
+    """Whether the template renders a conversation, with the prompt of an answer after a question, as the chat template
+    `rendered` it. None if that does not render it."""
     if rendered is None:
         return None
     system = default_system(tokenizer) if template.system is None else None

@@ -5,28 +5,23 @@ checkpoints were trained on these ids, side effects included (a SentencePiece to
 with `▁`). The labels come from character offsets, never from the lengths of parts that are tokenized again.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
-from llava_jax.data.conversation import check_system, check_thoughts, place_images, render
+from llava_jax.data.conversation import OpenTurn, check_system, check_thoughts, place_images, render
 from llava_jax.data.features import TEXT, Features, joined
 from llava_jax.data.samples import Sample
 from llava_jax.data.templates import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, Template
-from llava_jax.data.tokenizer_files import read_tokenizer_files
+from llava_jax.data.tokenizer_files import Tokenizer, read_tokenizer_files
 from llava_jax.remote import local
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN_INDEX = -200  # the id of an image
 IGNORE_INDEX = -100  # the label of a position without a target
@@ -49,7 +44,7 @@ class Segment(NamedTuple):
     num_tiles: int  # of all images; as many as images without AnyRes
 
 
-def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: epath.PathLike) -> Tokenizer:
     """Loads the fast tokenizer of an HF directory; of a bare `tokenizer.model` of LLaMA with SentencePiece's own ids.
 
     transformers 5 adds no BOS if a SentencePiece model has no `add_bos_token`; here LLaMA's default, true, is used. It
@@ -92,7 +87,7 @@ def load_tokenizer(directory: epath.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(directory: Path, files: dict[str, dict[str, Any]]) -> PreTrainedTokenizerBase:
+def _load(directory: Path, files: dict[str, dict[str, Any]]) -> Tokenizer:
     from transformers import AutoTokenizer, LlamaTokenizer  # and torch where it is installed, which takes seconds
 
     from llava_jax.data import sentencepiece_model
@@ -127,12 +122,7 @@ def _load(directory: Path, files: dict[str, dict[str, Any]]) -> PreTrainedTokeni
 
 
 def encode_sample(
-    sample: Sample,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    image_position: str = "first",
-    seed: int = 0,
+    sample: Sample, template: Template, tokenizer: Tokenizer, *, image_position: str = "first", seed: int = 0
 ) -> Encoded:
     """Ids and labels of a training sample.
 
@@ -151,9 +141,7 @@ def encode_sample(
     return encoded
 
 
-def encode_turns(
-    turns: Sequence[tuple[str, str | None]], template: Template, tokenizer: PreTrainedTokenizerBase, begun: str = ""
-) -> Encoded:
+def encode_turns(turns: Sequence[OpenTurn], template: Template, tokenizer: Tokenizer, begun: str = "") -> Encoded:
     """Ids and labels of turns, which are rendered as in `render`.
 
     Raises `UserError` if the template puts images between tokens that are not in the vocabulary.
@@ -221,7 +209,7 @@ class _Chunk(NamedTuple):
     added: np.ndarray  # bool[N]: whether the tokenizer added it to the text
 
 
-def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
     spans = np.array(target_spans, np.int64).reshape(-1, 2)
     chunks = _tokenize(text, (), tokenizer)
     if cuts := _straddled(chunks, spans[:, 0]):
@@ -229,21 +217,17 @@ def _encode(text: str, target_spans: list[tuple[int, int]], tokenizer: PreTraine
         # gives that token: a prompt that ends with "\n" is followed by "\n", not by "\n\n". So it is cut there.
         uncut, chunks = chunks, _tokenize(text, cuts, tokenizer)
         _require_same_text(uncut, chunks, text[cuts[0] :], tokenizer)
-    return _joined(chunks, [_overlap(chunk, spans) & ~chunk.added for chunk in chunks])
-
-
-def _joined(chunks: list[_Chunk], targets: list[np.ndarray]) -> Encoded:
     ids, labels = [], []
-    for chunk, mask in zip(chunks, targets, strict=True):
+    for chunk in chunks:
         if chunk.after_image:
             ids.append([IMAGE_TOKEN_INDEX])
             labels.append([IGNORE_INDEX])
         ids.append(chunk.ids)
-        labels.append(np.where(mask, chunk.ids, IGNORE_INDEX))
+        labels.append(np.where(_overlap(chunk, spans) & ~chunk.added, chunk.ids, IGNORE_INDEX))
     return Encoded(np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32))
 
 
-def _tokenize(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[_Chunk]:
+def _tokenize(text: str, cuts: Sequence[int], tokenizer: Tokenizer) -> list[_Chunk]:
     """Tokenizes the texts between images, cut at these characters, each by itself."""
     parts, start = [], 0  # (text, its first character, whether it follows an image)
     for i, between in enumerate(text.split(IMAGE_TOKEN)):
@@ -293,7 +277,7 @@ def _straddled(chunks: list[_Chunk], positions: np.ndarray) -> list[int]:
     return found
 
 
-def _require_same_text(uncut: list[_Chunk], cut: list[_Chunk], answer: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_same_text(uncut: list[_Chunk], cut: list[_Chunk], answer: str, tokenizer: Tokenizer) -> None:
     """Raises `UserError` if cutting the text changes what its tokens decode to, as in SentencePiece by a space."""
     before, after = (tokenizer.decode(np.concatenate([chunk.ids for chunk in chunks])) for chunks in (uncut, cut))
     if before != after:
@@ -303,7 +287,7 @@ def _require_same_text(uncut: list[_Chunk], cut: list[_Chunk], answer: str, toke
         )
 
 
-def default_system(tokenizer: PreTrainedTokenizerBase) -> str:
+def default_system(tokenizer: Tokenizer) -> str:
     """The system prompt for templates that leave it to the tokenizer (`system` None)."""
     return _default_system(str(tokenizer.chat_template))
 
@@ -318,7 +302,7 @@ def _default_system(chat_template: str) -> str:
     return match[1] if match else ""
 
 
-def require_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> None:
+def require_tokens(tokenizer: Tokenizer, *tokens: str) -> None:
     """Raises `UserError` if the tokenizer lacks one of the tokens."""
     missing = [token for token in tokens if token not in tokenizer.get_added_vocab()]
     if missing:

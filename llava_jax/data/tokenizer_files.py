@@ -2,12 +2,17 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from llava_jax.cli import UserError
 from llava_jax.files.reading import parse_json, read_bytes, refuse_pointer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers takes seconds to import
 
 # The files of a directory that transformers may read to make a tokenizer.
 PATTERNS = ("*token*", "vocab.*", "merges.txt", "config.json", "chat_template*", "additional_chat_templates/*")

@@ -11,7 +11,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, one_line, say, track
 from llava_jax.data.records import Record, local_data, scan
-from llava_jax.data.samples import ROLES, record_value
+from llava_jax.data.samples import ROLES, is_encodable, record_value
 from llava_jax.data.templates import IMAGE_TOKEN
 
 CAPTION_KEYS = ("caption", "blip_caption")
@@ -100,10 +100,8 @@ def _caption(value: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
 def _clean(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: its caption is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: its caption is no valid Unicode: it holds half a surrogate pair") from None
+    if not is_encodable(text):
+        raise UserError(f"{where}: its caption is no valid Unicode: it holds half a surrogate pair")
     if not text.strip():
         raise UserError(f"{where}: its caption is empty")
     for token in SPECIAL_TOKENS:

@@ -10,6 +10,7 @@ import json
 import sys
 
 from llava_jax.cli import Parser, UserError, say
+from llava_jax.data.samples import conversation
 from llava_jax.datagen.caption_files import CAPTION_KEYS, Caption, read_captions
 from llava_jax.datagen.instructions import BRIEF, DETAILED, pick, with_image
 from llava_jax.files.writing import atomic_list
@@ -22,9 +23,8 @@ STYLES = {"brief": BRIEF, "detailed": DETAILED}
 
 def expand(caption: Caption, style: str, seed: int) -> dict[str, object]:
     """The sample of a caption."""
-    instruction = pick(STYLES[style], "instruction", seed, caption.id)
-    question = with_image(instruction, seed, caption.id)
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption.text}]
+    question = with_image(pick(STYLES[style], "instruction", seed, caption.id), seed, caption.id)
+    turns = conversation([("user", question), ("assistant", caption.text)])
     return {"id": caption.id, "image": caption.image, "conversations": turns}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SCHEMA = Path(__file__).with_name("contexts.sql").read_text(encoding="utf-8")
+PENDING = "id NOT IN (SELECT task FROM results)"  # the SQL condition of contexts without a verdict
 CHUNK = 256  # contexts read at a time
 
 
@@ -53,11 +54,6 @@ def make_box(category: str, bbox: tuple[float, float, float, float], width: floa
     return Box(category, x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def make_captions(texts: list[str]) -> tuple[str, ...]:
-    """Captions as single lines of valid Unicode, empty ones left out."""
-    return tuple(line.encode(errors="replace").decode() for text in texts if (line := " ".join(text.split())))
-
-
 def insert(db: sqlite3.Connection, number: int, context: Context) -> None:
     """Raises `sqlite3.IntegrityError` if there is a context with the same id."""
     db.execute(
@@ -70,11 +66,6 @@ def count(db: sqlite3.Connection, limit: int | None = None, where: str = "TRUE")
     """The number of those of the first `limit` contexts for which the SQL condition holds."""
     query = f"SELECT COUNT(*) FROM contexts WHERE number < ? AND ({where})"
     return db.execute(query, [sys.maxsize if limit is None else limit]).fetchone()[0]
-
-
-def any_boxes(db: sqlite3.Connection) -> bool:
-    """Whether any context has a box."""
-    return db.execute("SELECT 1 FROM contexts WHERE boxes != '[]' LIMIT 1").fetchone() is not None
 
 
 def get(db: sqlite3.Connection, id: str) -> Context | None:

@@ -55,16 +55,12 @@ def build_index(phrases: Iterator[list[str]]) -> Index:
     for found in phrases:
         keys.extend(map(key_of, found))
         each.append(len(found))
-    owners = np.repeat(np.arange(len(each), dtype=np.int32), np.frombuffer(each, np.uint16) if each else 0)
-    keys = np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64)
+    owners = np.repeat(np.arange(len(each), dtype=np.int32), np.array(each))
+    keys = np.array(keys)
     order = np.argsort(keys, kind="stable")
-    keys, owners = keys[order], owners[order]
-    del order
-    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, np.int64)
-    counts = np.diff(np.r_[starts, len(keys)])
-    rarest_first = np.lexsort((keys[starts], counts))
-    starts = starts[rarest_first]
-    return Index(keys[starts], counts[rarest_first], starts, owners, len(each))
+    unique, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+    rarest_first = np.lexsort((unique, counts))
+    return Index(unique[rarest_first], counts[rarest_first], starts[rarest_first], owners[order], len(each))
 
 
 def select(index: Index, least: int, most: int, seed: int) -> np.ndarray:
@@ -151,11 +147,7 @@ def _write(args: argparse.Namespace, index: Index, selected: np.ndarray, extract
             if selected[number]:
                 add(caption.record)
     return [
-        {
-            "phrase": names[int(index.phrases[phrase])],
-            "before": int(index.counts[phrase]),
-            "after": int(after[phrase]),
-        }
+        {"phrase": names[int(index.phrases[phrase])], "before": int(index.counts[phrase]), "after": int(after[phrase])}
         for phrase in common
     ]
 

@@ -17,7 +17,9 @@ from llava_jax.data.image_folder import add_allow_absolute, folder_of
 from llava_jax.data.options import open_image_folder
 from llava_jax.data.records import local_data
 from llava_jax.data.sources import LlavaJson
-from llava_jax.datagen import batch, contexts, workers
+from llava_jax.datagen import contexts
+from llava_jax.datagen.asking import ask_in_batches, ask_singly
+from llava_jax.datagen.contexts import PENDING
 from llava_jax.datagen.estimate import estimate_lines
 from llava_jax.datagen.load import load
 from llava_jax.datagen.outputs import REJECTS, SAMPLES, Counts, write_outputs
@@ -31,7 +33,6 @@ from llava_jax.llm_api.settings import Settings, Work
 from llava_jax.remote import is_remote
 
 LEDGER, REPORT = "ledger.sqlite", "report.html"
-PENDING = "id NOT IN (SELECT task FROM results)"
 SEES_BOXES = {"conversation": False, "detail": True, "reasoning": True}  # as in the paper
 EPILOG = """examples:
   python -m llava_jax.datagen {kind} --captions captions_train2017.json \\
@@ -50,26 +51,22 @@ def main(kind: str, argv: list[str]) -> int:
     open_image_folder(args)
     if is_remote(args.output):
         raise UserError(f"{args.output}: has to be a local directory: the ledger is a SQLite database")
-    recipe = Recipe(
-        kind,
-        load_prompts(Path(args.prompts) if args.prompts else OURS / kind),
-        args.boxes,
-        args.attempts,
-        None if args.language == "any" else args.language,
-        args.seed,
-    )
+    prompts = load_prompts(Path(args.prompts) if args.prompts else OURS / kind)
+    language = None if args.language == "any" else args.language
+    recipe = Recipe(kind, prompts, args.boxes, args.attempts, language, args.seed)
     asks = args.show is None and not args.dry_run
     job = work(args, args.model or "", asks)
     if asks and recipe.language:
         check_language(recipe.language)
     ledger = open_ledger(job.settings, args)
     try:
-        if recipe.boxes and not contexts.any_boxes(ledger.db):
+        if recipe.boxes and not contexts.count(ledger.db, where="boxes != '[]'"):
             raise UserError(f"{kind} uses boxes, but there are none: give --instances, or --no-boxes")
         if args.show is not None:
             return show(recipe, ledger, args.show)
         if args.dry_run:
-            return estimate(recipe, ledger, job.settings, args.limit)
+            say(*estimate_lines(recipe, ledger, job.settings, args.limit), sep="\n")
+            return 0
         ledger.identify({**recipe.identity(), "model": args.model, "body": job.settings.body})
         return generate(recipe, ledger, job, args)
     except sqlite3.OperationalError as error:  # as a full disk
@@ -102,29 +99,24 @@ def generate(recipe: Recipe, ledger: Ledger, job: Work, args: argparse.Namespace
     if ledger.open_batches() and not job.batch:
         raise UserError(f"{ledger.path}: answers of the batch API are awaited: resume with --batch")
     pending = functools.partial(contexts.read, ledger.db, args.limit, PENDING)
-    caught = 0
+    directory, caught = Path(args.output), 0
     try:
         if job.batch:
-            batch.run(job, ledger, recipe, pending)
+            ask_in_batches(job, ledger, recipe, pending)
         else:
-            caught = workers.run(job, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
+            caught = ask_singly(job, ledger, recipe, pending(), contexts.count(ledger.db, args.limit, PENDING))
     finally:
         if ledger.verdicts():
-            counts = write_outputs(ledger, Path(args.output), args.limit, args.seed)
-            print_counts(counts, ledger, Path(args.output))
+            counts = write_outputs(ledger, directory, args.limit, args.seed)
+            print_counts(counts, ledger, directory)
     if caught:
         return 128 + caught
     if not ledger.verdicts():
         raise UserError(f"{ledger.path}: the server failed at all contexts; the same command asks again")
-    report(recipe.kind, counts, ledger, args)
-    return 1 if counts.missing else 0
-
-
-def report(kind: str, counts: Counts, ledger: Ledger, args: argparse.Namespace) -> None:
-    directory = Path(args.output)
     samples = LlavaJson(directory / SAMPLES) if counts.verdicts.get(ACCEPTED) else ()
-    rejects = read_rejects(str(directory / REJECTS))
-    write_report(directory / REPORT, samples, folder_of(args), ledger, rejects, kind, title=f"{kind}: {directory}")
+    rejects, title = read_rejects(str(directory / REJECTS)), f"{recipe.kind}: {directory}"
+    write_report(directory / REPORT, samples, folder_of(args), ledger, rejects, recipe.kind, title=title)
+    return 1 if counts.missing else 0
 
 
 def print_counts(counts: Counts, ledger: Ledger, directory: Path) -> None:
@@ -152,19 +144,8 @@ def show(recipe: Recipe, ledger: Ledger, id: str) -> int:
     return 0
 
 
-def estimate(recipe: Recipe, ledger: Ledger, settings: Settings, limit: int | None) -> int:
-    pending, count = contexts.read(ledger.db, limit, PENDING), contexts.count(ledger.db, limit, PENDING)
-    for line in estimate_lines(recipe, ledger, pending, count, settings.max_completion_tokens, settings.prices):
-        say(line)
-    return 0
-
-
 def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m llava_jax.datagen {kind}",
-        description=__doc__,
-        epilog=EPILOG.format(kind=kind),
-    )
+    parser = Parser(prog=f"python -m llava_jax.datagen {kind}", description=__doc__, epilog=EPILOG.format(kind=kind))
     add = parser.add_argument_group("images").add_argument
     add("--captions", required=True, metavar="F", help="COCO's captions_*.json, or JSONL of {image, captions, boxes}")
     add("--instances", metavar="F", help="COCO's instances_*.json, which has the boxes")
@@ -181,11 +162,10 @@ def _parse(kind: str, argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="random seed (default: 0)")
 
     add_api_arguments(parser, temperature=0.7, max_tokens=1024, concurrency=64)
-    parser.add_argument("--model", metavar="M", help="its name on the server")
-    parser.add_argument(
-        "--show", nargs="?", const="", metavar="ID", help="print the prompt of a context and send nothing"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the directory for all output")
+    add = parser.add_argument
+    add("--model", metavar="M", help="its name on the server")
+    add("--show", nargs="?", const="", metavar="ID", help="print the prompt of a context and send nothing")
+    add("--output", required=True, metavar="DIR", help="the directory for all output")
     args = parser.parse_args(argv)
     if args.show is None and not args.dry_run and not args.model:
         parser.error("--model is needed to ask anything")

@@ -10,25 +10,23 @@ Boxes are in pixels. Boxes of crowds, which are not single objects, are left out
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
-from PIL import ExifTags, Image
 
 from llava_jax.cli import UserError, short
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import FORMATS
+from llava_jax.data.images import read_size
 from llava_jax.data.records import local_data, scan
 from llava_jax.data.samples import record_value
 from llava_jax.datagen import contexts
 from llava_jax.datagen.caption_files import coco_items, is_coco
-from llava_jax.datagen.contexts import Box, Context, make_box, make_captions
+from llava_jax.datagen.contexts import Box, Context, make_box
 from llava_jax.files.reading import require_regular
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import is_remote
@@ -87,7 +85,8 @@ def _fill(
     for where, record in found:
         try:
             name, texts = record["image"], record["captions"]
-            captions = make_captions([texts] if isinstance(texts, str) else texts)
+            lines = (" ".join(text.split()) for text in ([texts] if isinstance(texts, str) else texts))
+            captions = tuple(line.encode(errors="replace").decode() for line in lines if line)
             if not captions:
                 left_out["no caption"] += 1
                 continue
@@ -118,21 +117,12 @@ def _boxes(record: Any, images: epath.PathLike) -> Iterator[Box]:
         return
     width, height = record.get("width"), record.get("height")
     if not (width and height):
-        width, height = image_size(image_path(images, record["image"]))
+        path = image_path(images, record["image"])
+        require_regular(path)
+        width, height = read_size(path)
     for box in boxes:
         if made := make_box(str(box["category"]), tuple(map(float, box["bbox"])), float(width), float(height)):
             yield made
-
-
-def image_size(path: epath.Path) -> tuple[int, int]:
-    """Width and height of an image in its EXIF orientation."""
-    require_regular(path)
-    try:
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
-        raise UserError(f"image {path}: cannot be read for its size: {error}") from error
 
 
 def _in_folder(images: epath.PathLike, name: str) -> bool:
@@ -158,17 +148,26 @@ def _digest(file: Path) -> str:
 def _coco(
     db: sqlite3.Connection, files: dict[str, Path], captions: str, instances: str | None
 ) -> Iterator[tuple[str, Any]]:
+    categories: dict[Any, str] = {}
+
+    def insert(table: str, *values: Any) -> None:
+        db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)
+
+    def insert_image(image: dict[str, Any]) -> None:
+        insert("image", None, image["id"], image["file_name"], image.get("width"), image.get("height"))
+
+    def insert_box(annotation: dict[str, Any]) -> None:
+        if not annotation.get("iscrowd"):
+            x, y, width, height = annotation["bbox"]
+            insert("box", annotation["image_id"], categories[annotation["category_id"]], x, y, width, height)
+
     for statement in COCO.split(";"):
         db.execute(statement)
-    for number, (where, image) in enumerate(_items(files[captions], captions, "images")):
-        with _named(where):
-            row = [number, image["id"], image["file_name"], image.get("width"), image.get("height")]
-            db.execute("INSERT INTO image VALUES (?, ?, ?, ?, ?)", row)
-    for where, annotation in _items(files[captions], captions, "annotations"):
-        with _named(where):
-            db.execute("INSERT INTO caption VALUES (?, ?)", [annotation["image_id"], annotation["caption"]])
+    _each(files[captions], captions, "images", insert_image)
+    _each(files[captions], captions, "annotations", lambda one: insert("caption", one["image_id"], one["caption"]))
     if instances:
-        _coco_boxes(db, files[instances], instances)
+        _each(files[instances], instances, "categories", lambda one: categories.update({one["id"]: one["name"]}))
+        _each(files[instances], instances, "annotations", insert_box)
     for statement in INDEXES.split(";"):
         db.execute(statement)
     for id, image, width, height in db.execute("SELECT id, name, width, height FROM image ORDER BY number"):
@@ -180,32 +179,15 @@ def _coco(
         yield f"{captions}: image {id}", record
 
 
-def _coco_boxes(db: sqlite3.Connection, file: Path, name: str) -> None:
-    categories = {}
-    for where, category in _items(file, name, "categories"):
-        with _named(where):
-            categories[category["id"]] = category["name"]
-    for where, annotation in _items(file, name, "annotations"):
-        with _named(where):
-            if not annotation.get("iscrowd"):
-                x, y, width, height = annotation["bbox"]
-                row = [annotation["image_id"], categories[annotation["category_id"]], x, y, width, height]
-                db.execute("INSERT INTO box VALUES (?, ?, ?, ?, ?, ?)", row)
-
-
-def _items(file: Path, name: str, key: str) -> Iterator[tuple[str, Any]]:
-    """The members of a list of a COCO file, and their places in it. Raises `UserError` if there are none."""
+def _each(file: Path, name: str, key: str, read: Callable[[dict[str, Any]], None]) -> None:
+    """Reads the members of a list of a COCO file. Raises `UserError` if there are none, or naming one that is not as
+    COCO has it."""
     number = -1
     for number, item in enumerate(coco_items(file, name, key, show=True)):
-        yield f"{name}: {key}[{number}]", item
+        try:
+            read(item)
+        except FAULTS as error:
+            detail = f"is not as COCO has it: {type(error).__name__} {error}"
+            raise UserError(f"{name}: {key}[{number}]: {detail}") from error
     if number < 0:
         raise UserError(f"{name}: holds no `{key}`: COCO's captions and instances were expected")
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Turns errors of a record into a `UserError` that names its place."""
-    try:
-        yield
-    except FAULTS as error:
-        raise UserError(f"{where}: is not as COCO has it: {type(error).__name__} {error}") from error

@@ -1,12 +1,14 @@
 """Writes the samples and the rejects of a ledger in the order of the contexts, not in that of the answers."""
 
 import collections
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.cli import track
+from llava_jax.data.samples import conversation
 from llava_jax.datagen import contexts
 from llava_jax.datagen.contexts import Context
 from llava_jax.datagen.duplicates import near_duplicates
@@ -66,12 +68,12 @@ def read_results(ledger: Ledger, limit: int | None = None) -> Iterator[Result]:
 
 def find_duplicates(ledger: Ledger, limit: int | None) -> None:
     """Rejects near-duplicates of the samples of earlier contexts, and accepts those that are none any more."""
-    good = [(result.context.id, result.reason) for result in read_results(ledger, limit) if result.reason in GOOD]
-    texts = (
-        " ".join(text for turn in result.turns for text in turn)
-        for result in read_results(ledger, limit)
-        if result.reason in GOOD
-    )
+
+    def read_good() -> Iterator[Result]:
+        return (result for result in read_results(ledger, limit) if result.reason in GOOD)
+
+    good = [(result.context.id, result.reason) for result in read_good()]
+    texts = (" ".join(itertools.chain(*result.turns)) for result in read_good())
     duplicates = near_duplicates(track(texts, "looking for near-duplicates", len(good)))
     ledger.revise(
         (task, wanted)
@@ -82,11 +84,10 @@ def find_duplicates(ledger: Ledger, limit: int | None) -> None:
 
 def sample(context: Context, turns: Turns, seed: int) -> dict[str, Any]:
     """A LLaVA sample. The image is before or after the first question, by seed and id."""
-    values = [text for turn in turns for text in turn]
-    values[0] = with_image(values[0], seed, context.id)
-    roles = ("human", "gpt")
-    conversation = [{"from": roles[i % 2], "value": value} for i, value in enumerate(values)]
-    return {"id": context.id, "image": context.image, "conversations": conversation}
+    (question, answer), *others = turns
+    turns = [(with_image(question, seed, context.id), answer), *others]
+    spoken = [said for turn in turns for said in zip(("user", "assistant"), turn, strict=True)]
+    return {"id": context.id, "image": context.image, "conversations": conversation(spoken)}
 
 
 def _line(value: Any) -> bytes:

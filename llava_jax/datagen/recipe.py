@@ -76,20 +76,13 @@ def judge(recipe: Recipe, context: Context, answer: Answer) -> Turns | Fault:
         return Fault("cut-off", "max_tokens" if answer.text else "its thinking does not end")
     if answer.text is None:
         return Fault("empty", "the answer has no text")
-    turns = _parse(recipe, context, answer.text)
+    if recipe.kind == "detail":
+        turns = parse_detail(answer.text, pick(DETAILED, recipe.seed, context.id))
+    else:
+        turns = (parse_conversation if recipe.kind == "conversation" else parse_reasoning)(answer.text)
     if isinstance(turns, Fault):
         return find_refusal(answer.text) or turns  # a refusal has no form
     return find_fault(turns, recipe.language) or turns
-
-
-def _parse(recipe: Recipe, context: Context, text: str) -> Turns | Fault:
-    match recipe.kind:
-        case "conversation":
-            return parse_conversation(text)
-        case "reasoning":
-            return parse_reasoning(text)
-        case _:
-            return parse_detail(text, pick(DETAILED, recipe.seed, context.id))
 
 
 def _ask_again(recipe: Recipe, answer: Answer, fault: Fault) -> list[Message]:

@@ -25,7 +25,7 @@ from llava_jax.datagen.load import load
 from llava_jax.datagen.objects import Finder
 from llava_jax.datagen.report_page import page
 from llava_jax.datagen.report_samples import UNSUPPORTED, Draw, Shown, select
-from llava_jax.datagen.statistics import Facts, Statistics, categories_of
+from llava_jax.datagen.statistics import Facts, Statistics
 from llava_jax.files.writing import atomic_file
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.remote import new_local
@@ -50,7 +50,7 @@ def write_report(
     """Writes the page.
 
     Args:
-      images: the image folder, see `names.ImageFolder`.
+      images: the image folder, see `image_folder.ImageFolder`.
       ledger: holds the contexts, without which objects are not counted, and the costs.
       rejects: contexts without a sample: `id`, `image`, `reason` and optionally `detail`.
       kind: of all samples. None infers it from each sample.
@@ -59,7 +59,7 @@ def write_report(
     facts = None
     if ledger:
         read = functools.partial(contexts.read, ledger.db)
-        finder = Finder(categories_of(read()))
+        finder = Finder(dict.fromkeys(box.category for context in read() for box in context.boxes))
         facts = Facts(track(read(), "reading contexts for the report", contexts.count(ledger.db)), finder)
     statistics, draw = Statistics(facts, kind), Draw(shown)
     for index, sample in enumerate(track(samples, "counting for the report")):

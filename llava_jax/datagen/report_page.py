@@ -64,13 +64,9 @@ def _source_hash(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    match value:
-        case float():
-            return f"{value:,.1f}"
-        case int():
-            return f"{value:,}"
-        case _:
-            return short(str(value), 1000)
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else short(str(value), 1000)
 
 
 def _share(part: int, whole: int) -> str:

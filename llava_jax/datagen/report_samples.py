@@ -43,10 +43,7 @@ class Draw:
         self.sizes[group] += 1
         entry = (hashlib.sha256(f"{group} {number}".encode(errors="surrogatepass")).digest(), number, item)
         heap = self._heaps[group]
-        if len(heap) < self.count:
-            heapq.heappush(heap, entry)
-        else:
-            heapq.heappushpop(heap, entry)
+        (heapq.heappush if len(heap) < self.count else heapq.heappushpop)(heap, entry)
 
     def put_reject(self, reject: dict[str, Any]) -> None:
         group = f"{REJECTED}: {short(str(reject.get('reason')))}"

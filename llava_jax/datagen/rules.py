@@ -23,10 +23,8 @@ def _any(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns), re.IGNORECASE)
 
 
-_MARKS = _any(
-    r"<image>|</?s>|<(?:pad|unk|bos|eos|im_start|im_end|im_patch)>",
-    r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>",
-)
+_MARKS = _any(r"<image>|</?s>|<(?:pad|unk|bos|eos|im_start|im_end|im_patch)>",
+              r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>")  # fmt: skip
 _ENDS = (".", "!", "?", "…", "。", "！", "？", ")", "]", '"', "'", "”", "’", "»")
 
 _GIVEN = r"(?:captions?|descriptions?|sentences?|annotations?|bounding boxes|boxes|coordinates|context|texts?|list)"

@@ -5,7 +5,7 @@ import functools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,10 +80,9 @@ class Facts:
             known = self._images.get(context.image, (number, 0, 0))
             self._images[context.image] = (known[0], known[1] | boxes, known[2] | captions)
 
-    def number(self, image: str) -> int | None:
-        """The number of an image's context."""
-        found = self._find(image)
-        return None if found is None else found[0]
+    def number(self, image: str) -> int:
+        """The number of the context of an image that has one."""
+        return self._find(image)[0]
 
     def claims(self, sample: Sample) -> Claims | None:
         """The objects of a sample, None if it has no image, or one without a context."""
@@ -106,10 +105,7 @@ class Facts:
         return self._images.get(image) or self._images.get(image.rpartition("/")[2])
 
     def _mask(self, categories: Iterable[str]) -> int:
-        mask = 0
-        for category in categories:
-            mask |= self._bits[category]
-        return mask
+        return functools.reduce(operator.or_, map(self._bits.get, categories), 0)
 
     def _categories(self, mask: int) -> frozenset[str]:
         return frozenset(category for category, bit in self._bits.items() if mask & bit)
@@ -195,8 +191,3 @@ def tree(first_words: dict[tuple[str, ...], int], limit: int) -> tuple[Branch, .
             after[words[0]][words[1:]] += count
     ordered = sorted(after.items(), key=lambda item: (-item[1].total(), item[0]))[:limit]
     return tuple(Branch(word, rest.total(), tree(rest, limit)) for word, rest in ordered)
-
-
-def categories_of(contexts: Iterable[Context]) -> Iterator[str]:
-    """The categories of all boxes."""
-    yield from dict.fromkeys(box.category for context in contexts for box in context.boxes)

@@ -14,6 +14,7 @@ from etils import epath
 
 from llava_jax.cli import UserError, warn
 from llava_jax.evaluate.lines import Line, once, read_bytes, read_lines, read_text
+from llava_jax.evaluate.parquet import parquet_rows
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
 from llava_jax.files.reading import loads, parse_json
 from llava_jax.llm_api.thinking import after_thinking, says_nothing
@@ -73,8 +74,10 @@ def answer_lines(path: epath.PathLike, partial: bool = False) -> list[Line]:
     """The answers of a file as objects. Those of a single object `{id: answer}` get `question_id` and `text`."""
     if is_sheet(path):
         return [_of_row(line) for line in read_sheet(path)]
-    if epath.Path(path).suffix.lower() in (".xls", ".csv"):
+    if epath.Path(path).suffix.lower() in (".xls", ".csv", ".pkl"):
         raise UserError(f"{path}: save the table as XLSX or TSV, which are read")
+    if str(path).endswith(".parquet"):
+        return [_of_log(line) for line in parquet_rows(str(path))]
     if is_lines(path):
         return [_of_log(line) for line in read_lines(path, partial)]
     whole = read_json(path)
@@ -128,7 +131,7 @@ def by_key(lines: Sequence[Line], key: Callable[[Line], str], names: Sequence[st
 
 def _of_row(line: Line) -> Line:
     """A row of a table, where `answer` is the label. An empty cell is an empty text, as in TSV."""
-    values = {name: value or "" for name, value in line.value.items() if name not in ("answer", "index", "image")}
+    values = {name: value or "" for name, value in line.value.items() if name not in ("answer", "image")}
     if not any(name in values for name in TEXTS):
         raise UserError(f"{line.where}: has no column `prediction`: is it the table of questions?")
     return Line(line.where, {"question_id": line.get(*IDS)} | values)
@@ -137,11 +140,14 @@ def _of_row(line: Line) -> Line:
 def answer_of(line: Line, names: Sequence[str] = TEXTS) -> Answer:
     """The answer in the first of the fields `names`. It is absent if the line's text is, or if its metadata says so."""
     answer = Answer.of(line.get(*names), line.where)
-    texts = [Answer.of(line.value[name], line.where) for name in TEXTS if name in line.value]
     metadata = line.value.get("metadata")
     if why := metadata.get("no_answer") if isinstance(metadata, dict) else None:
         return answer._replace(absent=CUT_OFF if str(why).startswith((CUT_OFF, "cut off")) else EMPTY)
-    return answer._replace(absent=texts[0].absent if texts else "")
+    found = next(name for name in names if name in line.value)
+    if found in TEXTS:
+        return answer
+    texts = [line.value[name] for name in TEXTS if name in line.value]  # that a grade is about
+    return answer._replace(absent=Answer.of(texts[0], line.where).absent if texts else "")
 
 
 def count_absent(answers: Iterable[Answer]) -> dict[str, int]:
@@ -175,8 +181,10 @@ def is_lines(path: epath.PathLike) -> bool:
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """The value in a file. Raises `UserError` if it is not JSON or if an object has a key twice."""
-    return parse_json(read_text(path), path)
+    """The value in a file. Raises `UserError` if it is not JSON or if an object has a key twice. An array may have NaN,
+    which VLMEvalKit writes for the empty cells of a table."""
+    text = read_text(path)
+    return parse_json(text, path, strict=not text.lstrip().startswith("["))
 
 
 class Joined(NamedTuple):
@@ -189,13 +197,18 @@ class Joined(NamedTuple):
 def check_asked(answers: Mapping[str, Answer], asked: Collection[str], own: epath.PathLike) -> None:
     """Raises `UserError` for an answer to a question that is not in the benchmark's file `own`. Warns of questions
     without an answer."""
-    unknown = [ident for ident in answers if ident not in asked]
-    if unknown:
-        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise UserError(f"{where}: {own} has no question {unknown[0]}{more}: are the answers to another benchmark?")
+    if unknown := _unknown(answers, asked):
+        where, named = unknown
+        raise UserError(f"{where}: {own} has no question {named}: are the answers to another benchmark?")
     missing = [ident for ident in asked if ident not in answers]
     if missing:
         warn(f"{len(missing)} of {len(asked)} questions of {own} have no answer, {missing[0]} the first")
+
+
+def _unknown(answers: Mapping[str, Answer], known: Collection[str]) -> tuple[str, str] | None:
+    """Where the first answer with another id than these is, and what names it and the number of others."""
+    ids = [ident for ident in answers if ident not in known]
+    return (answers[ids[0]].where, ids[0] + f" (and {len(ids) - 1} more)" * (len(ids) > 1)) if ids else None
 
 
 def join(
@@ -207,14 +220,11 @@ def join(
     is None for a command without `--partial`.
     """
     advice = "all have to be answered, and no others" if partial is None else "--partial scores what is there"
-    unknown = [ident for ident in answers if ident not in labels]
     missing = [ident for ident in labels if ident not in answers]
     messages = []
-    if unknown:
-        where, more = answers[unknown[0]].where, f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        messages.append(
-            f"{where}: question {unknown[0]}{more} has none of the {len(labels)} labels: are they of another version?"
-        )
+    if unknown := _unknown(answers, labels):
+        where, named = unknown
+        messages.append(f"{where}: question {named} has none of the {len(labels)} labels: are they of another version?")
     if missing:
         messages.append(f"{path}: has no answer to {len(missing)} of {len(labels)} questions, {missing[0]} the first")
     for message in messages:
@@ -224,7 +234,7 @@ def join(
     pairs = [(answers[ident], label) for ident, label in labels.items() if ident in answers]
     if not pairs:
         raise UserError(f"{path}: holds no answer to any of {len(labels)} questions")
-    counts = {"missing": len(missing), "unknown": len(unknown)}
+    counts = {"missing": len(missing), "unknown": len(answers.keys() - labels.keys())}
     return Joined(pairs, {name: count for name, count in counts.items() if count})
 
 

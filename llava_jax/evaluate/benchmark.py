@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, percent, percent_by, question_id
-from llava_jax.evaluate.label_formats import Entry, LabelFormat, read_labels, unique
+from llava_jax.evaluate.answers import TEXTS, Answer, percent, percent_by
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, Labels, read_labels, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import ModelTask
 from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.toolkit_rows import OfRow, Row, add_rows, labels_of
 from llava_jax.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,29 +27,10 @@ if TYPE_CHECKING:
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
 
-Key = Callable[[Line], str]
 Pairs = Sequence[tuple[Answer, Any]]  # answers with their labels
 Scores = dict[str, Any]  # numbers by name; `by_...` holds those of categories
-
-
-class Labels(dict[str, Any]):
-    """Labels by key, and how to get the key of an answer from its line: by default it is the question's id.
-
-    `again` maps the keys of repeated questions to the key of the first one. If only the first one is answered, the
-    answer counts for all of them.
-    """
-
-    def __init__(self, labels: Mapping[str, Any], key: Key = question_id, again: Mapping[str, str] | None = None):
-        super().__init__(labels)
-        self.key = key
-        self.again = again or {}
-
-    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-        """The answers in lines, by key. Raises `UserError` for two different answers with the same key."""
-        answers = by_key(lines, self.key, names)
-        shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
-        return answers | shared
 
 
 class Group(NamedTuple):
@@ -97,12 +79,13 @@ class Benchmark:
     Attributes:
       name: on the command line and in file names.
       what: its title, a colon and its score, in a few words.
-      label_files: the files that its score needs, if these have no `LabelFormat`.
+      label_files: the files that its score needs, in a few words.
       suffix: text after each question, as in the v1.5 release.
       max_new_tokens: of an answer.
       fields: fields of a line that hold what is scored; the first one present counts.
       ids: a regular expression that all its question ids match. A submission refuses other ids.
       own_fields: fields that only answers to this benchmark have.
+      several_files: whether a submission may have several files of questions.
       judge: how a language model judges answers.
       reference: how a language model writes reference answers.
       score_commands: `score` commands with options of their own.
@@ -111,6 +94,9 @@ class Benchmark:
       prompts: how toolkits ask, by name, for `predict --prompt`: item -> text.
 
     Methods that are None here are those that some benchmarks do not have:
+      entries: path -> the entries of one of the `label_files`. Other forms of labels are a `LabelFormat` each.
+      of_row: a row of the toolkits' files -> its labels, the right answers in it, and what tells it from other rows
+        with its id.
       questions: path -> the questions of a file in the benchmark's own format.
       score: answers with their labels -> scores.
       groups: answers with their labels -> those that are scored together, if not each by itself.
@@ -126,6 +112,7 @@ class Benchmark:
     fields: Sequence[str] = TEXTS
     ids = ""
     own_fields: Sequence[str] = ()
+    several_files = False
     judge: ModelTask | None = None
     reference: ModelTask | None = None
     score_commands: Sequence[ScoreCommand] = ()
@@ -134,6 +121,8 @@ class Benchmark:
     prompts: Mapping[str, Callable[[Any], str]] = {}
     rule: "Rule | None" = None  # that `scored_as` chose
 
+    entries: Callable[[str], Iterable[Any]] | None = None
+    of_row: OfRow | None = None
     questions: Callable[[str], Iterable[Question]] | None = None
     score: Callable[[Pairs], Scores] | None = None
     groups: Callable[[Pairs], Iterable[Group]] | None = None
@@ -156,7 +145,9 @@ class Benchmark:
         self, paths: Sequence[str], lines: Sequence[Line], asked: Sequence[Question], form: LabelFormat | None = None
     ) -> Labels:
         """The labels in files, for these answers. `form` is the format of the files; by default they tell it."""
-        return self.labels([entry for path in paths for entry in read_labels(path, self.name, form)], lines, asked)
+        entries = [entry for path in paths for entry in read_labels(path, self.name, form)]
+        rows = [entry for entry in entries if isinstance(entry, Row)]
+        return labels_of(rows) if rows else self.labels(entries, lines, asked)
 
     def scored_as(self, name: str) -> "Benchmark":
         """The benchmark scored by a toolkit's rule. Raises `UserError` if there is none with this name."""
@@ -199,12 +190,17 @@ BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 
 
 def register(benchmark: type[Benchmark]) -> type[Benchmark]:
-    """Class decorator that adds a benchmark."""
-    BENCHMARKS.add(benchmark())
+    """Class decorator that adds a benchmark, and the formats of its labels."""
+    one = BENCHMARKS.add(benchmark())
+    if one.entries:
+        LABEL_FORMATS.add(LabelFormat(one.name, one.label_files, (one.name,), one.entries))
+    if one.of_row:
+        add_rows(one.name, one.of_row)
     return benchmark
 
 
 def by_kind(values: Sequence[tuple[str, float]]) -> Scores:
     """The scores of a benchmark whose questions are of several kinds, from (kind, accuracy of an answer)."""
     accuracy = percent(sum(value for _, value in values), len(values))
-    return {"accuracy": accuracy, "by_kind": dict(sorted(percent_by(values).items())), "total": len(values)}
+    kinds = percent_by(sorted((kind, value) for kind, value in values if kind))
+    return {"accuracy": accuracy, "by_kind": kinds, "total": len(values)}

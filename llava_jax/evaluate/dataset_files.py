@@ -17,15 +17,26 @@ from etils import epath
 from llava_jax.cli import UserError, short
 from llava_jax.evaluate.answers import is_lines, read_json
 from llava_jax.evaluate.lines import Line, read_lines
+from llava_jax.evaluate.parquet import StoredImage, parquet_rows, row_count
 from llava_jax.evaluate.sheets import is_sheet, read_sheet
-from llava_jax.files.reading import require_regular
 
 IMAGES = ("image", *(f"image_{number}" for number in range(1, 8)), "decoded_image", "images")  # columns with content
-FILES = ("image", "image_path", "imgname", "filename", "img_path")  # columns with the name of a file
+FILES = (
+    "image",
+    "image_path",
+    "image_local_name",
+    "imgname",
+    "filename",
+    "img_path",
+)  # columns with the name of a file
 IDS = ("question_id", "questionId", "id", "pid", "index")
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet)")
 LETTERS = string.ascii_uppercase
-ROWS = 64  # read at a time from Parquet
+SUFFIXES = (".parquet", ".tsv", ".json")  # of the files that are read in a folder
+NAME = re.compile(r"[^\n]+\.(?:jpe?g|png|gif|webp|bmp)", re.IGNORECASE)  # of an image; other texts are base64
+MAX_NAME = 255  # characters
+
+Image = str | bytes | StoredImage  # the name of a file, or the content of one
 
 
 class Item(NamedTuple):
@@ -57,28 +68,37 @@ class Item(NamedTuple):
 def item(line: Line, number: int, **fields: Any) -> Item:
     """The item in a row: its id (else the row's number), its question, options and answers, with other `fields`."""
     row = line.value
-    known = {"id": str(first(row, *IDS) or number), "options": tuple(options(row))}
+    known: dict[str, Any] = {"id": str(first(row, *IDS) or number), "options": tuple(options(row))}
     if "question" not in fields:
         known["question"] = text(line, "question", "query", "Question")
     if "answers" not in fields:
         known["answers"] = tuple(listing(first(row, "answers", "answer", "label")))
     if "categories" not in fields:
         known["categories"] = tuple(filter(None, [str(row.get("category") or "")]))
-    return Item(**{"more": row, "number": number, "where": line.where} | known | fields)
+    more = {name: value for name, value in row.items() if name not in IMAGES or _is_name(value)}
+    fields = {"number": number, "where": line.where} | known | fields
+    return Item(**fields | {"more": more | fields.get("more", {})})
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is the name of an image's file."""
+    return isinstance(value, str) and len(value) <= MAX_NAME and NAME.fullmatch(value) is not None
 
 
 def rows(path: str, images: bool = True) -> Iterator[Line]:
     """The rows of a file or of all files of a folder. Without `images`, columns of images are left out of Parquet."""
     if epath.Path(path).is_dir():
-        files = sorted(file for file in epath.Path(path).iterdir() if file.suffix in (".parquet", ".tsv", ".json"))
+        files = sorted(file for file in epath.Path(path).iterdir() if file.suffix in SUFFIXES)
         if not files:
-            raise UserError(f"{path}: has no file that is read: .parquet, .tsv or .json")
+            below = next((file for file in sorted(epath.Path(path).glob("*/*")) if file.suffix in SUFFIXES), None)
+            advice = f"; those in folders below it have to be named, such as {below}" if below else ""
+            raise UserError(f"{path}: has no file that is read ({', '.join(SUFFIXES)}){advice}")
         for file in files:
             yield from rows(str(file), images)
     elif is_sheet(path):
         yield from (Line(line.where, _known(line.value)) for line in read_sheet(path))
     elif str(path).endswith(".parquet"):
-        yield from _parquet(path, images)
+        yield from parquet_rows(path, () if images else IMAGES)
     elif is_lines(path):
         yield from read_lines(path)
     else:
@@ -94,33 +114,13 @@ def numbered(path: str, images: bool = True) -> Iterator[tuple[int, Line]]:
             file = f"{found[1]}-{shard:05d}-of-{found[3]}{found[4]}"
             if not epath.Path(file).exists():
                 raise UserError(f"{path}: {file} is needed, too, since rows are identified by their number")
-            first += _open(file).metadata.num_rows
+            first += row_count(file)
     yield from enumerate(rows(path, images), first)
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a table without the cells that are empty, which pandas writes as `nan`."""
     return {name: value for name, value in row.items() if value not in (None, "", "nan")}
-
-
-def _open(path: str) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq  # takes a third of a second
-
-    require_regular(path)
-    try:
-        return pq.ParquetFile(epath.Path(path).open("rb"))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: is no Parquet file: {error}") from error
-
-
-def _parquet(path: str, images: bool) -> Iterator[Line]:
-    file, number = _open(path), 0
-    columns = [name for name in file.schema_arrow.names if images or name not in IMAGES]
-    for batch in file.iter_batches(ROWS, columns=columns):
-        for row in batch.to_pylist():
-            yield Line(f"{path}: row {number}", {name: value for name, value in row.items() if value is not None})
-            number += 1
 
 
 def _json(path: str) -> Iterator[Line]:
@@ -138,7 +138,7 @@ def _json(path: str) -> Iterator[Line]:
     for name, row in pairs:
         if not isinstance(row, dict):
             raise UserError(f"{path}: {name}: is no object but {short(json.dumps(row))}")
-        yield Line(f"{path}: {name}", row)
+        yield Line(f"{path}: {name}", {column: cell for column, cell in row.items() if cell == cell})  # without NaN
 
 
 # ----------------------------------------------------------------------------------------------------- cells of a row
@@ -176,32 +176,32 @@ def options(row: Mapping[str, Any]) -> list[str]:
     return [str(row[letter]) for letter in letters]
 
 
-def images(row: Mapping[str, Any], where: str, by_index: Mapping[str, str]) -> tuple[str | bytes, ...]:
+def images(row: Mapping[str, Any], where: str, by_index: Mapping[str, str]) -> tuple[Image, ...]:
     """The images of a row: the content of files, or their names. `by_index` has the images of a table's rows."""
     found = [_content(row[name], where, by_index) for name in IMAGES if row.get(name) is not None]
-    contents = [one for several in found for one in several if isinstance(one, bytes)]
+    contents = [one for several in found for one in several if not isinstance(one, str)]
     if contents:
         return tuple(contents)
     names = [str(row[name]) for name in FILES if isinstance(row.get(name), str)]
     return tuple(names[:1])
 
 
-def _content(value: Any, where: str, by_index: Mapping[str, str]) -> list[bytes | str]:
+def _content(value: Any, where: str, by_index: Mapping[str, str]) -> list[Image]:
     if isinstance(value, dict):  # of the Hub
-        return [value["bytes"]] if isinstance(value.get("bytes"), bytes) else [str(value.get("path") or "")]
-    if isinstance(value, bytes):
+        return [value.get("bytes") or str(value.get("path") or "")]
+    if isinstance(value, StoredImage):
         return [value]
     if not isinstance(value, str | list):
         raise UserError(f"{where}: its image is of an unknown kind ({type(value).__name__})")
     several = value if isinstance(value, list) else listing(value)
     return [one for part in several for one in
-            (_content(part, where, by_index) if isinstance(part, dict | bytes)
+            (_content(part, where, by_index) if isinstance(part, dict | StoredImage)
              else [_decoded(by_index.get(part, part), where)])]  # fmt: skip
 
 
 def _decoded(value: str, where: str) -> bytes | str:
     """The bytes that a text in base64 has, or the text if it is the name of a file."""
-    if re.fullmatch(r"[^\n]{1,255}\.(?:jpe?g|png|gif|webp|bmp)", value, re.IGNORECASE):
+    if _is_name(value):
         return value
     try:
         return base64.b64decode(value, validate=True)
@@ -209,9 +209,10 @@ def _decoded(value: str, where: str) -> bytes | str:
         raise UserError(f"{where}: its image is neither base64 nor the name of an image: {short(value)!r}") from error
 
 
-def fingerprint(images: Sequence[str | bytes]) -> str:
+def fingerprint(images: Sequence[Image]) -> str:
     """A name of images, by which questions about the same ones are found."""
     digest = hashlib.sha256()
     for image in images:
-        digest.update(image if isinstance(image, bytes) else image.encode())
+        digest.update(image.digest if isinstance(image, StoredImage) else image if isinstance(image, bytes) else
+                      image.encode())  # fmt: skip
     return digest.hexdigest()[:16] if images else ""

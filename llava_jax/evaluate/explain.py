@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from llava_jax.cli import Parser, UserError, say, short
+from llava_jax.cli import Parser, UserError, say, short, warn
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.rules import Rule
-from llava_jax.evaluate.score import joined_answers
+from llava_jax.evaluate.score import read
 
 EPILOG = f"""example:
   python -m llava_jax.evaluate explain mmstar --answers answers.jsonl --labels MMStar.tsv --as official lmms-eval
@@ -32,16 +32,21 @@ def differences(rules: dict[str, Rule], pairs: Sequence[tuple[Any, Any]], names:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    benchmark, _, _, joined, names = joined_answers(
-        args.benchmark, args.answers, args.labels, args.questions, args.partial
-    )
+    benchmark, _, _, joined, names = read(args.benchmark, args.answers, args.labels, args.questions, args.partial)
     chosen = args.rules or list(benchmark.rules)
-    rules = {name: benchmark.scored_as(name).rule for name in chosen}
+    scores = {}
+    for name in chosen:
+        try:
+            scores[name] = benchmark.scored_as(name).rule.scores(name, joined.pairs)["score"]
+        except UserError as error:  # such as a rule that needs another form of the labels
+            if args.rules or not scores:
+                raise
+            warn(f"{error}; this rule is left out")
+    rules = {name: benchmark.rules[name] for name in scores}
     if len(rules) < 2:
         raise UserError(
             f"{benchmark.title}: at least two rules are compared; it has {', '.join(benchmark.rules) or 'one'}"
         )
-    scores = {name: rule.scores(name, joined.pairs)["score"] for name, rule in rules.items()}
     found = differences(rules, joined.pairs, names)
     if args.json:
         print(json.dumps({"scores": scores, "total": len(joined.pairs), "differ": len(found), "answers": found}))

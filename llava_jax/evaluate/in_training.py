@@ -49,6 +49,14 @@ class Evaluation:
         asked = read_questions([config.evaluate.questions], self.benchmark.suffix, self.benchmark.questions)
         self.questions = choose(asked, self.benchmark, config.evaluate.limit, config.seed)
         self.images = ImageFolder(config.evaluate.images, config.data.allow_absolute_images)
+        outside = [
+            question.id for question in self.questions if any(isinstance(image, str) for image in question.images)
+        ]
+        if outside and not self.images:
+            raise UserError(
+                f"evaluate.images is not set, and the image of question {outside[0]} is not inside "
+                f"{config.evaluate.questions}: give --config.evaluate.images=..."
+            )
         self.requests = [
             request(question, self.images, self.prompts.config.image_position) for question in self.questions
         ]

@@ -62,7 +62,7 @@ def _ask(
     from llava_jax.llm_api.asking import Task, ask_all, forecast  # openai takes a second to load
 
     tasks = [
-        Task(case.name, partial(list, case.messages), partial(task.read, case.about), not task.cut_counts)
+        Task(case.name, case.made, partial(task.read, case.about), not task.cut_counts)
         for case in cases
         if case.messages
     ]

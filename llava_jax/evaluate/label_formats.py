@@ -1,13 +1,13 @@
 """Label formats: the files that `score --labels` takes, and helpers to read them."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llava_jax.cli import UserError
-from llava_jax.evaluate.answers import read_json
-from llava_jax.evaluate.lines import once
+from llava_jax.cli import UserError, warn
+from llava_jax.evaluate.answers import TEXTS, Answer, by_key, question_id, read_json
+from llava_jax.evaluate.lines import Line, once
 from llava_jax.registry import Registry
 
 KINDS = {str: "text", list: "list", dict: "object", int: "whole number"}  # names of JSON types in errors
@@ -38,6 +38,35 @@ class LabelFormat:
     benchmarks: tuple[str, ...]
     read: Callable[[str], Iterable[Any]]
     matches: Callable[[str], bool] = lambda path: True
+
+
+class Labels(dict[str, Any]):
+    """Labels by key, and how to get the key of an answer from its line: by default it is the question's id.
+
+    `again` maps the keys of repeated questions to the key of the first one. If only the first one is answered, the
+    answer counts for all of them. Answers with keys in `skipped` are left out.
+    """
+
+    def __init__(
+        self,
+        labels: Mapping[str, Any],
+        key: Callable[[Line], str] = question_id,
+        again: Mapping[str, str] | None = None,
+        skipped: Collection[str] = (),
+    ):
+        super().__init__(labels)
+        self.key = key
+        self.again = again or {}
+        self.skipped = skipped
+
+    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
+        """The answers in lines, by key. Raises `UserError` for two different answers with the same key."""
+        counted = [line for line in lines if self.key(line) not in self.skipped] if self.skipped else lines
+        if len(counted) < len(lines):
+            warn(f"{lines[0].where}: {len(lines) - len(counted)} answers to questions that are not scored are left out")
+        answers = by_key(counted, self.key, names)
+        shared = {key: answers[first] for key, first in self.again.items() if key not in answers and first in answers}
+        return answers | shared
 
 
 LABEL_FORMATS: Registry[LabelFormat] = Registry("label format")

@@ -2,7 +2,7 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +16,11 @@ class Case(NamedTuple):
     """A prompt, or None if there is nothing to ask, and the objects from which its line of output is made."""
 
     name: str  # in the ledger, which finds earlier replies by it
-    messages: list[Message] | None
+    messages: list[Message] | Callable[[], list[Message]] | None  # a function if they have images, which take memory
     about: Any
+
+    def made(self) -> list[Message]:
+        return self.messages() if callable(self.messages) else list(self.messages or ())
 
 
 class ModelTask(ABC):

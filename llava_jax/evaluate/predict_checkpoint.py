@@ -24,6 +24,7 @@ from llava_jax.cli import UserError, say, track
 from llava_jax.data.image_folder import folder_of
 from llava_jax.data.templates import Template
 from llava_jax.evaluate.answer_file import AnswerFile
+from llava_jax.evaluate.dataset_files import Image
 from llava_jax.evaluate.questions import Question, key_of, read_images, request_turns
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.options import open_model
@@ -72,7 +73,7 @@ def _answer(
         say(f"{args.output}: resumes after {answered} answers", file=sys.stderr)
     checkpoint, template = open_model(args)
     if asking.image_last:
-        checkpoint = checkpoint.with_image_position("as_is")
+        checkpoint = checkpoint.with_model(image_position="as_is")
     answering = Answering(replicas(checkpoint, template, args.devices_each), asking, share)
 
     def one_by_one() -> Iterator[Question]:
@@ -156,7 +157,7 @@ class Answering:
                 for pool in (workers, readers):
                     pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, name: str | bytes, several: bool, asker: Question) -> PreparedImage:
+    def _read(self, name: Image, several: bool, asker: Question) -> PreparedImage:
         read = functools.partial(self.generators[0].prompts.read, several=several)
         (image,) = read_images(asker._replace(images=(name,)), self.asking.images, read)
         return image
@@ -189,7 +190,7 @@ class Answering:
         return [f"{text}\n The answer is {answer.strip()}" for text, answer in zip(texts, answers, strict=True)]
 
 
-Place = tuple[str | bytes, bool]  # an image, and whether it is one of several of a question
+Place = tuple[Image, bool]  # an image, and whether it is one of several of a question
 
 
 def _places(question: Question) -> list[Place]:

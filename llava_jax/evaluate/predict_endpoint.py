@@ -2,8 +2,6 @@
 answer is paid for twice."""
 
 import argparse
-import base64
-import io
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +9,11 @@ from itertools import zip_longest
 from typing import Any
 
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 
 from llava_jax.cli import UserError, say, short, warn
-from llava_jax.data.image_folder import folder_of, image_path
-from llava_jax.data.images import read_image
+from llava_jax.data.image_folder import folder_of
 from llava_jax.evaluate.answer_file import AnswerFile
-from llava_jax.evaluate.questions import MARK, Question, system_turns
-from llava_jax.files.reading import refuse_pointer
+from llava_jax.evaluate.questions import MARK, Question, data_url, system_turns
 from llava_jax.llm_api.asking import CUT, EMPTY, Outcome, Task, Work, ask_all, forecast
 from llava_jax.llm_api.options import ledger_directory, work
 
@@ -92,7 +87,7 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
     if not question.images:
         return [*system, {"role": "user", "content": question.text}]
     try:
-        urls = [_data_url(image, folder) for image in question.images]
+        urls = [data_url(image, folder) for image in question.images]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
@@ -100,17 +95,6 @@ def messages(question: Question, folder: epath.PathLike) -> list[dict[str, Any]]
     parts = [{"type": "text", "text": text} if text else None for text in texts]
     content = [part for pair in zip_longest(parts, images) for part in pair if part]
     return [*system, {"role": "user", "content": content}]
-
-
-def _data_url(image: str | bytes, folder: epath.PathLike) -> str:
-    data = image if isinstance(image, bytes) else read_image(image_path(folder, image))
-    name = image if isinstance(image, str) else "in the file"
-    refuse_pointer(data, f"image {name}")
-    try:
-        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
-    except UnidentifiedImageError as error:
-        raise UserError(f"image {name}: is no image that can be read") from error
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _work(args: argparse.Namespace) -> Work:

@@ -1,21 +1,27 @@
 """The questions of a benchmark, from files in a common format or in the benchmark's own."""
 
+import base64
 import collections
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import PIL.Image
 from etils import epath
 
 from llava_jax.cli import UserError, short, warn
 from llava_jax.data.image_folder import image_path
-from llava_jax.data.images import decode_image
+from llava_jax.data.images import decode_image, read_image
 from llava_jax.data.records import Record, local_data, scan
 from llava_jax.data.samples import Fault, image_names, parse_sample, record_value, system_prompt
 from llava_jax.data.templates import IMAGE_TOKEN as MARK
 from llava_jax.data.unsupported import foreign_mark, unread_keys, unread_texts
 from llava_jax.evaluate.answers import is_lines, read_json
+from llava_jax.evaluate.dataset_files import Image
 from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.parquet import content
+from llava_jax.files.reading import refuse_pointer
 
 Key = tuple[str, str, str, int]
 Read = TypeVar("Read")
@@ -30,7 +36,7 @@ class Question(NamedTuple):
 
     id: Any  # as it is in the file
     text: str
-    images: tuple[str | bytes, ...] = ()  # names relative to the folder of images, or the content of image files
+    images: tuple[Image, ...] = ()  # names relative to the folder of images, or the content of image files
     extra: dict[str, Any] = {}  # further fields of the answer's line
     marked_text: str = ""
     system: str = ""  # the system prompt; "" for the template's own
@@ -165,11 +171,23 @@ def read_images(question: Question, folder: epath.PathLike, read: Callable[[Any]
     """`read(image or path)` for each of the question's images. Its errors and those of names get the question's id."""
     try:
         return [
-            read(decode_image(image) if isinstance(image, bytes) else image_path(folder, image))
+            read(image_path(folder, image) if isinstance(image, str) else decode_image(content(image)))
             for image in question.images
         ]
     except UserError as error:
         raise UserError(f"question {question.id}: {error}") from error
+
+
+def data_url(image: Image, folder: epath.PathLike = "") -> str:
+    """An image as the URL that APIs take. Raises `UserError` if it cannot be read."""
+    name = image if isinstance(image, str) else "in the file"
+    data = read_image(image_path(folder, image)) if isinstance(image, str) else content(image)
+    refuse_pointer(data, f"image {name}")
+    try:
+        kind = PIL.Image.open(io.BytesIO(data)).get_format_mimetype()
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(f"image {name}: is no image that can be read") from error
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def system_turns(question: Question) -> list[tuple[str, str]]:

@@ -43,10 +43,11 @@ def distance(first: str, second: str) -> int:
 def anls(text: str, right: Sequence[str]) -> Reading:
     """Average normalized Levenshtein similarity: of the nearest right answer; below a half it is 0. The distance
     ignores case and repeated white space, but is divided by the length of the texts as they are."""
-    values = []
+    said, values = _plain(text), []
     for one in right:
-        length = max(len(one.upper()), len(text.upper()))
-        values.append(distance(_plain(one), _plain(text)) / length if length else 0.0)
+        length, wanted = max(len(one.upper()), len(text.upper())), _plain(one)
+        far = abs(len(wanted) - len(said)) > length / 2  # at least this distance, which counts as 0
+        values.append(1.0 if far else distance(wanted, said) / length if length else 0.0)
     score = 1 - min(values)
     return Reading(score if score >= 0.5 else 0.0, text, f"similarity {score:.3f}")
 

@@ -4,18 +4,30 @@ scoring by toolkit. A subclass says how a row becomes an `Item`, and has the two
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from llava_jax.cli import UserError, short, warn
+from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import TEXTS, Answer, by_key, check_asked, question_id
-from llava_jax.evaluate.benchmark import LETTER, SHORT, Benchmark, Group, Labels, Pairs, Scores, groups_of, register
+from llava_jax.evaluate.answers import Answer, check_asked, question_id
+from llava_jax.evaluate.benchmark import (
+    LETTER,
+    LETTER_CN,
+    SHORT,
+    Benchmark,
+    Group,
+    Labels,
+    Pairs,
+    Scores,
+    groups_of,
+)
 from llava_jax.evaluate.dataset_files import LETTERS, Item
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat
-from llava_jax.evaluate.lines import Line, once
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
+from llava_jax.evaluate.toolkit_rows import Row, labels_of, target_of
 
 VLMEVAL_API = "vlmevalkit-api"  # its prompt for models behind an API, which is another one than LLaVA's
-REPLIES = ("content", "extraction", "review", "gpt4v_output_gpt_check")  # fields with what a judge said of an answer
+# Fields with what a judge said of an answer; `content` is last, since lmms-eval's logs have the judge's prompt in it.
+REPLIES = ("review", "extraction", "res", "extracted", "gpt4v_output_gpt_check", "content")
+DIRECTLY = "Answer the question directly."
 Prompt = Callable[[Item], str]
 
 
@@ -30,7 +42,10 @@ def lettered(item: Item, form: str = "{}. {}") -> str:
 def vlmevalkit_choice(item: Item) -> str:
     """The prompt of VLMEvalKit's LLaVA class for questions with options."""
     hint = f"{item.more['hint']}\n" if item.more.get("hint") else ""
-    return f"{hint}{item.question}{lettered(item)}\n{LETTER if item.options else 'Answer the question directly.'}"
+    text = f"{hint}{item.question}{lettered(item)}"
+    chinese = any("\u4e00" <= mark <= "\u9fff" for mark in text)
+    asks = (LETTER_CN if chinese else LETTER) if item.options else ("请直接回答问题。" if chinese else DIRECTLY)
+    return f"{text}\n{asks}"
 
 
 def vlmevalkit_api_choice(item: Item) -> str:
@@ -52,29 +67,20 @@ def short_answer(item: Item) -> str:
 CHOICE = {VLMEVAL: vlmevalkit_choice, VLMEVAL_API: vlmevalkit_api_choice}
 
 
-class _Labels(Labels):
-    """Labels of which some need no answer: those of `skipped` keys."""
-
-    skipped: frozenset[str] = frozenset()
-
-    def answers(self, lines: Sequence[Line], names: Sequence[str] = TEXTS) -> dict[str, Answer]:
-        counted = [line for line in lines if self.key(line) not in self.skipped]
-        if len(counted) < len(lines):
-            warn(f"{lines[0].where}: {len(lines) - len(counted)} answers to questions that are not scored are left out")
-        return super().answers(counted, names)
-
-
 class RuledBenchmark(Benchmark):
-    """Attributes:
-    prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
-    shares_images: whether several questions share an image that only its content identifies.
-    unscored: kinds of items that are neither asked nor scored, if there are others.
-    prediction: the field of a submission that has the answer.
+    """A benchmark that is asked and scored as several toolkits do it. A subclass has `item` and the tables.
+
+    Attributes:
+      prompts: of each toolkit; the prompt has all text after the question, so there is no suffix.
+      shares_images: whether several questions share an image that only its content identifies.
+      unscored: kinds of items that are neither asked nor scored, if there are others.
+      prediction: the field of a submission that has the answer.
     """
 
     prompts: Mapping[str, Prompt] = {}
     prompt = LMMS
     default_rule = OFFICIAL
+    several_files = True
     shares_images = False
     unscored: Sequence[str] = ()
     prediction = "prediction"
@@ -86,7 +92,10 @@ class RuledBenchmark(Benchmark):
         """The item in a row. Each benchmark has its own."""
         raise NotImplementedError
 
-    def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[str | bytes, ...]]]:
+    def entries(self, path: str) -> list[Item]:
+        return [item for item, _ in self.read(path)]
+
+    def read(self, path: str, images: bool = False) -> Iterator[tuple[Item, tuple[files.Image, ...]]]:
         """The items of a file with their images, which are read on demand, or if they tell what is shared."""
         own = images or self.shares_images
         found = files.numbered(path, own)
@@ -94,7 +103,7 @@ class RuledBenchmark(Benchmark):
         if own and str(path).endswith((".tsv", ".xlsx")):
             found = list(found)
             by_index = {str(line.value.get("index")): str(line.value.get("image")) for _, line in found}
-        kept: dict[str, tuple[str | bytes, ...]] = {}  # equal images are in memory once
+        kept: dict[str, tuple[files.Image, ...]] = {}  # equal images are in memory once
         for number, line in found:
             item, shown = self.item(line, number), files.images(line.value, line.where, by_index) if own else ()
             if shown and (images or not item.cluster):
@@ -114,12 +123,18 @@ class RuledBenchmark(Benchmark):
         kinds = self._scored([item for item, _ in found])
         for item, images in found:
             if item.kind in kinds:
+                if not images and self.shows(item):
+                    raise UserError(f"{item.where}: has no image: is it a table of predictions, which lacks them?")
                 text = self.prompts[self.prompt](item)
                 shown, marked = self.placed(text, images)
                 extra = {"category": item.kind} if item.kind else {}
                 yield Question(item.id, text, shown, extra, marked)
 
-    def placed(self, text: str, images: tuple[str | bytes, ...]) -> tuple[tuple[str | bytes, ...], str]:
+    def shows(self, item: Item) -> bool:
+        """Whether a question is about an image, as all are but some of HallusionBench."""
+        return True
+
+    def placed(self, text: str, images: tuple[files.Image, ...]) -> tuple[tuple[files.Image, ...], str]:
         """The images that are shown with a prompt, and the prompt with `<image>`s if these are not at its beginning."""
         return images, ""
 
@@ -128,44 +143,18 @@ class RuledBenchmark(Benchmark):
         return question_id(line)
 
     def labels(self, entries: Sequence[Item], lines: Sequence[Line], asked: Sequence[Question]) -> Labels:
-        """By id; items of several kinds with the same id also by kind, which is the `category` of an answer."""
         kinds = self._scored(entries)
-        of_id: dict[str, set[str]] = {}
-        for item in entries:
-            of_id.setdefault(item.id, set()).add(item.kind)
+        rows = [Row(item.id, (item._replace(number=0, where=""),), _right(item), item.number, item.kind, item.where)
+                for item in entries]  # fmt: skip
+        found = labels_of(rows, self.answer_id, self.target)
+        replies = {found.key(line): str(reply) for line in lines
+                   if (reply := files.first(line.value, *REPLIES)) is not None}  # fmt: skip
+        scored = {key: item._replace(reply=replies.get(key)) for key, item in found.items() if item.kind in kinds}
+        return Labels(scored, found.key, skipped=found.keys() - scored.keys())
 
-        def name(ident: str, kind: str) -> str:
-            return ident if len(of_id.get(ident, ())) < 2 else f"{kind} {ident}"
-
-        rows = {item.number: item for item in entries if item.kind in kinds}
-        by_row = len(rows) == sum(item.kind in kinds for item in entries)
-
-        def key(line: Line) -> str:
-            if "doc_id" in line.value and not any(field in line.value for field in (*files.IDS, "image")):
-                return self._of_row(line, rows if by_row else {}, name)
-            return name(self.answer_id(line), str(line.value.get("category", "")))
-
-        named = ((name(item.id, item.kind), item._replace(number=0), item.where) for item in entries)
-        items = once(((key, item._replace(where=""), where) for key, item, where in named),
-                     "question {key} has another label before")  # fmt: skip
-        replies = {key(line): str(files.first(line.value, *REPLIES)) for line in lines
-                   if files.first(line.value, *REPLIES) is not None}  # fmt: skip
-        found = _Labels({ident: item._replace(reply=replies.get(ident)) for ident, (item, _) in items.items()
-                         if item.kind in kinds}, key)  # fmt: skip
-        found.skipped = frozenset(ident for ident, (item, _) in items.items() if item.kind not in kinds)
-        return found
-
-    def _of_row(self, line: Line, rows: Mapping[int, Item], name: Callable[[str, str], str]) -> str:
-        """The key of an answer of lmms-eval's log, which has the number of a row and the right answer (`target`)."""
-        item, target = rows.get(_number(line)), str(line.value.get("target", ""))
-        if item is None:
-            raise UserError(f"{line.where}: doc_id {line.value['doc_id']}: the labels have no such row")
-        if target and item.answers and target.strip() not in {*item.answers, str(list(item.answers)), item.right[3:]}:
-            raise UserError(
-                f"{line.where}: doc_id {line.value['doc_id']} has the right answer {short(target)!r}, but that row of "
-                f"the labels has {short(item.answers[0])!r}: they are of another version or in another order"
-            )
-        return name(item.id, item.kind)
+    def target(self, line: Line) -> str:
+        """The right answer in a line of lmms-eval's log."""
+        return target_of(line)
 
     def score(self, pairs: Pairs) -> Scores:
         return self.rules[self.default_rule].scores(self.default_rule, pairs)
@@ -173,35 +162,31 @@ class RuledBenchmark(Benchmark):
     def groups(self, pairs: Pairs) -> Iterator[Group]:
         return groups_of(self.rules[self.default_rule], pairs)
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def handed_in(self, lines: Sequence[Line], own: str | Sequence[str]) -> dict[str, tuple[Item, Answer]]:
+        """The answers by question id, with their items in the benchmark's own files."""
+        own = [own] if isinstance(own, str) else own
+        found = self.read_labels(own, lines, ())
+        answers = found.answers(lines, self.fields)
+        check_asked(answers, found, ", ".join(own))
+        if len({found[key].id for key in answers}) < len(answers):
+            kinds = ", ".join(sorted({found[key].kind for key in answers}))
+            raise UserError(f"{', '.join(own)}: have several sets ({kinds}): hand in each by itself")
+        return {found[key].id: (found[key], answer) for key, answer in answers.items()}
+
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The rows of the benchmark's own file without images, with the answers, as VLMEvalKit reads them."""
         if own is None:
             raise UserError(
                 "--labels: the benchmark's own file is needed, since its rows are handed in with the answers"
             )
-        items = {item.id: item for item, _ in self.read(own)}
-        answers = by_key(lines, self.answer_id)
-        check_asked(answers, items, own)
         rows = [
-            {name: value for name, value in items[ident].more.items() if name not in files.IMAGES}
-            | {"index": items[ident].more.get("index", ident), self.prediction: answer.text or ""}
-            for ident, answer in answers.items()
+            {name: value for name, value in item.more.items() if name not in files.IMAGES}
+            | {"index": item.more.get("index", ident), self.prediction: answer.text or ""}
+            for ident, (item, answer) in self.handed_in(lines, own).items()
         ]
         return json.dumps(rows, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def _number(line: Line) -> int:
-    number = line.value["doc_id"]
-    if not str(number).isdecimal():
-        raise UserError(f"{line.where}: doc_id {short(str(number))} is no number of a row")
-    return int(number)
-
-
-def register_ruled(benchmark: type[RuledBenchmark]) -> type[RuledBenchmark]:
-    """Class decorator that adds a benchmark and the format of its files."""
-    register(benchmark)
-    one = benchmark()
-    LABEL_FORMATS.add(LabelFormat(
-        one.name, one.label_files, (one.name,), lambda path: [item for item, _ in one.read(path)]
-    ))  # fmt: skip
-    return benchmark
+def _right(item: Item) -> list[str]:
+    """What lmms-eval's logs may have as the right answer."""
+    return [*item.answers, str(list(item.answers)), item.right[3:]] if item.answers else []

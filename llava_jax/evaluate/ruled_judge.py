@@ -1,14 +1,16 @@
 """A language model reads or grades the answers to a benchmark, where its toolkits have one do so."""
 
 import argparse
-import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, answer_lines, join, refuse_questions
-from llava_jax.evaluate.dataset_files import Item
+from llava_jax.evaluate.dataset_files import Image, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import Case, ModelTask
+from llava_jax.evaluate.questions import data_url
 from llava_jax.evaluate.rule_options import vlmevalkit
 
 if TYPE_CHECKING:
@@ -64,16 +66,23 @@ local model serves as well as any other: python -m llava_jax.serve."""
         labels = benchmark.read_labels(args.labels, lines, ())
         joined = join(labels.answers(lines), labels, args.answers)
         line_at = {line.where: line for line in lines}
-        shown = {item.id: images for path in args.labels for item, images in benchmark.read(path, images=True)} \
-            if self.images else {}  # fmt: skip
+        shown = dict(self._shown(benchmark, args.labels)) if self.images else {}
         cases = []
         for answer, item in joined.pairs:
             asked = answer.text is not None and item.reply is None and self.needs(answer.text, item)
-            messages = self._messages(answer.text or "", item, shown.get(item.id, ())) if asked else None
+            messages = partial(self._messages, answer.text, item, shown.get(item.id, ())) if asked else None
             cases.append(Case(item.id, messages, Asked(answer, item, line_at[answer.where])))
         return [cases], self.prompt
 
-    def _messages(self, answer: str, item: Item, images: tuple[str | bytes, ...]) -> list[dict[str, Any]]:
+    def _shown(self, benchmark: "RuledBenchmark", labels: Sequence[str]) -> Iterator[tuple[str, Sequence[Image]]]:
+        """The images of each question. Raises `UserError` for one that is not in the file."""
+        for path in labels:
+            for item, images in benchmark.read(path, images=True):
+                if not images or isinstance(images[0], str):
+                    raise UserError(f"{item.where}: has no image inside, which the judge has to see")
+                yield item.id, images
+
+    def _messages(self, answer: str, item: Item, images: Sequence[Image]) -> list[dict[str, Any]]:
         options = "\n".join(f"{letter}. {text}" for letter, text in item.by_letter.items())
         text = self.prompt.format(
             question=self.question(item), options=options, answer=answer,
@@ -81,8 +90,7 @@ local model serves as well as any other: python -m llava_jax.serve."""
         )  # fmt: skip
         if not images:
             return [{"role": "user", "content": text}]
-        urls = [f"data:image;base64,{base64.b64encode(one).decode()}" for one in images if isinstance(one, bytes)]
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
     def line(self, about: Asked, outcome: "Outcome | None", by: Mapping[str, str]) -> dict[str, Any]:

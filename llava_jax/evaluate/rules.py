@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer
 
 OFFICIAL, LMMS, VLMEVAL = "official", "lmms-eval", "vlmevalkit"
+HIDDEN = ((), ("",), ("?",))  # right answers in the files of test sets
 VERSIONS = {LMMS: "0.7.3", VLMEVAL: "ms-vlmeval 0.0.20"}  # the packages that tests compare with
 
 
@@ -84,8 +86,13 @@ class Rule:
     counts: bool = False
     rounds: bool = False
 
-    def cases(self, pairs: Iterable[tuple[Answer, Any]]) -> list[Case]:
-        """Readings of answers. An absent answer is wrong under every rule."""
+    def cases(self, pairs: Sequence[tuple[Answer, Any]]) -> list[Case]:
+        """Readings of answers. An absent answer is wrong under every rule. Raises `UserError` for a test set's labels,
+        which are not public."""
+        if hidden := [answer.where for answer, label in pairs if getattr(label, "answers", None) in HIDDEN]:
+            raise UserError(
+                f"{hidden[0]}: the right answer is not public: `submission` writes answers for the benchmark's server"
+            )
         return [
             Case(answer, label, Reading(0.0, None, "no answer") if answer.text is None
                  else self.read(answer.text, label))

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from llava_jax.cli import Parser, printable
 from llava_jax.evaluate.answers import Joined, answer_lines, count_absent, join, refuse_questions
@@ -34,57 +35,59 @@ Labels of `exact` are LLaVA JSON, whose first answers are right, or JSONL of `qu
 and, for scores by category, `category`. Case, white space and full stops at the end do not count."""
 
 
-def score(
+class Answered(NamedTuple):
+    """The answers of a file, joined with their labels."""
+
+    benchmark: Benchmark
+    lines: list[Line]
+    asked: list[Question]  # if files of questions are given
+    joined: Joined
+    keys: list[str]  # of the joined answers
+
+    def score(self, rule: str | None = None) -> tuple[Scores, Iterator[Outcome]]:
+        """The scores, and the outcome of each question. `rule` is a toolkit's, such as `lmms-eval`; by default the
+        benchmark's own."""
+        benchmark, pairs = self.benchmark.scored_as(rule) if rule else self.benchmark, self.joined.pairs
+        absent = count_absent(answer for answer, _ in pairs)
+        scores = benchmark.score(pairs) | absent | self.joined.incomplete | _judges(self.lines)
+        if benchmark.rule:
+            from llava_jax.evaluate.intervals import of_score  # numpy takes a tenth of a second
+
+            scores |= of_score(benchmark.rule, list(benchmark.rule.terms(benchmark.rule.cases(pairs))))
+        return scores, outcomes_of(benchmark, pairs, self.lines, self.asked)
+
+
+def read(
     name: str,
     answers: str,
     labels: Sequence[str],
     questions: Sequence[str],
     partial: bool = False,
     label_format: str | None = None,
-    rule: str | None = None,
-) -> tuple[Scores, Iterator[Outcome]]:
-    """The scores of a file of answers, and the outcome of each question.
+) -> Answered:
+    """The answers to the benchmark `name` from a file, with the labels in others.
 
     Args:
-      name: of the benchmark.
-      labels, questions: files.
-      partial: scores an incomplete set.
-      rule: a toolkit's, such as `lmms-eval`; by default the benchmark's own.
+      questions: files, which some benchmarks need to tell what was asked; [] for none.
+      partial: takes an incomplete set.
 
     Raises:
       UserError: if files do not belong together, or are incomplete without `partial`.
     """
-    benchmark, lines, asked, joined, _ = joined_answers(name, answers, labels, questions, partial, label_format)
-    benchmark = benchmark.scored_as(rule) if rule else benchmark
-    absent = count_absent(answer for answer, _ in joined.pairs)
-    scores = benchmark.score(joined.pairs) | absent | joined.incomplete | _judges(lines)
-    if benchmark.rule:
-        from llava_jax.evaluate.intervals import of_score  # numpy takes a tenth of a second
-
-        scores |= of_score(benchmark.rule, list(benchmark.rule.terms(benchmark.rule.cases(joined.pairs))))
-    return scores, outcomes_of(benchmark, joined.pairs, lines, asked)
-
-
-def joined_answers(
-    name: str,
-    answers: str,
-    labels: Sequence[str],
-    questions: Sequence[str],
-    partial: bool = False,
-    label_format: str | None = None,
-) -> tuple[Benchmark, list[Line], list[Question], Joined, list[str]]:
-    """The benchmark, the lines of answers, the questions, the answers with their labels, and their keys. Raises
-    `UserError` as `score`."""
     benchmark = find(name, "score")
     lines = answer_lines(answers, partial)
     refuse_questions(lines, benchmark.suffix)
     asked = read_questions(questions, benchmark.suffix, benchmark.questions) if questions else []
-    right = benchmark.read_labels(
-        labels, lines, asked, LABEL_FORMATS.import_and_find(label_format) if label_format else None
-    )
+    form = LABEL_FORMATS.import_and_find(label_format) if label_format else None
+    right = benchmark.read_labels(labels, lines, asked, form)
     found = right.answers(lines, benchmark.fields)
     joined = join(found, right, answers, partial)
-    return benchmark, lines, asked, joined, [key for key in right if key in found]
+    return Answered(benchmark, lines, asked, joined, [key for key in right if key in found])
+
+
+def score(*files: Any, rule: str | None = None, **options: Any) -> tuple[Scores, Iterator[Outcome]]:
+    """`read(...).score(rule)`."""
+    return read(*files, **options).score(rule)
 
 
 def _judges(lines: Sequence[Line]) -> dict[str, str]:
@@ -111,9 +114,8 @@ class Score(ScoreCommand):
         add("--outcomes", metavar="F", help="write the outcome of each question, for `report`: DIR/NAME.outcomes.jsonl")
 
     def score(self, args: argparse.Namespace) -> tuple[Scores, Iterator[Outcome]]:
-        return score(
-            args.benchmark, args.answers, args.labels, args.questions, args.partial, args.label_format, args.rule
-        )
+        files = (args.benchmark, args.answers, args.labels, args.questions)
+        return read(*files, args.partial, args.label_format).score(args.rule)
 
     def table(self, scores: Scores) -> str:
         return "\n".join(_rows(scores))

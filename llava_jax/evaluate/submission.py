@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     if absent := count_absent(map(answer_of, lines)):
         counts = ", ".join(f"{count} {name}" for name, count in absent.items())
         warn(f"{args.answers}: questions without an answer ({counts}) are handed in as such")
-    content = benchmark.submission(lines, args.labels)
+    own = args.labels and (args.labels if len(args.labels) > 1 else args.labels[0])
+    if isinstance(own, list) and not benchmark.several_files:
+        raise UserError(f"--labels {own[1]}: {benchmark.title} has one file of questions")
+    content = benchmark.submission(lines, own)
     if isinstance(content, bytes):
         with atomic_file(args.output) as file:
             file.write(content)
@@ -81,7 +84,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("benchmark", metavar="BENCH", help="one of those below, or MODULE:NAME of your own")
     add("--answers", required=True, metavar="F", help="JSONL of predict")
-    add("--labels", metavar="F", help="the benchmark's own questions, to which the answers have to belong: textvqa, "
-        "mmbench and mme (a folder) need them; of vqav2 and vizwiz those of the whole split")  # fmt: skip
+    add("--labels", nargs="+", metavar="F", help="the benchmark's own questions, to which the answers have to belong: "
+        "textvqa, mmbench and mme (a folder) need them; of vqav2 and vizwiz those of the whole split")  # fmt: skip
     add("--output", required=True, metavar="F", help="a file; of mme, a new folder")
     return parser.parse_args(argv)

@@ -11,18 +11,19 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
 
-from llava_jax.cli import Parser, UserError, printable, say, track, warn
+from llava_jax.cli import Parser, UserError, printable, say, time_left, warn
 from llava_jax.evaluate.benchmark import ScoreCommand
 from llava_jax.evaluate.benchmarks import find
 from llava_jax.evaluate.outcomes import SUFFIX, write_outcomes
 from llava_jax.evaluate.report_page import TEMPLATES
-from llava_jax.evaluate.score import score
+from llava_jax.evaluate.score import read
 from llava_jax.evaluate.tables import aligned
 from llava_jax.files.writing import atomic_file
 
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
 
 SUITES = {
     "v1.5": (
-        Entry("vqav2", ("llava_vqav2_*.jsonl",), None, "test2015"),
+        Entry("vqav2", ("llava_vqav2_*test-dev2015.jsonl", "llava_vqav2_*.jsonl"), None, "test2015"),
         Entry("gqa", ("llava_gqa_*.jsonl",), ("**/testdev_balanced_questions.json",), "data/images", "accuracy"),
         Entry("vizwiz", ("llava_test.jsonl",), None, "test"),
         Entry("scienceqa", ("llava_test_CQM-A.json",), None, "images/test", "IMG",
@@ -69,8 +70,9 @@ SUITES = {
     "2026": (
         Entry("mmmu", ("*.tsv", "*/validation-*.parquet", "validation-*.parquet")), Entry("mmmu-pro"), Entry("mmstar"),
         Entry("ai2d"), Entry("chartqa", ("*.tsv", "*.parquet", "*/*.parquet", "test_*.json"), images="png"),
-        Entry("docvqa", ("*.tsv", "validation-*.parquet", "*/validation-*.parquet", "val_*.json")),
-        Entry("infovqa", ("*.tsv", "validation-*.parquet", "*/validation-*.parquet", "*val*.json")), Entry("ocrbench"),
+        Entry("docvqa", ("*.tsv", "validation-*.parquet", "DocVQA/validation-*.parquet", "val_*.json")),
+        Entry("infovqa", ("*.tsv", "validation-*.parquet", "InfographicVQA/validation-*.parquet", "*val*.json")),
+        Entry("ocrbench"),
         Entry("mathvista", ("*.tsv", "testmini-*.parquet", "*/testmini-*.parquet", "testmini.json")),
         Entry("realworldqa"), Entry("hallusionbench"), Entry("wilder", labels=None), Entry("pope", (
             "llava_pope_test.jsonl",), ("coco_pope_*.json", "coco/coco_pope_*.json"), "val2014", "f1"),
@@ -97,6 +99,8 @@ def look(entry: Entry, data: Path) -> Found:
     labels = questions if entry.labels == () else _files(folder, patterns)
     lacking = [] if questions else [" or ".join(entry.questions)]
     lacking += [] if labels or not patterns else [" or ".join(patterns)]
+    if questions and PurePath(questions[0]).suffix in (".json", ".jsonl") and not (folder / entry.images).is_dir():
+        lacking.append(f"folder {entry.images} of images")
     return Found(entry, folder, questions, labels, ", ".join(lacking) and f"{folder}: has no {', '.join(lacking)}")
 
 
@@ -116,17 +120,20 @@ def scores_of(found: Found, answers: Path, outcomes: Path) -> Iterator[dict[str,
         parser = Parser(prog="score")
         command.add_arguments(parser)
         named = [part for name, pattern in entry.options.items() for part in (name, str(found.folder / pattern))]
-        scores, _ = command.score(parser.parse_args(["--answers", str(answers), *named]))
+        scores, results = command.score(parser.parse_args(["--answers", str(answers), *named]))
+        write_outcomes(outcomes / f"{benchmark.name}{SUFFIX}", results)
         yield _row(entry, "official", scores, scores.get(entry.headline))
         return
     if entry.labels is None:
         who = f"judge {benchmark.name}" if benchmark.judge else f"submission {benchmark.name}"
         yield {"benchmark": benchmark.name, "rule": "", "score": None, "note": f"answered; next: {who}"}
         return
+    asked = found.questions if entry.labels else []  # they have images' names for outcomes, and other ids
+    answered = None
     for rule in benchmark.rules or ("",):
         try:
-            asked = found.questions if entry.labels else []  # they have images' names for outcomes, and other ids
-            scores, results = score(benchmark.name, str(answers), found.labels, asked, rule=rule or None)
+            answered = answered or read(benchmark.name, str(answers), found.labels, asked)
+            scores, results = answered.score(rule or None)
         except UserError as error:  # such as a rule that needs another form of the labels
             yield {"benchmark": benchmark.name, "rule": rule, "score": None, "note": str(error)}
             continue
@@ -203,12 +210,11 @@ def write(output: Path, name: str, suite: str, rows: Sequence[dict[str, Any]]) -
 
 def main(argv: list[str] | None = None) -> None:
     args, of_predict = _parse(argv)
-    wanted = args.benchmarks or [entry.benchmark for entry in SUITES[args.suite]]
-    entries = [entry for entry in SUITES[args.suite] if entry.benchmark in wanted]
-    if unknown := set(wanted) - {entry.benchmark for entry in entries}:
-        known = ", ".join(entry.benchmark for entry in SUITES[args.suite])
+    entries = {entry.benchmark: entry for entry in SUITES[args.suite]}
+    if unknown := set(args.benchmarks or ()) - entries.keys():
+        known = ", ".join(entries)
         raise UserError(f"--benchmarks {min(unknown)}: is not in the table {args.suite}, which has {known}")
-    found = [look(entry, Path(args.data)) for entry in entries]
+    found = [look(entry, Path(args.data)) for name, entry in entries.items() if name in (args.benchmarks or entries)]
     there = [one for one in found if not one.missing]
     for one in found:
         if one.missing:
@@ -220,7 +226,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     output, rows = Path(args.output), []
     output.mkdir(parents=True, exist_ok=True)
-    for one in track(there, f"benchmarks of {args.suite}", every=0.0):
+    begun = time.monotonic()
+    for done, one in enumerate(there):  # the bar of each `predict` has the terminal
+        left = f", {time_left((time.monotonic() - begun) / done * (len(there) - done))} left" if done else ""
+        say(f"{done + 1}/{len(there)}{left}: {one.entry.benchmark}", file=sys.stderr)
         answers = output / f"{one.entry.benchmark}.jsonl"
         _predict(one, answers, of_predict)
         if answers.exists():  # on other hosts than the first it may not be
@@ -228,25 +237,17 @@ def main(argv: list[str] | None = None) -> None:
             write(output, args.name, args.suite, rows)
     if rows:
         print(printable(aligned([row[:-1] for row in cells(rows)], left=2)))
+        for row in rows:
+            if row["score"] is None:
+                say(f"{row['benchmark']} {row['rule']}".rstrip() + f": {row['note']}")
         say(f"{output / 'README.md'}: {len(rows)} scores", file=sys.stderr)
 
 
 def _predict(found: Found, answers: Path, options: Sequence[str]) -> None:
     images = found.folder / found.entry.images
-    command = [
-        sys.executable,
-        "-m",
-        "llava_jax.evaluate",
-        "predict",
-        found.entry.benchmark,
-        "--output",
-        str(answers),
-        "--images",
-        str(images if images.is_dir() else found.folder),
-        *options,
-        "--questions",
-        *found.questions,
-    ]
+    images = images if images.is_dir() else found.folder
+    command = [sys.executable, "-m", "llava_jax.evaluate", "predict", found.entry.benchmark, f"--output={answers}",
+               f"--images={images}", *options, "--questions", *found.questions]  # fmt: skip
     if code := subprocess.run(command, check=False).returncode:
         raise UserError(f"{found.entry.benchmark}: predict ended with status {code}; the same command resumes")
 

@@ -113,9 +113,7 @@ def adopt(file: epath.Path) -> None:
     with kept():
         if not target.exists():
             made()
-            data = file.read_bytes()
-            with replacing(target) as copy:
-                copy.write(data)
+            _copy(file, target, show=False)
 
 
 def local_files(paths: Sequence[str | os.PathLike]) -> list[Path]:

@@ -45,18 +45,13 @@ def refuse_pointers_below(directory: str | os.PathLike) -> None:
             refuse_pointer_file(file)
 
 
-def encoding_of(head: bytes) -> str:
-    """The Unicode encoding of text, by its byte order mark or its first four bytes, which in JSON are ASCII."""
-    return json.detect_encoding(head)
-
-
 def to_utf8(data: bytes, name: str | os.PathLike) -> bytes:
     """The bytes of a text file in UTF-8 without a byte order mark; UTF-16 and UTF-32 are converted.
 
     UTF-8 is returned unchecked. Raises `UserError` for Git LFS pointers and broken UTF-16.
     """
     refuse_pointer(data, name)
-    encoding = encoding_of(data[:4])
+    encoding = json.detect_encoding(data[:4])  # by the byte order mark or the first four bytes, in JSON ASCII
     if encoding.startswith("utf-8"):
         return data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -108,9 +103,9 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool =
     return parse_json(read_bytes(path, limit), path, strict=strict)
 
 
-def read_object(path: str | os.PathLike, *, limit: int = MAX_BYTES, strict: bool = True) -> dict[str, Any]:
+def read_object(path: str | os.PathLike, *, strict: bool = True) -> dict[str, Any]:
     """The JSON object in a file. Raises `UserError` as `read_json` does, and if the value is not an object."""
-    value = read_json(path, limit=limit, strict=strict)
+    value = read_json(path, strict=strict)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value

@@ -25,13 +25,12 @@ def atomic_file(out: epath.PathLike) -> Iterator[BinaryIO]:
       UserError: the system refuses to write.
     """
     target = epath.Path(out if is_remote(out) else os.path.realpath(out))
-    with _as_user_error(out):
-        if not is_remote(target) and os.path.exists(target) and not os.path.isfile(target):
-            with open(target, "wb") as file:  # or an IsADirectoryError
-                yield file
-        else:
-            with replacing(target) as file:
-                yield file
+    irregular = not is_remote(target) and os.path.exists(target) and not os.path.isfile(target)
+    try:
+        with open(target, "wb") if irregular else replacing(target) as file:  # or an IsADirectoryError
+            yield file
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -74,16 +73,7 @@ def _temporary(name: str) -> Iterator[epath.Path]:
         yield path
     finally:
         with contextlib.suppress(OSError):
-            if path.exists():
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _as_user_error(out: epath.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+            path.unlink(missing_ok=True)
 
 
 def write_json(out: epath.PathLike, value: Any, ensure_ascii: bool = True) -> None:
@@ -98,17 +88,14 @@ def atomic_list(out: epath.PathLike, lines: bool) -> Iterator[Callable[[bytes], 
 
     Yields a function that appends the JSON text of one value.
     """
-    opening, between, closing = (b"", b"\n", b"\n") if lines else (b"[\n", b",\n", b"\n]\n")
+    count = 0
+
+    def add(value: bytes) -> None:
+        nonlocal count
+        file.write(value + b"\n" if lines else (b",\n" if count else b"[\n") + value)
+        count += 1
+
     with atomic_file(out) as file:
-        separator = opening
-
-        def add(value: bytes) -> None:
-            nonlocal separator
-            file.write(separator + value)
-            separator = between
-
         yield add
-        if separator is opening and not lines:
-            file.write(opening)
-        if separator is between or not lines:
-            file.write(closing)
+        if not lines:
+            file.write(b"\n]\n" if count else b"[\n\n]\n")

@@ -17,19 +17,12 @@ MAX_NAME = 200  # characters
 
 
 class AdapterWeights(NamedTuple):
-    """An adapter as it is read from files, in host memory.
+    """An adapter as it is read from files, in host memory."""
 
-    Attributes:
-      lora: its rank and scale.
-      params: see `models.batched_lora.write`.
-      prompts: the template and the image settings that it was trained with; None for those of the base.
-      origin: its directory.
-    """
-
-    lora: LoraConfig
-    params: Params
-    prompts: PromptEncoder | None = None
-    origin: str = ""
+    lora: LoraConfig  # its rank and scale
+    params: Params  # see `models.batched_lora.write`
+    prompts: PromptEncoder | None = None  # the template and image settings of its training; None for those of the base
+    origin: str = ""  # its directory
 
 
 def max_rank(adapters: Mapping[str, AdapterWeights]) -> int:
@@ -54,30 +47,22 @@ class UnknownAdapter(UserError):
     """There is no adapter of this name, or not any more."""
 
 
+@dataclasses.dataclass(eq=False)
 class Adapters:
-    """The loaded adapters by name, at most `limit` of at most `rank`. For use from any thread.
+    """The loaded adapters by name. For use from any thread."""
 
-    Args:
-      base: of the engine.
-      write: copies an adapter's parameters to the device, as the one with this index.
-      used: the adapters that accepted requests have not finished with.
-    """
+    base: Adapter  # of the engine
+    limit: int  # of adapters
+    rank: int  # the largest that they may have
+    write: Callable[[int, LoraConfig, Params], None]  # copies parameters to the device, as the adapter with this index
+    used: Callable[[], set[Adapter]]  # the adapters that accepted requests have not finished with
 
-    def __init__(
-        self,
-        base: Adapter,
-        limit: int,
-        rank: int,
-        write: Callable[[int, LoraConfig, Params], None],
-        used: Callable[[], set[Adapter]],
-    ):
-        self._base, self._limit, self._rank, self._write, self._used = base, limit, rank, write, used
-        self._loading = threading.Lock()
-        self._versions = 0
+    def __post_init__(self) -> None:
+        self._loading, self._versions = threading.Lock(), 0
         self._loaded: dict[str, Adapter] = {}
 
     def __contains__(self, adapter: Adapter) -> bool:
-        return adapter is self._base or self._loaded.get(adapter.name) is adapter
+        return adapter is self.base or self._loaded.get(adapter.name) is adapter
 
     def loaded(self) -> list[Adapter]:
         """In the order in which they were loaded."""
@@ -94,27 +79,27 @@ class Adapters:
     def load(self, name: str, weights: AdapterWeights) -> Adapter:
         """Raises UserError for a name that is taken or malformed, too high a rank, or too many adapters."""
         check_name(name)
-        if weights.lora.rank > self._rank:
+        if weights.lora.rank > self.rank:
             raise UserError(
-                f"adapter {name}: its rank is {weights.lora.rank}, and there is room for {self._rank}: "
+                f"adapter {name}: its rank is {weights.lora.rank}, and there is room for {self.rank}: "
                 f"start with --max-adapter-rank {weights.lora.rank}"
             )
         with self._loading:
             if name in self._loaded:
                 raise UserError(f"an adapter is named {name} already: unload it first, or choose another name")
-            taken = {adapter.index: adapter for adapter in [*self._used(), *self._loaded.values()]}
-            index = next((index for index in range(1, self._limit + 1) if index not in taken), None)
+            taken = {adapter.index: adapter for adapter in [*self.used(), *self._loaded.values()]}
+            index = next((index for index in range(1, self.limit + 1) if index not in taken), None)
             if index is None:
                 unloaded = [adapter.name for adapter in taken.values() if adapter not in self]
                 way_out = f"wait for the answers of {unloaded[0]}" if unloaded else f"unload one of {self._names()}"
                 raise UserError(
-                    f"adapter {name}: there is room for {self._limit}: {way_out}, or start with "
-                    f"--max-adapters {self._limit + 1}"
+                    f"adapter {name}: there is room for {self.limit}: {way_out}, or start with "
+                    f"--max-adapters {self.limit + 1}"
                 )
-            self._write(index, weights.lora, weights.params)
+            self.write(index, weights.lora, weights.params)
             self._versions += 1
             own_projector = any(parameter.startswith(PROJECTOR) for parameter in weights.params)
-            prompts = weights.prompts or self._base.prompts
+            prompts = weights.prompts or self.base.prompts
             adapter = Adapter(name, prompts, index, self._versions, own_projector, weights.origin, time.time())
             self._loaded[name] = adapter
         return adapter

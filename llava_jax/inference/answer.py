@@ -55,23 +55,16 @@ Sink = Callable[[Piece | BaseException | None], None]  # gets the pieces, then N
 
 class Answer:
     """An answer to a prompt. Iterating yields its pieces as they are generated, unless a `sink` gets them, which is
-    called in the engine's thread.
-
-    Attributes:
-      prefix_tokens: positions of the prompt that the prefix cache held.
-      tokens: ids generated so far, including a stop token.
-      finish_reason: "stop", "length" or "cancelled"; None before the end, and where the request failed.
-      submitted: `time.monotonic()` of `Engine.submit`.
-      first_token_seconds: from then to the first token; None before it.
-    """
+    called in the engine's thread."""
 
     def __init__(self, prompt: PreparedPrompt, sampling: Sampling, sink: Sink | None = None):
         self.prompt, self.sampling = prompt, sampling
-        self.prefix_tokens = 0
-        self.tokens: list[int] = []
+        self.prefix_tokens = 0  # positions of the prompt that the prefix cache held
+        self.tokens: list[int] = []  # ids generated so far, including a stop token
+        # "stop", "length" or "cancelled"; None before the end, and where the request failed.
         self.finish_reason: str | None = None
-        self.submitted = time.monotonic()
-        self.first_token_seconds: float | None = None
+        self.submitted = time.monotonic()  # when `Engine.submit` was called
+        self.first_token_seconds: float | None = None  # from then to the first token; None before it
         self._cancelled = threading.Event()
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
         self._put = sink or self._pieces.put

@@ -4,22 +4,24 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_jax.data.features import TEXT
 from llava_jax.inference.answer import Alternative, Answer, EngineError, Piece, TokenLogprob
-from llava_jax.inference.constraints import ConstraintFailed, Matcher
-from llava_jax.inference.decoding import RowSampling, Sampled, prompt_hash
+from llava_jax.inference.constraints import Constraint, ConstraintFailed
+from llava_jax.inference.decoding import Sampled, prompt_hash
 from llava_jax.inference.detokenization import AnswerStream, token_bytes
-from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt
-from llava_jax.inference.programs import CHUNK_SIZES, Programs, PromptChunk
+from llava_jax.inference.prefix_cache import LruIndex, PrefixCache, PreparedPrompt, common_length
+from llava_jax.inference.programs import CHUNK_SIZES, PIECE, PIECES, Programs, PromptChunk
 from llava_jax.inference.scores import ScoreRules
 
 STEPS = 4  # tokens a dispatch: clients read along, and other requests wait to enter
 PREFILL_POSITIONS = CHUNK_SIZES[-1]  # of prompts, after which the running answers get tokens, too
 STEPS_BETWEEN = 1  # tokens that they get while prompts are left: the time to the first token counts more
 MAX_PADDING = 32  # positions of a chunk
+PATIENCE = 16  # dispatches after a token that a constraint does not allow, in which only such answers get one token
 
 
 @dataclasses.dataclass
@@ -27,10 +29,10 @@ class Running:
     """An answer in a slot."""
 
     answer: Answer
-    slot: int
     stream: AnswerStream
     prompt_hash: int
-    matcher: Matcher | None = None  # of an answer with a constraint
+    matcher: Constraint | None = None  # of an answer with a constraint
+    doubt: int = 0  # dispatches before its tokens are guessed again, see `guesses`
     row: int | None = None  # of the cache, once its prompt has begun
     done: int = 0  # positions of the prompt that the cache holds
 
@@ -42,6 +44,17 @@ class Running:
     def remaining(self) -> int:
         """Positions of the prompt that are not computed yet."""
         return len(self.prompt.tokens) - self.done
+
+    @property
+    def guesses(self) -> bool:
+        """Whether tokens after the next one are generated as if all were allowed, and kept as long as they are.
+
+        A token that is sampled from all of them is the one that is sampled from the allowed ones, if it is one of them;
+        not with top-k, top-p and min-p, which depend on the others, as log probabilities do.
+        """
+        sampling = self.answer.sampling
+        limited = sampling.temperature > 0 and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1, 0)
+        return self.matcher is None or not (limited or sampling.logprobs is not None)
 
     @property
     def tokens(self) -> list[int]:
@@ -59,33 +72,56 @@ class Running:
 class Batch:
     """The answers in all slots. For use from one thread."""
 
-    def __init__(self, programs: Programs, image_tokens: int, rows: int, tiles: int):
-        self._programs, self._image_tokens = programs, image_tokens
-        self._prefix_cache, self._tiles = PrefixCache(rows), LruIndex(tiles)
-        self._free = list(range(programs.slots))[::-1]
+    def __init__(self, programs: Programs):
+        self._programs = programs
+        self._prefix_cache, self._tiles = PrefixCache(programs.rows), LruIndex(programs.images)
         self.running: list[Running] = []
 
     @property
     def full(self) -> bool:
-        return not self._free
+        return len(self.running) == self._programs.slots
 
     def enter(self, answer: Answer) -> None:
         """Takes a free slot."""
         stream = answer.prompt.adapter.prompts.answer_stream(answer.sampling, answer.prompt.request.begun)
-        matcher = answer.sampling.constraint and answer.sampling.constraint.matcher()
-        self.running.append(Running(answer, self._free.pop(), stream, prompt_hash(answer.prompt.tokens), matcher))
+        matcher = answer.sampling.constraint and answer.sampling.constraint.copy()
+        self.running.append(Running(answer, stream, prompt_hash(answer.prompt.tokens), matcher))
 
     def step(self) -> list[Answer]:
         """Computes some positions of prompts, then some tokens of every answer that has begun -> those that ended; an
         answer that failed has no `finish_reason`."""
         ended = [self._end(running, "cancelled") for running in list(self.running) if running.answer.cancelled]
         positions = 0
-        while positions < PREFILL_POSITIONS and (waiting := next((r for r in self.running if not r.tokens), None)):
-            if waiting.row is None:
-                self._begin(waiting)
-            positions += waiting.remaining
-            ended += self._prefill(waiting)
+        while positions < PREFILL_POSITIONS and (prompts := self._next_prompts()):
+            positions += sum(running.remaining for running in prompts)
+            ended += self._prefill(prompts)
         return ended + self._decode([running for running in self.running if running.tokens])
+
+    def _next_prompts(self) -> list[Running]:
+        """The next prompt, or several whose ends are computed in one dispatch, in no more positions than one by one."""
+        waiting = [running for running in self.running if not running.tokens]
+        joined = self._joined(waiting)
+        for running in joined or waiting[:1]:
+            if running.row is None:
+                self._begin(running)
+        return self._joined(joined) or waiting[:1]  # again: one may have lost the row that it begins like
+
+    def _joined(self, waiting: Sequence[Running]) -> list[Running]:
+        """The next prompt and others with it, where that gives the same bits. A prompt that begins like one of these
+        waits: it will find in the cache what both have in common."""
+        joined, alone, free = [], 0, PIECES
+        for running in waiting if self._programs.joins and len(waiting) > 1 else ():
+            contents, known = running.prompt.contents, running.done
+            if running.row is None:
+                known = self._prefix_cache.known(contents)
+                if any(common_length(contents, other.prompt.contents) > known for other in joined):
+                    continue
+            sizes, pieces = chunks(len(contents) - known), -(-(len(contents) - known) // PIECE)
+            if pieces <= free and self._programs.joins.issuperset(sizes):
+                joined, alone, free = [*joined, running], alone + sum(sizes), free - pieces
+            elif not joined:
+                return []
+        return joined if len(joined) > 1 and alone >= PIECES * PIECE else []
 
     def _begin(self, running: Running) -> None:
         """Finds a row for a prompt. Not before its turn: the prompt before it may begin in the same way."""
@@ -95,20 +131,34 @@ class Batch:
         running.row = placement.row
         running.done = running.answer.prefix_tokens = placement.reused
 
-    def _prefill(self, running: Running) -> list[Answer]:
-        """Computes the next chunk of a prompt. The last one gives the first token."""
-        size = chunk_size(running.remaining)
-        length = min(size, running.remaining)
-        rules = self._programs.no_rules[1]
-        if length == running.remaining and running.answer.sampling.changes_scores:
-            rules = self._programs.new_rules(1)
-            if failed := self._set_rules(rules, 0, running):
-                return failed
-        chunk = self._chunk(running, length, size, rules)
-        sampled = self._programs.prefill(chunk, running.answer.sampling.logprobs is not None)
-        running.done += length
-        self._prefix_cache.update(running.row, running.cached)
-        return [] if running.remaining else self._deliver(running, sampled)
+    def _prefill(self, prompts: Sequence[Running]) -> list[Answer]:
+        """Computes the next chunk of a prompt, or all that is left of several. The end of a prompt gives a token."""
+        B, T = shape = (1, chunk_size(prompts[0].remaining)) if len(prompts) == 1 else (PIECES, PIECE)
+        ending = [running for running in prompts if running.remaining <= B * T]
+        changed = [running for running in ending if running.answer.sampling.changes_scores]
+        chunk = PromptChunk.padding(shape, self._programs.new_rules(B) if changed else self._programs.no_rules[B])
+        ended, computed, free = [], [], 0  # `computed`: prompts with their last pieces
+        for running in prompts:
+            starts = range(running.done, min(running.done + B * T, len(running.prompt.tokens)), T)
+            if running in changed and (failed := self._set_rules(chunk.rules, free + len(starts) - 1, running)):
+                ended += failed
+                continue
+            for b, start in enumerate(starts, free):
+                self._set_piece(chunk, b, running, start, T)
+            free += len(starts)
+            computed.append((running, free - 1))
+        if not computed:
+            return ended
+        report = any(running.answer.sampling.logprobs is not None for running, _ in computed)
+        sampled = self._programs.prefill(chunk, report)
+        if ending:
+            sampled = jax.device_get(sampled)
+        for running, b in computed:
+            running.done = min(running.done + B * T, len(running.prompt.tokens))
+            self._prefix_cache.update(running.row, running.cached)
+            if not running.remaining:
+                ended += self._deliver(running, Sampled(*(x[b : b + 1] for x in sampled)))
+        return ended
 
     def _set_rules(self, rules: ScoreRules, row: int, running: Running) -> list[Answer]:
         """Sets the rules of an answer's next token -> the answer, if that failed."""
@@ -121,20 +171,16 @@ class Batch:
         rules.set(row, running.answer.sampling, prompt.tokens, text, running.tokens, mask)
         return []
 
-    def _chunk(self, running: Running, length: int, size: int, rules: ScoreRules) -> PromptChunk:
-        """The next `length` positions of a prompt, padded to `size`. Encodes the tiles that are not cached."""
-        patches, start = self._image_tokens, running.done
-        tokens, features = np.zeros(size, np.int32), np.full(size, TEXT, np.int32)
-        tokens[:length] = running.prompt.tokens[start : start + length]
-        index = running.prompt.image_feature_index[start : start + length]
-        features[:length] = np.minimum(index, TEXT)  # newlines stay
+    def _set_piece(self, chunk: PromptChunk, b: int, running: Running, start: int, size: int) -> None:
+        """Sets piece b to positions of a prompt. Encodes the tiles that are not cached."""
+        prompt, patches, own = running.prompt, self._programs.image_tokens, slice(start, start + size)
+        index = prompt.image_feature_index[own]
+        features = np.minimum(index, TEXT)  # newlines stay
         for tile in np.unique(index[index >= 0] // patches):
-            own = np.flatnonzero(index // patches == tile)
-            features[own] = self._tile(running.prompt, tile) * patches + index[own] % patches
-        sampling = RowSampling.greedy(1)
-        sampling.set(0, running.answer.sampling, running.prompt_hash)
-        numbers = map(np.int32, (start, length, running.row))
-        return PromptChunk(tokens, features, *numbers, sampling, np.int32(running.prompt.adapter.index), rules)
+            of_tile = np.flatnonzero(index // patches == tile)
+            features[of_tile] = self._tile(prompt, tile) * patches + index[of_tile] % patches
+        chunk.set(b, prompt.tokens[own], features, start, running.row, prompt.adapter.index)
+        chunk.sampling.set(b, running.answer.sampling, running.prompt_hash)
 
     def _tile(self, prompt: PreparedPrompt, tile: int) -> int:
         """The index of a tile in the cached features."""
@@ -161,18 +207,18 @@ class Batch:
             length = len(running.prompt.tokens)
             slots.rows[slot], slots.tokens[slot] = running.row, running.tokens[-1]
             slots.positions[slot] = length + len(running.tokens) - 1
-            slots.limits[slot] = length + running.answer.sampling.max_new_tokens - 1
+            longest = running.answer.sampling.max_new_tokens - 1 if running.guesses else len(running.tokens)
+            slots.limits[slot] = length + longest
+            running.doubt = max(0, running.doubt - 1)
             slots.adapters[slot] = running.prompt.adapter.index
             slots.endless[slot] = running.answer.sampling.ignore_eos
             slots.sampling.set(slot, running.answer.sampling, running.prompt_hash)
         report = any(running.answer.sampling.logprobs is not None for running in begun)
-        constrained = any(running.matcher for running in begun)  # what is allowed depends on the token before
-        steps = STEPS if len(begun) == len(self.running) and not constrained else STEPS_BETWEEN
+        several = any(running.guesses and not running.doubt for running in begun)
+        steps = STEPS if len(begun) == len(self.running) and several else STEPS_BETWEEN
         sampled = self._programs.decode(slots, steps, report)
         for slot, running in placed:
             ended += self._deliver(running, Sampled(*(x[slot] for x in sampled)))
-            if running.answer.finish_reason is None:
-                self._prefix_cache.update(running.row, running.cached)
         return ended
 
     def _deliver(self, running: Running, sampled: Sampled) -> list[Answer]:
@@ -183,6 +229,9 @@ class Batch:
         for step, token in enumerate(sampled.tokens.tolist()):
             if token < 0 or running.stream.finished:
                 break
+            if step and running.matcher and not running.matcher.allows(token):
+                running.doubt = PATIENCE
+                break
             running.tokens.append(token)
             texts.append(running.stream.push(token))
             if wanted is not None and not running.stream.stops_at(token):
@@ -192,15 +241,14 @@ class Batch:
         at_limit = len(running.tokens) >= running.answer.sampling.max_new_tokens and not running.stream.finished
         if at_limit:
             texts.append(running.stream.close())
+        self._prefix_cache.update(running.row, running.cached)
         running.answer.give(Piece("".join(texts), logprobs))
         return [self._end(running, "length" if at_limit else "stop")] if running.stream.finished else []
 
     def _end(self, running: Running, reason: str | None, error: EngineError | None = None) -> Answer:
         """Frees the slot. The row of the cache keeps its contents until it is needed."""
         if running.row is not None:
-            self._prefix_cache.update(running.row, running.cached)
             self._prefix_cache.release(running.row)
-        self._free.append(running.slot)
         self.running.remove(running)
         if error:
             running.answer.fail(error)
@@ -224,3 +272,12 @@ def chunk_size(left: int) -> int:
     fitting = [size for size in CHUNK_SIZES if size <= left]
     enough = next((size for size in CHUNK_SIZES if size >= left), None)
     return enough if enough is not None and (not fitting or enough - left <= MAX_PADDING) else fitting[-1]
+
+
+def chunks(left: int) -> list[int]:
+    """The sizes of all its chunks."""
+    sizes = []
+    while left > 0:
+        sizes.append(chunk_size(left))
+        left -= sizes[-1]
+    return sizes

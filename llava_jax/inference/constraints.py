@@ -14,6 +14,7 @@ import numpy as np
 from llava_jax.cli import UserError
 from llava_jax.inference.answer import EngineError
 from llava_jax.inference.prompts import PromptEncoder
+from llava_jax.inference.requests import WORD
 
 MAX_CHARACTERS = 256 << 10  # of a schema, a grammar or all choices
 MAX_REGEX = 4096  # characters
@@ -33,61 +34,58 @@ class ConstraintFailed(EngineError):
 
 
 class Constraint:
-    """A compiled constraint. Raises `UserError` where `grammar` is malformed or takes too much work.
+    """A compiled constraint, an `LLMatcher`, which follows one answer by tokens; `words` is the length of a mask."""
 
-    Args:
-      tokens: of the model, see `Constraints`.
-      grammar: of llguidance.
-      what: the kind of constraint, for errors.
-    """
+    def __init__(self, matcher: Any, words: int):
+        self._matcher, self._words, self._mask = matcher, words, None
 
-    def __init__(self, tokens: Any, grammar: str, what: str):
-        import llguidance
-
-        limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        self._matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
-        if self._matcher.is_error():
-            raise UserError(f"{what}: {_shortened(self._matcher.get_error())}")
-
-    def matcher(self) -> "Matcher":
-        """For one answer."""
-        return Matcher(self._matcher.deep_copy())
-
-
-class Matcher:
-    """The constraint of one answer, token by token."""
-
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def copy(self) -> "Constraint":
+        """For another answer."""
+        return Constraint(self._matcher.deep_copy(), self._words)
 
     def mask(self) -> np.ndarray:
         """Bits of the tokens that are allowed next, uint32[V / 32]. Raises `ConstraintFailed`."""
-        data = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise ConstraintFailed(_shortened(self._matcher.get_error()))
-        return np.frombuffer(data, np.uint32)
+        if self._mask is None:
+            data = self._matcher.compute_bitmask()
+            if self._matcher.is_error():
+                raise ConstraintFailed(_shortened(self._matcher.get_error()))
+            self._mask = np.frombuffer(data, np.uint32, self._words)  # a word more where V is a multiple of 32
+        return self._mask
+
+    def allows(self, token: int) -> bool:
+        """Whether a token is allowed next. False where that takes too much work, for which `mask` raises."""
+        try:
+            return bool(self.mask()[token // WORD] >> token % WORD & 1)
+        except ConstraintFailed:
+            return False
 
     def complete_after(self, token: int) -> bool:
         """Adds an allowed token -> whether nothing can follow."""
+        self._mask = None
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
 
 class Constraints:
-    """Compiles constraints for a model's tokenizer. For use from any thread.
-
-    Args:
-      prompts: of the model.
-      vocabulary: of the model, at least that of its tokenizer.
-    """
+    """Compiles constraints for a model's tokenizer, whose vocabulary may be smaller than the model's. For use from any
+    thread."""
 
     def __init__(self, prompts: PromptEncoder, vocabulary: int):
         self._prompts, self._vocabulary = prompts, vocabulary
         self._lock, self._tokens = threading.Lock(), None
 
     def compile(self, kind: str, value: Any) -> Constraint:
-        """Compiles `value`, which one of `KINDS` describes. Raises `UserError`."""
-        return Constraint(self.tokens(), KINDS[kind](value), kind)
+        """Compiles `value`, which one of `KINDS` describes. Raises `UserError` where it is malformed or takes too much
+        work."""
+        tokens = self.tokens()
+        import llguidance
+
+        limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        grammar = KINDS[kind](llguidance.LLMatcher, value)
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(f"{kind}: {_shortened(matcher.get_error())}")
+        return Constraint(matcher, -(-tokens.vocab_size // WORD))
 
     def tokens(self) -> Any:
         """The vocabulary as llguidance has it; the first call takes a large part of a second. Raises `UserError`."""
@@ -102,37 +100,33 @@ class Constraints:
             return self._tokens
 
 
-def _json(schema: Mapping[str, Any]) -> str:
+# The functions below turn a value into a grammar, with the class `llguidance.LLMatcher`.
+
+
+def _json(matcher: Any, schema: Mapping[str, Any]) -> str:
     """A JSON schema."""
-    import llguidance
-
-    text = _bounded(json.dumps(schema), "json")
-    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    return matcher.grammar_from_json_schema(_bounded(json.dumps(schema), "json"), overrides=JSON_OPTIONS)
 
 
-def _regex(pattern: str) -> str:
+def _regex(matcher: Any, pattern: str) -> str:
     """A regular expression for all of the answer, in Rust's syntax."""
-    import llguidance
-
-    return llguidance.LLMatcher.grammar_from_regex(_bounded(pattern, "regex", MAX_REGEX))
+    return matcher.grammar_from_regex(_bounded(pattern, "regex", MAX_REGEX))
 
 
-def _choice(choices: Sequence[str]) -> str:
+def _choice(matcher: Any, choices: Sequence[str]) -> str:
     """Texts of which the answer is one."""
     if not 0 < len(choices) <= MAX_CHOICES or not all(choices):
         raise UserError(f"choice: it has to be 1 to {MAX_CHOICES} texts that are not empty")
     text = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return _grammar(f"start: {_bounded(text, 'choice')}")
+    return _grammar(matcher, f"start: {_bounded(text, 'choice')}")
 
 
-def _grammar(grammar: str) -> str:
+def _grammar(matcher: Any, grammar: str) -> str:
     """A grammar in Lark's syntax, as llguidance reads it."""
-    import llguidance
-
-    return llguidance.LLMatcher.grammar_from_lark(_bounded(grammar, "grammar"))
+    return matcher.grammar_from_lark(_bounded(grammar, "grammar"))
 
 
-KINDS: dict[str, Callable[[Any], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
+KINDS: dict[str, Callable[[Any, Any], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
 
 
 def _bounded(text: str, what: str, limit: int = MAX_CHARACTERS) -> str:

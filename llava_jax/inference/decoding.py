@@ -198,8 +198,9 @@ def decode(
         hidden_B1D, cache = model.llm.extend(x_B1D, positions_B[:, None], cache, slots.rows)
         logits_BV = model.llm.logits(hidden_B1D[:, 0])
         positions_B += 1
-        tokens_B = sample(ruled(logits_BV, slots.rules, generated.tokens), positions_B, slots.sampling)
-        sampled = with_logprobs(jnp.where(working_B, tokens_B, -1), logits_BV, report, slots.rules)
+        rules = slots.rules and slots.rules.at_step(step)
+        tokens_B = sample(ruled(logits_BV, rules, generated.tokens), positions_B, slots.sampling)
+        sampled = with_logprobs(jnp.where(working_B, tokens_B, -1), logits_BV, report, rules)
         generated = jax.tree.map(lambda all_, new: all_.at[:, step].set(new), generated, sampled)
         stopped_B = jnp.isin(tokens_B, stop_ids)
         if slots.endless is not None:

@@ -27,24 +27,16 @@ class AnswerStream:
 
     `push` and `close` return the text that cannot change any more: no part of a character or of a stop string, and no
     white space at either end of the answer. Together, all that they return is the answer.
-
-    Args:
-      tokenizer: SentencePiece or byte-level BPE.
-      stop_ids: tokens that end the answer.
-      stop_strings: strings that end the answer, also across tokens. Neither they nor stop tokens are part of it.
-      begun: text that the answer continues, with its white space. It is not returned.
-      verbatim: keeps the white space at both ends.
-      special: keeps the text of special tokens.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Collection[int] = (),
-        stop_strings: Sequence[str] = (),
-        begun: str = "",
-        verbatim: bool = False,
-        special: bool = False,
+        tokenizer: PreTrainedTokenizerBase,  # SentencePiece or byte-level BPE
+        stop_ids: Collection[int] = (),  # tokens that end the answer, of which they are no part
+        stop_strings: Sequence[str] = (),  # strings that do, also across tokens
+        begun: str = "",  # text that the answer continues, with its white space; it is not returned
+        verbatim: bool = False,  # keeps the white space at both ends
+        special: bool = False,  # keeps the text of special tokens
     ):
         self.finished = False
         begun = begun or (":" if verbatim else "")  # SentencePiece drops the space before the first word of a text

@@ -15,7 +15,7 @@ import traceback
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, first_device
 from llava_jax.cli import UserError, track
 from llava_jax.data.templates import Template
 from llava_jax.inference.adapters import Adapter, Adapters, UnknownAdapter
@@ -23,7 +23,7 @@ from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueF
 from llava_jax.inference.batch import Batch
 from llava_jax.inference.generate import load_model, mesh_sharding
 from llava_jax.inference.prefix_cache import PreparedPrompt, Text, prepare, prepare_text
-from llava_jax.inference.programs import CHUNK_SIZES, Programs
+from llava_jax.inference.programs import CHUNK_SIZES, PIECES, Programs
 from llava_jax.inference.prompts import PromptEncoder, check_context
 from llava_jax.inference.quantization import check_quantization
 from llava_jax.inference.requests import Request, Sampling
@@ -54,50 +54,38 @@ class UnknownToken(UserError):
 
 
 class Engine:
-    """Args:
-    model: its layers are rearranged for decoding; use it only through the engine from then on.
-    prompts: the tokenizer and template of the model.
-    slots: answers at a time.
-    context: positions of a prompt and its answer; by default as many as the model has.
-    queue: requests that may wait for a slot.
-    kept: rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
-      by default half as many as slots.
-    images: for how many images, or tiles of AnyRes, the features are cached.
-    quantize: "int8" stores the decoder's weights in eight bits.
-    mesh: over which the model's parameters are sharded.
-    adapters: how many adapters can be loaded at a time, into `Engine.adapters`, and
-    adapter_rank: their largest rank. Memory is taken for all of them.
-    """
+    """A model that answers the requests of `submit`, many at a time."""
 
     def __init__(
         self,
-        model: Llava,
-        prompts: PromptEncoder,
+        model: Llava,  # its layers are rearranged for decoding; use it only through the engine from then on
+        prompts: PromptEncoder,  # the tokenizer and template of the model
         *,
-        slots: int = 8,
-        context: int | None = None,
-        queue: int = 64,
+        slots: int = 8,  # answers at a time
+        context: int | None = None,  # positions of a prompt and its answer; by default as many as the model has
+        queue: int = 64,  # requests that may wait for a slot
+        # Rows of the cache besides those of the slots. They keep finished conversations, whose next turns reuse them;
+        # by default half as many as slots.
         kept: int | None = None,
-        images: int = 64,
-        quantize: str | None = None,
-        mesh: Mesh | None = None,
-        adapters: int = 0,
-        adapter_rank: int = 0,
+        images: int = 64,  # for how many images, or tiles of AnyRes, the features are cached
+        quantize: str | None = None,  # "int8" stores the decoder's weights in eight bits
+        mesh: Mesh | None = None,  # over which the model's parameters are sharded
+        adapters: int = 0,  # how many can be loaded at a time, into `Engine.adapters`; memory is taken for all of them
+        adapter_rank: int = 0,  # the largest that they may have
     ):
         check_quantization(quantize)
         self.config = model.config
         longest = self.config.text.max_position_embeddings
         self.context = min(context or longest, longest)
         self.slots, self.ready = slots, False
-        self._rows = slots + (slots // 2 if kept is None else kept)
         most_tiles = self.config.tiling.most_tiles if self.config.tiling else 1
-        self._images = max(images, (CHUNK_SIZES[-1] // self.config.image_tokens + 2) * most_tiles)  # those of a chunk
+        in_a_chunk = (CHUNK_SIZES[-1] // self.config.image_tokens + 2 * min(slots, PIECES)) * most_tiles
         self._programs = Programs(
             model,
             slots=slots,
-            rows=self._rows,
+            rows=slots + (slots // 2 if kept is None else kept),
             positions=self.context,
-            images=self._images,
+            images=max(images, in_a_chunk),
             stop_ids=prompts.stop_ids,
             int8=quantize == "int8",
             mesh=mesh,
@@ -114,7 +102,7 @@ class Engine:
         self._unprobed = False  # whether the sizes of dispatches are to be found out
         self._counts = collections.Counter()
         self._answer_seconds = 1.0  # a moving mean
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -130,7 +118,7 @@ class Engine:
     ) -> "Engine":
         """Loads the weights of a checkpoint in `dtype` (see `generate.default_dtype`), sharded over `mesh` as in
         training. `options` are those of the class."""
-        model = load_model(checkpoint, dtype, mesh and mesh_sharding(checkpoint.config, mesh))
+        model = load_model(checkpoint, dtype, mesh_sharding(checkpoint.config, mesh) if mesh else first_device)
         return cls(model, PromptEncoder.from_checkpoint(checkpoint, template), mesh=mesh, **options)
 
     @property
@@ -208,7 +196,7 @@ class Engine:
 
     def clear_caches(self) -> None:
         """Empties the prefix cache and forgets the features of images. Only while nothing runs."""
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests. Finishes the accepted ones, or cancels them without `drain`; then returns."""
@@ -216,9 +204,6 @@ class Engine:
             self._closing, self._draining, self.ready = True, drain and self._draining, False
             self._changed.notify_all()
         self._thread.join()
-
-    def _new_batch(self) -> Batch:
-        return Batch(self._programs, self.config.image_tokens, self._rows, self._images)
 
     def _used(self) -> set[Adapter]:
         with self._changed:
@@ -238,7 +223,7 @@ class Engine:
                 left = list(self._waiting)
                 self._waiting.clear()
             for answer in left:
-                self._count(answer, failed=True)
+                self._count(answer)
                 answer.fail(EngineClosed("the engine broke down"))
 
     def _step(self) -> None:
@@ -247,7 +232,7 @@ class Engine:
                 self._probe()
             self._enter()
             for answer in self._batch.step():
-                self._count(answer, failed=answer.finish_reason is None)
+                self._count(answer)
         except Exception as error:  # raised by the device: its arrays cannot be trusted any more
             traceback.print_exception(error)
             self._fail(error)
@@ -281,9 +266,9 @@ class Engine:
             answer.finish("cancelled")
             self._count(answer)
 
-    def _count(self, answer: Answer, failed: bool = False) -> None:
+    def _count(self, answer: Answer) -> None:
         with self._changed:
-            outcome = "failed" if failed else "cancelled" if answer.finish_reason == "cancelled" else "finished"
+            outcome = {None: "failed", "cancelled": "cancelled"}.get(answer.finish_reason, "finished")
             self._counts[outcome] += 1
             self._counts["prompt_tokens"] += answer.prompt_tokens
             self._counts["prefix_tokens"] += answer.prefix_tokens
@@ -294,10 +279,10 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         """Fails the running answers, and starts again with empty caches."""
         failed = [running.answer for running in self._batch.running]
-        self._batch = self._new_batch()
+        self._batch = Batch(self._programs)
         for answer in failed:
             failure = EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}")
             failure.__cause__ = error
-            self._count(answer, failed=True)
+            self._count(answer)
             answer.fail(failure)
         self._programs.reset()

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from llava_jax.checkpoint.merged import merged
-from llava_jax.checkpoint.reading import Checkpoint
+from llava_jax.checkpoint.reading import Checkpoint, ShardingOf, first_device
 from llava_jax.cli import UserError
 from llava_jax.data.templates import Template
 from llava_jax.inference import decoding
@@ -45,15 +45,14 @@ STREAM_STEPS = 4  # tokens a dispatch of `Generator.stream`
 HEADROOM = 128  # positions for the answer that a cache has at least when it is made or grows
 
 
-Sharding = Callable[[str], jax.sharding.Sharding]  # of a parameter, by its name
-
-
 def default_dtype() -> jnp.dtype:
     """float32 on CPUs and bfloat16 on other devices."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sharding: Sharding | None = None) -> Llava:
+def load_model(
+    checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sharding: ShardingOf = first_device
+) -> Llava:
     """Loads the weights of a checkpoint in `dtype` (see `default_dtype`), by default on the first device.
 
     Adapters are added to them, so that they cost nothing afterwards.
@@ -63,14 +62,10 @@ def load_model(checkpoint: Checkpoint, dtype: jnp.dtype | str | None = None, sha
     return build(checkpoint.config, params, dtype)
 
 
-def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> Sharding:
+def mesh_sharding(config: LlavaConfig, mesh: Mesh) -> ShardingOf:
     """Shards the parameters over a mesh as training does."""
     shapes = abstract_params(dataclasses.replace(config, base_dtype=""))
     return lambda name: param_sharding(mesh, name, shapes[name].shape)
-
-
-def _on_device(device: jax.Device) -> Sharding:
-    return lambda name: SingleDeviceSharding(device)
 
 
 def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh | None:
@@ -83,69 +78,44 @@ def _mesh(devices: Sequence[jax.Device], axes: Mapping[str, int] | None) -> Mesh
 
 
 class Generator:
-    """A model that answers requests.
-
-    Args:
-      model: its layers are rearranged for decoding; use it only through the generator from then on.
-      prompts: the tokenizer and template of the model.
-      quantize: "int8" stores the weights of the language model in eight bits.
-      adapters: by name; the model has room for them (`models.batched_lora.attach`).
-
-    Attributes:
-      config: of the model.
-      prompts: tokenizes requests and preprocesses images.
-      decoder: the compiled programs; `decoder.compile` adds more.
-      adapters: by name, see `with_adapter`.
-      computing: seconds in which the device computed.
-    """
+    """A model that answers requests."""
 
     def __init__(
         self,
-        model: Llava,
-        prompts: PromptEncoder,
-        quantize: str | None = None,
+        model: Llava,  # its layers are rearranged for decoding; use it only through the generator from then on
+        prompts: PromptEncoder,  # the tokenizer and template of the model
+        quantize: str | None = None,  # "int8" stores the weights of the language model in eight bits
+        # By name; the model has room for them (`models.batched_lora.attach`).
         adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
     ):
-        self.config = model.config
-        self.prompts = prompts
-        self.decoder = decoding.Decoder(model, quantize)
-        self.adapters = Adapters(
+        self.config, self.prompts = model.config, prompts
+        self.decoder = decoding.Decoder(model, quantize)  # the compiled programs; `decoder.compile` adds more
+        self.adapters = Adapters(  # by name, see `with_adapter`
             Adapter("", prompts), len(adapters), max_rank(adapters), self.decoder.set_adapter, used=set
         )
         for name, weights in adapters.items():
             self.adapters.load(name, weights)
         self._adapter = np.zeros(1, np.int32) if adapters else None
-        self.computing = 0.0
+        self.computing = 0.0  # seconds in which the device computed
 
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: Checkpoint,
-        template: Template | None = None,
-        dtype: jnp.dtype | str | None = None,
-        devices: Sequence[jax.Device] = (),
+        checkpoint: Checkpoint,  # its weights are read now
+        template: Template | None = None,  # instead of the checkpoint's
+        dtype: jnp.dtype | str | None = None,  # of weights and computation; see `default_dtype`
+        devices: Sequence[jax.Device] = (),  # the weights are sharded over these; by default they lie on the first one
         *,
-        mesh: Mapping[str, int] | None = None,
-        quantize: str | None = None,
-        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),
+        mesh: Mapping[str, int] | None = None,  # sizes of its axes; by default each layer is split over all devices
+        quantize: str | None = None,  # as that of the class
+        adapters: Mapping[str, AdapterWeights] = MappingProxyType({}),  # of the checkpoint, by name
     ) -> "Generator":
-        """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`).
-
-        Args:
-          checkpoint: its weights are read now.
-          template: instead of the checkpoint's.
-          dtype: of weights and computation; see `default_dtype`.
-          devices: the weights are sharded over these; by default they lie on the first device.
-          mesh: sizes of the axes that the weights are sharded over; by default each layer is split over all devices.
-          quantize: "int8" stores the weights of the language model in eight bits.
-          adapters: of the checkpoint, by name.
-        """
+        """Loads the weights of a checkpoint (`checkpoint.reading.open_checkpoint`)."""
         check_quantization(quantize)
-        sharded, sharding = _mesh(devices, mesh), None
-        if sharded:
+        if sharded := _mesh(devices, mesh):
             sharding = mesh_sharding(checkpoint.config, sharded)
-        elif devices:
-            sharding = _on_device(devices[0])
+        else:
+            sharding = (lambda name: SingleDeviceSharding(devices[0])) if devices else first_device
         model = load_model(checkpoint, dtype, sharding)
         if adapters:
             with jax.default_device(devices[0] if devices else None):

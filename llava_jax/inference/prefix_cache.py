@@ -91,7 +91,7 @@ class PrefixCache:
 
     def allocate(self, contents: np.ndarray) -> Placement:
         """A row for a prompt. At least one row must be idle."""
-        common = [_common_length(held, contents[:-1]) for held in self._contents]  # the last position gives a token
+        common = [common_length(held, contents[:-1]) for held in self._contents]  # the last position gives a token
         best = int(np.argmax(common))
         oldest, reused = next(iter(self._idle)), common[best]
         lost = len(self._contents[best]) - reused
@@ -105,6 +105,10 @@ class PrefixCache:
         self._contents[placement.row] = contents[: placement.reused]
         return placement
 
+    def known(self, contents: np.ndarray) -> int:
+        """The positions of a prompt that are in the cache."""
+        return max(common_length(held, contents[:-1]) for held in self._contents)
+
     def update(self, row: int, contents: np.ndarray) -> None:
         """The row holds these positions now, and other prompts may reuse them."""
         self._contents[row] = contents
@@ -114,7 +118,7 @@ class PrefixCache:
         self._idle[row] = None
 
 
-def _common_length(first: np.ndarray, second: np.ndarray) -> int:
+def common_length(first: np.ndarray, second: np.ndarray) -> int:
     """The length of the common prefix."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])

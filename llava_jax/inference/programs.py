@@ -31,37 +31,46 @@ from llava_jax.models.llava import Llava, Params
 from llava_jax.parallel.sharding import FSDP_RINGS, RULES, axis_sizes, replicated
 
 CHUNK_SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt that are computed at a time
+PIECES, PIECE = 16, 16  # of several prompts, and tokens of each: as many positions as the largest chunk has
+SHAPES = (*((1, size) for size in CHUNK_SIZES), (PIECES, PIECE))  # of the tokens of a dispatch of `prefill`
 ROWS = (2, 4, 8, 16, 32)  # that a dispatch of `decode` may have, besides all slots; CPUs sum differently for one row
 MAX_STEPS = 8  # tokens of an answer that one call of `decode` can generate
 DECODE, ENCODE, COPY = "decode", "encode", "copy"
 
 
 class PromptChunk(NamedTuple):
-    """Consecutive tokens of a prompt, T of `CHUNK_SIZES`."""
+    """Consecutive tokens of a prompt, or B pieces of one or several prompts; [B, T] is one of `SHAPES`."""
 
-    tokens: np.ndarray  # int32[T], 0 in padding
-    features: np.ndarray  # int32[T]: cached tile x P + patch, or TEXT or NEWLINE of `data.features`
-    start: np.ndarray  # int32, the position of the first
-    length: np.ndarray  # int32, without padding
-    row: np.ndarray  # int32, of the cache
-    sampling: RowSampling  # [1]
-    adapter: np.ndarray  # int32, of the prompt, see `models.batched_lora`
-    rules: ScoreRules  # [1], of the token after it
+    tokens: np.ndarray  # int32[B, T], 0 in padding
+    features: np.ndarray  # int32[B, T]: cached tile x P + patch, or TEXT or NEWLINE of `data.features`
+    starts: np.ndarray  # int32[B], the positions of the first tokens
+    lengths: np.ndarray  # int32[B], without padding
+    rows: np.ndarray  # int32[B], of the cache
+    adapters: np.ndarray  # int32[B], of the prompts, see `models.batched_lora`
+    sampling: RowSampling  # [B]
+    rules: ScoreRules  # [B], of the tokens after them
+
+    @classmethod
+    def padding(cls, shape: tuple[int, int], rules: ScoreRules) -> "PromptChunk":
+        """To be set, NumPy arrays."""
+        numbers = np.zeros((4, shape[0]), np.int32)
+        return cls(
+            np.zeros(shape, np.int32), np.full(shape, TEXT, np.int32), *numbers, RowSampling.greedy(shape[0]), rules
+        )
+
+    def set(self, b: int, tokens: np.ndarray, features: np.ndarray | int, start: int, row: int, adapter: int) -> None:
+        """Sets piece b."""
+        length = len(tokens)
+        self.tokens[b, :length], self.features[b, :length] = tokens, features
+        self.starts[b], self.lengths[b], self.rows[b], self.adapters[b] = start, length, row, adapter
 
 
 class Programs:
     """The programs below compiled for a model, with the KV cache and the cached features of images.
 
-    Args:
-      model: its layers are rearranged for decoding.
-      slots, rows, images: B, C (at least B) and I; S is at least `positions`.
-      stop_ids: tokens that end answers.
-      int8: whether the decoder's weights are stored in eight bits, see `inference.quantization`.
-      mesh: over which the model's parameters are sharded.
-      adapters, adapter_rank: how many adapters, of which rank, there is room for, see `models.batched_lora`.
-
     Attributes:
       sizes: rows that a dispatch of `decode` may have; all slots, and after `find_sizes` also fewer.
+      joins: of `CHUNK_SIZES`, whose positions may be pieces of a dispatch with other prompts; see `find_sizes`.
       no_rules: for so many rows, on the device.
 
     Raises `UserError` where the cache does not fit into memory.
@@ -69,17 +78,17 @@ class Programs:
 
     def __init__(
         self,
-        model: Llava,
+        model: Llava,  # its layers are rearranged for decoding
         *,
-        slots: int,
-        rows: int,
-        positions: int,
-        images: int,
-        stop_ids: list[int],
-        int8: bool = False,
-        mesh: Mesh | None = None,
-        adapters: int = 0,
-        adapter_rank: int = 0,
+        slots: int,  # B
+        rows: int,  # C, at least B
+        positions: int,  # S, which is rounded up
+        images: int,  # I
+        stop_ids: list[int],  # tokens that end answers
+        int8: bool = False,  # whether the decoder's weights are stored in eight bits, see `inference.quantization`
+        mesh: Mesh | None = None,  # over which the model's parameters are sharded
+        adapters: int = 0,  # how many there is room for, see `models.batched_lora`
+        adapter_rank: int = 0,  # the largest that they may have
     ):
         text = model.config.text
         if adapters:
@@ -87,9 +96,10 @@ class Programs:
         model.unstack_layers(transposed=slots == 1 and not int8)
         if int8:
             quantize_decoder(model.llm)
-        self.slots, self.positions, self.vocabulary = slots, -(-positions // BLOCK) * BLOCK, text.vocab_size
+        self.slots, self.rows, self.positions = slots, rows, -(-positions // BLOCK) * BLOCK
+        self.images, self.image_tokens, self.vocabulary = images, model.config.image_tokens, text.vocab_size
         self._weights, self._structure = jax.tree.flatten(model)
-        self._compiled: dict[str | int, Callable] = {}
+        self._compiled: dict[str | tuple[int, int], Callable] = {}
         self._compiling = threading.Lock()
 
         entries = jax.ShapeDtypeStruct(
@@ -99,7 +109,7 @@ class Programs:
         )
         self._check_memory(2 * text.num_layers, entries, mesh)
         cache = KVCache(*((entries,) * text.num_layers for _ in "kv"))
-        features_shape = (images, model.config.image_tokens, text.hidden_size)
+        features_shape = (images, self.image_tokens, text.hidden_size)
         features = jax.ShapeDtypeStruct(features_shape, model.dtype, sharding=mesh and replicated(mesh))
         image = np.zeros((model.config.vision.image_size, model.config.vision.image_size, 3), np.uint8)
         self._shapes = cache, features
@@ -107,21 +117,20 @@ class Programs:
 
         number, flag = np.int32(0), np.bool(False)
         # Not committed to a device: the compiler chooses how they are sharded over a mesh.
-        self.sizes = [slots]
+        self.sizes, self.joins = [slots], set()
         fewer = [size for size in ROWS if size < slots]
-        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in {1, *fewer, slots}}
+        self.no_rules = {rows: jax.tree.map(jnp.asarray, self.new_rules(rows)) for rows in {1, PIECES, *fewer, slots}}
         # Each with its arguments after the model, of which the first is donated.
-        self._programs: dict[str | int, tuple] = {
+        self._programs: dict[str | tuple[int, int], tuple] = {
             ENCODE: (encode, features, image, number, number),
             COPY: (copy, cache, number, number),
         }
         for size in (*fewer, slots):
             some_slots, program = self.idle_slots(size), functools.partial(decode, max_steps=MAX_STEPS)
             self._programs[f"{DECODE} {size}"] = (program, cache, some_slots, self._stop_ids, number, flag)
-        for size in CHUNK_SIZES:
-            zeros = np.zeros(size, np.int32)
-            chunk = PromptChunk(zeros, zeros, number, number, number, RowSampling.greedy(1), number, self.new_rules(1))
-            self._programs[size] = (prefill, cache, features, chunk, flag)
+        for shape in SHAPES if slots > 1 else SHAPES[:-1]:
+            chunk = PromptChunk.padding(shape, self.new_rules(shape[0]))
+            self._programs[shape] = (prefill, cache, features, chunk, flag)
         self.names = list(self._programs)
         self.reset()
 
@@ -148,18 +157,30 @@ class Programs:
         return Slots(tokens, idle, limits, places, RowSampling.greedy(rows), adapters, rules, endless)
 
     def find_sizes(self) -> None:
-        """Finds out with how many rows a dispatch gives the same bits as one with all slots: texts must not depend on
-        other requests. Overwrites a row of the cache."""
-        if min(ROWS) >= self.slots:
+        """Finds out with how many rows a dispatch gives the same bits as one with all slots, and which chunks of a
+        prompt give those of pieces: texts must not depend on other requests. Overwrites a row of the cache."""
+        if self.slots == 1:
             return
         tokens = np.random.default_rng(0).integers(0, self.vocabulary, CHUNK_SIZES[-1], np.int32)
+        some = tokens[: 4 * PIECE]
+        pieces = self._probe_prompt((PIECES, PIECE), some)
+        self.joins = {size for size in CHUNK_SIZES if self._probe_prompt((1, size), some) == pieces}
+        self._probe_prompt((1, len(tokens)), tokens)
         length = min(len(tokens), self.positions - MAX_STEPS)
-        numbers = (np.int32(0), np.int32(length), np.int32(0))
-        text = np.full(len(tokens), TEXT, np.int32)
-        self.prefill(PromptChunk(tokens, text, *numbers, RowSampling.greedy(1), np.int32(0), self.no_rules[1]), True)
         expected = self._probe(self.slots, tokens[0], length)
         same = [size for size in ROWS if size < self.slots and self._probe(size, tokens[0], length) == expected]
         self.sizes = [*same, self.slots]
+
+    def _probe_prompt(self, shape: tuple[int, int], tokens: np.ndarray) -> list[bytes]:
+        """What a prompt gives in dispatches of a shape: the next token, log probabilities, keys and values."""
+        B, T = shape
+        for first in range(0, len(tokens), B * T):
+            chunk = PromptChunk.padding(shape, self.no_rules[B])
+            for b, start in enumerate(range(first, min(first + B * T, len(tokens)), T)):
+                chunk.set(b, tokens[start : start + T], TEXT, start, 0, 0)
+            sampled = self.prefill(chunk, True)
+        held = (x_CKSH[0, :, : len(tokens)] for x_CKSH in jax.tree.leaves(self.cache))
+        return [np.asarray(x).tobytes() for x in (*(x[b] for x in sampled), *held)]
 
     def _probe(self, rows: int, token: int, position: int) -> bytes:
         """The tokens and log probabilities that follow the one at a position of the cache's first row."""
@@ -174,7 +195,7 @@ class Programs:
             lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), self._shapes
         )
 
-    def compile(self, name: str | int) -> Callable:
+    def compile(self, name: str | tuple[int, int]) -> Callable:
         """The program of one of `names` without its first argument, the model. Compiled at the first call."""
         with self._compiling:
             if name not in self._compiled:
@@ -198,9 +219,9 @@ class Programs:
         self.features = self.compile(ENCODE)(self.features, image, np.int32(index), np.int32(adapter))
 
     def prefill(self, chunk: PromptChunk, report: bool) -> Sampled:
-        """Computes a chunk of a prompt -> the token after it, [1]."""
-        sampled, self.cache = self.compile(len(chunk.tokens))(self.cache, self.features, chunk, np.bool(report))
-        return jax.device_get(sampled)
+        """Computes a chunk of prompts -> the tokens after its pieces, [B], on the device: most are not needed."""
+        sampled, self.cache = self.compile(chunk.tokens.shape)(self.cache, self.features, chunk, np.bool(report))
+        return sampled
 
     def decode(self, slots: Slots, steps: int, report: bool) -> Sampled:
         """Generates at most `steps` tokens in every slot, as many as one of `sizes` -> [B, MAX_STEPS]."""
@@ -222,19 +243,20 @@ def encode(model: Llava, features_IPD: jax.Array, image: jax.Array, index: jax.A
 def prefill(
     model: Llava, cache: KVCache, features_IPD: jax.Array, chunk: PromptChunk, report: jax.Array
 ) -> tuple[Sampled, KVCache]:
-    """Adds a chunk of a prompt to its row of the cache -> the token after it, [1], and the cache."""
-    batched_lora.use(model, chunk.adapter[None])
-    x_TD = model.embed(chunk.tokens[None])[0]
-    features_TD = features_IPD.reshape(-1, features_IPD.shape[-1])[jnp.maximum(chunk.features, 0)]
-    x_TD = jnp.where(chunk.features[:, None] >= 0, features_TD, x_TD)
-    x_TD = model.place_newlines(x_TD, chunk.features)
-    steps_T = jnp.arange(len(chunk.tokens))
-    positions_T = jnp.where(steps_T < chunk.length, chunk.start + steps_T, cache.size)
-    hidden_1TD, cache = model.llm.extend(x_TD[None], positions_T[None], cache, chunk.row[None])
-    logits_1V = model.llm.logits(hidden_1TD[:, chunk.length - 1])
-    scores_1V = ruled(logits_1V, chunk.rules, jnp.full((1, 1), -1))
-    tokens_1 = sample(scores_1V, (chunk.start + chunk.length)[None], chunk.sampling)
-    return with_logprobs(tokens_1, logits_1V, report, chunk.rules), cache
+    """Adds pieces of prompts to their rows of the cache -> the tokens after them, [B], and the cache."""
+    batched_lora.use(model, chunk.adapters)
+    (B, T), starts_B1, lengths_B1 = chunk.tokens.shape, chunk.starts[:, None], chunk.lengths[:, None]
+    x_BTD = model.embed(chunk.tokens)
+    features_BTD = features_IPD.reshape(-1, features_IPD.shape[-1])[jnp.maximum(chunk.features, 0)]
+    x_BTD = jnp.where(chunk.features[:, :, None] >= 0, features_BTD, x_BTD)
+    x_BTD = model.place_newlines(x_BTD, chunk.features)
+    steps_1T = jnp.arange(T)[None]
+    positions_BT = jnp.where(steps_1T < lengths_B1, starts_B1 + steps_1T, cache.size)
+    hidden_BTD, cache = model.llm.extend(x_BTD, positions_BT, cache, chunk.rows)
+    logits_BV = model.llm.logits(hidden_BTD[jnp.arange(B), chunk.lengths - 1])
+    scores_BV = ruled(logits_BV, chunk.rules, jnp.full((B, 1), -1))
+    tokens_B = sample(scores_BV, chunk.starts + chunk.lengths, chunk.sampling)
+    return with_logprobs(tokens_B, logits_BV, report, chunk.rules), cache
 
 
 def copy(model: Llava, cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:

@@ -34,20 +34,16 @@ class Prompt(NamedTuple):
 
 
 class PromptEncoder:
-    """Turns requests into token ids and preprocessed images, and token ids into text.
-
-    Args:
-      config: of the model.
-      tokenizer: of the model.
-      template: of conversations.
-      end_ids: tokens that end an answer, besides the tokenizer's EOS and the template's end mark.
-    """
+    """Turns requests into token ids and preprocessed images, and token ids into text."""
 
     def __init__(
-        self, config: LlavaConfig, tokenizer: PreTrainedTokenizerBase, template: Template, end_ids: Sequence[int] = ()
+        self,
+        config: LlavaConfig,  # of the model, as is the tokenizer
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,  # of conversations
+        end_ids: Sequence[int] = (),  # tokens that end an answer, besides EOS and the template's end mark
     ):
-        self.config = config
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.template = with_im_start_end(template, config.im_start_end)
         self.stop_strings = stop_strings(template)
         self.stop_ids = sorted({*_stop_ids(tokenizer, self.stop_strings), *end_ids})
@@ -104,9 +100,8 @@ class PromptEncoder:
     def answer_stream(self, sampling: Sampling, begun: str = "") -> AnswerStream:
         """Decodes the tokens of an answer that continues `begun`."""
         stop_ids = [*(() if sampling.ignore_eos else self.stop_ids), *sampling.stop_token_ids]
-        constrained = (
-            sampling.constraint is not None
-        )  # special tokens are in the answer only if the constraint has them
+        # Special tokens are in the answer only if the constraint has them.
+        constrained = sampling.constraint is not None
         verbatim = sampling.verbatim or constrained
         stops = [*(() if sampling.ignore_eos or verbatim else self.stop_strings), *sampling.stop]
         return AnswerStream(self.tokenizer, stop_ids, stops, begun, verbatim, special=constrained)

@@ -8,6 +8,7 @@ from llava_jax.cli import UserError
 from llava_jax.models.config import QUANTIZATIONS
 from llava_jax.models.layers import broadcast_last, finish
 from llava_jax.models.llama import Llama, replace_linears
+from llava_jax.models.quantized import quantize_int8
 
 
 def check_quantization(quantize: str | None) -> None:
@@ -23,7 +24,7 @@ class Int8Linear(nnx.Module):
     """
 
     def __init__(self, kernel: jax.Array, bias: nnx.Param | None = None, lora: nnx.Module | None = None):
-        quantized, scale = quantize(kernel)
+        quantized, scale = jax.jit(quantize_int8)(kernel)
         self.kernel, self.scale, self.bias, self.lora = nnx.Param(quantized), nnx.Param(scale), bias, lora
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
@@ -37,14 +38,6 @@ class Int8Linear(nnx.Module):
         """The product without the bias, in float32."""
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return y * broadcast_last(self.scale[...], y)
-
-
-@jax.jit
-def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[in, out] -> int8[in, out] and float32[out], whose product approximates it."""
-    kernel = kernel.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(kernel).max(axis=0) / 127, jnp.finfo(jnp.float32).tiny)
-    return jnp.round(kernel / scale[None]).astype(jnp.int8), scale
 
 
 def quantize_decoder(llm: Llama) -> None:

@@ -17,29 +17,16 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20  # alternatives to a token
 MAX_BIASES = 1024  # of `Sampling.logit_bias`
-ENGINE_ONLY = {  # fields of `Sampling`, with the values that ask for nothing
-    "logprobs": None,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": (),
-    "stop_token_ids": (),
-    "ignore_eos": False,
-    "constraint": None,
-    "verbatim": False,
-}
+WORD = 32  # tokens whose bits are in a number of a mask
+ENGINE_ONLY = ("logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+ENGINE_ONLY += ("stop_token_ids", "ignore_eos", "constraint", "verbatim")  # fields of `Sampling`
 
 
 class PreparedImage(NamedTuple):
-    """A preprocessed image, see `PromptEncoder.read`.
+    """A preprocessed image, see `PromptEncoder.read`."""
 
-    Attributes:
-      tiles: uint8[tiles, H, W, 3]; one tile without AnyRes.
-      features: what it has in the sequence.
-    """
-
-    tiles: np.ndarray
-    features: Features
+    tiles: np.ndarray  # uint8[tiles, H, W, 3]; one tile without AnyRes
+    features: Features  # what it has in the sequence
 
 
 ImageInput = Image.Image | PreparedImage | str | os.PathLike
@@ -48,20 +35,14 @@ ImageInput = Image.Image | PreparedImage | str | os.PathLike
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A conversation that the model answers.
+    """A conversation that the model answers."""
 
-    Attributes:
-      turns: (role, text) of the conversation as `data.conversation.render` takes them; the last is the user's. Each
-        `<image>` in a text is the place of an image. For models that were trained with images before the text,
-        `PromptEncoder` moves these marks there.
-      images: one for each `<image>`, in order. Give an image that occurs several times as the same path or object: it
-        is then read once.
-      begun: text that the answer continues. It is not part of the answer.
-    """
-
+    # (role, text) as `data.conversation.render` takes them; the last is the user's. Each `<image>` in a text is the
+    # place of an image. For models that were trained with images before the text, `PromptEncoder` moves it there.
     turns: Sequence[tuple[str, str]]
+    # One for each `<image>`, in order. One that occurs several times as the same path or object is read once.
     images: Sequence[ImageInput] = ()
-    begun: str = ""
+    begun: str = ""  # text that the answer continues, and that is not part of it
 
     def __str__(self) -> str:
         question = " ".join(self.turns[-1][1].split()) if self.turns else ""
@@ -70,49 +51,29 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled, and how many at most.
+    """How tokens are sampled, and how many at most. Raises `UserError` for values out of range."""
 
-    Attributes:
-      temperature: 0 is greedy: the most likely token is taken.
-      top_p: samples among the most likely tokens whose probabilities together reach it (Holtzman et al. 2020).
-      seed: equal seeds give equal answers to equal prompts.
-      max_new_tokens: of an answer.
-      top_k: samples among this many most likely tokens; 0 for no limit.
-      stop: strings that end the answer, besides those of the template. They are not part of the answer.
-      min_p: samples among the tokens that have at least this share of the most likely one's probability (Nguyen et al.
-        2024), after `top_k` and `top_p`.
-
-    Only the engine (`inference.engine`) takes these:
-      logprobs: how many alternatives to each token are reported, None for no report.
-      repetition_penalty: scores of tokens of the prompt and of the answer are divided by it, negative ones multiplied
-        (Keskar et al. 2019).
-      presence_penalty: is subtracted from the scores of tokens of the answer.
-      frequency_penalty: is subtracted from them for each time that a token was generated.
-      logit_bias: (token, what is added to its score), before the penalties.
-      stop_token_ids: tokens that end the answer, besides those of the template.
-      ignore_eos: neither the stop tokens nor the end mark of the template end the answer.
-      constraint: what the answer has to look like, see `inference.constraints`.
-      verbatim: white space at both ends and the text of the template's end mark are part of the answer; they always are
-        with a constraint.
-
-    Raises `UserError` for values out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 512
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
+    temperature: float = 0.0  # 0 is greedy: the most likely token is taken
+    top_p: float = 1.0  # samples among the most likely tokens that together reach it (Holtzman et al. 2020)
+    seed: int = 0  # equal seeds give equal answers to equal prompts
+    max_new_tokens: int = 512  # of an answer
+    top_k: int = 0  # samples among this many most likely tokens; 0 for no limit
+    stop: tuple[str, ...] = ()  # strings that end the answer, besides those of the template; they are not part of it
+    # Samples among the tokens that have at least this share of the most likely one's probability (Nguyen et al. 2024),
+    # after `top_k` and `top_p`.
     min_p: float = 0.0
-    logprobs: int | None = None
+
+    # Only the engine (`inference.engine`) takes these.
+    logprobs: int | None = None  # how many alternatives to each token are reported, None for no report
+    # Scores of tokens of the prompt and of the answer are divided by it, negative ones multiplied (Keskar et al. 2019).
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    constraint: "Constraint | None" = None
+    presence_penalty: float = 0.0  # is subtracted from the scores of tokens of the answer
+    frequency_penalty: float = 0.0  # is subtracted from them for each time that a token was generated
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score), before the penalties
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end the answer, besides those of the template
+    ignore_eos: bool = False  # neither the stop tokens nor the end mark of the template end the answer
+    constraint: "Constraint | None" = None  # what the answer has to look like, see `inference.constraints`
+    # White space at both ends and the text of the template's end mark are part of the answer; always with a constraint.
     verbatim: bool = False
 
     def __post_init__(self) -> None:
@@ -149,8 +110,7 @@ class Sampling:
 
     def check_plain(self) -> None:
         """Raises `UserError` for options that only the engine takes."""
-        if self != dataclasses.replace(self, **ENGINE_ONLY):
-            names = [name for name, neutral in ENGINE_ONLY.items() if getattr(self, name) != neutral]
+        if names := [name for name in ENGINE_ONLY if getattr(self, name) != getattr(Sampling, name)]:
             raise UserError(f"sampling with {', '.join(names)} needs the engine: llava_jax.inference.engine.Engine")
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.inference.requests import MAX_BIASES, Sampling
+from llava_jax.inference.requests import MAX_BIASES, WORD, Sampling
 
-WORD = 32  # tokens whose bits are in a number of `ScoreRules.allowed`
+ALL = np.uint32(0xFFFFFFFF)  # of a word
 
 
 class ScoreRules(NamedTuple):
@@ -33,7 +33,7 @@ class ScoreRules(NamedTuple):
         """Rules that change nothing, as NumPy arrays for `set`."""
         return cls(
             np.zeros((), bool),
-            np.full((rows, -(-vocabulary // WORD)), 0xFFFFFFFF, np.uint32),
+            np.full((rows, -(-vocabulary // WORD)), ALL),
             np.full((rows, MAX_BIASES), vocabulary, np.int32),
             np.zeros((rows, MAX_BIASES), np.float32),
             np.full((rows, positions), vocabulary, np.int32),
@@ -44,22 +44,13 @@ class ScoreRules(NamedTuple):
     def set(
         self,
         row: int,
-        sampling: Sampling,
-        prompt: np.ndarray,
-        is_text: np.ndarray,
-        answer: Sequence[int],
-        mask: np.ndarray | None,
+        sampling: Sampling,  # has the biases and penalties
+        prompt: np.ndarray,  # tokens int32[L]
+        is_text: np.ndarray,  # bool[L], false where an image is
+        answer: Sequence[int],  # the tokens that are generated so far
+        mask: np.ndarray | None,  # bits of the allowed tokens, uint32[V / 32]; None for all
     ) -> None:
-        """Sets the rules of a row.
-
-        Args:
-          row: of the arrays.
-          sampling: has the biases and penalties.
-          prompt: tokens int32[L].
-          is_text: bool[L], false where an image is.
-          answer: the tokens that are generated so far.
-          mask: bits of the allowed tokens, uint32[V / 32]; None for all.
-        """
+        """Sets the rules of a row of the arrays."""
         self.active[...] = True
         for number, (token, bias) in enumerate(sampling.logit_bias):
             self.biased[row, number], self.biases[row, number] = token, bias
@@ -69,6 +60,10 @@ class ScoreRules(NamedTuple):
         self.penalties[row] = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
         if mask is not None:
             self.allowed[row] = mask
+
+    def at_step(self, step: jax.Array) -> "ScoreRules":
+        """Of a token of a dispatch. What is allowed after the first one depends on it, and only the host knows."""
+        return self._replace(allowed=jnp.where(step > 0, ALL, self.allowed))
 
 
 def ruled(logits_BV: jax.Array, rules: ScoreRules | None, new_BM: jax.Array) -> jax.Array:

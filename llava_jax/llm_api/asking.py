@@ -193,9 +193,8 @@ def _ask_in_batches(work: Work, tasks: Sequence[Task], ledger: Ledger, what: str
 
     def next_of(name: str) -> Request | Outcome:
         if name not in by_name:
-            raise UserError(
-                f"{ledger.path}: awaits an answer to {name}, which is not asked here; choose another directory"
-            )
+            what = f"awaits an answer to {name}, which is not asked here"
+            raise UserError(f"{ledger.path}: {what}; choose another directory")
         if name in given_up:
             return Outcome(None, None, f"{REFUSED}: {given_up[name]}")
         step = _next(ledger, by_name[name], work.attempts)

@@ -5,6 +5,7 @@ the server's id of a batch, the next process finds that batch on the server by i
 """
 
 import asyncio
+import itertools
 import json
 import secrets
 import sys
@@ -56,9 +57,8 @@ def run_batches(
         async with batches.api:
             refused = await batches.collect()  # of an earlier run
             while held := batches.make(requests(refused)):
-                say(
-                    f"{prefix}{held} requests go out in batches; interrupted, the same command resumes", file=sys.stderr
-                )
+                what = f"{held} requests go out in batches; interrupted, the same command resumes"
+                say(f"{prefix}{what}", file=sys.stderr)
                 refused = await batches.collect()
 
     asyncio.run(rounds())
@@ -127,12 +127,10 @@ class Batches:
 
     async def _send(self, batch: Batch) -> str:
         """The server's id of a batch, which is created unless the server has it: a failed try may have created it."""
-        failures = 0
-        while True:
+        for failures in itertools.count(1):
             try:
                 return await self._find(batch) or await self._create(batch)
             except ERRORS as error:
-                failures += 1
                 if failures == TRIES or _permanent(error):
                     raise self._error(error) from error
                 await asyncio.sleep(backoff(failures))

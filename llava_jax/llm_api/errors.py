@@ -18,13 +18,12 @@ FILTER = re.compile(
     r"content.?(filter|policy|management)|moderation|flagged|data.?inspection|inappropriate content|safety system",
     re.IGNORECASE,
 )
-WRONG = (
-    "invalid_request", "invalid_argument", "context_length", "context length", "unsupported", "not supported",
-    "unrecognized", "not permitted",
-)  # fmt: skip
-RATE = (
-    "rate limit", "rate_limit", "ratelimit", "too many requests", "resource_exhausted", "overloaded", "throttl", "qps",
-)  # fmt: skip
+WRONG = re.compile(
+    r"invalid_(request|argument)|context[_ ]length|unsupported|not supported|unrecognized|not permitted", re.IGNORECASE
+)
+RATE = re.compile(
+    rf"rate[_ ]?limit|too many requests|resource_exhausted|overloaded|throttl|qps|{NO_CREDIT}|\b429\b", re.IGNORECASE
+)
 CODES = ("code", "status", "status_code", "statusCode", "http_code", "http_status")  # fields that may hold a status
 STATUS = re.compile(r"[45][0-9]{2}(?:\.0)?")
 MESSAGES = ("message", "msg", "detail", "error_msg", "status_msg")
@@ -115,9 +114,9 @@ def _status(error: Mapping[str, Any], message: str) -> int:
         if STATUS.fullmatch(str(error.get(name))):
             return int(float(error[name]))
     words = " ".join(str(error.get(name)) for name in ("code", "type", "status", "error")) + f" {message}"
-    if any(word in words.lower() for word in (*RATE, NO_CREDIT)) or re.search(r"\b429\b", words):
+    if RATE.search(words):
         return 429
-    return 400 if FILTER.search(words) or any(word in words.lower() for word in WRONG) else UNKNOWN
+    return 400 if FILTER.search(words) or WRONG.search(words) else UNKNOWN
 
 
 def unlisted(value: Any) -> Any:

@@ -119,12 +119,8 @@ class Ledger:
             yield
             return
         self.db.execute("BEGIN IMMEDIATE")
-        try:
+        with self.db:  # commits, or rolls back after an exception
             yield
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
 
     def identify(self, identity: dict[str, Any]) -> None:
         """Makes it the ledger of this work.

@@ -56,11 +56,8 @@ def add_output_arguments(parser: argparse.ArgumentParser, holds: str) -> None:
     """Adds the options for the results and the ledger beside them. `holds` says what a line of the results is."""
     add = parser.add_argument
     add("--output", required=True, metavar="F", help=f"JSONL of {holds}")
-    add(
-        "--ledger",
-        metavar="DIR",
-        help="directory of the ledger of all requests, on a local disk (default: OUTPUT.ledger)",
-    )
+    add("--ledger", metavar="DIR",
+        help="directory of the ledger of all requests, on a local disk (default: OUTPUT.ledger)")  # fmt: skip
 
 
 def ledger_directory(args: argparse.Namespace) -> Path:

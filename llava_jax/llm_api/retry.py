@@ -41,20 +41,16 @@ class Retry:
                 return answer
             except TransientError as error:
                 if error.refusal:  # the rate limit delays the next attempt
-                    self._check_patience(error)
-                    continue
+                    if time.monotonic() - self.answered_at <= self.patience:
+                        continue
+                    message = f"only refusals for {self.patience:.0f} s ({error}); the same command resumes"
+                    raise UserError(f"{self.server}: {message}") from error
                 failures += 1
                 if failures >= self.tries:
                     if self.answered_at > begin:
                         raise Refused(SERVER_ERROR, str(error)) from error
                     raise UserError(f"{self.server}: gives no answer ({error}); the same command resumes") from error
                 await self.stop.interrupts(asyncio.sleep(backoff(failures)))
-
-    def _check_patience(self, error: TransientError) -> None:
-        if time.monotonic() - self.answered_at > self.patience:
-            raise UserError(
-                f"{self.server}: only refusals for {self.patience:.0f} s ({error}); the same command resumes"
-            ) from error
 
 
 def backoff(failures: int) -> float:

@@ -57,37 +57,27 @@ class Transport:
 
     async def _whole(self, request: Request) -> tuple[Any, Mapping[str, str]]:
         """A completion, and the headers of its response."""
-        # As chat.completions.create, which spends more time on checking messages and answer than all the rest takes.
-        response = await self.api.post(
-            PATH, cast_to=httpx2.Response, content=self._body(request), options=self._options(request)
-        )
+        response = await self._post(request, cast_to=httpx2.Response)
         return read_json(response.content), response.headers
 
     async def _streamed(self, request: Request) -> tuple[Any, Mapping[str, str]]:
         """The same of a streamed answer, joined to a completion."""
-        async with await self.api.post(
-            PATH,
-            cast_to=object,
-            content=self._body(request),
-            options=self._options(request),
-            stream=True,
-            stream_cls=openai.AsyncStream[object],
-        ) as stream:
+        how = {"stream": True, "stream_cls": openai.AsyncStream[object]}
+        async with await self._post(request, cast_to=object, **how) as stream:
             headers = stream.response.headers
             if "event-stream" not in headers.get("content-type", "event-stream"):  # an error, or a server without it
                 return read_json(await stream.response.aread()), headers
             return join_chunks([chunk async for chunk in stream]), headers
 
-    def _body(self, request: Request) -> bytes:
-        return b'{"messages": %b, %b' % (request.messages_json, self._rest)  # messages are encoded only once
+    async def _post(self, request: Request, **how: Any) -> Any:
+        """As chat.completions.create, which spends more time on checking messages and answer than all the rest takes.
 
-    def _options(self, request: Request) -> dict[str, Any]:
-        return {"headers": {"Idempotency-Key": idempotency_key(self.settings.model, request)}}
-
-
-def idempotency_key(model: str, request: Request) -> str:
-    """The same for every try of a request, also by later processes: gateways that know such keys charge it once."""
-    return hashlib.sha256(json.dumps([model, request.task, request.attempt, request.prompt_hash]).encode()).hexdigest()
+        Each try of a request has the same key, also by later processes: gateways that know such keys charge it once.
+        """
+        key = [self.settings.model, request.task, request.attempt, request.prompt_hash]
+        headers = {"Idempotency-Key": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
+        body = b'{"messages": %b, %b' % (request.messages_json, self._rest)  # messages are encoded only once
+        return await self.api.post(PATH, content=body, options={"headers": headers}, **how)
 
 
 def first_cause(error: BaseException) -> str:

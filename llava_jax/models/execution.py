@@ -1,6 +1,7 @@
 """How a forward pass is carried out: attention backend, rematerialization, sharding. Results do not depend on it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -74,10 +75,7 @@ class Execution:
         window: int | None = None,
     ) -> jax.Array:
         """`models.attention.attention`, in which each device computes its heads."""
-
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-            return attention(q, k, v, segment_ids, window, backend=self.attention, packed=self.packed)
-
+        local = functools.partial(attention, window=window, backend=self.attention, packed=self.packed)
         if self.tensor == 1:
             return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         # The compiler cannot split kernels: if the heads do not divide, every device computes all of them.

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from llava_jax.cli import UserError, shown
@@ -25,6 +25,16 @@ def get(config: Json, field: str, default: Any, where: str) -> Any:
     if type(value) is not type(default):
         raise UserError(f"{where}: {field} is {shown(value)}; only one {type(default).__name__} is supported")
     return value
+
+
+def get_all(config: Json, defaults: Json, where: str) -> Json:
+    """Several fields as `get`, by the names and with the defaults of `defaults`, which are those of our classes."""
+    return {name: get(config, _WORDS.get(name, name), default, where) for name, default in defaults.items()}
+
+
+def in_hf(config: Any, names: Iterable[str]) -> Json:
+    """Fields of one of our configurations as transformers calls them: the inverse of `get_all`."""
+    return {_WORDS.get(name, name): getattr(config, name) for name in names}
 
 
 def require(config: Json, fixed: Json, where: str) -> None:
@@ -57,11 +67,7 @@ def in_words_of_hf(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {words}") from None
 
 
-_WORDS = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-}
+_WORDS = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
 def check_generation(values: Json, where: str) -> Json:

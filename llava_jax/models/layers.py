@@ -15,22 +15,16 @@ WEIGHT_INIT = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]. An adapter may be added, see `models.lora`."""
+    """y = x W + b, with `kernel` [in, out] and optionally `bias` [out]. An adapter may be added, see `models.lora`.
+
+    `init` draws both; by default kernels are N(0, 0.02) and biases 0.
+    """
 
     lora: nnx.Module | None = None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        kernel_init: Initializer = WEIGHT_INIT,
-        bias_init: Initializer = jax.nn.initializers.zeros,
-    ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,))) if bias else None
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, init: Initializer | None = None):
+        self.kernel = nnx.Param((init or WEIGHT_INIT)(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param((init or nnx.initializers.zeros)(rngs.params(), (outputs,))) if bias else None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -70,7 +64,8 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def product_and_factors(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The forward rule of a product, which saves both factors."""
     return x @ kernel, (x, kernel)
 
 
@@ -79,7 +74,7 @@ def _project_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
     return dy @ kernel.T, x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
 
 
-project.defvjp(_project_forward, _project_backward)
+project.defvjp(product_and_factors, _project_backward)
 
 
 class LayerNorm(nnx.Module):

@@ -59,13 +59,10 @@ class Llama(nnx.Module):
         def step(carry: tuple[jax.Array, ...], layer: LlamaLayer) -> tuple[jax.Array, ...]:
             x_BTD, *numbers = carry
             layer, x_BTD = execution.gather("llm.layers", layer), checkpoint_name(x_BTD, LAYER_INPUT)
-            if not numbers:
-                return (layer(x_BTD, rotations[0], segment_ids_BT, execution),)
-
-            def run(x_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], window: int | None) -> jax.Array:
-                return layer(x_BTD, rotation, segment_ids_BT, execution, window)
-
+            run = functools.partial(layer, segment_ids_BT=segment_ids_BT, execution=execution)
             runs = [functools.partial(run, rotation=r, window=s.window) for r, s in zip(rotations, spans, strict=True)]
+            if not numbers:
+                return (runs[0](x_BTD),)
             return jax.lax.switch(jnp.asarray(span_of_L)[numbers[0]], runs, x_BTD), numbers[0] + 1
 
         with jax.named_scope("llama_layers"):
@@ -73,11 +70,7 @@ class Llama(nnx.Module):
             return self.norm(x_BTD)
 
     def extend(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        cache: KVCache | None = None,
-        rows_B: jax.Array | None = None,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
         """T more tokens of B sequences -> hidden states [B, T, D], and the cache with their keys and values.
 
@@ -201,9 +194,9 @@ class LlamaLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE) -> jax.Array:
+    def __call__(self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE, window: int | None = None):
         q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.after_attention(x_BTD, execution.attend(q, k, v, segment_ids_BT, self.attention.window))
+        return self.after_attention(x_BTD, execution.attend(q, k, v, segment_ids_BT, window))
 
     def queries_keys_values(self, x_BTD, rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.attention.project(self.input_layernorm(x_BTD), rotation)
@@ -221,7 +214,7 @@ class LlamaAttention(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         D, H = config.hidden_size, config.head_dim
-        self.head_dim, self.window = H, config.sliding_window
+        self.head_dim = H
         self.q_proj = Linear(D, config.num_heads * H, bias=config.qkv_bias, rngs=rngs)
         self.k_proj = Linear(D, config.num_kv_heads * H, bias=config.qkv_bias, rngs=rngs)
         self.v_proj = Linear(D, config.num_kv_heads * H, bias=config.qkv_bias, rngs=rngs)

@@ -25,6 +25,7 @@ from llava_jax.models.quantized import kept_dtype, quantize_linears
 from llava_jax.models.registry import TOWERS
 
 Params = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of parameters by name, with types and maybe shardings
 NEWLINE_PARAMETER = "image_newline"  # of models with AnyRes
 
 
@@ -38,7 +39,8 @@ class Llava(nnx.Module):
         self.projector = build_projector(config, rngs)
         self.llm = Llama(config.text, rngs=rngs)
         if config.anyres and config.anyres.newline:
-            self.image_newline = new_newline(config.text.hidden_size, rngs)
+            width = config.text.hidden_size  # drawn as LLaVA-NeXT does
+            self.image_newline = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
         if config.base_dtype:
             quantize_linears(self.llm.layers, config.base_dtype)
         if config.lora:
@@ -105,11 +107,6 @@ class Llava(nnx.Module):
         return self.llm(x_BTD, batch["positions"], batch["segment_ids"], execution)
 
 
-def new_newline(width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """A fresh float32[D] newline, as LLaVA-NeXT draws it."""
-    return nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-
-
 def build_projector(config: LlavaConfig, rngs: nnx.Rngs) -> nnx.Module:
     """W, with fresh float32 parameters."""
     kind = projector_kind(config.projector_type)
@@ -137,31 +134,25 @@ def place_features(x_BTD: jax.Array, features_GIPD: jax.Array, index_BT: jax.Arr
 
 
 @functools.cache
-def _abstract(config: LlavaConfig, dtype: str) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+def _abstract(config: LlavaConfig, dtype: str) -> tuple[nnx.GraphDef, Shapes]:
     module = nnx.eval_shape(lambda: Llava(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
-    return graphdef, {_dotted(path): value.get_value() for path, value in nnx.to_flat_state(state)}
+    return graphdef, _flat(state)
 
 
-def _dotted(path: tuple) -> str:
-    return ".".join(str(part) for part in path)
+def _flat(state: nnx.State) -> dict[str, Any]:
+    return {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
 
 
-def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> Shapes:
     """Names and shapes of a model's parameters, without allocating them: of type `dtype`, unless they are quantized."""
     shapes = _abstract(config, "float32")[1]
     return {name: jax.ShapeDtypeStruct(v.shape, kept_dtype(name, v.dtype, dtype)) for name, v in shapes.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(config: LlavaConfig, key: jax.Array) -> Params:
-    """New float32 parameters."""
-    return module_params(Llava(config, rngs=nnx.Rngs(params=key)))
-
-
 def module_params(module: nnx.Module) -> Params:
     """A module's parameters as a flat dict."""
-    return {_dotted(path): value.get_value() for path, value in nnx.to_flat_state(nnx.state(module))}
+    return _flat(nnx.state(module))
 
 
 def build(config: LlavaConfig, params: Params, dtype: jnp.dtype = jnp.float32) -> Llava:
@@ -215,7 +206,7 @@ def used_params(config: LlavaConfig, shapes: Mapping[str, Any]) -> dict[str, Any
     return {name: leaf for name, leaf in parts.items() if is_used(name)}
 
 
-def check_names(params: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+def check_names(params: dict, shapes: Shapes) -> None:
     """Raises ValueError unless `params` has exactly these names and shapes."""
     problems = [f"missing {name}" for name in shapes if name not in params]
     problems += [f"unexpected {name}" for name in params if name not in shapes]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.config import LoraConfig
-from llava_jax.models.layers import Linear, broadcast_last, project
+from llava_jax.models.layers import Linear, broadcast_last, product_and_factors, project
 
 PARAMETER = re.compile(r"(?P<layer>.+)\.lora\.(?P<part>a|b|magnitude)")
 # Linear layers that are not computed by `Linear.__call__`.
@@ -64,10 +64,6 @@ def narrow(x_BTI: jax.Array, a_IR: jax.Array) -> jax.Array:
     return x_BTI @ a_IR
 
 
-def _narrow_forward(x_BTI: jax.Array, a_IR: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x_BTI @ a_IR, (x_BTI, a_IR)
-
-
 def _narrow_backward(saved: tuple[jax.Array, jax.Array], dy_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTI, a_IR = saved
     da_RI = dy_BTR.reshape(-1, dy_BTR.shape[-1]).T @ x_BTI.reshape(-1, x_BTI.shape[-1])
@@ -75,7 +71,7 @@ def _narrow_backward(saved: tuple[jax.Array, jax.Array], dy_BTR: jax.Array) -> t
     return dy_BTR @ a_IR.T, jax.lax.optimization_barrier(da_RI).T
 
 
-narrow.defvjp(_narrow_forward, _narrow_backward)
+narrow.defvjp(product_and_factors, _narrow_backward)
 
 
 def dropout(x_BTI: jax.Array, seeds_B2: jax.Array, rate: float) -> jax.Array:

@@ -211,19 +211,6 @@ def _nearest_codes() -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ dequantization
 
 
-def quantized_params(
-    params: Mapping[str, jax.Array], shapes: Mapping[str, jax.ShapeDtypeStruct], base_dtype: str
-) -> dict[str, jax.Array]:
-    """The parameters of a quantized model, whose shapes are `shapes`, from those of a plain one."""
-    kept = {name: value for name, value in params.items() if name in shapes}
-    kernels = {linear_of(name): value for name, value in params.items() if name not in kept}
-    return kept | {
-        f"{linear}.{part}": value
-        for linear, kernel in kernels.items()
-        for part, value in quantize(kernel, base_dtype).items()
-    }
-
-
 def dequantized(params: Mapping[str, jax.Array], plain: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The parameters of a plain model, whose shapes and types are `plain`, from those of a quantized one."""
     kept = {name: value for name, value in params.items() if not PART.fullmatch(name)}

@@ -29,6 +29,13 @@ class Tpu:
     cores: int = 1  # devices of a chip
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for libtpu, besides the topology
 
+    def links(self, length: int) -> float:
+        """Links of a device along an axis of a slice, on average over its devices.
+
+        An axis of length d has d links in each direction if it is a ring, else d - 1; a ring of 2 has one link.
+        """
+        return 2.0 if length % self.wraps == 0 else 2 * (length - 1) / length
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -113,15 +120,3 @@ def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a JAX device; None for devices that are not in the tables, such as CPUs."""
     machines = (*TPUS.values(), *GPUS.values())
     return next((machine.flops for machine in machines if machine.kind == device_kind), None)
-
-
-def tpu_send_rate(tpu: Tpu, topology: str) -> float:
-    """Bytes/s that a device of a slice can send over all its links, on average over the devices.
-
-    An axis of length d has d links in each direction if it is a ring, else d - 1; a ring of 2 has one link.
-    """
-    links = 0.0
-    for length in map(int, topology.split("x")):
-        closed = length % tpu.wraps == 0
-        links += 2.0 if closed else 2 * (length - 1) / length
-    return links * tpu.link

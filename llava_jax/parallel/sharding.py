@@ -220,9 +220,8 @@ def tree_shardings(mesh: Mesh, tree: Any, params: Mapping[str, Any]) -> Any:
 
 def _spec_of_part(spec: P, shape: tuple[int, ...], part: tuple[int, ...]) -> P:
     """The spec of an array whose axes are, in order, some of those of a parameter, known by their sizes."""
-    axes, left = [], iter(range(len(shape)))
-    for size in part:
-        axes.append(next((axis for axis in left if shape[axis] == size), None))
+    left = iter(range(len(shape)))
+    axes = [next((axis for axis in left if shape[axis] == size), None) for size in part]
     return P() if None in axes else P(*(spec[axis] for axis in axes))
 
 

@@ -74,9 +74,9 @@ def preflight(argv: list[str] | None = None) -> int:
             found = dataclasses.replace(found, cost=found.epoch_cost(PRICE.value, SAMPLES.value))
         reports.append(found)
         if JSON.value:
-            print(json.dumps(reports[-1].to_json()), flush=True)
+            print(json.dumps(found.to_json()), flush=True)
         elif len(TARGET.value) == 1:
-            cli.say(cli.wrapped(reports[-1].to_text()))
+            cli.say(cli.wrapped(found.to_text()))
     if not JSON.value and len(TARGET.value) > 1:
         cli.say(cli.wrapped(text.table(reports)))
     return 0 if all(report.fits for report in reports) else UNFIT

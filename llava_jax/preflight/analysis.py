@@ -92,8 +92,6 @@ def remedies(compiled: Compiled, candidates: Mapping[str, int]) -> list[str]:
         found.append("--config.remat=full")
     if memory.needed is not None:
         rest = max(memory.needed - memory.state, 0.0)
-        for name, devices in candidates.items():
-            if memory.state * program.mesh.size / devices + rest <= 0.95 * memory.available:
-                found.append(f"--target={name}")
-                break
+        state, room = memory.state * program.mesh.size, 0.95 * memory.available - rest
+        found += [f"--target={name}" for name, devices in candidates.items() if state / devices <= room][:1]
     return found

@@ -27,6 +27,8 @@ from llava_jax.parallel.hardware import GiB
 from llava_jax.preflight import hlo_loops, hlo_text
 from llava_jax.preflight.hlo_text import TRANSPARENT, Computation, Instruction, Module, Shape
 
+# The window of a convolution: its fields and their values along axes of which nothing is said.
+WINDOW = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
 # Custom calls that compute nothing.
 BOOKKEEPING = ("AllocateBuffer", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
 
@@ -52,14 +54,11 @@ class Collective:
         """Bytes that a device sends to other hosts each time, at least, if the devices of a host share the work.
         `host[d]` is the host of device d."""
         hosts = len({host[device] for device in self.group})
-        if hosts == 1:
-            return 0.0
-        away = (hosts - 1) / hosts
         if self.kind == "collective-permute":
-            return self.payload
+            return self.payload * (hosts > 1)
         if self.kind == "all-to-all":
-            return self.payload * away
-        return self.payload * away * hosts / len(self.group) * (2 if self.kind == "all-reduce" else 1)
+            return self.payload * (hosts - 1) / hosts
+        return self.payload * (hosts - 1) / len(self.group) * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +127,8 @@ class Cost:
         """A row for each kind and dtype: `kind, dtype, count, payload, wire` (bytes of a step), most wire first."""
         rows: dict[tuple[str, str], dict[str, Any]] = {}
         for one in self.collectives:
-            row = rows.setdefault(
-                (one.kind, one.dtype), {"kind": one.kind, "dtype": one.dtype, "count": 0, "payload": 0.0, "wire": 0.0}
-            )
+            empty = {"kind": one.kind, "dtype": one.dtype, "count": 0, "payload": 0.0, "wire": 0.0}
+            row = rows.setdefault((one.kind, one.dtype), empty)
             row["count"] += one.times
             row["payload"] += one.payload * one.times
             row["wire"] += one.wire * one.times
@@ -181,16 +179,15 @@ class Costs:
                 callee = self.module.computations[one.callees[0]]
                 values = [hlo_loops.value(self.module, computation, name, arguments) for name in one.operands]
                 return self.computation(callee, values, again)
-            case "conditional":
-                return self.largest_branch(one, again)
+            case "conditional":  # the branch with the most FLOPs, then bytes
+                branches = [self.computation(self.module.computations[name], [], again) for name in one.callees]
+                return max(branches, key=lambda cost: (cost.flops, cost.wire))
             case _:
                 return self.leaf(computation, one, again)
 
     def loop(self, computation: Computation, one: Instruction, arguments: list, again: bool) -> Cost:
-        body = self.module.called(one, "body")
-        state = hlo_loops.initial_state(self.module, computation, one, arguments)
-        trips = hlo_loops.trip_count(self.module, one, state)
-        iteration = self.computation(body, [hlo_loops.invariants(body, state)], again)
+        body, known, trips = hlo_loops.unrolled(self.module, computation, one, arguments)
+        iteration = self.computation(body, known, again)
         return Cost.sum([Cost(unknown_loops=(one.name,)), iteration]) if trips is None else iteration * trips
 
     def fusion(self, fused: Computation, again: bool, orphans: set) -> Cost:
@@ -206,11 +203,6 @@ class Costs:
             else:
                 costs.append(self.leaf(fused, one, again, fused=True))
         return Cost.sum(costs)
-
-    def largest_branch(self, one: Instruction, again: bool) -> Cost:
-        """The branch of a conditional with the most FLOPs, then bytes."""
-        costs = [self.computation(self.module.computations[branch], [], again) for branch in one.callees]
-        return max(costs, key=lambda cost: (cost.flops, cost.wire))
 
     def leaf(self, computation: Computation, one: Instruction, again: bool, fused: bool = False) -> Cost:
         """An instruction that calls no computation."""
@@ -265,31 +257,27 @@ def _keeps_a_slice(fused: Computation, one: Instruction) -> bool:
 
 def _dot_flops(one: Instruction, lhs: Shape) -> float:
     """2 x outputs x contracted. cuBLAS calls keep the numbers of the dimensions in their configuration."""
-    contracted = one.ints("lhs_contracting_dims")
-    if one.is_gemm:
-        contracted = hlo_text.numbers(one.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]'))
+    pattern = r'"lhs_contracting_dimensions":\[([^\]]*)\]' if one.is_gemm else r"\blhs_contracting_dims={([\d,]*)}"
+    contracted = hlo_text.numbers(one.find(pattern))
     return 2 * math.prod(one.shapes[0].dims) * math.prod(lhs.dims[dim] for dim in contracted)
 
 
 def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
     """2 x batch x features in x features out x pairs of output and kernel positions inside the input."""
     lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
-    fields = dict(re.findall(r"(\w+)=(\S+)", one.find(r"window={([^}]*)}")))
+    window = WINDOW | dict(re.findall(r"(\w+)=(\S+)", one.find(r"window={([^}]*)}")))
     spatial = sorted(label for label in lhs_labels if label.isdigit())
     pairs = 1
     for at, label in enumerate(spatial):
-
-        def field(name: str, default: str, at: int = at) -> str:
-            return fields[name].split("x")[at] if name in fields else default
-
+        stride, pad, lhs_dilation, rhs_dilation = ((window[name].split("x") * len(spatial))[at] for name in WINDOW)
         pairs *= _pairs_inside(
             inputs=lhs.dims[lhs_labels.index(label)],
             kernel=rhs.dims[rhs_labels.index(label)],
             outputs=one.shapes[0].dims[out_labels.index(label)],
-            stride=int(field("stride", "1")),
-            before=int(field("pad", "0_0").split("_")[0]),
-            lhs_dilation=int(field("lhs_dilate", "1")),
-            rhs_dilation=int(field("rhs_dilate", "1")),
+            stride=int(stride),
+            before=int(pad.split("_")[0]),
+            lhs_dilation=int(lhs_dilation),
+            rhs_dilation=int(rhs_dilation),
         )
     batch = lhs.dims[lhs_labels.index("b")] // int(one.find(r"batch_group_count=(\d+)") or 1)
     features = rhs.dims[rhs_labels.index("i")] * rhs.dims[rhs_labels.index("o")]

@@ -26,7 +26,16 @@ COMPARISONS = {name: getattr(operator, name.lower()) for name in ("EQ", "NE", "L
 MAX_TRIPS = 1_000_000
 
 
-def trip_count(module: Module, loop: Instruction, state: list) -> int | None:
+def unrolled(
+    module: Module, computation: Computation, loop: Instruction, arguments: list
+) -> tuple[Computation, list, int | None]:
+    """The body of a loop, the known values of its parameters in every iteration, and how often it runs."""
+    state, body = value(module, computation, loop.operands[0], arguments), module.called(loop, "body")
+    state = state if isinstance(state, list) else [None] * len(loop.shapes)
+    return body, [_invariants(body, state)], _trip_count(module, loop, state)
+
+
+def _trip_count(module: Module, loop: Instruction, state: list) -> int | None:
     """How often a loop runs that starts with `state`; None if its condition depends on unknown values."""
     if known := loop.find(r'"known_trip_count":{"n":"(\d+)"}'):
         return int(known)
@@ -41,13 +50,7 @@ def trip_count(module: Module, loop: Instruction, state: list) -> int | None:
     return None
 
 
-def initial_state(module: Module, computation: Computation, loop: Instruction, arguments: list) -> list:
-    """The known values of the state that a loop starts with."""
-    state = value(module, computation, loop.operands[0], arguments)
-    return state if isinstance(state, list) else [None] * len(loop.shapes)
-
-
-def invariants(body: Computation, state: list) -> list:
+def _invariants(body: Computation, state: list) -> list:
     """The part of a loop's state that no iteration changes."""
     root = body.instructions[body.root]
     if root.opcode != "tuple":
@@ -84,7 +87,7 @@ def _value(module: Module, computation: Computation, one: Instruction, arguments
         return arguments[number] if number < len(arguments) else None
     if one.opcode == "while":
         state = value(module, computation, one.operands[0], arguments, memo)
-        return invariants(module.called(one, "body"), state) if isinstance(state, list) else None
+        return _invariants(module.called(one, "body"), state) if isinstance(state, list) else None
     values = [value(module, computation, operand, arguments, memo) for operand in one.operands]
     if one.opcode == "tuple":
         return values

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"
+)  # fmt: skip
 # Memory spaces of TPUs besides HBM.
 ON_CHIP, HOST = 1, 5
+_PARENTHESIS = re.compile(r"[()]")
 # Operations that pass on a value or an array unchanged.
 TRANSPARENT = frozenset(
     ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier", "optimization-barrier")
@@ -78,10 +78,6 @@ class Instruction:
     def callee(self, key: str) -> str:
         """The name of the computation that it calls as `key`."""
         return self.find(rf"\b{key}=%?([\w.\-]+)")
-
-    def ints(self, key: str) -> list[int]:
-        """`key={1,2}` -> [1, 2]; [] if there is no such attribute."""
-        return numbers(self.find(rf"\b{key}={{([\d,]*)}}"))
 
     @property
     def callees(self) -> list[str]:
@@ -171,13 +167,10 @@ def _instruction(name: str, rest: str) -> Instruction | None:
 def _closing(text: str, opening: int) -> int:
     """The position of the parenthesis that closes the one at `opening`."""
     depth = 0
-    for position in range(opening, len(text)):
-        if text[position] == "(":
-            depth += 1
-        elif text[position] == ")":
-            depth -= 1
-            if depth == 0:
-                return position
+    for found in _PARENTHESIS.finditer(text, opening):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
     return len(text)
 
 

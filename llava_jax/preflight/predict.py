@@ -99,13 +99,9 @@ class Hardware(NamedTuple):
             host = [position[0] for position in self.positions]
             inside = one.wire / (self.machine.link * self.rates.link)
             return self.rates.latency + max(inside, one.crossing(host) / (self.machine.network * self.rates.network))
-        if one.kind == "collective-permute":  # between neighbors
-            return self.rates.latency + one.wire / (self.machine.link * self.rates.link)
-        links = 0.0
-        for axis, length in enumerate(self.shape):
-            if len({self.positions[device][axis] for device in one.group}) > 1:
-                links += 2.0 if length % self.machine.wraps == 0 else 2 * (length - 1) / length
-        return self.rates.latency + one.wire / (max(links, 1.0) * self.machine.link * self.rates.link)
+        axes = [] if one.kind == "collective-permute" else self.axes(one)  # which is between neighbors
+        links = max(sum(self.machine.links(self.shape[axis]) for axis in axes), 1.0)
+        return self.rates.latency + one.wire / (links * self.machine.link * self.rates.link)
 
     def links(self, one: Collective, instruction: Instruction) -> list[str]:
         """The links that a collective takes: those along axes of the slice, of a permutation in one direction."""
@@ -117,9 +113,12 @@ class Hardware(NamedTuple):
             moves = [(b - a, length) for a, b, length in zip(source, target, self.shape, strict=True)]
             # The shorter way around a ring.
             return [f"{axis} {move % length <= length // 2}" for axis, (move, length) in enumerate(moves) if move]
-        devices = [self.positions[device] for device in one.group]
-        axes = [axis for axis in range(len(self.shape)) if len({position[axis] for position in devices}) > 1]
-        return [f"{axis} {forward}" for axis in axes for forward in (True, False)]
+        return [f"{axis} {forward}" for axis in self.axes(one) for forward in (True, False)]
+
+    def axes(self, one: Collective) -> list[int]:
+        """The axes of the slice along which the group of a collective extends."""
+        positions = zip(*(self.positions[device] for device in one.group), strict=True)
+        return [axis for axis, along in enumerate(positions) if len(set(along)) > 1]
 
 
 def hardware_of(target: Target, mesh: Mesh) -> Hardware:
@@ -136,14 +135,14 @@ def operations(module: Module, hardware: Hardware) -> list[Operation]:
     return _Schedule(module, hardware).computation(module.computations[module.entry], [])
 
 
-def summary(found: Sequence[Operation], number: int = 10) -> dict[str, Any]:
-    """Seconds: of all, of `exposed_communication`, of `parts` of the model by kind, and the `longest` operations."""
+def summary(found: Sequence[Operation]) -> dict[str, Any]:
+    """Seconds: of all, of `exposed_communication`, of `parts` of the model by kind, and ten `longest` operations."""
     parts: dict[str, dict[str, float]] = {}
     for one in found:
         of = parts.setdefault(one.part, dict.fromkeys(KINDS, 0.0))
         of[one.kind] += one.total
     by_time = dict(sorted(parts.items(), key=lambda item: -sum(item[1].values())))
-    longest = sorted(found, key=lambda one: -one.total)[:number]
+    longest = sorted(found, key=lambda one: -one.total)[:10]
     return {
         "seconds": sum(one.total for one in found),
         "exposed_communication": sum(one.total for one in found if one.kind == COMMUNICATION),
@@ -193,11 +192,9 @@ class _Schedule:
         return found
 
     def loop(self, computation: Computation, one: Instruction, arguments: list) -> list[Operation]:
-        body = self.module.called(one, "body")
-        state = hlo_loops.initial_state(self.module, computation, one, arguments)
-        trips = hlo_loops.trip_count(self.module, one, state)
-        iteration = self.computation(body, [hlo_loops.invariants(body, state)])
-        return [dataclasses.replace(each, times=each.times * (1 if trips is None else trips)) for each in iteration]
+        body, known, trips = hlo_loops.unrolled(self.module, computation, one, arguments)
+        times = 1 if trips is None else trips
+        return [dataclasses.replace(each, times=each.times * times) for each in self.computation(body, known)]
 
     def called(self, computation: Computation, one: Instruction, arguments: list) -> list[Operation]:
         """Of a conditional, the longest branch."""

@@ -106,12 +106,9 @@ class Report:
             "parts": values["flops"],
             "model": {convention: flops.model_flops(self.flops, convention) for convention in flops.CONVENTIONS},
         }
-        left_out = () if self.search else ("search", "tried")
-        left_out += ("reason", "remedies") if self.fits else ()
-        left_out += () if self.overrides else ("overrides",)
-        optional = ("compiled", "collectives", "bound", "prediction", "cost")
-        left_out += tuple(name for name in optional if values[name] is None)
-        return {name: value for name, value in values.items() if name not in left_out}
+        optional = {field.name for field in dataclasses.fields(self) if field.default is not dataclasses.MISSING}
+        optional = (optional | {"tried"}) - (set() if self.fits else {"remedies"})
+        return {name: value for name, value in values.items() if value or name not in optional}
 
     def epoch_cost(self, price: float, samples: int) -> dict[str, float]:
         """Hours and money of an epoch, at a price of a chip for an hour, if every row is one sample."""
@@ -180,31 +177,22 @@ def _measured(compiled: Compiled) -> dict[str, CompiledFlops | Collectives | Bou
             loops_of_unknown_length=list(cost.unknown_loops),
         ),
         "collectives": Collectives(cost.by_kind(), cost.wire, ideal, cost.wire / ideal if ideal else None),
-        "bound": _bound(compiled),
-        "prediction": _prediction(compiled),
+        "bound": _bound(compiled) if program.target.machine else None,
+        "prediction": _prediction(compiled) if program.target.machine else None,
     }
 
 
-def _bound(compiled: Compiled) -> Bound | None:
-    program = compiled.program
-    machine = program.target.machine
-    if machine is None:
-        return None
+def _bound(compiled: Compiled) -> Bound:
+    program, machine = compiled.program, compiled.program.target.machine
     seconds = lower_bound(compiled)
     peaks = {"flops": machine.flops, "memory": machine.bandwidth, "network": program.target.send_rate}
     if program.target.platform == "gpu":
         peaks["between_hosts"] = machine.network
-    return Bound(
-        seconds=seconds,
-        peaks=peaks,
-        **_speed(program, seconds["step"]),
-    )
+    return Bound(seconds=seconds, peaks=peaks, **_speed(program, seconds["step"]))
 
 
-def _prediction(compiled: Compiled) -> Prediction | None:
+def _prediction(compiled: Compiled) -> Prediction:
     program = compiled.program
-    if program.target.machine is None:
-        return None
     hardware = predict.hardware_of(program.target, program.mesh)
     found = predict.summary(predict.operations(compiled.module, hardware))
     low, high = (found["seconds"] * share for share in (hardware.rates.low, hardware.rates.high))

@@ -99,8 +99,7 @@ def _seconds(one: Report) -> float:
 
 def row_choices(config: ConfigDict, name: str) -> list[int]:
     """Rows on a device at once that divide those of a step, the fewest first."""
-    mesh = sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name)))
-    rows, group = config.batch_rows // sharding.batch_shards(mesh), config.rows_per_group
+    rows, group = config.batch_rows // _batch_shards(config, name), config.rows_per_group
     return [count for count in range(group, rows + 1, group) if rows % count == 0]
 
 
@@ -123,6 +122,10 @@ def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 
 def with_rows(config: ConfigDict, name: str, rows: int) -> ConfigDict:
     """The configuration with `rows` rows on a device at once and, if needed, more rows in a step."""
-    shards = sharding.batch_shards(sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name))))
-    batch_rows = math.ceil(config.batch_rows / (rows * shards)) * rows * shards
+    at_once = rows * _batch_shards(config, name)
+    batch_rows = math.ceil(config.batch_rows / at_once) * at_once
     return changed(config, {"max_rows_per_device": rows, "batch_rows": batch_rows})
+
+
+def _batch_shards(config: ConfigDict, name: str) -> int:
+    return sharding.batch_shards(sharding.make_mesh(config.mesh.to_dict(), targets.devices(targets.parse(name))))

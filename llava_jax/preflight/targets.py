@@ -13,10 +13,11 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from llava_jax import xla_flags
 from llava_jax.cli import UserError
-from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu, tpu_send_rate
+from llava_jax.parallel.hardware import GPUS, TPUS, Gpu, Tpu
 
 GPUS_PER_HOST = 8
 EXAMPLES = (
@@ -59,7 +60,7 @@ class Target:
     def send_rate(self) -> float | None:
         """Bytes/s that a device can send to its neighbours, all links busy."""
         if isinstance(self.machine, Tpu):
-            return tpu_send_rate(self.machine, "x".join(map(str, self.shape)))
+            return sum(map(self.machine.links, self.shape)) * self.machine.link
         return self.machine.link if self.machine else None
 
     @property
@@ -81,13 +82,9 @@ def prepare_environment() -> None:
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
     """A context with this environment, for a process whose JAX has initialized its devices."""
-    before = dict(os.environ)
-    prepare_environment()
-    try:
+    with mock.patch.dict(os.environ):
+        prepare_environment()
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def cuda_toolkit() -> Path | None:
@@ -215,20 +212,14 @@ def target_config(gpu: Gpu) -> str:
     return string.Template(Path(__file__).with_name("gpu_target.txt").read_text()).substitute(fields)
 
 
-@contextlib.contextmanager
-def assumed_cudnn() -> Iterator[None]:
+def assumed_cudnn() -> contextlib.AbstractContextManager:
     """A context in which JAX lowers to cuDNN's fused attention although no cuDNN library is installed to check.
 
     The library is loaded only when a program runs: the target has it.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 
-    original = fused_attention_stablehlo.check_cudnn_version
-    fused_attention_stablehlo.check_cudnn_version = lambda: 91000
-    try:
-        yield
-    finally:
-        fused_attention_stablehlo.check_cudnn_version = original
+    return mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
 @contextlib.contextmanager

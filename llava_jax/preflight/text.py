@@ -58,9 +58,7 @@ def _memory_lines(report: "Report") -> Iterator[str]:
     if report.fits:
         yield f"fits       {(memory.available - memory.needed) / GiB:.2f} GiB to spare"
     else:
-        over = ""
-        if memory.needed is not None:
-            over = f", {(memory.needed - memory.available) / GiB:.2f} GiB too much"
+        over = f", {(memory.needed - memory.available) / GiB:.2f} GiB too much" if memory.needed is not None else ""
         yield f"unfit      {report.reason}{over}"
         yield f"try        {' or '.join(report.remedies) or 'a larger machine'}; --search=batch|slice tries more"
 

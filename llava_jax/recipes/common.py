@@ -176,8 +176,8 @@ def _declare() -> Section:
     # Steps between validation losses; 0 only after the last step. Needs data.holdout.
     config.eval_every = Option(0, minimum=0, changeable=True)
     # A benchmark of `evaluate score` that is answered before the first step, every `every` steps (0: not in between)
-    # and after the last step: the files of its questions and labels, the folder of its images, and the number of
-    # questions, which the seed chooses (docs/evaluation.md). "" is none.
+    # and after the last step: the files of its questions and labels, the folder of its images ("" if they are inside
+    # the file), and the number of questions, which the seed chooses (docs/evaluation.md). "" is none.
     config.evaluate = Section()
     config.evaluate.benchmark = Option("", changeable=True)
     config.evaluate.questions = Option("", changeable=True)

@@ -9,19 +9,11 @@ from llava_jax.recipes.arguments import parse, set_size
 def get_config(arg: str = "") -> ConfigDict:
     size, recipe = parse(arg)
     config = common.get_config()
-    config.stage = "finetune"
     set_size(config, recipe, size)
-    config.learning_rate = 2e-5
-    config.save_every = 1000
+    config.update(stage="finetune", learning_rate=2e-5, save_every=1000)
     if recipe == "v0":  # LLaVA-Instruct 158K (paper, section 4.2 and appendix C)
-        config.template = "llava_v0"
-        config.image_position = "random"
-        config.image_aspect = "square"
-        config.batch_rows = 32
-        config.epochs = 3.0
-        config.clip_norm = 1.0
+        config.update(template="llava_v0", image_position="random", image_aspect="square")
+        config.update(batch_rows=32, epochs=3.0, clip_norm=1.0)
     else:  # mix 665K
-        config.template = "v1"
-        config.image_aspect = "pad"
-        config.batch_rows = 128
+        config.update(template="v1", image_aspect="pad", batch_rows=128)
     return config.lock()

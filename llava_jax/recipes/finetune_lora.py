@@ -10,7 +10,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if "v0" in (arg or "").split(","):
         raise ValueError(f"'v0' in {arg!r}: LoRA has a published recipe for v1.5 only")
     config = finetune.get_config(arg)
-    config.learning_rate = 2e-4
-    config.projector_learning_rate = 2e-5
-    config.lora.rank, config.lora.alpha, config.lora.dropout = 128, 256.0, 0.05
+    config.update(learning_rate=2e-4, projector_learning_rate=2e-5)
+    config.lora.update(rank=128, alpha=256.0, dropout=0.05)
     return config

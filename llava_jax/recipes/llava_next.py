@@ -7,7 +7,7 @@ scripts/train/direct_finetune_clip.sh; its global batch is not published.
 from ml_collections import ConfigDict
 
 from llava_jax.recipes import common
-from llava_jax.recipes.arguments import CHOICES
+from llava_jax.recipes.arguments import CHOICES, set_size
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -15,22 +15,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg and arg not in CHOICES["size"]:
         raise ValueError(f"{arg!r} is none of {', '.join(CHOICES['size'])}")
     config = common.get_config()
-    config.stage = "finetune"
-    config.default_model = f"llava-v1.6-vicuna-{arg or '7b'}"
-    config.model = config.default_model if arg else ""
-    config.template = "v1"
-    config.image_aspect = "anyres"
-    config.max_length = 4096
-    config.batch_rows = 128
+    set_size(config, "v1.6-vicuna", arg or None)
+    config.update(stage="finetune", template="v1", image_aspect="anyres", save_every=1000)
     config.max_rows_per_device = 1  # a row can have five tiles and 2928 features of an image
-    config.learning_rate = 1e-5
-    config.vision_learning_rate = 2e-6
-    config.clip_norm = 1.0
+    config.update(max_length=4096, batch_rows=128, learning_rate=1e-5, vision_learning_rate=2e-6, clip_norm=1.0)
     config.trainable = (
-        (r"projector\.", "projector"),
-        (r"llm\.", "llm"),
-        ("image_newline", "newline"),
-        (r"vision\.", "vision"),
-    )
-    config.save_every = 1000
+        (r"projector\.", "projector"), (r"llm\.", "llm"), ("image_newline", "newline"), (r"vision\.", "vision")
+    )  # fmt: skip
     return config.lock()

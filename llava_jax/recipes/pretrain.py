@@ -9,18 +9,11 @@ from llava_jax.recipes.arguments import parse, set_size
 def get_config(arg: str = "") -> ConfigDict:
     size, recipe = parse(arg)
     config = common.get_config()
-    config.stage = "pretrain"
     set_size(config, recipe, size)
-    config.image_aspect = "square"
-    config.save_every = 1000
+    config.update(stage="pretrain", image_aspect="square", save_every=1000)
     if recipe == "v0":  # CC3M 595K (paper, section 4.2 and appendix C)
-        config.template = "llava_v0"
-        config.image_position = "random"
-        config.batch_rows = 128
-        config.learning_rate = 2e-3
-        config.clip_norm = 1.0
+        config.update(template="llava_v0", image_position="random")
+        config.update(batch_rows=128, learning_rate=2e-3, clip_norm=1.0)
     else:  # LCS 558K: an image and its caption, without a prompt
-        config.template = "plain"
-        config.batch_rows = 256
-        config.learning_rate = 1e-3
+        config.update(template="plain", batch_rows=256, learning_rate=1e-3)
     return config.lock()

@@ -14,14 +14,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg and arg not in MAX_ROWS_PER_DEVICE:
         raise ValueError(f"{arg!r} is none of {', '.join(MAX_ROWS_PER_DEVICE)}")
     config = common.get_config()
-    config.stage = "finetune"
     set_size(config, "v0", arg or None, published="13b")
-    config.template = "llava_v0"
+    config.update(stage="finetune", template="llava_v0", image_aspect="square", save_every=1000)
     config.image_position = "as_is"  # after the question, as in the data
-    config.image_aspect = "square"
-    config.batch_rows = 32
-    config.epochs = 12.0
-    config.learning_rate = 2e-5
-    config.clip_norm = 1.0
-    config.save_every = 1000
+    config.update(batch_rows=32, epochs=12.0, learning_rate=2e-5, clip_norm=1.0)
     return config.lock()

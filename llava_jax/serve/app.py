@@ -23,8 +23,7 @@ from llava_jax.serve.log import HEADER, Log
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.models import AdapterDirectory, Card, Models
 from llava_jax.serve.page import mount as mount_page
-from llava_jax.serve.responses import ResponseRequest
-from llava_jax.serve.schema import ChatRequest, Detokenize, LoadRequest, TextRequest, Tokenize, UnloadRequest
+from llava_jax.serve.schema import LoadRequest, UnloadRequest
 
 MAX_BODY_BYTES = 32 << 20
 REFUSALS = (400, 401, 403, 404, 408, 413, 414, 421, 429, 431, 500, 503)
@@ -108,27 +107,12 @@ def create_app(
 
     streamed = {200: {"description": "An answer, or with `stream` its events.", "content": {"text/event-stream": {}}}}
 
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await answering.chat(body, request)
-
-    async def completions(body: TextRequest, request: Request) -> Response:
-        return await answering.text(body, request)
-
-    async def responses(body: ResponseRequest, request: Request) -> Response:
-        return await answering.response(body, request)
-
-    async def tokenize(body: Tokenize, request: Request) -> Response:
-        return JSONResponse(await answering.tokenize(body))
-
-    async def detokenize(body: Detokenize, request: Request) -> Response:
-        return JSONResponse(await answering.detokenize(body))
-
     post = functools.partial(_post, app)
-    post("/v1/chat/completions", chat_completions, refused | streamed, response_model=ChatCompletion)
-    post("/v1/completions", completions, refused | streamed, response_model=Completion)
-    post("/v1/responses", responses, refused | streamed, response_model=None)
-    post("/tokenize", tokenize, refused, response_model=TokenizeResponse)
-    post("/detokenize", detokenize, refused, response_model=DetokenizeResponse)
+    post("/v1/chat/completions", answering.chat_completions, refused | streamed, response_model=ChatCompletion)
+    post("/v1/completions", answering.completions, refused | streamed, response_model=Completion)
+    post("/v1/responses", answering.responses, refused | streamed, response_model=None)
+    post("/tokenize", answering.tokenize, refused, response_model=TokenizeResponse)
+    post("/detokenize", answering.detokenize, refused, response_model=DetokenizeResponse)
 
     @app.get("/v1/models", responses=refused, response_model_exclude_none=True)
     async def all_models() -> ModelList:

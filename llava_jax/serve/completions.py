@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 from llava_jax.cli import UserError
 from llava_jax.inference import requests
@@ -19,13 +20,13 @@ from llava_jax.inference.constraints import Constraint, Constraints
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.prefix_cache import PreparedPrompt
 from llava_jax.inference.prompts import PromptEncoder
-from llava_jax.serve import responses
 from llava_jax.serve.answers import Answers, prepare
 from llava_jax.serve.errors import ApiError
 from llava_jax.serve.images import ImageReader
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.models import Models
 from llava_jax.serve.replies import ChatReply, EventStream, Reply, TextReply
+from llava_jax.serve.responses import ResponseRequest, as_chat, reply_to
 from llava_jax.serve.schema import ChatRequest, Detokenize, Generation, TextPart, TextRequest, Tokenize
 from llava_jax.serve.tools import Tools, tools_of
 from llava_jax.serve.turns import Marks, parts_of, read_messages
@@ -37,7 +38,7 @@ Result = TypeVar("Result")
 
 
 class Completions:
-    """Answers requests for chat completions, text completions and responses. All methods raise `ApiError`."""
+    """Answers requests; the public methods are the endpoints of these names. All methods raise `ApiError`."""
 
     def __init__(self, engine: Engine, models: Models, metrics: Metrics, reader: ImageReader):
         self._engine, self._models, self._metrics, self._reader = engine, models, metrics, reader
@@ -48,20 +49,16 @@ class Completions:
         constraints = _constraints(engine.base.prompts, engine.config.text.vocab_size)
         threading.Thread(target=constraints.tokens, daemon=True).start()  # while the engine warms up
 
-    async def chat(self, body: ChatRequest, http: Request) -> Response:
-        """`/v1/chat/completions`."""
-        return await self._respond(body, http, self._submit_chat, ChatReply)
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        return await self._respond(body, request, self._submit_chat, ChatReply)
 
-    async def response(self, body: responses.ResponseRequest, http: Request) -> Response:
-        """`/v1/responses`."""
-        return await self._respond(responses.as_chat(body), http, self._submit_chat, responses.reply_to(body))
+    async def completions(self, body: TextRequest, request: Request) -> Response:
+        return await self._respond(body, request, self._submit_texts, TextReply)
 
-    async def text(self, body: TextRequest, http: Request) -> Response:
-        """`/v1/completions`."""
-        return await self._respond(body, http, self._submit_texts, TextReply)
+    async def responses(self, body: ResponseRequest, request: Request) -> Response:
+        return await self._respond(as_chat(body), request, self._submit_chat, reply_to(body))
 
-    async def tokenize(self, body: Tokenize) -> dict[str, Any]:
-        """`/tokenize`."""
+    async def tokenize(self, body: Tokenize, request: Request) -> Response:
         adapter = self._models.find(body.model) if body.model is not None else self._engine.base
         if body.messages is not None:
             chat = ChatRequest(model="", messages=body.messages)
@@ -74,13 +71,12 @@ class Completions:
             self._refuse_long(len(body.prompt), "prompt")
             prompt = await prepare(self._engine, body.prompt, adapter, "prompt", body.add_special_tokens is not False)
         tokens = prompt.tokens.tolist()
-        return {"count": len(tokens), "max_model_len": self._engine.context, "tokens": tokens}
+        return JSONResponse({"count": len(tokens), "max_model_len": self._engine.context, "tokens": tokens})
 
-    async def detokenize(self, body: Detokenize) -> dict[str, Any]:
-        """`/detokenize`."""
+    async def detokenize(self, body: Detokenize, request: Request) -> Response:
         adapter = self._models.find(body.model) if body.model is not None else self._engine.base
         prompt = await prepare(self._engine, body.tokens, adapter, "tokens")
-        return {"prompt": adapter.prompts.tokenizer.decode(prompt.tokens.tolist())}
+        return JSONResponse({"prompt": adapter.prompts.tokenizer.decode(prompt.tokens.tolist())})
 
     async def _respond(
         self,

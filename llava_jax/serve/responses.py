@@ -26,60 +26,45 @@ from llava_jax.serve import schema
 from llava_jax.serve.answers import Answers
 from llava_jax.serve.errors import ApiError, from_validation
 from llava_jax.serve.replies import Reply
-from llava_jax.serve.schema import Ignored, Only, Several, Strict
+from llava_jax.serve.schema import BOOKKEEPING, Several, Strict, Unused
 from llava_jax.serve.tools import Call, parser_of
 
 _DATA = TypeAdapter(dict[str, Any])  # of an event
 
 
-class InputText(Strict):
+class InputText(Unused("annotations logprobs prompt_cache_breakpoint")):
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: Ignored = None
-    logprobs: Ignored = None
-    prompt_cache_breakpoint: Ignored = None
 
 
-class InputImage(Strict):
+class InputImage(Unused("prompt_cache_breakpoint", file_id=())):
     type: Literal["input_image"]
     image_url: str = Field(description="A data URL; http(s) where the server allows it.")
     detail: Literal["auto", "low", "high", "original"] | None = None
-    file_id: Only() = None
-    prompt_cache_breakpoint: Ignored = None
 
 
 Content = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
-class MessageItem(Strict):
+class MessageItem(Unused("id status phase")):
     """A message; that of a response may be sent back as it is."""
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Several(Content)
-    id: Ignored = None
-    status: Ignored = None
-    phase: Ignored = None
 
 
-class CallItem(Strict):
+class CallItem(Unused("id status", namespace=(), caller=(), async_=())):
     type: Literal["function_call"]
     call_id: str
     name: schema.Name
     arguments: str
-    id: Ignored = None
-    status: Ignored = None
-    namespace: Only() = None
-    caller: Only() = None
-    async_: Only() = None
 
 
-class ResultItem(Strict):
+class ResultItem(Unused("id status")):
     type: Literal["function_call_output"]
     call_id: str
     output: str
-    id: Ignored = None
-    status: Ignored = None
 
 
 def _kind(item: Any) -> str:
@@ -95,9 +80,8 @@ Item = Annotated[
 ]
 
 
-class ToolItem(schema.Function):
+class ToolItem(schema.Function, Unused(defer_loading=(False,))):
     type: Literal["function"]
-    defer_loading: Only(False) = None
 
 
 class NamedToolItem(Strict):
@@ -109,14 +93,32 @@ class SchemaFormat(schema.JsonSchema):
     type: Literal["json_schema"]
 
 
-class TextOptions(Strict):
+class TextOptions(Unused(verbosity=())):
     format: Annotated[schema.PlainFormat | schema.ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = (
         None
     )
-    verbosity: Only() = None
 
 
-class ResponseRequest(Strict):
+UnusedOfResponses = Unused(
+    f"user stream_options {BOOKKEEPING}",
+    access_programs=(),
+    background=(False,),
+    background_options=(),
+    context_management=([],),
+    conversation=(),
+    image=(),
+    include=([],),
+    max_tool_calls=(),
+    moderation=(),
+    previous_response_id=(),
+    prompt=(),
+    reasoning=({}, {"effort": "none"}),
+    top_logprobs=(0,),
+    truncation=("disabled",),
+)
+
+
+class ResponseRequest(UnusedOfResponses):
     model: str
     input: str | Several(Item)
     instructions: str | None = None
@@ -129,29 +131,6 @@ class ResponseRequest(Strict):
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-
-    store: Ignored = None
-    user: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
-    stream_options: Ignored = None
-    access_programs: Only() = None
-    background: Only(False) = None
-    background_options: Only() = None
-    context_management: Only([]) = None
-    conversation: Only() = None
-    image: Only() = None
-    include: Only([]) = None
-    max_tool_calls: Only() = None
-    moderation: Only() = None
-    previous_response_id: Only() = None
-    prompt: Only() = None
-    reasoning: Only({}, {"effort": "none"}) = None
-    top_logprobs: Only(0) = None
-    truncation: Only("disabled") = None
 
     @model_validator(mode="after")
     def _agree(self) -> "ResponseRequest":
@@ -176,17 +155,13 @@ def as_chat(body: ResponseRequest) -> schema.ChatRequest:
     choice = body.tool_choice
     if isinstance(choice, NamedToolItem):
         choice = {"type": "function", "function": {"name": choice.name}}
-    value = {
-        "model": body.model,
+    same = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
+    value = {name: getattr(body, name) for name in same} | {
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
         "response_format": form,
         "tools": tools,
         "tool_choice": choice,
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "stream": body.stream,
     }
     try:
         return schema.ChatRequest.model_validate(value)

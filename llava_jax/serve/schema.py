@@ -4,9 +4,19 @@ Fields that would change the answer in a way that is not supported are refused b
 influence on the answer are accepted.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from llava_jax.inference.constraints import KINDS
@@ -49,10 +59,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Strict):
+def Unused(ignored: str = "", **neutral: Sequence[Any]) -> type[Strict]:
+    """A base with the fields `ignored`, separated by spaces, and those of `neutral`, which may be null or a value."""
+    fields = dict.fromkeys(ignored.split(), (Ignored, None))
+    return create_model("Unused", __base__=Strict, **fields, **{name: (Only(*v), None) for name, v in neutral.items()})
+
+
+class TextPart(Unused("prompt_cache_breakpoint")):
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: Ignored = None
 
 
 class ImageURL(Strict):
@@ -68,7 +83,7 @@ def _as_image_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-class ImagePart(Strict):
+class ImagePart(Unused("prompt_cache_breakpoint")):
     type: Literal["image_url"]
     image_url: Annotated[ImageURL, BeforeValidator(_as_image_url, json_schema_input_type=ImageURL | str)] = Field(
         description='`{"url": ...}`, or the URL alone.'
@@ -76,7 +91,6 @@ class ImagePart(Strict):
     uuid: Annotated[str, Field(max_length=256)] | None = Field(
         None, description="Of vLLM's API. Accepted; images are cached by their content."
     )
-    prompt_cache_breakpoint: Ignored = None
 
 
 def _parsed(value: Any) -> Any:
@@ -99,16 +113,14 @@ Texts = Several(TextPart)
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]  # of a function
 
 
-class SystemMessage(Strict):
+class SystemMessage(Unused(name=())):
     role: Literal["system", "developer"]
     content: str | Texts
-    name: Only() = None
 
 
-class UserMessage(Strict):
+class UserMessage(Unused(name=())):
     role: Literal["user"]
     content: str | Several(Part)
-    name: Only() = None
 
 
 class CalledFunction(Strict):
@@ -116,23 +128,17 @@ class CalledFunction(Strict):
     arguments: str
 
 
-class ToolCall(Strict):
+class ToolCall(Unused("index")):
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"]
     function: CalledFunction
-    index: Ignored = None
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(Unused(name=(), refusal=(), audio=(), annotations=([],), function_call=())):
     """The `message` of a response may be sent back as it is."""
 
     role: Literal["assistant"]
     content: str | Texts | None = None
-    name: Only() = None
-    refusal: Only() = None
-    audio: Only() = None
-    annotations: Only([]) = None
-    function_call: Only() = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
@@ -142,13 +148,12 @@ class AssistantMessage(Strict):
         return self
 
 
-class ToolMessage(Strict):
+class ToolMessage(Unused("name")):
     """The result of a call."""
 
     role: Literal["tool"]
     content: str | Texts
     tool_call_id: Annotated[str, Field(max_length=256)]
-    name: Ignored = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -175,9 +180,8 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-class JsonSchema(Strict):
+class JsonSchema(Unused("description")):
     name: str
-    description: Ignored = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="Accepted; answers always follow the schema.")
 
@@ -210,9 +214,8 @@ class StructuredOutputs(Strict):
     grammar: str | None = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(Unused("include_obfuscation")):
     include_usage: bool | None = None
-    include_obfuscation: Ignored = None
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -223,23 +226,20 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Integer(-(10**20), 10**20)
 
 
-class LoadRequest(Strict):
+class LoadRequest(Unused(load_inplace=(False,), is_3d_lora_weight=(False,))):
     """Of vLLM's `/v1/load_lora_adapter`."""
 
     lora_name: str
     lora_path: str = Field(description="Below the server's --adapter-directory.")
-    load_inplace: Only(False) = None
-    is_3d_lora_weight: Only(False) = None
 
 
-class UnloadRequest(Strict):
+class UnloadRequest(Unused(lora_int_id=())):
     """Of vLLM's `/v1/unload_lora_adapter`."""
 
     lora_name: str
-    lora_int_id: Only() = None
 
 
-class Generation(Strict):
+class Generation(Unused("user guided_decoding_backend")):
     """What chat and text completions have in common."""
 
     model: str
@@ -268,9 +268,6 @@ class Generation(Strict):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    guided_decoding_backend: Ignored = None
-
-    user: Ignored = None
 
     @property
     def answers(self) -> int:
@@ -316,7 +313,26 @@ class Generation(Strict):
         return self
 
 
-class ChatRequest(Generation):
+# Of chat completions and of responses.
+BOOKKEEPING = "store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention"
+UnusedOfChat = Unused(
+    f"metadata prediction {BOOKKEEPING}",
+    chat_template=(),
+    chat_template_kwargs=({}, {"enable_thinking": False}),  # no template here thinks
+    media_io_kwargs=({},),
+    mm_processor_kwargs=({},),
+    modalities=(["text"],),
+    audio=(),
+    functions=([],),
+    function_call=("none", "auto"),
+    reasoning_effort=("none",),
+    verbosity=(),
+    web_search_options=(),
+    moderation=(),
+)
+
+
+class ChatRequest(Generation, UnusedOfChat):
     messages: Several(Message)
     max_completion_tokens: Count | None = Field(None, description="By default as many as the context has room for.")
     logprobs: bool | None = None
@@ -329,28 +345,6 @@ class ChatRequest(Generation):
         None, description="Of vLLM's API: the answer continues a last message of the assistant, as by default."
     )
     add_generation_prompt: bool | None = Field(None, description="Of vLLM's API: the opposite.")
-
-    metadata: Ignored = None
-    store: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
-    prediction: Ignored = None
-
-    chat_template: Only() = None
-    chat_template_kwargs: Only({}, {"enable_thinking": False}) = None  # no template here thinks
-    media_io_kwargs: Only({}) = None
-    mm_processor_kwargs: Only({}) = None
-    modalities: Only(["text"]) = None
-    audio: Only() = None
-    functions: Only([]) = None
-    function_call: Only("none", "auto") = None
-    reasoning_effort: Only("none") = None
-    verbosity: Only() = None
-    web_search_options: Only() = None
-    moderation: Only() = None
 
     @property
     def limit(self) -> int | None:
@@ -387,15 +381,13 @@ class ChatRequest(Generation):
         return self
 
 
-class TextRequest(Generation):
+class TextRequest(Generation, Unused(best_of=(1,), suffix=("",))):
     """Of `/v1/completions`."""
 
     prompt: str | Several(str) | Tokens | Several(Tokens)
     max_tokens: Count | None = Field(None, description="16 by default, as OpenAI's.")
     logprobs: Integer(0, 20) | None = None
     echo: bool | None = None
-    best_of: Only(1) = None
-    suffix: Only("") = None
 
     @property
     def answers(self) -> int:
@@ -420,15 +412,13 @@ class TextRequest(Generation):
         return self
 
 
-class Tokenize(Strict):
+class Tokenize(Unused(add_generation_prompt=(True,), return_token_strs=(False,))):
     """Of vLLM's `/tokenize`: a text, or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Several(Message) | None = None
     add_special_tokens: bool | None = Field(None, description="For `prompt`; true by default.")
-    add_generation_prompt: Only(True) = None
-    return_token_strs: Only(False) = None
 
     @model_validator(mode="after")
     def _agree(self) -> "Tokenize":

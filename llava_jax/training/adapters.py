@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from llava_jax.cli import UserError
 from llava_jax.models import pieces
 from llava_jax.models.config import LlavaConfig, LoraConfig
 from llava_jax.models.layers import Linear
-from llava_jax.models.llava import Llava, Params, abstract_params, build_from_shards, module_params
+from llava_jax.models.llava import Llava, Params, Shapes, abstract_params, build_from_shards, module_params
 from llava_jax.models.lora import NOT_ADAPTED, PARAMETER, column_lengths, is_target, linears
 
 
@@ -69,7 +68,7 @@ def check_targets(model: LlavaConfig, lora: LoraConfig) -> None:
             raise UserError(f"config.lora.rank is {lora.rank}, more than the width {widths[narrow]} of {narrow}")
 
 
-def fresh(model: LlavaConfig, like: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array, params: Params) -> Params:
+def fresh(model: LlavaConfig, like: Shapes, key: jax.Array, params: Params) -> Params:
     """New adapters, as PEFT initializes them, with which a model computes the same as before.
 
     Args:

@@ -39,13 +39,9 @@ def bad_texts(encoded: EncodedSource, lengths: Lengths) -> list[dict]:
 
 
 class BadSamples:
-    """Counts the bad samples of a run.
+    """Counts the bad samples of a run that resumes after step `start`, up to which `found` bad images were found.
 
-    Args:
-      order, lengths: of the samples; those with bad texts have no tokens.
-      share: the share of bad samples that is allowed.
-      start: the step to resume after.
-      found: how many bad images were found up to then.
+    A `share` of bad samples is allowed. Those with bad texts have no tokens in `lengths`.
     """
 
     def __init__(self, order: Order, lengths: Lengths, share: float, start: int, found: int):

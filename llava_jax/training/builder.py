@@ -22,14 +22,12 @@ from llava_jax.data.plan import Layout
 from llava_jax.models import pieces
 from llava_jax.models.attention import choose_backend
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import Params, abstract_params, used_params
+from llava_jax.models.llava import Params, Shapes, abstract_params, used_params
 from llava_jax.models.lora import PARAMETER
 from llava_jax.models.quantized import kept_dtype, refuse_trained
 from llava_jax.parallel import sharding
 from llava_jax.training import flops, optim
 from llava_jax.training.step import StepSettings, TrainState, eval_step, train_step
-
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +65,15 @@ class TrainingProgram:
 def build(
     config: ConfigDict,
     model: LlavaConfig,
-    layout: Layout,
-    mesh: Mesh,
-    steps: int,
-    stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    layout: Layout,  # the shapes of the batches
+    mesh: Mesh,  # the devices to run on or, for ahead-of-time compilation, those of a topology
+    steps: int,  # the length of the learning rate schedule
+    # Shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
+    stored: Shapes | None = None,
+    # Whether parameters that no feature depends on may be trained, as earlier versions did.
     trains_unused: bool = False,
 ) -> TrainingProgram:
-    """The program of a run.
-
-    Args:
-      config: the configuration of the run.
-      model: the model to train.
-      layout: the shapes of its batches.
-      mesh: the devices to run on or, for ahead-of-time compilation, those of a topology.
-      steps: the length of the learning rate schedule.
-      stored: shapes and types of the parameters in the checkpoint; by default those of a float32 checkpoint.
-      trains_unused: whether parameters that no feature depends on may be trained, as earlier versions did.
-
-    Raises UserError if the configuration doesn't fit the mesh or the batches.
-    """
+    """The program of a run. Raises UserError if the configuration doesn't fit the mesh or the batches."""
     stored = abstract_params(model) | (stored or {})  # new adapters are in no checkpoint
     settings = step_settings(config, model, layout, mesh)
     sharding.check_replicated(mesh, stored)

@@ -145,7 +145,7 @@ def _as_tuple(value: Any) -> Any:
 
 def _benchmark(config: ConfigDict) -> Iterator[str]:
     if config.evaluate.benchmark:
-        for key in ("questions", "labels", "images"):
+        for key in ("questions", "labels"):
             if not config.evaluate[key]:
                 yield f"evaluate.{key} is not set, and evaluate.benchmark is: give --config.evaluate.{key}=..."
 

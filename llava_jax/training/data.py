@@ -22,23 +22,14 @@ from llava_jax.training.start import Start
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """The data of a run.
+    """The data of a run."""
 
-    Attributes:
-      encoded: all samples, and what happens to bad ones.
-      lengths: the positions, targets and images of each.
-      order: which samples are in the rows of each training step.
-      validation: the same of the steps of the validation loss; without samples if none are held out.
-      steps: how many training steps are taken.
-      layout: the shapes of all batches.
-    """
-
-    encoded: EncodedSource
-    lengths: Lengths
-    order: Order
-    validation: Order
-    steps: int
-    layout: Layout
+    encoded: EncodedSource  # all samples, and what happens to bad ones
+    lengths: Lengths  # the positions, targets and images of each
+    order: Order  # which samples are in the rows of each training step
+    validation: Order  # the same of the steps of the validation loss; without samples if none are held out
+    steps: int  # how many training steps are taken
+    layout: Layout  # the shapes of all batches
 
 
 def prepare_data(config: ConfigDict, start: Start) -> RunData:

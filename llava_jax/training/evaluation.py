@@ -1,7 +1,5 @@
 """What is evaluated while a model is trained: the validation loss, and a benchmark."""
 
-from collections.abc import Collection
-
 from llava_jax.models.llava import Params
 from llava_jax.training.goodput import Goodput
 from llava_jax.training.report import Reporter
@@ -17,6 +15,8 @@ def make_evaluations(run: Run, reporter: Reporter, goodput: Goodput) -> list["Va
 class ValidationLoss:
     """The mean loss over the target tokens of the held-out samples. All processes take part, as in any evaluation."""
 
+    metrics = "validation_loss"  # the name of its metrics, or how their names begin
+
     def __init__(self, run: Run, reporter: Reporter, goodput: Goodput):
         self._run, self._reporter, self._goodput = run, reporter, goodput
         self._batches = run.batches(run.data.validation)
@@ -26,10 +26,6 @@ class ValidationLoss:
         """Whether this evaluation belongs to a step. Step 0 is the model that the run began with."""
         every = self._run.config.eval_every
         return step > 0 and (step == self._run.steps or bool(every) and step % every == 0)
-
-    def is_in(self, names: Collection[str]) -> bool:
-        """Whether metrics of these names include its scores."""
-        return "validation_loss" in names
 
     def run(self, step: int, trainable: Params, frozen: Params) -> None:
         """Evaluates the parameters of a step and reports the scores."""
@@ -50,12 +46,10 @@ class BenchmarkScores:
 
     def __init__(self, run: Run, reporter: Reporter, goodput: Goodput):
         self._run, self._reporter, self._goodput = run, reporter, goodput
+        self.metrics = f"{run.benchmark.name}/"
 
     def due(self, step: int) -> bool:
         return step == 0 or self._run.benchmark.due(step, self._run.steps)
-
-    def is_in(self, names: Collection[str]) -> bool:
-        return any(name.startswith(f"{self._run.benchmark.name}/") for name in names)
 
     def run(self, step: int, trainable: Params, frozen: Params) -> None:
         dtype = self._run.program.settings.dtype

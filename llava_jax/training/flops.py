@@ -1,5 +1,7 @@
 """FLOPs of a training step by formula: 2 for each multiply-add of a matrix product, 0 for everything else.
 
+The products follow from the shapes of the kernels: a kernel of N numbers takes 2 N FLOPs a token.
+
 Frozen parameters have no weight gradients. If a parameter before them is trained, the gradients of activations pass
 through them all the same (4 N T FLOPs instead of 6 N T); if none is, as in the vision tower of both stages, they only
 run forward (2 N T).
@@ -17,30 +19,20 @@ from collections.abc import Collection, Mapping
 
 from llava_jax.data.plan import Layout
 from llava_jax.models import pieces
-from llava_jax.models.config import LlavaConfig, TextConfig
-from llava_jax.models.families import family_of
-from llava_jax.models.llava import NEWLINE_PARAMETER, abstract_params
+from llava_jax.models.config import LlavaConfig
+from llava_jax.models.llava import NEWLINE_PARAMETER, Shapes, abstract_params
 from llava_jax.models.projectors import projector_kind
 from llava_jax.models.registry import TOWERS
 from llava_jax.training.loss import CHUNK as LABEL_CHUNK
 
+Sizes = Mapping[str, int]  # of kernels by name, in numbers
 CONVENTIONS = ("full", "causal")
-# Remat policy -> the products of a decoder layer that the backward pass computes again. The last product of a layer is
-# not computed again, since the backward pass does not need its result.
-RECOMPUTED: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "full": ("qkv", "attention", "output", "gate_up"),
-    "save_qkv": ("attention", "output", "gate_up"),
-    "offload": ("qkv", "attention", "output", "gate_up"),
-}
-# The linear layers of a decoder layer -> the product that they are part of.
-PRODUCTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
-    "o_proj": "output",
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
-    "down_proj": "down",
-}
-# The last product of a layer of the towers, as `down` is of the decoder's.
+# Remat policy -> what of a decoder layer the backward pass computes again: attention, and results of linear layers, but
+# not that of the last one, `down_proj`, which it does not need.
+_AFTER_QKV = ("attention", "o_proj", "gate_proj", "up_proj")
+_ALL = ("q_proj", "k_proj", "v_proj", *_AFTER_QKV)
+RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (), "full": _ALL, "save_qkv": _AFTER_QKV, "offload": _ALL}
+# The last product of a layer of the towers, as `down_proj` is of the decoder's.
 LAST_OF_TOWER = "vision.layers.mlp.fc2.kernel"
 
 
@@ -77,8 +69,7 @@ def step_flops(
     """
     images, rows = layout.groups * layout.image_slots, layout.batch_rows
     text = model.text
-    sizes = {name: math.prod(value.shape) for name, value in abstract_params(model).items()}
-    weights = _trained_sizes(model, trainable)
+    sizes, weights = _sizes(model, _plain_shapes(model)), _sizes(model, trainable)
     first, depths = first_trained_layers(model, trainable), _depths(model)
     # The share of the layers that gradients of activations pass through.
     vision, decoder = (1 - first[stack] / max(depths[stack], 1) for stack in ("vision.layers", "llm.layers"))
@@ -88,8 +79,8 @@ def step_flops(
     parts = {
         "vision": tower * images,
         "vision attention": tower_attention * images,
-        "projector": _projector(model, vision, weights, trainable) * (images * layout.image_tokens),
-        "llm": _decoder(text, decoder, weights, remat) * (rows * layout.max_length),
+        "projector": _projector(model, sizes, weights, vision, trainable) * (images * layout.image_tokens),
+        "llm": _decoder(sizes, weights, decoder, remat) * (rows * layout.max_length),
         "llm attention": _attention(attention, decoder, RECOMPUTED[remat]) * rows,
     }
     slots = layout.label_slots
@@ -129,13 +120,16 @@ def _depths(model: LlavaConfig) -> dict[str, int]:
     return {"vision.layers": model.vision_layers_used, "llm.layers": model.text.num_layers}
 
 
-def _trained_sizes(
-    model: LlavaConfig, trainable: Collection[str], endings: tuple[str, ...] = (".kernel",)
-) -> dict[str, float]:
-    """The sizes of the trained kernels by name, of layers that run."""
-    sizes: dict[str, float] = {}
-    shapes, depths = abstract_params(model), _depths(model)
-    for name in trainable:
+def _plain_shapes(model: LlavaConfig) -> Shapes:
+    """Quantized or not, kernels take part in the same products."""
+    return abstract_params(dataclasses.replace(model, base_dtype=""))
+
+
+def _sizes(model: LlavaConfig, names: Collection[str], endings: tuple[str, ...] = (".kernel",)) -> dict[str, int]:
+    """The sizes of the kernels among these parameters by name, of layers that run."""
+    sizes: dict[str, int] = {}
+    shapes, depths = _plain_shapes(model), _depths(model)
+    for name in names:
         if name.endswith(endings):
             whole = pieces.whole(name)
             start, stop = pieces.rows(name, shapes[whole])
@@ -161,36 +155,30 @@ def mfu(parts: dict[str, Part], seconds: float, devices: int, peak: float) -> di
 
 
 # ------------------------------------------------------------------------------------------- one image, token or row
-# `weights`: the sizes of the trained kernels. `backward`: the share of the layers that gradients of activations pass
-# through.
+# `sizes`: those of all kernels. `weights`: of the trained ones. `backward`: the share of the layers that gradients of
+# activations pass through.
 
 
-def _vision(
-    model: LlavaConfig, sizes: Mapping[str, int], weights: Mapping[str, float], backward: float, remat: str
-) -> tuple[Part, Part]:
+def _vision(model: LlavaConfig, sizes: Sizes, weights: Sizes, backward: float, remat: str) -> tuple[Part, Part]:
     """One image: (products with weights, attention). The patch embedding needs no gradient of the pixels."""
-    vision, layers = model.vision, model.vision_layers_used
-    products, attention = TOWERS[vision.kind].flops(vision, layers)
+    vision = model.vision
 
-    def product(name: str, size: int) -> float:
-        if name.startswith("vision.layers."):
-            return 2.0 * vision.num_tokens * size * layers / vision.num_layers
-        return 2.0 * vision.num_patches * size
+    def products(sizes: Sizes) -> dict[str, float]:
+        tokens = {name: vision.num_tokens if pieces.stack_of(name) else vision.num_patches for name in sizes}
+        return {name: 2.0 * tokens[name] * size for name, size in sizes.items() if name.startswith("vision.")}
 
+    forward = products(sizes)
     recomputed = RECOMPUTED["full" if remat == "save_qkv" else remat]  # the tower's layers do not name qkv
-    later = products - product("patches", sizes.get("vision.patch_embedding.kernel", 0))
-    again = later - product(LAST_OF_TOWER, sizes.get(LAST_OF_TOWER, 0)) if recomputed else 0.0
-    tokens = {name: vision.num_tokens if pieces.stack_of(name) else vision.num_patches for name in weights}
-    gradients = sum((2.0 * tokens[name] * size for name, size in weights.items() if name.startswith("vision.")), 0.0)
-    return Part(products, later * backward, gradients, again * backward), _attention(attention, backward, recomputed)
+    later = sum(forward.values()) - forward.get("vision.patch_embedding.kernel", 0.0)
+    again = later - forward.get(LAST_OF_TOWER, 0.0) if recomputed else 0.0
+    part = Part(sum(forward.values()), later * backward, sum(products(weights).values(), 0.0), again * backward)
+    attention = 4.0 * vision.num_tokens**2 * vision.hidden_size * model.vision_layers_used
+    return part, _attention(attention, backward, recomputed)
 
 
-def _projector(model: LlavaConfig, backward: float, weights: Mapping[str, float], trainable: Collection[str]) -> Part:
+def _projector(model: LlavaConfig, sizes: Sizes, weights: Sizes, backward: float, trainable: Collection[str]) -> Part:
     """One patch. `backward`: whether the tower is trained; else gradients end at the first trained layer."""
-    matrices = projector_kind(model.projector_type).matrices(
-        model.projector_type, model.feature_size, model.text.hidden_size
-    )
-    products = [2.0 * rows * columns for rows, columns in matrices]
+    products = [2.0 * sizes[f"{layer}.kernel"] for layer in _layers_of_projector(model)]
     first = 0 if backward else _first_trained_layer_of_projector(model, trainable) + 1
     gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("projector."))
     return Part(sum(products), sum(products[first:]), gradients)
@@ -204,36 +192,28 @@ def _first_trained_layer_of_projector(model: LlavaConfig, trainable: Collection[
 
 
 def _layers_of_projector(model: LlavaConfig) -> list[str]:
-    names = (name for name in abstract_params(model) if name.startswith("projector.") and ".lora." not in name)
-    return sorted({name.rpartition(".")[0] for name in names})
+    entries = projector_kind(model.projector_type).entries(model.projector_type)
+    return [entry.name.removesuffix(".kernel") for entry in entries if entry.name.endswith(".kernel")]
 
 
 def _adapters(
     model: LlavaConfig,
     layout: Layout,
     trainable: Collection[str],
-    backward: Mapping[str, float],
+    backward: Mapping[str, float],  # of "vision" and "llm", see above
     remat: str,
     passes: int,
 ) -> Part:
     """All adapters in one step: y = x W + s (x A) B. DoRA multiplies A by B in each pass, to measure the columns of
-    W + s A B, and computes x W again with dropout.
-
-    Args:
-      backward: of "vision" and "llm", the share of the layers that gradients of activations pass through.
-    """
-    lora, shapes, depths, images = (
-        model.lora,
-        abstract_params(model),
-        _depths(model),
-        layout.groups * layout.image_slots,
-    )
+    W + s A B, and computes x W again with dropout."""
+    lora, images = model.lora, layout.groups * layout.image_slots
+    shapes, depths = abstract_params(model), _depths(model)
     tokens = {
         "vision": images * model.vision.num_tokens,
         "projector": images * layout.image_tokens,
         "llm": layout.batch_rows * layout.max_length,
     }
-    weights = _trained_sizes(model, trainable, (".lora.a", ".lora.b"))
+    weights = _sizes(model, trainable, (".lora.a", ".lora.b"))
     total = Part()
     for name in [name.removesuffix(".lora.a") for name in shapes if name.endswith(".lora.a")]:
         part, stack = name.partition(".")[0], pieces.stack_of(name)
@@ -262,17 +242,16 @@ def _adapters(
 def _is_recomputed(linear: str, remat: str) -> bool:
     """Whether a layer's backward pass computes the result of a linear layer again."""
     if linear.startswith("llm."):
-        return PRODUCTS.get(linear.rpartition(".")[2]) in RECOMPUTED[remat]
+        return linear.rpartition(".")[2] in RECOMPUTED[remat]
     return f"{linear}.kernel" != LAST_OF_TOWER
 
 
-def _decoder(text: TextConfig, backward: float, weights: Mapping[str, float], remat: str) -> Part:
+def _decoder(sizes: Sizes, weights: Sizes, backward: float, remat: str) -> Part:
     """One token through all layers, without attention."""
-    products = family_of(text).products(text)
-    layers = sum(products.values()) * text.num_layers
-    again = sum(products.get(name, 0) for name in RECOMPUTED[remat]) * text.num_layers
-    gradients = 2.0 * sum(size for name, size in weights.items() if name.startswith("llm.layers."))
-    return Part(layers, layers * backward, gradients, again * backward)
+    layers, trained = ({name: of[name] for name in of if name.startswith("llm.layers.")} for of in (sizes, weights))
+    again = 2.0 * sum(size for name, size in layers.items() if _is_recomputed(name.removesuffix(".kernel"), remat))
+    forward = 2.0 * sum(layers.values())
+    return Part(forward, forward * backward, 2.0 * sum(trained.values()), again * backward)
 
 
 def _attention(forward: float, backward: float, recomputed: Collection[str]) -> Part:

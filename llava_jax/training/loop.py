@@ -53,7 +53,7 @@ def train(
 
         # ---- Evaluations of the first step: a crash or a signal may have come between saving a step and evaluating it
         for evaluation in evaluations:
-            if evaluation.due(start) and not evaluation.is_in(reporter.written):
+            if evaluation.due(start) and not any(name.startswith(evaluation.metrics) for name in reporter.written):
                 evaluation.run(start, state.weights, frozen)
 
         # ---- The loop

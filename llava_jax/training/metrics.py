@@ -1,5 +1,6 @@
 """Writes the metrics of a run: JSON lines, TensorBoard, Weights & Biases, and a line or progress bar on the screen."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from llava_jax.cli import WIDTH, UserError, draws_bars, fitting, printable, progress_bar, say, time_left, warn
@@ -30,11 +32,7 @@ class MetricsWriter:
     """
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        start_step: int,
-        tracker: Any | None = None,
-        check: Callable[[], None] = lambda: None,
+        self, workdir: epath.Path, start_step: int, tracker: Any | None = None, check: Callable[[], None] = lambda: None
     ):
         self.workdir, self.check = workdir, check
         self.local = new_local() if is_remote(workdir) else workdir
@@ -95,6 +93,27 @@ class MetricsWriter:
         if self.uploads:
             self.uploads.shutdown(wait=True)
             self._upload()
+
+
+def start_tracking(config: ConfigDict, workdir: epath.Path) -> Any | None:
+    """The `wandb.Run` of this workdir, which a resume continues; None if `config.wandb.project` is empty.
+
+    W&B's environment variables work: with WANDB_MODE=offline everything stays on disk, for `wandb sync`.
+    """
+    if not config.wandb.project:
+        return None
+    import wandb  # an extra, and slow to import
+
+    place = str(workdir) if "://" in str(workdir) else str(workdir.resolve())
+    return wandb.init(
+        project=config.wandb.project,
+        entity=config.wandb.entity or None,
+        name=config.wandb.name or workdir.name,
+        id=hashlib.sha256(place.encode()).hexdigest()[:16],
+        resume="allow",
+        config=config.to_dict(),
+        dir=None if "://" in place else place,
+    )
 
 
 def keep_lines(source: epath.Path, target: epath.Path, last: int) -> None:

@@ -195,18 +195,12 @@ def reported_rates(config: ConfigDict, steps: int) -> dict[str, optax.Schedule]:
 
 def make_optimizer(
     config: ConfigDict,
-    chosen: Mapping[str, Group],
+    chosen: Mapping[str, Group],  # of each trained parameter, see `trained`
     steps: int,
-    scales: Mapping[str, np.ndarray] | None = None,
-    mesh: Mesh | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,  # factors of their learning rates, see `layer_scales`
+    mesh: Mesh | None = None,  # shards them; None is for those of one device
 ) -> optax.GradientTransformation:
-    """The optimizer of a run by group, for a flat dict of exactly the trained parameters, clipped by their common norm.
-
-    Args:
-      chosen: the group of each, see `trained`.
-      scales: factors of their learning rates, see `layer_scales`.
-      mesh: shards the parameters; None is for those of one device.
-    """
+    """The optimizer of a run by group, for a dict of exactly the trained parameters, clipped by their common norm."""
     optimizer = OPTIMIZERS.find(config.optimizer)
     by_group = {
         group.label: optimizer.make(config, learning_rate(config, group.learning_rate, steps), group.weight_decay, mesh)

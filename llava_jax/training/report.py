@@ -13,10 +13,10 @@ from llava_jax.cli import UserError, say
 from llava_jax.data.plan import Layout, Lengths
 from llava_jax.parallel import distributed
 from llava_jax.parallel.hardware import peak_flops
-from llava_jax.training import flops, optim, tracking
+from llava_jax.training import flops, optim
 from llava_jax.training.bad_samples import BadSamples, bad_texts
 from llava_jax.training.goodput import Goodput
-from llava_jax.training.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen
+from llava_jax.training.metrics import BAD_SAMPLES, METRICS, MetricsWriter, Screen, start_tracking
 from llava_jax.training.profiling import Profile
 from llava_jax.training.setup import Run
 
@@ -31,21 +31,15 @@ class Reporter:
 
     The metrics of a step are read when the next one is on the device, which so never waits for the host. Every process
     checks that the loss is finite; process 0 writes.
-
-    Args:
-      checkpoints: for the message about a loss that is not finite.
-      goodput: its clock says what steps take.
-      callbacks: called by process 0 with all that is written.
-      check_lock: raises UserError if the lock of the workdir is lost; called before anything is written.
     """
 
     def __init__(
         self,
         run: Run,
-        checkpoints: TrainingCheckpoints,
-        goodput: Goodput,
-        callbacks: Sequence[Callback],
-        check_lock: Callable[[], None],
+        checkpoints: TrainingCheckpoints,  # for the message about a loss that is not finite
+        goodput: Goodput,  # its clock says what steps take
+        callbacks: Sequence[Callback],  # called by process 0 with all that is written
+        check_lock: Callable[[], None],  # raises UserError if the lock is lost; called before anything is written
     ):
         config, start = run.config, run.start.step
         self._run, self._checkpoints, self._goodput = run, checkpoints, goodput
@@ -53,7 +47,7 @@ class Reporter:
         self.profile = Profile(run.workdir, config.profile.start, config.profile.steps)
         self._writer = self._screen = None
         if distributed.is_first():
-            self._writer = MetricsWriter(run.workdir, start, tracking.start(config, run.workdir), check_lock)
+            self._writer = MetricsWriter(run.workdir, start, start_tracking(config, run.workdir), check_lock)
             self._screen = Screen(start, run.steps)
         self._rates = optim.reported_rates(config, run.steps)
         self._flops = run.program.flops
@@ -186,10 +180,5 @@ class Reporter:
 def count_tokens(lengths: Lengths, rows: Sequence[Sequence[int]], layout: Layout) -> dict[str, int]:
     """Tokens (image tokens included), target tokens, images, tiles and positions of a step, over all processes."""
     samples = [index for row in rows for index in row]
-    return {
-        "tokens": int(lengths.tokens[samples].sum()),
-        "targets": int(lengths.targets[samples].sum()),
-        "images": int(lengths.images[samples].sum()),
-        "tiles": int(lengths.tiles[samples].sum()),
-        "positions": layout.batch_rows * layout.max_length,
-    }
+    counts = {name: int(counts[samples].sum()) for name, counts in lengths._asdict().items()}
+    return counts | {"positions": layout.batch_rows * layout.max_length}

@@ -1,7 +1,7 @@
 """The set-up of a run: all that is known before its parameters are loaded, then the parameters and the state."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from llava_jax.data.pipeline import Batch, Batches, ImageDecoder
 from llava_jax.data.plan import Order
 from llava_jax.evaluate.in_training import Evaluation
 from llava_jax.models import pieces
-from llava_jax.models.llava import NEWLINE_PARAMETER, Params, used_params
+from llava_jax.models.llava import NEWLINE_PARAMETER, Params, Shapes, used_params
 from llava_jax.parallel import distributed, sharding
 from llava_jax.training import adapters, builder
 from llava_jax.training.builder import TrainingProgram
@@ -32,20 +32,15 @@ from llava_jax.training.workdir import claim, fingerprint, set_aside
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run before its parameters are loaded.
-
-    Attributes:
-      benchmark: the questions to answer while training, if any.
-      description: what its checkpoints say about themselves.
-    """
+    """A run before its parameters are loaded."""
 
     config: ConfigDict
     workdir: epath.Path
     start: Start
     data: RunData
-    benchmark: Evaluation | None
+    benchmark: Evaluation | None  # the questions to answer while training, if any
     program: TrainingProgram
-    description: Description
+    description: Description  # what its checkpoints say about themselves
 
     @property
     def steps(self) -> int:
@@ -160,7 +155,7 @@ def _first_parameters(run: Run, frozen: Params) -> Params:
     return {name: loaded[name] for name in like}
 
 
-def _load_parameters(source: Checkpoint, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def _load_parameters(source: Checkpoint, like: Shapes) -> Params:
     """Parameters of a checkpoint, each in the type and with the sharding of its entry in `like`."""
     return source.load(like, lambda name, stored: like[name].dtype, lambda name: like[name].sharding)
 

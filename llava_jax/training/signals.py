@@ -4,23 +4,18 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 
-class StopRequest:
-    """The signal that asked the run to stop, if any."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-
 @contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Within, SIGTERM and SIGINT only set the request, so that the step can end and be saved; a second one interrupts.
+def catch_signals() -> Iterator[SimpleNamespace]:
+    """Within, SIGTERM and SIGINT only set `signal` of what this yields, else None, so that the step can end and be
+    saved; a second one interrupts.
 
     Python sets handlers in the main thread only: in any other thread none is set.
     """
-    request = StopRequest()
+    request = SimpleNamespace(signal=None)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -18,23 +18,14 @@ from llava_jax.training.workdir import resumes, start_step
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-      source: the checkpoint of `config.init` or, on a resume, the step of the workdir.
-      model: its model, with the settings for images of this run.
-      template: the chat template of this run.
-      step: how many steps are done.
-      resumed: whether `source` is a step of the workdir.
-      goes_back: whether newer steps of the workdir have to be set aside.
-    """
-
-    source: Checkpoint
-    model: LlavaConfig
-    template: Template
-    step: int
-    resumed: bool
-    goes_back: bool
+    source: Checkpoint  # that of `config.init` or, on a resume, the step of the workdir
+    model: LlavaConfig  # its model, with the settings for images of this run
+    template: Template  # of the chats of this run
+    step: int  # how many are done
+    resumed: bool  # whether `source` is a step of the workdir
+    goes_back: bool  # whether newer steps of the workdir have to be set aside
 
 
 def find_start(config: ConfigDict, workdir: epath.Path, resume_from: int | None) -> Start:

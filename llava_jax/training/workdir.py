@@ -48,8 +48,7 @@ def claim(workdir: epath.Path, config: ConfigDict, data: Mapping[str, Any]) -> N
 
 def resumes(workdir: epath.Path) -> bool:
     """Whether a run in `workdir` resumes from a checkpoint there."""
-    checkpoints = workdir / STEPS
-    return checkpoints.exists() and bool(finished_steps(checkpoints)) and _is_workdir(workdir) and _has_trained(workdir)
+    return bool(finished_steps(workdir / STEPS)) and _is_workdir(workdir) and _has_trained(workdir)
 
 
 def start_step(workdir: epath.Path, resume_from: int | None, verbose: bool = True) -> int:
@@ -105,8 +104,8 @@ def _is_workdir(workdir: epath.Path) -> bool:
 
 def _has_trained(workdir: epath.Path) -> bool:
     """Whether a run has done a step; it may have saved and evaluated step 0 before."""
-    checkpoints, metrics = workdir / STEPS, workdir / METRICS
-    if checkpoints.exists() and any(finished_steps(checkpoints)):
+    metrics = workdir / METRICS
+    if any(finished_steps(workdir / STEPS)):
         return True
     if not metrics.exists():
         return False

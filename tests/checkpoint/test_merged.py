@@ -24,8 +24,6 @@ from llava_jax.convert.tensors import open_files
 from llava_jax.inference.generate import Generator, load_model
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.config import LoraConfig
-from llava_jax.models.llava import abstract_params
-from llava_jax.models.quantized import quantized_params
 
 PLAIN = tiny.config()
 LORA = LoraConfig(4, 6.0, ("q_proj", "up_proj", r"vision\..*fc1", r"projector\.linear_2"))
@@ -132,7 +130,7 @@ def test_a_quantized_base_is_dequantized_and_the_sum_rounded_once(base_dtype, tm
         name: value if ".lora." in name else value.astype(jnp.bfloat16) for name, value in tiny.params(plain).items()
     }
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    quantized = quantized_params(params, abstract_params(model), base_dtype)
+    quantized = tiny.quantized_params(params, model)
     tiny.save_model(tmp_path / "adapted", quantized, Description(model, "v1"), tmp_path / "tokenizer")
     main(["merge", "--checkpoint", str(tmp_path / "adapted"), "--output", str(tmp_path / "out")])
     assert "adapters merged; rounding changed what they add by" in capsys.readouterr().out

@@ -45,7 +45,7 @@ from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.checkpoint.training import TrainingCheckpoints
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
-from llava_jax.convert.shards import write_shards
+from llava_jax.convert.outgoing import write_shards
 from llava_jax.data.conversation import place_images, render
 from llava_jax.data.images import preprocess
 from llava_jax.data.templates import get_template

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from llava_jax.cli import UserError
-from llava_jax.convert.shards import Tensor
+from llava_jax.convert.outgoing import Tensor
 from llava_jax.convert.torch_files import open_torch
 from llava_jax.convert.torch_save import save_torch
 

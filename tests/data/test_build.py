@@ -170,7 +170,8 @@ def test_published_sets_are_checked(data, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
     mix = next(known for known in published.PUBLISHED if known.name == "mix665k")
     small = dataclasses.replace(mix, samples=8, text_only=3, folders={"folder": "b"})
-    assert list(published.count_problems(small, 8, 2)) == [
+    (tmp_path / "folder").mkdir()
+    assert list(published.problems(small, tmp_path, 8, 2)) == [
         "2 samples without an image where llava_v1_5_mix665k.json has 3"
     ]
     monkeypatch.setattr(build, "PUBLISHED", [dataclasses.replace(small, text_only=2)])

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from qwen3 import CHAT_TEMPLATE_2507, qwen3_tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_jax.cli import UserError
 from llava_jax.convert.chat_template import chat_template
+from llava_jax.data import chat_template as rendering
 from llava_jax.data.template_fit import missing_marks, require_fit, template_of
 from llava_jax.data.templates import TEMPLATES, get_template
 from llava_jax.data.tokenization import load_tokenizer
@@ -14,6 +16,17 @@ from llava_jax.data.tokenization import load_tokenizer
 SENTENCEPIECE = ("v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct", "zephyr")
 CHATML = ("mpt", "chatml_direct", "chatml")
 PLAIN = ("v0", "llava_v0", "v0_mmtag", "plain")
+
+
+@pytest.fixture(autouse=True)
+def rendered_here(monkeypatch):
+    """Chat templates are rendered without a process for each, whose bounds test_tokenizer_files.py tests."""
+
+    def rendered(request: str) -> tuple[str | None, ...]:
+        values = json.loads(request)
+        return tuple(rendering._text(chat, values, render_jinja_template) for chat in values["chats"])
+
+    monkeypatch.setattr(rendering, "_rendered", rendered)
 
 
 def test_templates_whose_marks_are_tokens(llama_tokenizer, smollm2_tokenizer):

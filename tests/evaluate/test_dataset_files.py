@@ -1,8 +1,10 @@
 """Questions and labels from the files that people download, and answers in the forms of the toolkits."""
 
 import base64
+import csv
 import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from PIL import Image
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import parquet as stored
 from llava_jax.evaluate.benchmarks import BENCHMARKS
+from llava_jax.evaluate.parquet import StoredImage, content, parquet_rows
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.score import score
 from tests.evaluate.test_suite import answer, jsonl, write
@@ -34,6 +38,11 @@ RED, BLUE = png("red"), png("blue")
 
 def asked(name: str, path: Any, prompt: str = "lmms-eval") -> list[Question]:
     return read_questions([str(path)], "", BENCHMARKS[name].asked_as(prompt).questions)
+
+
+def shown(question: Question) -> tuple[Any, ...]:
+    """The images of a question, as bytes if they are inside a file."""
+    return tuple(image if isinstance(image, str) else content(image) for image in question.images)
 
 
 def tsv(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -84,7 +93,7 @@ def test_the_hubs_parquet(tmp_path: Path):
     parquet(tmp_path / "test-00000-of-00002.parquet", [ai2d(RED, "0"), ai2d(BLUE, "1")])
     second = parquet(tmp_path / "test-00001-of-00002.parquet", [ai2d(RED, "1")])
     (question,) = asked("ai2d", second)
-    assert question == Question("2", f"?\nA. x\nB. y\n{LETTER}", (RED,))
+    assert question._replace(images=shown(question)) == Question("2", f"?\nA. x\nB. y\n{LETTER}", (RED,))
     folder = [q.id for q in asked("ai2d", tmp_path)]
     assert folder == ["0", "1", "2"]
     items = [item for item, _ in BENCHMARKS["ai2d"].read(str(tmp_path))]
@@ -95,15 +104,43 @@ def test_the_hubs_parquet(tmp_path: Path):
         asked("ai2d", second)
 
 
+def test_images_stay_in_parquet(tmp_path: Path):
+    """They are read in any order, over row groups, from cells of each form; equal images are one."""
+    images = [png(color) for color in ("red", "lime", "blue", "black", "red")]
+    rows = [{"questionId": i, "question": "?", "answers": ["x"], "image": {"bytes": image}, "images": [image, RED]}
+            for i, image in enumerate(images)]  # fmt: skip
+    file = str(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
+    questions = asked("docvqa", file)
+    assert all(isinstance(image, StoredImage) for question in questions for image in question.images)
+    assert [shown(question) for question in reversed(questions)] == [(image, image, RED) for image in reversed(images)]
+    assert questions[0].images == questions[4].images
+    assert not any({"image", "images"} & set(item.more) for item, _ in BENCHMARKS["docvqa"].read(file))
+    first = next(parquet_rows(file)).value["image"]["bytes"]
+    Path(file).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="a.parquet: row 0: its image cannot be read"):
+        first._replace(path=str(tmp_path / "../" / tmp_path.name / "a.parquet")).read()
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also if the questions are of the 30 files of MMMU."""
+    opened = types.SimpleNamespace()
+    monkeypatch.setattr(stored, "_OPENED", opened)
+    files = [parquet(tmp_path / f"{i}.parquet", [ai2d(RED if i % 2 else BLUE, "0")]) for i in range(20)]
+    images = [asked("ai2d", file)[0].images[0] for file in files]
+    assert [content(image) for image in (*images, *images)] == [BLUE, RED] * 20
+    assert len(vars(opened)) == stored.MAX_OPEN
+
+
 def test_several_images_and_official_files(tmp_path: Path):
     row = {"id": "validation_Art_1", "question": "<image 2> or <image 1>?", "options": "['<image 1>', 'y']",
            "answer": "A", "question_type": "multiple-choice", "image_1": {"bytes": RED},
            "image_2": {"bytes": BLUE}}  # fmt: skip
     file = parquet(tmp_path / "validation-00000-of-00001.parquet", [row])
-    assert asked("mmmu", file)[0].images == (RED, BLUE)
-    assert asked("mmmu", file, "official")[0].images == (RED,)
+    assert shown(asked("mmmu", file)[0]) == (RED, BLUE)
+    assert shown(asked("mmmu", file, "official")[0]) == (RED,)
     interleaved = asked("mmmu", file, "vlmevalkit-api")[0]
-    assert interleaved.images == (BLUE, RED, RED)
+    assert shown(interleaved) == (BLUE, RED, RED)
     assert interleaved.marked_text.count("<image>") == 3
     human = write(tmp_path / "test_human.json", [{"imgname": "1.png", "query": "How?", "label": "x"}])
     augmented = write(tmp_path / "test_augmented.json", [{"imgname": "1.png", "query": "Why?", "label": "y"}])
@@ -148,6 +185,18 @@ def test_mathvistas_queries(tmp_path: Path):
     assert scores["score"] == 100.0
 
 
+def test_the_query_in_vlmevalkits_table_is_no_question(tmp_path: Path):
+    """Its other prompts ask the question in it."""
+    text = "Hint: Please answer.\nQuestion: How long? (Unit: cm)\nChoices:\n(A) 1\n(B) 2"
+    row = {"index": 1, "question": text, "choices": "['1', '2']", "question_type": "multi_choice", "unit": "cm",
+           "answer": "1", "image": base64.b64encode(RED).decode(), "answer_type": "text"}  # fmt: skip
+    file = tmp_path / "MathVista_MINI.tsv"
+    with file.open("w", newline="") as out:
+        csv.writer(out, delimiter="\t").writerows([list(row), list(row.values())])
+    assert asked("mathvista", file, "vlmevalkit")[0].text == text
+    assert asked("mathvista", file)[0].text == f"How long? (Unit: cm)\nA. 1\nB. 2\n{LETTER}"
+
+
 LOGS = [{"doc_id": i, "target": "AB"[i], "filtered_resps": ["A."], "resps": [["A."]], "input": "?", "doc_hash": "0"}
         for i in range(2)]  # fmt: skip
 
@@ -162,16 +211,34 @@ def test_logs_of_lmms_eval(tmp_path: Path):
     write(tmp_path / "samples_ai2d.jsonl", jsonl([LOGS[0] | {"doc_id": 5}]))
     with pytest.raises(UserError, match="line 1: doc_id 5: the labels have no such row"):
         score("ai2d", log, [rows], [])
+    charts = [write(tmp_path / f"test_{kind}.json", [{"imgname": "1.png", "query": "?", "label": "A"}])
+              for kind in ("human", "augmented")]  # fmt: skip
+    with pytest.raises(UserError, match="line 1: doc_id 5 may be of several files of labels: give one of them"):
+        score("chartqa", log, charts, [])
     inner = {"mmstar": {"question_id": 9, "l2_category": "x", "score": 1.0}}
     row = {"index": 9, "question": "?", "answer": "A", "category": "c", "l2_category": "x"}
     star = write(tmp_path / "star.json", [row])
     log = write(tmp_path / "log.jsonl", jsonl([LOGS[0] | inner]))
     assert score("mmstar", log, [star], [], rule="lmms-eval")[0]["score"] == 100.0
+    review = {"question": "?", "ans1": "!", "ans2": "A.", "review": "10 8\nFine.", "content": "[Question]\n10 1"}
+    log = write(tmp_path / "log.jsonl", jsonl([LOGS[0] | {"target": "gpt4v_answer", "gpt_eval_llava_all": review}]))
+    wilder = write(tmp_path / "wilder.json", [{"Question": "?", "Answer": "!"}])
+    assert score("wilder", log, [wilder], [])[0]["score"] == 80.0
 
 
-@pytest.mark.parametrize("form", ["xlsx", "tsv", "json"])
+def test_a_log_of_one_of_several_sets(tmp_path: Path):
+    """MMMU-Pro's sets have the same ids."""
+    row = {"id": "test_Art_1", "options": "['x', 'y']", "answer": "B"}
+    labels = [write(tmp_path / "a.json", [row | {"question": "?"}]), write(tmp_path / "b.json", [row])]
+    log = write(tmp_path / "log.jsonl", jsonl([LOGS[0] | {"mmmu_acc": {"id": "test_Art_1", "parsed_pred": "B"}}]))
+    assert score("mmmu-pro", log, labels[:1], [])[0]["total"] == 1
+    with pytest.raises(UserError, match="line 1: question test_Art_1 may be of standard or vision: give the labels of"):
+        score("mmmu-pro", log, labels, [])
+
+
+@pytest.mark.parametrize("form", ["xlsx", "tsv", "json", "parquet"])
 def test_predictions_of_vlmevalkit(tmp_path: Path, form: str):
-    """Such a file has the labels, too."""
+    """Such a file has the labels, too. In JSON it has NaN for empty cells."""
     rows = [{"index": i, "question": "?", "A": "x", "B": "y", "answer": "B", "prediction": text}
             for i, text in enumerate(["B", "The answer is A"])]  # fmt: skip
     path = tmp_path / f"llava_AI2D_TEST.{form}"
@@ -182,15 +249,17 @@ def test_predictions_of_vlmevalkit(tmp_path: Path, form: str):
         book.save(path)
     elif form == "tsv":
         tsv(path, rows)
+    elif form == "json":
+        write(path, [row | {"C": float("nan")} for row in rows])
     else:
-        write(path, rows)
+        parquet(path, rows)
     assert score("ai2d", str(path), [str(path)], [], rule="vlmevalkit")[0]["score"] == 50.0
 
 
 def test_submissions(tmp_path: Path):
-    def submit(name: str, lines: list[dict[str, Any]], labels: Any) -> Any:
+    def submit(name: str, lines: list[dict[str, Any]], *labels: Any) -> Any:
         evaluate.main(["submission", name, f"--answers={write(tmp_path / 'a.jsonl', jsonl(lines))}",
-                       f"--labels={labels}", f"--output={tmp_path / 'out.json'}"])  # fmt: skip
+                       f"--output={tmp_path / 'out.json'}", "--labels", *map(str, labels)])  # fmt: skip
         return json.loads((tmp_path / "out.json").read_text())
 
     table = tsv(tmp_path / "mmmu.tsv", MMMU)
@@ -202,15 +271,38 @@ def test_submissions(tmp_path: Path):
     assert (row["predict"], row["dataset_name"]) == ("y", "svt")
     with pytest.raises(UserError, match="has no question 9"):
         submit("ocrbench", [answer(9, "y")], ocr)
+    more = write(tmp_path / "more.json", [{"id": "validation_Math_7", "question": "?", "options": "[]", "answer": "4",
+                                           "question_type": "open"}])  # fmt: skip
+    several = submit("mmmu", [answer(1, "B"), answer(2, "3"), answer("validation_Math_7", "4")], table, more)
+    assert several == {"1": "B", "2": "3", "validation_Math_7": "4"}
+    sets = [write(tmp_path / f"{i}.json", [{"id": "test_Art_1", "options": "['x', 'y']", "answer": "B"} | question])
+            for i, question in enumerate(({"question": "?"}, {}))]  # fmt: skip
+    with pytest.raises(UserError, match=r"have several sets \(standard, vision\): hand in each by itself"):
+        submit("mmmu-pro", [answer("test_Art_1", "B", category=kind) for kind in ("standard", "vision")], *sets)
+    with pytest.raises(UserError, match="SEED-Bench has one file of questions"):
+        submit("seed", [answer(1, "B")], ocr, more)
 
 
 def test_errors_name_the_row(tmp_path: Path):
     with pytest.raises(UserError, match="element 0: the answer 7 is none of its 2 options"):
         asked("ai2d", write(tmp_path / "a.json", [{"question": "?", "options": ["x", "y"], "answer": "7"}]))
+    with pytest.raises(UserError, match="element 0: has no image: is it a table of predictions, which lacks them"):
+        asked("docvqa", write(tmp_path / "b.json", [{"question": "?", "answers": ["x"]}]))
+    (found,) = asked("infovqa", write(tmp_path / "b.json", [{"question": "?", "answers": ["x"],
+                                                             "image_local_name": "7.jpeg"}]))  # fmt: skip
+    assert found.images == ("7.jpeg",)
+    parquet(tmp_path / "hub/Art/dev.parquet", [ai2d(RED, "0")])
+    with pytest.raises(UserError, match="hub: has no file that is read .*, such as .*hub/Art/dev.parquet"):
+        asked("mmmu", tmp_path / "hub")
     with pytest.raises(UserError, match="element 0: has no question or query or Question"):
         asked("docvqa", write(tmp_path / "b.json", [{"answers": ["x"]}]))
     with pytest.raises(UserError, match="line 2: its image is neither base64 nor the name of an image: '!!'"):
         asked("ocrbench", tsv(tmp_path / "c.tsv", [{"index": 0, "image": "!!", "question": "?", "answer": "x"}]))
+    table = tsv(tmp_path / "AI2D_TEST.tsv", [{"index": 0, "question": "?", "A": "x", "B": "y", "answer": "A"}])
+    for name, message in (("mmstar", "has no l2_category or l2-category"), ("docvqa", "has options"),
+                          ("chartqa", "'AI2D_TEST.tsv: line 2' is no kind of ChartQA")):  # fmt: skip
+        with pytest.raises(UserError, match=f"line 2: {message}: is it a file of another benchmark"):
+            asked(name, table)
     with pytest.raises(UserError, match="is no Parquet file"):
         asked("ocrbench", write(tmp_path / "d.parquet", "x"))
     with pytest.raises(UserError, match="question 0: has no options: --as vlmevalkit needs VLMEvalKit's own table"):

@@ -1,5 +1,6 @@
 """A benchmark answered during training: by one process, by two, and what's wrong with it told before the first step."""
 
+import base64
 import gc
 import json
 import re
@@ -18,7 +19,7 @@ from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.in_training import Evaluation, answer_line, choose, flatten, request
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.training import loop
-from tests.evaluate.test_dataset_files import BLUE, RED, parquet
+from tests.evaluate.test_dataset_files import BLUE, RED, parquet, shown, tsv
 from tests.parallel.test_distributed import Run
 
 STEPS = 80
@@ -134,6 +135,7 @@ def live_around_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, 
     ({"evaluate.benchmark": "easy"}, "easy: is no such benchmark"),
     ({"evaluate.limit": 0}, "evaluate.limit is 0"),
     ({"evaluate.images": "/nowhere"}, "/nowhere/0.png"),
+    ({"evaluate.images": ""}, "evaluate.images is not set, and the image of question"),
 ])  # fmt: skip
 def test_what_is_wrong_shows_before_the_first_step(world: dict[str, str], tmp_path: Path, changes: Any, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
@@ -168,10 +170,29 @@ def test_a_file_with_questions_images_and_labels(tmp_path: Path):
             for i in range(3)]  # fmt: skip
     file, benchmark = parquet(tmp_path / "test.parquet", rows), BENCHMARKS["ai2d"]
     asked = choose(read_questions([file], "", benchmark.questions), benchmark, limit=1, seed=1)
-    assert {question.images for question in asked} in ({(RED,)}, {(BLUE,)})
+    assert {shown(question) for question in asked} in ({(RED,)}, {(BLUE,)})
     assert len(request(asked[0], tmp_path).images) == 1
     evaluation = Evaluation.__new__(Evaluation)
     evaluation.benchmark, evaluation.labels, evaluation.questions = benchmark, [file], asked
     lines = [answer_line(number, question, "B", 7) for number, question in enumerate(asked)]
     scores = flatten("ai2d/", benchmark.score(evaluation._pairs(lines)))
     assert (scores["ai2d/score"], scores["ai2d/total"]) == (100.0, len(asked))
+
+
+def test_images_inside_the_file(world: dict[str, str], tmp_path: Path):
+    """Of Parquet and of a table, also for a question about two images; no folder of images is given."""
+    rows = [{"id": f"validation_Art_{i}", "question": "<image 1>?" if i else "<image 1> or <image 2>?", "answer": "A",
+             "question_type": "multiple-choice", "options": "['red', 'blue']", "image_1": {"bytes": RED},
+             "image_2": {"bytes": BLUE}} for i in range(2)]  # fmt: skip
+    inside = [base64.b64encode(image).decode() for image in (RED, BLUE)]
+    table = [{"index": i, "id": row["id"], "question": row["question"], "A": "red", "B": "blue", "answer": "A",
+              "image": inside[0] if i else str(inside)} for i, row in enumerate(rows)]  # fmt: skip
+    answers = []
+    for file in (parquet(tmp_path / "mmmu.parquet", rows), tsv(tmp_path / "mmmu.tsv", table)):
+        workdir = tmp_path / f"run{len(answers)}"
+        files = {"evaluate.benchmark": "mmmu", "evaluate.questions": file, "evaluate.labels": file}
+        loop.train(config(world, steps=1, **files, **{"evaluate.images": ""}), str(workdir))
+        assert [line["mmmu/total"] for line in metrics(workdir) if "mmmu/score" in line] == [2, 2]
+        answers.append((workdir / "evaluations/0/mmmu.jsonl").read_text())
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 2

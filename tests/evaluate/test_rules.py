@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.evaluate import rule_options as options
 from llava_jax.evaluate.benchmarks import BENCHMARKS
 from llava_jax.evaluate.comparison import bootstrap
+from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.intervals import wilson
 from tests.evaluate.test_suite import answer, jsonl, write
 
@@ -64,6 +68,48 @@ def test_letters_that_toolkits_read_differently(tmp_path: Path, capsys: pytest.C
             assert scored["score"] == explained["scores"][toolkit] == round(100 * right / len(rows), 2)
         assert scored["rule"].startswith(toolkit)
         assert {"by", "total", "failed", "unparsed"} < scored.keys()
+
+
+LETTERED = dict(zip("ABCD", OPTIONS, strict=True))
+
+
+@pytest.mark.parametrize("read,text,letter", [
+    (options.mmmu, "(A), no: (C). Or (A)", "A"),  # the last one
+    (options.mmmu, "A or B", "B"), (options.mmmu, "B.'", ""), (options.mmmu, "'B'.", "B"),  # marks in their order
+    (options.mmmu, "12 cm, not a red dog, I would say", "A"),  # the last option's text, of more than five words
+    (options.mmmu, "12 cm, it is", ""), (options.mmmu, "A: none of them, as far as I know", "D"),
+    (options.mmmu_pro, "Answer: A\nAnswer: (C)", "C"), (options.mmmu_pro, "Answer: A or C", "C"),
+    (options.mmmu_pro, "Answer: none. So A. B", "B"), (options.mmmu_pro, "I say C.D", "D"),
+    (options.mmmu_pro, "answer: BAD A.", "A"),
+])  # fmt: skip
+def test_options_as_the_authors_of_mmmu_read_them(read: Any, text: str, letter: str):
+    """By hand, from reading `parse_multi_choice_response` in eval/eval_utils.py and mmmu-pro/evaluate.py."""
+    assert read(text, LETTERED)[0] == letter
+
+
+@pytest.mark.parametrize("text,right", [
+    ("b", True), ("Both", True), ("(B)", True), ("Option B", True), ("The answer is b.", True), ("\nB", True),
+    (" the answer is (B)", False), ("The answer is:B", False), ("(", False), ("AB", False),
+])  # fmt: skip
+def test_mmstars_own_rule(text: str, right: bool):
+    """By hand, from reading its `MMStar_eval`."""
+    assert (options.mmstar(text, "B")[0] == "B") == right
+
+
+@pytest.mark.parametrize("kind,extraction,right,precision,equal", [
+    ("text", "(b) It is.", "Cat", None, True), ("text", "Ca", "Cat", None, True), ("text", "12", "Cat", None, True),
+    ("text", "E", "Cat", None, True), ("text", "b", "Cat", None, True),  # the first of the most similar texts
+    ("text", "", "Cat", None, False), ("integer", "4.9", "4", None, True), ("integer", "4 cm", "4", None, False),
+    ("float", "1.25", "1.2", 1.0, True), ("float", "1", "1.0", 1.0, True), ("float", "1.204", "1.2", 2.0, True),
+    ("list", "[1, 2]", "[1, 2]", None, True), ("list", "[1,2]", "[1, 2]", None, False),
+    ("list", " [1, 2]", "[1, 2]", None, False),
+])  # fmt: skip
+def test_extractions_as_the_authors_of_mathvista_score_them(kind, extraction, right, precision, equal):
+    """By hand, from reading `normalize_extracted_answer` and `safe_equal` in evaluation/calculate_score.py."""
+    shown = tuple(OPTIONS) if kind == "text" else ()
+    item = Item("1", "?", shown, (right,), kind="multi_choice" if shown else kind, more={"precision": precision},
+                reply=extraction)  # fmt: skip
+    assert BENCHMARKS["mathvista"].rules["official"].read("?", item).score == equal
 
 
 def test_mmstar_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -132,6 +178,8 @@ def test_mathvista_with_and_without_a_judge(tmp_path: Path, capsys: pytest.Captu
     judged |= {"0": {"text": "?", "content": "eigth"}, "4": {"text": "?", "content": "[1, 2]"}}
     found = [run(tmp_path, capsys, "mathvista", MATH, judged, "--as", toolkit)["score"] for toolkit in TOOLKITS]
     assert found == [100.0, 80.0, 20.0]  # the option that is most similar, which VLMEvalKit does not look for
+    extracted = {ident: {"text": "?", "res": right} for ident, right in given.items()}  # as VLMEvalKit writes it
+    assert run(tmp_path, capsys, "mathvista", MATH, extracted, "--as", "vlmevalkit")["score"] == 40.0
 
 
 def illusion(figure: int, question: int, right: int, category: str = "VD") -> dict[str, Any]:
@@ -162,6 +210,11 @@ def test_hallusionbench(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert official["unparsed"] == 1
     judged = {ident: {"text": text, "content": "Incorrect."} for ident, text in given.items()}
     assert run(tmp_path, capsys, "hallusionbench", rows, judged)["score"] == 0.0
+    read = {ident: {"text": "It may be.", "extracted": "Yes"} for ident in given}  # by VLMEvalKit's judge
+    scores = [
+        run(tmp_path, capsys, "hallusionbench", rows, read, "--as", toolkit)["by"]["aAcc"] for toolkit in TOOLKITS
+    ]
+    assert scores == [50.0, 33.33, 33.33]
 
 
 def test_wilder_needs_reviews(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -172,6 +225,8 @@ def test_wilder_needs_reviews(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lmms["score"] == 42.1  # 8 - 1 + 1 of 10 - 1 + 10
     with pytest.raises(UserError, match="--as vlmevalkit: LLaVA-Bench-Wilder has official, lmms-eval"):
         run(tmp_path, capsys, "wilder", rows, given, "--as", "vlmevalkit")
+    with pytest.raises(UserError, match="line 1: has no review, nor has any other answer: `judge wilder` writes them"):
+        run(tmp_path, capsys, "wilder", rows, dict.fromkeys(range(3), "a"))
 
 
 def test_mmmu_pro_is_the_mean_of_two_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -203,6 +258,51 @@ def test_the_release_benchmarks_by_other_rules(tmp_path: Path, capsys: pytest.Ca
     assert scores == {"official": 80.0, "lmms-eval": 100.0, "vlmevalkit": 100.0}
     with pytest.raises(UserError, match="--as vlmevalkit: VQAv2 has one rule only"):
         BENCHMARKS["vqav2"].scored_as("vlmevalkit")
+
+
+TABLES = {  # rows of VLMEvalKit's predictions, and the score by its rule
+    "pope": ([{"index": 1, "category": "random,popular", "answer": "Yes", "prediction": "yes", "image_path": "1.jpg"},
+              {"index": 2, "category": "random", "answer": "No", "prediction": "Yes.", "image_path": "1.jpg"}], 80.0),
+    "mme": ([{"index": i, "category": "OCR", "answer": right, "prediction": "yes", "image_path": "OCR/7.jpg",
+              "question": f"{i}?"} for i, right in enumerate(["Yes", "No"])], 50.0),
+    "textvqa": ([{"index": 1, "answer": str(["a"] * 10), "prediction": "A"},
+                 {"index": 2, "answer": str(["b"] * 10), "prediction": "A"}], 50.0),
+    "gqa": ([{"index": i, "answer": "red", "prediction": text} for i, text in enumerate(["Red", "Red."])], 50.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_release_benchmarks_in_the_toolkits_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    """VLMEvalKit's predictions have the labels; lmms-eval's logs number the Hub's rows, whose ids may repeat."""
+    rows, expected = TABLES[name]
+    table, log = tmp_path / "llava.tsv", tmp_path / "log.jsonl"
+    write(table, "\n".join("\t".join(map(str, row)) for row in [list(rows[0]), *map(list, map(dict.values, rows))]))
+    parquet = tmp_path / "test-00000-of-00001.parquet"
+    columns = [{column: cell for column, cell in row.items() if column not in ("index", "prediction")} for row in rows]
+    repeats = name in ("pope", "mme")
+    ids = [{"question_id": "1" if repeats else str(i)} for i in range(len(rows))]
+    pq.write_table(pa.Table.from_pylist([row | ident for row, ident in zip(columns, ids, strict=True)]), parquet)
+    lines = [{"doc_id": i, "resps": [row["prediction"]], "score": ids[i]} for i, row in enumerate(rows)]
+    write(log, jsonl([lines[0] | {"target": rows[0]["answer"]}, lines[1]]))
+    for answers, labels in ((table, table), (log, parquet)):
+        evaluate.main(["score", name, f"--answers={answers}", f"--labels={labels}", "--json", "--as", "vlmevalkit"])
+        scores = json.loads(capsys.readouterr().out)
+        assert (scores["score"], scores["total"]) == (expected, 3 if name == "pope" else 2)
+    if repeats:
+        write(log, jsonl([lines[0] | {"target": "other"}, lines[1]]))
+        with pytest.raises(
+            UserError, match="line 1: doc_id 0 has the right answer 'other', but that row of the labels"
+        ):
+            evaluate.main(["score", name, f"--answers={log}", f"--labels={parquet}"])
+
+
+@pytest.mark.parametrize("name,row", [
+    ("docvqa", {"questionId": "1", "question": "?"}), ("mathvista", MATH[1] | {"answer": "", "pid": "1"}),
+    ("mmmu", exam(1)[0] | {"id": "1", "answer": "?"}),
+])  # fmt: skip
+def test_test_sets_have_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, row: dict[str, Any]):
+    with pytest.raises(UserError, match="line 1: the right answer is not public: `submission` writes"):
+        run(tmp_path, capsys, name, [row], {"1": "B"})
 
 
 def test_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -55,6 +55,34 @@ def test_a_table_with_one_command(tmp_path: Path, capfd: pytest.CaptureFixture[s
         evaluate.main(["suite", "v1.5", f"--data={data}", f"--output={output}"])
 
 
+def test_the_table_of_the_release(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A benchmark with a command of its own, one whose server scores it, and one without its images."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    problem = {"question": "Which?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png",
+               "grade": "grade2", "subject": "natural science", "split": "test"}  # fmt: skip
+    asked = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
+    write(data / "scienceqa/llava_test_CQM-A.json", [{"id": "7", "image": "7.png", "conversations": asked}])
+    write(data / "scienceqa/problems.json", {"7": problem})
+    write(data / "scienceqa/pid_splits.json", {"test": ["7"]})
+    question = {"question_id": 1, "image": "7.png", "text": "Which?"}
+    for name in ("test-dev2015", "test2015"):  # the release asks the first
+        write(data / f"vqav2/llava_vqav2_mscoco_{name}.jsonl", jsonl([question]))
+    write(data / "mm-vet/llava-mm-vet.jsonl", jsonl([question]))
+    for folder in ("scienceqa/images/test", "vqav2/test2015"):
+        write(data / folder / "7.png", RED)
+    with ScriptedLLM(reply=lambda body: "B") as server:
+        evaluate.main(
+            ["suite", "v1.5", f"--data={data}", f"--output={output}", "--endpoint", server.url, "--model", "m"]
+        )
+        assert server.completions == 2
+    printed = capfd.readouterr()
+    assert f"{data / 'mm-vet'}: has no folder images of images; it is left out" in printed.err
+    assert "vqav2: answered; next: submission vqav2\n" in printed.out
+    rows = {row["benchmark"]: row["score"] for row in json.loads((output / "results.json").read_text())["rows"]}
+    assert rows == {"vqav2": None, "scienceqa": 100.0}
+    assert (output / "outcomes/scienceqa.outcomes.jsonl").exists()
+
+
 def judge(folder: Path, name: str, lines: list[dict[str, Any]], labels: str, reply: Any) -> tuple[list[Any], int]:
     answers, out = write(folder / "answers.jsonl", jsonl(lines)), folder / "judged.jsonl"
     with ScriptedLLM(reply=reply) as server:
@@ -89,7 +117,7 @@ def test_the_judge_of_wilder_sees_the_image(tmp_path: Path):
     judged, _ = judge(tmp_path, "wilder", [answer("a", "A cat.")], labels, reply)
     assert judged[0]["content"] == "10 8\nFine."
     image, text = seen[0]
-    assert image["image_url"]["url"].startswith("data:image")
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert "[Assistant 1]\nA dog.\n\n[Assistant 2]\nA cat." in text["text"]
 
 

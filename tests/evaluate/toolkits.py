@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from llava_jax.evaluate import rule_options as options
 from llava_jax.evaluate import rule_texts as texts
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import BENCHMARKS, mmbench, mme, pope, vqa
+from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL
 
 os.environ.setdefault("OPENAI_API_KEY", "none")  # modules with judges make a client when they are imported
@@ -112,6 +114,52 @@ def test_short_answers(text: str, right: str, more: list[str]):
     assert {"yes": "Yes", "no": "No", None: "Unknown"}[texts.yes_or_no(text)] == (
         vlmeval("dataset.utils.yorn").YOrN_Extraction(text)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+class Yaml(yaml.SafeLoader):
+    """Reads the tasks of lmms-eval, whose functions are names."""
+
+
+Yaml.add_constructor("!function", lambda loader, node: [node.value])
+EXAM = {"question": "Is <image 1> it? ", "options": "['x', 'y']", "answer": "A", "question_type": "multiple-choice"}
+MATH = {"pid": "1", "question": "How long?", "answer": "1.2", "unit": "cm", "precision": 2.0, "choices": None,
+        "question_type": "free_form", "answer_type": "float", "query": "Hint: ?", "metadata": {}}  # fmt: skip
+ASKED = [
+    ("mmmu", "mmmu/mmmu_val", EXAM), ("mmmu-pro", "mmmu_pro/mmmu_pro_standard", EXAM),
+    ("mmmu", "mmmu/mmmu_val", EXAM | {"options": "[]", "question_type": "open"}),
+    ("mmmu-pro", "mmmu_pro/mmmu_pro_vision", {"options": "['x', 'y']", "answer": "A"}),
+    ("mmstar", "mmstar/mmstar", {"question": " Which?\nOptions: A: x, B: y", "answer": "A", "l2_category": "c"}),
+    ("ai2d", "ai2d/ai2d", {"question": "Which?", "options": ["x", "y"], "answer": "1"}),
+    ("chartqa", "chartqa/chartqa", {"question": "How many?", "answer": "1", "type": "human_test"}),
+    ("docvqa", "docvqa/docvqa_val", {"question": "Who?", "answers": ["x"], "questionId": "1"}),
+    ("infovqa", "infovqa/infovqa_val", {"question": "Who?", "answers": ["x"], "questionId": "1"}),
+    ("ocrbench", "ocrbench/ocrbench", {"question": " What? ", "answer": ["x"], "question_type": "t"}),
+    ("mathvista", "mathvista/mathvista_testmini_format", MATH),
+    ("mathvista", "mathvista/mathvista_testmini_format",
+     MATH | {"choices": ["1", "2"], "answer_type": "text", "answer": "1", "question_type": "multi_choice"}),
+    ("realworldqa", "realworldqa/realworldqa", {"question": " Is it?\nA. x\nB. y ", "answer": "A"}),
+    ("hallusionbench", "hallusion_bench/hallusion_bench_image", {"question": "Is it?", "gt_answer": "1", "index": "a"}),
+    ("wilder", "llava_wilder/llava_wilder_small", {"Question": "What?", "Answer": "It.", "question_id": "1"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,task,row", ASKED)
+def test_prompts_of_lmms_eval(name: str, task: str, row: dict[str, Any]):
+    folder = Path(importlib.util.find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
+    config = yaml.load((folder / f"{task}.yaml").read_text(), Yaml)
+    while "include" in config:
+        config = yaml.load((folder / task).with_name(config.pop("include")).read_text(), Yaml) | config
+    own = config.get("lmms_eval_specific_kwargs") or {}
+    text, asked = config["doc_to_text"], own.get("default", own)
+    if isinstance(text, list):
+        module, function = text[0].rsplit(".", 1)
+        text = getattr(lmms(f"tasks.{task.split('/')[0]}.{module}"), function)(row | {"hint": None}, asked)
+    benchmark = BENCHMARKS[name]
+    known = {column: cell for column, cell in row.items() if cell is not None}
+    assert benchmark.prompts[LMMS](benchmark.item(Line("", known), 0)) == text
 
 
 # ------------------------------------------------------------------------------------------------- whole benchmarks

@@ -1,6 +1,7 @@
 """Many answers at a time against one at a time, what is computed again and what is not, and how answers end."""
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from PIL import Image
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
 from llava_jax.data.anyres import AnyRes
+from llava_jax.inference import batch
 from llava_jax.inference.answer import Answer, EngineClosed, EngineError, QueueFull
-from llava_jax.inference.constraints import ConstraintFailed
+from llava_jax.inference.constraints import ConstraintFailed, Constraints
 from llava_jax.inference.engine import Engine
 from llava_jax.inference.generate import Generator
+from llava_jax.inference.programs import CHUNK_SIZES, ENCODE, PIECE, PIECES
 from llava_jax.inference.prompts import ContextExceeded, PromptEncoder
 from llava_jax.inference.requests import Request, Sampling
 from llava_jax.models.llava import build
@@ -200,6 +203,56 @@ def test_one_prompt_asked_several_times_at_once_is_computed_once(engine, monkeyp
     assert texts == [generator().answer([request], answer.sampling)[0] for answer in answers]
 
 
+@pytest.fixture
+def prefills(engine, monkeypatch) -> list[tuple[int, int]]:
+    """The shapes of the dispatches of `prefill`, whose first waits for the event in `started`."""
+    shapes, prefill = [], engine._programs.prefill
+
+    def counted(chunk, report):
+        engine.started.wait()
+        shapes.append(chunk.tokens.shape)
+        return prefill(chunk, report)
+
+    engine.started = threading.Event()
+    monkeypatch.setattr(engine._programs, "prefill", counted)
+    return shapes
+
+
+def test_prompts_that_wait_are_computed_in_one_dispatch(engine, prefills, monkeypatch):
+    monkeypatch.setattr(engine._programs, "joins", set(CHUNK_SIZES))  # also where last bits are others
+
+    def ask_together(*requests: Request) -> list[tuple[str, list[float]]]:
+        engine.clear_caches()
+        prefills.clear()
+        engine.started.clear()
+        answers = [engine.submit(request, REPORTED) for request in (question("Hello"), *requests)]
+        engine.started.set()
+        return [collect(answer) for answer in answers][1:]
+
+    texts = ["It is white. " * 27, "What colour? " * 27, "Is it red or blue? " * 11]
+    requests = [question(f"{number} {text}") for number, text in enumerate(texts)]
+    together = ask_together(*requests)
+    assert prefills[1:] == [(PIECES, PIECE), (1, 128)]  # two of them fit
+    for request, (text, logprobs) in zip(requests, together, strict=True):
+        ((alone, expected),) = ask_together(request)
+        assert text == alone
+        np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
+    images = [question(f"<image>\n{number} {text}", IMAGES[number]) for number, text in enumerate(texts)]
+    beside_images = ask_together(*images)
+    assert (PIECES, PIECE) in prefills
+    assert [text for text, _ in beside_images] == [ask_together(request)[0][0] for request in images]
+    several = ask_together(requests[0], requests[0], requests[1])  # what is asked twice is computed once
+    assert [text for text, _ in several] == [together[0][0], together[0][0], together[1][0]]
+
+
+def test_prompts_are_joined_only_where_that_gives_the_same_bits(engine, prefills):
+    engine.started.set()
+    programs, tokens = engine._programs, np.arange(100, dtype=np.int32)
+    pieces = programs._probe_prompt((PIECES, PIECE), tokens)
+    assert {size for size in CHUNK_SIZES if programs._probe_prompt((1, size), tokens) == pieces} == programs.joins
+    engine.clear_caches()  # the probes wrote into them
+
+
 def test_a_prepared_prompt_is_tokenized_and_its_images_are_read_once_for_all_answers(engine, monkeypatch):
     calls = []
 
@@ -331,7 +384,7 @@ class Failing:
     def __init__(self):
         self.calls = 0
 
-    def matcher(self) -> "Failing":
+    def copy(self) -> "Failing":
         return self
 
     def mask(self) -> np.ndarray | None:
@@ -354,6 +407,104 @@ def test_a_constraint_that_fails_fails_its_answer_alone(engine):
     assert [text(answer) for answer in answers] == alone
     assert (engine.stats().failed, engine.stats().busy) == (stats.failed + 1, 0)
     assert ask(engine, requests[0]) == alone[0]
+
+
+@pytest.fixture(scope="module")
+def constraints(engine) -> Constraints:
+    return Constraints(engine.base.prompts, engine.config.text.vocab_size)
+
+
+@pytest.fixture
+def dispatches(engine, monkeypatch) -> list[int]:
+    """The steps of each dispatch of `decode`."""
+    steps, decode = [], engine._programs.decode
+    monkeypatch.setattr(
+        engine._programs, "decode", lambda slots, n, report: steps.append(n) or decode(slots, n, report)
+    )
+    return steps
+
+
+COLOURS = {"type": "object", "properties": {"colour": {"type": "string"}, "n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 40},
+        {"temperature": 1.0, "min_p": 0.05, "seed": 4},
+        {"logprobs": 3},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": ((7, 2.0),)},
+    ],
+    ids=lambda way: "-".join(way) or "greedy",
+)
+def test_guessed_tokens_are_those_of_one_token_a_dispatch(engine, constraints, monkeypatch, way):
+    requests = ragged(3)
+    compiled = [
+        constraints.compile("json", COLOURS | {"required": ["colour", "n"], "additionalProperties": False}),
+        constraints.compile("regex", "[^a]*"),
+        constraints.compile("choice", ["It is red.", "It is white."]),
+    ]
+
+    def answers() -> list[Answer]:
+        submitted = [
+            engine.submit(request, Sampling(max_new_tokens=30, constraint=constraint, **way))
+            for request, constraint in zip(requests, compiled, strict=True)
+        ]
+        submitted.append(engine.submit(question("Hello"), Sampling(max_new_tokens=60)))  # so that all get several
+        return [(collect(answer), answer.tokens, answer.finish_reason) for answer in submitted]
+
+    several = answers()
+    monkeypatch.setattr(batch, "STEPS", 1)
+    alone = answers()
+    assert [rest for _, *rest in several] == [rest for _, *rest in alone]
+    for ((text, logprobs), *_), ((other, others), *_) in zip(several, alone, strict=True):
+        assert text == other
+        np.testing.assert_allclose(logprobs, others, rtol=0, atol=1e-5)
+    assert several[2][0][0] in ("It is red.", "It is white.")
+
+
+def test_an_answer_beside_a_constraint_takes_no_more_dispatches(engine, constraints, dispatches):
+    free, bound = ragged(2)
+    sampling = Sampling(max_new_tokens=61, ignore_eos=True)
+    expected = ask(engine, free, sampling)
+    assert dispatches == [batch.STEPS] * 15
+    dispatches.clear()
+    unwanted = Sampling(max_new_tokens=61, constraint=constraints.compile("regex", "(It is red\\. )*"))
+    beside = engine.submit(bound, unwanted)
+    assert ask(engine, free, sampling) == expected
+    assert text(beside).startswith("It is red.")
+    first = dispatches.index(batch.STEPS)  # before it, the other prompt waited
+    assert dispatches[first : first + 14] == [batch.STEPS] * 14
+    dispatches.clear()
+    assert ask(engine, bound, unwanted).startswith("It is red.")
+    assert sum(dispatches) <= 1.5 * unwanted.max_new_tokens  # few tokens are guessed in vain
+
+
+class Anything:
+    """A constraint that allows all tokens."""
+
+    def copy(self) -> "Anything":
+        return self
+
+    def mask(self) -> None:
+        return None
+
+    def allows(self, token: int) -> bool:
+        return True
+
+    def complete_after(self, token: int) -> bool:
+        return False
+
+
+def test_a_constraint_that_the_model_follows_by_itself_costs_no_dispatch(engine, dispatches):
+    request, sampling = ragged(1)[0], Sampling(max_new_tokens=61, verbatim=True)
+    expected = ask(engine, request, sampling)
+    free = list(dispatches)
+    dispatches.clear()
+    assert ask(engine, request, dataclasses.replace(sampling, constraint=Anything())) == expected
+    assert dispatches == free and set(free) == {batch.STEPS}
 
 
 def test_answers_do_not_change_beside_others_with_rules(engine):
@@ -398,3 +549,14 @@ def test_a_dispatch_has_fewer_rows_only_where_that_gives_the_same_bits(engine, m
     answers = [engine.submit(request, SHORT) for request in ragged(4)]
     assert all(list(answer) for answer in answers)
     assert 4 in sizes
+
+
+def test_no_program_copies_the_cache(engine):
+    """By the compiled text: it is donated and changed in place, however many rows a dispatch has."""
+    entries = jax.tree.leaves(engine._programs.cache)
+    shape = re.escape(f"f32[{','.join(map(str, entries[0].shape))}]")
+    for name in engine._programs.names:
+        compiled = engine._programs._compiled[name]
+        assert not re.search(rf"= {shape}\S* copy\(", compiled.as_text()), name
+        if name != ENCODE:
+            assert compiled.memory_analysis().alias_size_in_bytes >= sum(entry.nbytes for entry in entries), name

@@ -7,15 +7,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from llava_jax.inference.quantization import Int8Linear, quantize, quantize_decoder
+from llava_jax.inference.quantization import Int8Linear, quantize_decoder
 from llava_jax.models.config import TextConfig
 from llava_jax.models.llama import KVCache
 from llava_jax.models.llava import build
+from llava_jax.models.quantized import quantize_int8
 
 
 def test_each_output_is_rounded_to_its_own_255_steps():
     kernel = jax.random.normal(jax.random.key(0), (64, 5)) * jnp.array([[1e-4, 1.0, 30.0, 0.0, 2.0]])
-    quantized, scale = quantize(kernel)
+    quantized, scale = jax.jit(quantize_int8)(kernel)
     assert quantized.dtype == jnp.int8
     np.testing.assert_array_equal(jnp.abs(quantized).max(axis=0), [127, 127, 127, 0, 127])
     error = jnp.abs(quantized * scale[None] - kernel)

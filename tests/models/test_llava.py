@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import llava_next
 import numpy as np
 import pytest
+import tiny
 import torch_reference as reference
 from forward import logits, make_batch, random_images, torch_logits
 
 from llava_jax.models.config import PRESETS, LlavaConfig
-from llava_jax.models.llava import abstract_params, build, init_params, place_features
+from llava_jax.models.llava import abstract_params, build, place_features
 
 CONFIG = reference.LLAVA
 P = CONFIG.image_tokens
@@ -190,7 +191,7 @@ def test_build_lists_every_problem(params):
 
 
 def test_fresh_parameters_have_the_shapes_that_are_announced():
-    fresh, abstract = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0)), abstract_params(CONFIG)
+    fresh, abstract = tiny.params(CONFIG), abstract_params(CONFIG)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     assert abstract_params(CONFIG, jnp.bfloat16)["llm.norm.scale"].dtype == jnp.bfloat16
 

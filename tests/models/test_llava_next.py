@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch_reference as reference
 from llava_next import processor_of, torch_model
@@ -14,7 +15,7 @@ from PIL import Image
 from llava_jax.data.anyres import AnyRes
 from llava_jax.data.features import NEWLINE, TEXT, Size, joined
 from llava_jax.models.config import LlavaConfig
-from llava_jax.models.llava import build, init_params
+from llava_jax.models.llava import build
 
 MODELS = {
     "clip": LlavaConfig(reference.VISION, reference.TEXT, image_aspect="anyres", anyres=AnyRes()),
@@ -84,7 +85,7 @@ def test_logits_equal_transformers(both, case):
 
 def test_gradients_of_the_newline_add_up_in_float32():
     config = MODELS["clip"]
-    params = init_params(config, jax.random.key(0))
+    params = tiny.params(config)
     index = jnp.full((1, 4096), NEWLINE)
     x = jnp.zeros((1, 4096, config.text.hidden_size), jnp.bfloat16)
 

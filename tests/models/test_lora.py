@@ -18,7 +18,7 @@ from training_runs import random_batches, settings_for
 from llava_jax.models import lora
 from llava_jax.models.config import LoraConfig
 from llava_jax.models.layers import Linear
-from llava_jax.models.llava import abstract_params, build, init_params
+from llava_jax.models.llava import abstract_params, build
 from llava_jax.training import step as training_step
 
 LLM = r"llm\.layers\..*_proj"
@@ -129,7 +129,7 @@ def test_each_layer_row_and_step_has_a_mask_of_its_own():
     config = dataclasses.replace(
         tiny.config(), lora=LoraConfig(2, 4.0, ("q_proj", "k_proj", r"projector\.linear_\d"), dropout=0.5)
     )
-    model = build(config, init_params(config, jax.random.key(0)))
+    model = build(config, tiny.params(config))
     seeds = []
     for step in (0, 1):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), 4)

@@ -44,8 +44,9 @@ def test_unknown_types_are_an_error(projector_type):
 
 def test_many_layers():
     check_projector_type("mlp12x_gelu")
-    matrices = projector_kind("mlp12x_gelu").matrices("mlp12x_gelu", D_IN, D)
-    assert matrices == [(D_IN, D)] + [(D, D)] * 11
+    projector = projector_kind("mlp12x_gelu").build("mlp12x_gelu", D_IN, D, nnx.Rngs(0))
+    shapes = [getattr(projector, f"linear_{number}").kernel.shape for number in range(1, 13)]
+    assert shapes == [(D_IN, D)] + [(D, D)] * 11
 
 
 def test_starts_as_torch_linears_do():

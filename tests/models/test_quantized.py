@@ -10,7 +10,7 @@ import tiny
 from training_runs import random_batches, settings_for
 
 from llava_jax.models import quantized
-from llava_jax.models.llava import abstract_params, init_params
+from llava_jax.models.llava import abstract_params
 from llava_jax.training.step import loss_and_gradients
 
 torch = pytest.importorskip("torch")
@@ -122,7 +122,7 @@ def test_any_width_and_stacks(inputs, base_dtype):
 def test_a_quantized_model_computes_as_its_dequantized_one(base_dtype):
     plain = tiny.config(lora=None)
     model = dataclasses.replace(plain, base_dtype=base_dtype)
-    params = quantized.quantized_params(init_params(plain, jax.random.key(0)), abstract_params(model), base_dtype)
+    params = tiny.quantized_params(tiny.params(plain), model)
     assert jax.eval_shape(lambda: params) == abstract_params(model)
     kernels = {name for name in abstract_params(plain) if name.startswith("llm.layers.") and name.endswith(".kernel")}
     assert abstract_params(plain).keys() - params.keys() == kernels

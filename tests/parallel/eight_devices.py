@@ -24,7 +24,6 @@ from llava_jax.models.config import LoraConfig, TextConfig, VisionConfig
 from llava_jax.models.execution import REMAT_POLICIES
 from llava_jax.models.families.gemma3_text import Gemma3Config
 from llava_jax.models.llava import abstract_params, module_params
-from llava_jax.models.quantized import quantized_params
 from llava_jax.parallel import sharding
 from llava_jax.preflight import hlo_cost
 from llava_jax.training import builder, optim
@@ -60,7 +59,7 @@ def start(stage: str, mesh, model, config, ema: bool = False):
     """Optimizer, state and frozen parameters on a mesh."""
     params = tiny.params(dataclasses.replace(model, base_dtype=""))
     if model.base_dtype:
-        params = quantized_params(params, abstract_params(model), model.base_dtype)
+        params = tiny.quantized_params(params, model)
     names = optim.trained(params, config)
     optimizer = optim.make_optimizer(config, names, STEPS, mesh=mesh)
     trainable = on(mesh, {name: params[name] for name in names})

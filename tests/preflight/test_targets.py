@@ -89,10 +89,10 @@ def test_a_process_that_has_looked_for_gpus_is_told_what_to_do(monkeypatch):
 def test_links_of_slices():
     """A grid of 4 x 4 has 24 links, two directions each, for 16 devices; the full 16 x 16 closes to rings."""
     v5e, v5p = hardware.TPUS["v5e"], hardware.TPUS["v5p"]
-    assert hardware.tpu_send_rate(v5e, "4x4") == 48 / 16 * v5e.link
-    assert hardware.tpu_send_rate(v5e, "16x16") == 4 * v5e.link
-    assert hardware.tpu_send_rate(v5p, "4x4x4") == 6 * v5p.link
-    assert hardware.tpu_send_rate(v5p, "2x2x1") == 2 * v5p.link
+    assert targets.parse("v5e:4x4").send_rate == 48 / 16 * v5e.link
+    assert targets.parse("v5e:16x16").send_rate == 4 * v5e.link
+    assert targets.parse("v5p:4x4x4").send_rate == 6 * v5p.link
+    assert targets.parse("v5p:2x2x1").send_rate == 2 * v5p.link
 
 
 def test_cudnn_is_assumed_only_within():

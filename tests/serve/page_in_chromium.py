@@ -257,7 +257,8 @@ class Script:
         def models(request: Request) -> Response:
             if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
                 return refusal(401, "send the server's key")
-            return JSONResponse({"data": [{"id": name} for name in self.models]})
+            base, *adapters = self.models
+            return JSONResponse({"data": [{"id": base}, *({"id": name, "parent": base} for name in adapters)]})
 
         @app.post("/v1/chat/completions")
         async def completions(request: Request) -> Response:
@@ -324,6 +325,12 @@ def test_the_model_is_chosen_where_there_are_several(watched, script):
             send(watched, "Hello")
             wait_until_answered(watched, number)
         assert [body["model"] for body in script.asked] == script.models
+        expect(watched.locator(".figures").first).to_have_text(re.compile("^tiny · 1 tokens"))
+        assert choice.locator("optgroup").get_attribute("label") == "Adapters"
+        script.models.insert(1, "loaded meanwhile")
+        watched.evaluate("dispatchEvent(new Event('focus'))")
+        expect(choice.locator("optgroup option")).to_have_text(script.models[1:])
+        expect(choice).to_have_value(script.models[-1])
         within_the_window(watched)
         accessible(watched)
         choice.select_option("red")
@@ -335,7 +342,13 @@ def test_the_model_is_chosen_where_there_are_several(watched, script):
         expect(notice(watched)).to_have_text("model 'red' is not served here")
         expect(choice).to_have_value("tiny")
         expect(box(watched)).to_have_value("Still there?")
+        script.models = ["tiny", "blue"]
+        watched.evaluate("dispatchEvent(new Event('focus'))")
+        expect(choice.locator("option")).to_have_text(script.models)
+        choice.select_option("blue")
         script.models = ["tiny"]
+        watched.evaluate("dispatchEvent(new Event('focus'))")
+        expect(notice(watched)).to_have_text("blue is not served any more: tiny answers now.")
         watched.reload()
         expect(watched.locator("#model")).to_have_text("tiny")
         expect(choice).to_be_hidden()
@@ -556,6 +569,164 @@ def test_tokens_a_second_and_cut_answers_are_told(page):
     expect(page.locator(".note")).to_contain_text("was cut")
 
 
+# Formats of answers.
+
+
+def set_format(page: Page, kind: str, field: str = "", text: str = "") -> None:
+    page.get_by_role("button", name="Format of the answers").click()
+    page.get_by_role("combobox", name="Format", exact=True).select_option(kind)
+    if field:
+        page.get_by_role("textbox", name=field).fill(text)
+    button(page, "Done").click()
+
+
+def test_json_is_asked_for_and_shown_with_a_line_for_each_value(scripted, script):
+    goes_on = threading.Event()
+    script.reply = lambda body: ['{"a": [1,2.50], "b":', goes_on, ' "x, [y]", "c": {}}']
+    set_format(scripted, "JSON")
+    send(scripted, "Hello")
+    code = answers(scripted).locator("code")
+    expect(code).to_have_text('{\n  "a": [\n    1,\n    2.50\n  ],\n  "b": ', use_inner_text=True)  # while it comes
+    goes_on.set()
+    assert wait_until_answered(scripted, 1) == '{"a": [1,2.50], "b": "x, [y]", "c": {}}'
+    whole = '{\n  "a": [\n    1,\n    2.50\n  ],\n  "b": "x, [y]",\n  "c": {}\n}'
+    expect(code).to_have_text(whole, use_inner_text=True)
+    assert script.asked[0]["response_format"] == {"type": "json_object"}
+    scripted.reload()
+    expect(code).to_have_text(whole, use_inner_text=True)
+    expect(scripted.locator("#shape")).to_have_text("JSON")
+    accessible(scripted)
+    within_the_window(scripted)
+    set_format(scripted, "Text")
+    script.reply = lambda body: ["yes"]
+    send(scripted, "Hello")
+    wait_until_answered(scripted, 2)
+    assert script.asked[1].keys() & {"response_format", "structured_outputs"} == set()
+    expect(answers(scripted).last.locator("code")).to_have_count(0)
+
+
+def test_a_schema_or_choices_are_asked_for_and_faults_in_them_are_told(scripted, script):
+    alert = scripted.locator("#format [role=alert]")
+    for field, kind, text, told in (
+        ("JSON schema", "JSON of a schema", "{", "The schema is no JSON"),
+        ("JSON schema", "JSON of a schema", "[1]", "The schema has to be a JSON object."),
+        ("Choices", "One of some choices", " \n", "Write at least one choice."),
+    ):
+        set_format(scripted, kind, field, text)
+        expect(alert).to_contain_text(told)
+        accessible(scripted)
+        scripted.keyboard.press("Escape")
+    expect(scripted.locator("#shape")).to_be_empty()
+    set_format(scripted, "One of some choices", "Choices", "red\n green \n\nblue")
+    send(scripted, "Which?")
+    wait_until_answered(scripted, 1)
+    assert script.asked[0]["structured_outputs"] == {"choice": ["red", "green", "blue"]}
+    set_format(scripted, "JSON of a schema", "JSON schema", '{"type": "object"}')
+    script.reply = lambda body: refusal(400, "response_format: too large", param="response_format")
+    send(scripted, "Which?")
+    expect(notice(scripted)).to_have_text("too large")
+    assert script.asked[1]["response_format"]["json_schema"] == {"name": "answer", "schema": {"type": "object"}}
+
+
+def test_the_server_follows_the_schema(page):
+    set_sampling(page, longest=100)
+    wanted = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+    set_format(page, "JSON of a schema", "JSON schema", json.dumps(wanted | {"additionalProperties": False}))
+    send(page, "Which?")
+    assert json.loads(wait_until_answered(page, 1))["colour"] in ("red", "green")
+    expect(answers(page).locator("code")).to_have_text(re.compile(r'^{\n  "colour": "(red|green)"\n}$'))
+
+
+# Judgements.
+
+
+def improve(page: Page, answer: Locator, text: str) -> None:
+    answer.get_by_role("button", name="Better text").click()
+    page.get_by_label("The answer as it should be").fill(text)
+    button(page, "Save").click()
+
+
+def test_judged_answers_are_kept_downloaded_and_loaded_again(scripted, script, png, tmp_path):
+    texts = iter(["one", "two", "three"])
+    script.reply = lambda body: [next(texts)]
+    set_sampling(scripted, system="Be brief.")
+    attach(scripted, png)
+    send(scripted, "It?")
+    wait_until_answered(scripted, 1)
+    button(scripted, "Good answer").click()
+    expect(button(scripted, "Good answer")).to_have_attribute("aria-pressed", "true")
+    expect(button(scripted, "Good answer")).to_be_focused()
+    button(scripted, "Bad answer").click()  # in place of the other
+    expect(button(scripted, "Good answer")).to_have_attribute("aria-pressed", "false")
+    button(scripted, "Retry").click()
+    wait_until_answered(scripted, 1)
+    button(scripted, "Good answer").click()
+    send(scripted, "Sure?")
+    wait_until_answered(scripted, 2)
+    improve(scripted, answers(scripted).last, "better <b>")
+    expect(answers(scripted).last.get_by_role("button", name="Better text")).to_be_focused()
+    scripted.reload()
+    expect(answers(scripted).last.locator(".body > p")).to_have_text("better <b>")
+    answers(scripted).last.get_by_text("The model's answer").click()
+    answers(scripted).first.get_by_text("Other answers that were judged: 1").click()
+    expect(answers(scripted).first.locator("details")).to_contain_text("Bad:")
+    accessible(scripted)
+    within_the_window(scripted)
+
+    conversation = download(scripted, tmp_path)
+    first, second = json.loads(conversation.read_text())[0]["conversations"][1::2]
+    assert first == {"from": "gpt", "value": "two", "rating": "good", "others": [{"value": "one", "rating": "bad"}]}
+    assert second == {"from": "gpt", "value": "better <b>", "rejected": "three"}
+    for name in ("conversation.json", "chosen.json"):
+        assert not check.main(["--json", str(conversation.with_name(name)), "--images", str(conversation.parent)])
+        turns = transcript.load(epath.Path(conversation.with_name(name))).turns
+        assert [text for _, text in turns] == ["<image>\nIt?", "two", "Sure?", "better <b>"]
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "It?"}]}
+    pairs = [json.loads(line) for line in conversation.with_name("preferences.jsonl").read_text().splitlines()]
+    assert [pair["images"] for pair in pairs] == [["1.png"], ["1.png"]]
+    assert pairs[0]["prompt"] == [system, question]
+    assert [[pair[key][0]["content"][0]["text"] for key in ("chosen", "rejected")] for pair in pairs] == [
+        ["two", "one"],
+        ["better <b>", "three"],
+    ]
+    assert [message["role"] for message in pairs[1]["prompt"]] == ["system", "user", "assistant", "user"]
+
+    button(scripted, "New conversation").click()
+    choose(scripted, "Load a conversation", tmp_path / "talk.zip")
+    expect(button(scripted, "Good answer").first).to_have_attribute("aria-pressed", "true")
+    again = tmp_path / "again"
+    again.mkdir()
+    assert download(scripted, again).parent.joinpath("preferences.jsonl").read_text().splitlines() == [
+        json.dumps(pair, separators=(",", ":")) for pair in pairs
+    ]
+    script.reply = lambda body: ["four"]
+    send(scripted, "So?")
+    wait_until_answered(scripted, 3)
+    assert [m["content"] for m in script.asked[-1]["messages"] if m["role"] == "assistant"] == ["two", "better <b>"]
+
+
+def test_a_better_text_is_taken_back_and_single_judgements_are_told(scripted, script, tmp_path):
+    send(scripted, "It?")
+    wait_until_answered(scripted, 1)
+    improve(scripted, answers(scripted), "no")
+    assert wait_until_answered(scripted, 1) == "no"
+    button(scripted, "Better text").click()
+    accessible(scripted)
+    expect(scripted.get_by_label("The answer as it should be")).to_have_value("no")
+    button(scripted, "Back to the model's answer").click()
+    assert wait_until_answered(scripted, 1) == "yes"
+    button(scripted, "Better text").click()
+    scripted.get_by_label("The answer as it should be").fill("never")
+    button(scripted, "Cancel").click()
+    button(scripted, "Bad answer").click()
+    files = download(scripted, tmp_path).parent
+    assert [file.name for file in files.iterdir()] == ["conversation.json"]  # there is nothing to learn
+    expect(notice(scripted)).to_contain_text("1 of the judged answers is in no preference pair: write a better text")
+    turns = json.loads((files / "conversation.json").read_text())[0]["conversations"]
+    assert turns[1] == {"from": "gpt", "value": "yes", "rating": "bad"}
+
+
 def test_keys(scripted):
     box(scripted).fill("first")
     box(scripted).press("Shift+Enter")
@@ -574,7 +745,7 @@ def test_keys(scripted):
         scripted.keyboard.press("Tab")
         names.append(scripted.evaluate("document.activeElement.ariaLabel ?? document.activeElement.textContent"))
         assert scripted.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert names == ["Add images", "Take a photo", "Send"]
+    assert names == ["Add images", "Take a photo", "Format of the answers", "Send"]
 
 
 # What the browser keeps.
@@ -918,6 +1089,7 @@ def test_images_stand_where_the_text_has_their_marks(scripted, script, png):
 def llava(*texts: str, **more: Any) -> str:
     speakers = ("human", "gpt")
     turns = [{"from": speakers[i % 2], "value": text} for i, text in enumerate(texts)]
+    turns[-1] |= more.pop("judged", {})
     return json.dumps([{"id": "a", "conversations": turns} | more])
 
 
@@ -936,6 +1108,10 @@ def llava(*texts: str, **more: Any) -> str:
         (llava("<image>\nIt?", "yes", image=[3]), "neither a name nor a list of names"),
         (llava("It?", "yes <image>", image="a.png"), "an answer has <image>"),
         (llava("It?", "yes", system=[1]), "`system` is no text"),
+        (llava("It?", "yes", judged={"rating": 5}), "`rating` is neither good nor bad"),
+        (llava("It?", "yes", judged={"rejected": ["no"]}), "`rejected` of an answer is no text"),
+        (llava("It?", "yes", judged={"others": "no"}), "`others` of an answer is no list"),
+        (llava("It?", "yes", judged={"others": [None]}), "`others` of an answer is no list"),
     ],
 )
 def test_files_that_are_no_conversation_are_told(scripted, tmp_path, png, text, told):

@@ -359,7 +359,7 @@ def test_a_format_whose_tokens_take_too_much_work_is_an_error_that_says_so(http,
     def fail(matcher):
         raise constraints.ConstraintFailed("too many items")
 
-    monkeypatch.setattr(constraints.Matcher, "mask", fail)
+    monkeypatch.setattr(constraints.Constraint, "mask", fail)
     body = {"model": "tiny", "messages": HELLO, "guided_regex": "a"}
     response = http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400

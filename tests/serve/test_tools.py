@@ -182,7 +182,7 @@ def accepts(constraints: Constraints, text: str, template: str = "chatml", **opt
     """Whether an answer may be `text`."""
     body = ChatRequest.model_validate({"model": "m", "messages": [ASKED], "tools": TOOLS} | options)
     tokenizer = constraints._prompts.tokenizer
-    matcher = constraints.compile("grammar", tools_of(body, get_template(template)).grammar(tokenizer)).matcher()
+    matcher = constraints.compile("grammar", tools_of(body, get_template(template)).grammar(tokenizer)).copy()
     tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     for number, token in enumerate(tokens):
         if not matcher.mask()[token // 32] >> token % 32 & 1:

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.convert.__main__ import main
-from llava_jax.convert.shards import Tensor, write_shards
+from llava_jax.convert.outgoing import Tensor, write_shards
 from llava_jax.convert.tensors import open_directory
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_jax.checkpoint.format import Description
 from llava_jax.checkpoint.writing import write_model
 from llava_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from llava_jax.models.llava import Llava, Params, module_params
+from llava_jax.models.llava import Llava, Params, abstract_params, module_params
+from llava_jax.models.quantized import linear_of, quantize
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "white": (250, 250, 250)}
 TEXT = [
@@ -77,7 +78,7 @@ def config(**changes) -> LlavaConfig:
 
 @functools.lru_cache(maxsize=32)
 def _fresh(model: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
-    """As `init_params`, whose program takes longer to compile for each model than these few numbers to compute."""
+    """Not jitted: the program of each model takes longer to compile than these few numbers to compute."""
     return jax.device_get(module_params(Llava(model, rngs=nnx.Rngs(params=jax.random.key(seed)))))
 
 
@@ -90,6 +91,16 @@ def params(model: LlavaConfig, seed: int = 0) -> Params:
         elif name.endswith(".lora.magnitude"):  # the columns of kernels are about as long
             made[name] = 0.15 * jnp.exp(0.3 * jax.random.normal(jax.random.key(seed), value.shape))
     return made
+
+
+def quantized_params(params: Params, model: LlavaConfig) -> Params:
+    """The parameters of a quantized model, from those of a plain one."""
+    kept = {name: value for name, value in params.items() if name in abstract_params(model)}
+    for name, kernel in params.items():
+        if name not in kept:
+            parts = quantize(kernel, model.base_dtype)
+            kept |= {f"{linear_of(name)}.{part}": value for part, value in parts.items()}
+    return kept
 
 
 def save_model(directory: Path | str, params: Params, description: Description, tokenizer_dir: Path | str) -> None:

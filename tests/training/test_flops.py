@@ -227,6 +227,14 @@ def test_the_tower_runs_forward_only_and_not_its_last_layer():
     assert empty["vision"].forward == empty["projector"].needed == 0
 
 
+def test_gradients_end_at_the_first_trained_layer_of_a_projector_of_many():
+    model = tiny.config(projector_type="mlp12x_gelu")
+    layout, D = Layout(1, 1, 8, 1, 8, model.image_tokens, model.vision.image_size), model.text.hidden_size
+    part = flops.step_flops(model, layout, ["projector.linear_10.kernel"], "none")["projector"]
+    assert part.forward == 2 * model.image_tokens * (model.feature_size * D + 11 * D * D)
+    assert (part.activations, part.weights) == (2 * model.image_tokens * 2 * D * D, 2 * model.image_tokens * D * D)
+
+
 def test_utilisation_by_convention():
     """Half of the decoder's attention is all that the conventions differ in; what remat adds is in neither."""
     parts = flops.step_flops(MODEL, ROW, BOTH, "full")

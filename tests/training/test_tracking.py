@@ -13,8 +13,8 @@ from wandb.proto import wandb_internal_pb2
 
 from configs import common
 from llava_jax.cli import UserError
-from llava_jax.training import config_check, tracking
-from llava_jax.training.metrics import MetricsWriter
+from llava_jax.training import config_check
+from llava_jax.training.metrics import MetricsWriter, start_tracking
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def read_records(data: bytes) -> list[wandb_internal_pb2.Record]:
 def test_metrics_go_to_the_run_too(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run = tracking.start(config, epath.Path(tmp_path))
+    run = start_tracking(config, epath.Path(tmp_path))
     assert run.name == tmp_path.name and run.config["learning_rate"] == config.learning_rate
     first_id = run.id
     writer = MetricsWriter(epath.Path(tmp_path), 0, run)
@@ -55,15 +55,15 @@ def test_metrics_go_to_the_run_too(config, tmp_path, monkeypatch):
     writer.write(2, {"loss": 1.5})
     writer.close()
     assert [(line["_step"], line["loss"]) for line in logged(tmp_path)] == [(1, 2.5), (2, 1.5)]
-    again = tracking.start(config, epath.Path(tmp_path))
+    again = start_tracking(config, epath.Path(tmp_path))
     again.finish()
     assert again.id == first_id  # a resume continues the run
 
 
 def test_off_by_default_and_not_even_imported(tmp_path):
     program = (
-        "import sys; from configs import common; from etils import epath; from llava_jax.training import tracking\n"
-        f"assert tracking.start(common.get_config(), epath.Path({str(tmp_path)!r})) is None\n"
+        "import sys; from configs import common; from etils import epath; from llava_jax.training import metrics\n"
+        f"assert metrics.start_tracking(common.get_config(), epath.Path({str(tmp_path)!r})) is None\n"
         "import llava_jax.training.loop; assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmark import Benchmark, by_kind, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat
+from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry
 
 SHAPES = ("circle", "rectangle", "triangle")
 
@@ -31,12 +31,10 @@ def read(path: str) -> Iterator[Entry]:
         yield entry._replace(label=Label(right, kind(entry.question, right)))
 
 
-LABEL_FORMATS.add(LabelFormat("easy-vqa", "the LLaVA JSON of `examples.easy_vqa.data`", ("easy-vqa",), read))
-
-
 @register
 class EasyVqa(Benchmark):
     name, what = "easy-vqa", "easy-VQA: exact answers"
+    label_files, entries = "the LLaVA JSON of `examples.easy_vqa.data`", staticmethod(read)
     max_new_tokens = 8
 
     def score(self, pairs: Sequence[tuple[Answer, Label]]) -> dict[str, Any]:

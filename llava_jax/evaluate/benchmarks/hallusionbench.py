@@ -4,10 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from llava_jax.evaluate import dataset_files as files
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rule_texts import yes_or_no
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, register_ruled
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term
 
@@ -28,10 +29,11 @@ def verdict(reply: str) -> str:
 
 def judged(text: str, item: Item) -> Reading:
     """A judge's verdict; without one, that of the words yes and no. Unclear is wrong, unless there is no image."""
-    if item.reply is not None:
+    word = yes_or_no(item.reply or "")  # which VLMEvalKit's judges write
+    if item.reply is not None and word is None:
         said, why = verdict(item.reply), "judge"
     else:
-        word = yes_or_no(text)
+        word = word or yes_or_no(text)
         said = "unclear" if word is None else "correct" if word == item.answers[0] else "incorrect"
         why = "the only one of the words yes and no"
     place = item.more["place"]
@@ -91,7 +93,7 @@ def vlmevalkit_terms(cases: Sequence[Case]) -> Iterable[Term]:
         )
 
 
-@register_ruled
+@register
 class HallusionBench(RuledBenchmark):
     name, what = "hallusionbench", "HallusionBench: right answers, figures and questions"
     label_files = "the official `HallusionBench.json`, the Hub's Parquet, VLMEvalKit's TSV"
@@ -111,7 +113,7 @@ class HallusionBench(RuledBenchmark):
         """In VLMEvalKit's table the index ends with the set, the figure and the question."""
         row = line.value
         place = {name: str(row.get(name, "")) for name in PLACE}
-        if "set_id" in row:
+        if row.keys() >= set(PLACE):
             ident = "_".join(place.values())
         else:
             ident = files.text(line, "index")
@@ -123,12 +125,15 @@ class HallusionBench(RuledBenchmark):
         right = files.text(line, "gt_answer", "answer").lower()
         answers = ({"1": "yes", "0": "no"}.get(right, right),)
         cluster = "_".join(place[name] for name in PLACE[:3])
-        categories, more = (place["category"], place["subcategory"]), {**row, "place": place}
+        categories, more = (place["category"], place["subcategory"]), {"place": place}
         return files.item(line, number, id=ident, options=(), answers=answers, categories=categories, cluster=cluster,
                           more=more)  # fmt: skip
 
+    def shows(self, item: Item) -> bool:
+        return item.more["place"]["visual_input"] != "0"
+
     def answer_id(self, line: Line) -> str:
-        """The official id of an answer in the official file, of which `question_id` is a part only."""
+        """The official id in the official file, of which `question_id` is a part only, or VLMEvalKit's index."""
         if all(name in line.value for name in PLACE):
             return "_".join(str(line.value[name]) for name in PLACE)
-        return super().answer_id(line)
+        return str(line.value["index"]) if "index" in line.value else super().answer_id(line)

@@ -9,20 +9,21 @@ import re
 from collections.abc import Iterator, Sequence
 
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import by_key
-from llava_jax.evaluate.benchmark import LETTER
+from llava_jax.evaluate.answers import TEXTS, by_key
+from llava_jax.evaluate.benchmark import LETTER, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_options import alone, vlmevalkit
 from llava_jax.evaluate.rule_texts import distance
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, lettered, register_ruled
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, lettered
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule
 
 CHOICE, INTEGER, FLOAT, LIST = "multi_choice", "integer", "float", "list"
 QUICK = re.compile(r'The answer is "(.*)"\.')
 BRACKETS = re.compile(r"\(([a-zA-Z])\)")
+QUERY = re.compile(r"Hint: .*?\nQuestion: (.*?)(?:\nChoices:\n.*)?", re.DOTALL)
 FACETS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
 EXAMPLES = {
     CHOICE: "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -60,8 +61,6 @@ def query(item: Item) -> str:
     """The official query, which the Hub's file and VLMEvalKit's table have as a column."""
     if item.more.get("query"):
         return item.more["query"]
-    if item.question.startswith("Hint: "):
-        return item.question
     choices = f"\nChoices:{lettered(item, '({}) {}')}" if item.options else ""
     return f"{_hint(EXAMPLES, item)}\nQuestion: {_question(item)}{choices}"
 
@@ -74,8 +73,7 @@ def _form_prompt(item: Item) -> str:
 
 
 def extracted(text: str, item: Item) -> tuple[str, str]:
-    """The answer in a text, and how it was found: as it is, quoted, or by a language model."""
-    text = text.strip()
+    """The answer in a text, and how it was found: as it is, by a language model, or quoted."""
     if item.kind == CHOICE and text in item.options:
         return text, "the text of an option"
     for kind, number in ((INTEGER, int), (FLOAT, float)):
@@ -85,7 +83,7 @@ def extracted(text: str, item: Item) -> tuple[str, str]:
             except ValueError:
                 pass
     if item.reply is not None:
-        return item.reply.strip(), "extracted by a judge"
+        return item.reply, "extracted by a judge"
     found = QUICK.search(text)
     return (found[1], 'after "The answer is"') if found else ("", "")
 
@@ -93,8 +91,8 @@ def extracted(text: str, item: Item) -> tuple[str, str]:
 def direct(text: str, item: Item) -> str:
     """What is read of an answer without an extraction: (X), or the letter alone, or the number alone."""
     if item.kind == CHOICE:
-        found = BRACKETS.findall(text)
-        return found[0].upper() if found else alone(text.strip(), item.by_letter)[0]
+        found, text = BRACKETS.findall(text), text.strip()
+        return found[0].upper() if found else text if text in item.options else alone(text, item.by_letter)[0]
     return text.strip().rstrip(".") if item.kind in (INTEGER, FLOAT) else text.strip()
 
 
@@ -116,20 +114,22 @@ def normalized(extraction: str, item: Item, precision: int | float) -> str | Non
 
 
 def official(text: str, item: Item) -> Reading:
-    return _normal(text, item, _precision(item))
+    """An empty extraction is wrong, as with the script's `--ignore_empty_extractions`."""
+    said, why = _normal(text, item, _precision(item))
+    return Reading(float(said == item.answers[0]), said, why)
 
 
 def lmms_eval(text: str, item: Item) -> Reading:
-    """As official, but `precision` is used as it is: with the 1.0 of the Hub's file, which is no integer, Python cannot
-    round, and no decimal number is right."""
-    return _normal(text, item, item.more.get("precision") or 0)
+    """As official, without white space at the ends. But `precision` is used as it is: with the 1.0 of the Hub's file,
+    which is no integer, Python cannot round, and no decimal number is right."""
+    said, why = _normal(text.strip(), item, item.more.get("precision") or 0)
+    return Reading(float(said is not None and said.strip() == item.answers[0].strip()), said, why)
 
 
-def _normal(text: str, item: Item, precision: int | float) -> Reading:
+def _normal(text: str, item: Item, precision: int | float) -> tuple[str | None, str]:
     extraction, why = extracted(text, item)
     extraction, why = (extraction, why) if why else (direct(text, item), "without an extraction")
-    said = normalized(extraction, item, precision) if extraction else None
-    return Reading(float(said is not None and said.strip() == item.answers[0].strip()), said, why)
+    return normalized(extraction, item, precision) if extraction.strip() else None, why
 
 
 def vlmeval(text: str, item: Item) -> Reading:
@@ -159,11 +159,12 @@ PROMPT = (
 WITHOUT = "without a judge's replies only the option or the number alone is read"
 
 
-@register_ruled
+@register
 class MathVista(RuledBenchmark):
     name, what = "mathvista", "MathVista: right options and numbers, extracted by a judge"
     label_files = "the official `testmini.json`, the Hub's Parquet, VLMEvalKit's TSV"
     max_new_tokens = 1024
+    fields = ("text", "response", *TEXTS)  # in its scripts' output, `prediction` is the extracted answer
     prompts = {LMMS: _form_prompt, OFFICIAL: query, VLMEVAL: query, VLMEVAL_API: query}
     judge = RuledJudge(PROMPT, query, lambda text, item: not extracted(text, item)[1])
     rules = {
@@ -174,7 +175,12 @@ class MathVista(RuledBenchmark):
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
+        """VLMEvalKit's table has the query in place of the question."""
         row = line.value
+        question, unit = files.text(line, "question"), row.get("unit")
+        if found := QUERY.fullmatch(question):
+            row = {"query": question} | row
+            question = found[1].removesuffix(f" (Unit: {unit})")
         facets = {**row, **(row["metadata"] if isinstance(row.get("metadata"), dict) else {})}
         categories = [f"{name}: {value}" for name in FACETS for value in files.listing(facets.get(name))]
         kind = CHOICE if files.text(line, "question_type") == CHOICE else files.text(line, "answer_type")
@@ -182,18 +188,18 @@ class MathVista(RuledBenchmark):
         right = row.get("answer")
         ident = str(files.first(row, "pid", "id", "index", "question_id") or number)
         answers = (str(right),) if right is not None else ()
-        return files.item(line, number, id=ident, options=options, answers=answers, categories=tuple(categories),
-                          kind=kind)  # fmt: skip
+        return files.item(line._replace(value=row), number, id=ident, question=question, options=options,
+                          answers=answers, categories=tuple(categories), kind=kind)  # fmt: skip
 
     def questions(self, path: str) -> Iterator[Question]:
         """Kinds of answers are no categories of questions."""
         return (question._replace(extra={}) for question in super().questions(path))
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The object of responses by id whose answers MathVista's script extracts."""
-        answers = by_key(lines, self.answer_id)
-        problems = {item.id: item.more for item, _ in self.read(own)} if own else {}
-        found: Iterator[tuple[str, dict]] = (
-            (ident, {**problems.get(ident, {}), "response": answer.text or ""}) for ident, answer in answers.items()
-        )
-        return json.dumps(dict(found), indent=1, default=str).encode() + b"\n"
+        answers = by_key(lines, self.answer_id, self.fields) if own is None else {}
+        found = {ident: ({}, answer) for ident, answer in answers.items()}
+        if own is not None:
+            found = {ident: (item.more, answer) for ident, (item, answer) in self.handed_in(lines, own).items()}
+        said = {ident: problem | {"response": answer.text or ""} for ident, (problem, answer) in found.items()}
+        return json.dumps(said, indent=1, default=str).encode() + b"\n"

@@ -18,7 +18,7 @@ from llava_jax.evaluate.answers import (
     refuse_questions,
 )
 from llava_jax.evaluate.benchmark import Benchmark, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, unique
+from llava_jax.evaluate.label_formats import Entry, entries_by_id, field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.model_task import Case, ModelTask, chat, read_prompt
 from llava_jax.evaluate.questions import Question, read_questions
@@ -124,12 +124,10 @@ def _messages(entry: Entry, answer: Answer) -> list[Message] | None:
     return None if answer.absent else chat(SYSTEM, filled)
 
 
-LABEL_FORMATS.add(LabelFormat("mm-vet", "`mm-vet.json`", ("mm-vet",), read))
-
-
 @register
 class MmVet(Benchmark):
     name, what = "mm-vet", "MM-Vet: grades by a judge, by capability"
+    label_files, entries = "`mm-vet.json`", staticmethod(read)
     max_new_tokens = 1024
     fields = (*GRADES, "text")
     ids = r"(v1_)?\d{1,3}"

@@ -3,12 +3,13 @@
 import base64
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate.answers import Answer, by_key, check_asked, percent, percent_by, question_id
-from llava_jax.evaluate.benchmark import LETTER, Benchmark, Group, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, unique
+from llava_jax.evaluate.benchmark import LETTER, LETTER_CN, Benchmark, Labels, groups_of, register
+from llava_jax.evaluate.label_formats import field, unique
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_options import mmbench_lmms, vlmevalkit
@@ -16,7 +17,6 @@ from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rul
 from llava_jax.evaluate.sheets import read_sheet, xlsx
 
 LETTERS = "ABCD"
-LETTER_CN = "请直接回答选项字母。"
 ROUND = 1_000_000  # rows whose index differs by a multiple of it are rotations of the same question
 PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
@@ -131,15 +131,14 @@ def _decoded(image: str, where: str) -> bytes:
         raise UserError(f"{where}: its image is no base64") from error
 
 
-LABEL_FORMATS.add(LabelFormat("mmbench", "MMBench's table with `answer`", ("mmbench", "mmbench-cn"), read))
-
-
 @register
 class MMBench(Benchmark):
     name, what = "mmbench", "MMBench: right in all rotations of the options"
+    label_files, entries = "MMBench's table with `answer`", staticmethod(read)
     suffix = LETTER
     own_fields = ("round_id",)
     rules = RULES
+    groups = staticmethod(partial(groups_of, RULES[OFFICIAL]))  # the rounds of a question, which all have to be right
 
     def questions(self, path: str) -> Iterator[Question]:
         """All rounds: the rows, and their rotations unless these are rows of their own."""
@@ -179,7 +178,7 @@ class MMBench(Benchmark):
         answers choose no option."""
         chosen = [_chosen(answer, label) for answer, label in pairs]
         right = [option == label.right for option, (_, label) in zip(chosen, pairs, strict=True)]
-        whole = [(group.categories[0], group.score) for group in self.groups(pairs)]
+        whole = [("".join(group.categories), group.score) for group in self.groups(pairs)]
         return {
             "circular": percent(sum(score for _, score in whole), len(whole)),
             "single": percent(sum(right), len(right)),
@@ -188,15 +187,6 @@ class MMBench(Benchmark):
             "total": len(pairs),
             "failed": chosen.count(""),
         }
-
-    def groups(self, pairs: Sequence[tuple[Answer, Label]]) -> Iterator[Group]:
-        """The rounds of each question, which is right if all of them are."""
-        questions: dict[str, list[tuple[Answer, Label]]] = defaultdict(list)
-        for answer, label in pairs:
-            questions[label.question].append((answer, label))
-        for question, rounds in questions.items():
-            right = all(_chosen(answer, label) == label.right for answer, label in rounds)
-            yield Group(question, rounds, (rounds[0][1].category,), float(right))
 
     def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
         """The table that MMBench's server takes: without images, with a prediction in each row."""

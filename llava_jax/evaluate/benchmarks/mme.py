@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, by_key, check_asked
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Group, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, unique
+from llava_jax.evaluate.label_formats import unique
 from llava_jax.evaluate.lines import Line, read_text
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import yes_or_no
@@ -124,12 +125,22 @@ def _yes_or_no(answer: str, where: str) -> str:
     return answer
 
 
-LABEL_FORMATS.add(LabelFormat("mme", "MME's folder", ("mme",), read))
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
+    right = files.text(line, "answer")
+    image, category = files.text(line, "image_path", "question_id"), files.text(line, "category")
+    if not any(category in names for names in PARTS.values()):
+        raise UserError(f"{line.where}: its category {category} is none of MME's")
+    return (
+        [Label(category, PurePath(image).stem, _yes_or_no(right, line.where))],
+        [right],
+        str(line.value.get("question", "")),
+    )
 
 
 @register
 class Mme(Benchmark):
     name, what = "mme", "MME: perception and cognition, accuracy and accuracy+"
+    label_files, entries, of_row = "MME's folder", staticmethod(read), staticmethod(_of_row)
     suffix = SHORT
     rules = {
         OFFICIAL: _rule("yes or no in the first four characters", read_answer, ("perception",)),

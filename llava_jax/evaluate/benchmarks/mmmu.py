@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate import rule_options as read
-from llava_jax.evaluate.answers import by_key, check_asked
-from llava_jax.evaluate.benchmark import LETTER, SHORT
+from llava_jax.evaluate.benchmark import LETTER, SHORT, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.matching import UNREAD, chosen, matched
 from llava_jax.evaluate.rule_texts import mmmu_open
-from llava_jax.evaluate.ruled import CHOICE, VLMEVAL_API, RuledBenchmark, lettered, register_ruled
+from llava_jax.evaluate.ruled import CHOICE, VLMEVAL_API, RuledBenchmark, lettered
 from llava_jax.evaluate.ruled_judge import matcher
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term, each
 
@@ -70,7 +69,7 @@ def vlmevalkit(text: str, item: Item) -> Reading:
 class _Exam(RuledBenchmark):
     """What MMMU and MMMU-Pro share: `<image 1>` in texts."""
 
-    def placed(self, text: str, images: tuple[str | bytes, ...]) -> tuple[tuple[str | bytes, ...], str]:
+    def placed(self, text: str, images: tuple[files.Image, ...]) -> tuple[tuple[files.Image, ...], str]:
         """The first image only (official), those that the text names in their order (the toolkits), or these in the
         places where it names them (VLMEvalKit for models behind an API)."""
         if self.prompt == OFFICIAL:
@@ -82,19 +81,15 @@ class _Exam(RuledBenchmark):
             return tuple(images[place] for place in named), IMAGE.sub("<image>", text)
         return (tuple(images[place] for place in sorted(set(named))) if self.prompt == LMMS else images), ""
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The object of answers by id that the server takes: of questions with options, the letter."""
         if own is None:
             return super().submission(lines, own)
-        items = {item.id: item for item, _ in self.read(own)}
-        answers = by_key(lines, self.answer_id)
-        check_asked(answers, items, own)
-        rule = self.rules[OFFICIAL]
+        read = self.rules[OFFICIAL].read
         said = {
-            ident: (rule.read(answer.text, items[ident]).said or "") if answer.text and items[ident].options
-            else answer.text or ""
-            for ident, answer in answers.items()
-        }  # fmt: skip
+            ident: (read(answer.text, item).said or "") if answer.text and item.options else answer.text or ""
+            for ident, (item, answer) in self.handed_in(lines, own).items()
+        }
         return json.dumps(said, indent=1).encode() + b"\n"
 
 
@@ -108,7 +103,7 @@ def _official_prompt(item: Item) -> str:
     return f"{item.question}\n\n{options}\n\n{LETTER}" if item.options else f"{item.question}\n\n{SHORT}"
 
 
-@register_ruled
+@register
 class Mmmu(_Exam):
     name, what = "mmmu", "MMMU: right answers to questions of 30 subjects"
     label_files = "the Hub's Parquet (one file for each subject or all), VLMEvalKit's TSV"
@@ -171,7 +166,7 @@ def _pro_vlmevalkit(item: Item) -> str:
     return f"Question: {item.question}\nOptions:{lettered(item)}\n{direct}"
 
 
-@register_ruled
+@register
 class MmmuPro(_Exam):
     name, what = "mmmu-pro", "MMMU-Pro: right options, the mean of the standard and the vision set"
     label_files = "the Hub's Parquet of one set or several, VLMEvalKit's TSV"

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate import rule_options as read
-from llava_jax.evaluate.benchmark import LETTER
+from llava_jax.evaluate.benchmark import LETTER, register
 from llava_jax.evaluate.dataset_files import LETTERS, Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.matching import chosen, matched
-from llava_jax.evaluate.ruled import CHOICE, RuledBenchmark, bare, lettered, register_ruled
+from llava_jax.evaluate.ruled import CHOICE, RuledBenchmark, bare, lettered
 from llava_jax.evaluate.ruled_judge import matcher
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Case, Reading, Rule, Term, each
 
@@ -32,7 +32,7 @@ def _star_prompt(item: Item) -> str:
     return f"{item.question.strip()}{lettered(item)}\n{LETTER.removesuffix('.')}"
 
 
-@register_ruled
+@register
 class MmStar(RuledBenchmark):
     name, what = "mmstar", "MMStar: right options, in six categories"
     label_files = "the Hub's Parquet, VLMEvalKit's TSV"
@@ -47,10 +47,10 @@ class MmStar(RuledBenchmark):
     }  # fmt: skip
 
     def item(self, line: Line, number: int) -> Item:
-        row = line.value
-        categories = [str(files.first(row, name, name.replace("_", "-")) or "") for name in ("category", "l2_category")]
+        axis = files.text(line, "l2_category", "l2-category")
+        categories = (*filter(None, [str(line.value.get("category") or "")]), axis)
         answers = (files.text(line, "answer").strip().upper(),)
-        return files.item(line, number, answers=answers, categories=tuple(filter(None, categories)))
+        return files.item(line, number, answers=answers, categories=categories)
 
 
 def _with_options(item: Item) -> Item:
@@ -71,7 +71,7 @@ def _ai2d_prompt(item: Item) -> str:
     return f"{item.question}{lettered(item)}\n{LETTER}"
 
 
-@register_ruled
+@register
 class Ai2d(RuledBenchmark):
     name, what = "ai2d", "AI2D: right options, about diagrams"
     label_files = "the Hub's Parquet, VLMEvalKit's TSV (AI2D_TEST, or AI2D_TEST_NO_MASK, which is easier)"
@@ -122,7 +122,7 @@ def world_vlmevalkit(text: str, item: Item) -> Reading:
     return matched(text, item._replace(options=options))
 
 
-@register_ruled
+@register
 class RealWorldQa(RuledBenchmark):
     name, what = "realworldqa", "RealWorldQA: right letters, words and numbers"
     label_files = "the Hub's Parquet, VLMEvalKit's TSV"

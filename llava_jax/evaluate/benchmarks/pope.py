@@ -10,9 +10,10 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, percent, question_id
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, unique
+from llava_jax.evaluate.label_formats import Entry, unique
 from llava_jax.evaluate.lines import Line, read_lines
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import yes_or_no
@@ -112,12 +113,23 @@ def _category(path: str) -> str:
     return PurePath(path).stem.removeprefix(PREFIX)
 
 
-LABEL_FORMATS.add(LabelFormat("pope", "`coco_pope_*.json`", ("pope",), read))
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
+    """The samplings that a row is of are in one text."""
+    answer, image = files.text(line, "answer"), files.first(line.value, "image_path", "image_source")
+    if (right := answer.strip().lower()) not in ("yes", "no"):
+        raise UserError(f"{line.where}: the answer is {answer}, neither yes nor no")
+    samplings = str(line.value.get("category") or "").split(",")
+    return (
+        [Label(sampling.strip(), right == "yes", str(image or "")) for sampling in samplings],
+        [answer],
+        ",".join(samplings),
+    )
 
 
 @register
 class Pope(Benchmark):
     name, what = "pope", "POPE: F1 of yes, over three samplings"
+    label_files, entries, of_row = "`coco_pope_*.json`", staticmethod(read), staticmethod(_of_row)
     suffix = SHORT
     rules = {
         OFFICIAL: Rule("mean of F1 over the samplings; yes unless the first sentence has no or not", official,

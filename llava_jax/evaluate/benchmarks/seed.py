@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, percent_by, question_id, read_json
 from llava_jax.evaluate.benchmark import LETTER, Benchmark, by_kind, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, field, listed
+from llava_jax.evaluate.label_formats import Entry, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 
@@ -29,12 +29,10 @@ def read(path: str) -> Iterator[Entry]:
         yield Entry(str(field(entry, "question_id", where)), label, where)
 
 
-LABEL_FORMATS.add(LabelFormat("seed", "SEED-Bench's JSON", ("seed",), read))
-
-
 @register
 class SeedBench(Benchmark):
     name, what = "seed", "SEED-Bench: right letters, of images and of videos"
+    label_files, entries = "SEED-Bench's JSON", staticmethod(read)
     suffix = LETTER
     ids = r"v?\d+"
 

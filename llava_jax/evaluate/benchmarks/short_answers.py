@@ -1,16 +1,20 @@
 """ChartQA, DocVQA, InfographicVQA and OCRBench: short answers that are read in charts, documents and other images."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import PurePath
+from typing import Any
 
+from llava_jax.cli import UserError, short
 from llava_jax.evaluate import dataset_files as files
-from llava_jax.evaluate.answers import by_key, check_asked
+from llava_jax.evaluate.answers import by_key
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.rule_texts import anls, contains, relaxed
-from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, register_ruled, short_answer
+from llava_jax.evaluate.ruled import VLMEVAL_API, RuledBenchmark, bare, short_answer
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, VLMEVAL, Reading, Rule
 
 SHORT_ANSWER = {VLMEVAL: short_answer, VLMEVAL_API: short_answer}
@@ -28,7 +32,14 @@ def best(text: str, item: Item) -> Reading:
     return max((relaxed(text.strip(), one) for one in item.answers), key=lambda reading: reading.score)
 
 
-@register_ruled
+def _short(line: Line, number: int, **fields: Any) -> Item:
+    """The item in a row. Raises `UserError` for one with options."""
+    if files.options(line.value):
+        raise UserError(f"{line.where}: has options: is it a file of another benchmark?")
+    return files.item(line, number, **fields)
+
+
+@register
 class ChartQa(RuledBenchmark):
     name, what = "chartqa", "ChartQA: relaxed accuracy, of human and of augmented questions"
     label_files = "the official `test_human.json` and `test_augmented.json`, the Hub's Parquet, VLMEvalKit's TSV"
@@ -43,10 +54,13 @@ class ChartQa(RuledBenchmark):
 
     def item(self, line: Line, number: int) -> Item:
         row, own = line.value, "imgname" in line.value
-        source = str(files.first(row, "type", "human_or_machine", "split", "category") or PurePath(line.where).name)
-        kind = "human" if "human" in source or source == "0" else "augmented"
+        source = files.first(row, "type", "human_or_machine", "split", "category")
+        name = PurePath(line.where).name if source is None else str(source)
+        kind = "human" if "human" in name or name == "0" else "augmented"
+        if kind == "augmented" and not own and not re.search("augment|machine|^1$", name):
+            raise UserError(f"{line.where}: {short(name)!r} is no kind of ChartQA: is it a file of another benchmark?")
         cluster = str(row["imgname"]) if own else ""
-        return files.item(line, number, options=(), categories=(kind,), cluster=cluster, kind=kind if own else "")
+        return _short(line, number, categories=(kind,), cluster=cluster, kind=kind if own else "")
 
 
 def nearest(text: str, item: Item) -> Reading:
@@ -70,26 +84,25 @@ class _Documents(RuledBenchmark):
         kinds = tuple(kind for name in self.kinds for kind in files.listing(row.get(name)))
         page = "_".join(str(row[name]) for name in self.page if row.get(name) is not None)
         ident = str(files.first(row, "questionId", *files.IDS) or number)
-        return files.item(line, number, id=ident, options=(), categories=kinds, cluster=page)
+        return _short(line, number, id=ident, categories=kinds, cluster=page)
 
-    def submission(self, lines: Sequence[Line], own: str | None) -> bytes:
+    def submission(self, lines: Sequence[Line], own: str | Sequence[str] | None) -> bytes:
         """The array that the challenge's server takes."""
-        answers = by_key(lines, self.answer_id)
-        if own:
-            check_asked(answers, {item.id: item for item, _ in self.read(own)}, own)
+        answers = by_key(lines, self.answer_id) if own is None else \
+            {ident: answer for ident, (_, answer) in self.handed_in(lines, own).items()}  # fmt: skip
         rows = [{"questionId": int(ident) if ident.isdecimal() else ident, "answer": answer.text or ""}
                 for ident, answer in answers.items()]  # fmt: skip
         return json.dumps(rows, ensure_ascii=False).encode() + b"\n"
 
 
-@register_ruled
+@register
 class DocVqa(_Documents):
     name, what = "docvqa", "DocVQA: ANLS"
     label_files = "the challenge's JSON, the Hub's Parquet, VLMEvalKit's TSV"
     kinds, page = ("question_types",), ("ucsf_document_id", "ucsf_document_page_no")
 
 
-@register_ruled
+@register
 class InfoVqa(_Documents):
     name, what = "infovqa", "InfographicVQA: ANLS"
     label_files = DocVqa.label_files
@@ -109,7 +122,7 @@ def ocr(text: str, item: Item, formula: str, fold: bool = False) -> Reading:
                                                     item.more.get("dataset")), fold)  # fmt: skip
 
 
-@register_ruled
+@register
 class OcrBench(RuledBenchmark):
     name, what = "ocrbench", "OCRBench: the number of answers, of 1,000, that contain a right one"
     label_files = "the official `OCRBench.json`, the Hub's Parquet, VLMEvalKit's TSV"
@@ -128,4 +141,4 @@ class OcrBench(RuledBenchmark):
         row = line.value
         kind = str(files.first(row, "type", "question_type", "category") or "")
         categories = (kind, TEXT) if kind.startswith(RECOGNITION) else (kind,)
-        return files.item(line, number, options=(), categories=categories)
+        return _short(line, number, categories=categories)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import Answer, check_asked, percent, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, register
 from llava_jax.evaluate.benchmarks.vqa import Label
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, LabelFormat, field, listed
+from llava_jax.evaluate.label_formats import field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question
 from llava_jax.evaluate.rule_texts import vqa_words
@@ -97,12 +98,17 @@ def _soft(words: Callable[[str], str]) -> Callable[[str, Label], Reading]:
     return read
 
 
-LABEL_FORMATS.add(LabelFormat("textvqa", "TextVQA's JSON with `answers`", ("textvqa",), read))
+def _of_row(line: Line) -> tuple[list[Label], list[str], str]:
+    people = files.listing(files.first(line.value, "answers", "answer"))
+    if not people:
+        raise UserError(f"{line.where}: has no answers of people")
+    return [Label(tuple(people))], [], ""
 
 
 @register
 class TextVqa(Benchmark):
     name, what = "textvqa", "TextVQA: soft accuracy"
+    label_files, entries, of_row = "TextVQA's JSON with `answers`", staticmethod(read), staticmethod(_of_row)
     suffix = SHORT
     rules = {
         OFFICIAL: Rule("soft accuracy of ten people; words as the release compares them", _soft(submitted), plain),

@@ -6,9 +6,10 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from llava_jax.cli import UserError
+from llava_jax.evaluate import dataset_files as files
 from llava_jax.evaluate.answers import IDS, Answer, by_key, check_asked, question_id, read_json
 from llava_jax.evaluate.benchmark import SHORT, Benchmark, Labels, by_kind, register
-from llava_jax.evaluate.label_formats import LABEL_FORMATS, Entry, LabelFormat, entries_by_id, field, listed
+from llava_jax.evaluate.label_formats import Entry, entries_by_id, field, listed
 from llava_jax.evaluate.lines import Line
 from llava_jax.evaluate.questions import Question, read_questions
 from llava_jax.evaluate.rule_options import PUNCTUATION
@@ -87,14 +88,16 @@ def _array(entries: Sequence[dict[str, Any]]) -> bytes:
     return json.dumps(entries).encode() + b"\n"
 
 
-LABEL_FORMATS.add(LabelFormat("vqav2", "the challenge's annotations", ("vqav2",), read_vqav2))
-LABEL_FORMATS.add(LabelFormat("vizwiz", "the challenge's annotations", ("vizwiz",), read_vizwiz))
-LABEL_FORMATS.add(LabelFormat("gqa", "GQA's questions with `answer`", ("gqa",), read_gqa))
+def _of_gqa_row(line: Line) -> tuple[list[Label], list[str], str]:
+    right, types = files.text(line, "answer"), line.value.get("types")
+    structure = types.get("structural") if isinstance(types, dict) else None
+    return [Label((right,), "" if structure is None else "open" if structure == "query" else "binary")], [right], ""
 
 
 @register
 class VqaV2(Benchmark):
     name, what = "vqav2", "VQAv2: soft accuracy"
+    label_files, entries = "the challenge's annotations", staticmethod(read_vqav2)
     suffix = SHORT
     ids = r"\d+"
 
@@ -128,6 +131,7 @@ class VqaV2(Benchmark):
 @register
 class VizWiz(Benchmark):
     name, what = "vizwiz", "VizWiz: soft accuracy"
+    label_files, entries = VqaV2.label_files, staticmethod(read_vizwiz)
     suffix = SHORT
     ids = r"[^/]+"
 
@@ -167,6 +171,8 @@ class VizWiz(Benchmark):
 @register
 class Gqa(Benchmark):
     name, what = "gqa", "GQA: exact answers"
+    label_files, entries = "GQA's questions with `answer`", staticmethod(read_gqa)
+    of_row = staticmethod(_of_gqa_row)
     suffix = SHORT
     ids = r"[^\W_]{1,10}"
     rules = {

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from llava_jax.cli import UserError
 from llava_jax.evaluate import dataset_files as files
+from llava_jax.evaluate.benchmark import register
 from llava_jax.evaluate.benchmarks.llava_bench_reviews import parse_scores
 from llava_jax.evaluate.dataset_files import Item
 from llava_jax.evaluate.lines import Line
-from llava_jax.evaluate.ruled import RuledBenchmark, bare, register_ruled
+from llava_jax.evaluate.ruled import RuledBenchmark, bare
 from llava_jax.evaluate.ruled_judge import RuledJudge
 from llava_jax.evaluate.rules import LMMS, OFFICIAL, Case, Reading, Rule, Term
 
@@ -32,7 +34,10 @@ def review(text: str, item: Item, read: Callable = parse_scores) -> Reading:
 def terms(
     cases: Sequence[Case], read: Callable = parse_scores, failed: tuple[float, float] = (0.0, 0.0)
 ) -> Iterable[Term]:
-    """The scores of both, as a share. `failed` are those without a review; an absent answer has 1 of 10."""
+    """The scores of both, as a share. `failed` are those without a review; an absent answer has 1 of 10. Raises
+    `UserError` if no answer has a review."""
+    if cases and all(case.label.reply is None for case in cases):
+        raise UserError(f"{cases[0].answer.where}: has no review, nor has any other answer: `judge wilder` writes them")
     for case in cases:
         scores = read(case.label.reply) if case.label.reply is not None else None
         if case.answer.absent:
@@ -41,7 +46,7 @@ def terms(
         yield Term(case.label.id, (case,), model, reference, "", case.label.categories, case.label.cluster)
 
 
-@register_ruled
+@register
 class Wilder(RuledBenchmark):
     name, what = "wilder", "LLaVA-Bench-Wilder: scores by a judge, relative to the reference"
     label_files = "the Hub's Parquet"
@@ -55,6 +60,9 @@ class Wilder(RuledBenchmark):
                    partial(review, read=lmms_scores), partial(terms, read=lmms_scores, failed=(-1.0, -1.0)),
                    rounds=True),
     }  # fmt: skip
+
+    def target(self, line: Line) -> str:
+        return str(line.value.get("ans1", ""))
 
     def item(self, line: Line, number: int) -> Item:
         category = str(files.first(line.value, "Category", "category") or "")

@@ -13,29 +13,18 @@ from llava_jax.models.registry import FAMILIES, registers
 
 
 class Family:
-    """A family of decoders. Subclasses set the attributes and override the methods where they differ from LLaMA.
+    """A family of decoders. Subclasses set the attributes and override the methods where they differ from LLaMA."""
 
-    Attributes:
-      name: the `model_type` of transformers, and what `TextConfig.family` calls it.
-      hf_class: its model class in transformers, `...ForCausalLM`.
-      layer: the Flax module of a layer: `models.llama.LlamaLayer`, or a subclass that computes differently.
-      norm, embedding: those of the norm after the last layer, and of the table of words.
-      config_class: `TextConfig`, or a subclass with more fields.
-      defaults: where transformers' configuration class differs from LLaMA's.
-      fixed: fields of its `config.json` that change the computation, with the only value supported.
-      original: the `model_type` that the original LLaVA gives its models of this family, if it has any.
-      parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
-    """
-
-    name: str
-    hf_class: str
-    layer: type[nnx.Module] = LlamaLayer
-    norm: type[nnx.Module] = RMSNorm
-    embedding: type[nnx.Module] = Embedding
-    config_class: type[TextConfig] = TextConfig
-    defaults: Json = {}
-    fixed: Json = {}
-    original: str | None = None
+    name: str  # the `model_type` of transformers, and what `TextConfig.family` calls it
+    hf_class: str  # its model class in transformers, `...ForCausalLM`
+    layer: type[nnx.Module] = LlamaLayer  # or a subclass that computes differently
+    norm: type[nnx.Module] = RMSNorm  # after the last layer
+    embedding: type[nnx.Module] = Embedding  # the table of words
+    config_class: type[TextConfig] = TextConfig  # or a subclass with more fields
+    defaults: Json = {}  # where transformers' configuration class differs from LLaMA's
+    fixed: Json = {}  # fields of its `config.json` that change the computation, with the only value supported
+    original: str | None = None  # the `model_type` that the original LLaVA gives its models of this family, if any
+    # Of parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
     def fits(self, config: TextConfig) -> bool:
@@ -81,19 +70,6 @@ class Family:
     def fused(self, config: TextConfig) -> Mapping[str, Mapping[str, int]]:
         """Matrices of its files (`qkv_proj`) that hold several of the entries' -> the rows of each, in their order."""
         return {}
-
-    def products(self, config: TextConfig) -> dict[str, float]:
-        """Forward FLOPs of a token in a layer's products with weights, which have twice as many numbers as weights.
-
-        The names are those of `training.flops.RECOMPUTED`.
-        """
-        D, H = config.hidden_size, config.head_dim
-        return {
-            "qkv": 2.0 * D * (config.num_heads + 2 * config.num_kv_heads) * H,
-            "output": 2.0 * config.num_heads * H * D,
-            "gate_up": 2.0 * D * 2 * config.intermediate_size,
-            "down": 2.0 * config.intermediate_size * D,
-        }
 
 
 register = registers(FAMILIES)

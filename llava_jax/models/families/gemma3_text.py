@@ -8,7 +8,6 @@ from flax import nnx
 
 from llava_jax.cli import UserError, shown
 from llava_jax.models.config import Span, TextConfig
-from llava_jax.models.execution import SINGLE, Execution
 from llava_jax.models.families import register
 from llava_jax.models.families.qwen3 import Qwen3Attention, Qwen3Family
 from llava_jax.models.hf_fields import Json, get, part
@@ -75,10 +74,6 @@ class Gemma3Layer(LlamaLayer):
         self.attention.q_norm, self.attention.k_norm = GemmaNorm(H, eps), GemmaNorm(H, eps)
         self.input_layernorm, self.post_attention_layernorm = GemmaNorm(D, eps), GemmaNorm(D, eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = GemmaNorm(D, eps), GemmaNorm(D, eps)
-
-    def __call__(self, x_BTD, rotation, segment_ids_BT, execution: Execution = SINGLE, window: int | None = None):
-        q, k, v = self.queries_keys_values(x_BTD, rotation)
-        return self.after_attention(x_BTD, execution.attend(q, k, v, segment_ids_BT, window))
 
     def after_attention(self, x_BTD, attended_BTNH) -> jax.Array:
         attended_BTD = self.attention.o_proj(attended_BTNH.reshape(*x_BTD.shape[:2], -1))

@@ -11,17 +11,13 @@ from llava_jax.models.registry import PROJECTORS, registers
 
 
 class ProjectorKind(ABC):
-    """Projectors of some `projector_type`s. mlp.py has those of the published models.
+    """Projectors of some `projector_type`s. mlp.py has those of the published models."""
 
-    Attributes:
-      pattern: regular expression of the `projector_type`s, matched as a whole.
-      hf_types: the `projector_hidden_act` of a LLaVA of transformers -> the `projector_type` that computes the same.
-        Transformers has no other projectors: a model with another one cannot be exported to it.
-      parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
-    """
-
-    pattern: str
+    pattern: str  # regular expression of the `projector_type`s, matched as a whole
+    # The `projector_hidden_act` of a LLaVA of transformers -> the `projector_type` that computes the same. Transformers
+    # has no other projectors: a model with another one cannot be exported to it.
     hf_types: Mapping[str, str] = {}
+    # Of parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
     @abstractmethod
@@ -30,11 +26,7 @@ class ProjectorKind(ABC):
 
     @abstractmethod
     def entries(self, projector_type: str) -> list[Entry]:
-        """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`)."""
-
-    @abstractmethod
-    def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
-        """[in, out] of each product with weights, in their order; for counting FLOPs."""
+        """Our parameters (`projector.linear_1.kernel`) and transformers' (`linear_1.weight`), layer by layer."""
 
 
 register = registers(PROJECTORS)

@@ -1,5 +1,6 @@
 """The published projectors: one linear layer (the paper), or several with GELU between them (LLaVA-1.5: two)."""
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -11,28 +12,19 @@ from llava_jax.models.hf_names import Entry, linear
 from llava_jax.models.layers import Linear
 from llava_jax.models.projectors import ProjectorKind, register
 
-
-def exact_gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 class Mlp(nnx.Module):
     """linear_1, then (activation, linear_i) for i = 2 ... N. The first widens to the decoder's width."""
 
     def __init__(
-        self,
-        num_layers: int,
-        in_features: int,
-        features: int,
-        activation: Callable[[jax.Array], jax.Array] = exact_gelu,
-        *,
-        rngs: nnx.Rngs,
+        self, num_layers: int, in_features: int, features: int, activation: Callable = exact_gelu, *, rngs: nnx.Rngs
     ):
         self.num_layers, self.activation = num_layers, activation
         for i in range(1, num_layers + 1):
             fan_in = in_features if i == 1 else features
-            init = torch_uniform(fan_in)
-            layer = Linear(fan_in, features, bias=True, rngs=rngs, kernel_init=init, bias_init=init)
+            layer = Linear(fan_in, features, bias=True, rngs=rngs, init=torch_uniform(fan_in))
             setattr(self, f"linear_{i}", layer)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,6 +57,3 @@ class MlpKind(ProjectorKind):
     def entries(self, projector_type: str) -> list[Entry]:
         names = [f"linear_{i}" for i in range(1, self.num_layers(projector_type) + 1)]
         return [entry for name in names for entry in linear(f"projector.{name}", name)]
-
-    def matrices(self, projector_type: str, in_features: int, features: int) -> list[tuple[int, int]]:
-        return [(in_features, features)] + [(features, features)] * (self.num_layers(projector_type) - 1)

@@ -5,52 +5,42 @@ from collections.abc import Mapping
 from flax import nnx
 
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
-from llava_jax.models.hf_fields import Json, get, in_words_of_hf, require
+from llava_jax.models.hf_fields import Json, get_all, in_hf, in_words_of_hf, require
 from llava_jax.models.hf_names import OIHW_TO_HWIO, TABLE, Entry, layer_norm, linears, stacked
 from llava_jax.models.registry import TOWERS, registers
 
+# Fields of all towers, with transformers' defaults; the last ones are in `Tower.defaults`.
+_FIELDS = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12, "image_size": 224}
+_FIELDS |= {"patch_size": 0, "layer_norm_eps": 0.0, "hidden_act": ""}
 # Fields of a `vision_config` that change the computation, with the only value supported.
 _FIXED = {"num_channels": 3, "attention_dropout": 0.0}
 
 
 class Tower:
-    """A kind of vision tower. Subclasses set the attributes and override the methods where they differ from a ViT.
+    """A kind of vision tower. Subclasses set the attributes and override the methods where they differ from a ViT."""
 
-    Attributes:
-      name: what `VisionConfig.kind` calls it.
-      module: the Flax module. `module(config, rngs=rngs)` has the stacked `layers` (`layers.stack_layers`), and maps
-        (float[N, image_size, image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D]; for
-        several numbers of layers, to their states side by side, as `clip.run_layers` does.
-      config_class: `VisionConfig`, or a subclass with more fields.
-      class_token: whether the first of the S tokens is no patch.
-      model_type: of the tower's `config.json` in transformers.
-      whole_model_type: of a model of transformers that the tower is the `vision_config` of, if there is one.
-      defaults: what transformers' configuration class has where a `config.json` says nothing of these fields.
-      fixed: fields of its `config.json` that change the computation, with the only value supported.
-      hf_prefix: what a LLaVA of transformers puts before the names of its tensors.
-      image_mean, image_std: of its training images, RGB in 0..1; used where no preprocessor_config.json says.
-      image_aspect: "resize" if its own image processor stretches images to a square, else None.
-      unused: prefixes of our parameters that no feature depends on; they are stored for exports, and never trained.
-      ignored: patterns of tensors that transformers has in such a tower and that no feature depends on.
-      original: towers that the original LLaVA knows by their names on the Hub; a kind without any has none there.
-      parameter_axes: for parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
-    """
-
-    name: str
+    name: str  # what `VisionConfig.kind` calls it
+    # `module(config, rngs=rngs)` has the stacked `layers` (`layers.stack_layers`), and maps (float[N, image_size,
+    # image_size, 3] normalized pixels, number of layers to run, `Execution`) to [N, S, D]; for several numbers of
+    # layers, to their states side by side, as `clip.run_layers` does.
     module: type[nnx.Module]
-    config_class: type[VisionConfig] = VisionConfig
-    class_token = False
-    model_type: str
-    whole_model_type: str | None = None
+    config_class: type[VisionConfig] = VisionConfig  # or a subclass with more fields
+    class_token = False  # whether the first of the S tokens is no patch
+    model_type: str  # of the tower's `config.json` in transformers
+    whole_model_type: str | None = None  # of a model of transformers that it is the `vision_config` of, if there is one
+    # What transformers' configuration class has where a `config.json` says nothing of these fields.
     defaults: Json = {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
-    fixed: Json = {}
-    hf_prefix = "vision_tower.vision_model."
+    fixed: Json = {}  # fields of its `config.json` that change the computation, with the only value supported
+    hf_prefix = "vision_tower.vision_model."  # of the names of its tensors in a LLaVA of transformers
+    # Of its training images, RGB in 0..1; used where no preprocessor_config.json says.
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
-    image_aspect: str | None = None
+    image_aspect: str | None = None  # "resize" if its own image processor stretches images to a square
+    # Prefixes of our parameters that no feature depends on; they are stored for exports, and never trained.
     unused: tuple[str, ...] = ("vision.post_layernorm.",)
-    ignored: tuple[str, ...] = ()
-    original: Mapping[str, VisionConfig] = {}
+    ignored: tuple[str, ...] = ()  # patterns of tensors of transformers in such a tower that no feature depends on
+    original: Mapping[str, VisionConfig] = {}  # towers that the original LLaVA knows by their names on the Hub
+    # Of parameters that `parallel.sharding.PARAMETER_AXES` has no pattern for.
     parameter_axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
     def entries(self, config: VisionConfig) -> list[Entry]:
@@ -80,17 +70,8 @@ class Tower:
         json = self.defaults | json
         require(json, _FIXED | self.fixed, where)
         with in_words_of_hf(where):
-            fields = {
-                "hidden_size": get(json, "hidden_size", 768, where),
-                "intermediate_size": get(json, "intermediate_size", 3072, where),
-                "num_layers": get(json, "num_hidden_layers", 12, where),
-                "num_heads": get(json, "num_attention_heads", 12, where),
-                "image_size": get(json, "image_size", 224, where),
-                "patch_size": get(json, "patch_size", 0, where),
-                "layer_norm_eps": get(json, "layer_norm_eps", 0.0, where),
-                "hidden_act": get(json, "hidden_act", "", where),
-            }
-            return self.config_class(kind=self.name, **(fields | self.read_fields(json, where)))
+            fields = get_all(json, _FIELDS, where) | self.read_fields(json, where)
+            return self.config_class(kind=self.name, **fields)
 
     def read_fields(self, json: Json, where: str) -> dict[str, object]:
         """Fields of `config_class` that other towers do not have, or that their `config.json` calls otherwise."""
@@ -98,25 +79,7 @@ class Tower:
 
     def write(self, config: VisionConfig) -> Json:
         """The `vision_config` of an export; the inverse of `read`."""
-        return {
-            **(_FIXED | self.fixed),
-            "model_type": self.model_type,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "layer_norm_eps": config.layer_norm_eps,
-            "hidden_act": config.hidden_act,
-        }
-
-    def flops(self, config: VisionConfig, layers: int) -> tuple[float, float]:
-        """Forward FLOPs of one image through `layers` layers: (products with weights, attention)."""
-        D, P, S = config.hidden_size, config.num_patches, config.num_tokens
-        patches = 2.0 * P * 3 * config.patch_size**2 * D
-        layer = 2.0 * S * (4 * D * D + 2 * D * config.intermediate_size)
-        return patches + layers * layer, layers * 4.0 * S**2 * D
+        return _FIXED | self.fixed | {"model_type": self.model_type} | in_hf(config, _FIELDS)
 
 
 register = registers(TOWERS)

@@ -48,17 +48,14 @@ class ClipVision(nnx.Module):
         self, pixels_NHWC: jax.Array, num_layers: int | tuple[int, ...], execution: Execution = SINGLE
     ) -> jax.Array:
         """float[N, image_size, image_size, 3], normalised -> [N, 1 + patches, D] as of `run_layers`."""
-        N = pixels_NHWC.shape[0]
         patch_embedding = execution.gather("vision.patch_embedding", self.patch_embedding)
         position_embedding = execution.gather("vision.position_embedding", self.position_embedding)
         patches_NPD = patch_embedding(pixels_NHWC)
-        x_NSD = jnp.concatenate([self.class_token(N, patches_NPD.dtype), patches_NPD], axis=1)
+        token = self.class_embedding[...].astype(patches_NPD.dtype)
+        token_N1D = jnp.broadcast_to(token[None, None], (len(patches_NPD), 1, len(token)))
+        x_NSD = jnp.concatenate([token_N1D, patches_NPD], axis=1)
         x_NSD += position_embedding[...].astype(x_NSD.dtype)[None]
         return run_layers(self.layers, self.pre_layernorm(x_NSD), num_layers, execution)
-
-    def class_token(self, num_images: int, dtype: jnp.dtype) -> jax.Array:
-        token = self.class_embedding[...].astype(dtype)
-        return jnp.broadcast_to(token[None, None], (num_images, 1, token.shape[0]))
 
 
 class PatchEmbedding(nnx.Module):
@@ -128,10 +125,8 @@ class ClipAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
         self.num_heads = config.num_heads
-        self.q_proj = Linear(D, D, bias=True, rngs=rngs)
-        self.k_proj = Linear(D, D, bias=True, rngs=rngs)
-        self.v_proj = Linear(D, D, bias=True, rngs=rngs)
-        self.out_proj = Linear(D, D, bias=True, rngs=rngs)
+        projections = (Linear(D, D, bias=True, rngs=rngs) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections
 
     def __call__(self, x_NSD: jax.Array, execution: Execution) -> jax.Array:
         N, S, D = x_NSD.shape

@@ -23,9 +23,9 @@ export function useKey(text, stays) {
 /** -> why no answers are given just now, or null. */
 export const unready = () => request("health", { cache: "no-store" }).then(() => null, (error) => error.message);
 
-/** -> the names of the models: the base, then its adapters. Throws Refusal, with status 401 where a key is needed. */
-export async function modelNames() {
-  return (await (await request("v1/models")).json()).data.map(({ id }) => id);
+/** -> {id, parent} of the base and of its adapters. Throws Refusal, with status 401 where a key is needed. */
+export async function models() {
+  return (await (await request("v1/models")).json()).data;
 }
 
 /** The chunks of an answer, as OpenAI's API has them. Throws Refusal; AbortError where `signal` says so. */

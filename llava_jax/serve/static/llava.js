@@ -1,5 +1,6 @@
 // A conversation as LLaVA's JSON, with its images beside it, and back.
 
+import { BAD, GOOD, learnable, pairs, said } from "./judging.js";
 import { unzip, zip } from "./zip.js";
 
 const MARK = "<image>";
@@ -25,23 +26,55 @@ function textOf(parts) {
   });
 }
 
-/** -> a ZIP file of conversation.json and the images. */
+const imagesOf = (messages) => messages.flatMap((m) => m.parts ?? []).flatMap((part) => part.image ?? []);
+const jsonFile = (name, ...texts) => ({ name, blob: new Blob(texts.map((text) => `${text}\n`)) });
+
+/** -> a ZIP file of conversation.json and the images; of judged answers also what can be learned from them. */
 export function pack({ system, messages }, id) {
-  const images = messages.flatMap((m) => m.parts ?? []).flatMap((part) => part.image ?? []);
-  const ids = [...new Set(images.map((image) => image.id))];
+  const ids = [...new Set(imagesOf(messages).map((image) => image.id))];
   const nameOf = (image) => `${ids.indexOf(image.id) + 1}${suffixOf(image.name)}`;
-  const names = images.map(nameOf);
-  const sample = {
-    id,
-    ...(names.length && { image: names.length === 1 ? names[0] : names }),
-    ...(system !== null && { system }),
-    conversations: messages.map(({ parts, text }) =>
-      parts ? { from: "human", value: textOf(parts) } : { from: "gpt", value: plain(text) },
-    ),
+  const [learned, compared] = [learnable(messages), pairs(messages)];
+  const write = (name, own, turn) => {
+    const names = imagesOf(own).map(nameOf);
+    const image = names.length && { image: names.length === 1 ? names[0] : names };
+    const sample = { id, ...image, ...(system !== null && { system }), conversations: own.map(turn) };
+    return jsonFile(name, JSON.stringify([sample], null, 2));
   };
-  const json = { name: "conversation.json", blob: new Blob([JSON.stringify([sample], null, 2), "\n"]) };
-  const files = new Map(images.map((image) => [image.id, { name: nameOf(image), blob: image.blob }]));
-  return zip([json, ...files.values()]);
+  const files = [write("conversation.json", messages, (message) => ({ ...turnOf(message), ...judgementOf(message) }))];
+  if (learned.length) files.push(write("chosen.json", learned, turnOf));
+  const seen = compared.some((pair) => imagesOf(pair.messages).length); // TRL takes `images` for a model that sees
+  const lines = compared.map((pair) => {
+    const images = seen && { images: imagesOf(pair.messages).map(nameOf) };
+    return JSON.stringify({ ...images, ...preference(system, pair) });
+  });
+  if (lines.length) files.push(jsonFile("preferences.jsonl", ...lines));
+  const images = new Map(imagesOf(messages).map((image) => [image.id, { name: nameOf(image), blob: image.blob }]));
+  return zip([...files, ...images.values()]);
+}
+
+/** A message in LLaVA's format. */
+function turnOf(message) {
+  const { parts } = message;
+  return parts ? { from: "human", value: textOf(parts) } : { from: "gpt", value: plain(said(message)) };
+}
+
+/** What is thought of an answer, as keys that LLaVA's format does not have. */
+function judgementOf({ text, better, rating, model, others }) {
+  const also = others?.map((answer) => ({ value: plain(said(answer)), ...judgementOf(answer) }));
+  const rejected = better === undefined ? undefined : plain(text);
+  return { model, rating, rejected, others: also?.length ? also : undefined };
+}
+
+/** A pair as TRL's preference trainers read it. */
+function preference(system, { messages, chosen, rejected }) {
+  const textPart = (text) => ({ type: "text", text: plain(text) });
+  const answer = (text) => ({ role: ASSISTANT, content: [textPart(text)] });
+  const question = ({ role, parts }) => {
+    return { role, content: parts.map(({ image, text }) => (image ? { type: "image" } : textPart(text))) };
+  };
+  const prompt = system ? [{ role: SYSTEM, content: [textPart(system)] }] : [];
+  prompt.push(...messages.map((message) => (message.parts ? question(message) : answer(said(message)))));
+  return { prompt, chosen: [answer(chosen)], rejected: [answer(rejected)] };
 }
 
 /** The conversation in files that were chosen: a ZIP file, or JSON and its images. Throws Error. */
@@ -70,7 +103,7 @@ async function parse(text, folder, entries) {
   }
   const [sample] = samples;
   if (samples.length !== 1) throw new Error(`holds ${samples.length} samples: one conversation was expected`);
-  const read = (turn) => ({ role: ROLES[turn?.from ?? turn?.role], text: turn?.value ?? turn?.content });
+  const read = (turn) => ({ role: ROLES[turn?.from ?? turn?.role], text: turn?.value ?? turn?.content, judged: turn });
   const turns = [sample?.conversations ?? sample?.messages ?? []].flat().map(read);
   if (!turns.length || turns.some(({ role, text }) => !role || typeof text !== "string")) {
     throw new Error("is no conversation of LLaVA: `conversations`, a list of `from` and `value`");
@@ -94,8 +127,24 @@ async function parse(text, folder, entries) {
     images.set(name, makeImage(baseOf(name), new Blob([await file()], { type })));
   }
   const placed = names.map((name) => images.get(name));
-  const message = ({ role, text }) => (role === USER ? { role, parts: split(text, placed) } : { role, text });
+  const message = ({ role, text, judged }) => {
+    return role === USER ? { role, parts: split(text, placed) } : { role, ...answerOf(text, judged) };
+  };
   return { system, messages: turns.map(message) };
+}
+
+/** An answer with what is thought of it. Throws Error. */
+function answerOf(text, { model, rating, rejected, others }) {
+  const isText = (value) => typeof (value ?? "") === "string";
+  if (![undefined, null, GOOD, BAD].includes(rating)) throw new Error(`\`rating\` is neither ${GOOD} nor ${BAD}`);
+  if (![text, model, rejected].every(isText)) throw new Error("`value`, `model` or `rejected` of an answer is no text");
+  const several = others ?? [];
+  if (!Array.isArray(several) || several.some((other) => other?.value == null)) {
+    throw new Error("`others` of an answer is no list of answers");
+  }
+  const also = several.map((other) => answerOf(other.value, { ...other, others: null }));
+  const given = { rating: rating ?? undefined, model: model ?? undefined, others: also };
+  return rejected == null ? { text, ...given } : { text: rejected, better: text, ...given };
 }
 
 /** The parts of a question: an `<image>` of the text is the place of an image, and further images come before it. */

@@ -1,16 +1,19 @@
 // The page: what is asked, what is shown and kept, and what each control does.
 
-import { chat, modelNames, unready, useKey } from "./api.js";
+import { chat, models, unready, useKey } from "./api.js";
+import * as formats from "./formats.js";
+import { asOther, isJudged, said, unpaired } from "./judging.js";
 import { makeImage, pack, place, typed, unpack } from "./llava.js";
 import { Growing, element } from "./markdown.js";
 import * as store from "./store.js";
-import { articleOf, forget, picture, urlOf } from "./view.js";
+import { articleOf, forget, picture, shown, urlOf } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const MAX_BODY = Number(document.querySelector("meta[name=max-body-bytes]").content);
 const IMAGE_NAMES = /\.(jpe?g|png|webp|gif|bmp|tiff?|p[bgnp]m)$/i;
+const PAIRS = "write a better text for it, or retry and judge the other answer, too";
 const megabytes = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MB`;
-const textOf = ({ parts, text }) => (parts ? parts.flatMap((part) => part.text ?? []).join("\n") : text);
+const textOf = (message) => message.parts?.flatMap((part) => part.text ?? []).join("\n") ?? said(message);
 const imagesOf = ({ parts }) => parts.flatMap((part) => part.image ?? []);
 
 const kept = JSON.parse(store.recall("llava_jax.sampling"));
@@ -32,7 +35,7 @@ async function connect(keyWasWrong = false) {
     tell($("state"), `Waiting: ${reason.split(": try again")[0]} (this page continues by itself)`);
   }
   try {
-    offer(await modelNames());
+    offer(await models());
     tell($("state"), "");
   } catch (error) {
     tell($("state"), error.message);
@@ -42,19 +45,38 @@ async function connect(keyWasWrong = false) {
   connecting = false;
 }
 
-/** Uses the chosen one of the models, or the first. A choice is shown where there are several. */
-function offer(names) {
-  model = names.includes(wanted) ? wanted : names[0];
-  $("model").textContent = model;
+/** Shows a choice of the models where there are several, and uses the chosen one, or the first. */
+function offer(cards) {
+  const names = cards.map(({ id }) => id);
+  const gone = model !== null && !names.includes(model) ? model : null;
+  if (String(names) !== String([...$("models").options].map(({ value }) => value))) {
+    const options = (some) => some.map(({ id }) => element("option", { value: id }, id));
+    const adapters = options(cards.filter(({ parent }) => parent));
+    const group = adapters.length ? [element("optgroup", { label: "Adapters" }, adapters)] : [];
+    $("models").replaceChildren(...options(cards.filter(({ parent }) => !parent)), ...group);
+    [$("model").hidden, $("models").hidden] = [names.length > 1, names.length < 2];
+  }
+  use(names.includes(wanted) ? wanted : names[0]);
+  if (gone) complain(`${gone} is not served any more: ${model} answers now.`);
+}
+
+function use(name) {
+  [model, $("model").textContent, $("models").value] = [name, name, name];
   document.title = `${model} · LLaVA`;
-  $("models").replaceChildren(...names.map((name) => element("option", { value: name, selected: name === model }, name)));
-  [$("model").hidden, $("models").hidden] = [names.length > 1, names.length < 2];
+}
+
+/** Adapters may have been loaded or unloaded meanwhile. */
+function refresh() {
+  if (model === null || connecting) return;
+  models().then((cards) => model !== null && offer(cards), () => {}); // the next question says what is wrong
 }
 
 /** Asks a question after the messages of `head`. What cannot be answered at all is undone, and `giveBack` called. */
-async function ask(head, question, giveBack = () => {}) {
+async function ask(head, question, giveBack = () => {}, others = []) {
   const [before, control, begun] = [conversation.messages, new AbortController(), performance.now()];
-  const reply = { role: "assistant", text: "", partial: true };
+  const several = $("models").options.length > 1;
+  const reply = { role: "assistant", text: "", partial: true, json: formats.isJson(), others };
+  if (several) reply.model = model;
   const mine = (conversation.messages = [...head, question, reply]);
   busy = control;
   draw();
@@ -84,6 +106,7 @@ async function ask(head, question, giveBack = () => {}) {
   delete reply.partial;
   forget(reply);
   if (busy === control) busy = null;
+  if (several) refresh();
   if (conversation.messages === mine) $("spoken").textContent = `Answer: ${reply.text} ${reply.note ?? ""}`;
   draw();
   save();
@@ -115,10 +138,11 @@ async function requestFor(messages) {
   const write = async ({ image, text }) =>
     image ? { type: "image_url", image_url: { url: (await read(image.blob)).target.result } } : { type: "text", text };
   const written = conversation.system === null ? [] : [{ role: "system", content: conversation.system }];
-  for (const { role, parts, text } of messages) {
-    written.push({ role, content: parts ? await Promise.all(parts.map(write)) : text });
+  for (const message of messages) {
+    const { role, parts } = message;
+    written.push({ role, content: parts ? await Promise.all(parts.map(write)) : said(message) });
   }
-  const options = { temperature, top_p, ...(longest && { max_completion_tokens: longest }) };
+  const options = { ...formats.requested(), temperature, top_p, ...(longest && { max_completion_tokens: longest }) };
   return { model, messages: written, stream: true, stream_options: { include_usage: true }, ...options };
 }
 
@@ -137,7 +161,7 @@ function painter(reply) {
   return () => {
     timer ||= setTimeout(() => {
       const begun = performance.now();
-      following(() => growing.show(reply.text));
+      following(() => growing.show(shown(reply)));
       [timer, wait] = [0, Math.max(16, 10 * (performance.now() - begun))];
     }, wait);
   };
@@ -259,6 +283,34 @@ async function copy(text, button) {
   setTimeout(() => (button.textContent = label), 1500);
 }
 
+function rate(i, rating) {
+  const message = conversation.messages[i];
+  judge(message, { rating: message.rating === rating ? undefined : rating }, rating);
+}
+
+/** Changes what is thought of an answer, and keeps the focus on one of its buttons. */
+function judge(message, changes, button) {
+  Object.assign(message, changes);
+  forget(message);
+  draw();
+  articleOf(message).querySelector(`.actions .${button}`).focus();
+  save();
+}
+
+/** Asks for a better text of an answer. */
+function improve(message) {
+  $("better").value = said(message);
+  $("original").hidden = message.better === undefined;
+  $("improve").returnValue = "";
+  $("improve").showModal();
+  $("improve").onclose = () => {
+    const [wanted, text] = [$("improve").returnValue, $("better").value.toWellFormed()];
+    if (!wanted) return;
+    if (!conversation.messages.includes(message)) return complain("Another tab has changed the conversation.");
+    judge(message, { better: wanted === "original" || text === message.text ? undefined : text }, "improve");
+  };
+}
+
 // What the buttons of messages and images do, by their class. `i` is the message's number.
 const ACTIONS = {
   copy: (button, i) => copy(textOf(conversation.messages[i]), button),
@@ -272,6 +324,9 @@ const ACTIONS = {
     draw();
     $("box").focus();
   },
+  good: (_, i) => rate(i, "good"),
+  bad: (_, i) => rate(i, "bad"),
+  improve: (_, i) => improve(conversation.messages[i]),
   edit: (_, i) => {
     empty();
     editing = i;
@@ -284,8 +339,10 @@ const ACTIONS = {
   },
   retry: (_, i) => {
     $("box").focus();
-    if (model) ask(conversation.messages.slice(0, i - 1), conversation.messages[i - 1]);
-    else connect();
+    if (!model) return void connect();
+    const [question, answer] = conversation.messages.slice(i - 1);
+    const others = [...(isJudged(answer) ? [asOther(answer)] : []), ...(answer.others ?? [])];
+    ask(conversation.messages.slice(0, i - 1), question, undefined, others);
   },
 };
 document.onclick = ({ target }) => {
@@ -336,10 +393,12 @@ $("download").onclick = async () => {
   const id = `llava-${new Date().toLocaleString("sv").replace(/[-:]/g, "").replace(" ", "-")}`;
   const href = URL.createObjectURL(await pack({ ...conversation, messages }, id));
   element("a", { href, download: `${id}.zip` }).click();
+  const alone = unpaired(messages);
+  if (alone) say(`${alone} of the judged answers ${alone > 1 ? "are" : "is"} in no preference pair: ${PAIRS}.`);
 };
 $("models").onchange = ({ target }) => {
   store.remember("llava_jax.model", (wanted = target.value));
-  if (model) offer([...target.options].map(({ value }) => value));
+  if (model) use(wanted);
 };
 $("theme").onclick = () => {
   const { dataset } = document.documentElement;
@@ -412,5 +471,6 @@ document.ondragover = document.ondragleave = document.ondrop = (event) => {
 window.onpagehide = () => {
   if (busy) store.remember("llava_jax.partial", conversation.messages.at(-1)?.text ?? null, "sessionStorage");
 };
+window.onfocus = refresh;
 store.tabs.onmessage = () => busy || restore();
 restore().finally(() => connect());

@@ -1,5 +1,7 @@
 // How messages and images look. What their buttons do is in main.js.
 
+import { asCode, looksLikeJson } from "./formats.js";
+import { BAD, GOOD, said } from "./judging.js";
 import { element, render } from "./markdown.js";
 
 const [articles, urls] = [new WeakMap(), new WeakMap()];
@@ -19,12 +21,35 @@ function question({ parts }) {
   return article("question", "Question", body, [act("copy", "Copy"), act("edit", "Edit")]);
 }
 
-function answer({ text, note, figures = "", partial }) {
-  const actions = [act("copy", "Copy"), act("retry", "Retry", "last"), act("undo", "Undo", "last")];
-  actions.push(element("span", { className: "figures" }, figures));
+function answer(message) {
+  const { text, better, rating, others = [], note, figures, model, partial } = message;
+  const actions = [act("copy", "Copy"), mark(GOOD, "Good", rating), mark(BAD, "Bad", rating)];
+  actions.push(act("improve", "Better text"), act("retry", "Retry", "last"), act("undo", "Undo", "last"));
+  actions.push(element("span", { className: "figures" }, [model, figures].filter(Boolean).join(" · ")));
   if (note) actions.push(element("p", { className: "note" }, note));
-  return article(partial ? "answer streaming" : "answer", "Answer", render(text), actions);
+  const body = render(shown(message));
+  if (better !== undefined) body.push(folded("The model's answer", render(shown({ text }))));
+  if (others.length) body.push(folded(`Other answers that were judged: ${others.length}`, others.flatMap(other)));
+  return article(partial ? "answer streaming" : "answer", "Answer", body, actions);
 }
+
+/** The Markdown of an answer. */
+export function shown(message) {
+  return message.json || looksLikeJson(said(message)) ? asCode(said(message)) : said(message);
+}
+
+function other(message) {
+  const { better, rating, model } = message;
+  const verdict = [model, better === undefined ? (rating === GOOD ? "Good" : "Bad") : "Better text"].filter(Boolean);
+  return [element("p", { className: "verdict" }, `${verdict.join(" · ")}:`), ...render(shown(message))];
+}
+
+/** A button that says what is thought of an answer, pressed or not. */
+function mark(name, text, rating) {
+  return Object.assign(act(name, text), { ariaLabel: `${text} answer`, ariaPressed: String(rating === name) });
+}
+
+const folded = (title, content) => element("details", {}, element("summary", {}, title), content);
 
 function article(className, title, body, actions) {
   const part = (name, children) => element("div", { className: name }, children);

@@ -1,0 +1,36 @@
+"""SmolLM2-135M-Instruct learns to see emoji: `--config=configs/emoji.py:pretrain` and `:finetune`.
+
+As in configs/smollm2.py, stage 1 trains the projector and stage 2 projector and language model, with the learning
+rates of a model of this size.
+"""
+
+from ml_collections import ConfigDict
+
+from llava_jax.recipes import common
+
+
+def get_config(stage: str = "") -> ConfigDict:
+    config = common.get_config()
+    config.stage = stage
+    config.image_aspect = "square"
+    config.data.holdout = 40
+    config.remat = "none"  # memory is no concern
+    config.save_every = 100
+    config.clip_norm = 1.0  # an untrained projector makes large gradients in a trained language model
+    if stage == "pretrain":
+        config.template = "plain"
+        config.max_length = 56
+        config.batch_rows = 16
+        config.learning_rate = 5e-3
+    elif stage == "finetune":
+        config.template = "chatml"
+        config.max_length = 320
+        config.pack = True
+        config.row_length = 960  # about five conversations
+        config.batch_rows = 2
+        config.steps = 150
+        config.learning_rate = 3e-4
+        config.projector_learning_rate = 1e-3
+    else:
+        raise ValueError(f"{stage!r} is neither pretrain nor finetune: --config=configs/emoji.py:pretrain")
+    return config.lock()
