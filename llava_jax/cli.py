@@ -286,11 +286,10 @@ def wrapped(text: str, file: TextIO | None = None) -> str:
     Other files get the lines as they are."""
     if (width := columns(file)) is None:
         return text
-    lines = []
+    lines, whole = [], {"break_on_hyphens": False, "break_long_words": False}  # paths and flags can be copied
     for line in text.split("\n"):
         indent = " " * min(len(re.match(r"\s*\S+\s{2,}|\s*", line)[0]), width // 2)
-        wrap = textwrap.TextWrapper(width, subsequent_indent=indent, replace_whitespace=False, break_on_hyphens=False)
-        lines += wrap.wrap(line) or [""]
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, replace_whitespace=False, **whole) or [""]
     return "\n".join(lines)
 
 
