@@ -19,8 +19,9 @@ def get_config(stage: str = "") -> ConfigDict:
     config.clip_norm = 1.0  # an untrained projector makes large gradients in a trained language model
     if stage == "pretrain":
         config.template = "plain"
-        config.max_length = 56
+        config.max_length = 44  # 36 of the image
         config.batch_rows = 16
+        config.epochs = 1.5
         config.learning_rate = 5e-3
     elif stage == "finetune":
         config.template = "chatml"

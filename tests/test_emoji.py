@@ -13,18 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from PIL import Image, ImageDraw
 
 from configs import emoji as config
-from examples.commands import Commands, Ran
+from examples.commands import Ran
 from examples.emoji import baselines, data, drawing, gallery, packages, recipe, teacher, tower
 from examples.emoji.data import ASK_NAME, HELD_OUT, KINDS, TRAINED
 from examples.emoji.packages import Package
 from llava_jax.cli import UserError
+from llava_jax.data.check import main as check
 from llava_jax.data.sources import LlavaJson
+from llava_jax.datagen.__main__ import main as datagen
 from llava_jax.evaluate.__main__ import main as evaluate
 from llava_jax.llm_api.ledger import Ledger
 from llava_jax.models.config import VisionConfig
@@ -282,16 +283,11 @@ def test_the_recipe_is_one(stage):
         config.get_config("")
 
 
-def test_stage_2_trains_on_the_conversations(root, tmp_path):
-    line = recipe.training(tmp_path, "finetune", "model", "made/llava.json")
-    tiny.checkpoint(tmp_path, template="chatml")
-    for name in ("made", "images"):
-        (tmp_path / name).symlink_to(root / name)
-    options = {"steps": 2, "data.holdout": 2, "batch_rows": 1, "max_length": 1000, "row_length": 1000}
-    Commands(tmp_path).run(*line, *(f"--config.{name}={value}" for name, value in options.items()))
-    lines = [json.loads(line) for line in (tmp_path / "finetune/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+def test_the_samples_of_both_stages_have_no_fault(root, tmp_path, capsys):
+    datagen(["captions", "--captions", f"{root}/data/captions.jsonl", "--output", f"{tmp_path}/captions.json"])
+    for file in (tmp_path / "captions.json", root / "made/llava.json"):
+        assert not check(["--json", str(file), "--images", str(root / "images")])
+        assert "no problems" in "".join(capsys.readouterr())
 
 
 def test_commands_run_in_order_with_the_time_left(tmp_path, capsys):

@@ -61,7 +61,7 @@ def steps(root: Path, short: bool) -> list[Step]:
     imported = ("--llm", f"{language_model()}", "--vision", f"{root}/clip", "--output", f"{root}/import")
     return [
         Step("data", 30, ("examples.emoji.data", "--root", f"{root}", "--packages", f"{ROOT}/packages", *every)),
-        Step("tower", 700, ("examples.emoji.tower", "--root", f"{root}", *epochs)),
+        Step("tower", 540, ("examples.emoji.tower", "--root", f"{root}", *epochs)),
         Step(
             "captions", 5,
             ("llava_jax.datagen", "captions", "--captions", f"{root}/data/captions.jsonl",
@@ -70,7 +70,7 @@ def steps(root: Path, short: bool) -> list[Step]:
         Step("conversations", 20, ("examples.emoji.teacher", "--root", f"{root}")),
         Step("import", 20, ("llava_jax.convert", "import", *imported, "--template", "chatml", "--aspect", "square")),
         Step("stage 1", 420, (*training(root, "pretrain", "import", "data/captions.json"), *few)),
-        Step("stage 2", 800, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
+        Step("stage 2", 900, (*training(root, "finetune", "pretrain", "made/llava.json"), *few)),
         Step(
             "answers", 200,
             ("llava_jax.evaluate", "predict", "exact", "--checkpoint", f"{root}/finetune", "--batch-rows", "32",

@@ -62,7 +62,9 @@ def conversation(context: str, emoji: list[Emoji]) -> str:
     if one is None:
         raise UserError(f"no emoji is called so: {context[:80]!r}")
     order = random.Random(context)
-    turns = [pair for write in order.sample(WRITERS, order.choice((4, 5))) for pair in write(one, emoji, order)]
+    # Few: once a name is given, no image is needed for further answers.
+    writers = dict.fromkeys(order.sample(list(WRITERS), 3, counts=list(WRITERS.values())))
+    turns = [pair for write in writers for pair in write(one, emoji, order)]
     blocks = [f"{head}:\n{text}" for pair in turns for head, text in zip(("Question", "Answer"), pair, strict=True)]
     return "\n===\n".join(blocks)
 
@@ -101,9 +103,14 @@ def description(one: Emoji, emoji: list[Emoji], order: random.Random) -> Turns:
     yield order.choice(DESCRIBE), f"This emoji is called {one.name}. It is {ARTICLES[one.kind]} {one.kind}.{words}"
 
 
-WRITERS: list[Callable[[Emoji, list[Emoji], random.Random], Turns]] = [
-    about_name, about_name, about_kind, about_names, about_names, about_kinds, about_keywords, description,
-]  # fmt: skip
+WRITERS: dict[Callable[[Emoji, list[Emoji], random.Random], Turns], int] = {  # and how often
+    about_name: 3,
+    about_kind: 2,
+    about_names: 2,
+    about_kinds: 1,
+    about_keywords: 1,
+    description: 1,
+}
 
 
 # ------------------------------------------------------------------------------------------------------- the server
