@@ -276,9 +276,8 @@ def fitting(parts: Iterable[str], width: int) -> str:
 
 
 def columns(file: TextIO | None = None) -> int | None:
-    """The columns of the terminal that a file (standard output) is; None for another file, unless COLUMNS is set."""
-    on_terminal = (file or sys.stdout).isatty() or os.environ.get("COLUMNS")
-    return shutil.get_terminal_size().columns if on_terminal else None
+    """The columns of the terminal that a file (standard output) is; None for another file."""
+    return shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
 
 
 def wrapped(text: str, file: TextIO | None = None) -> str:

@@ -184,6 +184,7 @@ def test_the_number_of_records_of_a_file_is_estimated_from_the_part_that_is_read
 
 def test_tables_and_lines_fit_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     head = f"{'target':<12}{'rows':>30}{'time':>30}{'cost':>30}"
     table = cli.narrowed([head, head.replace("time", "4.12")], beside=12, cut=72)
     assert [line.split() for line in table] == [
@@ -200,8 +201,8 @@ def test_tables_and_lines_fit_a_terminal(monkeypatch):
         and last.endswith("compute      1.0")
     )
     assert max(map(len, [*table, *lines, *text.split("\n")])) <= 80
-    monkeypatch.delenv("COLUMNS")
-    assert cli.wrapped("a " * 100) == "a " * 100  # in a file or a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert cli.wrapped("a " * 100) == "a " * 100  # in a file or a pipe, whose readers look for lines
 
 
 def test_bars_are_drawn_on_terminals_only(monkeypatch):

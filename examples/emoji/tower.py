@@ -188,8 +188,8 @@ def embed_images(params: Params, images: jax.Array, key: jax.Array | None = None
     if seen < 1:
         kept = jax.vmap(lambda key: jax.random.permutation(key, P)[: round(seen * P)])(jax.random.split(key, N))
         patches_NPD = jnp.take_along_axis(patches_NPD, kept[..., None], axis=1)
-    class_token = tower.class_token(N, patches_NPD.dtype) + positions[None, :1]
-    tokens = tower.pre_layernorm(jnp.concatenate([class_token, patches_NPD], axis=1))
+    token_N1D = jnp.broadcast_to((tower.class_embedding[...] + positions[0])[None, None], (N, 1, D))
+    tokens = tower.pre_layernorm(jnp.concatenate([token_N1D, patches_NPD], axis=1))
     features_NPD = run_layers(tower.layers, tokens, LAYERS, SINGLE)[:, 1:]
     features_NPD *= jax.lax.rsqrt(jnp.square(features_NPD).mean(-1, keepdims=True) + 1e-6)
     return unit(features_NPD @ params["projection.kernel"]).mean(1)
