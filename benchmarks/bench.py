@@ -32,7 +32,7 @@ COMMANDS = {  # name -> its arguments
     "lora, wide": ("lora.py", "--wide", "--ranks", "16"),
     "generate": ("generate.py", "--compile"),
     "serve": ("serve.py", "--no-accuracy"),
-    "llama_cpp": ("llama_cpp.py",),
+    "llama_cpp": ("llama_cpp.py", "--weights", "float32", "int8"),  # CPUs without bfloat16 take long
     "data": ("data.py",),
     "data, padded": ("data.py", "--aspect", "pad"),
     "anyres": ("anyres.py",),
