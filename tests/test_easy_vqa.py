@@ -12,7 +12,7 @@ import transformers
 from flax import nnx
 
 from examples.easy_vqa import data, hugging_face, language_model, tower
-from examples.easy_vqa.data import Picture, Question, caption, facts, pictures
+from examples.easy_vqa.data import AskedImage, Question, asked_images, caption, facts
 from llava_jax.data.sources import LlavaJson
 from llava_jax.data.tokenization import IGNORE_INDEX
 from llava_jax.evaluate import __main__ as evaluate
@@ -43,16 +43,16 @@ def written(tmp_path_factory):
     ],
 )
 def test_captions_say_what_questions_and_answers_tell(questions, expected):
-    assert caption(Picture("", tuple(Question(*pair) for pair in questions))) == expected
+    assert caption(AskedImage("", tuple(Question(*pair) for pair in questions))) == expected
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_facts_agree_with_every_open_answer(split):
-    asked = [(picture, question) for picture in pictures(split) for question in picture.questions]
-    opened = [(picture, question) for picture, question in asked if kind(*question) in ("shape", "colour")]
+    asked = [(image, question) for image in asked_images(split) for question in image.questions]
+    opened = [(image, question) for image, question in asked if kind(*question) in ("shape", "colour")]
     assert len(opened) > len(asked) / 5
-    for picture, question in opened:
-        assert facts(picture)[kind(*question) == "colour"] == question.answer
+    for image, question in opened:
+        assert facts(image)[kind(*question) == "colour"] == question.answer
 
 
 def test_written_data_is_llava_json(written):
@@ -64,7 +64,9 @@ def test_written_data_is_llava_json(written):
     for samples, split in ((captions, "train"), (conversations, "train"), (questions, "test")):
         assert len({sample.id for sample in samples}) == len(samples)
         assert all(name.startswith(f"{split}/") and (data.IMAGES / name).exists() for s in samples for name in s.images)
-    assert sum(len(sample.turns) for sample in conversations) == 2 * sum(len(p.questions) for p in pictures("train"))
+    assert sum(len(sample.turns) for sample in conversations) == 2 * sum(
+        len(p.questions) for p in asked_images("train")
+    )
 
 
 def test_right_answers_and_those_of_yes_are_scored_so(written, tmp_path, capsys):
@@ -91,7 +93,7 @@ def test_written_data_is_a_function_of_the_seed(written, tmp_path):
 
 
 def test_lessons_have_words_in_the_place_of_pictures_and_teach_answers_alone():
-    known = [picture for picture in pictures("train")[:40] if caption(picture)]
+    known = [image for image in asked_images("train")[:40] if caption(image)]
     order = random.Random(0)
     lessons = [lesson for grade in language_model.GRADES for lesson in language_model.lessons(known, grade, order)]
     lessons = lessons[: len(lessons) // language_model.BATCH * language_model.BATCH]
@@ -102,7 +104,7 @@ def test_lessons_have_words_in_the_place_of_pictures_and_teach_answers_alone():
     tokens, targets = (part.reshape(-1, length) for part in language_model.tokenize(lessons, length, tokenizer))
     for lesson, row, target in zip(lessons, tokens, targets, strict=True):
         assert "<image>" not in tokenizer.decode(row)
-        assert " ".join(lesson.picture) in tokenizer.decode(row)
+        assert " ".join(lesson.image) in tokenizer.decode(row)
         learned = tokenizer.decode(target[target != IGNORE_INDEX])
         assert learned.strip().removesuffix("</s>") == lesson.turns[-1][1]
 
@@ -111,7 +113,7 @@ def test_a_grade_holds_its_longest_lesson():
     for grade in language_model.GRADES:
         assert grade.steps % language_model.STEPS_A_CALL == 0
         order = random.Random(1)
-        known = [picture for picture in pictures("train") if caption(picture)][:200]
+        known = [image for image in asked_images("train") if caption(image)][:200]
         lessons = list(language_model.lessons(known, grade, order))[: 8 * language_model.BATCH]
         tokenizer = language_model.train_tokenizer(
             [language_model.render(lesson.turns, lesson.template).text for lesson in lessons]
@@ -120,7 +122,7 @@ def test_a_grade_holds_its_longest_lesson():
 
 
 def test_windows_hold_the_whole_shape():
-    examples = pictures("train")[:64]
+    examples = asked_images("train")[:64]
     images, _ = tower.read(examples)
     boxes = np.array([tower.bounding_box(image) for image in images], np.int32)
     size = tower.WINDOW * tower.CONFIG.patch_size
@@ -129,8 +131,8 @@ def test_windows_hold_the_whole_shape():
     fits = np.maximum(boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]) <= size
     assert fits.sum() > 32
 
-    def coloured_pixels(picture, background):
-        return (np.abs(picture - background.astype(int)).sum(-1) > 30).sum()
+    def coloured_pixels(image, background):
+        return (np.abs(image - background.astype(int)).sum(-1) > 30).sum()
 
     for window, image in zip(windows[fits], images[fits], strict=True):
         background = np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
@@ -143,7 +145,7 @@ def test_saved_tower_is_what_transformers_loads(tmp_path):
     reference, info = transformers.CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
-    images, _ = tower.read(pictures("test")[:2])
+    images, _ = tower.read(asked_images("test")[:2])
     pixels = processor(list(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = reference(pixels, output_hidden_states=True).hidden_states[tower.LAYERS].numpy()

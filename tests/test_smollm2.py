@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor
 
 from configs import smollm2
 from examples.commands import Commands
-from examples.easy_vqa.data import Picture
+from examples.easy_vqa.data import AskedImage
 from examples.smollm2 import recipe
 from examples.smollm2.measure import Asked, score
 from llava_jax.chat import __main__ as chat
@@ -68,9 +68,9 @@ def test_the_recipe_is_one(stage):
 
 
 def test_only_what_is_exactly_right_counts():
-    picture = Picture("train/images/0.png", ())
+    image = AskedImage("train/images/0.png", ())
     asked = [
-        Asked(kind, picture, "?", right)
+        Asked(kind, image, "?", right)
         for kind, right in [("shape", "circle"), ("shape", "triangle"), ("colour", "red")]
     ]
     found = score(asked, ["circle", "a triangle", "red"])

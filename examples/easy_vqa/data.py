@@ -1,7 +1,7 @@
 """The easy-VQA data set as LLaVA JSON.
 
-easy-VQA (Zhou 2019) shows one shape in one colour on a picture of 64 x 64 pixels, 4,000 to train on and 1,000 to test,
-and asks about ten questions a picture with one of 13 answers.
+easy-VQA (Zhou 2019) shows one shape in one colour on an image of 64 x 64 pixels, 4,000 to train on and 1,000 to test,
+and asks about ten questions an image with one of 13 answers.
 """
 
 import json
@@ -23,36 +23,36 @@ class Question(NamedTuple):
     answer: str
 
 
-class Picture(NamedTuple):
-    """A picture and what is asked about it."""
+class AskedImage(NamedTuple):
+    """An image and what is asked about it."""
 
     name: str  # relative to IMAGES
     questions: tuple[Question, ...]
 
 
-def pictures(split: str) -> list[Picture]:
-    """The pictures of "train" or "test" with their questions, in the data set's order."""
+def asked_images(split: str) -> list[AskedImage]:
+    """The images of "train" or "test" with their questions, in the data set's order."""
     questions, answers, indices = getattr(easy_vqa, f"get_{split}_questions")()
     asked: dict[int, list[Question]] = {}
     for question, answer, index in zip(questions, answers, indices, strict=True):
         asked.setdefault(index, []).append(Question(question, answer))
-    return [Picture(f"{split}/images/{index}.png", tuple(asked[index])) for index in sorted(asked)]
+    return [AskedImage(f"{split}/images/{index}.png", tuple(asked[index])) for index in sorted(asked)]
 
 
-def facts(picture: Picture) -> tuple[str | None, str | None]:
+def facts(image: AskedImage) -> tuple[str | None, str | None]:
     """Shape and colour, as far as questions and answers tell."""
     found = []
     for values in (SHAPES, COLOURS):
-        told = {value for question in picture.questions for value in _told(question, values)}
-        excluded = {value for question in picture.questions for value in _excluded(question, values)}
+        told = {value for question in image.questions for value in _told(question, values)}
+        excluded = {value for question in image.questions for value in _excluded(question, values)}
         left = told or set(values) - excluded
         found.append(left.pop() if len(left) == 1 else None)
     return tuple(found)
 
 
-def caption(picture: Picture) -> str | None:
+def caption(image: AskedImage) -> str | None:
     """`a red circle`; None where the questions do not tell both."""
-    shape, colour = facts(picture)
+    shape, colour = facts(image)
     return f"a {colour} {shape}" if shape and colour else None
 
 
@@ -91,21 +91,19 @@ def write(directory: Path, seed: int = 0) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     order = random.Random(seed)
-    train = pictures("train")
-    captions = [
-        (picture, [Question("Describe the image briefly.", text)]) for picture in train if (text := caption(picture))
-    ]
-    shuffled = [(picture, order.sample(picture.questions, len(picture.questions))) for picture in train]
-    single = [(picture, [question]) for picture in pictures("test") for question in picture.questions]
+    train = asked_images("train")
+    captions = [(image, [Question("Describe the image briefly.", text)]) for image in train if (text := caption(image))]
+    shuffled = [(image, order.sample(image.questions, len(image.questions))) for image in train]
+    single = [(image, [question]) for image in asked_images("test") for question in image.questions]
     for name, samples in (("captions", captions), ("conversations", shuffled), ("questions", single)):
-        lines = [_sample(i, picture, questions) for i, (picture, questions) in enumerate(samples)]
+        lines = [_sample(i, image, questions) for i, (image, questions) in enumerate(samples)]
         (directory / f"{name}.json").write_text(json.dumps(lines, indent=1))
 
 
-def _sample(number: int, picture: Picture, questions: list[Question]) -> dict:
+def _sample(number: int, image: AskedImage, questions: list[Question]) -> dict:
     turns = []
     for question in questions:
         mark = "" if turns else "<image>\n"
         turns.append({"from": "human", "value": mark + question.text})
         turns.append({"from": "gpt", "value": question.answer})
-    return {"id": f"{Path(picture.name).stem}-{number}", "image": picture.name, "conversations": turns}
+    return {"id": f"{Path(image.name).stem}-{number}", "image": image.name, "conversations": turns}

@@ -1,9 +1,9 @@
-"""A small LLaMA and its tokenizer, trained on the text of the training split: it never sees a picture.
+"""A small LLaMA and its tokenizer, trained on the text of the training split: it never sees an image.
 
 Like the language models that LLaVA starts from, it can hold a conversation before it can see, and only answers are
-learned. The words of captions take the place of pictures, up to as many as a picture has patches: it learns to repeat
+learned. The words of captions take the place of images, up to as many as an image has patches: it learns to repeat
 what it is told, to read questions and to answer them from what stands before. Lessons have one question each: with all
-questions of a picture in one conversation it would rather combine earlier answers than compare the question with what
+questions of an image in one conversation it would rather combine earlier answers than compare the question with what
 it sees. They start short, since to compare is found out much sooner where little else is to be looked at.
 """
 
@@ -23,7 +23,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from examples.easy_vqa.data import Picture, caption, pictures
+from examples.easy_vqa.data import AskedImage, asked_images, caption
 from examples.easy_vqa.hugging_face import save_llama
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.data.conversation import render
@@ -46,7 +46,7 @@ class Grade(NamedTuple):
 
     steps: int
     length: int  # tokens; no lesson is longer
-    most_words: int  # in the place of a picture
+    most_words: int  # in the place of an image
     systems: tuple[str | None, ...]  # one of these system prompts; None is the template's, longer than all else
 
 
@@ -56,7 +56,7 @@ GRADES = (Grade(300, 24, 2, ("",)), Grade(100, 112, 64, ("", None)))
 def train(directory: Path, seed: int = 0) -> None:
     """Trains tokenizer and model and writes them to `directory` as Hugging Face has them."""
     order = random.Random(seed)
-    known = [picture for picture in pictures("train") if caption(picture)]
+    known = [image for image in asked_images("train") if caption(image)]
     taught = [order.sample(list(lessons(known, grade, order)), grade.steps * BATCH) for grade in GRADES]
     tokenizer = train_tokenizer([render(lesson.turns, lesson.template).text for lesson in itertools.chain(*taught)])
     config = TextConfig(
@@ -78,15 +78,15 @@ def train(directory: Path, seed: int = 0) -> None:
 class Lesson(NamedTuple):
     turns: list[tuple[str, str]]
     template: Template
-    picture: list[str]  # the words in its place
+    image: list[str]  # the words in its place
 
 
-def lessons(known: list[Picture], grade: Grade, order: random.Random) -> Iterator[Lesson]:
-    """What can be learned from pictures whose caption is known."""
-    for picture in known:
-        words = caption(picture).split()[1:]
-        yield Lesson([("user", IMAGE_TOKEN), ("assistant", caption(picture))], PLAIN, repeat(words, grade, order))
-        for question in picture.questions:
+def lessons(known: list[AskedImage], grade: Grade, order: random.Random) -> Iterator[Lesson]:
+    """What can be learned from images whose caption is known."""
+    for image in known:
+        words = caption(image).split()[1:]
+        yield Lesson([("user", IMAGE_TOKEN), ("assistant", caption(image))], PLAIN, repeat(words, grade, order))
+        for question in image.questions:
             system = order.choice(grade.systems)
             turns = [("user", f"{IMAGE_TOKEN}\n{question.text}"), ("assistant", question.answer)]
             turns = turns if system is None else [("system", system), *turns]
@@ -94,7 +94,7 @@ def lessons(known: list[Picture], grade: Grade, order: random.Random) -> Iterato
 
 
 def repeat(words: list[str], grade: Grade, order: random.Random) -> list[str]:
-    """The words again and again in any order, each at least once: so do the patches of a picture tell them."""
+    """The words again and again in any order, each at least once: so do the patches of an image tell them."""
     more = order.randint(0, grade.most_words - len(words))
     return order.sample(words + order.choices(words, k=more), k=len(words) + more)
 
@@ -123,10 +123,10 @@ def tokenize(taught: list[Lesson], length: int, tokenizer: PreTrainedTokenizerFa
     for row, lesson in enumerate(taught):
         encoded = encode_turns(lesson.turns, lesson.template, tokenizer)
         (mark,) = np.flatnonzero(encoded.input_ids == IMAGE_TOKEN_INDEX)
-        picture = tokenizer.encode("".join(f" {word}" for word in lesson.picture), add_special_tokens=False)
+        image = tokenizer.encode("".join(f" {word}" for word in lesson.image), add_special_tokens=False)
         for array, part, filling in (
-            (tokens, encoded.input_ids, picture),
-            (labels, encoded.labels, [IGNORE_INDEX] * len(picture)),
+            (tokens, encoded.input_ids, image),
+            (labels, encoded.labels, [IGNORE_INDEX] * len(image)),
         ):
             whole = [*part[:mark], *filling, *part[mark + 1 :]]
             array[row, : len(whole)] = whole

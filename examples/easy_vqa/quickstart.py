@@ -18,7 +18,7 @@ from llava_jax.files.writing import atomic_file
 from llava_jax.plot import plot
 
 ROOT = Path("runs/quickstart")
-QUESTION, PICTURE = "what is the color of the shape?", IMAGES / "test/images/0.png"
+QUESTION, IMAGE = "what is the color of the shape?", IMAGES / "test/images/0.png"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         step("score", "llava_jax.evaluate", "score", "easy-vqa", "--answers", answers, "--labels", questions, "--json")
     )
     step("export", *("llava_jax.convert", "export", "--checkpoint", f"{ROOT}/finetune", "--output", f"{ROOT}/export"))
-    chat = ("llava_jax.chat", "--checkpoint", f"{ROOT}/finetune", "--image", f"{PICTURE}")
+    chat = ("llava_jax.chat", "--checkpoint", f"{ROOT}/finetune", "--image", f"{IMAGE}")
     answer = step("one answer", *chat, "--prompt", QUESTION).strip()
     plot([f"{ROOT}/pretrain", f"{ROOT}/finetune"], ROOT / "loss.png")
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint": f"{ROOT}/finetune",
         "export": f"{ROOT}/export",
         "loss_curve": f"{ROOT}/loss.png",
-        "question": {"image": str(PICTURE), "question": QUESTION, "answer": answer},
+        "question": {"image": str(IMAGE), "question": QUESTION, "answer": answer},
     }
     with atomic_file(ROOT / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")

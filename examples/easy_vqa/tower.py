@@ -1,7 +1,7 @@
 """A small CLIP vision tower, trained to tell shapes and colours from the training split.
 
 LLaVA reads the patch features of the last layer but one. A class head on the last layer would leave them blind, so
-every patch feature of that layer has to tell shape and colour of the picture. Two things make two minutes on two cores
+every patch feature of that layer has to tell shape and colour of the image. Two things make two minutes on two cores
 enough: Muon (Jordan et al. 2024) for the matrices, and windows of 32 x 32 pixels around the shape, a quarter of the
 tokens, for all epochs but the last.
 """
@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from examples.easy_vqa.data import COLOURS, IMAGES, SHAPES, Picture, facts, pictures
+from examples.easy_vqa.data import COLOURS, IMAGES, SHAPES, AskedImage, asked_images, facts
 from examples.easy_vqa.hugging_face import save_clip
 from examples.easy_vqa.optimizer import muon, scale_by_fan_in, with_params
 from llava_jax.models.config import CLIP_MEAN, CLIP_STD, VisionConfig
@@ -33,7 +33,7 @@ UNKNOWN = -1
 
 def train(directory: Path, seed: int = 0) -> None:
     """Trains the tower and writes it to `directory` as Hugging Face has it."""
-    examples = pictures("train")
+    examples = asked_images("train")
     images, labels = read(examples)
     boxes = np.array([bounding_box(image) for image in images], np.int32)
     params = init(jax.random.key(seed))
@@ -51,7 +51,7 @@ def train(directory: Path, seed: int = 0) -> None:
     save_clip(directory, CONFIG, {f"vision.{name}": value for name, value in state[0].items()})
 
 
-def read(examples: list[Picture]) -> tuple[np.ndarray, np.ndarray]:
+def read(examples: list[AskedImage]) -> tuple[np.ndarray, np.ndarray]:
     """uint8[N, 64, 64, 3] and int32[N, 2]: shape and colour, UNKNOWN where the questions do not tell."""
     images = np.stack([np.asarray(Image.open(IMAGES / example.name).convert("RGB")) for example in examples])
     labels = [
@@ -105,7 +105,7 @@ def probe_loss(params, images, labels, boxes, key, size: int) -> jax.Array:
 
 
 def patch_features(params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Normalised features [N, patches, D] of the selected layer, the window standing anywhere in the picture."""
+    """Normalised features [N, patches, D] of the selected layer, the window standing anywhere in the image."""
     side, width = CONFIG.image_size // CONFIG.patch_size, images.shape[1] // CONFIG.patch_size
     D = CONFIG.hidden_size
     table = params["position_embedding"]
@@ -138,7 +138,7 @@ def crop(images: jax.Array, boxes: jax.Array, key: jax.Array, size: int) -> jax.
 
 
 def cross_entropy(logits_NPV: jax.Array, labels_N: jax.Array) -> jax.Array:
-    """Mean over patches and over the pictures whose label is known."""
+    """Mean over patches and over the images whose label is known."""
     known = labels_N != UNKNOWN
     likelihood = jax.nn.log_softmax(logits_NPV).mean(1)
     chosen = jnp.take_along_axis(likelihood, jnp.maximum(labels_N, 0)[:, None], axis=1)[:, 0]

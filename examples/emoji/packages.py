@@ -65,7 +65,7 @@ IMAGES = {  # by vendor
 
 
 def fetch(directory: Path) -> None:
-    """Puts the tarballs into `directory` that are not there yet.
+    """Downloads the missing tarballs into `directory`.
 
     Raises:
       UserError: npm is not installed or fails, or a tarball is not the one that is wanted.

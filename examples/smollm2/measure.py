@@ -1,10 +1,10 @@
-"""What a checkpoint says of easy-VQA's test pictures: which captions and answers are exactly right."""
+"""What a checkpoint says of easy-VQA's test images: which captions and answers are exactly right."""
 
 import collections
 import json
 from typing import NamedTuple
 
-from examples.easy_vqa.data import IMAGES, Picture, caption, pictures
+from examples.easy_vqa.data import IMAGES, AskedImage, asked_images, caption
 from llava_jax.checkpoint.reading import Checkpoint, open_checkpoint
 from llava_jax.cli import Parser, run, track
 from llava_jax.data.templates import IMAGE_TOKEN, get_template
@@ -12,15 +12,15 @@ from llava_jax.evaluate.benchmarks.easy_vqa import kind
 from llava_jax.inference.generate import Generator
 from llava_jax.inference.requests import Request, Sampling
 
-EVERY = 4  # test pictures: enough to tell 90 from 95 %
+EVERY = 4  # test images: enough to tell 90 from 95 %
 BATCH = 32
 
 
 class Asked(NamedTuple):
-    """A question about a picture."""
+    """A question about an image."""
 
     kind: str
-    picture: Picture
+    image: AskedImage
     text: str
     right: str
 
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="D")
     parser.add_argument("--what", required=True, choices=("captions", "questions"))
     args = parser.parse_args(argv)
-    chosen = pictures("test")[::EVERY]
+    chosen = asked_images("test")[::EVERY]
     if args.what == "captions":
         asked = [Asked("caption", p, "Describe the image briefly.", text) for p in chosen if (text := caption(p))]
-        template = "plain"  # a picture and its caption, as in stage 1
+        template = "plain"  # an image and its caption, as in stage 1
     else:
-        # One of the questions of each picture, another one each time.
+        # One of the questions of each image, another one each time.
         questions = [(p, p.questions[i % len(p.questions)]) for i, p in enumerate(chosen)]
         asked = [
             Asked(kind(question.text, question.answer), p, question.text, question.answer) for p, question in questions
@@ -53,7 +53,7 @@ def answers(checkpoint: Checkpoint, template: str, asked: list[Asked]) -> list[s
     said: list[str] = []
     for start in track(range(0, len(asked), BATCH), "answering"):
         requests = [
-            Request([("user", f"{IMAGE_TOKEN}\n{one.text}")], [IMAGES / one.picture.name])
+            Request([("user", f"{IMAGE_TOKEN}\n{one.text}")], [IMAGES / one.image.name])
             for one in asked[start : start + BATCH]
         ]
         said += generator.answer(requests, Sampling(max_new_tokens=12), batch_rows=BATCH)

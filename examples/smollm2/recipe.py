@@ -1,4 +1,4 @@
-"""A real chat model learns to see, on two cores: SmolLM2-135M-Instruct, a small tower, easy-VQA's pictures.
+"""A real chat model learns to see, on two cores: SmolLM2-135M-Instruct, a small tower, easy-VQA's images.
 
 Captions and answers are measured before and after each stage. Everything is the commands for models of any size,
 printed as they run. What is done is not done again: to begin anew, delete runs/smollm2. Needs

@@ -35,7 +35,7 @@ class LlavaBuilder(FileReaderBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Conversations about pictures, in the order of the file that they come from.",
+            description="Conversations about images, in the order of the file that they come from.",
             features=FEATURES,
             disable_shuffling=True,
         )

@@ -68,7 +68,7 @@ def read(
     """The answers to the benchmark `name` from a file, with the labels in others.
 
     Args:
-      questions: files, which some benchmarks need to tell what was asked; [] for none.
+      questions: files of questions, for benchmarks whose labels do not say which questions were asked; [] for none.
       partial: takes an incomplete set.
 
     Raises:
