@@ -18,7 +18,7 @@ class Ran(NamedTuple):
 
     output: str  # its standard output
     seconds: float
-    memory: int  # bytes that were resident, at the most
+    memory: int  # bytes that were resident, at the most; as Linux counts, no less than in the process that started it
 
 
 def command(root: Path, module: str, *arguments: str) -> Ran:
