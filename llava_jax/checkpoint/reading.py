@@ -27,6 +27,7 @@ from llava_jax.models.llava import Params, Shapes, abstract_params, check_names
 from llava_jax.models.quantized import PART, PARTS, dequantize_stack, linear_of, quantize, unsharded
 from llava_jax.remote import is_remote, may_read
 
+PART_BYTES = 2**30  # of parameters that are loaded at once, so that progress can be shown
 MAX_COMPRESSION = 100  # of arrays on disk; trained weights hardly shrink
 # How parameters are loaded: by its name, the type of each, which may depend on the stored one, and its sharding.
 DtypeOf = Callable[[str, jnp.dtype], jnp.dtype]
@@ -296,15 +297,16 @@ class Checkpoint:
             leaf = self._held[pieces.whole(name)]
             start, stop = pieces.rows(name, leaf)
             wanted[name] = jax.ShapeDtypeStruct((stop - start, *leaf.shape[1:]), dtype, sharding=sharding)
-        params: Params = {}
+        parts: list[tuple[Checkpoint, Shapes]] = []
         for holder, _ in self.holders:
-            tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
-            here = {name for name in wanted.keys() & tree if self.rows(name) == [holder.own(name)]}
-            if here:
-                with readable(holder.weights):
-                    tree |= {name: wanted[name] for name in here}
-                    loaded = ocp.load(holder.weights, tree, checkpointable_name=holder.name)
-                params |= {name: loaded[name] for name in here}
+            here = [name for name in wanted if name in holder.stored and self.rows(name) == [holder.own(name)]]
+            parts += [(holder, part) for part in _parts({name: wanted[name] for name in here})]
+        params: Params = {}
+        for holder, part in track(parts, f"loading {self.root}") if len(parts) > len(self.holders) else parts:
+            with readable(holder.weights):
+                tree: dict[str, Any] = dict.fromkeys(holder.stored, ...)  # Orbax leaves these out
+                loaded = ocp.load(holder.weights, tree | part, checkpointable_name=holder.name)
+            params |= {name: loaded[name] for name in part}
         return {name: params[name] if name in params else self._read_rows(name, leaf) for name, leaf in wanted.items()}
 
     def _load_converted(self, linear: str, dtype: DtypeOf, place: ShardingOf) -> Params:
@@ -362,6 +364,18 @@ class Checkpoint:
         whole = pieces.whole(name)
         everything = (part.start, part.stop) == (0, *self._held[whole].shape[:1])
         return whole if everything else pieces.piece(whole, part.start, part.stop)
+
+
+def _parts(wanted: Shapes) -> list[Shapes]:
+    """Parameters that are loaded at once: all, or as many as are larger than `PART_BYTES` together."""
+    parts, size = [], PART_BYTES
+    for name, leaf in wanted.items():
+        if size >= PART_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][name] = leaf
+        size += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return parts
 
 
 def _divides(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> bool:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import sys
+import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from llava_jax.cli import UserError
+from llava_jax.cli import UserError, say, time_left
 from llava_jax.parallel import sharding
 from llava_jax.preflight import targets
 from llava_jax.preflight.compile import available_memory, build, state_bytes
@@ -19,21 +21,41 @@ POLICIES = ("none", "save_qkv", "full", "offload")
 AXES = ("data", "tensor")  # of the mesh, of which two are tried, too
 
 
+class Tries:
+    """Compiles configurations one after another, and says before each how long the search may still take."""
+
+    def __init__(self, memory_fraction: float | None):
+        self.memory_fraction = memory_fraction
+        self.done, self.began = 0, time.monotonic()
+
+    def report(self, config: ConfigDict, name: str, what: str, left: int | None) -> Report:
+        """The report of a configuration, in which `what` is tried, on the target `name`. At most `left` are compiled
+        from here on, None if that isn't known."""
+        line = f"try {self.done + 1}" + (f" of at most {self.done + left}" if left else "")
+        if left and self.done:
+            line += f", at most {time_left((time.monotonic() - self.began) / self.done * left)} left"
+        say(f"{line}: {what}", file=sys.stderr, flush=True)
+        self.done += 1
+        return report(config, name, self.memory_fraction)
+
+
 def largest_batch(config: ConfigDict, name: str, memory_fraction: float | None = None) -> Report:
     """The report of the largest number of rows on a device at once that fits, or of the smallest if none does.
     `batch_rows` is rounded up to a multiple of the rows of all devices."""
     tried: dict[int, Report] = {}
+    tries = Tries(memory_fraction)
 
-    def fits(groups: int) -> bool:
-        tried[groups] = report(with_rows(config, name, groups * config.rows_per_group), name, memory_fraction)
+    def fits(groups: int, left: int | None) -> bool:
+        rows = groups * config.rows_per_group
+        tried[groups] = tries.report(with_rows(config, name, rows), name, f"{rows} rows on a device", left)
         return tried[groups].fits
 
     good, bad = 0, 1
-    while fits(bad):
+    while fits(bad, None):
         good, bad = bad, bad * 2
     while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
+        middle, left = (good + bad) // 2, (bad - good - 1).bit_length()
+        good, bad = (middle, bad) if fits(middle, left) else (good, middle)
     rows = {groups * config.rows_per_group: found.fits for groups, found in sorted(tried.items())}
     return dataclasses.replace(tried[good or 1], search="batch", tried=rows)
 
@@ -44,12 +66,13 @@ def smallest_slice(config: ConfigDict, kind: str, memory_fraction: float | None 
     rows = max(config.max_rows_per_device, config.rows_per_group)
     tried: dict[str, bool] = {}
     names = targets.family(kind.partition(":")[0])
-    for name in names:
+    tries = Tries(memory_fraction)
+    for number, name in enumerate(names):
         larger, target = with_rows(config, name, rows), targets.parse(name)
         state = state_bytes(build(larger, target))
         tried[name] = state < available_memory(target, memory_fraction)  # else it need not be compiled
         if tried[name] or name == names[-1]:
-            result = report(larger, name, memory_fraction)
+            result = tries.report(larger, name, name, len(names) - number)
             tried[name] = result.fits
         if tried[name]:
             break
@@ -69,24 +92,26 @@ def fastest(config: ConfigDict, name: str, memory_fraction: float | None = None)
     if target.machine is None:
         raise UserError("--search=fastest: times are predicted for TPUs and GPUs, not for cpu")
     found: dict[tuple[str, ...], Report] = {}
+    tries = Tries(memory_fraction)
+    axes = [axis for axis in AXES if config.mesh[axis] == 1]
 
-    def attempt(**changes: Any) -> bool:
+    def attempt(left: int, **changes: Any) -> bool:
         """Whether it fits."""
-        one = report(changed(config, changes), name, memory_fraction)
-        found[tuple(f"--config.{key}={value}" for key, value in changes.items())] = one
-        return one.fits
+        overrides = tuple(f"--config.{key}={value}" for key, value in changes.items())
+        found[overrides] = tries.report(changed(config, changes), name, " ".join(overrides), left)
+        return found[overrides].fits
 
     choices = row_choices(config, name)
-    for remat in POLICIES:
+    for number, remat in enumerate(POLICIES):
         so_far = min(map(_seconds, found.values()), default=math.inf)
         if least_seconds(changed(config, {"remat": remat}), target) < so_far:
-            while choices and attempt(remat=remat, max_rows_per_device=choices[0]):
+            others = len(POLICIES) - number - 1 + len(axes)
+            while choices and attempt(len(choices) + others, remat=remat, max_rows_per_device=choices[0]):
                 choices = choices[1:]
     best = min(found, key=lambda names: _seconds(found[names]))
-    for axis in AXES if found[best].fits and found[best].devices % 2 == 0 else ():
-        if config.mesh[axis] == 1:
-            changes = {"remat": found[best].remat, "max_rows_per_device": found[best].rows_per_device}
-            attempt(**changes, **{f"mesh.{axis}": 2})
+    for number, axis in enumerate(axes if found[best].fits and found[best].devices % 2 == 0 else ()):
+        changes = {"remat": found[best].remat, "max_rows_per_device": found[best].rows_per_device}
+        attempt(len(axes) - number, **changes, **{f"mesh.{axis}": 2})
     best = min(found, key=lambda names: _seconds(found[names]))
     tried = {" ".join(names): one.prediction.seconds if one.fits else None for names, one in found.items()}
     return dataclasses.replace(found[best], search="fastest", tried=tried, overrides=best)

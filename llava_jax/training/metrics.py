@@ -21,6 +21,25 @@ from llava_jax.remote import is_remote, new_local, upload
 
 METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
 UPLOAD_SECONDS = 60
+# The charts of TensorBoard's tab "custom scalars" by group, each with the metrics that it shows (regular expressions).
+CHARTS = {
+    "training": {
+        "loss": ("loss$", "validation_loss$"),
+        "learning rates": (".*learning_rate",),
+        "gradient norm": ("grad_norm$",),
+        "scores of evaluations": (".+/.+",),
+    },
+    "speed": {
+        "tokens a second": ("tokens_per_second$",),
+        "images and tiles a second": ("images_per_second$", "tiles_per_second$"),
+        "seconds a step": ("seconds$",),
+        "MFU": ("mfu_.+",),
+    },
+    "data": {
+        "shares of learned tokens and of padding": ("learned_share$", "padding_share$"),
+        "bad samples": ("bad_samples$",),
+    },
+}
 
 
 class MetricsWriter:
@@ -44,6 +63,12 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter  # slow: it imports torch if that is installed
 
         self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=start_step + 1)
+        self.board.add_custom_scalars(
+            {
+                group: {title: ["Multiline", list(metrics)] for title, metrics in charts.items()}
+                for group, charts in CHARTS.items()
+            }
+        )
         self.tracker = tracker
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints survive moves; what is damaged or not a checkpoint is refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tiny
 from checkpoint_steps import trained
 
+from llava_jax.checkpoint import reading
 from llava_jax.checkpoint.array_store import is_layered
 from llava_jax.checkpoint.reading import open_checkpoint
 from llava_jax.cli import UserError
@@ -23,6 +25,22 @@ def test_a_layer_is_read_alone(tmp_path, model_dir):
         np.testing.assert_array_equal(checkpoint.read(name), value)
         if ".layers." in name:
             np.testing.assert_array_equal(checkpoint.read(name, 1), value[1])
+
+
+def test_large_weights_are_loaded_in_parts_with_progress(tmp_path, model_dir, monkeypatch, capsys):
+    checkpoints, workdir, *_ = trained(tmp_path, model_dir, steps=(1,))
+    checkpoints.close()
+    checkpoint = open_checkpoint(workdir)
+    at_once = checkpoint.load()
+    assert "loading" not in capsys.readouterr().err
+    monkeypatch.setattr(reading, "PART_BYTES", 1)
+    monkeypatch.setattr(reading, "track", functools.partial(reading.track, every=0.0))
+    parameter_by_parameter = checkpoint.load()
+    assert list(at_once) == list(parameter_by_parameter)
+    for name, value in at_once.items():
+        np.testing.assert_array_equal(parameter_by_parameter[name], value)
+    shown = capsys.readouterr().err
+    assert f"{len(at_once)}/{len(at_once)}, 0:00:00 left: loading {workdir}" in shown
 
 
 def test_names_and_places_of_directories_do_not_matter(tmp_path):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from boards import events
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
 
 from llava_jax.cli import UserError
 from llava_jax.evaluate import __main__ as evaluate
@@ -85,15 +85,8 @@ class Page(HTMLParser):
 
 
 def scalars(board: Path) -> dict[str, tuple[int, float]]:
-    """Step and value by tag, of the one file of a board: records of length, checksum, event, checksum."""
-    (file,) = board.iterdir()
-    data, found = file.read_bytes(), {}
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
-    return found
+    """Step and value by tag, of the one file of a board."""
+    return {value.tag: (event.step, value.simple_value) for event in events(board) for value in event.summary.value}
 
 
 def test_report(tmp_path: Path, runs: list[str], capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,8 +187,16 @@ def test_gpus_are_measured_against_the_part_that_jax_takes(reports):
     assert found.tried == {1: False} and (found.rows_per_device, found.batch_rows, found.search) == (1, 4, "batch")
 
 
+def progress(shown: str) -> list[tuple[int, int | None]]:
+    """The number of each try of a search, and how many there are at most, if that is known."""
+    tries = re.findall(
+        r"^try (\d+)(?: of at most (\d+)(?:, at most \d+:\d\d:\d\d left)?)?: .", shown, flags=re.MULTILINE
+    )
+    return [(int(number), int(most) if most else None) for number, most in tries]
+
+
 @pytest.mark.parametrize("limit", range(10))
-def test_the_largest_batch_is_found_with_few_compilations(limit, reports, monkeypatch):
+def test_the_largest_batch_is_found_with_few_compilations(limit, reports, monkeypatch, capsys):
     def fake(config, name, memory_fraction):
         rows = config.max_rows_per_device
         return dataclasses.replace(found, rows_per_device=rows, batch_rows=config.batch_rows, fits=rows <= limit)
@@ -198,6 +207,8 @@ def test_the_largest_batch_is_found_with_few_compilations(limit, reports, monkey
     assert result.rows_per_device == max(limit, 1) and result.fits == (limit > 0)
     assert result.tried == {rows: rows <= limit for rows in result.tried} and not result.tried[limit + 1]
     assert result.batch_rows % (4 * result.rows_per_device) == 0 and len(result.tried) <= 8
+    shown = progress(capsys.readouterr().err)
+    assert len(shown) == len(result.tried) and not any(most for _, most in shown if most and most != len(shown))
 
 
 def test_smallest_slice(reports, monkeypatch):
@@ -289,7 +300,7 @@ def test_cudnn_does_not_train_a_tower_with_an_odd_number_of_tokens():
         report(config, "h100:4")
 
 
-def test_the_fastest_configuration_is_found_with_few_compilations(reports, monkeypatch):
+def test_the_fastest_configuration_is_found_with_few_compilations(reports, monkeypatch, capsys):
     """Of a machine on which `kept` x rows may be at most 8, and a step takes least with many rows and little remat."""
     kept = {"none": 8, "save_qkv": 4, "full": 2, "offload": 1}
     slower = {"none": 1.0, "save_qkv": 1.2, "full": 1.5, "offload": 3.0}
@@ -317,6 +328,12 @@ def test_the_fastest_configuration_is_found_with_few_compilations(reports, monke
         *(("none", 1, 1, 1), ("none", 2, 1, 1), ("save_qkv", 2, 1, 1), ("save_qkv", 4, 1, 1), ("full", 4, 1, 1)),
         *(("save_qkv", 2, 2, 1), ("save_qkv", 2, 1, 2)),
     ]
+    shown = capsys.readouterr().err
+    assert [number for number, _ in progress(shown)] == list(range(1, len(compiled) + 1))
+    assert re.search(
+        r"^try 7 of at most 7, at most 0:00:\d\d left: --config.remat=save_qkv .*tensor=2$", shown, re.MULTILINE
+    )
+    assert all(most >= len(compiled) for _, most in progress(shown))
     assert found.overrides == ("--config.remat=save_qkv", "--config.max_rows_per_device=2", "--config.mesh.data=2")
     assert found.tried[" ".join(found.overrides)] == found.prediction.seconds == pytest.approx(0.9 * 1.2 * 1.5)
     assert list(found.tried.values()).count(None) == 2 and "fastest    --config.remat=save_qkv" in found.to_text()

@@ -6,10 +6,12 @@ import math
 import re
 
 import pytest
+from boards import events
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tensorboardX.proto import layout_pb2
 
 from llava_jax.cli import UserError
 from llava_jax.training import metrics
@@ -67,6 +69,27 @@ def test_a_line_that_finds_the_disk_full_is_not_written_in_part(tmp_path):
     writer.append("metrics.jsonl", {"step": 2})
     assert [line["step"] for line in writer.read("metrics.jsonl")] == [1, 2]
     writer.close()
+
+
+def test_tensorboard_has_charts_of_the_metrics(tmp_path):
+    """A group's chart shows the metrics whose names match one of its tags."""
+    writer = MetricsWriter(epath.Path(tmp_path), 0)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    layout = layout_pb2.Layout()
+    values = [value for event in events(tmp_path / "tensorboard") for value in event.summary.value]
+    layout.ParseFromString(next(v.tensor.string_val[0] for v in values if v.tag == "custom_scalars__config__"))
+    charts = {chart.title: chart.multiline.tag for group in layout.category for chart in group.chart}
+    assert [group.title for group in layout.category] == ["training", "speed", "data"]
+
+    def shown(name: str) -> list[str]:
+        return [title for title, tags in charts.items() if any(re.match(tag, name) for tag in tags)]
+
+    assert shown("loss") == shown("validation_loss") == ["loss"] and not shown("other")
+    assert shown("learning_rate_2") == shown("projector_learning_rate") == ["learning rates"]
+    assert shown("images_per_second") == shown("tiles_per_second") == ["images and tiles a second"]
+    assert shown("seconds") == ["seconds a step"] and shown("mmbench/all") == ["scores of evaluations"]
+    assert shown("mfu_full") == shown("mfu_causal") == ["MFU"] and shown("bad_samples") == ["bad samples"]
 
 
 def test_nothing_is_written_once_the_workdir_was_lost(tmp_path):
